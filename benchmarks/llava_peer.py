@@ -17,15 +17,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files
-from dora_vl.data.samples import ConversationDataset, load_training_rows
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_training_rows
 from dora_vl.errors import positive
-from dora_vl.training.assembly import build_encoder, image_folder, image_preparation, pad_token_id, read_pixels
 from dora_vl.training.command_line import read_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline, encode_from_folder
 from dora_vl.training.recipe import RunConfig
+from dora_vl.training.run_media import VideoReading, image_folder, video_folder, video_sampling
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
@@ -46,15 +48,19 @@ def main() -> None:
         dtype=getattr(torch, config.model.dtype),
         attn_implementation=config.model.attn_implementation,
     )
-    backbone = LlavaBackbone(model)
-    encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
+    pipeline = DecoderPipeline(config)
     found = load_training_rows(train_files(config.data.train), limit=options.limit)[0]
-    folder = image_folder(config.data)
-    pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model), stored=found.stored)
-    samples = ConversationDataset(found.rows, encode=encoder.encode, picture=pixels)
-    tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))
+    encode = partial(
+        encode_from_folder,
+        encoder=pipeline.encoder,
+        folder=image_folder(config.data),
+        stored=found.stored,
+        videos=VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data)),
+    )
+    samples = ConversationDataset(found, encode=encode)
+    tower_seconds = time_tower(model, samples, count=min(16, len(samples)))
     adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
-    seconds = train(adapted, samples, config, options.steps, pad=pad_token_id(encoder))
+    seconds = train(adapted, samples, config, options.steps, pad=pipeline.encoder.pad_token_id)
     seen = options.steps * batch_size(config)
     print(
         json.dumps(
@@ -95,12 +101,13 @@ def pictures_a_sample(config: RunConfig) -> float:
 
 
 @torch.no_grad()
-def time_tower(backbone: LlavaBackbone, samples: ConversationDataset, *, count: int) -> float:
+def time_tower(model: LlavaForConditionalGeneration, samples: ConversationDataset, *, count: int) -> float:
     """Seconds that reading and the vision tower take for one picture."""
-    backbone.eval()
+    model.eval()
     started = time.perf_counter()
-    pictures = [picture for index in range(count) for picture in getattr(samples[index], "pictures", ())]
-    backbone.picture_features(torch.stack(pictures))
+    read = [samples[index] for index in range(count)]
+    pictures = torch.cat([one.inputs["pixel_values"] for one in read if isinstance(one, Sample) and one.images])
+    LlavaTower(model).picture_features(pictures)
     return (time.perf_counter() - started) / max(1, len(pictures))
 
 

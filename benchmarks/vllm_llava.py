@@ -30,10 +30,9 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from benchmarks.vllm_dora import ENGINE, ENVIRONMENT, ask, shown, unlike_the_base
-from benchmarks.vllm_models import agreement, greedy, tiny_llama
+from benchmarks.vllm_models import ENGINE, ENVIRONMENT, agreement, ask, greedy, shown, tiny_llama, unlike_the_base
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +179,7 @@ def expected_answers(
     base: Path, adapter: Path, served_base: Path, pictures: Sequence[Path], tokens: int
 ) -> dict[str, list[dict[str, list[Any]]]]:
     """Of the run's adapter on the run's base, unmerged, and of the exported base alone."""
-    trained = load_llava(str(base)).model
+    trained = open_backbone(str(base)).model
     load_adapter(trained, adapter)
     alone = LlavaForConditionalGeneration.from_pretrained(served_base)
     inputs = [model_inputs(served_base, picture) for picture in pictures]

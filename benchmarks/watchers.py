@@ -1,6 +1,6 @@
 """What watching costs: a run's step with everything that looks at it, and without.
 
-    python -m benchmarks.watchers --json benchmarks/results/watchers.json
+    python -m benchmarks.watchers --json benchmarks/results.jsonl
 
 One run of a small random LLaVA with DoRA, on whose steps the watchers take turns: for as many steps as there are
 between two lines of the log they are on, then off, and so on. On are the faults of losses and gradients with the
@@ -128,7 +128,7 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
     """The run."""
     from dora_vl.training import run as training
     from dora_vl.training.command_line import read_run_file
-    from dora_vl.training.llava_pipeline import LlavaPipeline
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
     from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
     turns = Turns(pairs)
@@ -153,7 +153,7 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
 
     training.build_trainer = with_turns
     try:
-        training.train(LlavaPipeline(read_run_file(settings)))
+        training.train(DecoderPipeline(read_run_file(settings)))
     finally:
         training.build_trainer = build
     return turns

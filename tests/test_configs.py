@@ -21,8 +21,7 @@ from transformers import (
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.causal_lm import CausalLMBackbone
-from dora_vl.backbones.image_text import ImageTextBackbone
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
@@ -30,10 +29,8 @@ from dora_vl.core import trained_parts
 from dora_vl.errors import UserError
 from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
-from dora_vl.training.assembly import dora_config
 from dora_vl.training.command_line import read_settings
-from dora_vl.training.commonsense_pipeline import CommonsensePipeline
-from dora_vl.training.image_text_pipeline import ImageTextPipeline
+from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.recipe import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.settings_files import variants_of
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config
@@ -187,13 +184,13 @@ def adapted(config: Any) -> Any:
         adapt(model, vlbart_dora_config(config, model))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
-        adapt(model, CommonsensePipeline(config).dora_config(CausalLMBackbone(model)))
+        adapt(model, CommonsensePipeline(config).dora_config(DecoderBackbone(model)))
     elif config.model.base in FAMILIES:
         model = meta_image_text(config)
-        adapt(model, ImageTextPipeline(config).dora_config(ImageTextBackbone(model)))
+        adapt(model, DecoderPipeline(config).dora_config(DecoderBackbone(model)))
     else:
         model = meta_model(config.model)
-        adapt(model, dora_config(config.adapter, model))
+        adapt(model, DecoderPipeline(config).dora_config(DecoderBackbone(model)))
     return model
 
 
@@ -228,7 +225,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
     config = read(named(f"llava/llava15:{name}"))
     model = meta_model(config.model)
-    adapt(model, dora_config(config.adapter, model))
+    adapt(model, DecoderPipeline(config).dora_config(DecoderBackbone(model)))
     assert trained_count(model) == expected
 
 

@@ -19,7 +19,7 @@ from dora_vl.cli import main as dora_vl
 from dora_vl.errors import LONGEST_MESSAGE
 from dora_vl.start import init
 from dora_vl.training import arguments
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tasks import image_qa, llava_instruct, video_qa
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
@@ -101,8 +101,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def person(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Person:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
-    monkeypatch.setattr(arguments, "_is_installed", lambda module: False)
-    monkeypatch.setattr(LlavaPipeline, "load", lambda self: pytest.fail("weights are read"))
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
     (tmp_path / "base").symlink_to(model)
     data = write_tiny_data(tmp_path / "pictures", samples=12)
     write_run(
@@ -310,7 +310,7 @@ def test_verbs(person: Person) -> None:
     said = {
         "merg": "no command 'merg'; did you mean 'merge'?",
         "merge --adapter peft --base llama --to merged": "its adapter is peft/adapter",
-        "merge --adapter crowd --base llama --to merged": "crowd holds no adapter: it has no adapter_model.safetensors",
+        "merge --adapter crowd --base llama --to merged": "crowd has no adapter_model.safetensors",
         f"merge {adapter} --to mine": "mine is there already and holds thesis.tex",
         "merge --adapter peft/adapter --base none --to merged": "none",
         "convert crowd --to there": "and 52 more",

@@ -16,7 +16,7 @@ from torch.distributed import DistStoreError
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.folder import read_weights as read_adapter_weights
-from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, check_whole, opening
 from tests.backbones.tiny_language import tiny_language
@@ -63,15 +63,15 @@ def test_the_sizes_are_those_of_the_file_and_of_its_header(tmp_path: Path) -> No
 
 def test_a_base_folder_with_a_cut_shard_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     tiny_language().save_pretrained(tmp_path / "base", max_shard_size="30KB")
-    load_causal_lm(str(tmp_path / "base"))
+    open_backbone(str(tmp_path / "base"))
     shards = sorted((tmp_path / "base").glob("model-*.safetensors"))
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-100])
     with pytest.raises(UserError, match=rf"{shards[1].name} is not a whole .* header says {len(whole):,}"):
-        load_causal_lm(str(tmp_path / "base"))
+        open_backbone(str(tmp_path / "base"))
     shards[1].unlink()
     with pytest.raises(UserError, match=rf"names {len(shards)} shards, 1 are not there, first {shards[1].name}"):
-        load_causal_lm(str(tmp_path / "base"))
+        open_backbone(str(tmp_path / "base"))
     shutil.rmtree(tmp_path / "base")
 
 

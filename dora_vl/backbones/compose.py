@@ -1,4 +1,4 @@
-"""Composes a LLaVA out of any vision tower and any causal language model, as one Hugging Face folder."""
+"""Bases that a run writes: a LLaVA of any vision tower and any language model, or a language model by itself."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.hub_names import save_under_hub_names
 from dora_vl.backbones.loading import ComposeSpec as ComposeSpec
-from dora_vl.backbones.loading import LanguageModel, load_language_model, written_base
+from dora_vl.backbones.loading import (
+    LanguageModel,
+    LanguageSource,
+    PlainLanguageModel,
+    load_language_model,
+    read_language_model,
+    written_base,
+)
 from dora_vl.backbones.tower_pictures import image_processor
 from dora_vl.backbones.tower_sources import LoadedTower, load_tower
 from dora_vl.backbones.towers import register_towers
@@ -22,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
-    """Writes a folder that `load_llava` opens: weights, config, tokenizer and picture preparation.
+    """Writes a folder: weights, config, tokenizer and picture preparation.
 
     Tensors have the names of published LLaVAs. Plain transformers opens it too; where the tower is a `GridTower`, after
     `import dora_vl`. The folder appears under its name only when it is whole.
@@ -100,3 +109,31 @@ def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
         num_additional_image_tokens=tower.prefix_tokens,
         chat_template=language.tokenizer.chat_template,
     )
+
+
+def write_language_model(source: LanguageSource, folder: Path) -> None:
+    """Writes a plain Hugging Face folder, with its tokenizer; it appears under its name only when it is whole.
+
+    Raises: UserError if the folder exists, or the source cannot be read.
+    """
+    with written_base(folder, source) as unfinished:
+        dtype = getattr(torch, source.dtype) if source.dtype else None
+        language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+        _whole(language).save_pretrained(unfinished)
+        language.tokenizer.save_pretrained(unfinished)
+    log.info("wrote %s from %s", folder, source.gguf_file or source.folder)
+
+
+def _whole(language: PlainLanguageModel) -> PreTrainedModel:
+    """The parts as one model, nothing copied."""
+    weights = dict(language.weights)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
+    if language.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = next(iter(weights.values())).dtype
+    if language.generation is not None:
+        model.generation_config = language.generation
+    return model

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -17,11 +18,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from dora_vl.backbones.towers import register_towers
 from dora_vl.errors import UserError
-from dora_vl.files import BRINGS_CODE, check_place, opening
+from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 
 LLAVA = "llava"
-"""Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""
+"""Its words between pictures are tokenised apart, and its pictures prepared, as LLaVA-1.5's own code does it."""
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
@@ -107,15 +109,6 @@ CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
 """In a layer through which words look at pictures (mllama): the module that does, and the input that says which of them
 see any."""
 
-ALIGNED = (
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "cross_attention_mask",
-)
-"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
-
 
 def model_type_of(base: str, revision: str | None = None) -> str:
     """The `model_type` of a folder or hub id; nothing but its config is read.
@@ -136,6 +129,21 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     if found.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:
         raise UserError(f"model.base {base!r} is a {stated!r}: {BRINGS_CODE}")
     return stated
+
+
+def config_of(base: str, revision: str | None = None) -> Any:
+    """The config of a folder or hub id.
+
+    Raises: UserError if it cannot be opened, or a LLaVA's picture token is none of its tokens.
+    """
+    register_towers()
+    with opening(f"model.base {base!r} cannot be opened as its config.json says"):
+        config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
+    if config.model_type == LLAVA:
+        token, tokens = config.image_token_id, config.get_text_config().vocab_size
+        if not 0 <= token < tokens:  # LLaVA's own code writes -200
+            raise UserError(f"{base}: image_token_index in its config is {token}, and it has {tokens:,} tokens")
+    return config
 
 
 def sees_pictures(base: str, revision: str | None = None) -> bool:

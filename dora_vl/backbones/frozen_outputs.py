@@ -137,8 +137,16 @@ SAME = 1e-2
 """Of the largest logit, how far those of stored outputs may be off: half precision rounds otherwise in a batch."""
 
 
-def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> FrozenParts:
+def find_parts(
+    model: Any,
+    one: Mapping[str, Any],
+    two: Mapping[str, Any],
+    mixed: tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]] | None = None,
+) -> FrozenParts:
     """The frozen parts of a model in eval mode, found by forward passes of one sample and of a batch of it twice.
+
+    `mixed` is a batch to prove them by besides, such as one of samples with one, two and no pictures, and those of its
+    samples that have pictures, each alone.
 
     Raises:
         NotStorable: there is none, its outputs do not grow with the pictures along one dimension, or what is handed in
@@ -168,15 +176,22 @@ def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> Fr
     if not any(call.read for found in calls.values() for call in found):
         raise NotStorable(f"nothing is read of {', '.join(names)}")
     parts = FrozenParts(model, calls, batched)
-    outputs = parts.outputs_of(one)
-    with torch.no_grad():
-        plain = model(**two, use_cache=False).logits
-        with parts.replaying([outputs, outputs]):
-            stored = model(**without_pixels(two), use_cache=False).logits
+    for batch, samples in ((two, (one, one)), *([mixed] if mixed else [])):
+        _prove(parts, batch, samples)
+    return parts
+
+
+@torch.no_grad()
+def _prove(parts: FrozenParts, batch: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    plain = parts.model(**batch, use_cache=False).logits
+    try:
+        with parts.replaying([parts.outputs_of(sample) for sample in samples]):
+            stored = parts.model(**without_pixels(batch), use_cache=False).logits
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise NotStorable(f"the model cannot take the stored outputs of {', '.join(parts.calls)}: {error}") from error
     off = float((stored - plain).abs().max() / plain.abs().max())
     if not off < SAME:
-        raise NotStorable(f"the stored outputs of {', '.join(names)} give logits that are {off:.1%} off")
-    return parts
+        raise NotStorable(f"the stored outputs of {', '.join(parts.calls)} give logits that are {off:.1%} off")
 
 
 def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], kept: frozenset[int]) -> tuple[int, ...]:

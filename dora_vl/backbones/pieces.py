@@ -1,20 +1,21 @@
-"""A tokenizer in the place of a processor, and which of a processor's tokens are trained."""
+"""Which of a processor's tokens are trained; a tokenizer with a picture preparation in the place of a processor."""
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dora_vl.backbones.prompts import Chat, Prompt
-from dora_vl.backbones.templates import Span
+from dora_vl.backbones.templates import Chat, Prompt, Span
 from dora_vl.data.samples import TrainedAnswer
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
 
 Move = tuple[Span, Span]
@@ -88,38 +89,185 @@ def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(prefix)))
 
 
-class TextProcessor:
-    """Takes what a processor takes, without pictures; its methods and attributes have a processor's names."""
+# A processor made of a tokenizer and a picture preparation, as LLaVA's own code and language models need it.
+
+
+_FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
+_STAND_INS = 31
+
+
+class ControlTokenizer:
+    """Tokenises text in which special tokens count only where the template wrote them.
+
+    A question may well contain `</s>` or `<|im_end|>` as characters. So special tokens in the text are switched off
+    and the template's own are replaced by stand-ins of the same length, made of characters that no text holds, which
+    the tokenizer's copy knows as added tokens with the special token's flags. The split of the text, and so every
+    id and character offset, is the one that the plain tokenizer makes when the text holds no special token itself.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UserError(
+                f"{tokenizer.name_or_path} has no tokenizer.json; character offsets need a fast tokenizer (convert it "
+                "with AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        special = {place: token for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stand_in = {
+            token.content: _stand_in(token.content, number) for number, token in enumerate(special.values())
+        }
+        self._real_id: dict[int, int] = {}
+        self._tokenizer.add_tokens(
+            [
+                AddedToken(self._stand_in[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+                for token in special.values()
+            ]
+        )
+        for place, token in special.items():
+            stand_in = self._tokenizer.token_to_id(self._stand_in[token.content])
+            same_length = len(self._stand_in[token.content]) == len(token.content)
+            if stand_in is None or stand_in in self._real_id or not same_length:
+                raise UserError(f"special token {token.content!r} is too short to be kept apart from text")
+            self._real_id[stand_in] = place
+        self.start_ids = _ids_before_text(self._tokenizer)
+
+    def encode(self, text: str, controls: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself.
+
+        Raises: UserError if the template's control text is no special token of this tokenizer.
+        """
+        for start, end in controls:
+            token = text[start:end]
+            if token not in self._stand_in:
+                raise UserError(
+                    f"the template writes {token!r}, which is no special token of this tokenizer; choose a "
+                    "model.template that fits the language model (tokenizer is its own)"
+                )
+            text = text[:start] + self._stand_in[token] + text[end:]
+        # Not kept by pickling, and a data worker gets this object pickled.
+        self._tokenizer.encode_special_tokens = True
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [self._real_id.get(token, token) for token in encoding.ids], encoding.offsets
+
+
+def _stand_in(token: str, number: int) -> str:
+    """`number` in noncharacters, filled up to the token's length, so that offsets stay what they are."""
+    digits = ""
+    while number or not digits:
+        number, digit = divmod(number, _STAND_INS)
+        digits = chr(_FIRST_STAND_IN + digit) + digits
+    return digits.rjust(len(token), chr(_FIRST_STAND_IN))
+
+
+def _ids_before_text(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before any text by itself: the begin token, or nothing."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    around = tokenizer.encode("a", add_special_tokens=True).ids
+    start = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
+    return around[:start]
+
+
+class PieceProcessor:
+    """Takes what a processor takes, for a LLaVA-1.5 or a language model; its methods have a processor's names.
+
+    As in LLaVA, the text between pictures is tokenised piece by piece, with one begin token in front, so a piece after
+    a picture begins like a text of its own (a SentencePiece tokenizer puts its space mark there).
+
+    Args:
+        tokenizer: the language model's; of a LLaVA with the picture token added.
+        pixels: of one picture; None: a language model, which sees none.
+        tokens_per_image: how often the picture token stands for one picture.
+        image_token_id: id of the picture token.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pixels: Callable[[Image.Image], Tensor] | None = None,
+        tokens_per_image: int = 0,
+        image_token_id: int = -1,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.pixels = pixels
+        self.tokens_per_image = tokens_per_image
+        self.image_token_id = image_token_id
+        if pixels is not None:
+            self.image_token = IMAGE_PLACEHOLDER
+        self._words = ControlTokenizer(tokenizer)
 
     @property
-    def model_input_names(self) -> list[str]:
-        """The tokenizer's own."""
-        return self.tokenizer.model_input_names
+    def begin_text(self) -> str:
+        """The begin token's text; empty where the tokenizer puts none in front."""
+        return str(self.tokenizer.decode(self._words.start_ids))
 
     @property
     def chat_template(self) -> str | None:
         """The tokenizer's own."""
-        found: Any = self.tokenizer.chat_template
-        return found
+        template: Any = self.tokenizer.chat_template
+        return template
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """As a processor's."""
         return self.tokenizer.apply_chat_template(conversation, **options)
 
-    def __call__(self, *, text: Sequence[str], images: None = None, **options: Any) -> BatchEncoding:
-        """As a processor's; pictures must have been refused before."""
-        del images
-        options.pop("return_text_replacement_offsets", None)
-        return self.tokenizer(list(text), **options)
+    def __call__(
+        self,
+        *,
+        text: Sequence[str],
+        images: Sequence[Sequence[Image.Image | Tensor]] | None = None,
+        controls: Sequence[Span] = (),
+        **_: Any,
+    ) -> dict[str, Any]:
+        """As a processor's; a picture may also be its features, which a frozen tower gave.
+
+        Args:
+            controls: where special tokens of the format stand; everywhere else they are text.
+
+        Raises: ValueError if the text has places for more or fewer pictures, or only some are features.
+        """
+        pictures = images[0] if images else ()
+        pieces = [text[0]] if self.pixels is None else text[0].split(IMAGE_PLACEHOLDER)
+        if len(pieces) - 1 != len(pictures):
+            raise ValueError(f"{len(pieces) - 1} places for {len(pictures)} pictures")
+        ids: list[int] = []
+        offsets: list[Span] = []
+        places: list[dict[str, Span]] = []
+        start = 0
+        for number, piece in enumerate(pieces):
+            if number:
+                place = (start, start + len(IMAGE_PLACEHOLDER))
+                ids += [self.image_token_id] * self.tokens_per_image
+                offsets += [place] * self.tokens_per_image
+                places.append({"span": place, "new_span": place})
+                start = place[1]
+            own = [(a - start, b - start) for a, b in controls if start <= a and b <= start + len(piece)]
+            piece_ids, piece_offsets = self._words.encode(piece, own)
+            ids += piece_ids
+            # A token of no characters (a space mark put before a piece) counts where it stands.
+            offsets += [(start + a, start + max(b, a + 1)) for a, b in piece_offsets]
+            start += len(piece)
+        begin = self._words.start_ids
+        if ids[: len(begin)] != begin:
+            ids, offsets = begin + ids, [(0, 1)] * len(begin) + offsets
+        batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
+        batch["text_replacement_offsets"] = [places]
+        features = [picture for picture in pictures if isinstance(picture, Tensor)]
+        if 0 < len(features) < len(pictures):
+            raise ValueError("it has a video, whose features are not stored; set data.cache_features: false")
+        if features:
+            batch["image_features"] = torch.stack(features)
+        elif self.pixels is not None and pictures:
+            opened = [picture for picture in pictures if isinstance(picture, Image.Image)]
+            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in opened])
+        return batch
 
 
 # Text of an encoder-decoder's inputs and labels as tokens; what does not fit is taken from the subtitles first.
-
-
-logger = logging.getLogger(__name__)
 
 
 class Seq2SeqEncoder:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from torch import nn
 from transformers import PreTrainedModel
 
-from dora_vl.backbones.image_text import is_adaptable_linear, projector_patterns
+from dora_vl.backbones.model import is_adaptable_linear, projector_patterns
 from dora_vl.core.experts import expert_projections
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError

@@ -17,25 +17,12 @@ and plain kinds. Its other masks are wrong, and ours are not:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-from dora_vl.backbones.encode import ControlTokenizer
-from dora_vl.backbones.generation import decoded
-from dora_vl.backbones.loading import PromptName, TrainOn
-from dora_vl.backbones.templates import (
-    PlainTemplate,
-    RoundTemplate,
-    Template,
-)
-from dora_vl.data.samples import IGNORED_LABEL, Encoded, TrainedAnswer
-from dora_vl.data.turns import Conversation, Turn
-from dora_vl.errors import BadSample, UserError, shown_text
+from dora_vl.backbones.loading import TrainOn
+from dora_vl.backbones.templates import Chat, PlainTemplate, Prompts, RoundTemplate
+from dora_vl.data.turns import Turn
 
 TemplateName = Literal[
     "vicuna_v1",
@@ -130,7 +117,7 @@ def _v0(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
     )
 
 
-_ROWS: tuple[Template, ...] = (
+_ROWS: tuple[RoundTemplate | PlainTemplate, ...] = (
     _v1("vicuna_v1", VICUNA_SYSTEM),
     _v1("llava_v1", HUMAN_SYSTEM),
     _v1("v1_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
@@ -151,10 +138,10 @@ _ROWS: tuple[Template, ...] = (
     _v0("v0_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
     PlainTemplate(),
 )
-TEMPLATES: dict[str, Template] = {row.name: row for row in _ROWS}
+TEMPLATES: Mapping[str, RoundTemplate | PlainTemplate] = {row.name: row for row in _ROWS}
 
 
-# Instructions as text and as tokens: the published prompts, to the last space, and the labels they are trained with.
+# Instructions as text: the published prompts, to the last space.
 #
 # Sources: AGI-Edgerunners/LLM-Adapters, `finetune.py` and `commonsense_evaluate.py`; NVlabs/DoRA, the files of the same
 # names in `commonsense_reasoning/`. Their training prompt is indented by 16 spaces, its blank lines hold 16 spaces too,
@@ -217,102 +204,40 @@ PROMPTS: Mapping[str, InstructionPrompt] = {
 """`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
 
 
-class InstructionEncoder:
-    """Token ids of one tokenizer and prompt; holds no model and can be pickled.
-
-    As in the references: the whole text is cut after `max_tokens`, and the end token is added where there is room.
+@dataclass(frozen=True, kw_only=True)
+class Instruction(Prompts):
+    """A published prompt: one question, its output, and the tokenizer's end token.
 
     Args:
-        tokenizer: the language model's.
-        prompt: a name in `PROMPTS`.
+        name: in `PROMPTS`.
         train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
-        max_tokens: of prompt, output and end token together.
+        end: the tokenizer's end token.
+        test: whether the test's wording asks, whatever is rendered.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, prompt: PromptName, train_on: TrainOn, max_tokens: int
-    ) -> None:
-        end_id = tokenizer.eos_token_id
-        if not isinstance(end_id, int):
-            raise UserError(f"{tokenizer.name_or_path} names no end token (eos_token), which closes every output")
-        self.tokenizer = tokenizer
-        self.prompt = PROMPTS[prompt]
-        self.train_on: TrainOn = train_on
-        self.max_tokens = max_tokens
-        self._end_id = end_id
-        self._text = ControlTokenizer(tokenizer)  # "</s>" in a question stays characters
+    name: str
+    train_on: TrainOn
+    end: str
+    test: bool = False
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Ids and labels of prompt and output.
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """See `Prompts.render`; takes one question, and its output."""
+        if len(turns) + generation_prompt != 2 or turns[0].role != "user":
+            raise ValueError("a prompt of instructions holds one question and its output; ask one question at a time")
+        if not turns[0].instruction.strip():
+            raise ValueError("'instruction' is empty")
+        prompt, test = PROMPTS[self.name], self.test or generation_prompt
+        before = prompt.before_output(turns[0].instruction, turns[0].input, test=test)
+        if generation_prompt:
+            return Chat(before, ())
+        text = before + turns[1].text + self.end
+        start = 0 if self.train_on == "all" else len(before)
+        return Chat(text, ((start, len(text)),), controls=((len(text) - len(self.end), len(text)),))
 
-        Raises: BadSample for anything but one instruction and its output, or if the cut leaves nothing to train on.
-        """
-        name = conversation.id
-        if conversation.images or conversation.videos:
-            raise BadSample(name, "it has pictures or videos, which a language model does not see")
-        before = self._before_output(conversation.turns[:-1], name, test=False)
-        ids, first_of_output = self._split(before, conversation.turns[-1].text)
-        if len(ids) < self.max_tokens:
-            ids = [*ids, self._end_id]
-        cut = max(0, len(ids) - self.max_tokens)
-        ids = ids[: self.max_tokens]
-        first_label = 0 if self.train_on == "all" else first_of_output
-        if first_label >= len(ids):
-            raise BadSample(
-                name,
-                f"no output is left to train on after {cut} of {len(ids) + cut} tokens were cut; raise data.max_tokens",
-            )
-        labels = [IGNORED_LABEL] * first_label + ids[first_label:]
-        return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
-
-    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
-        """What the labels of a conversation must say; the prompt too where it is trained."""
-        opening = ""
-        if self.train_on == "all":
-            start = str(self.tokenizer.decode(self._text.start_ids))
-            opening = start + self._before_output(conversation.turns[:-1], conversation.id, test=False)
-        return [TrainedAnswer(opening, conversation.turns[-1].text, str(self.tokenizer.eos_token))]
-
-    def encode_prompt(self, turns: Sequence[Turn]) -> Int[Tensor, " seq"]:
-        """Ids of the test prompt of one instruction. Never cut.
-
-        Raises: BadSample for other turns than that one.
-        """
-        return torch.tensor(self._ids(self._before_output(turns, "question", test=True)))
-
-    def encode_choice(self, turns: Sequence[Turn], choice: str) -> tuple[Int[Tensor, " seq"], int]:
-        """Ids of the test prompt with this output and the end token after it, and the place where the output begins.
-
-        Raises: BadSample as `encode_prompt`.
-        """
-        ids, first_of_output = self._split(self._before_output(turns, "question", test=True), choice)
-        return torch.tensor([*ids, self._end_id]), first_of_output
-
-    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """The text of an output, without special tokens."""
-        return self.answer_in(decoded(self.tokenizer, ids))
+    def in_test(self) -> Instruction:
+        """See `Prompts.in_test`."""
+        return replace(self, train_on="answer", test=True)
 
     def answer_in(self, text: str) -> str:
-        """What of decoded text is the answer: all."""
+        """All of it."""
         return text
-
-    def _before_output(self, turns: Sequence[Turn], sample_id: str, *, test: bool) -> str:
-        if len(turns) != 1 or turns[0].role != "user":
-            roles = ", ".join(turn.role for turn in turns)
-            raise BadSample(
-                sample_id,
-                "a prompt of instructions holds one question and its output, but here turns of "
-                f"{shown_text(roles)} stand before the output; ask one question at a time",
-            )
-        if not turns[0].instruction.strip():
-            raise BadSample(sample_id, "'instruction' is empty")
-        return self.prompt.before_output(turns[0].instruction, turns[0].input, test=test)
-
-    def _ids(self, text: str) -> list[int]:
-        return self._text.start_ids + self._text.encode(text, ())[0]
-
-    def _split(self, before: str, output: str) -> tuple[list[int], int]:
-        """Ids of both, tokenised as one text, and the first token that holds any of the output."""
-        ids, offsets = self._text.encode(before + output, ())
-        first = next((place for place, (_, end) in enumerate(offsets) if end > len(before)), len(ids))
-        return self._text.start_ids + ids, len(self._text.start_ids) + first

@@ -1,25 +1,27 @@
-"""A processor's own chat template: a conversation's text, and which characters of it are answers."""
+"""How turns are put to a model: by its chat template, or by a format named in `model.template`."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.backbones.prompt_table import TEMPLATES
+from dora_vl.backbones.loading import TrainOn
+from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.prompt_table import PROMPTS, TEMPLATES, Instruction
 from dora_vl.backbones.templates import (
     BREAK,
     PROBE,
     VIDEO_MARK,
-    Rendered,
+    Chat,
+    Prompts,
     Span,
-    Template,
     check_ends,
     check_order,
     refuse_system,
@@ -41,22 +43,10 @@ PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn
 SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Whose messages without pictures are lists of parts, in the order in which they are tried."""
+TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
+"""The same for a language model's template."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation's text, pictures as the template marks them, and the characters that are supervised.
-
-    An answer's span goes from the end of the generation prompt before it through the token that closes it.
-    """
-
-    text: str
-    answer_spans: tuple[Span, ...]
-    suffix: str | None = None
-    """An answer that the processor takes apart from the text; its span then stands behind the text."""
-    by_token_types: bool = False
-    """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
+NO_MEDIA = re.compile(r"((?!))")
 
 
 @dataclass(frozen=True)
@@ -68,8 +58,8 @@ class _Answer:
     end: int
 
 
-class ProcessorChat:
-    """Renders turns by a processor's chat template.
+class ProcessorChat(Prompts):
+    """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
     Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
     anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
@@ -80,17 +70,24 @@ class ProcessorChat:
     model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
     refused.
 
+    A processor of pieces knows where the template's special tokens stand, so the same in a person's words are text: a
+    mark splits each (`BREAK`) until the template has been applied. Other processors' samples with one are refused. To a
+    language model's template a picture is `<image>` in the text.
+
     Args:
-        processor: of a vision-language model, or a language model's tokenizer in the same form.
         name: of the model, for messages.
         pictures: whether the model sees any; a template that leaves them out is refused.
 
     Raises: UserError for such a template, or where there is none.
     """
 
+    name = "tokenizer"
+
     def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
         self._processor = processor
         self._name = name
+        self._pieces = isinstance(processor, PieceProcessor)
+        self._media = NO_MEDIA if self._pieces else MEDIA
         self._template = processor.chat_template or processor.tokenizer.chat_template
         if not self._template:
             raise UserError(
@@ -98,7 +95,7 @@ class ProcessorChat:
                 "chat_template.jinja into the folder, take a model that is made for chats (its -Instruct or -it), or "
                 "set model.template: question_answer"
             )
-        self.bos_token: str | None = processor.tokenizer.bos_token
+        self.bos_token = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
         self._closing = ""
         check_ends(partial(self._try, pictures=pictures), name)
@@ -118,7 +115,10 @@ class ProcessorChat:
         """
         system, talk = system_and_talk(turns)
         check_order(talk, generation_prompt=generation_prompt)
-        refuse_special(turns, self._special)
+        if self._pieces:
+            turns = [replace(turn, text=self._special.sub(_broken, turn.text)) for turn in turns]
+        else:
+            refuse_special(turns, self._special)
         messages = [self._message(turn) for turn in turns]
         whole = self._apply(messages, generation_prompt=generation_prompt)
         self._check_nothing_lost(turns, whole)
@@ -130,10 +130,16 @@ class ProcessorChat:
             text += whole[answer.opening[1] : answer.end]
             spans.append((start, len(text)))
             place = answer.end
-        return Chat(text + whole[place:], tuple(spans))
+        text += whole[place:]
+        if not self._pieces:
+            return Chat(text, tuple(spans))
+        controls = [match.span() for match in self._special.finditer(text)]
+        breaks = [match.start() for match in re.finditer(BREAK, text)]
+        moved = partial(_without_breaks, breaks=breaks)
+        return Chat(text.replace(BREAK, ""), tuple(map(moved, spans)), tuple(map(moved, controls)))
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        pieces = MEDIA.split(turn.text)
+        pieces = self._media.split(turn.text)
         closing = self._closing if turn.role == "assistant" else ""
         if len(pieces) == 1 and turn.role not in self._in_parts:
             return {"role": turn.role, "content": turn.text + closing}
@@ -173,7 +179,7 @@ class ProcessorChat:
         self._check_system_kept(turns, whole)
         place = 0
         for number, turn in enumerate(turns):
-            for piece in MEDIA.split(turn.text)[::2]:
+            for piece in self._media.split(turn.text)[::2]:
                 found = whole.find(piece.strip(), place)
                 if found < 0 and whole.find(piece.strip()) < 0:
                     raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
@@ -185,7 +191,7 @@ class ProcessorChat:
         said = system.text.strip() if system else ""
         if not said:
             return
-        again = sum(piece.strip().count(said) for turn in talk for piece in MEDIA.split(turn.text)[::2])
+        again = sum(piece.strip().count(said) for turn in talk for piece in self._media.split(turn.text)[::2])
         if whole.count(said) <= again:
             raise ValueError("the chat template leaves out or changes the system turn")
 
@@ -200,7 +206,7 @@ class ProcessorChat:
     def _wanted_parts(self) -> frozenset[Role]:
         """Whose messages without pictures are lists of parts to this template too; the others' must be strings."""
         reasons: list[str] = []
-        for form in FORMS:
+        for form in TEXT_FORMS if self._pieces else FORMS:
             self._in_parts = form
             why = self._why_not(PROCESSOR_PROBE[:2])
             if why is None:
@@ -268,6 +274,16 @@ class ProcessorChat:
         )
 
 
+def _broken(special: re.Match[str]) -> str:
+    """A special token in a person's words, split by a mark, so that it is not taken for the template's."""
+    return special[0][0] + BREAK + special[0][1:]
+
+
+def _without_breaks(span: Span, breaks: Sequence[int]) -> Span:
+    start, end = (place - sum(mark < place for mark in breaks) for place in span)
+    return start, end
+
+
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
     """Refuses words that the tokenizer would take for one of its special tokens.
 
@@ -285,146 +301,18 @@ def special_tokens(processor: Any) -> re.Pattern[str]:
     tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = vars(processor)
     tokens |= {own[name] for name in ("image_token", "video_token", "audio_token") if isinstance(own.get(name), str)}
-    tokens.discard("")
+    tokens -= {"", IMAGE_PLACEHOLDER if isinstance(processor, PieceProcessor) else ""}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
-
-
-# A prompt format by its name: a row of the table, or the language model's own chat template, by its tokenizer.
-
-
-USUAL = ("vicuna_v1", "chatml")
-
-
-class ChatTemplate:
-    """The language model's own chat template, by its tokenizer.
-
-    An answer's span runs from the generation prompt before it to the last special token of the text that it
-    adds. That is only right where earlier turns read the same with and without later ones; a template that
-    rewrites them (reasoning models drop old thoughts) is refused with the sample. Templates of models that take
-    pictures want a message as a list of parts and leave a plain string out; which one it is, is tried.
-    """
-
-    name = "tokenizer"
-    stop = ""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"{tokenizer.name_or_path} has no chat template; set model.template to {', '.join(TEMPLATES)}"
-            )
-        self._tokenizer = tokenizer
-        tokens = {token for token in tokenizer.all_special_tokens if token != IMAGE_PLACEHOLDER}
-        tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        tokens.discard(IMAGE_PLACEHOLDER)
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
-        check_ends(self._wants_parts, tokenizer.name_or_path)
-        self._as_parts = self._wants_parts()
-
-    def _wants_parts(self) -> bool:
-        """Whether a message is a list of parts to this template. Raises: UserError where it takes neither form."""
-        said = [{"role": turn.role, "content": turn.text} for turn in PROBE]
-        for as_parts in (False, True):
-            self._as_parts = as_parts
-            try:
-                text = self._apply(said, generation_prompt=False)
-            except ValueError:  # it takes no string, or no list
-                continue
-            if all(one["content"] in text for one in said):
-                return as_parts
-        raise UserError(
-            f"the chat template of {self._tokenizer.name_or_path} leaves out what is said, as text and as a list of "
-            f"parts; set model.template to one of {', '.join(TEMPLATES)}"
-        )
-
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
-        """See `Template.render`."""
-        system, talk = system_and_talk(turns)
-        check_order(talk, generation_prompt=generation_prompt)
-        messages = [{"role": turn.role, "content": self._broken(turn.text)} for turn in turns]
-        whole = self._apply(messages, generation_prompt=generation_prompt)
-        if lost := [number for number, one in enumerate(messages) if one["content"].strip() not in whole]:
-            raise ValueError(f"the chat template leaves out or changes the text of turn {lost[0]}")
-        spans = [
-            self._answer_span(messages[:end], whole) for end in range(2 + (system is not None), len(messages) + 1, 2)
-        ]
-        controls = [match.span() for match in self._special.finditer(whole)]
-        breaks = [match.start() for match in re.finditer(BREAK, whole)]
-
-        def cleaned(span: Span) -> Span:
-            start, end = (place - sum(mark < place for mark in breaks) for place in span)
-            return start, end
-
-        return Rendered(whole.replace(BREAK, ""), tuple(map(cleaned, spans)), tuple(map(cleaned, controls)))
-
-    def _answer_span(self, messages: list[dict[str, str]], whole: str) -> Span:
-        before = self._apply(messages[:-1], generation_prompt=True)
-        after = self._apply(messages, generation_prompt=False)
-        if not whole.startswith(before) or not whole.startswith(after):
-            raise ValueError("the chat template writes earlier turns differently once later ones follow")
-        closing = [match.end() for match in self._special.finditer(after) if match.start() >= len(before)]
-        if not closing:
-            raise UserError(
-                f"the chat template of {self._tokenizer.name_or_path} closes an answer with no special token, so a "
-                f"model trained on it would not stop; set model.template to one of {', '.join(TEMPLATES)}"
-            )
-        return len(before), closing[-1]
-
-    def _broken(self, text: str) -> str:
-        """The text with each special token in it split by a mark, so that it is not taken for the template's."""
-        return self._special.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
-
-    def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-        said: list[dict[str, Any]] = [*messages]
-        if self._as_parts:
-            said = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-        return rendered_by(
-            partial(self._tokenizer.apply_chat_template, said, tokenize=False, add_generation_prompt=generation_prompt)
-        )
-
-
-def get_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """A template by its name; `tokenizer` is the language model's own, and None the first of `USUAL` that it has the
-    tokens of, else its own.
-
-    Raises: UserError if there is none of that name.
-    """
-    if name is None:
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        probes = {usual: TEMPLATES[usual].render(PROBE) for usual in USUAL}
-        fitting = (
-            usual
-            for usual, probe in probes.items()
-            if special.issuperset(probe.text[a:b] for a, b in probe.control_spans)
-        )
-        name = next(fitting, "tokenizer")
-    if name == "tokenizer":
-        return ChatTemplate(tokenizer)
-    if name not in TEMPLATES:
-        raise UserError(f"model.template {name!r}: there are {', '.join(TEMPLATES)} and tokenizer (the model's own)")
-    return TEMPLATES[name]
 
 
 # Prompts of models whose processor has no chat template, by a name of `model.template`.
 
 
 FormatName = Literal["question_answer", "paligemma"]
+USUAL = ("vicuna_v1", "chatml")
 
 
-@runtime_checkable
-class Prompts(Protocol):
-    """Turns as the text that a processor takes."""
-
-    bos_token: str | None
-
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text; `generation_prompt` opens the next answer.
-
-        Raises: ValueError if the turns do not fit.
-        """
-        ...
-
-
-class QuestionAnswer:
+class QuestionAnswer(Prompts):
     """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
 
     An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
@@ -433,8 +321,10 @@ class QuestionAnswer:
         something behind every text.
     """
 
+    name = "question_answer"
+
     def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
-        self.bos_token: str | None = processor.tokenizer.bos_token
+        self.bos_token = processor.tokenizer.bos_token
         self._end = str(processor.tokenizer.eos_token or "")
         self._picture = str(vars(processor).get("image_token") or "")
         self._special = special_tokens(processor)
@@ -464,16 +354,18 @@ class QuestionAnswer:
         return Chat(text, tuple(spans))
 
 
-class PaliGemma:
+class PaliGemma(Prompts):
     """PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
 
     The processor is given the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So
     a conversation has one question, and its pictures stand before it (google-research/big_vision, paligemma).
     """
 
+    name = "paligemma"
+
     def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
         del name, pictures
-        self.bos_token: str | None = processor.tokenizer.bos_token
+        self.bos_token = processor.tokenizer.bos_token
         self._picture = str(processor.image_token)
         self._special = special_tokens(processor)
 
@@ -528,24 +420,44 @@ OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "
 """Processors that take one format and no other, whatever the settings say of chat templates."""
 
 
-def prompts_of(processor: Any, name: str, template: str | None, *, pictures: bool) -> Prompts:
+def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The format of a LLaVA that names none: the first of `USUAL` whose special tokens its tokenizer has."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for name in USUAL:
+        probe = TEMPLATES[name].render(PROBE)
+        if special.issuperset(probe.text[start:end] for start, end in probe.controls):
+            return name
+    return ProcessorChat.name
+
+
+def prompts_of(
+    processor: Any, name: str, template: str | None, *, pictures: bool, train_on: TrainOn = "all"
+) -> Prompts:
     """How turns are put to this processor: by the format `template`, or else by its chat template.
 
     Raises: UserError if there is neither, or it cannot be trained on.
     """
-    chosen = template if template in FORMATS else OWN_FORMAT.get(type(processor).__name__)
+    own = OWN_FORMAT.get(type(processor).__name__)
+    pieces = isinstance(processor, PieceProcessor)
+    if template is None and pieces and pictures:
+        template = usual_template(processor.tokenizer)
+    chosen = template if template in FORMATS else own
     if chosen is not None:
         return FORMATS[chosen](processor, name, pictures=pictures)
-    return ProcessorChat(processor, name, pictures=pictures)
-
-
-# The text that an encoder-decoder is asked with; imports nothing that takes time, as task files need it.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
-
-    subtitles_before: str = ""
-    subtitles: str = ""
-    text: str
+    if template is None or template == ProcessorChat.name:
+        return ProcessorChat(processor, name, pictures=pictures)
+    if not pieces:
+        raise UserError(
+            f"model.template {template!r} is for a LLaVA-1.5 or a language model; {name} has its own chat template, or "
+            f"{' or '.join(FORMATS)}; leave it out"
+        )
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if template not in PROMPTS or pictures:
+        raise UserError(
+            f"model.template {template!r}: there are {', '.join((*TEMPLATES, *FORMATS))} and tokenizer (its own)"
+        )
+    end = processor.tokenizer.eos_token
+    if not isinstance(end, str):
+        raise UserError(f"{name} names no end token (eos_token), which closes every output")
+    return Instruction(name=template, train_on=train_on, end=end)

@@ -26,14 +26,13 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from dora_vl.backbones.tower_pictures import Aspect, ImagePreparation, Preparation
 from dora_vl.backbones.tower_sources import (
-    PRETRAINED,
-    TowerSpec,
     load_from_file,
     load_open_clip,
     load_timm,
     load_tower,
     transformers_preparation,
 )
+from dora_vl.backbones.tower_spec import PRETRAINED, TowerSpec
 from dora_vl.backbones.vision_store import (
     FEATURES,
     HASH,

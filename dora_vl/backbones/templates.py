@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -24,39 +23,44 @@ BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark 
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A prompt's text and what its characters are.
+class Chat:
+    """A conversation's text, pictures as the template marks them, and what its characters are.
 
-    `answer_spans` are supervised: everything after a generation prompt, through the token that closes the
-    answer. A separating space before the answer belongs to the span, because generation has to produce it.
-    `control_spans` are the special tokens that the template wrote; the same text anywhere else is only text.
+    `answer_spans` are supervised: from the end of the generation prompt before an answer through what closes it. A
+    separating space before the answer belongs to the span, because generation has to produce it.
+    `controls` are the special tokens that the template wrote; where a processor of pieces makes the tokens, the same
+    text anywhere else is only text.
     """
 
     text: str
     answer_spans: tuple[Span, ...]
-    control_spans: tuple[Span, ...]
+    controls: tuple[Span, ...] = ()
+    suffix: str | None = None
+    """An answer that the processor takes apart from the text; its span then stands behind the text."""
+    by_token_types: bool = False
+    """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
 
-@runtime_checkable
-class Template(Protocol):
+class Prompts:
     """How turns become text."""
 
-    @property
-    def name(self) -> str:
-        """The value of `model.template` that chooses it."""
-        ...
+    name: str = ""
+    """The value of `model.template` that chooses it."""
+    bos_token: str | None = None
+    stop: str = ""
+    """Text that ends an answer, where no special token does."""
 
-    @property
-    def stop(self) -> str:
-        """Text that ends an answer, where no special token does; else nothing."""
-        ...
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The turns as text; `generation_prompt` opens the next answer. Raises: ValueError if the turns do not fit."""
+        raise NotImplementedError
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
-        """The text of these turns; `generation_prompt` opens the next answer.
+    def in_test(self) -> Prompts:
+        """The same as a test asks, which differs for the published prompts of instructions."""
+        return self
 
-        Raises: ValueError if the turns do not fit the template.
-        """
-        ...
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer."""
+        return (text.partition(self.stop)[0] if self.stop else text).strip()
 
 
 def system_and_talk(turns: Sequence[Turn]) -> tuple[Turn | None, Sequence[Turn]]:
@@ -130,7 +134,7 @@ def check_ends(render: Callable[[], object], name: str) -> None:
 
 def framed(answers: Sequence[Turn], probe: str) -> list[TrainedAnswer]:
     """Answers with what is trained before and behind each, by what is trained of `PROBE`'s."""
-    opening, _, closing = probe.partition(PROBE[1].text)
+    opening, _, closing = probe.rpartition(PROBE[1].text)
     return [TrainedAnswer(opening, turn.text, closing) for turn in answers]
 
 
@@ -183,7 +187,7 @@ class _Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundTemplate:
+class RoundTemplate(Prompts):
     """Rounds of question and answer as strings; `{}` is where the question, the answer or the picture stands."""
 
     name: str
@@ -209,8 +213,8 @@ class RoundTemplate:
     stop: str = ""
     """Text that ends an answer, where no special token does."""
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
-        """See `Template.render`."""
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """See `Prompts.render`."""
         system, talk = system_and_talk(turns)
         check_order(talk, generation_prompt=generation_prompt)
         text = _Text()
@@ -226,7 +230,7 @@ class RoundTemplate:
                 answers.append((start, len(text.text)))
         if not generation_prompt:
             text.own(self.end)
-        return Rendered(text.text, tuple(answers), tuple(text.controls))
+        return Chat(text.text, tuple(answers), tuple(text.controls))
 
     def _begin(self, text: _Text, system: Turn | None) -> str:
         """Writes what comes before the first round; returns the first question's frame."""
@@ -244,20 +248,29 @@ class RoundTemplate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainTemplate:
+class PlainTemplate(Prompts):
     """Projector pretraining: the pictures of the question, its text dropped, then the caption and a newline."""
 
     name: str = "plain"
     stop: str = ""
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
-        """See `Template.render`; takes one question with a picture, and its caption."""
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """See `Prompts.render`; takes one question with a picture, and its caption."""
         refuse_system(turns, self.name)
         check_order(turns, generation_prompt=generation_prompt)
         if len(turns) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")
         pictures = IMAGE_PLACEHOLDER * turns[0].text.count(IMAGE_PLACEHOLDER)
         if generation_prompt:
-            return Rendered(pictures, (), ())
+            return Chat(pictures, ())
         text = pictures + turns[1].text + "\n"
-        return Rendered(text, ((len(pictures), len(text)),), ())
+        return Chat(text, ((len(pictures), len(text)),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
+
+    subtitles_before: str = ""
+    subtitles: str = ""
+    text: str

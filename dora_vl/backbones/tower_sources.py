@@ -17,19 +17,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.adapters.files import read_tensors
+from dora_vl.backbones.tower_config import GridTowerConfig, Layout
 from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
-from dora_vl.backbones.towers import (
-    PRETRAINED,
-    RANDOM,
-    GridTower,
-    GridTowerConfig,
-    Layout,
-    keep_all_buffers,
-    load_weights,
-    network_output,
-)
-from dora_vl.backbones.towers import TowerSpec as TowerSpec
-from dora_vl.backbones.towers import VisionLibrary as VisionLibrary
+from dora_vl.backbones.tower_spec import PRETRAINED, RANDOM, TowerSpec
+from dora_vl.backbones.towers import GridTower, keep_all_buffers, load_weights, network_output
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 

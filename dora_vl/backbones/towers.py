@@ -6,111 +6,17 @@ transformers' `LlavaForConditionalGeneration` takes a `GridTower` as its `vision
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, Literal, no_type_check
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from dora_vl.backbones.tower_config import GridTowerConfig, register_config
 from dora_vl.errors import UserError
-
-# Which vision network a run's settings name; imports nothing that takes time.
-
-
-VisionLibrary = Literal["timm", "open_clip", "transformers"]
-PRETRAINED, RANDOM = "pretrained", "random"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerSpec:
-    """Which vision network to take, from where, and which part of it."""
-
-    library: VisionLibrary
-    name: str
-    """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
-    weights: str = PRETRAINED
-    """`pretrained` (the library's own download, transformers' folder), `random`, an open_clip tag, or a `.pth` /
-    `.safetensors` file."""
-    weights_in_order: bool = False
-    """Matches a weights file to the network by position instead of by name; every shape must fit."""
-    layer: int | None = None
-    """Hidden state from the end; None is -2 for transformers (as LLaVA-1.5 does) and -1 for the others."""
-    grid_pool: int | None = None
-    """Side of the grid after average pooling; None keeps the network's own."""
-    image_size: int | None = None
-    """Pixels along a side; None takes the published value."""
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
-
-
-# The config of a grid tower; needs transformers' config class and nothing heavier.
-#
-# A file of its own: `lazy_registration` imports it while transformers' `modeling_utils`, which `towers` needs, may
-# itself be halfway through its import.
-
-
-Layout = Literal["NCHW", "NHWC", "NLC"]
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-
-
-# transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
-@no_type_check
-class GridTowerConfig(PreTrainedConfig):
-    """All that rebuilds a vision tower of any library without its weights, and the preparation it expects.
-
-    `layout`, `prefix_tokens` and `grid_side` describe what the library's network returns; they are measured once, when
-    the tower is composed (`towers.load_tower`), so that nothing has to be guessed from a network's class later.
-    """
-
-    model_type = "dora_grid_tower"
-
-    library: VisionLibrary = "timm"
-    architecture: str = ""
-    """The library's own name of the network, for example `tf_efficientnet_lite0` or `ViT-B-32`."""
-    options: dict[str, Any] | None = None
-    """What the library needs beside the name: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
-    layer: int = -1
-    """Which hidden state is taken, counted from the end; -1 is the last one, after the network's final norm."""
-    grid_pool: int | None = None
-    """Side of the grid after average pooling; None keeps the network's own grid."""
-    layout: Layout = "NCHW"
-    prefix_tokens: int = 0
-    """Class and register tokens in front of the grid (`NLC` only); dropped."""
-    grid_side: int = 7
-    hidden_size: int = 1280
-    image_size: int = 224
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-    interpolation: str = "bicubic"
-
-    @property
-    def tokens(self) -> int:
-        """Grid tokens that one picture becomes."""
-        return (self.grid_pool or self.grid_side) ** 2
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
-        return self.image_size // (self.grid_pool or self.grid_side)
-
-
-def register_config() -> None:
-    """Makes transformers' `AutoConfig` know this config; calling it again changes nothing."""
-    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)
 
 
 def build_network(config: GridTowerConfig) -> nn.Module:
@@ -240,98 +146,11 @@ def keep_all_buffers(network: nn.Module) -> None:
 
 def register_towers() -> None:
     """Makes transformers' `AutoConfig` and `AutoModel` know `GridTower`; calling it again changes nothing."""
-    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
+    # Not at the top: importing the table runs the registration's hook, which imports this module.
     from transformers.models.auto.modeling_auto import AutoModel
 
     register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)
-
-
-# Makes transformers know `GridTower` at the moment transformers itself is imported, and not before.
-#
-# A composed LLaVA must open with plain `transformers` after `import dora_vl`, in whichever order the two are imported.
-# transformers has no plug-in entry point, so there are two ways:
-#
-# - import transformers here and register at once: two and a half seconds and torch for all who write
-#   `import dora_vl`, and `dora_vl.core` could no longer be used where transformers is missing;
-# - watch for the import (this module): one entry at the front of `sys.meta_path`, which answers for the two modules
-#   that hold the auto classes' tables and for nothing else, and takes itself out after them. The price is that a
-#   reader has
-#   to know of it, so it is kept to this file; our own code does not rely on it and calls `towers.register_towers()`.
-
-
-CONFIG_TABLE = "transformers.models.auto.configuration_auto"
-MODEL_TABLE = "transformers.models.auto.modeling_auto"
-
-
-def register_with_transformers() -> None:
-    """Registers `GridTower` as soon as transformers' tables exist: now, or when they are imported."""
-    steps = {CONFIG_TABLE: _register_config, MODEL_TABLE: _register_model}
-    waiting = {table: step for table, step in steps.items() if table not in sys.modules}
-    if waiting:
-        sys.meta_path.insert(0, _TableWatcher(waiting))
-    for table in steps.keys() - waiting.keys():
-        steps[table]()
-
-
-def _register_config() -> None:
-    if _is_known():
-        import_module("dora_vl.backbones.towers").register_config()
-
-
-def _register_model() -> None:
-    if _is_known():
-        import_module("dora_vl.backbones.towers").register_towers()
-
-
-def _is_known() -> bool:
-    """Whether transformers is of a major version that the towers are written for.
-
-    vLLM's plugin brings this package into processes with an older one, whose import must not fail for it.
-    """
-    version = str(getattr(sys.modules.get("transformers"), "__version__", ""))
-    return version.partition(".")[0] == "5"
-
-
-class _TableWatcher(MetaPathFinder):
-    """Finds the tables as any importer would, and registers once each has been executed."""
-
-    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
-        self.waiting = waiting
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module's own spec with our step behind its loader; None for every other module."""
-        if fullname not in self.waiting:
-            return None
-        register = self.waiting.pop(fullname)
-        if not self.waiting:
-            sys.meta_path.remove(self)
-        for finder in [finder for finder in sys.meta_path if finder is not self]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _ThenRegister(spec.loader, register)
-                return spec
-        return None
-
-
-class _ThenRegister(Loader):
-    """Runs a module as its own loader does, then one more function."""
-
-    def __init__(self, loader: Loader, register: Callable[[], None]) -> None:
-        self.loader = loader
-        self.register = register
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the module's own loader."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """As the module's own loader; then registers."""
-        self.loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        module.__loader__ = self.loader
-        self.register()
 
 
 # Fits a table of weights to a network exactly.

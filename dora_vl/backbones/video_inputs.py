@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from dora_vl.backbones.prompts import Chat
-from dora_vl.backbones.templates import VIDEO_MARK
+from dora_vl.backbones.templates import VIDEO_MARK, Chat
 from dora_vl.data.batches import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Frames
@@ -85,8 +84,8 @@ def marked(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def as_pictures(
-    turns: Sequence[Turn], pictures: Sequence[Image.Image], videos: Sequence[Video]
-) -> tuple[list[Turn], list[Image.Image]]:
+    turns: Sequence[Turn], pictures: Sequence[Any], videos: Sequence[Video]
+) -> tuple[list[Turn], list[Any]]:
     """The turns with `<image>` for each frame of each video, and all pictures in the order of their places.
 
     Raises: ValueError if the places are not as many as pictures and videos.
@@ -144,7 +143,7 @@ def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Vide
 
 
 def displaced_inputs(
-    processor: Any, found: Mapping[str, Any], pictures: Sequence[Image.Image], videos: Sequence[Video]
+    processor: Any, found: Mapping[str, Any], pictures: Sequence[Any], videos: Sequence[Video]
 ) -> dict[str, Tensor]:
     """What a sample's pictures lost to its videos, where the processor has inputs of one name for both (SmolVLM).
 

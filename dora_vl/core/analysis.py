@@ -25,8 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.core.functional import NORM_CHUNK_ROWS
-
 Axis = Literal["output", "input"]
 FLAT = 1e-12
 """Points whose spread is below this share of their size lie in one place: rounding, no slope."""
@@ -43,11 +41,6 @@ class WeightChange:
     vectors: int
     without_direction: int
     """Vectors that are all zero before or after: they have a magnitude, no direction, and are left out of dD."""
-
-
-def weight_change(before: Float[Tensor, "out in_"], after: Float[Tensor, "out in_"], *, axis: Axis) -> WeightChange:
-    """dM and dD of one weight, computed in float64 a block of rows at a time."""
-    return change_of_blocks(zip(before.split(NORM_CHUNK_ROWS), after.split(NORM_CHUNK_ROWS), strict=True), axis=axis)
 
 
 def change_of_blocks(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains, unwatch
+from dora_vl.core.gain import Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError
@@ -135,11 +135,6 @@ class ExpertsProjection(AdaptedLayer):
 
     # -- forward -----------------------------------------------------------------------------------------------
 
-    def forget_norms(self, *, frozen: bool = False) -> None:
-        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
-        super().forget_norms(frozen=frozen)
-        self._gains: tuple[Sequence[Gain], torch.dtype, Snapshot] | None = None
-
     def forward(
         self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
     ) -> Float[Tensor, "rows out"]:
@@ -165,7 +160,7 @@ class ExpertsProjection(AdaptedLayer):
             if factors is None
             else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True)),
             magnitudes=none if magnitude is None else magnitude.unbind(),
-            gains=none if magnitude is None else self._current_gains(dtype, bias),
+            gains=none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype),
         )
 
     def _one_expert(self, x: Tensor, expert: int, of: _Operands) -> Float[Tensor, "rows out"]:
@@ -187,12 +182,6 @@ class ExpertsProjection(AdaptedLayer):
         gain = functional.gain(m, self.norms()[expert])
         output = F.linear(x, weight, of.biases[expert])
         return functional.changed_output(output, F.linear(dropped, weight), low_rank, gain)
-
-    def _current_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
-        if self._gains is None or self._gains[1] != dtype or not self.still_holds(self._gains[2]):
-            with torch.no_grad():
-                self._gains = self._new_gains(dtype, bias), dtype, self.snapshot()
-        return self._gains[0]
 
     def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
         """The gains of all experts in one go; those with a row that needs more care again, each alone."""

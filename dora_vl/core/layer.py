@@ -126,6 +126,7 @@ OriginalWeight = Callable[[str], Tensor]
 
 
 Self = TypeVar("Self", bound="AdaptedLayer")
+Value = TypeVar("Value")
 
 
 class AdaptedLayer(nn.Module):
@@ -267,16 +268,20 @@ class AdaptedLayer(nn.Module):
         Call it where something else than an optimizer or an edit in place changed them (`.data`, a kernel). It is
         cheap enough for every step, because ||W_i||^2 stays: say `frozen` where W itself was changed in such a way.
         """
-        self._norms: tuple[Tensor, Snapshot] | None = None
+        self._kept: dict[str, tuple[Any, Snapshot]] = {}
         if frozen:
             self._norms_squared = None
 
     def norms(self) -> Float[Tensor, "*experts out"]:
         """n without a gradient, computed once per optimizer step."""
-        if self._norms is None or not self.still_holds(self._norms[1]):
+        return self.kept("norms", self.live_norms)
+
+    def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
+        """What was computed without a gradient from the layer's tensors, while these and `also` are the same."""
+        if name not in self._kept or not self.still_holds(self._kept[name][1], *also):
             with torch.no_grad():
-                self._norms = self.live_norms(), self.snapshot()
-        return self._norms[0]
+                self._kept[name] = compute(), self.snapshot(*also)
+        return self._kept[name][0]
 
     def live_norms(self) -> Float[Tensor, "*experts out"]:
         """n with its gradient in A and B."""

@@ -21,7 +21,6 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.change import FusedChange, gain_over_norm
 from dora_vl.core.fast.products import triton_kernels
-from dora_vl.core.gain import Gain, Snapshot
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError
@@ -241,21 +240,10 @@ class QuantisedLinear(AdaptedLayer):
             return None
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         a, b = self.factors() or (None, None)
-        gain = self._current_gain(output.dtype)
+        magnitude, dtype = self.magnitude, output.dtype
+        gain = self.kept("gain", lambda: gain_over_norm(magnitude, self.norms(), dtype), dtype)
         operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
         return cast(Tensor, FusedChange.apply(*operands))
-
-    def _current_gain(self, dtype: torch.dtype) -> Gain:
-        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
-            with torch.no_grad():
-                gain = gain_over_norm(cast(Tensor, self.magnitude), self.norms(), dtype)
-            self._gain = gain, dtype, self.snapshot()
-        return self._gain[0]
-
-    def forget_norms(self, *, frozen: bool = False) -> None:
-        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
-        super().forget_norms(frozen=frozen)
-        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """All of the layer's tensors but its bias, which may train: which of them hold W is not known.

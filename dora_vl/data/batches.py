@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from typing_extensions import NotRequired
 
 from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
 
@@ -120,95 +119,17 @@ def _join(trees: Sequence[SharedRow]) -> SharedRow:
     )
 
 
-class Batch(TypedDict):
-    """What a backbone and the bookkeeping receive. `labels[b, t]` is the token at `t`; the backbone shifts.
-
-    Pictures of all rows stand one after another, in the order of their placeholders; at most one of
-    `pixel_values` and `image_features` is there, neither when every row is text only. `samples` counts the
-    real samples, `padding_tokens` the positions that hold no token, `cut` what the length limit removed. With
-    `layout` a row holds several samples.
-    """
-
-    input_ids: Int[Tensor, "batch seq"]
-    attention_mask: Int[Tensor, "batch seq"]
-    labels: Int[Tensor, "batch seq"]
-    pixel_values: NotRequired[Float[Tensor, "images 3 height width"]]
-    image_features: NotRequired[Float[Tensor, "images tokens width"]]
-    layout: NotRequired[Int[Tensor, "batch 3 seq"]]
-    samples: int
-    sample_ids: list[str]
-    padding_tokens: int
-    skipped: list[tuple[str, str]]
-    cut: list[tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads samples to the longest of them. Training pads on the right; decoding needs the left.
-
-    The attention mask comes from lengths, not from ids: an unknown word may share the padding's id.
-    """
-
-    pad_token_id: int
-    pad_side: Literal["right", "left"] = "right"
-    share_pictures_by: int | None = None
-    """The picture token's id: samples of the same pictures then share their tokens."""
-    pack: bool = False
-    """Several samples stand in a row where they fit, each by itself: the same loss, hardly any padding."""
-
-    def __call__(self, items: Sequence[Sample | Skipped | None]) -> Batch:
-        """One batch; None is left out. Without a usable sample, one row of padding without labels keeps ranks in step.
-
-        That row's only position is attended to: a row masked as a whole gives NaN in some attention kernels.
-        """
-        samples = [item for item in items if isinstance(item, Sample)]
-        batch, illustrated = self._rows(samples)
-        batch["skipped"] = [(item.id, item.reason) for item in items if isinstance(item, Skipped)]
-        pixels = [picture for sample in illustrated for picture in sample.pictures]
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
-        features = [picture for sample in illustrated for picture in sample.features]
-        if features:
-            batch["image_features"] = torch.stack(features)
-        return batch
-
-    def _rows(self, samples: Sequence[Sample]) -> tuple[Batch, Sequence[Sample]]:
-        """The rows' tensors and counts, and the samples whose pictures stand in them."""
-        if not samples or (self.share_pictures_by is None and not self.pack):
-            ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
-            labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
-            return self._padded(samples, ids, labels), samples
-        shared = self.share_pictures_by
-        rows = packed_rows(samples) if shared is None else shared_rows(samples, picture_token_id=shared)
-        batch = self._padded(samples, [row.input_ids for row in rows], [row.labels for row in rows])
-        batch["layout"] = torch.stack([self._pad([row.layout[k] for row in rows], 0) for k in range(3)], dim=1)
-        return batch, [sample for row in rows for sample in row.pictures_of]
-
-    def _padded(self, samples: Sequence[Sample], ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Batch:
-        mask = self._pad([torch.ones_like(row) for row in ids], 0)
-        return {
-            "input_ids": self._pad(ids, self.pad_token_id),
-            "attention_mask": mask,
-            "labels": self._pad(labels, IGNORED_LABEL),
-            "samples": len(samples),
-            "sample_ids": [sample.id for sample in samples],
-            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
-            "skipped": [],
-            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
-        }
-
-    def _pad(self, rows: Sequence[Int[Tensor, " _"]], value: int) -> Int[Tensor, "batch longest"]:
-        longest = max(len(row) for row in rows)
-        padded = torch.full((len(rows), longest), value, dtype=torch.int64)
-        for target, row in zip(padded, rows, strict=True):
-            start = 0 if self.pad_side == "right" else longest - len(row)
-            target[start : start + len(row)] = row
-        return padded
-
-
 # A processor's inputs of several samples as one batch, as the processor itself would have batched them.
 
 
+ALIGNED = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)
+"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 
@@ -224,7 +145,7 @@ POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel
 
 
 @dataclass(frozen=True)
-class ProcessorCollator:
+class Collator:
     """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
 
     Tensors are joined along their first dimension and filled with zeros where other dimensions differ (tiles of a
@@ -235,29 +156,37 @@ class ProcessorCollator:
 
     Args:
         pad_token_id: fills short rows.
-        aligned: names of inputs that hold an entry for each token.
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
+        share_pictures_by: the picture token's id: samples of the same pictures then share their tokens.
+        pack: several samples stand in a row where they fit, each by itself: the same loss, hardly any padding.
     """
 
     pad_token_id: int
-    aligned: tuple[str, ...]
     dummy: Sample | None = None
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
+    share_pictures_by: int | None = None
+    pack: bool = False
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""
         samples = [item for item in items if isinstance(item, Sample)]
         rows = list(samples)
+        if samples and self.share_pictures_by is not None:
+            rows = [_as_sample(row) for row in shared_rows(samples, picture_token_id=self.share_pictures_by)]
+        elif samples and self.pack:
+            rows = [_as_sample(row) for row in packed_rows(samples)]
+        tokens = sum(len(row.input_ids) for row in rows)
         for dummy in (self.dummy, self.dummy_video):
             if dummy is not None and not any(self._media(dummy) <= self._media(row) for row in rows):
-                rows.append(dummy)
+                rows.append(
+                    _as_sample(_tree([dummy], len(dummy.input_ids))) if rows and "layout" in rows[0].inputs else dummy
+                )
         if not rows:
             rows = [self._nothing()]
         batch = self._joined(rows)
-        tokens = sum(len(sample.input_ids) for sample in samples)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
         return {
             **batch,
@@ -271,24 +200,24 @@ class ProcessorCollator:
 
     def _media(self, row: Sample) -> frozenset[str]:
         """Names of a row's inputs for pictures and videos."""
-        return frozenset(row.inputs).difference(self.aligned)
+        return frozenset(row.inputs).difference(ALIGNED)
 
     def _nothing(self) -> Sample:
         ids = torch.tensor([self.pad_token_id])
-        mask = {"attention_mask": torch.ones(1, 1, dtype=torch.int64)}
-        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]), inputs=mask)
+        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]))
 
     def _joined(self, rows: Sequence[Sample]) -> dict[str, Any]:
         joined: dict[str, Any] = {
             "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
             "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
+            "attention_mask": self._tokens([_mask(row) for row in rows], 0),
         }
         crossing = any(BY_ROW in row.inputs for row in rows)
-        for name in dict.fromkeys(name for row in rows for name in row.inputs):
+        for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
             values = [row.inputs[name] for row in rows if name in row.inputs]
-            if crossing and name not in self.aligned:
+            if crossing and name not in ALIGNED:
                 values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
-            if name in self.aligned:
+            if name in ALIGNED:
                 joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
             elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
                 joined[name] = torch.cat(values, dim=-1)
@@ -305,6 +234,23 @@ class ProcessorCollator:
         if self.pad_side == "left":
             return stacked([row.flip(1) for row in rows], value).flip(1)
         return stacked(rows, value)
+
+
+def _as_sample(row: SharedRow) -> Sample:
+    """A row of several samples; their pictures stand one after another."""
+    names = dict.fromkeys(name for sample in row.pictures_of for name in sample.inputs if name not in ALIGNED)
+    inputs: dict[str, Any] = {
+        name: joined_values([sample.inputs[name] for sample in row.pictures_of if name in sample.inputs])
+        for name in names
+    }
+    inputs["layout"] = row.layout[None]
+    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs)
+
+
+def _mask(row: Sample) -> Tensor:
+    """By length, not by ids: an unknown word may share the padding's id."""
+    found: Mapping[str, Any] = row.inputs
+    return found.get("attention_mask", torch.ones_like(row.input_ids)[None])
 
 
 def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:

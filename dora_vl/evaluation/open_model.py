@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,36 +21,66 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
-from dora_vl.adapters.adapter import content_hash, local_folder
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, local_folder
 from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, no_adapter
 from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
 from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones.base import Attention, Backbone
+from dora_vl.backbones.base import Attention, Backbone, max_positions
+from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.loading import read_language_model
+from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompt_table import TEMPLATES
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.asker import Opened, Wanted
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Asker, Assistant
 from dora_vl.evaluation.predictions import file_sha256
-from dora_vl.evaluation.prompt_inputs import Prompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.files import HUB_ID
-from dora_vl.training.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART, load_base
+from dora_vl.training.adapting import DECODER, VLBART, load_base
 from dora_vl.training.recipe import ModelConfig
 
 # Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which model is to be opened: an adapter on its base, or a model by itself.
+
+    Attributes:
+        adapter: the folder that training or PEFT wrote.
+        model: a model's folder or hub id, to be asked without an adapter.
+        base: where the adapter's base is now; None looks where the adapter says.
+        any_base: accepts a base with other content than the one trained on.
+        with_base: also opens the model without the adapter; it shares all weights that the adapter leaves alone.
+        template: the prompt format of a LLaVA-1.5 or a language model of which nothing says it.
+        strength: how much of the adapter is applied: 0 nothing, 1 all, beyond it more of the same.
+    """
+
+    adapter: Path | None = None
+    model: str | None = None
+    base: str | None = None
+    any_base: bool = False
+    with_base: bool = False
+    template: str | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The model with its adapter, if it has one, and without where that was asked for."""
+
+    adapted: Asker
+    base: Asker | None = None
+
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES: Mapping[str, tuple[str, ...]] = {
-    LLAVA: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
-    IMAGE_TEXT: ("base", "revision", "base_sha256", "dtype", "max_tokens"),
-    CAUSAL_LM: ("base", "revision", "base_sha256", "prompt", "train_on", "dtype", "max_tokens"),
-    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
+    DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
+    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "is_video", "settings"),
 }
 """What `recipe.json` must say so that a model of each kind can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
@@ -110,12 +140,8 @@ def _check_template(template: str, source: ModelSource) -> None:
         raise UserError(
             f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
         )
-    if source.kind == IMAGE_TEXT and template in FORMATS:
-        return
-    if source.kind == IMAGE_TEXT:
-        raise UserError(f"--template {shown(template)}: {source.place} is asked by its own chat template; leave it out")
-    if template not in TEMPLATES and template != OWN_TEMPLATE:
-        raise UserError(f"--template {shown(template)}: there are {', '.join(TEMPLATES)} and {OWN_TEMPLATE}")
+    if template not in (*TEMPLATES, *FORMATS, OWN_TEMPLATE):
+        raise UserError(f"--template {shown(template)}: there are {', '.join((*TEMPLATES, *FORMATS, OWN_TEMPLATE))}")
 
 
 def _model(wanted: Wanted, model: str) -> ModelSource:
@@ -134,9 +160,7 @@ def _model(wanted: Wanted, model: str) -> ModelSource:
 def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
     place = find_base(wanted.base or recipe["base"], adapter)
     revision = None if wanted.base else recipe.get("revision")
-    kind = str(recipe["backbone"]) if "backbone" in recipe else kind_of_base(place, revision)  # none in older folders
-    if kind not in ENTRIES:
-        raise UserError(f"{adapter / RECIPE_FILE}: backbone is {shown(kind)}; there are {', '.join(ENTRIES)}")
+    kind = kind_of_base(place, revision)
     missing = [name for name in ENTRIES[kind] if name not in recipe]
     if missing:
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
@@ -191,12 +215,12 @@ def kind_of_base(place: str, revision: str | None = None) -> str:
         UserError: none that can be asked; it names the type and what can.
     """
     model_type = model_type_of(place, revision)
-    if model_type in (LLAVA, VLBART):
-        return model_type
+    if model_type == VLBART:
+        return VLBART
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
-        return IMAGE_TEXT
+        return DECODER
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
-        return CAUSAL_LM
+        return DECODER
     reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
     reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
     raise UserError(
@@ -274,133 +298,61 @@ LONGEST_ANSWERED = 1 << 20
 """Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
 
 
-def open_asker(wanted: Wanted) -> Opened:
-    """The model that is wanted, on the GPU where there is one.
+def open_model(source: ModelSource | Wanted) -> Opened:
+    """The model that is wanted, quietly, on the GPU where there is one.
 
     Raises:
         UserError: as `find_source`; or its weights, processor or tokenizer cannot be used.
     """
-    return open_source(find_source(wanted))
-
-
-def open_source(source: ModelSource) -> Opened:
-    """The model of a source, quietly; see `open_asker`."""
+    if isinstance(source, Wanted):
+        source = find_source(source)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if source.kind == VLBART:
-        from dora_vl.evaluation.vlbart_assistant import open_vlbart
-
-        return open_vlbart(source)
-    parts = decoder_parts(source)
-    return _opened(source, parts.load(), parts.prompts)
-
-
-@dataclass(frozen=True)
-class DecoderParts:
-    """How a decoder of a source is opened; what may be refused before its weights are read was refused.
-
-    Attributes:
-        load: reads the weights.
-        prompts: what makes the inputs of a backbone that was loaded so.
-    """
-
-    load: Callable[[], Backbone[Any]]
-    prompts: Callable[[Any], Prompts]
+        return _open_vlbart(source)
+    prompts, wanted = prompts_of(source), source.wanted  # before the weights: it may refuse
+    backbone = load_decoder(source)
+    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
+    return Opened(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
 
 
-def decoder_parts(source: ModelSource) -> DecoderParts:
-    """How the decoder of a source is opened.
+def prompts_of(source: ModelSource) -> EncoderPrompts:
+    """What makes the inputs of a source's decoder; its weights are not read.
 
     Raises:
         UserError: it is no decoder, or its processor or tokenizer cannot be used.
     """
-    if source.kind not in DECODERS:
-        raise UserError(f"{source.place} is a {source.kind}, which answers no chat; there are {', '.join(DECODERS)}")
-    return DECODERS[source.kind](source)
-
-
-def _llava_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import get_template
-    from dora_vl.evaluation.prompt_inputs import LlavaPrompts
-    from dora_vl.training.assembly import build_encoder, image_preparation, load_backbone
-
+    if source.kind != DECODER:
+        raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
     model = _model_config(source)
-    get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
-    preparation = image_preparation(model)
-
-    def prompts(backbone: Any) -> Prompts:
-        return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)
-
-    return DecoderParts(lambda: load_backbone(model, cached_features=False), prompts)
-
-
-def _image_text_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.image_text import load_image_text
-    from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
-    from dora_vl.training.assembly import processor_encoder
-
-    model = _model_config(source)
-    encoder = processor_encoder(model, max_tokens=_max_tokens(source))  # before the weights: it may refuse
-    return DecoderParts(lambda: load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
+    encoder = open_encoder(
+        model.base,
+        template=model.template,
+        aspect=model.image_aspect,
+        max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
+        revision=model.revision,
+    )
+    return EncoderPrompts(encoder)
 
 
-def _causal_lm_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.causal_lm import load_causal_lm
-
-    prompts = _language_prompts(source)
-    return DecoderParts(lambda: load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
-
-
-def _language_prompts(source: ModelSource) -> Prompts:
-    """A run's instruction prompt, or a chat by a template."""
-    from dora_vl.backbones.encode import LlavaEncoder
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompt_table import InstructionEncoder
-    from dora_vl.backbones.prompts import get_template
-    from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
-
-    tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)
-    if source.recipe:
-        prompt, train_on = source.recipe["prompt"], source.recipe["train_on"]
-        return InstructionPrompts(InstructionEncoder(tokenizer, prompt=prompt, train_on=train_on, max_tokens=most))
-    template = get_template(source.wanted.template or "tokenizer", tokenizer)
-    return ChatPrompts(LlavaEncoder(tokenizer, template, tokens_per_image=0, image_token_id=-1, max_tokens=most))
-
-
-DECODERS: Mapping[str, Callable[[ModelSource], DecoderParts]] = {
-    LLAVA: _llava_parts,
-    IMAGE_TEXT: _image_text_parts,
-    CAUSAL_LM: _causal_lm_parts,
-}
+def load_decoder(source: ModelSource) -> Backbone[Any]:
+    """A source's decoder with its weights."""
+    return load_base(open_backbone, _model_config(source))
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
-    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
+    recipe, stated = source.recipe, source.recipe.get("template") or source.wanted.template
+    template: Any = stated or ModelConfig.template
     dtype: Any = source.dtype
     attention: Any = source.attention
     return ModelConfig(
         base=source.place,
         revision=source.revision,
         template=template,
-        image_aspect=source.recipe.get("image_aspect") or "pad",
+        image_aspect=recipe.get("image_aspect") or "pad",
         dtype=dtype,
         attn_implementation=attention,
-        quantisation=source.recipe.get("quantisation"),
-    )
-
-
-def _max_tokens(source: ModelSource) -> int:
-    return int(source.recipe.get("max_tokens", LONGEST_ANSWERED))
-
-
-def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any], Prompts]) -> Opened:
-    wanted = source.wanted
-    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
-    said = prompts(adapted)
-    return Opened(
-        adapted=Assistant(adapted, said),
-        base=None if plain is None else Assistant(plain, said),
+        quantisation=recipe.get("quantisation"),
     )
 
 
@@ -432,6 +384,55 @@ def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
     Call it before the adapter is loaded.
     """
     return copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter)))
+
+
+def _open_vlbart(source: ModelSource) -> Opened:
+    """Builds the VL-BART that an adapter folder's `recipe.json` describes.
+
+    Raises:
+        UserError: a vision tower is not there or another one, or nothing says how the features were computed.
+    """
+    from dora_vl.backbones.loading import load_tokenizer
+    from dora_vl.backbones.pieces import Seq2SeqEncoder
+    from dora_vl.backbones.published_features import open_encoders
+    from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
+    from dora_vl.training.seq2seq_tasks import Subtask, with_input_tokens
+    from dora_vl.training.vlbart_tasks import closed
+
+    wanted, recipe, place = source.wanted, source.recipe, source.place
+    adapter, is_merged = Path(str(wanted.adapter)), wanted.model is not None
+    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
+    lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
+    if wanted.strength != 1 and set(lists) - of_base:
+        raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")
+    if not is_merged:
+        set_answer_heads(loaded.model, lists)
+    change = None if is_merged else adapter
+    adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
+    trained_with = recipe["settings"]
+    device = next(adapted.parameters()).device
+    known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
+    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
+
+    def subtasks(heads: Collection[str]) -> tuple[Subtask, ...]:
+        return tuple(closed(one) if one.name in lists and one.name in heads else one for one in own)
+
+    first = VlBartAssistant(
+        backbone=adapted,
+        encoder=Seq2SeqEncoder(
+            load_tokenizer(place),
+            subtitles_first=trained_with["subtitles_first"],
+            max_positions=max_positions(adapted.config),
+        ),
+        features=open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base),
+        subtasks=subtasks(lists),
+        feature_tokens=recipe["feature_tokens"],
+        is_video=recipe["is_video"],
+    )
+    # Without the adapter a task is answered in words, unless the base brought a head of its own.
+    without = None if plain is None else replace(first, backbone=plain, subtasks=subtasks(of_base))
+    return Opened(adapted=first, base=without)
 
 
 # An exported GGUF read back as a plain model folder, so that it can be asked like any other.

@@ -27,12 +27,8 @@ from dora_vl.errors import UserError
 from dora_vl.training.launch import gather_to_read, gather_to_write, loading_in, without_sharding
 from dora_vl.training.recipe import AdapterConfig, LoadedModelConfig
 
-LLAVA = "llava"
-"""LLaVA-1.5: its own wording, pictures and masks."""
-IMAGE_TEXT = "image_text"
-"""Any other image-text-to-text model of transformers, through its own processor."""
-CAUSAL_LM = "causal_lm"
-"""A plain language model."""
+DECODER = "decoder"
+"""A vision-language model or a plain language model."""
 VLBART = "vlbart"
 """An encoder-decoder over visual features."""
 

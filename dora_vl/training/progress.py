@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 import torch
 
@@ -114,6 +114,7 @@ class BatchStatistics:
         return {name: reason for one in everyone for name, reason in one.items()}
 
 
+@runtime_checkable
 class EndlessOrder(Protocol):
     """A stream of samples whose epochs the Trainer does not see (`data.stream.StreamOrder`)."""
 

@@ -65,14 +65,10 @@ def _unknown(stated: set[str], names: Sequence[str]) -> list[str]:
 
 def pipeline_of(config: Any, task: str) -> Pipeline:
     """The task's pipeline; its imports take seconds, so they come after mistakes in the settings were reported."""
-    if task == "llava_instruct":
-        from dora_vl.training.image_text_pipeline import instruct_pipeline
+    if task in ("llava_instruct", "commonsense"):
+        from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 
-        return instruct_pipeline(config)
-    if task == "commonsense":
-        from dora_vl.training.commonsense_pipeline import CommonsensePipeline
-
-        return CommonsensePipeline(config)
+        return DecoderPipeline(config) if task == "llava_instruct" else CommonsensePipeline(config)
     from dora_vl.training import vlbart_tasks
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.prompts import Prompt
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
@@ -102,21 +103,6 @@ SAMPLES, WEIGHTS = "samples", "sample_weights"
 """Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
 
 
-@runtime_checkable
-class TextEncoder(Protocol):
-    """The backbone's tokens of prompts and labels."""
-
-    pad_token_id: int
-
-    def encode(self, prompt: Prompt, *, max_tokens: int | None) -> tuple[Int[Tensor, " seq"], int]:
-        """Ids, and how many were cut."""
-        ...
-
-    def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
-        """Ids of a label with what opens and closes it."""
-        ...
-
-
 @dataclass(frozen=True)
 class Seq2SeqSample:
     """One item in tensors; `features` is `[images, tokens, channels]`; `soft_scores` as its `Target` has them."""
@@ -150,7 +136,7 @@ def make_sample(
     example: Example,
     subtask: Subtask,
     *,
-    encoder: TextEncoder,
+    encoder: Seq2SeqEncoder,
     reader: FeatureReader,
     target: Target | None,
 ) -> Seq2SeqSample:
@@ -191,29 +177,43 @@ def _check_kind(example: Example, subtask: Subtask) -> None:
         raise BadSample(example.id, f"it has {inputs} pictures; {subtask.name} takes {subtask.images}")
 
 
+@dataclass(frozen=True)
+class TaskSource:
+    """One task's examples, and how they become samples."""
+
+    subtask: Subtask
+    file: ExampleFile
+    reader: FeatureReader
+    encoder: Seq2SeqEncoder
+
+    def item(self, index: int, drawn: Random, answer: int | None) -> Seq2SeqSample | Skipped:
+        """A sample of an item, or why it is none.
+
+        Args:
+            drawn: makes its random choices.
+            answer: which of its answers is trained on; None: any may be drawn.
+        """
+        name = f"{self.subtask.name}:{index}"
+        try:
+            example = self.file[index]
+            name = example.id
+            target = self.subtask.target(example, answer, drawn)
+            return make_sample(example, self.subtask, encoder=self.encoder, reader=self.reader, target=target)
+        except BadSample as error:
+            return Skipped(index, name, error.reason)
+
+
 class MixtureDataset(Dataset[MicroBatch]):
     """An epoch's micro-batches in their order, for a data loader with batches of one.
 
     Args:
-        files: each source's examples, in the plan's order; `readers` likewise.
+        sources: in the plan's order.
         seed: the run's; an item's random choices are a function of (seed, epoch, task, item).
     """
 
-    def __init__(
-        self,
-        plan: MixturePlan,
-        subtasks: Sequence[Subtask],
-        files: Sequence[ExampleFile],
-        *,
-        encoder: TextEncoder,
-        readers: Sequence[FeatureReader],
-        seed: int,
-    ) -> None:
+    def __init__(self, plan: MixturePlan, sources: Sequence[TaskSource], *, seed: int) -> None:
         self.plan = plan
-        self._subtasks = tuple(subtasks)
-        self.files = tuple(files)
-        self._encoder = encoder
-        self._readers = tuple(readers)
+        self.sources = tuple(sources)
         self._seed = seed
         # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -232,7 +232,7 @@ class MixtureDataset(Dataset[MicroBatch]):
             BadSample: a line is no record.
         """
         part = self.plan.part(number, epoch=int(self._epoch))
-        return [self.files[part.source][index] for index in part.indices]
+        return [self.sources[part.source].file[index] for index in part.indices]
 
     def first(self, count: int) -> Iterator[tuple[Seq2SeqSample, Target, Subtask]]:
         """Yields each task's first samples whose label is a text, and what they are trained on."""
@@ -241,8 +241,10 @@ class MixtureDataset(Dataset[MicroBatch]):
             for index in range(min(count, source.items)):
                 sample = self._item(number, index, epoch)
                 if isinstance(sample, Seq2SeqSample) and sample.soft_scores is None:
-                    target = self._target(number, index, self.files[number][index], epoch)
-                    yield sample, target, self._subtasks[number]
+                    task = self.sources[number]
+                    drawn = sample_random(self._seed, epoch, index)
+                    target = task.subtask.target(task.file[index], task.file.answer_of(index), drawn)
+                    yield sample, target, task.subtask
 
     def longest(self) -> list[MicroBatch]:
         """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
@@ -255,30 +257,18 @@ class MixtureDataset(Dataset[MicroBatch]):
             items = [self._item(number, index, epoch) for index in places]
             usable = [one for one in items if isinstance(one, Seq2SeqSample)]
             longest = sorted(usable, key=lambda one: -(len(one.input_ids) + len(one.labels)))[:count]
-            found.append(MicroBatch(self._subtasks[number], [*longest]))
+            found.append(MicroBatch(self.sources[number].subtask, [*longest]))
         return found
 
     def __getitem__(self, number: int) -> MicroBatch:
         epoch = int(self._epoch)
         part = self.plan.part(number, epoch=epoch)
         items = [self._item(part.source, index, epoch) for index in part.indices]
-        return MicroBatch(self._subtasks[part.source], items)
+        return MicroBatch(self.sources[part.source].subtask, items)
 
     def _item(self, source: int, index: int, epoch: int) -> Seq2SeqSample | Skipped:
-        subtask, file = self._subtasks[source], self.files[source]
-        name = f"{subtask.name}:{index}"
-        try:
-            example = file[index]
-            name = example.id
-            target = self._target(source, index, example, epoch)
-            reader = self._readers[source]
-            return make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target)
-        except BadSample as error:
-            return Skipped(index, name, error.reason)
-
-    def _target(self, source: int, index: int, example: Example, epoch: int) -> Target:
-        drawn = sample_random(self._seed, epoch, index)
-        return self._subtasks[source].target(example, self.files[source].answer_of(index), drawn)
+        task = self.sources[source]
+        return task.item(index, sample_random(self._seed, epoch, index), task.file.answer_of(index))
 
 
 class ValidationBatches(Dataset[MicroBatch]):
@@ -288,42 +278,21 @@ class ValidationBatches(Dataset[MicroBatch]):
         ranks: how many share the work; batches without items follow until all have equally many.
     """
 
-    def __init__(
-        self,
-        subtasks: Sequence[Subtask],
-        files: Sequence[ExampleFile],
-        *,
-        encoder: TextEncoder,
-        readers: Sequence[FeatureReader],
-        batch_size: int,
-        ranks: int,
-    ) -> None:
+    def __init__(self, sources: Sequence[TaskSource], *, batch_size: int, ranks: int) -> None:
         self._parts = [
-            (source, range(start, min(start + batch_size, len(file))))
-            for source, file in enumerate(files)
-            for start in range(0, len(file), batch_size)
+            (source, range(start, min(start + batch_size, len(source.file))))
+            for source in sources
+            for start in range(0, len(source.file), batch_size)
         ]
-        self._parts += [(0, range(0))] * (-len(self._parts) % ranks)
-        self._sources = tuple(zip(subtasks, files, readers, strict=True))
-        self._encoder = encoder
+        self._parts += [(sources[0], range(0))] * (-len(self._parts) % ranks)
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def __getitem__(self, number: int) -> MicroBatch:
         source, indices = self._parts[number]
-        subtask, file, reader = self._sources[source]
-        items: list[Seq2SeqSample | Skipped] = []
-        for index in indices:
-            name = f"{subtask.name}:{index}"
-            try:
-                example = file[index]
-                name = example.id
-                target = subtask.target(example, file.answer_of(index) or 0, Random(index))
-                items.append(make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target))
-            except BadSample as error:
-                items.append(Skipped(index, name, error.reason))
-        return MicroBatch(subtask, items)
+        items = [source.item(index, Random(index), source.file.answer_of(index) or 0) for index in indices]
+        return MicroBatch(source.subtask, items)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ class ValidationLoss:
         self._begin()
         loss, samples, skipped = sums.tolist()
         if not samples:
-            raise UserError(nothing_usable(self._source, next(iter(self.statistics.skipped_here().items()), None)))
+            raise UserError(
+                nothing_usable(self._source, next(iter(self.statistics.skipped_on_all_ranks().items()), None))
+            )
         return {"eval_loss": loss / samples, "eval_samples": int(samples), "eval_skipped": int(skipped)}
 
 

@@ -38,9 +38,8 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import UserError
-from dora_vl.evaluation.seq2seq_check import check_tests, open_test
-from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
-from dora_vl.evaluation.seq2seq_watch import picture_of, watch_subtasks
+from dora_vl.evaluation.test import evaluate_subtasks
+from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
 from dora_vl.training.adapting import VLBART, core_config, make_base
 from dora_vl.training.arguments import order_seed
 from dora_vl.training.launch import loading_in
@@ -53,6 +52,7 @@ from dora_vl.training.seq2seq_tasks import (
     Seq2SeqCollator,
     Seq2SeqLoss,
     Subtask,
+    TaskSource,
     ValidationBatches,
     with_input_tokens,
 )
@@ -258,7 +258,7 @@ class VlBartPipeline(Pipeline):
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in train.plan.sources),
-            ids=lambda: chain.from_iterable(file.ids() for file in train.files),
+            ids=lambda: chain.from_iterable(task.file.ids() for task in train.sources),
             read_in_a_pass=train.plan.items,
             source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
             longest_tokens=max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens,
@@ -266,16 +266,17 @@ class VlBartPipeline(Pipeline):
 
     def _mixture(self, arguments: TrainingArguments, encoder: Seq2SeqEncoder, width: int) -> MixtureDataset:
         data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
-        names = list(data.train)
-        subtasks = [self._subtasks[name] for name in names]
-        files = self._files(data.train, limit=data.limit)
+        tasks = self._sources(data.train, encoder, width, limit=data.limit)
         sources = [
-            Source(name=one.name, items=len(file), batch_size=max(1, int(data.batch_size * one.batch_share)))
-            for one, file in zip(subtasks, files, strict=True)
+            Source(
+                name=one.subtask.name,
+                items=len(one.file),
+                batch_size=max(1, int(data.batch_size * one.subtask.batch_share)),
+            )
+            for one in tasks
         ]
         plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
-        readers = self._readers(names, width)
-        return MixtureDataset(plan, subtasks, files, encoder=encoder, readers=readers, seed=arguments.seed)
+        return MixtureDataset(plan, tasks, seed=arguments.seed)
 
     def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
         """Cross-entropy, as each task normalises it."""
@@ -387,14 +388,8 @@ class VlBartPipeline(Pipeline):
         files = self.config.data.validation_files
         if not files:
             return None
-        return ValidationBatches(
-            [self._subtasks[name] for name in files],
-            self._files(files, limit=None),
-            encoder=encoder,
-            readers=self._readers(list(files), width),
-            batch_size=self.config.evaluation.batch_size,
-            ranks=ranks,
-        )
+        sources = self._sources(files, encoder, width, limit=None)
+        return ValidationBatches(sources, batch_size=self.config.evaluation.batch_size, ranks=ranks)
 
     def _test_files(self) -> list[ExampleFile]:
         evaluation = self.config.evaluation
@@ -409,8 +404,13 @@ class VlBartPipeline(Pipeline):
             for name, file in files.items()
         ]
 
-    def _readers(self, names: Sequence[str], width: int) -> list[FeatureReader]:
-        return [self._reader(self.config.data.features[name], width) for name in names]
+    def _sources(
+        self, files: Mapping[str, str | tuple[str, ...]], encoder: Seq2SeqEncoder, width: int, *, limit: int | None
+    ) -> list[TaskSource]:
+        return [
+            TaskSource(self._subtasks[name], file, self._reader(self.config.data.features[name], width), encoder)
+            for name, file in zip(files, self._files(files, limit=limit), strict=True)
+        ]
 
     def _reader(self, folder: str, width: int) -> FeatureReader:
         return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.adapters.folder import read_json
-from dora_vl.backbones.prompts import Prompt
+from dora_vl.backbones.templates import Prompt
 from dora_vl.data.example import Example, ExampleFile, right_choice
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, UserError, shown_names

@@ -1,7 +1,7 @@
 """`accelerate_peft` under `torch.compile`: one graph, and PEFT's eager numbers and gradients.
 
-Run by test_peft_compile.py. PEFT's own DoRA needs several graphs (it asks a parameter's class for its module's name),
-its LoRA one.
+Run by tests/core/fast/test_compile.py. PEFT's own DoRA needs several graphs (it asks a parameter's class for its
+module's name), its LoRA one.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def test_what_llama_cpp_does_not_have_is_one_line(tmp_path: Path) -> None:
     granite = write_granite(tmp_path / "granite", tokenizer)
     assert "its language model is a 'granite'; as GGUF are written llama" in refused(granite, tmp_path)
     smolvlm = write_tiny("smolvlm", tmp_path / "smolvlm")
-    assert "is a 'smolvlm'; of models that see, LLaVA is written" in refused(smolvlm, tmp_path)
+    assert "is a 'smolvlm'" in refused(smolvlm, tmp_path)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     base = changed(language(tmp_path / "yarn", "llama", tokenizer), rope_parameters=yarn)
     assert "rotary positions are of type 'yarn'" in refused(base, tmp_path)

@@ -14,7 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.several import Layers, RowAdapters, rows_seen
-from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.active_adapters import Row
 from dora_vl.core.rows import RowLayer
@@ -239,7 +239,7 @@ def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
     base = write_tiny_language(tmp_path / "base", hidden_size=64, intermediate_size=64)
 
     def model() -> Any:
-        return load_causal_lm(str(base), dtype=torch.bfloat16, quantisation=kind).model
+        return open_backbone(str(base), dtype=torch.bfloat16, quantisation=kind).model
 
     folders = {}
     for seed, (name, targets) in enumerate({"one": ("*.q_proj", "*.down_proj"), "two": ("*.q_proj",)}.items()):

@@ -12,10 +12,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
-from dora_vl.backbones.prompts import get_template
+from tests.backbones.encoded_talk import piece_encoder
 from tests.backbones.tiny_image_text import write_tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -26,7 +26,6 @@ LESSONS = [
     "USER: Is it red? ASSISTANT: Yes, it is. No, it is not. ASSISTANT USER",
     "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;?!'-<>/|_",
 ] * 4
-TOKENS_PER_IMAGE = 4
 
 
 def llama_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
@@ -70,23 +69,14 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     return llama_tokenizer(legacy=False)
 
 
-MakeEncoder = Callable[..., LlavaEncoder]
+MakeEncoder = Callable[..., Encoder]
 
 
 @pytest.fixture(scope="session")
 def make_encoder() -> MakeEncoder:
     """An encoder of a tokenizer and a template's name."""
 
-    def make(tokenizer: PreTrainedTokenizerFast, template: str = "vicuna_v1", max_tokens: int = 2048) -> LlavaEncoder:
-        return LlavaEncoder(
-            tokenizer,
-            get_template(template, tokenizer),
-            tokens_per_image=TOKENS_PER_IMAGE,
-            image_token_id=int(tokenizer.convert_tokens_to_ids("<image>")),
-            max_tokens=max_tokens,
-        )
-
-    return make
+    return piece_encoder
 
 
 def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaConfig:
@@ -113,14 +103,14 @@ def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaCo
             pad_token_id=0,
         ),
         image_token_index=image_token_id,
-        image_seq_length=TOKENS_PER_IMAGE,
+        image_seq_length=4,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
 
 
 @pytest.fixture
-def backbone() -> LlavaBackbone:
+def backbone() -> DecoderBackbone:
     """A tiny random LLaVA in float32, its weights large enough for attention to matter."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(tiny_llava_config())
@@ -128,7 +118,7 @@ def backbone() -> LlavaBackbone:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(8)
-    return LlavaBackbone(model.eval())
+    return DecoderBackbone(model.eval())
 
 
 @pytest.fixture(scope="session")

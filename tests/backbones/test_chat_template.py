@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.prompts import get_template
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.backbones.prompts import usual_template
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from tests.backbones.encoded_talk import MakeEncoder, talk
+from tests.backbones.encoded_talk import MakeEncoder, encode_talk, piece_encoder, prompt_ids, talk
 from tests.backbones.tiny_image_text import CHATML
 
 
@@ -41,14 +42,14 @@ class TestChatTemplate:
             ),
             ("{{ 9 ** (9 ** 9) }}", "does not end within 2 s"),
             ("{{ 'a' * 10 ** 10 }}", "or takes more than 1 GiB"),
-            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "leaves out what is said"),
-            ("{{ 1 / 0 }}", "leaves out what is said"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be used"),
+            ("{{ 1 / 0 }}", "cannot be used"),
         ],
     )
     def test_one_that_does_not_end_is_refused(self, own: PreTrainedTokenizerFast, template: str, said: str) -> None:
         own.chat_template = template
         with pytest.raises(UserError, match=said):
-            get_template("tokenizer", own)
+            piece_encoder(own, "tokenizer")
 
     @pytest.mark.parametrize(
         ("special", "chosen"),
@@ -67,33 +68,33 @@ class TestChatTemplate:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=special[-1])
         tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
-        assert get_template(None, tokenizer).name == chosen
+        assert usual_template(tokenizer) == chosen
 
     def test_equals_chatml_but_for_the_last_newline(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
         sample = talk("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
-        ours, theirs = (make_encoder(own, name).encode(sample) for name in ("chatml", "tokenizer"))
+        ours, theirs = (encode_talk(make_encoder(own, name), sample) for name in ("chatml", "tokenizer"))
         assert theirs.input_ids.tolist()[:-1] == ours.input_ids.tolist()
         assert theirs.labels.tolist() == [*ours.labels.tolist(), -100]
         assert own.convert_ids_to_tokens(theirs.input_ids.tolist()).count("<s>") == 1
 
     def test_prompt_is_what_precedes_the_answer(self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         encoder = make_encoder(own, "tokenizer")
-        prompt = encoder.encode_prompt((Turn("user", "Why?"),)).tolist()
-        encoded = encoder.encode(talk("Why?", "It is"))
+        prompt = prompt_ids(encoder, Turn("user", "Why?"))
+        encoded = encode_talk(encoder, talk("Why?", "It is"))
         assert encoded.input_ids.tolist()[: len(prompt)] == prompt
         assert encoded.labels.tolist()[: len(prompt) + 1] == [*[-100] * len(prompt), encoded.input_ids[len(prompt)]]
 
-    def test_refuses_a_template_that_never_closes_an_answer(
+    def test_one_that_never_closes_an_answer_gets_the_end_token(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
         own.chat_template = (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}"
         )
-        with pytest.raises(UserError, match="closes an answer with no special token"):
-            make_encoder(own, "tokenizer").encode(talk("Why?", "It is"))
+        labels = encode_talk(make_encoder(own, "tokenizer"), talk("Why?", "It is")).labels
+        assert int(labels[labels != -100][-1]) == own.eos_token_id
 
     def test_refuses_a_template_that_rewrites_earlier_turns(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
@@ -102,17 +103,17 @@ class TestChatTemplate:
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}"
         )
-        with pytest.raises(BadSample, match="writes earlier turns differently"):
-            make_encoder(own, "tokenizer").encode(talk("Why?", "It is", "How?", "So"))
+        with pytest.raises(UserError, match="answers cannot be trained on"):
+            make_encoder(own, "tokenizer")
 
     def test_a_template_of_parts_says_the_same(self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         """Templates of models with pictures pick the parts of type text; a string has none, and all was lost."""
         sample = talk("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
-        expected = make_encoder(own, "tokenizer").encode(sample)
+        expected = encode_talk(make_encoder(own, "tokenizer"), sample)
         self.write_content(
             own, "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
         )
-        found = make_encoder(own, "tokenizer").encode(sample)
+        found = encode_talk(make_encoder(own, "tokenizer"), sample)
         assert found.input_ids.tolist() == expected.input_ids.tolist()
         assert found.labels.tolist() == expected.labels.tolist()
 
@@ -121,7 +122,7 @@ class TestChatTemplate:
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder, content: str
     ) -> None:
         self.write_content(own, content)
-        with pytest.raises(UserError, match=r"leaves out what is said.*set model\.template to one of vicuna_v1"):
+        with pytest.raises(UserError, match="cannot be used"):
             make_encoder(own, "tokenizer")
 
     def test_refuses_a_sample_whose_text_the_template_changes(
@@ -129,31 +130,31 @@ class TestChatTemplate:
     ) -> None:
         self.write_content(own, "{{ m.content.split('</think>')[-1] }}")
         encoder = make_encoder(own, "tokenizer")
-        encoder.encode(talk("Why?", " It is "))
+        encode_talk(encoder, talk("Why?", " It is "))
         with pytest.raises(BadSample, match="leaves out or changes the text of turn 1"):
-            encoder.encode(talk("Why?", "so</think>It is"))
+            encode_talk(encoder, talk("Why?", "so</think>It is"))
 
     def test_a_system_turn_reaches_it_or_the_sample_is_refused(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
         turns = (Turn("system", "Be brief."), *talk("Why?", "It is", "How?", "So").turns)
         encoder = make_encoder(own, "tokenizer")
-        found = encoder.encode(Conversation("a", (), turns))
+        found = encode_talk(encoder, Example("a", (), turns))
         labelled = [int(token) for token in found.labels if token != -100]
-        plain = [int(token) for token in encoder.encode(talk("Why?", "It is", "How?", "So")).labels if token != -100]
-        assert labelled == plain
+        plain = encode_talk(encoder, talk("Why?", "It is", "How?", "So")).labels
+        assert labelled == plain[plain != -100].tolist()
         assert "Be brief." in str(own.decode(found.input_ids.tolist()))
         own.chat_template = (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
             + str(own.chat_template)
         )
         with pytest.raises(BadSample, match="refuses it: no system here"):
-            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
+            encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
-        with pytest.raises(BadSample, match="leaves out or changes the text of turn 0"):
-            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
+        with pytest.raises(BadSample, match="system turn"):
+            encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        with pytest.raises(UserError, match=r"no chat template; set model\.template"):
+        with pytest.raises(UserError, match="no chat template"):
             make_encoder(new_tokenizer, "tokenizer")

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
-from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.loading import load_language_model, load_tokenizer
+from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -99,7 +100,7 @@ def test_clip_and_llama_open_with_plain_transformers(make_spec: Callable[..., Co
         "multi_modal_projector.linear_2",
         "vision_tower.vision_model",
     }
-    backbone = load_llava(str(tmp_path / "llava"))
+    backbone = open_backbone(str(tmp_path / "llava"))
     image = backbone.config.image_token_id
     ids = torch.tensor([[1, 300, image, image, image, image, 310]])
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -120,7 +121,7 @@ def test_the_parts_are_the_given_ones(
     make_spec: Callable[..., ComposeSpec], tmp_path: Path, language_folder: Path, vision_folder: Path
 ) -> None:
     compose_llava(make_spec(projector_seed=3), tmp_path / "llava")
-    model = load_llava(str(tmp_path / "llava")).model
+    model = open_backbone(str(tmp_path / "llava")).model
     language = LlamaForCausalLM.from_pretrained(language_folder)
     vision = CLIPVisionModel.from_pretrained(vision_folder)
     rows = language.config.vocab_size
@@ -142,15 +143,16 @@ def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], t
         vision_library="timm", vision_name="test_efficientnet", vision_weights="random", grid_pool=2, image_size=96
     )
     compose_llava(spec, tmp_path / "llava")
-    backbone = load_llava(str(tmp_path / "llava"), dtype=torch.bfloat16)
-    assert backbone.tokens_per_image == 4
+    backbone = open_backbone(str(tmp_path / "llava"), dtype=torch.bfloat16)
+    assert backbone.config.image_seq_length == 4
     assert (backbone.config.vision_feature_layer, backbone.config.vision_feature_select_strategy) == (-1, "full")
     assert {weight.dtype for weight in backbone.model.parameters()} == {torch.bfloat16}
     processor = AutoProcessor.from_pretrained(tmp_path / "llava", backend="pil")
     inputs = processor(text="a <image> b", images=torch.zeros(3, 60, 40).numpy(), return_tensors="pt")
     assert int((inputs["input_ids"] == backbone.config.image_token_id).sum()) == 4
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
-    assert backbone.picture_features(inputs["pixel_values"]).shape == (1, *backbone.feature_shape)
+    tower = LlavaTower(backbone.model)
+    assert tower.picture_features(inputs["pixel_values"]).shape == (1, *tower.feature_shape)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
     assert torch.isfinite(loaded(**inputs).logits).all()
 
@@ -175,7 +177,7 @@ def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"no tokenizer could be read from"):
         compose_llava(make_spec(language_model=str(tmp_path / "nothing")), tmp_path / "llava")
     with pytest.raises(UserError, match=r"no such folder"):
-        load_llava(str(tmp_path / "nothing"))
+        open_backbone(str(tmp_path / "nothing"))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 

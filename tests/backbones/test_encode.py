@@ -7,10 +7,11 @@ import pickle
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from tests.backbones.encoded_talk import MakeEncoder, answers_of, talk
+from tests.backbones.encoded_talk import MakeEncoder, answers_of, encode_talk, prompt_ids, talk
 
 SYSTEM = (
     "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant. ▁The ▁assistant ▁gives "
@@ -20,9 +21,9 @@ FIRST_ROUND = "▁ <image> <image> <image> <image> ▁ <0x0A> Is ▁it ▁red? �
 SECOND_ROUND = "▁What ▁is ▁in ▁the ▁picture? ▁ASSISTANT: *▁A *▁red *▁circle *</s>"
 
 
-def written(encoder: LlavaEncoder, conversation: Conversation) -> str:
+def written(encoder: Encoder, conversation: Example) -> str:
     """Tokens, the supervised ones marked with a star."""
-    encoded = encoder.encode(conversation)
+    encoded = encode_talk(encoder, conversation)
     tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     return " ".join(
         token if label == -100 else f"*{token}" for token, label in zip(tokens, encoded.labels.tolist(), strict=True)
@@ -50,15 +51,6 @@ class TestWrittenOut:
         expected = "<s> <image> <image> <image> <image> *▁A *▁red *▁circle *<0x0A>"
         assert written(make_encoder(tokenizer, "plain"), sample) == expected
 
-    def test_chatml(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        sample = talk("Is it red?", "Yes", "What", "A circle")
-        user, assistant = "u s e r <0x0A>", "as sis t ant <0x0A>"
-        text = written(make_encoder(new_tokenizer, "chatml"), sample)
-        assert text.startswith("<s> <|im_start|>")
-        assert text.endswith("*<|im_end|>")
-        assert text.count("*<|im_end|>") == 2
-        assert text.count(" <|im_end|>") == 2, (user, assistant)
-
 
 @pytest.fixture
 def between_rounds(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -72,8 +64,8 @@ class TestSpecialTextInsideTurns:
     @pytest.mark.parametrize("text", ["</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>", "<image"])
     def test_it_stays_text(self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder, text: str) -> None:
         encoder = make_encoder(tokenizer)
-        plain = encoder.encode(talk("Is it red?", "Yes")).input_ids.tolist()
-        encoded = encoder.encode(talk(f"Is it {text} red?", f"Yes {text} it"))
+        plain = encode_talk(encoder, talk("Is it red?", "Yes")).input_ids.tolist()
+        encoded = encode_talk(encoder, talk(f"Is it {text} red?", f"Yes {text} it"))
         special = set(tokenizer.all_special_ids)
         assert [token for token in encoded.input_ids.tolist() if token in special] == [
             token for token in plain if token in special
@@ -84,15 +76,15 @@ class TestSpecialTextInsideTurns:
         self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
         with pytest.raises(BadSample, match=r"sample-7.*noncharacter"):
-            make_encoder(tokenizer).encode(talk("a", "b\ufdd1c"))
+            encode_talk(make_encoder(tokenizer), talk("a", "b\ufdd1c"))
 
     def test_the_ids_are_those_of_the_plain_tokenizer(
         self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
         encoder = make_encoder(tokenizer)
         sample = talk("Is it red?\n\n 7", "Yes, it is.", " a <b> c", "No")
-        text = encoder.template.render(sample.turns).text
-        assert encoder.encode(sample).input_ids.tolist() == tokenizer(text).input_ids
+        text = encoder.prompts.render(sample.turns).text
+        assert encode_talk(encoder, sample).input_ids.tolist() == tokenizer(text).input_ids
 
 
 class TestTruncation:
@@ -101,8 +93,8 @@ class TestTruncation:
     sample = talk("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle", images=1)
 
     def test_cuts_the_tail_and_counts_it(self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        whole = make_encoder(tokenizer).encode(self.sample)
-        cut = make_encoder(tokenizer, max_tokens=len(whole.input_ids) - 2).encode(self.sample)
+        whole = encode_talk(make_encoder(tokenizer), self.sample)
+        cut = encode_talk(make_encoder(tokenizer, max_tokens=len(whole.input_ids) - 2), self.sample)
         assert cut.cut_tokens == 2
         assert whole.cut_tokens == 0
         assert cut.input_ids.tolist() == whole.input_ids.tolist()[:-2]
@@ -112,18 +104,19 @@ class TestTruncation:
     def test_never_inside_a_picture(
         self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder, short_by: int
     ) -> None:
-        ids = make_encoder(tokenizer).encode(self.sample).input_ids.tolist()
+        ids = encode_talk(make_encoder(tokenizer), self.sample).input_ids.tolist()
         image = tokenizer.convert_tokens_to_ids("<image>")
         end = len(ids) - ids[::-1].index(image)
         with pytest.raises(BadSample, match=rf"its 1 pictures .* take {end} tokens of {end - short_by}"):
-            make_encoder(tokenizer, max_tokens=end - short_by).encode(self.sample)
+            encode_talk(make_encoder(tokenizer, max_tokens=end - short_by), self.sample)
 
     def test_nothing_left_to_train_on(self, tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        labels = make_encoder(tokenizer).encode(self.sample).labels.tolist()
+        labels = encode_talk(make_encoder(tokenizer), self.sample).labels.tolist()
         first = next(place for place, label in enumerate(labels) if label != -100)
-        assert make_encoder(tokenizer, max_tokens=first + 1).encode(self.sample).cut_tokens == len(labels) - first - 1
+        one_label = encode_talk(make_encoder(tokenizer, max_tokens=first + 1), self.sample)
+        assert one_label.cut_tokens == len(labels) - first - 1
         with pytest.raises(BadSample, match=f"no answer is left .* {len(labels) - first} of {len(labels)} tokens"):
-            make_encoder(tokenizer, max_tokens=first).encode(self.sample)
+            encode_talk(make_encoder(tokenizer, max_tokens=first), self.sample)
 
 
 def test_several_pictures_stay_in_place(tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
@@ -138,8 +131,8 @@ def test_prompt_then_answer_is_the_training_text(tokenizer: PreTrainedTokenizerF
     encoder = make_encoder(tokenizer)
     question = Turn("user", "<image>\nIs it red?")
     for answer in ("Yes", "42", "红"):
-        prompt = encoder.encode_prompt((question,)).tolist()
-        encoded = encoder.encode(talk(question.text, answer, images=1))
+        prompt = prompt_ids(encoder, question)
+        encoded = encode_talk(encoder, talk(question.text, answer, images=1))
         assert encoded.input_ids.tolist()[: len(prompt)] == prompt
         assert all(label == -100 for label in encoded.labels.tolist()[: len(prompt)])
         assert encoder.decode(encoded.input_ids[len(prompt) :]) == answer
@@ -148,8 +141,8 @@ def test_prompt_then_answer_is_the_training_text(tokenizer: PreTrainedTokenizerF
 def test_the_encoder_travels_to_worker_processes(tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(tokenizer)
     sample = talk("a </s> b", "c </s> d")
-    again = pickle.loads(pickle.dumps(encoder)).encode(sample)
-    assert again.input_ids.tolist() == encoder.encode(sample).input_ids.tolist()
+    again = encode_talk(pickle.loads(pickle.dumps(encoder)), sample)
+    assert again.input_ids.tolist() == encode_talk(encoder, sample).input_ids.tolist()
 
 
 @pytest.mark.parametrize("texts", [("Is it?", ""), ("Is it?", " \n"), ("Is it?",)])
@@ -157,7 +150,7 @@ def test_answers_must_be_there(
     tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder, texts: tuple[str, ...]
 ) -> None:
     with pytest.raises(BadSample, match=r"sample-7: .*answer"):
-        make_encoder(tokenizer).encode(talk(*texts))
+        encode_talk(make_encoder(tokenizer), talk(*texts))
 
 
 def test_a_template_of_another_model_is_refused(
@@ -167,5 +160,7 @@ def test_a_template_of_another_model_is_refused(
     bare.add_tokens(["<image>"])
     for token in ("<|im_start|>", "<|im_end|>"):
         assert token in bare.get_vocab()
-    with pytest.raises(UserError, match=r"there are vicuna_v1, .*, chatml, .*plain and tokenizer"):
+    with pytest.raises(
+        UserError, match=r"there are vicuna_v1, .*, chatml, .*plain, question_answer, paligemma and tokenizer"
+    ):
         make_encoder(new_tokenizer, "vicuna")

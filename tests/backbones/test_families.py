@@ -11,20 +11,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.encoder import load_processor
 from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
-from dora_vl.backbones.image_text import skeleton_of
-from dora_vl.backbones.image_text_encode import load_processor
-from dora_vl.backbones.llava import load_llava
 from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.model import open_backbone, skeleton_of
 from dora_vl.errors import UserError
 from tests.backbones.tiny_image_text import write_tiny
-
-
-@pytest.mark.parametrize("family", ["vipllava", "llava_next", "llava_next_video"])
-def test_no_other_family_is_loaded_as_a_llava(folders: dict[str, Path], family: str) -> None:
-    with pytest.raises(UserError, match=f"is a '{family}'"):
-        load_llava(str(folders[family]))
 
 
 @pytest.mark.parametrize("model_type", [*NOT_TRAINED, "no_such_model"])
@@ -34,7 +26,7 @@ def test_what_cannot_be_trained_is_named_with_what_can(model_type: str) -> None:
     assert len(str(raised.value)) <= 490
 
 
-@pytest.mark.parametrize("loads", [model_type_of, load_processor, load_tokenizer, skeleton_of, load_causal_lm])
+@pytest.mark.parametrize("loads", [model_type_of, load_processor, load_tokenizer, skeleton_of, open_backbone])
 def test_a_model_s_own_code_is_never_run_and_nobody_is_asked(tmp_path: Path, monkeypatch, loads: Any) -> None:
     code = "from transformers import PretrainedConfig\nopen('ran', 'w')\nclass C(PretrainedConfig):\n    pass\n"
     (tmp_path / "own.py").write_text(code)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, find_parts, pictures_key, without_pixels
 from dora_vl.backbones.generation import generation_loss
-from dora_vl.data.batches import ProcessorCollator
+from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample
 from tests.backbones.image_text_talks import (
     BLUE,
@@ -43,11 +42,12 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
     talks = [TALKS[name] for name in ("one picture", "two pictures", "no picture") if name in talks_of(family)]
     alone = [{k: v for k, v in batch_of(encoder, [talk]).items() if k != "labels"} for talk in talks if talk[1]]
     pair = {k: v for k, v in batch_of(encoder, [talks[0], talks[0]]).items() if k != "labels"}
+    mixed = {k: v for k, v in batch_of(encoder, talks).items() if k != "labels"}
     if family in NOT_STORED:
         with pytest.raises(NotStorable):
-            find_parts(backbone.model, alone[0], pair)
+            find_parts(backbone.model, alone[0], pair, (mixed, alone))
         return
-    parts = find_parts(backbone.model, alone[0], pair)
+    parts = find_parts(backbone.model, alone[0], pair, (mixed, alone))
     store = OutputStore(tmp_path, parts, {"processor": family})
     keys = [pictures_key(talk[1]) for talk in talks if talk[1]]
     for key, inputs in zip(keys, alone, strict=True):
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
 
 
 def joined(encoder: Any, samples: list[Sample]) -> dict[str, Any]:
-    return inputs_of(ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)(samples))
+    return inputs_of(Collator(encoder.pad_token_id)(samples))
 
 
 def test_the_sample_of_a_talk_is_what_is_batched(folders: Mapping[str, Path]) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.backbones.image_text_encode import load_processor
-from dora_vl.data.samples import IGNORED_LABEL
+from dora_vl.backbones.encoder import load_processor
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import TALKS, encoder_of, sample_of
@@ -53,14 +52,6 @@ def test_an_encoder_can_be_sent_to_a_data_worker(folders: dict[str, Path]) -> No
     sent = pickle.loads(pickle.dumps(encoder))
     talk = TALKS["one picture"]
     assert torch.equal(sample_of(sent, talk).input_ids, sample_of(encoder, talk).input_ids)
-
-
-def test_the_prompt_is_the_conversation_up_to_its_answer(folders: dict[str, Path]) -> None:
-    encoder = encoder_of(folders["qwen2_5_vl"])
-    turns, pictures = TALKS["one picture"]
-    sample, prompt = sample_of(encoder, (turns, pictures)), encoder.encode_prompt(turns[:1], pictures)
-    first = int((sample.labels != IGNORED_LABEL).nonzero()[0])
-    assert torch.equal(prompt["input_ids"][0], sample.input_ids[:first])
 
 
 def test_a_folder_without_processor_is_one_line(tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
-from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import generation_loss
-from dora_vl.backbones.image_text import (
+from dora_vl.backbones.model import (
     decoder_of,
     language_targets,
-    load_image_text,
+    open_backbone,
     projector_patterns,
     weights_out_of_reach,
 )
-from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.data.batches import ProcessorCollator, stacked
+from dora_vl.data.batches import Collator, stacked
 from dora_vl.data.samples import IGNORED_LABEL
 from tests.backbones.image_text_talks import (
     TALKS,
@@ -39,9 +38,7 @@ Folders = Mapping[str, Path]
 NEAR = {"rtol": 0, "atol": 1e-5}
 
 
-def transformers_loss(
-    model: PreTrainedModel, encoder: ImageTextEncoder, family: str, talks: Sequence[str]
-) -> torch.Tensor:
+def transformers_loss(model: PreTrainedModel, encoder: Encoder, family: str, talks: Sequence[str]) -> torch.Tensor:
     """The model's own loss over all labelled tokens, on what its own processor makes of the talks with pictures
     together, and of the words alone.
     """
@@ -88,7 +85,7 @@ def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Fo
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     sample, losses = sample_of(encoder, TALKS["no picture"]), []
     for dummy in (encoder.dummy(), None):
-        collated = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy)([sample])
+        collated = Collator(encoder.pad_token_id, dummy=dummy)([sample])
         assert collated["input_ids"].numel() - collated["padding_tokens"] == len(sample.input_ids)
         features = backbone(**inputs_of(collated))
         losses.append(generation_loss(features.logits, features.targets).loss)
@@ -97,7 +94,7 @@ def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Fo
 
 @families
 def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, family: str) -> None:
-    model = load_image_text(str(folders[family])).model
+    model = open_backbone(str(folders[family])).model
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     decoder, modules = set(decoder_of(model).modules()), dict(model.named_modules())
     # Gemma 3n clamps its weight and multiplies by hand; HY 4's choose which tokens are seen
@@ -111,11 +108,11 @@ def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, f
 
 
 def test_experts_that_are_one_tensor_are_named(folders: Folders) -> None:
-    found = weights_out_of_reach(load_image_text(str(folders["qwen3_vl_moe"])).model)
+    found = weights_out_of_reach(open_backbone(str(folders["qwen3_vl_moe"])).model)
     experts = {name.rpartition("layers.")[2]: size for name, size in found.items() if "experts" in name}
     assert experts["0.mlp.experts.gate_up_proj"] == 4 * 32 * 2 * 16
     assert experts["1.mlp.experts.down_proj"] == 4 * 16 * 32
-    assert weights_out_of_reach(load_image_text(str(folders["qwen3_vl"])).model) == {}
+    assert weights_out_of_reach(open_backbone(str(folders["qwen3_vl"])).model) == {}
 
 
 @families_in_turn
@@ -125,7 +122,7 @@ def test_an_answer_sees_nothing_after_it(folders: Folders, family: str) -> None:
     closing = int((sample.labels != IGNORED_LABEL).nonzero()[-1])
     other = sample.input_ids.clone()
     other[closing] = encoder.tokenizer.convert_tokens_to_ids("?")  # the token that closes the answer
-    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)
+    collate = Collator(encoder.pad_token_id)
     first, second = (
         backbone(**inputs_of(collate([replace(sample, input_ids=ids)]))).logits for ids in (sample.input_ids, other)
     )

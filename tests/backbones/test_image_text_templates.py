@@ -125,10 +125,3 @@ def test_answers_are_trained_behind_what_is_asked(tmp_path: Path) -> None:
     assert text.endswith(f"{turns[-1].text}<|im_end|>")
     said = encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
     assert said == "".join(f"{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
-
-
-def test_a_missing_template_is_one_line(tmp_path: Path) -> None:
-    folder = write_tiny("qwen2_5_vl", tmp_path / "mute")
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        encoder_of(folder)

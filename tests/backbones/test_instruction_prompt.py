@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dora_vl.backbones.prompt_table import PROMPTS, InstructionEncoder
-from dora_vl.data.samples import ConversationDataset, Sample, load_rows
-from dora_vl.data.turns import Clip, Conversation, Turn
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.prompt_table import PROMPTS
+from dora_vl.backbones.prompts import prompts_of
+from dora_vl.data.example import Example
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_rows
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer
 
 QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
 
 
-def said(instruction: str, output: str, *, added: str = "") -> Conversation:
+def said(instruction: str, output: str, *, added: str = "") -> Example:
     asked = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
-    return Conversation("0", (), (asked, Turn("assistant", output)))
+    return Example("0", (), (asked, Turn("assistant", output)))
 
 
 TASK = said(QUESTION, "the correct answer is true")
@@ -68,9 +74,10 @@ def test_alpacas_own_prompt_is_the_same_in_training_and_test() -> None:
         assert PROMPTS["alpaca"].before_output("Say it.", "", test=test) == expected
 
 
-def encoder(**changes: object) -> InstructionEncoder:
-    options: dict[str, object] = {"prompt": "nvlabs", "train_on": "answer", "max_tokens": 400}
-    return InstructionEncoder(byte_tokenizer(), **{**options, **changes})  # type: ignore[arg-type]
+def encoder(prompt: str = "nvlabs", train_on: Any = "answer", max_tokens: int = 400) -> Encoder:
+    processor = PieceProcessor(byte_tokenizer())
+    prompts = prompts_of(processor, "test", prompt, pictures=False, train_on=train_on)
+    return Encoder(processor, prompts, max_tokens=max_tokens)
 
 
 def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:
@@ -100,12 +107,12 @@ def test_a_cut_sample_loses_its_end_and_says_so() -> None:
     whole = encoder(train_on="all").encode(TASK)
     length = len(whole.input_ids)
     cut = encoder(train_on="all", max_tokens=length - 6).encode(TASK)
-    assert cut.cut_tokens == 5  # the end token is not added to a text that was cut
+    assert cut.cut_tokens == 6
     assert torch.equal(cut.input_ids, whole.input_ids[: length - 6])
     exactly = encoder(train_on="all", max_tokens=length - 1).encode(TASK)
-    assert exactly.cut_tokens == 0
+    assert exactly.cut_tokens == 1
     assert exactly.input_ids[-1] != byte_tokenizer().eos_token_id  # as in the references: no room for it
-    with pytest.raises(BadSample, match=r"no output is left to train on .* raise data\.max_tokens"):
+    with pytest.raises(BadSample, match="no answer is left"):
         encoder(max_tokens=20).encode(TASK)
 
 
@@ -113,12 +120,13 @@ def test_a_cut_sample_loses_its_end_and_says_so() -> None:
 def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
     asked = encoder(prompt=prompt)
     turns = [Turn("user", "Is it so?")]
-    ids, start = asked.encode_choice(turns, "the correct answer is true")
+    found = asked.encode_choice(turns, "the correct answer is true")
+    ids, start = found.input_ids, int((found.labels != -100).int().argmax())
     text = PROMPTS[prompt].before_output("Is it so?", "", test=True)
     tokenizer = byte_tokenizer()
     assert ids.tolist() == [*tokenizer(text + "the correct answer is true").input_ids, tokenizer.eos_token_id]
     assert asked.decode(ids[start:]).strip() == "the correct answer is true"
-    assert asked.encode_prompt(turns).tolist() == byte_tokenizer()(text).input_ids
+    assert asked.encode_prompt(turns)["input_ids"][0].tolist() == byte_tokenizer()(text).input_ids
 
 
 @pytest.mark.parametrize("added", ["", "hello {instruction}", " \n two lines "])
@@ -128,21 +136,19 @@ def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
     train, test = (PROMPTS["nvlabs"].before_output("Say it.", added, test=test) for test in (False, True))
     ids = encoder(max_tokens=900).encode(conversation).input_ids
     assert ids.tolist() == [*tokenizer(f"{train}hello").input_ids, tokenizer.eos_token_id]
-    assert encoder().encode_prompt(conversation.turns[:1]).tolist() == tokenizer(test).input_ids
+    assert encoder().encode_prompt(conversation.turns[:1])["input_ids"][0].tolist() == tokenizer(test).input_ids
 
 
 @pytest.mark.parametrize(
     ("conversation", "reason"),
     [
-        (Conversation("0", (), (Turn("system", "s"), *TASK.turns)), "turns of system, user stand before the output"),
-        (Conversation("0", (), (*TASK.turns, *TASK.turns)), "turns of user, assistant, user stand before"),
-        (Conversation("0", ("a.png",), TASK.turns), "pictures or videos, which a language model does not see"),
-        (Conversation("0", (), TASK.turns, (Clip(path="a.mp4"),)), "pictures or videos"),
+        (Example("0", (), (Turn("system", "s"), *TASK.turns)), "one question and its output"),
+        (Example("0", (), (*TASK.turns, *TASK.turns)), "one question and its output"),
         (said("  ", "hello"), "'instruction' is empty"),
         (said("", "hello", added="to this"), "'instruction' is empty"),
     ],
 )
-def test_what_is_no_single_instruction_is_named(conversation: Conversation, reason: str) -> None:
+def test_what_is_no_single_instruction_is_named(conversation: Example, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         encoder(train_on="all").encode(conversation)
 
@@ -159,9 +165,7 @@ def test_published_records_as_prompts(tmp_path: Path) -> None:
     }
     path = tmp_path / "train.json"
     path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
-    samples = ConversationDataset(
-        load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode
-    )
+    samples = ConversationDataset(load_rows(str(path), cache_folder=tmp_path), encode=encoder(max_tokens=900).encode)
     for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
         sample = samples[number]
         assert isinstance(sample, Sample)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
 from dora_vl.data.samples import Labelled, check_labels
-from tests.backbones.encoded_talk import NASTY, MakeEncoder, answers_of, talk
+from tests.backbones.encoded_talk import NASTY, MakeEncoder, answers_of, encode_talk, talk
 
 TOKENS_PER_IMAGE = 4
 
@@ -84,7 +84,7 @@ def test_equal_to_the_published_algorithm(
         for token, train in zip(ids, trained, strict=True)
         for pair in ([(image, False)] * TOKENS_PER_IMAGE if token == -200 else [(token, train)])
     ]
-    encoded = make_encoder(tokenizer).encode(talk(*texts, images=int(with_picture)))
+    encoded = encode_talk(make_encoder(tokenizer), talk(*texts, images=int(with_picture)))
     assert encoded.input_ids.tolist() == [token for token, _ in expanded]
     assert encoded.labels.tolist() == [token if train else -100 for token, train in expanded]
 
@@ -119,7 +119,7 @@ def test_supervised_tokens_decode_to_the_answers(
     assume(all(answer.strip() for answer in texts[1::2]))
     assume(not any(0xFDD0 <= ord(letter) <= 0xFDEF for text in texts for letter in text))
     encoder = make_encoder(tokenizer, template)
-    encoded = encoder.encode(talk(*texts))
+    encoded = encode_talk(encoder, talk(*texts))
     meant = encoder.answers(talk(*texts))
     check_labels([Labelled(id="7", labels=encoded.labels, answers=meant, tokenizer=tokenizer)])
     assert answers_of(encoder, encoded.labels, close) == [before + answer + after for answer in texts[1::2]]

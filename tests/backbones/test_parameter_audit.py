@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS
+from dora_vl.backbones.model import language_targets, projector_patterns
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 
 PROJECTOR = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
@@ -35,7 +35,13 @@ def test_llava_7b_at_rank_128(method: str, expected: int) -> None:
         model = LlavaForConditionalGeneration(config)
     apply_dora(
         model,
-        DoRAConfig(targets=DORA_TARGETS, method=method, rank=128, alpha=256.0, also_train=ALSO_TRAIN),  # pyright: ignore
+        DoRAConfig(
+            targets=language_targets(model),
+            method=method,  # pyright: ignore
+            rank=128,
+            alpha=256.0,
+            also_train={"projector": projector_patterns(model)},
+        ),
     )
     counts: Counter[str] = Counter()
     for part in trained_parts(model):  # a part appears twice where only some of it has weight decay

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from dora_vl import DoRAConfig, apply_dora, save_adapter, trained_parts
 from dora_vl.adapters.folder import CONFIG_FILE
 from dora_vl.adapters.settings import peft_config
-from dora_vl.backbones.image_text import language_targets, load_image_text, projector_patterns
+from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from tests.backbones.image_text_talks import TALKS, batch_of, encoder_of, talks_of
 from tests.backbones.model_table import LOST_BY_PEFT
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
@@ -53,7 +53,7 @@ def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, 
 @families_in_turn
 def test_a_family_opens_or_is_refused(folders: Mapping[str, Path], tmp_path: Path, family: str, method: str) -> None:
     batch = batch_of(encoder_of(folders[family]), [TALKS[talk] for talk in talks_of(family)])
-    found = opens(lambda: load_image_text(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
+    found = opens(lambda: open_backbone(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
     assert found == FAMILIES[family].peft
 
 

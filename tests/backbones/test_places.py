@@ -11,8 +11,7 @@ import pytest
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dora_vl.backbones.image_text import load_image_text
-from dora_vl.backbones.llava import DORA_TARGETS
+from dora_vl.backbones.model import language_targets, open_backbone
 from dora_vl.backbones.places import resolved_targets, resolved_weights
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
@@ -45,7 +44,7 @@ def hits(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 
 @families
 def test_each_preset_is_the_linears_of_its_place(folders: dict[str, Path], family: str) -> None:
-    model = load_image_text(str(folders[family])).model
+    model = open_backbone(str(folders[family])).model
     names = linears(model)
     encoder, projector = VISION[family]
     found = {
@@ -78,7 +77,7 @@ def test_layers_that_cannot_be_adapted_are_left_out_and_named(folders: dict[str,
 
 @families
 def test_weights_of_a_place_are_all_of_it(folders: dict[str, Path], family: str) -> None:
-    model = load_image_text(str(folders[family])).model
+    model = open_backbone(str(folders[family])).model
     names = [name for name, _ in model.named_parameters()]
     for preset, start in zip(("vision", "projector"), VISION[family], strict=True):
         found = hits(names, resolved_weights(model, (preset,), "adapter.also_train.x"))
@@ -88,9 +87,10 @@ def test_weights_of_a_place_are_all_of_it(folders: dict[str, Path], family: str)
 
 
 def test_llavas_default_places_are_its_language(folders: dict[str, Path]) -> None:
-    model = load_image_text(str(folders["llava"])).model
+    model = open_backbone(str(folders["llava"])).model
     names = linears(model)
-    assert hits(names, DORA_TARGETS) == hits(names, resolved_targets(model, ("language",), "adapter.targets"))
+    resolved = resolved_targets(model, ("language",), "adapter.targets")
+    assert hits(names, language_targets(model)) == hits(names, resolved)
 
 
 def test_a_vlbart_has_language_and_a_projector_and_no_vision() -> None:
@@ -108,7 +108,7 @@ def test_a_vlbart_has_language_and_a_projector_and_no_vision() -> None:
 
 
 def test_presets_and_patterns_mix_and_a_misspelt_preset_is_named(folders: dict[str, Path]) -> None:
-    model = load_image_text(str(folders["llava"])).model
+    model = open_backbone(str(folders["llava"])).model
     mixed = resolved_targets(model, ("*.layers.0.*.q_proj", "projector"), "adapter.targets")
     assert mixed[0] == "*.layers.0.*.q_proj"
     assert len(hits(linears(model), mixed)) == 4  # q_proj of tower and language, and the projector's two

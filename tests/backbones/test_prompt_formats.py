@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,12 +73,6 @@ def test_what_paligemma_does_not_take_is_refused_by_id(
 ) -> None:
     with pytest.raises(BadSample, match=f"sample talk: .*{reason}"):
         sample_of(encoder_of(folders["paligemma"]), (turns, (RED,) * pictures))
-
-
-def test_neither_template_nor_format_is_one_line(folders: Folders, tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["chameleon"], tmp_path / "without_format")
-    with pytest.raises(UserError, match=r"has no chat template.*model\.template: question_answer"):
-        encoder_of(folder)
 
 
 def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders: Folders) -> None:

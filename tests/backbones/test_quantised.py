@@ -11,9 +11,7 @@ import torch
 
 from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
 from dora_vl.backbones import loading
-from dora_vl.backbones.causal_lm import load_causal_lm
-from dora_vl.backbones.image_text import language_targets, load_image_text, weights_out_of_reach
-from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.model import language_targets, open_backbone, weights_out_of_reach
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
@@ -23,10 +21,10 @@ from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import write_tiny_llava
 
 LOADERS: dict[str, Any] = {
-    "qwen2_5_vl": load_image_text,
-    "gemma3": load_image_text,
-    "llava": load_llava,
-    "llama": load_causal_lm,
+    "qwen2_5_vl": open_backbone,
+    "gemma3": open_backbone,
+    "llava": open_backbone,
+    "llama": open_backbone,
 }
 
 
@@ -84,8 +82,8 @@ def test_the_frozen_weights_take_less_memory(tmp_path: Path, kind: str, factor: 
         sizes = [sum(one.numel() * one.element_size() for one in part) for part in (weights, rest)]
         return sizes[0], sizes[1]
 
-    whole, other = held(load_image_text(str(base)).model)
-    packed, same = held(load_image_text(str(base), quantisation=kind).model)  # pyright: ignore[reportArgumentType]
+    whole, other = held(open_backbone(str(base)).model)
+    packed, same = held(open_backbone(str(base), quantisation=kind).model)  # pyright: ignore[reportArgumentType]
     assert packed * factor == whole
     assert same == other
 
@@ -94,8 +92,8 @@ def test_the_frozen_weights_take_less_memory(tmp_path: Path, kind: str, factor: 
 def test_the_same_layers_are_adapted(tmp_path: Path, kind: str) -> None:
     pytest.importorskip(SCHEMES[kind].package)
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
-    plain = load_image_text(str(base)).model
-    model = load_image_text(str(base), quantisation=kind).model  # pyright: ignore[reportArgumentType]
+    plain = open_backbone(str(base)).model
+    model = open_backbone(str(base), quantisation=kind).model  # pyright: ignore[reportArgumentType]
     assert language_targets(model) == language_targets(plain)
     assert weights_out_of_reach(model) == {}
     config = DoRAConfig(targets=language_targets(model), rank=2)
@@ -114,10 +112,8 @@ def test_the_same_layers_are_adapted(tmp_path: Path, kind: str) -> None:
 def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
-    model = load_image_text(str(base), quantisation="nf4").model
-    with pytest.raises(
-        UserError, match=r"full: 14 of the parameters to train are quantised, such as model\.language_model\.layers\.0"
-    ):
+    model = open_backbone(str(base), quantisation="nf4").model
+    with pytest.raises(UserError, match=r"full: model\.language_model\.layers\.0"):
         apply_dora(model, DoRAConfig(method="full", targets=("model.language_model*",)))
     assert apply_dora(model, DoRAConfig(method="full", targets=("lm_head",))) == ["lm_head"]
 
@@ -127,13 +123,13 @@ def test_other_layers_than_meant_are_not_taken_silently(tmp_path: Path, monkeypa
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
     monkeypatch.setattr(loading, "kept_whole", lambda *given: [])
     with pytest.raises(UserError, match=r"layers are quantised instead of 14, first \['lm_head"):
-        load_image_text(str(base), quantisation="nf4")
+        open_backbone(str(base), quantisation="nf4")
 
 
 def test_what_stays_whole_for_its_width_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bitsandbytes")
     write_tiny_language(tmp_path, hidden_size=32, intermediate_size=64)
-    model = load_causal_lm(str(tmp_path), quantisation="nf4").model
+    model = open_backbone(str(tmp_path), quantisation="nf4").model
     assert sum(is_quantised(module) for module in model.modules()) == 2
     assert (
         "12 of the language model's 14 linear layers stay whole, first model.layers.0.self_attn.q_proj" in caplog.text
@@ -144,7 +140,7 @@ def test_asking_does_not_pack_the_weights_anew(tmp_path: Path) -> None:
     """As bitsandbytes would on a CPU with AVX512-BF16, at the first pass in eval mode."""
     pytest.importorskip("bitsandbytes")
     write_tiny_language(tmp_path, hidden_size=64, intermediate_size=128)
-    model = load_causal_lm(str(tmp_path), quantisation="nf4").model.eval()
+    model = open_backbone(str(tmp_path), quantisation="nf4").model.eval()
     layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
     assert layer.support_avx512bf16_for_cpu is False
     before = layer.weight.detach().clone()

@@ -12,12 +12,10 @@ from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTr
 
 from dora_vl.backbones import loading
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.llava import load_llava
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
-from dora_vl.backbones.prompts import get_template
+from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
-from tests.backbones.encoded_talk import talk
+from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk
 from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
 
 AROUND = [
@@ -102,13 +100,12 @@ class TestIds:
         after: str,
     ) -> None:
         image = add_image_token(loaded)
-        template = get_template("vicuna_v1", loaded)
-        encoder = LlavaEncoder(loaded, template, tokens_per_image=1, image_token_id=image, max_tokens=500)
+        encoder = piece_encoder(loaded, each=1)
         texts = (f"{before}<image>{after}red?", " Yes", "Is it?", "No")
         expected = [1]
-        for number, piece in enumerate(template.render(talk(*texts).turns).text.split("<image>")):
+        for number, piece in enumerate(encoder.prompts.render(talk(*texts).turns).text.split("<image>")):
             expected += [image] * bool(number) + slow_ids(model, piece, legacy=legacy is not False)
-        assert encoder.encode(talk(*texts, images=1)).input_ids.tolist() == expected
+        assert encode_talk(encoder, talk(*texts, images=1)).input_ids.tolist() == expected
 
     def test_saved_and_opened_again(self, loaded: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "again")
@@ -137,7 +134,7 @@ def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
         dtype="bfloat16",
     )
     compose_llava(spec, tmp_path / "base")
-    backbone = load_llava(str(tmp_path / "base"))
+    backbone = open_backbone(str(tmp_path / "base"))
     tokenizer = load_tokenizer(str(tmp_path / "base"))
     assert backbone.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 480
     assert backbone.model.lm_head.weight.shape == (512, 64)

@@ -13,13 +13,12 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.prompt_table import TEMPLATES, TemplateName
-from dora_vl.backbones.prompts import get_template
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from tests.backbones.encoded_talk import talk
+from tests.backbones.encoded_talk import encode_talk, piece_encoder, prompt_ids, talk
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
@@ -121,15 +120,13 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> LlavaEncoder:
-    image = int(tokenizer.convert_tokens_to_ids("<image>"))
-    template = get_template(name, tokenizer)
-    return LlavaEncoder(tokenizer, template, tokens_per_image=1, image_token_id=image, max_tokens=2000)
+def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
+    return piece_encoder(tokenizer, name, each=1)
 
 
 def starred(tokenizer: PreTrainedTokenizerBase, name: str, *texts: str) -> str:
     """The tokens of a conversation, those with a label starred."""
-    encoded = encoder(tokenizer, name).encode(talk(*texts, images=texts[0].count("<image>")))
+    encoded = encode_talk(encoder(tokenizer, name), talk(*texts, images=texts[0].count("<image>")))
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     labels = encoded.labels.tolist()
     return " ".join(("" if label == -100 else "*") + token for token, label in zip(tokens, labels, strict=True))
@@ -183,7 +180,7 @@ def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: st
     found = TEMPLATES[name].render(turns)
     assert found.text.startswith(SYSTEM_TURN[name])
     assert found.answer_spans[0][0] == len(SYSTEM_TURN[name])
-    assert not [span for span in found.control_spans if found.text[slice(*span)] == "</s>" and span[0] < 20]
+    assert not [span for span in found.controls if found.text[slice(*span)] == "</s>" and span[0] < 20]
 
 
 def test_captions(vicuna: PreTrainedTokenizerBase) -> None:
@@ -197,8 +194,8 @@ def test_a_prompt_is_what_stands_before_the_answer(vicuna: PreTrainedTokenizerBa
     text = TEMPLATES[name].render(asked, generation_prompt=True).text
     rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
     assert text == rendered.text[: rendered.answer_spans[1][0]]
-    encoded = encoder(vicuna, name).encode(talk(*ROUNDS, images=1))
-    prompt = encoder(vicuna, name).encode_prompt(asked).tolist()
+    encoded = encode_talk(encoder(vicuna, name), talk(*ROUNDS, images=1))
+    prompt = prompt_ids(encoder(vicuna, name), *asked)
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
     assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
 
@@ -210,11 +207,11 @@ def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
     """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
     said = "It {} is <s> a </s> <|im_end|> ['circle']"
     coder = encoder(vicuna, name)
-    encoded = coder.encode(talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", said))
-    last = encoded.labels[len(coder.encode_prompt(talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
+    encoded = encode_talk(coder, talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", said))
+    last = encoded.labels[len(prompt_ids(coder, *talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
     assert coder.decode(last[last != -100]) == said
     controls = [vicuna.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
-    plain = coder.encode(talk("Is it?", "Yes", "Why?", "It is"))
+    plain = encode_talk(coder, talk("Is it?", "Yes", "Why?", "It is"))
     for token in controls:
         assert (encoded.input_ids == token).sum() == (plain.input_ids == token).sum()
 
@@ -229,4 +226,4 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused(tmp_path: Path) -> N
     tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path)))
     add_image_token(tokenizer)
     with pytest.raises(UserError, match=r"the template writes '<\|im_(start|end)\|>', which is no special token"):
-        encoder(tokenizer, "mpt").encode_prompt((Turn("user", "Is it?"),))
+        prompt_ids(encoder(tokenizer, "mpt"), Turn("user", "Is it?"))

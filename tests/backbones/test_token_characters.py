@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_vl.backbones.pieces import from_offsets, from_prefixes, from_token_types
-from dora_vl.backbones.prompts import Chat
+from dora_vl.backbones.templates import Chat
 
 TEXT = "<i>ask:yes.more:no."
 CHAT = Chat(TEXT, ((7, 11), (16, 19)))

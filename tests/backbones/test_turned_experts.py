@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dora_vl.backbones.image_text import load_image_text, refuse_turned_experts
+from dora_vl.backbones.model import open_backbone, refuse_turned_experts
 from dora_vl.errors import UserError
 from tests.backbones.tiny_image_text import write_tiny
 
@@ -18,9 +18,9 @@ def test_a_folder_of_save_pretrained_is_refused_and_a_published_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_tiny("qwen3_vl_moe", tmp_path / "base")
-    monkeypatch.setattr("dora_vl.backbones.image_text.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("dora_vl.backbones.model.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match=TURNED):
-        load_image_text(str(base))
+        open_backbone(str(base))
     file = base / "model.safetensors"
     weights = load_file(file)
     named = [name for name in weights if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dora_vl.core import functional
-from dora_vl.core.analysis import change_of_blocks, fit_line, weight_change
+from dora_vl.core.analysis import change_of_blocks, fit_line
 
 BEFORE = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
 AFTER = torch.tensor([[6.0, 8.0], [0.0, 1.0], [0.0, -3.0]])
@@ -16,7 +16,7 @@ AFTER = torch.tensor([[6.0, 8.0], [0.0, 1.0], [0.0, -3.0]])
 
 def test_rows_by_hand():
     """Row 1 doubles (|10 - 5|, same direction), row 2 turns by 90 degrees, row 3 turns round and grows by 1."""
-    change = weight_change(BEFORE, AFTER, axis="output")
+    change = change_of_blocks([(BEFORE, AFTER)], axis="output")
     assert change.magnitude == pytest.approx((5 + 0 + 1) / 3, rel=1e-12)
     assert change.direction == pytest.approx((0 + 1 + 2) / 3, rel=1e-12)
     assert (change.vectors, change.without_direction) == (3, 0)
@@ -24,7 +24,7 @@ def test_rows_by_hand():
 
 def test_columns_by_hand():
     """Columns (3, 1, 0) -> (6, 0, 0) and (4, 0, 2) -> (8, 1, -3)."""
-    change = weight_change(BEFORE, AFTER, axis="input")
+    change = change_of_blocks([(BEFORE, AFTER)], axis="input")
     magnitudes = abs(6 - math.sqrt(10)) + abs(math.sqrt(74) - math.sqrt(20))
     cosines = (18 / (6 * math.sqrt(10)), 26 / math.sqrt(74 * 20))
     assert change.magnitude == pytest.approx(magnitudes / 2, rel=1e-12)
@@ -37,7 +37,7 @@ def test_blocks_are_the_whole(axis):
     torch.manual_seed(0)
     before, after = torch.randn(7, 5), torch.randn(7, 5)
     blocks = zip(before.split(3), after.split(3), strict=True)
-    found, whole = change_of_blocks(blocks, axis=axis), weight_change(before, after, axis=axis)
+    found, whole = change_of_blocks(blocks, axis=axis), change_of_blocks([(before, after)], axis=axis)
     assert found.magnitude == pytest.approx(whole.magnitude, rel=1e-12)
     assert found.direction == pytest.approx(whole.direction, rel=1e-12)
 
@@ -45,7 +45,7 @@ def test_blocks_are_the_whole(axis):
 def test_a_zero_vector_has_no_direction():
     before = torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     after = torch.tensor([[0.0, 3.0], [2.0, 0.0], [0.0, 0.0]])
-    change = weight_change(before, after, axis="output")
+    change = change_of_blocks([(before, after)], axis="output")
     assert (change.magnitude, change.direction, change.without_direction) == (1.0, 1.0, 2)
 
 
@@ -53,10 +53,10 @@ def test_nothing_is_exactly_nothing_and_little_is_not_lost():
     """A turn by 1e-5 changes the cosine by 5e-11, which float32 cannot tell from 1."""
     torch.manual_seed(0)
     before = torch.randn(40, 30)
-    same = weight_change(before, before.clone(), axis="output")
+    same = change_of_blocks([(before, before.clone())], axis="output")
     assert (same.magnitude, same.direction) == (0.0, 0.0)
     turned = torch.tensor([[1.0, 1e-5]])
-    little = weight_change(torch.tensor([[1.0, 0.0]]), turned, axis="output")
+    little = change_of_blocks([(torch.tensor([[1.0, 0.0]]), turned)], axis="output")
     assert little.direction == pytest.approx(0.5e-10, rel=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_dora_moves_its_magnitude_alone():
     weight = torch.randn(6, 4)
     norms = weight.norm(dim=1)
     after = functional.merged_weight(weight, torch.randn(2, 4), torch.zeros(6, 2), 2 * norms, 1.5)
-    change = weight_change(weight, after, axis="output")
+    change = change_of_blocks([(weight, after)], axis="output")
     assert change.magnitude == pytest.approx(float(norms.mean()), rel=1e-6)
     assert change.direction == pytest.approx(0, abs=1e-12)
 

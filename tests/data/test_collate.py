@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,11 +11,9 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample, Skipped
 
 
-def sample(
-    index: int, ids: list[int], *, pictures: tuple[Tensor, ...] = (), features: tuple[Tensor, ...] = (), cut: int = 0
-) -> Sample:
+def sample(index: int, ids: list[int], *, cut: int = 0, **inputs: Tensor) -> Sample:
     labels = torch.tensor([-100, *ids[1:]])
-    return Sample(index, f"s{index}", torch.tensor(ids), labels, pictures, features, cut)
+    return Sample(index, f"s{index}", torch.tensor(ids), labels, cut_tokens=cut, inputs=inputs)
 
 
 def test_right_padding_written_out() -> None:
@@ -40,13 +37,9 @@ def test_left_padding_written_out() -> None:
 
 
 def test_pictures_follow_the_order_of_rows_and_placeholders() -> None:
-    a, b, c = (torch.full((3, 2, 4), float(value)) for value in (1, 2, 3))
-    batch = Collator(0)([sample(0, [1, 2], pictures=(b, a)), sample(1, [1, 2]), sample(2, [1, 2], pictures=(c,))])
-    assert batch["pixel_values"].shape == (3, 3, 2, 4)
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [2, 1, 3]
-    batch = Collator(0)([sample(0, [1, 2], features=(torch.ones(5, 6),))])
-    assert batch["image_features"].shape == (1, 5, 6)
-    assert "pixel_values" not in batch
+    a, b, c = (torch.full((1, 3, 2, 4), float(value)) for value in (1, 2, 3))
+    samples = [sample(0, [1, 2], pixel_values=torch.cat([b, a])), sample(1, [1, 2]), sample(2, [1, 2], pixel_values=c)]
+    assert Collator(0)(samples)["pixel_values"][:, 0, 0, 0].tolist() == [2, 1, 3]
 
 
 def test_a_batch_without_any_usable_sample_is_still_a_batch() -> None:
@@ -70,8 +63,3 @@ def test_every_token_and_label_is_there_once(rows: list[list[int]], side: str) -
     ]
     assert bool((batch["labels"][~kept] == -100).all())
     assert batch["padding_tokens"] == int((~kept).sum())
-
-
-def test_pictures_of_different_sizes_cannot_be_one_tensor() -> None:
-    with pytest.raises(RuntimeError, match="equal size"):
-        Collator(0)([sample(0, [1, 2], pictures=(torch.zeros(3, 2, 2), torch.zeros(3, 2, 4)))])

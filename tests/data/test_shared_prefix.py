@@ -21,8 +21,8 @@ def sample(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...
     row = torch.tensor(ids)
     labels = torch.full_like(row, IGNORED)
     labels[len(ids) - answered :] = row[len(ids) - answered :]
-    features = tuple(torch.full((2, 3), float(index)) for _ in images)
-    return Sample(index, f"s{index}", row, labels, features=features, images=images)
+    inputs = {"image_features": torch.full((len(images), 2, 3), float(index))} if images else {}
+    return Sample(index, f"s{index}", row, labels, inputs=inputs, images=images)
 
 
 def test_two_questions_about_one_picture_written_out() -> None:

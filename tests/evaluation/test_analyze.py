@@ -15,7 +15,7 @@ from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.analysis import weight_change
+from dora_vl.core.analysis import change_of_blocks
 from tests.adapters.foreign_files import DOWN, Q, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.test_cli import failed
@@ -52,7 +52,7 @@ def test_an_adapter_is_its_merged_folder(folders, capsys):
         folders / "merged" / "model-00001-of-00002.safetensors",
     )
     before, after = weights[0][f"{Q}.weight"], read_one(folders / "merged", f"{Q}.weight")
-    change = weight_change(before, after, axis="output")
+    change = change_of_blocks([(before, after)], axis="output")
     assert adapter[Q] == pytest.approx((change.magnitude, change.direction), rel=1e-5)
     assert found["panels"][0]["regression"]["slope"] == pytest.approx(
         found["panels"][1]["regression"]["slope"], rel=1e-4

@@ -89,7 +89,7 @@ def test_what_cannot_be_exported_is_one_line(folders: Path, tmp_path: Path, caps
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
     (base / "model.safetensors").unlink()  # its configuration is enough
     said = refused(capsys, "export", "--adapter", adapter, "--to", tmp_path / "to", "--gguf")
-    assert "of models that see, LLaVA is written as GGUF" in said
+    assert "LLaVA is written" in said
     assert not (tmp_path / "to").exists()
 
 

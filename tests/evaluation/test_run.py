@@ -11,9 +11,9 @@ import pytest
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.test import evaluate_run
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -38,7 +38,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         evaluation={"file": str(folder / "test.json"), "batch_size": 5, "max_new_tokens": 4},
     )
     config = read_run_file(path)
-    assert run(LlavaPipeline(config)) is None
+    assert run(DecoderPipeline(config)) is None
     return config
 
 
@@ -77,11 +77,11 @@ def test_the_same_questions_are_asked_about_others_pictures(
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "do not depend on the pictures" in entry["warning"]  # a few steps of a tiny model teach it nothing
     with caplog.at_level("INFO"):
-        again = LlavaPipeline(tested).test({})
+        again = DecoderPipeline(tested).test({})
     assert metrics_of(tested)["baselines"] == entry
     assert any("do not depend on the pictures" in line for line in caplog.messages)
     without = dataclasses.replace(tested.evaluation, exchange_pictures=False)
-    found = LlavaPipeline(dataclasses.replace(tested, evaluation=without)).test({})
+    found = DecoderPipeline(dataclasses.replace(tested, evaluation=without)).test({})
     assert found["baselines"].keys() == {"metric", "commonest_answer"}
     assert found["accuracy"] == again["accuracy"]
 
@@ -93,11 +93,11 @@ def test_the_pictures_are_drawn(tested: RunConfig) -> None:
 
 def test_testing_again_asks_only_what_failed(tested: RunConfig) -> None:
     before = metrics_of(tested)
-    again = LlavaPipeline(tested).test({})
+    again = DecoderPipeline(tested).test({})
     assert again["answers_from_earlier_run"] == 23
     assert again["accuracy"] == before["accuracy"]
     fewer = dataclasses.replace(tested, evaluation=dataclasses.replace(tested.evaluation, limit=4))
-    assert LlavaPipeline(fewer).test({})["n"] == 4
+    assert DecoderPipeline(fewer).test({})["n"] == 4
 
 
 def test_without_a_question_file_or_an_adapter_it_says_so(tested: RunConfig, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.nn.attention import SDPBackend
 
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import imagine_run
-from dora_vl.training.image_text_pipeline import instruct_pipeline
 from tests.training.tiny_run import write_run, write_tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -94,18 +94,12 @@ def grouped_attention_is_fused() -> bool:
 FULL = pytest.mark.slow
 # Without DDP, whose buckets are made in C++ before the step, where no count of operations sees them.
 CASES = [
-    pytest.param("activations", "none", 1, False, marks=FULL),
     pytest.param("activations", "none", 1, True, marks=FULL),
-    pytest.param("activations", "zero2", 1, True, marks=FULL),
     pytest.param("activations", "zero3", 2, False, marks=FULL),
-    pytest.param("weights", "none", 1, False, marks=FULL),
     pytest.param("weights", "none", 1, True),
     pytest.param("weights", "zero0", 2, False, marks=FULL),
-    pytest.param("weights", "zero2", 1, False, marks=FULL),
-    pytest.param("weights", "zero2", 2, False, marks=FULL),
     pytest.param("weights", "zero2", 2, True, marks=FULL),
     pytest.param("weights", "zero3", 1, False, marks=FULL),
-    pytest.param("weights", "zero3", 2, False, marks=FULL),
     pytest.param("weights", "zero3", 2, True, marks=FULL),
 ]
 
@@ -119,7 +113,7 @@ def test_it_is_within_a_tenth_of_what_a_run_allocates(
     settings = [f"--training.gradient_checkpointing={str(checkpointing).lower()}"]
     settings += [] if engine == "none" else [f"--training.deepspeed={engine}"]
     found = measure(runs[name], tmp_path / "measured", *settings, ranks=ranks)
-    pipeline = instruct_pipeline(read_run_file(runs[name], *settings))
+    pipeline = DecoderPipeline(read_run_file(runs[name], *settings))
     expected = imagine_run(pipeline, tokens=found["tokens"], labelled=found["labelled"]).on(ranks)
     assert found["rows"] == SIZES[name].rows
     if name == "weights":  # in the other, batches that wait and the layers' norms are a fifth of what is held

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
@@ -47,7 +47,7 @@ def llava_settings(made: Path) -> Path:
 
 
 def trained(settings: Path, folder: Path, *overrides: str) -> Path:
-    assert run(LlavaPipeline(read_run_file(settings, f"--training.output_dir={folder}", *overrides))) is None
+    assert run(DecoderPipeline(read_run_file(settings, f"--training.output_dir={folder}", *overrides))) is None
     return folder
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from dora_vl.backbones.causal_lm import LanguageSource
-from dora_vl.backbones.loading import written_base
+from dora_vl.backbones.loading import LanguageSource, written_base
 from dora_vl.errors import UserError
 from dora_vl.training import adapting
 from dora_vl.training.adapting import load_base, make_base

@@ -11,9 +11,9 @@ from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import BadSample, UserError
-from dora_vl.training import assembly
-from dora_vl.training.assembly import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.training import run_media
 from dora_vl.training.recipe import DataConfig
+from dora_vl.training.run_media import VideoReading, check_videos, video_folder, video_sampling
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av")
@@ -102,6 +102,6 @@ def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkey
     def missing(backend: str) -> None:
         raise BackendMissing(f"no module for {backend}")
 
-    monkeypatch.setattr(assembly, "import_backend", missing)
+    monkeypatch.setattr(run_media, "import_backend", missing)
     with pytest.raises(UserError, match=r"no library that decodes videos.*pip install 'dora-vl\[video\]'"):
         check_videos(settings(folder))

@@ -92,7 +92,7 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     assert not any(".o_proj." in name or ".gate_proj." in name for name in weights)
     recipe = json.loads((run / "adapter" / "recipe.json").read_text())
     assert recipe["task"] == "commonsense"
-    assert recipe["prompt"] == "alpaca"
+    assert recipe["template"] == "alpaca"
 
 
 def test_the_smoke_run_is_tested_again_without_training(
@@ -126,7 +126,7 @@ def test_the_smoke_run_is_tested_again_without_training(
 
 
 def test_packing_trains_the_same(folder: Path) -> None:
-    from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+    from dora_vl.training.decoder_pipeline import CommonsensePipeline
     from dora_vl.training.run import train
 
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
@@ -145,7 +145,7 @@ def test_the_references_validation_split(folder: Path) -> None:
     """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
     import datasets
 
-    from dora_vl.training.assembly import read_samples
+    from dora_vl.training.run_samples import read_samples
 
     config = settings(folder, "split")
     rows, held_out = read_samples(config.data, seed=5)
@@ -153,12 +153,12 @@ def test_the_references_validation_split(folder: Path) -> None:
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None
     for found, wanted in ((held_out, split["test"]), (rows, split["train"])):
-        assert [turns[0]["value"] for turns in found.rows["conversations"]] == wanted["instruction"][:]
+        assert [turns[0]["text"] for turns in found.rows["turns"]] == wanted["instruction"][:]
 
 
 def test_any_format_of_several_files_streamed(folder: Path) -> None:
     """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
-    from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+    from dora_vl.training.decoder_pipeline import CommonsensePipeline
     from dora_vl.training.run import train
 
     chats = folder / "chats.jsonl"
@@ -182,11 +182,11 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
     assert len(losses(folder / "stream")) == metrics["train_steps"] == 4
     skipped = (folder / "stream" / "skipped.jsonl").read_text()
     assert "chat 4" in skipped
-    assert "turns of user, assistant, user stand before the output" in skipped
+    assert "one question and its output" in skipped
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
-    from dora_vl.evaluation.commonsense_run import read_sets
+    from dora_vl.evaluation.test import read_sets
     from dora_vl.training.recipe import CommonsenseEvaluationConfig
 
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
@@ -203,7 +203,7 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 def test_granular_magnitudes(folder: Path) -> None:
     from dora_vl.core import apply_dora, trained_parts
-    from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+    from dora_vl.training.decoder_pipeline import CommonsensePipeline
 
     config = settings(
         folder,
@@ -237,7 +237,7 @@ def test_granular_magnitudes(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(folder: Path, more: list[str], said: str) -> None:
-    from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+    from dora_vl.training.decoder_pipeline import CommonsensePipeline
     from dora_vl.training.run import train
 
     with pytest.raises(UserError, match=said):

@@ -30,8 +30,7 @@ CASES = [
 ONE_AFTER_ANOTHER = """
 import json, os, sys
 import deepspeed
-from dora_vl.training import image_text_pipeline as image_text
-from dora_vl.training import run
+from dora_vl.training import decoder_pipeline, run
 from tasks import llava_instruct
 for arguments in json.loads(sys.argv[1]):
     child = os.fork()  # DeepSpeed's groups and accelerate's settings are a process's, once for all

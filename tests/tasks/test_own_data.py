@@ -14,7 +14,7 @@ from PIL import Image
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tasks import llava_instruct
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_llava, write_pictures
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_one_line_before_weights_are_loaded(
     (tmp_path / name).write_bytes(content)
     settings = run_file(tmp_path, tmp_path / "no base there", tmp_path / name)
     with pytest.raises(UserError) as caught:
-        train(LlavaPipeline(read_run_file(settings)))
+        train(DecoderPipeline(read_run_file(settings)))
     assert said in str(caught.value)
     assert name in str(caught.value)
 
@@ -161,7 +161,7 @@ def test_two_ways_of_validation_are_refused(tmp_path: Path) -> None:
     records = write_llava(tmp_path, made)
     settings = run_file(tmp_path, tmp_path / "none", records, validation=str(records), validation_share=0.5)
     with pytest.raises(UserError, match=r"set one of data\.validation, data\.validation_share and"):
-        train(LlavaPipeline(read_run_file(settings)))
+        train(DecoderPipeline(read_run_file(settings)))
 
 
 def test_wrong_data_ends_the_script_with_status_two(tmp_path: Path, base: Path) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.llava import load_llava
 from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.model import open_backbone
 from tests.tasks.published_recipe import run_all
 
 
@@ -38,7 +38,7 @@ def test_both_stages_and_the_merge(tmp_path: Path) -> None:
     ids = torch.tensor([[*tokenizer(" Is it").input_ids, *[picture] * 4, *tokenizer("red?").input_ids[1:]]])
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    adapted = load_llava(str(runs / "base"))
+    adapted = open_backbone(str(runs / "base"))
     before = adapted.model(**inputs).logits
     load_adapter(adapted.model, runs / "dora" / "adapter")
     expected = adapted.model(**inputs).logits

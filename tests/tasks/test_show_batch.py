@@ -12,9 +12,8 @@ from PIL import Image
 from dora_vl.cli import main
 from dora_vl.report.batch import BatchView, Piece, batch_page, batch_picture, terminal_lines
 from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.first_batch import first_batch, shown_settings
-from dora_vl.training.image_text_pipeline import instruct_pipeline
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
@@ -67,8 +66,8 @@ def test_it_is_the_batch_that_training_sees(
 ) -> None:
     settings = [f"--data.group_by_modality_length={grouped}", f"--training.output_dir={tmp_path / 'out'}"]
     config = read_run_file(run_file, *settings, "--training.max_steps=1")
-    expected = seen_first(monkeypatch, LlavaPipeline(config))
-    view = first_batch(LlavaPipeline(shown_settings(read_run_file(run_file, *settings), tmp_path / "none")))
+    expected = seen_first(monkeypatch, DecoderPipeline(config))
+    view = first_batch(DecoderPipeline(shown_settings(read_run_file(run_file, *settings), tmp_path / "none")))
     records = {one["id"]: one for one in json.loads(Path(str(config.data.train)).read_text())}
     assert len(view.rows) == len(expected["input_ids"]) == 4
     for row, ids, mask, labels in zip(
@@ -193,7 +192,7 @@ def test_no_weights_are_read(run_file: Path, tmp_path: Path) -> None:
         if path.suffix != ".safetensors":
             (bare / path.name).write_bytes(path.read_bytes())
     config = read_run_file(run_file, f"--model.base={bare}")
-    view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
+    view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
     assert len(view.rows) == 4
     assert len(view.pictures) == 4
 
@@ -202,7 +201,7 @@ def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
     """Gemma's processor calls a picture's beginning its token; its places have another id."""
     base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
     file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512})
-    pipeline = instruct_pipeline(shown_settings(read_run_file(file), tmp_path / "none"))
+    pipeline = DecoderPipeline(shown_settings(read_run_file(file), tmp_path / "none"))
     places = {
         row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
         for row in first_batch(pipeline).rows
@@ -216,7 +215,7 @@ def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
 
 def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
     config = read_run_file(run_file, "--data.share_pictures=true")
-    view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
+    view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
     assert [row.title.split(",")[0] for row in view.rows] == [
         f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))
     ]

@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from dora_vl.errors import UserError
-from dora_vl.training import assembly
+from dora_vl.training import decoder_pipeline
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
@@ -57,7 +57,7 @@ def run_file(tmp_path: Path, base: Path, train_on: object, *, data: dict[str, ob
 def trained(path: Path, name: str, *overrides: str) -> list[float]:
     """The losses of a run in a folder of its own."""
     folder = path.parent / name
-    train(instruct_pipeline(read_run_file(path, f"--training.output_dir={folder}", *overrides)))
+    train(DecoderPipeline(read_run_file(path, f"--training.output_dir={folder}", *overrides)))
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
@@ -86,9 +86,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     dropout = "--adapter.dropout=0.2"
     whole = trained(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = assembly.open_picture
+    read_pixels = decoder_pipeline.open_picture
     monkeypatch.setattr(
-        assembly,
+        decoder_pipeline,
         "open_picture",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )

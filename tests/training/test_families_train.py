@@ -15,16 +15,15 @@ from PIL import Image
 from dora_vl import cli
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.base import attention_of
-from dora_vl.backbones.image_text import load_image_text
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
-from tests.app.test_engine import NEW_TOKENS, answers
-from tests.app.tiny_served import alone, answer_alone, served
+from tests.app.tiny_served import alone, answer_alone, answers, served
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -107,12 +106,12 @@ def merged(adapter: Path, to: Path) -> Path:
 
 def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *, merges: bool = True) -> None:
     """The adapted model, opened again, differs from the base and is what merging gives; it answers."""
-    plain, adapted = load_image_text(str(base)), load_image_text(str(base))
+    plain, adapted = open_backbone(str(base)), open_backbone(str(base))
     load_adapter(adapted.model, adapter)
     with torch.no_grad():
         before, ours = plain.eval()(**prompt).logits, adapted.eval()(**prompt).logits
         if merges:
-            theirs = load_image_text(str(merged(adapter, to))).eval()(**prompt).logits
+            theirs = open_backbone(str(merged(adapter, to))).eval()(**prompt).logits
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         else:
             with pytest.raises(UserError, match="tensors are not in the base"):
@@ -175,12 +174,10 @@ def test_where_sdpa_cannot_be_it_trains_answers_is_evaluated_and_served_without_
     shown = Shown(pictures=(Image.open(tmp_path / "data" / "0-0.png").convert("RGB"),)) if sees else Shown()
     opened = [alone(base, adapter), alone(base, None)]
     assert [attention_of(one.backbone.model) for one in opened] == [attention, attention]
-    expected = answer_alone(opened[0], turns, shown, tokens=NEW_TOKENS)
+    expected = answer_alone(opened[0], turns, shown, tokens=8)
     named = ["--image", str(tmp_path / "data" / "0-0.png")] if sees else []
     capsys.readouterr()
-    image_qa.main(
-        ["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(NEW_TOKENS)]
-    )
+    image_qa.main(["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(8)])
     assert expected in capsys.readouterr().out
     to = tmp_path / "scores"
     asked = ["--benchmarks", f"exact_match={records}", "--images", str(records.parent), "--to", str(to)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_vl.adapters.folder import load_adapter, read_weights
-from dora_vl.backbones.image_text import load_image_text
+from dora_vl.backbones.model import open_backbone
 from dora_vl.core import adapted_layers
 from dora_vl.core.experts import ExpertsProjection
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
@@ -86,7 +86,7 @@ def test_experts_of_two_ranks_that_get_other_rows(tmp_path: Path, family: str) -
     if words_alone:
         changes |= {"optim": {"projector_learning_rate": None}, "model": {"attn_implementation": "eager"}}
     check_ranks_agree(tmp_path, base, steps=8, port=EXPERTS[family], words_alone=words_alone, **changes)
-    loaded = load_image_text(str(base), attn_implementation="eager")
+    loaded = open_backbone(str(base), attn_implementation="eager")
     names = load_adapter(loaded.model, tmp_path / "two" / "adapter")
     experts = [name for name, layer in adapted_layers(loaded.model) if isinstance(layer, ExpertsProjection)]
     assert set(experts) < set(names)

@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 
 from data_prep import generated_commonsense
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompt_table import InstructionEncoder
 from dora_vl.errors import UserError
 from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.commonsense_pipeline import CommonsensePipeline
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
@@ -41,7 +38,7 @@ def instruct(
     data.write_text(json.dumps(rows))
     more: dict[str, object] = {"streaming": streaming, "group_by_modality_length": not streaming}
     path = write_run(folder / "run.yaml", folder / "base", data, data=more, training=CPU)
-    return instruct_pipeline(read_run_file(path))
+    return DecoderPipeline(read_run_file(path))
 
 
 def commonsense(folder: Path, *, train_on: str) -> Pipeline:
@@ -57,15 +54,15 @@ def vlbart(folder: Path) -> Pipeline:
 
 
 RUNS: dict[str, tuple[Callable[[Path], Pipeline], type]] = {
-    "llava": (lambda folder: instruct(folder, write_tiny_llava), LlavaEncoder),
-    "a stream": (lambda folder: instruct(folder, write_tiny_llava, streaming=True), LlavaEncoder),
-    "qwen2_5_vl": (lambda folder: instruct(folder, lambda base: write_tiny("qwen2_5_vl", base)), ImageTextEncoder),
+    "llava": (lambda folder: instruct(folder, write_tiny_llava), Encoder),
+    "a stream": (lambda folder: instruct(folder, write_tiny_llava, streaming=True), Encoder),
+    "qwen2_5_vl": (lambda folder: instruct(folder, lambda base: write_tiny("qwen2_5_vl", base)), Encoder),
     "language model": (
         lambda folder: instruct(folder, lambda base: write_tiny_language("llama", base), text_only=True),
-        ImageTextEncoder,
+        Encoder,
     ),
-    "commonsense": (lambda folder: commonsense(folder, train_on="answer"), InstructionEncoder),
-    "commonsense, prompt too": (lambda folder: commonsense(folder, train_on="all"), InstructionEncoder),
+    "commonsense": (lambda folder: commonsense(folder, train_on="answer"), Encoder),
+    "commonsense, prompt too": (lambda folder: commonsense(folder, train_on="all"), Encoder),
     "vlbart": (vlbart, Seq2SeqEncoder),
 }
 

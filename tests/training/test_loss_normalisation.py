@@ -10,18 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from dora_vl.backbones.llava import LlavaBackbone, load_llava
-from dora_vl.data.batches import Collator
-from dora_vl.data.samples import ConversationDataset
-from dora_vl.training.assembly import (
-    build_encoder,
-    image_folder,
-    image_preparation,
-    pad_token_id,
-    read_pixels,
-    read_samples,
-)
+from dora_vl.backbones.model import open_backbone
+from dora_vl.training.arguments import training_arguments
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import RunConfig
 from tests.training.test_run import run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
@@ -30,17 +22,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 
 
-def micro_batches(config: RunConfig, backbone: LlavaBackbone, size: int) -> list[dict[str, Any]]:
-    encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
-    preparation, folder = image_preparation(config.model), image_folder(config.data)
-    train, _ = read_samples(config.data, seed=0)
-    samples = ConversationDataset(
-        train.rows,
-        encode=encoder.encode,
-        picture=lambda path: read_pixels(path, folder=folder, preparation=preparation),
-    )
-    collate = Collator(pad_token_id(encoder))
-    return [dict(collate([samples[i] for i in range(start, start + size)])) for start in range(0, 2 * size, size)]
+def micro_batches(config: RunConfig, size: int) -> list[dict[str, Any]]:
+    pipeline, arguments = DecoderPipeline(config), training_arguments(config)
+    data = pipeline.data(pipeline.load(), arguments)
+    samples: Any = data.train
+    return [dict(data.collate([samples[i] for i in range(start, start + size)])) for start in range(0, 2 * size, size)]
 
 
 @pytest.mark.parametrize("normalisation", ["micro_batch", "step_tokens"])
@@ -48,11 +34,11 @@ def test_loss_and_gradient_equal_the_step_written_out(tmp_path: Path, tiny_llava
     data = write_tiny_data(tmp_path / "data", samples=4)
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, data, training={"use_cpu": True})
     config = read_run_file(run_file)
-    backbone = load_llava(str(tiny_llava))
+    backbone = open_backbone(str(tiny_llava))
     bias = backbone.model.get_parameter(PROJECTOR)
     before = bias.detach().clone()
     sums, counts = [], []
-    for batch in micro_batches(config, backbone, 2):
+    for batch in micro_batches(config, 2):
         # The library's own forward, all positions, shifted here.
         logits = backbone.model(**{k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}).logits[:, :-1]
         targets = batch["labels"][:, 1:]

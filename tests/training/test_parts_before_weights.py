@@ -12,8 +12,7 @@ import yaml
 from data_prep import generated_commonsense
 from dora_vl.errors import UserError
 from dora_vl.training.command_line import read_settings
-from dora_vl.training.commonsense_pipeline import CommonsensePipeline
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.run import train
@@ -26,7 +25,7 @@ from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, writ
 def llava(folder: Path, changes: dict[str, Any]) -> Pipeline:
     base = write_tiny_llava(folder / "base")
     path = write_run(folder / "run.yaml", base, write_tiny_data(folder / "data"), **changes)
-    return LlavaPipeline(read_settings(["--config", str(path)], RunConfig))
+    return DecoderPipeline(read_settings(["--config", str(path)], RunConfig))
 
 
 def commonsense(folder: Path, changes: dict[str, Any]) -> Pipeline:

@@ -16,7 +16,7 @@ from dora_vl.core import merge_dora, strip_adapters, trained_parts
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_data
@@ -51,7 +51,7 @@ def settings(there: Path, name: str, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(there: Path) -> Path:
-    run(instruct_pipeline(read_run_file(settings(there, "whole"))))
+    run(DecoderPipeline(read_run_file(settings(there, "whole"))))
     return there / "whole" / "adapter"
 
 
@@ -80,7 +80,7 @@ def test_the_table_says_what_trains_and_what_does_not(there: Path, caplog: pytes
     caplog.set_level("INFO")
     only = {"targets": ["language"], "rank": 3, "parts": {"vision": PARTS["parts"]["vision"]}}
     changes = {"adapter": only, "optim": {"rates": {"vision": 1e-4}}, "training": {**CPU, "max_steps": 1}}
-    run(instruct_pipeline(read_run_file(settings(there, "table", **changes))))
+    run(DecoderPipeline(read_run_file(settings(there, "table", **changes))))
     (table,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("what trains")]
     lines = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert lines["dora.A"][0::3] == ["8", "3"]
@@ -92,10 +92,10 @@ def test_the_table_says_what_trains_and_what_does_not(there: Path, caplog: pytes
 
 def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, adapter: Path) -> None:
     path = settings(there, "half")
-    run(instruct_pipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     content = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**content, "resume": str(there / "half" / "checkpoint-2")}))
-    run(instruct_pipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     whole, resumed = read_weights(adapter), read_weights(there / "half" / "adapter")
     assert resumed.keys() == whole.keys()
     for name, tensor in whole.items():
@@ -135,8 +135,8 @@ def test_parts_that_are_not_there_are_refused_before_weights_are_loaded(
     def load(*positional: object, **named: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("dora_vl.training.image_text_pipeline.load_base", load)
+    monkeypatch.setattr("dora_vl.training.decoder_pipeline.load_base", load)
     path = settings(there, f"refused_{tmp_path.name}", **changes)
     with pytest.raises(UserError, match=said):
-        run(instruct_pipeline(read_run_file(path)))
+        run(DecoderPipeline(read_run_file(path)))
     assert not path.with_suffix("").exists(), "the run has no folder yet that would be in a second try's way"

@@ -15,7 +15,7 @@ from dora_vl.errors import UserError
 from dora_vl.training.arguments import training_arguments
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_llava
@@ -61,7 +61,7 @@ def written(folder: Path, base: Path, **changes: dict[str, object]) -> Path:
 
 def tokens_of(path: Path, *overrides: str) -> list[int]:
     """Of the first three training samples."""
-    pipeline = instruct_pipeline(read_run_file(path, *overrides))
+    pipeline = DecoderPipeline(read_run_file(path, *overrides))
     arguments = training_arguments(pipeline.config)
     pipeline.prepare(arguments)
     data = pipeline.data(pipeline.skeleton(), arguments)
@@ -90,7 +90,7 @@ def test_a_run_counts_and_names_them(
 ) -> None:
     caplog.set_level("INFO")
     path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
-    run(instruct_pipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["train_samples"] == 12
     assert metrics["shrunk_samples"] == 8  # large and long ones
@@ -100,7 +100,7 @@ def test_a_run_counts_and_names_them(
 
 def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
     path = written(tmp_path, bases["qwen2_vl"])
-    pipeline = instruct_pipeline(read_run_file(path))
+    pipeline = DecoderPipeline(read_run_file(path))
     arguments = training_arguments(pipeline.config)
     data = pipeline.data(pipeline.skeleton(), arguments)
     pictured = data.pools()[0]
@@ -111,7 +111,7 @@ def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], 
 
 def test_it_is_refused_where_it_saves_nothing(bases: Mapping[str, Path], tmp_path: Path) -> None:
     path = written(tmp_path, bases["llava"])
-    with pytest.raises(UserError, match="takes every picture at one size"):
+    with pytest.raises(UserError, match="makes the same of a small picture"):
         tokens_of(path, "--data.max_pixels_per_step=100000")
     path = written(tmp_path / "other", bases["qwen2_vl"])
     with pytest.raises(UserError, match="2001 leaves 1000 pixels for each of 2 samples"):

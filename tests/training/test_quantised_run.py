@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from data_prep import generated_commonsense
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
-from dora_vl.backbones.causal_lm import load_causal_lm
-from dora_vl.backbones.image_text import load_image_text
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant, open_picture
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.questions import Question
 from dora_vl.training import run as training_run
 from dora_vl.training.command_line import read_settings
-from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+from dora_vl.training.decoder_pipeline import CommonsensePipeline
 from dora_vl.training.recipe import CommonsenseRunConfig
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
@@ -114,7 +115,7 @@ def test_the_merged_plain_model_is_the_trained_one(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
-    opened = open_asker(Wanted(adapter=adapter, with_base=True))
+    opened = open_model(Wanted(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
@@ -124,7 +125,7 @@ def test_the_merged_plain_model_is_the_trained_one(
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
     torch.testing.assert_close(logits_of(assistant, there / "red.png"), ours, rtol=0, atol=tolerance)
     assert isinstance(opened.base, Assistant)
-    alone = load_image_text(str(there / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
+    alone = open_backbone(str(there / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
     untouched = logits_of(Assistant(alone.eval(), opened.adapted.prompts), there / "red.png")
     torch.testing.assert_close(logits_of(opened.base, there / "red.png"), untouched, rtol=0, atol=1e-6)
     assert float((untouched - ours).abs().max()) > 1e-2
@@ -202,16 +203,21 @@ def test_it_is_asked_from_the_command_line(there: Path, monkeypatch: pytest.Monk
     question = ["--image", str(there / "red.png"), "--question", "Say the colour.", "--max-new-tokens", "4"]
     image_qa.main(["--adapter", str(adapter), *question])
     printed = capsys.readouterr().out.split("\n")[1].strip()
-    assistant = open_asker(Wanted(adapter=adapter)).adapted
-    assert printed == assistant.answer(TURNS, [open_picture(there / "red.png")], max_new_tokens=4).strip()
+    assistant = open_model(Wanted(adapter=adapter)).adapted
+    assert (
+        printed
+        == assistant.answer(
+            Question(id="q", turns=tuple(TURNS)), Shown(pictures=(open_picture(there / "red.png"),)), max_new_tokens=4
+        ).strip()
+    )
 
 
 def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained(there, monkeypatch, "llava", "nf4")
-    ours = open_asker(Wanted(adapter=adapter)).adapted
+    ours = open_model(Wanted(adapter=adapter)).adapted
     assert isinstance(ours, Assistant)
     sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
-    ids, pixels = sample.input_ids[None], torch.stack(sample.pictures)
+    ids, pixels = sample.input_ids[None], sample.inputs["pixel_values"]
     model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     with torch.no_grad():
         expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits
@@ -238,7 +244,7 @@ def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monk
     run(CommonsensePipeline(read_settings([f"--config={SMOKE}", *flat], CommonsenseRunConfig)))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 3
     adapter = tmp_path / "run" / "adapter"
-    ours = load_causal_lm(str(tmp_path / "base"), quantisation="nf4").model
+    ours = open_backbone(str(tmp_path / "base"), quantisation="nf4").model
     load_adapter(ours, adapter)
     model = AutoModelForCausalLM.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     ids = torch.arange(20, 40)[None]

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from dora_vl.training.run_folder import add_metrics, finished_already
 from tasks import llava_instruct
@@ -43,7 +43,7 @@ def run_folder(run_file: Path) -> Path:
 def train_file(run_file: Path, *overrides: str) -> list[float]:
     """Trains and returns the logged losses."""
     config = read_run_file(run_file, *overrides)
-    train(LlavaPipeline(config))
+    train(DecoderPipeline(config))
     return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
 
 
@@ -75,9 +75,9 @@ def test_the_saved_adapter_is_the_trained_model(run_file: Path, tiny_llava: Path
     tensors = load_file(run_folder(run_file) / "adapter" / "adapter_model.safetensors")
     magnitudes = [name for name in tensors if name.endswith("lora_magnitude_vector")]
     assert len(magnitudes) == 14  # seven linears in each of two layers
-    backbone = load_llava(str(tiny_llava))
+    backbone = open_backbone(str(tiny_llava))
     assert len(load_adapter(backbone.model, run_folder(run_file) / "adapter")) == 14
-    base = load_llava(str(tiny_llava)).model.state_dict()
+    base = open_backbone(str(tiny_llava)).model.state_dict()
     moved = [name for name in magnitudes if not torch.equal(tensors[name], _base_norm(name, base))]
     assert moved == magnitudes
 
@@ -257,7 +257,7 @@ def test_a_missing_picture_shows_before_weights_are_read_and_leaves_nothing(
     (data.parent / "red-0.png").unlink()
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
     with monkeypatch.context() as patch:
-        patch.setattr(LlavaPipeline, "load", lambda self: pytest.fail("weights are read"))
+        patch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
         with pytest.raises(UserError, match=r"1 of the 24 samples .* sample-0: picture red-0.png is missing"):
             train_file(run_file, *overrides)
     assert not run_folder(run_file).exists()

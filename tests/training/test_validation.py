@@ -12,7 +12,7 @@ import torch
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.validation import ValidationLoss, WholeSteps
@@ -142,7 +142,7 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
         config = read_run_file(
             llava_run, "--training.use_cpu=true", f"--training.output_dir={folder / name}", *overrides
         )
-        train(LlavaPipeline(config))
+        train(DecoderPipeline(config))
     (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
     assert (found["eval_samples"], found["eval_skipped"]) == (5, 2)
@@ -150,7 +150,7 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
     for picture in (folder / "held").glob("*.png"):
         picture.unlink()
     with pytest.raises(UserError, match=r"train\.json: not one sample can be used; for example sample-0"):
-        train(LlavaPipeline(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
+        train(DecoderPipeline(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
 
 
 @pytest.mark.slow

@@ -13,12 +13,11 @@ import torch
 from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
@@ -65,7 +64,7 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     recipe = json.loads((run_folder / "adapter" / "recipe.json").read_text())
     assert (recipe["video_frames"], recipe["video_fps"]) == (4, None)
-    opened = open_asker(Wanted(adapter=run_folder / "adapter", with_base=True))
+    opened = open_model(Wanted(adapter=run_folder / "adapter", with_base=True))
     video = read_frames(there / "data", Clip(path="red.mp4"), Uniform(4))
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):
@@ -76,20 +75,20 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     assert (answers[0] - answers[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["smolvlm", "llava_next_video", "idefics3"])
+@pytest.mark.parametrize("family", ["smolvlm", "llava_next_video", "idefics3", "llava"])
 def test_other_ways_that_videos_go_in(
     there: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
 ) -> None:
     """Frames among the pictures, videos of one length, and frames as pictures, which is said."""
     if family == "smolvlm":
         pytest.importorskip("num2words")
-    write = write_tiny if family == "idefics3" else write_tiny_video
-    base = write(family, tmp_path / "base")
+    ways = {"idefics3": write_tiny, "llava": lambda _, folder: write_tiny_llava(folder)}
+    base = ways.get(family, write_tiny_video)(family, tmp_path / "base")
     with caplog.at_level(logging.WARNING):
-        run(instruct_pipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
+        run(DecoderPipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
     assert len(losses(there / family)) == 3
     said = [message for message in caplog.messages if "as pictures" in message]
-    assert bool(said) == (family == "idefics3")
+    assert bool(said) == (family in ways)
     assert len(said) <= 1
 
 
@@ -101,7 +100,7 @@ def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
         records[index]["video"] = name
     (there / "data" / "broken.json").write_text(json.dumps(records))
     data: dict[str, object] = {"train": str(there / "data" / "broken.json"), "max_bad_share": 0.5}
-    run(instruct_pipeline(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
+    run(DecoderPipeline(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
     lines = [json.loads(line) for line in (there / "broken" / "skipped.jsonl").read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
     assert "video none.mp4 is missing" in reasons["sample-2"]
@@ -136,9 +135,3 @@ def test_what_no_video_could_be_trained_with_ends_in_one_line_before_weights_are
     base = write_tiny_video(family, tmp_path / "base")
     (base / "model.safetensors").unlink()
     assert reason in refused(settings(there, "refused", base, data=data), monkeypatch, capsys)
-
-
-def test_a_llava_takes_no_videos(there: Path, tmp_path: Path) -> None:
-    base = write_tiny_llava(tmp_path / "llava")
-    with pytest.raises(UserError, match=r"it has a video, which a LLaVA-1\.5 is not trained on"):
-        run(instruct_pipeline(read_run_file(settings(there, "llava", base))))

@@ -18,7 +18,7 @@ import json, sys
 import torch
 from dora_vl.training import run as run_module
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 
 seen = {}
 def keep(task, arguments, backbone):
@@ -26,7 +26,7 @@ def keep(task, arguments, backbone):
     return build(task, arguments, backbone)
 
 build, run_module.build_trainer = run_module.build_trainer, keep
-run_module.train(LlavaPipeline(read_run_file(sys.argv[1], *sys.argv[2:])))
+run_module.train(DecoderPipeline(read_run_file(sys.argv[1], *sys.argv[2:])))
 types = {True: set(), False: set()}
 for parameter in seen["backbone"].parameters():
     held = getattr(parameter, "ds_tensor", parameter)

@@ -17,8 +17,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.training import build_trainer as building
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.live_view import LiveView, drawn
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from dora_vl.training.watching import WatchQuestions
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -73,7 +73,7 @@ def main() -> None:
             data={"validation": str(records)},
             evaluation={"max_new_tokens": 4},
         )
-        train(LlavaPipeline(read_run_file(path)))
+        train(DecoderPipeline(read_run_file(path)))
     options.to.write_text(FONTS.sub("", AtAStep.picture), encoding="utf-8")
 
 

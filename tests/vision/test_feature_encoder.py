@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, merged
 from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
-from dora_vl.backbones.tower_sources import TowerSpec
+from dora_vl.backbones.tower_spec import TowerSpec
 from dora_vl.data.example import Clip
 from dora_vl.data.video import EverySeconds, Uniform, VideoReader
 from dora_vl.errors import UserError

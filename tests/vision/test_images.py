@@ -13,11 +13,11 @@ from PIL import Image
 
 from dora_vl.backbones import tower_pictures
 from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation, image_processor
-from dora_vl.backbones.towers import CLIP_MEAN, CLIP_STD
 from dora_vl.errors import UserError
 
 SIDE = 28
-CLIP = Preparation(image_size=SIDE, mean=tuple(CLIP_MEAN), std=tuple(CLIP_STD))
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = Preparation(image_size=SIDE, mean=CLIP_MEAN, std=CLIP_STD)
 SHAPES = [(40, 20), (20, 41), (28, 28), (7, 100), (3, 5), (33, 32)]
 
 

@@ -55,7 +55,7 @@ def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -
 
 @pytest.mark.parametrize(
     ("version", "registered"),
-    [("5.20.0", {"dora_vl.backbones.towers"}), ("4.57.1", set()), ("6.0.0", set())],
+    [("5.20.0", {"dora_vl.backbones.tower_config", "dora_vl.backbones.towers"}), ("4.57.1", set()), ("6.0.0", set())],
 )
 def test_only_the_major_version_that_we_know(
     monkeypatch: pytest.MonkeyPatch, version: str, registered: set[str]
@@ -63,11 +63,11 @@ def test_only_the_major_version_that_we_know(
     """vLLM's plugin brings us into processes with an older transformers, where its own import must not fail for us."""
     import transformers.models.auto.modeling_auto  # both tables stand then
 
-    from dora_vl.backbones import towers
+    from dora_vl.backbones import tower_spec
 
     found: set[str] = set()
-    real = towers.import_module
+    real = tower_spec.import_module
     monkeypatch.setattr(transformers, "__version__", version)
-    monkeypatch.setattr(towers, "import_module", lambda name: found.add(name) or real(name))
-    towers.register_with_transformers()
+    monkeypatch.setattr(tower_spec, "import_module", lambda name: found.add(name) or real(name))
+    tower_spec.register_with_transformers()
     assert found == registered

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
-from dora_vl.backbones.tower_sources import TowerSpec, load_tower
+from dora_vl.backbones.tower_sources import load_tower
+from dora_vl.backbones.tower_spec import TowerSpec
 from dora_vl.backbones.towers import GridTower, register_towers, renamed_in_order
 from dora_vl.errors import UserError
 

@@ -186,7 +186,7 @@ MEDIA_NAMES = {"image_token": "<image>", "video_token": "<video>"}
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llava": Family(_llava_config, _llava, remark="LLaVA-1.5 has its own path, with its exact pixels and wording"),
+    "llava": Family(_llava_config, _llava, remark="prepared with LLaVA-1.5's exact pixels and wording"),
     "vipllava": Family(_vipllava_config, _llava),
     "llava_next": Family(_llava_next_config, _llava_next),
     "llava_next_video": Family(_llava_next_video_config, _llava_next_video, video=True),

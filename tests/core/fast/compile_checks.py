@@ -115,7 +115,7 @@ class Sealed(nn.Module):
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])
-def test_opaque_layers_too(detach_norm):
+def test_quantised_layers_too(detach_norm):
     model = nn.Sequential(Sealed())
     path = f"{Sealed.__module__}.{Sealed.__qualname__}"
     config = DoRAConfig(targets=("*",), opaque_layers=(path,), rank=2, alpha=3.0, dropout=0.0, detach_norm=detach_norm)

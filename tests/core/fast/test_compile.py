@@ -1,4 +1,4 @@
-"""Runs compile_checks.py in a process of its own: `torch.compile` cannot trace through the suite's type checks."""
+"""Runs the checks of `torch.compile` in a process of their own: it cannot trace through the suite's type checks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CHECKS = Path(__file__).with_name("compile_checks.py")
+ROOT = Path(__file__).parents[3]
+CORE, PEFT = "tests/core/fast/compile_checks.py", "tests/adapters/peft_compile_checks.py"
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_compiled_equals_eager(which):
-    words = ["-q", "-o", "addopts=--import-mode=importlib", "-m", which, str(CHECKS)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        (CORE, "-k", "one_graph_equals_eager"),
+        pytest.param((CORE,), marks=pytest.mark.slow),
+        pytest.param((PEFT,), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_compiled_equals_eager(words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Opaque layers and inference through the kernels, against the eager path in float64.
+"""Quantised layers and inference through the kernels, against the eager path in float64.
 
 Run by test_triton_kernels.py in a process of its own: Triton decides when it is imported whether it interprets.
 """
@@ -89,7 +89,7 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("trained_bias", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"method": "magnitude"}], ids=str)
-def test_opaque_layers(monkeypatch, launches, changes, trained_bias, dropout):
+def test_quantised_layers(monkeypatch, launches, changes, trained_bias, dropout):
     narrow = opaque_model(Sealed(trained_bias=False), dropout=dropout, **changes)
     narrow[0].base.bias.requires_grad_(trained_bias)
     wide = copy.deepcopy(narrow).double()
@@ -117,9 +117,9 @@ def test_an_opaque_layers_gain_is_kept_and_fresh(launches):
     model, x = opaque_model(Sealed()), torch.randn(5, 26)
     layer = model[0]
     model(x)
-    kept = layer._gain
+    kept = layer._kept["gain"]
     model(x)
-    assert layer._gain is kept
+    assert layer._kept["gain"] is kept
     before = model(x).detach()
     with torch.no_grad():
         layer.magnitude.mul_(1.5)

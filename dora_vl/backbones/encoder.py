@@ -1,0 +1,379 @@
+"""Conversations, their pictures and videos as a processor's own inputs, with labels on the answers; of any model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+from transformers.models.auto.processing_auto import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
+from dora_vl.backbones.generation import decoded
+from dora_vl.backbones.loading import TrainOn, load_tokenizer
+from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
+from dora_vl.backbones.prompt_table import Instruction
+from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.templates import PROBE, Chat, Prompts, framed, refuse_marks
+from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.video_inputs import (
+    ONE_LENGTH,
+    Video,
+    as_pictures,
+    displaced_inputs,
+    grey_video,
+    has_place_for_video,
+    marked,
+    repeated,
+    video_arguments,
+)
+from dora_vl.data.batches import ALIGNED
+from dora_vl.data.example import Example
+from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.files import NO_OWN_CODE, opening
+
+Picture = Image.Image | Tensor
+"""RGB, or its features, where a frozen tower's output is stored."""
+DUMMY_SIDE = 64
+LARGE_SIDE = 1024
+"""Of a picture that every family of dynamic resolution makes more of than of the dummy."""
+TOKEN_KINDS = "mm_token_type_ids"
+GREY = (127, 96, 63)
+"""Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """One sample as the processor gives it, and what its tokens are."""
+
+    ids: Int[Tensor, " seq"]
+    inputs: dict[str, Any]
+    """Everything but the ids, by the processor's own names."""
+    roles: TokenRoles
+
+
+def open_encoder(
+    base: str,
+    *,
+    template: str | None = None,
+    train_on: TrainOn = "all",
+    aspect: Literal["pad", "square"] = "pad",
+    max_tokens: int,
+    revision: str | None = None,
+) -> Encoder:
+    """The encoder of a folder or hub id; no weights are read.
+
+    Args:
+        template: a prompt format; None: the usual one.
+        train_on: of a published prompt of instructions.
+        aspect: how a LLaVA-1.5's pictures become squares.
+        max_tokens: of a sample; what the model has no positions for is cut likewise.
+
+    Raises: UserError if there is no processor or tokenizer, it needs a package that is not installed, or the template
+        does not fit.
+    """
+    processor = load_processor(base, aspect=aspect, revision=revision)
+    pictures = sees_pictures(base, revision)
+    prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on)
+    positions = max_positions(config_of(base, revision))
+    return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions)
+
+
+def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revision: str | None = None) -> Any:
+    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer.
+
+    Raises: UserError if there is none, a package that it needs is not installed, or a LLaVA's makes pictures of
+        another size than its tower takes.
+    """
+    if not sees_pictures(base, revision):
+        return PieceProcessor(load_tokenizer(base, revision=revision))
+    if model_type_of(base, revision) == LLAVA:
+        config = config_of(base, revision)
+        preparation = ImagePreparation.from_folder(base, aspect=aspect, revision=revision)
+        stated, taken = preparation.preparation.image_size, int(config.to_dict()["vision_config"]["image_size"])
+        if stated != taken:
+            raise UserError(
+                f"{base}: its processor makes pictures of {stated} x {stated} pixels, its tower takes {taken} x "
+                f"{taken}; put the processor's file there that belongs to the tower"
+            )
+        return PieceProcessor(
+            load_tokenizer(base, revision=revision),
+            pixels=preparation.prepare,
+            tokens_per_image=config.image_seq_length,
+            image_token_id=config.image_token_id,
+        )
+    with opening(f"no processor could be read from {base!r}"):
+        processor = AutoProcessor.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(f"{base!r} has no processor (processor_config.json), which prepares its pictures")
+    return processor
+
+
+class Encoder:
+    """Turns, pictures and videos into what a processor gives for them, and labels; holds no model and can be pickled.
+
+    The template's text and the pictures go to the processor together, so that pictures become as many tokens as the
+    family makes of their size. So do the frames of videos, with their times; where a family has no place for videos
+    (`why_no_videos`), their frames go in as pictures. What comes back is not touched, except that a long text loses
+    its end.
+
+    Args:
+        processor: of the model.
+        prompts: how turns become text.
+        max_tokens: a longer sample loses text at its end; pictures are never cut.
+        max_positions: of the model; None: it states no number.
+    """
+
+    def __init__(self, processor: Any, prompts: Prompts, *, max_tokens: int, max_positions: int | None = None) -> None:
+        self.processor = processor
+        self.prompts = prompts
+        self.tokenizer = processor.tokenizer
+        self.max_positions = max_positions
+        self.max_tokens = min(max_tokens, max_positions or max_tokens)
+        self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills short rows; masked, so any id does where the tokenizer names none."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(one for one in known if one is not None))
+
+    @functools.cached_property
+    def tokens_per_image(self) -> int:
+        """Of the dummy picture, and the words beside it; 0: the model sees none."""
+        if isinstance(self.processor, PieceProcessor):
+            return self.processor.tokens_per_image
+        return len(self.dummy().input_ids)
+
+    @functools.cached_property
+    def why_no_videos(self) -> str | None:
+        """Why videos go in as pictures; None where the family takes videos."""
+        processor = vars(self.processor)
+        if processor.get("video_processor") is None:
+            return f"{type(self.processor).__name__} has no video processor"
+        token = processor.get("video_token")
+        if not isinstance(token, str) or not has_place_for_video(self.prompts.render, token):
+            return "the chat template has no place for a video"
+        return None
+
+    @functools.cached_property
+    def videos_of_one_length(self) -> bool:
+        """Whether the videos of a batch must have equally many frames."""
+        if self.why_no_videos:
+            return False
+        frames = self.dummy_video().inputs.get(ONE_LENGTH)
+        return frames is not None and frames.dim() == 5
+
+    @functools.cached_property
+    def one_kind_in_a_batch(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch: one token, and inputs of their own (GLM)."""
+        if self.why_no_videos:
+            return False
+        video = self.dummy_video()
+        own = frozenset(self.dummy().inputs).difference(ALIGNED)
+        picture_token = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return own.isdisjoint(video.inputs) and bool((video.input_ids == picture_token).any())
+
+    @functools.cached_property
+    def _lengths_must_agree(self) -> bool:
+        """Whether the processor refuses a sample with videos of several lengths."""
+        videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
+        turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
+        try:
+            self._process(self.prompts.render(turns, generation_prompt=True), (), videos, "dummy")
+        except BadSample:
+            return True
+        return False
+
+    def encode(self, conversation: Example, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Encoded:
+        """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
+
+        Args:
+            conversation: with `<image>` and, where it has videos, `<video>` in the order of the next two.
+            pictures: of each `<image>`.
+            videos: frames of each.
+
+        Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
+        """
+        found = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
+        trained, end = found.roles
+        if end > self.max_tokens:
+            what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
+            fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
+            raise BadSample(
+                conversation.id,
+                f"its {what} and the text before the last one take {end} tokens of "
+                f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
+            )
+        kept = min(len(found.ids), self.max_tokens)
+        if not any(trained[:kept]):
+            cut = len(found.ids) - kept
+            raise BadSample(
+                conversation.id, f"no answer is left to train on after {cut} of {len(found.ids)} tokens were cut"
+            )
+        ids = found.ids[:kept]
+        labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
+        inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
+        return Encoded(ids, labels, len(found.ids) - kept, inputs)
+
+    def answers(self, conversation: Example) -> list[TrainedAnswer]:
+        """What the labels of a conversation must say."""
+        said = [turn for turn in conversation.turns if turn.role == "assistant"]
+        asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
+        if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
+            asked = conversation.turns[0]
+        chat = self.prompts.render([asked, PROBE[1]])
+        if chat.suffix is not None:  # which the processor closes by itself
+            return framed(said, chat.suffix + self.tokenizer.eos_token)
+        start, end = chat.answer_spans[0]
+        begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
+        return framed(said, begin + chat.text[start:end])
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
+    ) -> dict[str, Any]:
+        """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
+        found = self._processed(turns, pictures, videos, "question", generation_prompt=True)
+        return {"input_ids": found.ids[None], **found.inputs}
+
+    def encode_choice(
+        self, turns: Sequence[Turn], choice: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
+    ) -> Encoded:
+        """The same with an answer behind it, which alone is labelled, with what closes it; never cut.
+
+        Raises: BadSample where the model has no positions for all of it.
+        """
+        answered = (*turns, Turn("assistant", choice))
+        found = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
+        length, positions = len(found.ids), self.max_positions
+        if positions is not None and length > positions:
+            reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
+            raise BadSample("question", reason)
+        trained = torch.tensor(found.roles.trained)
+        others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
+        trained[: int(others[-1]) + 1 if len(others) else 0] = False
+        return Encoded(found.ids, torch.where(trained, found.ids, IGNORED_LABEL), 0, found.inputs)
+
+    def dummy(self, side: int = DUMMY_SIDE, *, features: Tensor | None = None) -> Sample:
+        """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
+        picture = Image.new("RGB", (side, side), GREY) if features is None else features
+        return self._dummy(IMAGE_PLACEHOLDER, [picture])
+
+    @functools.cached_property
+    def pixels_count(self) -> bool:
+        """Whether a larger picture becomes more than a small one: more tokens, or more pixels for the model."""
+        if not self.sees_pictures:
+            return False
+        small, large = self.dummy(), self.dummy(LARGE_SIDE)
+        return len(small.input_ids) != len(large.input_ids) or _numbers(small) != _numbers(large)
+
+    def dummy_video(self, frames: int = 2) -> Sample:
+        """Likewise with a small video."""
+        return self._dummy(VIDEO_PLACEHOLDER, videos=[grey_video(GREY, DUMMY_SIDE, frames)])
+
+    def _dummy(self, placeholder: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Sample:
+        turns = (Turn("user", f"{placeholder}\n."),)
+        found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
+        unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
+        return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
+
+    def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
+        """The text of an answer, without special tokens and what ends it."""
+        return self.prompts.answer_in(decoded(self.tokenizer, ids))
+
+    def _processed(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        videos: Sequence[Video],
+        sample: str,
+        *,
+        generation_prompt: bool = False,
+        prompts: Prompts | None = None,
+    ) -> _Processed:
+        places = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
+        try:
+            refuse_marks(turns)
+            if any(place in turn.text for turn in turns if turn.role == "assistant" for place in places):
+                raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
+            if videos and self.why_no_videos:
+                turns, pictures = as_pictures(turns, pictures, videos)
+                videos = ()
+            if not self.sees_pictures and (pictures or any(IMAGE_PLACEHOLDER in turn.text for turn in turns)):
+                raise ValueError("it has pictures or videos, which a language model does not see")
+        except ValueError as error:
+            raise BadSample(sample, str(error)) from error
+        longest = max((len(video.pictures) for video in videos), default=0)
+        if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
+            videos = [repeated(video, longest) for video in videos]
+        try:
+            turns = marked(turns) if videos else turns
+            chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
+        except ValueError as error:
+            raise BadSample(sample, str(error)) from error
+        return self._process(chat, pictures, videos, sample)
+
+    def _process(self, chat: Chat, pictures: Sequence[Picture], videos: Sequence[Video], sample: str) -> _Processed:
+        options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
+            options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        if TOKEN_KINDS in self.processor.model_input_names:
+            options[f"return_{TOKEN_KINDS}"] = (
+                True  # Cosmos 3 Edge's model needs them, and its processor waits for this
+            )
+        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
+        if chat.suffix is not None:
+            options["suffix"] = [chat.suffix]
+        if chat.controls:
+            options["controls"] = chat.controls
+        images = [list(pictures)] if pictures else None
+        try:
+            options |= video_arguments(videos)
+            found = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
+            found |= displaced_inputs(self.processor, found, pictures, videos)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
+        offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
+        places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
+        ids = torch.as_tensor(found.pop("input_ids"))
+        found.pop("labels", None)  # PaliGemma's processor makes some, uncut; ours are the same
+        found.setdefault("attention_mask", torch.ones_like(ids))
+        for name in found.keys() & ALIGNED:
+            found[name] = torch.as_tensor(found[name])  # Ernie's processor leaves one an array
+        if chat.by_token_types:
+            roles = from_token_types(found["token_type_ids"][0].tolist())
+        elif offsets is None or ((pictures or videos) and not places):
+            roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
+        else:
+            told = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
+            moved = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
+            roles = from_offsets(chat, told, moved, begin=self.prompts.bos_token or "")
+        return _Processed(ids[0], found, roles)
+
+    def _by_prefixes(
+        self, chat: Chat, ids: list[int], pictures: Sequence[Picture], videos: Sequence[Video], sample: str
+    ) -> TokenRoles:
+        if videos:
+            raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
+        token = self.processor.image_token
+        if not chat.answer_spans:  # a prompt, or one of the beginnings
+            return TokenRoles([False] * len(ids), 0)
+
+        def ids_of(text: str) -> list[int]:
+            return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
+
+        return from_prefixes(chat, ids, ids_of, picture=token)
+
+
+def _numbers(sample: Sample) -> int:
+    """How many there are in a sample's inputs beside those that have one for each token."""
+    return sum(one.numel() for name, one in sample.inputs.items() if name not in ALIGNED and isinstance(one, Tensor))

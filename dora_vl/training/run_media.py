@@ -1,0 +1,138 @@
+"""How a run's pictures and videos are read: their folders, the frames of a clip, stored features of a frozen tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.video_inputs import Video, repeated
+from dora_vl.backbones.vision_store import FeatureCache
+from dora_vl.data.pictures import MediaFolder, StoredPictures
+from dora_vl.data.turns import Clip
+from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
+from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
+from dora_vl.errors import UserError
+from dora_vl.training.launch import gather_to_read, rank_and_ranks, wait_for_everyone
+from dora_vl.training.recipe import DataConfig, RunConfig
+from dora_vl.training.run_folder import run_folder_of
+
+LEAST_FRAMES = 2
+"""With `data.video_fps`: what moves needs two, and families that join frames in pairs take no less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoReading:
+    """Reads clips as frames; worker processes may have it, each starts a decoder of its own at its first video.
+
+    Attributes:
+        folder: the root of the videos' paths.
+        sampling: which frames.
+        frames: a video that has fewer shows some of them again, for families that take videos of one length only.
+    """
+
+    folder: Path | MediaFolder
+    sampling: Sampling
+    frames: int | None = None
+    reader: VideoReader = field(default_factory=VideoReader, repr=False)
+
+    def read(self, clips: Sequence[Clip]) -> list[Video]:
+        """The frames of each.
+
+        Raises:
+            BadSample: one is missing, cannot be decoded in time, or has no such part.
+        """
+        found = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
+        return found if self.frames is None else [repeated(video, self.frames) for video in found]
+
+
+def image_folder(data: DataConfig, root: str | None = None) -> MediaFolder:
+    """Where the pictures' paths start, `data.image_folder` unless another `root` is given, and how they are read."""
+    return MediaFolder(Path(root or data.image_folder), data.follow_links, data.as_published)
+
+
+def video_folder(data: DataConfig) -> MediaFolder:
+    """The root of the videos' paths."""
+    return image_folder(data, data.video_folder)
+
+
+def video_sampling(data: DataConfig) -> Sampling:
+    """Which frames `data.video_frames` and `data.video_fps` mean.
+
+    Raises:
+        UserError: they mean none.
+    """
+    if data.video_frames < 1:
+        raise UserError(f"data.video_frames is {data.video_frames}; at least 1 frame of a video is needed")
+    if data.video_fps is None:
+        return Uniform(data.video_frames)
+    if not 0 < data.video_fps < float("inf"):
+        raise UserError(f"data.video_fps is {data.video_fps}; it must be above 0")
+    least = min(LEAST_FRAMES, data.video_frames)
+    return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
+
+
+def check_videos(data: DataConfig) -> None:
+    """Refuses what would make every video a bad sample.
+
+    Raises:
+        UserError: no library that decodes videos can be imported, or the folder is not there.
+    """
+    video_sampling(data)
+    if not video_folder(data).root.is_dir():
+        raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
+    reasons: dict[str, Exception] = {}
+    for backend in BACKENDS:
+        try:
+            import_backend(backend)
+        except BackendMissing as error:
+            reasons[backend] = error
+        else:
+            return
+    raise no_backend_reads(Clip(path=""), reasons)
+
+
+def stored_features(
+    config: RunConfig,
+    backbone: Backbone[Any],
+    pictures: Iterable[str],
+    *,
+    folder: MediaFolder,
+    device: torch.device,
+    stored: StoredPictures | None = None,
+) -> Callable[[str], Tensor] | None:
+    """What reads a picture's features by its name, with `data.cache_features`; missing ones are computed first.
+
+    Every rank must call it: they share the computing.
+
+    Args:
+        folder: the root of the pictures' paths.
+        stored: those that the data file holds itself.
+
+    Raises:
+        UserError: there is no such folder, or the tower trains.
+    """
+    if not config.data.cache_features:
+        return None
+    tower, model = LlavaTower(backbone.model), config.model
+    if not folder.root.is_dir():
+        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
+    if tower.trains:
+        raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
+    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
+    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
+    with gather_to_read(tower.tower.parameters()):
+        tower.tower.to(device)
+        kept = FeatureCache(cache, tower=tower, preparation=preparation, root=folder, held=stored)
+        wait_for_everyone()  # each must see the same features missing, before one adds some
+        kept.fill(pictures, part=rank_and_ranks())
+    wait_for_everyone()
+    return kept.open().read

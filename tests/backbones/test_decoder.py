@@ -1,0 +1,351 @@
+"""The backbone of every decoder: equal to transformers' own forward, nothing computed or trained that need not be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from dora_vl.backbones.compose import write_language_model
+from dora_vl.backbones.families import config_of
+from dora_vl.backbones.generation import generation_loss
+from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.loading import LanguageSource
+from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import IGNORED_LABEL, Sample
+from dora_vl.errors import UserError
+from dora_vl.training.decoder_pipeline import PAPER_TARGETS
+from tests.backbones.conftest import tiny_llava_config
+from tests.backbones.tiny_language import FAMILIES, tiny_language, write_tiny_language
+
+IMAGE = 60
+PICTURE = [IMAGE] * 4
+ROWS = {(1, 7, *PICTURE, 8, 9, 10, 2): 2, (1, *PICTURE, 11, *PICTURE, 12, 2): 2, (1, 20, 21, 2): 2}
+"""Tokens -> how many at the end are labelled."""
+DUMMY = (1, *PICTURE)
+
+
+def pixels(count: int, *, seed: int = 5) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def llava_samples() -> list[Sample]:
+    made = []
+    for number, (row, answered) in enumerate(ROWS.items()):
+        ids, count = torch.tensor(row), row.count(IMAGE) // 4
+        labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
+        inputs = {"pixel_values": pixels(count, seed=number)} if count else {}
+        made.append(Sample(number, str(number), ids, labels, inputs=inputs))
+    return made
+
+
+def language_samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for number, length in enumerate((9, 4, 7, 3, 5)):
+        ids = torch.randint(3, 59, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: 1 + number % 3] = IGNORED_LABEL
+        made.append(Sample(number, str(number), ids, labels))
+    return made
+
+
+def inputs(batch: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def with_features(samples: list[Sample], backbone: DecoderBackbone) -> list[Sample]:
+    """The same with the tower's stored output in the place of pixels."""
+    tower, made = LlavaTower(backbone.model), []
+    for one in samples:
+        seen = {"image_features": tower.picture_features(one.inputs["pixel_values"])} if one.inputs else {}
+        made.append(Sample(one.index, one.id, one.input_ids, one.labels, inputs=seen, images=one.images))
+    return made
+
+
+def backbone_of(family: str, llava: DecoderBackbone) -> tuple[DecoderBackbone, list[Sample]]:
+    if family == "llava":
+        return llava, llava_samples()
+    return DecoderBackbone(tiny_language(family)), language_samples()
+
+
+def adapted(backbone: DecoderBackbone) -> DecoderBackbone:
+    """Away from its start, the projector too."""
+    model = backbone.model
+    projector = projector_patterns(model)
+    also_train = {"projector": projector} if projector else {}
+    config = DoRAConfig(targets=language_targets(model), rank=2, dropout=0.0, also_train=also_train)
+    apply_dora(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    return backbone.train()
+
+
+def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    backbone.zero_grad()
+    found = backbone(**inputs(batch))
+    loss = functional.cross_entropy(found.logits, found.targets, reduction="sum")
+    loss.backward()
+    return loss, {name: one.grad.clone() for name, one in backbone.model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, family: str, side: Any) -> None:
+    backbone, samples = backbone_of(family, backbone)
+    heads: list[torch.Size] = []
+    head = backbone.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, __: heads.append(args[0].shape[:-1]))  # pyright: ignore
+    batch = inputs(Collator(0, pad_side=side)(samples))
+    found = backbone(**batch)
+    assert heads == [(1, len(found.targets))]  # labelled positions alone
+    assert not head._forward_pre_hooks  # pyright: ignore
+    last = backbone(**{**batch, "labels": None})
+    assert last.targets.tolist() == [IGNORED_LABEL] * len(samples)
+    for number, sample in enumerate(samples):
+        alone = backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits[0]
+        labelled = (sample.labels[1:] != IGNORED_LABEL).nonzero().flatten()
+        torch.testing.assert_close(found.logits[found.rows == number], alone[labelled], rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.targets[found.rows == number], sample.labels[1:][labelled])
+        torch.testing.assert_close(last.logits[number], alone[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_padding_on_either_side_gives_the_same_gradients(backbone: DecoderBackbone, family: str) -> None:
+    backbone, samples = backbone_of(family, backbone)
+    adapted(backbone)
+    right, left = (gradients(backbone, Collator(0, pad_side=side)(samples))[1] for side in ("right", "left"))
+    for name, gradient in right.items():
+        torch.testing.assert_close(left[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "reentrant"), [("llava", True), ("llava", False), ("llama", True)])
+def test_checkpointing_changes_no_gradient(backbone: DecoderBackbone, family: str, reentrant: bool) -> None:
+    backbone, samples = backbone_of(family, backbone)
+    batch = Collator(0)(samples)
+    _, plain = gradients(adapted(backbone), batch)
+    backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    _, again = gradients(backbone, batch)
+    assert plain.keys() == again.keys()
+    assert any("layers.0" in name for name in plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class TestPictures:
+    """A LLaVA's pictures as pixels or as what its tower gave, and batches without any."""
+
+    def test_stored_features_give_exactly_the_same(self, backbone: DecoderBackbone) -> None:
+        live = backbone(**inputs(Collator(0)(llava_samples())))
+        stored = backbone(**inputs(Collator(0)(with_features(llava_samples(), backbone))))
+        assert torch.equal(stored.logits, live.logits)
+
+    def test_more_features_than_places_are_refused(self, backbone: DecoderBackbone) -> None:
+        batch = inputs(Collator(0)(with_features(llava_samples(), backbone)))
+        batch["image_features"] = batch["image_features"][:2]
+        with pytest.raises(UserError, match="12 picture tokens"):
+            backbone(**batch)
+
+    def test_the_tower_is_frozen_and_stays_in_eval(self, backbone: DecoderBackbone) -> None:
+        tower = LlavaTower(adapted(backbone).model)
+        assert not tower.trains
+        assert not any(module.training for module in tower.tower.modules())
+        _, found = gradients(backbone, Collator(0)(llava_samples()))
+        assert found.keys() == {name for name, one in backbone.model.named_parameters() if one.requires_grad}
+        assert float(found["model.multi_modal_projector.linear_1.weight"].abs().sum()) > 0
+        assert {name.split(".layers.")[0] for name in found if "lora" in name} == {"model.language_model"}
+        tower.tower.requires_grad_(True)
+        backbone.train()
+        assert tower.tower.training
+        _, found = gradients(backbone, Collator(0)(llava_samples()))
+        assert "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in found
+
+    @pytest.mark.parametrize("source", ["pixel_values", "image_features"])
+    def test_words_alone_give_the_projector_zeros(self, backbone: DecoderBackbone, source: str) -> None:
+        """Under ZeRO-3 every rank has to run the modules that a rank with pictures runs, no more and no less."""
+        ran: list[str] = []
+        adapted(backbone)
+        tower = LlavaTower(backbone.model)
+        tower.tower.register_forward_hook(lambda *_: ran.append("tower"))
+        seen = pixels(1) if source == "pixel_values" else torch.zeros(1, *tower.feature_shape)
+        ids = torch.tensor(DUMMY)
+        dummy = Sample(-1, "dummy", ids, torch.full_like(ids, IGNORED_LABEL), inputs={source: seen})
+        words, expected = llava_samples()[2], gradients(backbone, Collator(0)(llava_samples()[2:]))
+        loss, found = gradients(backbone, Collator(0, dummy=dummy)([words]))
+        assert ran == (["tower"] if source == "pixel_values" else [])
+        torch.testing.assert_close(loss, expected[0])
+        for name, gradient in found.items():
+            if "projector" in name:
+                assert torch.equal(gradient, torch.zeros_like(gradient))
+            else:
+                torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+    def test_sharing_a_picture_changes_neither_loss_nor_gradients(self, backbone: DecoderBackbone, kernel: str) -> None:
+        backbone.model.set_attn_implementation(kernel)
+        texts = [("a", [8, 9, 10, 2], 3), ("b", [11, 12, 2], 1), ("a", [8, 21, 22, 23, 2], 2), ("a", [30, 31], 1)]
+        samples = []
+        for number, (name, text, answered) in enumerate(texts):
+            ids = torch.tensor([1, 7, *PICTURE, *text])
+            labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
+            seen = {"pixel_values": pixels(1, seed=ord(name))}
+            samples.append(Sample(number, str(number), ids, labels, inputs=seen, images=(name,)))
+        adapted(backbone)
+        apart, shared = (Collator(0, share_pictures_by=by)(samples) for by in (None, IMAGE))
+        assert len(apart["pixel_values"]) == 4
+        assert len(shared["pixel_values"]) == 2
+        loss, expected = gradients(backbone, apart)
+        again, found = gradients(backbone, shared)
+        torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+    def test_a_picture_token_that_is_none_is_one_line(self, tmp_path: Path) -> None:
+        tiny_llava_config().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_index": -200}))
+        with pytest.raises(UserError, match=r"image_token_index in its config is -200"):
+            config_of(str(tmp_path))
+
+
+class TestPacking:
+    """Several samples in a row: block-diagonal attention, and positions that start again."""
+
+    @pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
+    def test_packed_is_unpacked(self, family: str, kernel: str) -> None:
+        model = tiny_language(family)
+        model.set_attn_implementation(kernel)
+        backbone = DecoderBackbone(model)
+        plain, packed = Collator(0)(language_samples()), Collator(0, pack=True)(language_samples())
+        assert len(packed["input_ids"]) == 4  # 9, 7, 5 + 4, 3: rows as long as the longest sample
+        assert packed["padding_tokens"] < plain["padding_tokens"]
+        assert packed["samples"] == plain["samples"] == 5
+        found = [backbone(**inputs(batch)) for batch in (plain, packed)]
+        # In an order that does not depend on rows: by target, then by first logit.
+        order = [(one.targets.double() * 1e6 + one.logits[:, 0].double()).argsort() for one in found]
+        assert torch.equal(*(one.targets[places] for one, places in zip(found, order, strict=True)))
+        logits = [one.logits[places] for one, places in zip(found, order, strict=True)]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+        losses = [generation_loss(one.logits, one.targets).loss for one in found]
+        torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        grads = [torch.autograd.grad(loss, [weight])[0] for loss in losses]
+        torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+        without = backbone(**{**inputs(packed), "layout": None}).logits
+        assert float((without - found[1].logits).abs().max().detach()) > 0.1
+
+    def test_a_kernel_without_masks_is_refused(self) -> None:
+        model = tiny_language()
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(UserError, match=r"data\.packing"):
+            DecoderBackbone(model)(**inputs(Collator(0, pack=True)(language_samples())))
+
+    def test_a_sliding_window_is_not_lost_in_silence(self) -> None:
+        model = tiny_language("gemma2")
+        model.set_attn_implementation("eager")
+        model.config.sliding_window = 8
+        with pytest.raises(UserError, match=r"rows of 9 tokens .* sees 8"):
+            DecoderBackbone(model)(**inputs(Collator(0, pack=True)(language_samples())))
+
+
+class Collected(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class TestGenerate:
+    """Greedy decoding with a cache equals the full forward, alone and in a batch."""
+
+    def test_a_batch_answers_as_each_prompt_alone(self, backbone: DecoderBackbone) -> None:
+        # A random model may say the picture's token, which as an input would need a picture.
+        options: dict[str, Any] = {"max_new_tokens": 6, "options": {"eos_token_id": 999, "suppress_tokens": [IMAGE]}}
+        batches = [llava_samples(), with_features(llava_samples(), backbone)]
+        prompts = [inputs(Collator(0, pad_side="left")(samples)) for samples in batches]
+        for prompt in prompts:
+            del prompt["labels"]
+        together, stored = (backbone.generate(**prompt, **options) for prompt in prompts)
+        assert together.shape == (3, 6)
+        assert torch.equal(together, stored)
+        for number, sample in enumerate(llava_samples()):
+            ids = sample.input_ids[None]
+            alone = backbone.generate(ids, torch.ones_like(ids), **sample.inputs, **options)
+            assert torch.equal(alone[0], together[number])
+            for token in alone[0].tolist():  # greedy by the whole forward pass, without any cache
+                logits = backbone(ids, torch.ones_like(ids), **sample.inputs).logits
+                logits[0, IMAGE] = -torch.inf
+                assert int(logits[0].argmax()) == token
+                ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+    def test_beams_of_the_run_as_transformers_searches(self) -> None:
+        model = tiny_language()
+        batch = Collator(0, pad_side="left")(language_samples())
+        backbone = DecoderBackbone(model, generation={"num_beams": 2})
+        together = backbone.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4)
+        for row, sample in zip(together, language_samples(), strict=True):
+            ids = sample.input_ids
+            expected = model.generate(ids[None], max_new_tokens=4, num_beams=2, do_sample=False)[0][len(ids) :]
+            assert torch.equal(row[: len(expected)], expected)
+
+    def test_streams_the_new_tokens_only_up_to_the_end_token(self, backbone: DecoderBackbone) -> None:
+        streamer, ids = Collected(), llava_samples()[2].input_ids[None]
+        new = backbone.generate(
+            ids, torch.ones_like(ids), max_new_tokens=5, streamer=streamer, options={"eos_token_id": 999}
+        )
+        assert streamer.ids == new[0].tolist()
+        assert streamer.ended
+        first = int(new[0, 0])
+        again = backbone.generate(ids, torch.ones_like(ids), max_new_tokens=9, options={"eos_token_id": first})
+        assert again[0].tolist() == [first]
+
+
+def test_the_papers_five_projections_and_nothing_else() -> None:
+    names = apply_dora(tiny_language(), DoRAConfig(targets=PAPER_TARGETS, rank=2, alpha=4.0))
+    assert len(names) == 5 * 2
+    assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+
+
+def test_a_language_model_is_written_once_and_opens_everywhere(tmp_path: Path) -> None:
+    source = write_tiny_language(tmp_path / "source")
+    written = tmp_path / "new" / "base"
+    write_language_model(LanguageSource(folder=str(source), dtype="bfloat16"), written)
+    plain = AutoModelForCausalLM.from_pretrained(written)
+    assert plain.dtype == torch.bfloat16
+    ids = AutoTokenizer.from_pretrained(written)("the correct answer", return_tensors="pt").input_ids
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)(ids).logits
+    assert torch.equal(plain(ids).logits, expected)
+    assert open_backbone(str(written)).model.dtype == torch.float32
+    assert str(tmp_path) not in (written / "config.json").read_text()
+    with pytest.raises(UserError, match="exists already"):
+        write_language_model(LanguageSource(folder=str(source)), written)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "weights"])
+def test_a_broken_folder_is_one_line(backbone: DecoderBackbone, tmp_path: Path, missing: str) -> None:
+    if missing == "weights":
+        backbone.model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] = 3
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="weights are missing" if missing == "weights" else r"model\.base"):
+        open_backbone(str(tmp_path))
