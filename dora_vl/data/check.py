@@ -363,11 +363,10 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
         root = None if folder is None else MediaFolder(folder, arguments.follow_links)
         roots.append(None if root is None else MediaCheck(root, decode=arguments.decode))
-    images, videos = roots
     columns = columns_of(arguments)
     checks: list[FileCheck] = []
     for file in files:
-        check = FileCheck(file, limits_of(arguments, file), images, videos, columns)
+        check = FileCheck(file, limits_of(arguments, file), roots[0], roots[1], columns)
         with tqdm(
             total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
         ) as bar:

@@ -120,9 +120,7 @@ def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tupl
 def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
     """The part of a video that VALUE's row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
     name, (start, end) = row.identifier("vid_name"), span(row.get("ts"), row.id)
-    extra: dict[str, object] = {"vid_name": name}
-    if row.get("ts") is not None:
-        extra["ts"] = row.get("ts")
+    extra: dict[str, object] = {"vid_name": name, **({} if row.get("ts") is None else {"ts": row.get("ts")})}
     return Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end), extra
 
 
@@ -135,7 +133,7 @@ def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
     clip, extra = _clip(row)
     return Example(
         id=row.id,
-        videos=(clip,),
+        video=clip,
         question=row.filled("q"),
         answers=() if correct is None else (Answer(text=texts[correct]),),
         choices=tuple(texts),
@@ -301,7 +299,7 @@ def clip_row(raw: Raw, *, answered: bool) -> Example:
     kinds = [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]
     return Example(
         id=row.id,
-        videos=(clip,),
+        video=clip,
         answers=tuple(Answer(text=description) for description in descriptions),
         subtitles=subtitles_of(row),
         extra={"clip_id": clip_id, **extra, **row.kept("duration")} | ({"description_types": kinds} if kinds else {}),
