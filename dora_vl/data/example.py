@@ -104,8 +104,7 @@ def as_conversation(example: Example) -> Example:
     try:
         "".join([example.id, *images, *(clip.path for clip in example.videos), *(turn.text for turn in turns)]).encode()
     except UnicodeEncodeError:
-        readable_id = example.id.encode("utf-8", "backslashreplace").decode()
-        raise BadSample(readable_id, "its text holds half of a surrogate pair, which is no character") from None
+        raise BadSample(example.id, "its text holds half of a surrogate pair, which is no character") from None
     return Example(example.id, images, turns, example.videos, image_bytes=example.image_bytes)
 
 

@@ -547,8 +547,13 @@ class RowReader:
                 raise UserError(f"{self._name}: rows of mixed formats, first of each {firsts}; write one file a format")
         try:
             return as_conversation(_read(resolved, sample_id))
-        except BadSample as error:
-            return error.with_traceback(None)  # which would keep all that was read alive
+        except BadSample as error:  # anew, since a traceback keeps all that was read alive
+            return BadSample(_spelled(error.sample_id), _spelled(error.reason), error.kind)
+
+
+def _spelled(text: str) -> str:
+    """Text with its halves of surrogate pairs, which no file can hold, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -> None:

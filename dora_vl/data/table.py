@@ -132,7 +132,7 @@ def _write(name: str, data: DataFiles, file: BinaryIO, columns: Columns) -> int:
             found = reader.read(record, number - 1)
             row: dict[str, Any] = {
                 "format": reader.format,
-                "columns": json.dumps(reader.uses[-1], ensure_ascii=False) if len(reader.uses) > known else None,
+                "columns": json.dumps(reader.uses[-1]) if len(reader.uses) > known else None,
             }
             if isinstance(found, BadSample):
                 first_problem = first_problem or found.reason
