@@ -46,7 +46,7 @@ from dora_vl.training.optim import (
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
-from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
+from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import Watch, WatchQuestions
 
@@ -86,7 +86,7 @@ def build_trainer(
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(pipeline, backbone.model, run_folder, writes=arguments.process_index == 0),
-        watched=Watched(statistics, faults, validation),
+        monitors=Monitors(statistics, faults, validation),
         labels_shift=pipeline.labels_shift,
     )
     if data.stream is not None and not arguments.ignore_data_skip:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,19 @@ from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, ope
 from dora_vl.data.samples import ConversationDataset, Encoded, Labelled, Rows, Sample
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, read_sets
+from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
+from dora_vl.evaluation.test import (
+    check_test,
+    evaluate_commonsense,
+    media_of_run,
+    pictures_of_test,
+    read_sets,
+    read_test,
+    run_test,
+)
 from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import check_model_folder
 from dora_vl.training.adapting import DECODER, check_quantisation, core_config, load_base, make_base
@@ -414,7 +421,7 @@ class CommonsensePipeline(DecoderPipeline):
         questions: Sequence[Question],
         stored: StoredPictures | None,
     ) -> MediaReader:
-        return no_media()
+        return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""

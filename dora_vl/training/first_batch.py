@@ -18,7 +18,7 @@ from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run_folder import FAULTS
 from dora_vl.training.seq2seq_tasks import MicroBatch, Seq2SeqSample
-from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
+from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
 """Of `training:`, what changes no batch and asks for devices, packages or weights."""
@@ -77,7 +77,7 @@ def first_batch(pipeline: Pipeline) -> BatchView:
         sampler=data.sampler,
         parts=(),
         persistence=nothing,
-        watched=Watched(BatchStatistics(), StepFaults(folder / FAULTS, "stop")),
+        monitors=Monitors(BatchStatistics(), StepFaults(folder / FAULTS, "stop")),
     )
     for set_epoch in data.set_epoch:
         set_epoch(0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dora_vl.data.batches import Collator
@@ -228,10 +228,11 @@ class Illustrated:
     """Samples whose pixels are a checksum of their picture's bytes."""
 
     def __call__(self, rows: Rows, stored: HeldPictures) -> ConversationDataset:
-        def picture(path: str) -> Tensor:
-            return torch.full((3, 1, 1), float(crc32(stored.read(path)) % 9973))
+        def seen(conversation: Conversation) -> Encoded:
+            pixels = [torch.full((3, 1, 1), float(crc32(stored.read(path)) % 9973)) for path in conversation.images]
+            return replace(encode(conversation), inputs={"pixel_values": torch.stack(pixels)} if pixels else {})
 
-        return ConversationDataset(rows, encode=encode, picture=picture)
+        return ConversationDataset(rows, encode=seen)
 
 
 @pytest.mark.parametrize("name", ["parquet", "webdataset"])

@@ -186,7 +186,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
-    from dora_vl.evaluation.commonsense_run import read_sets
+    from dora_vl.evaluation.test import read_sets
     from dora_vl.training.recipe import CommonsenseEvaluationConfig
 
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}

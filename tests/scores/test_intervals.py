@@ -1,4 +1,4 @@
-"""Intervals: as wide as theory says, the same at every run, by whole units, and paired."""
+"""Intervals: as wide as theory says, the same at every run, by whole units, paired, and Wilson's where all agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scores import exact, llava, vqa
 from dora_vl.evaluation.scores import scored as bootstrap
-from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, Total, draws, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import (
+    Mean,
+    Ratio,
+    Scored,
+    Tally,
+    Total,
+    draws,
+    intervals,
+    paired_differences,
+    wilson,
+)
 
 
 def questions(hits: list[int], per_unit: int = 1) -> Scored:
@@ -134,28 +144,21 @@ def test_nothing_to_score_is_an_error() -> None:
         Tally().scored({"accuracy": Ratio("right", "asked")})
 
 
-def answered(category: str, number: int) -> Example:
-    truth = ("Yes", "No")[number % 2]
-    extra = {"category": category}
-    return Example(
-        id=f"{category}-{number}", images=(f"{number // 2}.jpg",), answers=(Answer(text=truth),), extra=extra
-    )
-
-
 def test_metrics_that_are_no_means_get_intervals_around_their_value() -> None:
-    examples = [answered(task, number) for task in ("existence", "OCR", "code_reasoning") for number in range(60)]
-    answers = {one.id: "yes" if int(one.id.split("-")[1]) % 3 else "no" for one in examples}
-    scored = llava.mme_score(examples, answers)
-    ranges = intervals(scored)
-    assert set(ranges) == set(scored.metrics)
-    for name, (low, high) in ranges.items():
-        assert low < scored.metrics[name] < high, name
-    lower = [
-        Example(id=one.id, images=one.images, answers=(Answer(text=one.answers[0].text.lower()),), extra=one.extra)
-        for one in examples
-    ]
-    low, high = intervals(llava.pope_score(lower, answers))["f1"]
-    assert low < llava.pope_score(lower, answers).metrics["f1"] < high
+    def answered(task: str, number: int, yes: str, no: str) -> Example:
+        answer, extra = Answer(text=no if number % 2 else yes), {"category": task}
+        return Example(id=f"{task}-{number}", images=(f"{number // 2}.jpg",), answers=(answer,), extra=extra)
+
+    rows = [(task, number) for task in ("existence", "OCR", "code_reasoning") for number in range(60)]
+    answers = {f"{task}-{number}": "yes" if number % 3 else "no" for task, number in rows}
+    for scored in (
+        llava.mme_score([answered(*row, "Yes", "No") for row in rows], answers),
+        llava.pope_score([answered(*row, "yes", "no") for row in rows], answers),
+    ):
+        ranges = intervals(scored)
+        assert set(ranges) == set(scored.metrics)
+        for name, (low, high) in ranges.items():
+            assert low < scored.metrics[name] < high, name
 
 
 def test_a_metric_of_the_whole_set_alone_has_no_interval() -> None:
@@ -163,3 +166,56 @@ def test_a_metric_of_the_whole_set_alone_has_no_interval() -> None:
     scored = vqa.gqa_score(examples, {"0": "yes"})
     assert "distribution" in scored.metrics
     assert "distribution" not in intervals(scored)
+
+
+def agreeing(hits: list[int], per_unit: int = 1) -> Scored:
+    tally = Tally()
+    for number, hit in enumerate(hits):
+        columns = {"right": float(hit), "asked": 1.0, "right late": float(hit), "asked late": float(number > 9)}
+        tally.add(str(number), float(hit), columns, unit=f"picture {number // per_unit}")
+    whole, late = Ratio("right", "asked"), Ratio("right", "asked late")
+    return tally.scored({"accuracy": whole, "sum": Total((whole, whole)), "mean": Mean((whole, whole)), "odd": late})
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_limits_are_those_of_newcombe_s_table(right: int, of: int, low: float, high: float) -> None:
+    """Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3."""
+    assert wilson(right / of, of) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_forty_of_forty_right_are_no_certainty() -> None:
+    assert intervals(agreeing([1] * 40))["accuracy"] == (pytest.approx(91.24, abs=5e-3), 100.0)
+    assert intervals(agreeing([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.24, abs=5e-3))
+
+
+def test_questions_of_one_picture_count_as_one() -> None:
+    alone, together = agreeing([1] * 40), agreeing([1] * 40, per_unit=10)
+    assert intervals(alone)["accuracy"][0] == pytest.approx(91.24, abs=5e-3)
+    assert intervals(together)["accuracy"][0] == pytest.approx(100 * wilson(1.0, 4)[0])
+
+
+def test_sums_and_means_of_shares_have_theirs_and_what_is_no_share_stays() -> None:
+    found = intervals(agreeing([1] * 40))
+    low = found["accuracy"][0]
+    assert found["mean"] == pytest.approx((low, 100.0))
+    assert found["sum"] == pytest.approx((2 * low, 200.0))
+    assert found["odd"][0] < 100 * 40 / 30 < found["odd"][1]  # more than is below it: drawn, as before
+
+
+def test_one_wrong_answer_is_left_to_the_draws() -> None:
+    low, high = intervals(agreeing([1] * 39 + [0]))["accuracy"]
+    assert (low, high) == (92.5, 100.0)
+
+
+def test_two_that_agree_everywhere_may_still_differ() -> None:
+    same = paired_differences(agreeing([1] * 40), agreeing([1] * 40))["accuracy"]
+    other = 100 * wilson(0.0, 40)[1]
+    assert (same.value, same.low, same.high) == (0.0, pytest.approx(-other), pytest.approx(other))
+    mixed = agreeing([1, 0, 0] * 20)
+    assert paired_differences(mixed, mixed)["accuracy"].high == pytest.approx(100 * wilson(0.0, 60)[1])
+    apart = paired_differences(agreeing([1] * 40), agreeing([0] * 40))["accuracy"]
+    assert (apart.value, apart.high) == (100.0, pytest.approx(100.0))
+    assert apart.low == pytest.approx(100 - 2 * other)
