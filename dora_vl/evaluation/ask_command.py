@@ -333,7 +333,7 @@ def ask_clip(
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
-        video=Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),
+        videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
     )
     view = opened.adapted.view(example, frames=options.frames)
     key = path, view.clip, view.sampling

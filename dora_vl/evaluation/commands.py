@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import iterate_examples
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.data.readers import stream_values
+from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import Exchange, digest, exchanged
@@ -206,7 +206,7 @@ def _asked(
     from dora_vl.training.adapting import VLBART
 
     source = find_source(wanted)
-    shows = next((one.name for one in sets if any(example.images or example.clips for example in one.examples)), None)
+    shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
     if source.kind != VLBART and not sees_pictures(source.place, source.revision) and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {wanted.adapter or source.place} is a language model, which takes "
@@ -266,7 +266,7 @@ def _ask_set(
         examples, prompt = [*map(with_middle_frame, examples)], benchmark.prompt
         one_length = model.prompts.videos_of_one_length
         settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
-        if any(example.clips for example in examples):
+        if any(example.videos for example in examples):
             settings["frames"] = frames
         if by_likelihood:
             settings["answers"] = "likelihood"

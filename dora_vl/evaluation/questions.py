@@ -14,9 +14,10 @@ from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, clip_fields, iterate_examples
-from dora_vl.data.readers import id_of, read_row, stream_values, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Conversation, Turn, as_conversation
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, as_conversation, iterate_examples
+from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.text_file import stream_values
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.scores.benchmark import (
@@ -72,13 +73,13 @@ def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Quest
     example = read_row(record, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    conversation = as_conversation(example)
     kind = record.get("kind")
     answer = example.answers[0].text if example.turns and example.answers else ""
     return question_of_turns(conversation, answer=answer, kind=None if kind is None else str(kind))
 
 
-def question_of_turns(conversation: Conversation, **more: Any) -> Question:
+def question_of_turns(conversation: Example, **more: Any) -> Question:
     """The last round of a conversation, its answer being the right one."""
     *turns, answer = conversation.turns
     return Question(
@@ -97,8 +98,8 @@ def as_question(example: Example, prompt: Prompt | None = None) -> Question:
     if prompt is not None:
         turns = prompt_turns(example, prompt)
         user = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
-        if example.clips and user is not None and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
-            first = Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(example.clips) + turns[user].text)
+        if example.videos and user is not None and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
+            first = Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(example.videos) + turns[user].text)
             turns = (*turns[:user], first, *turns[user + 1 :])
     return Question(
         id=example.id,
@@ -106,7 +107,7 @@ def as_question(example: Example, prompt: Prompt | None = None) -> Question:
         turns=tuple(turns),
         truth=example.answers[0].text if example.answers else "",
         kind=str(example.extra["kind"]) if example.extra.get("kind") is not None else None,
-        videos=example.clips,
+        videos=example.videos,
         example=example,
     )
 
@@ -116,7 +117,7 @@ def with_middle_frame(example: Example) -> Example:
     frame = example.extra.get(MIDDLE_FRAME)
     if example.video is None or not isinstance(frame, str):
         return example
-    return replace(example, images=(frame,), video=None)
+    return replace(example, images=(frame,), videos=())
 
 
 def expected(example: Example) -> str:
@@ -344,7 +345,7 @@ class EvaluationSet:
     @property
     def has_videos(self) -> bool:
         """Whether any example is about a video."""
-        return any(example.clips for example in self.examples)
+        return any(example.videos for example in self.examples)
 
     @property
     def scorer(self) -> Scorer | None:
@@ -426,7 +427,7 @@ def example_of(question: Question) -> Example:
     return Example(
         id=question.id,
         images=question.images,
-        **clip_fields(question.videos),
+        videos=question.videos,
         question=question.text,
         turns=question.turns,
         answers=(Answer(text=question.truth),),

@@ -144,7 +144,7 @@ def evaluate_run(
     exchange = None
     if evaluation.exchange_pictures:
         sample, by_id = exchanged(examples, predictions.answers), {question.id: question for question in questions}
-        others = [replace(by_id[one.id], images=one.images, videos=one.clips) for one in sample]
+        others = [replace(by_id[one.id], images=one.images, videos=one.videos) for one in sample]
         again = {**settings, "exchanged": digest(sample)}
         path = run_folder / EXCHANGED
         answers = ask(model, others, media, decoding, path=path, settings=again).answers if sample else {}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,7 +15,7 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
-from dora_vl.data.turns import read_conversation
+from dora_vl.data.samples import Examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import (
     Asker,
@@ -132,19 +131,10 @@ def watch_assistant(
     return _watch([(assistant, questions, decoding)], media, source=source)
 
 
-def questions_of_rows(rows: Any, count: int) -> list[Question]:
-    """So many usable rows of a table of samples, evenly over it, their last answers being the right ones.
-
-    Args:
-        rows: of `record_table.load_table`.
-    """
-    questions: list[Question] = []
-    for place in evenly(range(len(rows)), count):
-        try:
-            questions.append(question_of_turns(read_conversation(rows[place])))
-        except BadSample:  # validation counts and names it
-            continue
-    return questions
+def questions_of_rows(examples: Examples, count: int) -> list[Question]:
+    """So many usable examples, evenly over all, their last answers being the right ones."""
+    chosen = (examples[index] for index in evenly(range(len(examples)), count))
+    return [question_of_turns(example) for example in chosen if isinstance(example, Example)]  # validation names others
 
 
 def watch_subtasks(

@@ -31,9 +31,9 @@ from dora_vl.backbones.model import (
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, within_pixels
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
-from dora_vl.data.samples import ConversationDataset, Encoded, Labelled, Rows, Sample
-from dora_vl.data.turns import Conversation
+from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled, Sample
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
@@ -250,7 +250,7 @@ class DecoderPipeline(Pipeline):
         if held_out is None and config.evaluation.file is None:
             return None
         if held_out is not None:
-            questions = questions_of_rows(held_out.rows, config.watch)
+            questions = questions_of_rows(held_out, config.watch)
         else:
             questions = evenly(self._test_questions(), config.watch)
         media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
@@ -470,7 +470,7 @@ def _check_pixels(config: RunConfig, encoder: Encoder, arguments: TrainingArgume
 
 
 def encode_from_folder(
-    conversation: Conversation,
+    conversation: Example,
     *,
     encoder: Encoder,
     folder: MediaFolder,
@@ -490,16 +490,16 @@ def encode_from_folder(
     return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
 
 
-def _illustrated(rows: Rows, stored: HeldPictures, **reading: Any) -> ConversationDataset:
+def _illustrated(rows: Examples, stored: HeldPictures, **reading: Any) -> ConversationDataset:
     return ConversationDataset(rows, encode=partial(encode_from_folder, stored=stored, **reading))
 
 
-def _spoken(rows: Rows, stored: HeldPictures, *, encoder: Encoder) -> ConversationDataset:
+def _spoken(rows: Examples, stored: HeldPictures, *, encoder: Encoder) -> ConversationDataset:
     """Samples of words, whose pictures are not read: a language model refuses them."""
     return ConversationDataset(rows, encode=partial(_encode_words, encoder=encoder))
 
 
-def _encode_words(conversation: Conversation, *, encoder: Encoder) -> Encoded:
+def _encode_words(conversation: Example, *, encoder: Encoder) -> Encoded:
     if conversation.images or conversation.videos:
         raise BadSample(conversation.id, "it has pictures or videos, which a language model does not see")
     return encoder.encode(conversation)

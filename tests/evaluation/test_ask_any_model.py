@@ -409,7 +409,7 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)
     clip = Clip(path="clips/test-00000.mp4")
     examples = [
-        Example(id=name, video=video, question="What moves?", answers=(Answer(text="red"),))
+        Example(id=name, videos=(video,), question="What moves?", answers=(Answer(text="red"),))
         for name, video in (("there", clip), ("gone", Clip(path="gone.mp4")))
     ]
     write_examples(tmp_path / "clips.jsonl", examples)

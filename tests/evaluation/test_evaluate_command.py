@@ -271,7 +271,7 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
 
 def test_a_video_that_is_not_there_is_named(trained: Path, tmp_path: Path, capsys: Any) -> None:
     choices = {"choices": ("a", "b", "c", "d"), "extra": {"correct": 0}}
-    clip = Example(id="q1", video=Clip(path="v.mp4"), question="?", answers=(Answer(text="a"),), **choices)
+    clip = Example(id="q1", videos=(Clip(path="v.mp4"),), question="?", answers=(Answer(text="a"),), **choices)
     write_examples(tmp_path / "how2qa.jsonl", [clip])
     options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
     evaluate(capsys, *options, "--benchmarks", f"how2qa={tmp_path / 'how2qa.jsonl'}")
@@ -284,7 +284,7 @@ def test_seeds_videos_are_asked_by_their_middle_frame(trained: Path, tmp_path: P
     def example(name: str, frame: str) -> Example:
         extra = {"correct": 0, "data_type": "video", "middle_frame": frame}
         clip, choices = Clip(path="v.mp4"), ("a", "b", "c", "d")
-        return Example(id=name, video=clip, question="?", answers=(Answer(text="a"),), choices=choices, extra=extra)
+        return Example(id=name, videos=(clip,), question="?", answers=(Answer(text="a"),), choices=choices, extra=extra)
 
     picture = json.loads((trained / "test.json").read_text())[0]["image"]
     examples = [example("there", picture), example("gone", "SEED-Bench-video-image/9_1.png")]

@@ -109,7 +109,7 @@ def test_odd_extras_are_scored_or_one_line(
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     example = Example(
         id="dev-1-0-0",
-        video=Clip(path="v.mp4"),
+        videos=(Clip(path="v.mp4"),),
         question="?",
         choices=CHOICES,
         answers=(Answer(text="true"),),

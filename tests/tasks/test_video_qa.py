@@ -249,7 +249,7 @@ def own_benchmark(place: Path) -> Path:
     """A benchmark of one's own about clips, one of which is missing."""
     records = place / "data/records/moving_shapes/test.jsonl"
     first = next(iterate_examples(records))
-    missing = replace(first, id="gone", video=Clip(path="clips/gone.mp4"))
+    missing = replace(first, id="gone", videos=(Clip(path="clips/gone.mp4"),))
     write_examples(place / "own" / "clips.jsonl", [first, missing])
     (place / "own" / "moving.yaml").write_text(
         "name: moving\nscoring: choice\nfile: clips.jsonl\nprompt: video\nmax_new_tokens: 3\nframes: 3\n"
