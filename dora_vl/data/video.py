@@ -7,6 +7,7 @@ file is read by a fresh process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -341,7 +342,7 @@ class VideoReader:
         if self._process is None or self._process.poll() is not None or self._connection is None:
             self.close()
             self._connection, theirs = Pipe()
-            command = [sys.executable, "-m", "dora_vl.data.video", str(theirs.fileno())]
+            command = [sys.executable, "-c", CHILD, str(theirs.fileno())]
             packages = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
                 command,
@@ -389,10 +390,12 @@ class VideoReader:
 
 # The process behind `VideoReader`: decodes one file after the other and sends the frames back.
 #
-# Started as `python -m dora_vl.data.video FD`; the descriptor is one end of a pipe. It ends with its parent, and
+# Started with a descriptor, one end of a pipe. It ends with its parent, and
 # by itself when a file takes too long, even where the decoder's C code hangs and the parent is gone.
 
 
+# Not `python -m`: under the name `__main__` the classes would be others than those that the parent sends.
+CHILD = "import sys; from dora_vl.data.video import serve_descriptor; serve_descriptor(int(sys.argv[1]))"
 SPARE_SECONDS = 5.0  # the parent's own clock comes first
 STATM = Path("/proc/self/statm")  # its sixth number: pages of data (proc(5))
 
@@ -431,8 +434,7 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-if __name__ == "__main__":
-    try:
-        serve(Connection(int(sys.argv[1])))
-    except BrokenPipeError:
-        sys.exit(0)
+def serve_descriptor(descriptor: int) -> None:
+    """Serves at one end of a pipe; the other may be closed at any time."""
+    with contextlib.suppress(BrokenPipeError):
+        serve(Connection(descriptor))

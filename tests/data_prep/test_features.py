@@ -83,7 +83,10 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     assert "aspect 'squash', and 'square' is asked for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, None])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],
+)
 def test_an_interruption_loses_no_features(
     root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, request, how: int | None
 ) -> None:
