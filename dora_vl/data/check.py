@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
-from dora_vl.data.example import FIELDS, JSON, Example, from_record
+from dora_vl.data.example import FIELDS, JSON, Example, as_conversation, from_record
 from dora_vl.data.pictures import (
     BROKEN,
     TRUNCATED,
@@ -25,8 +25,8 @@ from dora_vl.data.pictures import (
     path_inside,
     picture_ending,
 )
-from dora_vl.data.readers import id_of, read_row, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
+from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
@@ -252,9 +252,9 @@ class FileCheck:
 
 
 def _talk(example: Example, form: str | None) -> Sample:
-    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    conversation = as_conversation(example)
     asked = [turn.text for turn in conversation.turns if turn.role == "user"]
-    videos = tuple(clip.path for clip in example.clips)
+    videos = tuple(clip.path for clip in example.videos)
     return Sample(
         id=example.id,
         media=conversation.images + videos,
@@ -276,7 +276,7 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
     subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
     if answers_needed and not answers:
         raise BadSample(example.id, "it has no answer", NO_ANSWER)
-    videos = tuple(clip.path for clip in example.clips)
+    videos = tuple(clip.path for clip in example.videos)
     order = str(example.extra.get("order", ""))
     return Sample(
         id=example.id,
@@ -291,7 +291,7 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
 
 def _spans(example: Example) -> list[str]:
     """Which part of each video is meant: the same question about another part is another one."""
-    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.clips]
+    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
 
 
 def overlap(first: FileCheck, second: FileCheck) -> Finding | None:

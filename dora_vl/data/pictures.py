@@ -591,7 +591,7 @@ class StoredPictures:
     """Bytes by the name that a row gives them, which is made of their content; worker processes may have it.
 
     Args:
-        tables: whole tables of `record_table.load_table`; each picture stands in the first row that has it.
+        tables: whole tables of `table.load_table`; each picture stands in the first row that has it.
     """
 
     def __init__(self, tables: Sequence[datasets.Dataset]) -> None:

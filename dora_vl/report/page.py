@@ -17,10 +17,9 @@ from PIL import Image
 from dora_vl import __version__
 from dora_vl.data.example import Clip, whole_file
 from dora_vl.data.pictures import open_image
-from dora_vl.data.video import VideoReader
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.seq2seq_pictures import clip_picture
-from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, small_picture, tiled
+from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, SIDE, small_picture, tiled
 
 
 @cache
@@ -79,7 +78,7 @@ class InlinePictures:
         if root is None:
             return "", "the settings name no folder of its pictures"
         if clip is not None:
-            return self._add(lambda: clip_picture(self._reader, root, clip))
+            return self._add(lambda: tiled(self._reader.read(root, clip, Uniform(SIDE**2)).pictures))
         return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
 
     def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asking import add_model_options
+from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,

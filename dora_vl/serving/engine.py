@@ -31,9 +31,8 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
-from dora_vl.evaluation.asker import Shown
-from dora_vl.evaluation.predict import Decoding as Room
-from dora_vl.evaluation.prompt_inputs import BOOKKEEPING
+from dora_vl.evaluation.ask import check_room
+from dora_vl.evaluation.prompt_inputs import BOOKKEEPING, Shown
 from dora_vl.serving.answering import (
     ENDING,
     Answering,
@@ -322,7 +321,7 @@ class Engine:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
-        Room(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
+        check_room(tokens, sampling.max_new_tokens, positions, "request")
         return Prepared(entry, sample, sampling, strength)
 
     def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:

@@ -23,10 +23,16 @@ from dora_vl.core.active_adapters import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Prompts
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import (
+    ModelSource,
+    Wanted,
+    find_source,
+    load_decoder,
+    prompts_of,
+    read_recipe,
+)
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -99,7 +105,7 @@ class Entry:
     """
 
     name: str | None
-    prompts: Prompts
+    prompts: EncoderPrompts
     alone: bool = False
     longest_token: int | None = None
 
@@ -134,10 +140,9 @@ class ServedModel:
         self.source = source
         self.base_name = base_name or Path(source.place).absolute().name
         self._template, self._any_base = template, any_base
-        parts = decoder_parts(source)
+        prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone: Backbone[Any] = parts.load().to(device).eval()
-        prompts = parts.prompts(self.backbone)
+        self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
         base = Entry(None, prompts, longest_token=longest_token(prompts.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
@@ -164,7 +169,7 @@ class ServedModel:
         """
         self._refuse_taken(name)
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
-        prompts = decoder_parts(source).prompts(self.backbone)
+        prompts = prompts_of(source)
         read = self.adapters.read(folder)
         return Entry(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
 

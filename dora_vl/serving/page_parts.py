@@ -19,8 +19,8 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import Shown
 from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.report.answers import PREDICTIONS
 from dora_vl.report.run_record import RunRecord, read_run
 from dora_vl.serving.side_by_side import NOTHING, Answer, Talk

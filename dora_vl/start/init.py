@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from os import getpid
 from pathlib import Path
@@ -22,10 +22,11 @@ from tqdm import tqdm
 from dora_vl.data.check import FileCheck, Limits, MediaCheck, Sample, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import find_files
+from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
-from dora_vl.data.readers import read_row, turns_of
-from dora_vl.data.samples import held_out_places
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
+from dora_vl.data.readers import read_row
+from dora_vl.data.table import held_out_places
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip
 from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.files import content_key
 from dora_vl.start.run_file import (
@@ -187,7 +188,7 @@ def _program(name: str) -> str:
 class Row:
     """One usable sample."""
 
-    conversation: Conversation
+    conversation: Example
     kind: str | None = None
 
     @property
@@ -383,11 +384,11 @@ def _usable(
         return None
     try:
         example = read_row({**record, "id": sample.id}, columns=columns)
-        talk = as_conversation(example.id, example.images, turns_of(example), example.clips)
+        talk = as_conversation(example)
         if media_to is not None:
             names = {name: save_picture(data, media_to, example.id) for name, data in example.image_bytes.items()}
             images = tuple(names.get(name, name) for name in talk.images)
-            talk = Conversation(talk.id, images, talk.turns, talk.videos)
+            talk = replace(talk, images=images)
     except BadSample as error:
         check.check(Sample(id=sample.id, problem=error.reason, kind=error.kind))
         return None

@@ -200,7 +200,11 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
         return str(error)
     if first is None:
         return f"{path.name} is empty"
-    return None if columns.shape_of(first) is not None else f"{path.name}: its columns are {shown_names(first)}"
+    return (
+        None
+        if columns.resolve(first, strict=False).format is not None
+        else f"{path.name}: its columns are {shown_names(first)}"
+    )
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:

@@ -39,7 +39,7 @@ def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
     import json
 
     recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "dtype": "float32"}
-    recipe |= {"backbone": "image_text", "quantisation": None, "max_tokens": 256, **changed}
+    recipe |= {"template": "tokenizer", "image_aspect": None, "quantisation": None, "max_tokens": 256, **changed}
     (adapter / "recipe.json").write_text(json.dumps(recipe))
     return adapter
 

@@ -15,7 +15,7 @@ from PIL import Image
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine

@@ -17,7 +17,7 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings, Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
@@ -125,7 +125,7 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path
     base = spread(write_tiny_llava(tmp_path / "base"))
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "image_aspect": "pad"}
-    recipe |= {"backbone": "llava", "dtype": "float32", "max_tokens": 99}
+    recipe |= {"dtype": "float32", "max_tokens": 99}
     adapters = {}
     for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "v0"}.items()):
         adapters[name] = write_adapter(base, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
@@ -178,7 +178,7 @@ def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is the base, which stays"):
         model.drop("base")
     recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
-    with_recipe(adapter, {**recipe, "backbone": "image_text"})
+    with_recipe(adapter, {**recipe, "template": "tokenizer", "image_aspect": None})
     with pytest.raises(UserError, match="trained on a base with sha256 000000000000…"):
         model.read("two", adapter)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import RowText
 from dora_vl.serving.model import ServedModel

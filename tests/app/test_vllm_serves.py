@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm_dora import ENVIRONMENT, PARTS, agrees, language_figures
+from benchmarks.vllm_dora import PARTS, agrees, language_figures
+from benchmarks.vllm_models import ENVIRONMENT
 
 PYTHON = os.environ.get("VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
 NO_VLLM = "no vLLM here; VLLM_PYTHON=PATH names an interpreter that has it and dora_vl (docs/export.md)"

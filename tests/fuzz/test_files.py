@@ -25,7 +25,7 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import iterate_examples
-from dora_vl.data.readers import stream_records
+from dora_vl.data.text_file import stream_records
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from tests.fuzz.cases import LONGEST_LINE, failures, memory_mb

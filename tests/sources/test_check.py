@@ -132,9 +132,9 @@ def test_every_kind_of_problem_of_a_llava_file_is_named(tmp_path: Path, media: P
 
 def test_overlap_of_train_and_test_is_by_question_media_and_span(tmp_path: Path) -> None:
     def example(sample_id: str, question: str, image: str = "", start: float | None = None) -> Example:
-        video = Clip(path="v.mp4", start_seconds=start) if start is not None else None
+        videos = (Clip(path="v.mp4", start_seconds=start),) if start is not None else ()
         images = (image,) if image else ()
-        return Example(id=sample_id, question=question, images=images, video=video, answers=(Answer(text="yes"),))
+        return Example(id=sample_id, question=question, images=images, videos=videos, answers=(Answer(text="yes"),))
 
     train = [example("a", "Is it?", "1.png"), example("b", "Is it?", "2.png"), example("v", "What?", start=0.0)]
     test = [example("c", "Is it?", "2.png"), example("d", "Was it?", "2.png"), example("w", "What?", start=5.0)]

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
@@ -66,7 +66,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
     for one in found.questions:
         question = by_id[one.id]
         picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
-        assert assistant.answer(question.turns, [picture], max_new_tokens=3) == found.answers[6][one.id]
+        assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == found.answers[6][one.id]
         assert (one.truth, one.question) == (question.truth, question.text)
         with Image.open(folder / "watched" / one.picture) as kept:
             assert kept.tobytes() == picture.tobytes()

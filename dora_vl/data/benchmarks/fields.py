@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.readers import stream_members, stream_records
-from dora_vl.data.text_file import Progress
+from dora_vl.data.text_file import Progress, stream_members, stream_records
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]

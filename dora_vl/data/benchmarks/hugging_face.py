@@ -11,9 +11,9 @@ from typing import Any
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Row, Split, soft_answers
 from dora_vl.data.columns import ROLES
 from dora_vl.data.containers import by_split, class_names, counted, meaning, of_the_set, with_class_names
-from dora_vl.data.example import JSON, Answer, Example, correct_choice, listed_choices
+from dora_vl.data.example import JSON, Answer, Example, as_conversation, correct_choice, listed_choices
 from dora_vl.data.pictures import save_picture
-from dora_vl.data.turns import read_conversation
+from dora_vl.data.readers import read_conversations
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -145,7 +145,9 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     kept = columns["extra"].split("+") if "extra" in columns else ()
     extra = {name: raw[name] for name in kept if raw.get(name) is not None}
     if found["turns"] is not None:
-        turns = read_conversation({"id": row.id, "image": list(images), "conversations": found["turns"]}).turns
+        turns = as_conversation(
+            read_conversations({"images": list(images), "conversations": found["turns"]}, row.id)
+        ).turns
         return Example(id=row.id, images=images, turns=turns, extra=extra)
     choices = _choices(found["choices"], row)
     correct = _correct(found, choices, columns, row) if choices else None

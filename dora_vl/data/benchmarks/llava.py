@@ -9,6 +9,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from dora_vl.data.benchmarks.fields import (
+    UNKNOWN_ID,
     WANTED,
     Progress,
     Raw,
@@ -25,11 +26,10 @@ from dora_vl.data.benchmarks.fields import (
     soft_answers,
 )
 from dora_vl.data.columns import USUAL
-from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
+from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example, as_conversation
 from dora_vl.data.pictures import save_picture
-from dora_vl.data.readers import stream_members
-from dora_vl.data.text_file import NotUtf8, json_object, table_rows, whole_text
-from dora_vl.data.turns import read_conversation
+from dora_vl.data.readers import read_conversations
+from dora_vl.data.text_file import NotUtf8, json_object, stream_members, table_rows, whole_text
 from dora_vl.errors import UserError, shown
 
 
@@ -92,8 +92,9 @@ def _conversations(task: str, name: str, file: Path, size: int | None = None) ->
 def conversation_row(raw: Raw) -> dict[str, JSON]:
     """The record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
-    conversation = read_conversation({**USUAL.resolve(raw, strict=False).fields, "id": row.maybe(row.identifier, "id")})
-    return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}
+    sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
+    as_conversation(read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id))
+    return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 
 LLAVA_BENCH_FILES = {
@@ -503,7 +504,7 @@ def seed_bench_row(raw: Raw) -> Example:
     return Example(
         id=row.id,
         images=(f"SEED-Bench-image/{data_id}",) if kind == "image" else (),
-        video=Clip(path=data_id, start_seconds=segment[0], end_seconds=segment[1]) if kind == "video" else None,
+        videos=(Clip(path=data_id, start_seconds=segment[0], end_seconds=segment[1]),) if kind == "video" else (),
         question=row.filled("question"),
         answers=(Answer(text=choices[correct]),),
         choices=tuple(choices),

@@ -243,7 +243,7 @@ def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
     name = row.filled("vid_name")
     return Example(
         id=row.id,
-        video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
         question=row.filled("question"),
         answers=(Answer(text=right),),
         choices=tuple(choices[place] for place in order),
@@ -355,7 +355,7 @@ def youcook2_row(raw: Raw) -> Example:
     start, end = row.span("segment", row.get("segment"))
     return Example(
         id=row.id,
-        video=Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),),
         answers=(Answer(text=" ".join(row.filled("sentence").split())),),
         extra={"clip_id": row.id, "vid_name": row.id, "recipe_type": row.maybe(row.text, "recipe_type")},
     )

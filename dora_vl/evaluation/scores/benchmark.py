@@ -16,8 +16,7 @@ from string import ascii_uppercase
 from typing import Protocol, runtime_checkable
 
 from dora_vl.data.example import Example, right_choice
-from dora_vl.data.readers import stream_values
-from dora_vl.data.text_file import opened, table_rows, text_lines
+from dora_vl.data.text_file import opened, stream_values, table_rows, text_lines
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError, number_of, shown, shown_names
 from dora_vl.evaluation.scores import prompts
