@@ -133,7 +133,7 @@ def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
     clip, extra = _clip(row)
     return Example(
         id=row.id,
-        video=clip,
+        videos=(clip,),
         question=row.filled("q"),
         answers=() if correct is None else (Answer(text=texts[correct]),),
         choices=tuple(texts),
@@ -299,7 +299,7 @@ def clip_row(raw: Raw, *, answered: bool) -> Example:
     kinds = [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]
     return Example(
         id=row.id,
-        video=clip,
+        videos=(clip,),
         answers=tuple(Answer(text=description) for description in descriptions),
         subtitles=subtitles_of(row),
         extra={"clip_id": clip_id, **extra, **row.kept("duration")} | ({"description_types": kinds} if kinds else {}),
