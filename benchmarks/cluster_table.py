@@ -1,6 +1,6 @@
 """What runs of 7B, 13B and 32B take on 1 to 1,024 GPUs, as `dora-vl estimate` says: the table of docs/cluster.md.
 
-    python -m benchmarks.cluster_table                # prints it and writes benchmarks/results/cluster_table.json
+    python -m benchmarks.cluster_table
     python -m benchmarks.cluster_table --into docs/cluster.md
 
 Nothing is measured and no weight is read; it takes a minute on one core.
@@ -9,7 +9,6 @@ Nothing is measured and no weight is read; it takes a minute on one core.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, Estimate, imagine_run, with_shape
 from dora_vl.training.memory import GIB
 
-RESULTS = Path(__file__).parent / "results" / "cluster_table.json"
-GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
+GPUS = (1, 8, 64, 1024)
 MODELS = {"LLaVA-1.5 7B": "llava-1.5-7b", "LLaVA-1.5 13B": "llava-1.5-13b", "Qwen2.5-VL 32B": "qwen2.5-vl-32b"}
 STAGES = ("zero2", "zero3")
 SETTINGS = (
@@ -103,7 +101,6 @@ def main() -> None:
     found = list(rows())
     text = table(found)
     print(text)
-    RESULTS.write_text(json.dumps([vars(one) for one in found], indent=1) + "\n", encoding="utf-8")
     if into is not None:
         put_into(into, text)
 

@@ -1,8 +1,8 @@
 """Memory of a training step: frozen model, PEFT LoRA, PEFT DoRA and this project.
 
-    python benchmarks/dora_memory.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results/dora_memory.json
+    python benchmarks/dora_memory.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results.jsonl
 
-Model and step are those of `dora_step.py`. Three measurements of every contender, in bytes (`live_bytes.py` says how):
+Model and step are those of `dora_step.py`. Three measurements of every contender, in bytes:
 
 - saved: what the graph keeps for the backward pass, each storage once, the model's own tensors not counted. What
   autograd's hooks do not see is followed too: attributes of nodes written in Python, such as this project's gains and
@@ -20,13 +20,18 @@ On a CUDA machine the allocator's own peak is added.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import gc
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node, saved_tensors_hooks
 
 from benchmarks.contenders import (
     TRAINED,
@@ -39,8 +44,8 @@ from benchmarks.contenders import (
     settings_of,
     tokens_of,
 )
-from benchmarks.live_bytes import LiveBytes, Saved, saved_for_backward
 from benchmarks.report import table, write_json
+from dora_vl.training.imagined_step import LiveBytes, storages_of
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
 """Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""
@@ -180,6 +185,71 @@ def beside(size: int, reference: int) -> tuple[str, str]:
 def mebibytes(size: int) -> str:
     """With one decimal."""
     return f"{size / 2**20:.1f}"
+
+
+Storage = torch.UntypedStorage
+NOT_FOLLOWED = (Node, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+"""A node's neighbours in the graph are visited as nodes; modules and code lead to the whole model and interpreter."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that a graph keeps for its backward pass, the model's own tensors not counted, each storage once."""
+
+    total: int
+    outside_hooks: int
+    """The part of it that stands in attributes of nodes written in Python alone."""
+
+
+def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple[Tensor, Saved]:
+    """The result of `forward`, on which the caller must run the backward pass, with what its graph keeps."""
+    hooked: list[weakref.ReferenceType[Storage]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        hooked.append(weakref.ref(tensor.untyped_storage()))
+        return tensor  # itself: another object would end sharing by weak reference
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    gc.collect()
+    seen = {id(one) for one in storages_of([*model.parameters(), *model.buffers()])}
+    by_hooks = _bytes_not_in(seen, [storage for one in hooked if (storage := one()) is not None])
+    outside = _bytes_not_in(seen, storages_of(attribute_tensors(result)))
+    return result, Saved(by_hooks + outside, outside)
+
+
+def attribute_tensors(result: Tensor) -> Iterator[Tensor]:
+    """Tensors that the graph's nodes hold as Python attributes, in objects of any kind."""
+    assert result.grad_fn is not None
+    nodes, seen = [result.grad_fn], {result.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, BackwardCFunction):
+            yield from _tensors_within(vars(node))
+        fresh = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= fresh
+        nodes.extend(fresh)
+
+
+def _tensors_within(root: object) -> Iterator[Tensor]:
+    waiting, seen = [root], {id(root)}
+    while waiting:
+        for one in gc.get_referents(waiting.pop()):
+            if isinstance(one, Tensor):
+                yield one
+            elif id(one) not in seen and not isinstance(one, NOT_FOLLOWED):
+                seen.add(id(one))
+                waiting.append(one)
+
+
+def _bytes_not_in(seen: set[int], storages: Iterable[Storage]) -> int:
+    """Bytes of the storages not seen so far, which are seen from then on."""
+    total = 0
+    for storage in storages:
+        if id(storage) not in seen:
+            seen.add(id(storage))
+            total += storage.nbytes()
+    return total
 
 
 if __name__ == "__main__":

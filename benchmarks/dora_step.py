@@ -1,6 +1,6 @@
 """Times a training step and a one-token decode step: frozen model, PEFT LoRA, PEFT DoRA and this project.
 
-    python benchmarks/dora_step.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results/dora_step.json
+    python benchmarks/dora_step.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results.jsonl
     python benchmarks/dora_step.py --layer 4096x11008 --rank 64 --tokens 512      # one layer by itself
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step

@@ -1,6 +1,6 @@
 """Checks the CUDA kernels against the eager operations and times them beside PEFT and `torch.compile`, in ten minutes.
 
-    python benchmarks/gpu.py                             # writes benchmarks/results/gpu.json and gpu.png
+    python benchmarks/gpu.py                             # writes gpu.jsonl and gpu.png
     python benchmarks/gpu.py --minutes 3 --to /tmp/gpu   # what does not fit is named
     python benchmarks/gpu.py --device cpu --smoke        # the whole script on tiny shapes, for its test
 
@@ -16,7 +16,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from benchmarks.gpu_checks import Check, checks, compiled_check
 from benchmarks.gpu_models import CONTENDERS, Case, Steps, base_of, contender, steps_of
-from benchmarks.gpu_plot import plot
 from benchmarks.report import median, table, write_json
 
-RESULTS = Path(__file__).parent / "results" / "gpu"
+RESULTS = Path("gpu")
 SHARE_OF_CHECKS = 0.3
 """Of the time; what is left of the checks then is left out."""
 
@@ -119,7 +118,7 @@ def publish(options: argparse.Namespace, budget: Budget, outcome: list[Check], r
         "left_out": budget.left_out,
         "seconds": round(budget.spent(), 1),
     }
-    write_json(options.to.with_suffix(".json"), content)
+    write_json(options.to.with_suffix(".jsonl"), content)
 
 
 def read_options() -> argparse.Namespace:
@@ -256,6 +255,52 @@ def _is_kernel(event: Any) -> bool:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+COLOURS = {
+    "frozen": "#bbbbbb",
+    "peft_lora": "#555555",
+    "peft_dora": "#cc6677",
+    "ours_eager": "#ddcc77",
+    "ours": "#117733",
+    "ours_compiled": "#332288",
+}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes a PNG: cases from top to bottom, a bar for each contender; PEFT's LoRA is the line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [("train_vs_peft_lora", "training step"), ("decode_vs_peft_lora", "decoding one token")]
+    if all("step_mib" in row for row in rows):
+        panels.append(("step_mib", "memory of a step, MiB"))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5 * len(panels), 1.2 + 0.9 * len(rows)), sharey=True, layout="constrained"
+    )
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        _bars(axis, [row[key] for row in rows])
+        axis.set_title(title)
+        if key.endswith("peft_lora"):
+            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.set_xlabel("time, PEFT LoRA = 1")
+    axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars(axis: Any, rows: Sequence[dict[str, float]]) -> None:
+    names = [name for name in COLOURS if any(name in row for row in rows)]
+    height = 0.8 / len(names)
+    for place, name in enumerate(names):
+        there = [(number, row[name]) for number, row in enumerate(rows) if name in row]
+        offsets = [number - 0.4 + (place + 0.5) * height for number, _ in there]
+        axis.barh(offsets, [value for _, value in there], height=height, color=COLOURS[name], label=name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files
-from dora_vl.data.samples import ConversationDataset, Sample, load_training_rows
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_training_rows
 from dora_vl.errors import positive
 from dora_vl.training.command_line import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline, encode_from_folder
@@ -56,7 +57,7 @@ def main() -> None:
         stored=found.stored,
         videos=VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data)),
     )
-    samples = ConversationDataset(found.rows, encode=encode)
+    samples = ConversationDataset(found, encode=encode)
     tower_seconds = time_tower(model, samples, count=min(16, len(samples)))
     adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
     seconds = train(adapted, samples, config, options.steps, pad=pipeline.encoder.pad_token_id)

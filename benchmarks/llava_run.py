@@ -2,7 +2,7 @@
 
     python benchmarks/llava_run.py --config configs/llava/easyvqa_smollm2_dora.yaml --adapter.dropout 0.05 \
         --model.compose.grid_pool null --model.base runs/demo/base_49_tokens --training.per_device_train_batch_size 32 \
-        --model.attn_implementation eager --json benchmarks/results/llava_run.json
+        --model.attn_implementation eager --json benchmarks/results.jsonl
 
 Same composed LLaVA, conversations, tokens, batch, number types and attention kernel for all contenders. The peers are
 `LlavaForConditionalGeneration` with PEFT's DoRA and LoRA (`autocast_adapter_dtype=False`, PEFT's faster setting):

@@ -1,7 +1,7 @@
 """A LLaVA adapter's logits here and in PEFT, on the same questions in float32, and merged against unmerged.
 
     python benchmarks/peft_agreement.py --adapter runs/demo/adapter --questions runs/demo/data/test.json \\
-        --images runs/demo/assets/easy_vqa --json benchmarks/results/peft_agreement.json
+        --images runs/demo/assets/easy_vqa --json benchmarks/results.jsonl
 
 Differences are the greatest over the questions; relative ones are divided by the greatest logit. At the first places,
 which a language model uses as a sink of attention, float32 itself resolves no more than what PEFT, ours and merged
@@ -25,9 +25,9 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.core import merge_dora
 from dora_vl.data.pictures import open_image
 from dora_vl.errors import UserError, exit_on_user_error, positive
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question, read_questions
 
 Inputs = tuple[Tensor, Tensor]
@@ -52,7 +52,7 @@ def main() -> None:
 
 def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[str, dict[str, float]]:
     """Every comparison, each absolute and relative."""
-    assistant, base = open_asker(Wanted(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
+    assistant, base = open_model(Wanted(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):
         raise UserError(f"{adapter} is no LLaVA's adapter")
     inputs = [inputs_of(assistant, question, images) for question in questions]

@@ -2,7 +2,7 @@
 
     git clone https://github.com/huggingface/peft && git -C peft checkout 5d602fdbf
     HF_HUB_OFFLINE=1 python -m benchmarks.peft_suite peft --records runs/peft_suite --minutes 9 \\
-        --json benchmarks/results/peft_suite.json
+        --json benchmarks/results.jsonl
 
 The second run's failures must be the first one's. Call it again until it says that every file is complete: each
 test's outcome is kept in `--records`, and neither a test that has one nor a file that is complete is run again.

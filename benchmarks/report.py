@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median as median
 from typing import Any
-
-import torch
-
-from dora_vl.training.launch import available_cores
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 
 
 def machine() -> dict[str, Any]:
     """The kind of machine and the versions that a figure belongs to; no name, no path."""
+    import torch
+
     return {
         "processor": _processor(),
-        "cores": available_cores(),
+        "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
@@ -47,19 +48,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes the figures with the machine beside them, whole or not at all."""
-    target = Path(path)
+    """Puts the figures, with the machine beside them, into a file of JSON lines in place of this script's line."""
+    target, name = Path(path), Path(sys.argv[0]).stem
     target.parent.mkdir(parents=True, exist_ok=True)
+    lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []
+    kept = [line for line in lines if json.loads(line)["name"] != name]
+    written = [*kept, json.dumps({"name": name, "machine": machine(), **content})]
     staging = target.with_name(f".{target.name}.writing")
-    staging.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n", encoding="utf-8")
+    staging.write_text("\n".join(sorted(written)) + "\n", encoding="utf-8")
     staging.replace(target)
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle of the sorted values."""
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def _processor() -> str:

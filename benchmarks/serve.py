@@ -1,7 +1,7 @@
 """What it costs that the rows of a batch have different adapters: a decode step, and a server under load.
 
-    python -m benchmarks.serve --model runs/demo/base --json benchmarks/results/serve.json
-    python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results/serve_joining.json
+    python -m benchmarks.serve --model runs/demo/base --json benchmarks/results.jsonl
+    python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results.jsonl
 
 Four DoRA adapters of random factors, their magnitudes moved, over all projections of the language model, are served
 beside the base. A decode step is one token of each row behind a short prompt: of the base alone, of one adapter as
@@ -42,9 +42,8 @@ from dora_vl.backbones.model import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.asker import Shown
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.prompt_inputs import model_inputs
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import http_config
@@ -160,7 +159,7 @@ def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str]
     keys = sorted([names[number % len(names)] for number in range(rows)], key=str) if names else []
 
     def batch() -> contextlib.AbstractContextManager[None]:
-        return served.rows([served.asked(name) for name in keys], [0] * rows) if keys else contextlib.nullcontext()
+        return served.rows([served.entry(name) for name in keys], [0] * rows) if keys else contextlib.nullcontext()
 
     with torch.inference_mode(), batch():
         cache = model(**inputs, use_cache=True).past_key_values

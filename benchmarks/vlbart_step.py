@@ -1,6 +1,6 @@
 """Training speed of a VL-BART of bart-base's shape: full, LoRA and DoRA, on random inputs of the published lengths.
 
-    python benchmarks/vlbart_step.py --batch 16 --steps 5 --json benchmarks/results/vlbart_step.json
+    python benchmarks/vlbart_step.py --batch 16 --steps 5 --json benchmarks/results.jsonl
 
 A step is forward, backward and AdamW; the methods take turns, so that what else the machine does falls on all alike.
 Medians of the steps are printed as samples/s, and times relative to full fine-tuning.

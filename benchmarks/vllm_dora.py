@@ -1,6 +1,6 @@
 """DoRA adapters unmerged in vLLM: its tokens beside those of PEFT and transformers, on tiny random models, on CPU.
 
-    python -m benchmarks.vllm_dora --vllm-python vllm/bin/python --json benchmarks/results/vllm_dora.json
+    python -m benchmarks.vllm_dora --vllm-python vllm/bin/python --json benchmarks/results.jsonl
 
 `language`: two DoRA adapters, a LoRA and the base in one batch, against PEFT's unmerged answers, with biases and
 without; then with one slot for all of them; then with the gains left at 1, which must not agree. `llava`: a LLaVA that
@@ -12,9 +12,6 @@ an environment of its own (docs/export.md); dora_vl must be installed there, for
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,30 +20,24 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.report import table, write_json
-from benchmarks.vllm_models import ADAPTERS, PROMPTS, agreement, by_peft, write_adapter, write_language_model
-from dora_vl.errors import UserError, exit_on_user_error, one_line
+from benchmarks.report import write_json
+from benchmarks.vllm_llava import llava_figures
+from benchmarks.vllm_models import (
+    ADAPTERS,
+    ENGINE,
+    PROMPTS,
+    agreement,
+    ask,
+    by_peft,
+    in_vllm,
+    shown,
+    unlike_the_base,
+    write_adapter,
+    write_language_model,
+)
+from dora_vl.errors import UserError, exit_on_user_error
 
 PARTS = ("language", "llava", "server")
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 128,
-    "max_num_seqs": 16,
-    "enable_prefix_caching": False,
-    "enable_lora": True,
-    "max_lora_rank": 8,
-    "max_cpu_loras": 8,
-}
 
 
 @exit_on_user_error
@@ -59,8 +50,6 @@ def main() -> None:
         if "language" in options.parts:
             figures["language"] = language_figures(Path(folder), options)
         if {"llava", "server"} & set(options.parts):
-            from benchmarks.vllm_llava import llava_figures
-
             figures["llava"] = llava_figures(Path(folder), options)
     if options.json is not None:
         write_json(options.json, figures)
@@ -94,29 +83,6 @@ def version_of(python: Path) -> str:
     return found.stdout.split()[-1]
 
 
-def in_vllm(python: Path, arguments: Sequence[str | Path], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs vLLM's interpreter.
-
-    Raises:
-        UserError: it failed; with the last line that it said.
-    """
-    found = subprocess.run(
-        [python, *arguments], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
-    )
-    if check and found.returncode:
-        sys.stderr.write(found.stderr)
-        raise UserError(one_line(f"vLLM ended with status {found.returncode}"))
-    return found
-
-
-def ask(folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """vLLM's answers to one batch."""
-    asked, answered = folder / "job.json", folder / "answers.json"
-    asked.write_text(json.dumps({"new_tokens": options.tokens, "gains": True, **job}), encoding="utf-8")
-    in_vllm(options.vllm_python, [Path(__file__).with_name("vllm_answers.py"), asked, answered])
-    return json.loads(answered.read_text(encoding="utf-8"))["answers"]
-
-
 def agrees(case: Mapping[str, Any]) -> bool:
     """Whether every token is the same and no adapter's are the base's; with gains left at 1, DoRA's must be others."""
     whole = {name: min(one["same_tokens"]) == one["of"] for name, one in case["answers"].items()}
@@ -125,25 +91,6 @@ def agrees(case: Mapping[str, Any]) -> bool:
     if case["gains"]:
         return all(whole.values())
     return not any(same for name, same in whole.items() if name.startswith("dora"))
-
-
-def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
-    """How many of each adapter's answers are other than the base's, where it is asked too: equal ones show nothing."""
-    others = {name: answers for name, answers in expected.items() if name != "base"} if "base" in expected else {}
-    return {
-        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, expected["base"], strict=True))
-        for name, answers in others.items()
-    }
-
-
-def shown(title: str, case: Mapping[str, Any]) -> None:
-    """Prints a case as a table."""
-    rows = [
-        (name, " ".join(map(str, one["same_tokens"])), one["of"], one["largest_logprob_difference"])
-        for name, one in case["answers"].items()
-    ]
-    print(f"\n{title}")
-    print(table(("answers of", "same tokens", "of", "largest difference of a log probability"), rows), flush=True)
 
 
 # -- language models -----------------------------------------------------------------------------------------

@@ -30,8 +30,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from benchmarks.vllm_dora import ENGINE, ENVIRONMENT, ask, shown, unlike_the_base
-from benchmarks.vllm_models import agreement, greedy, tiny_llama
+from benchmarks.vllm_models import ENGINE, ENVIRONMENT, agreement, ask, greedy, shown, tiny_llama, unlike_the_base
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError

@@ -1,7 +1,12 @@
-"""Tiny random models with adapters away from where adapters start, and what PEFT and transformers answer with them."""
+"""Tiny random models with adapters away from their start, what PEFT answers with them, and how vLLM is asked."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.report import table
+from dora_vl.errors import UserError, one_line
 
 PROMPTS = ((1, 20, 33, 47, 60, 75), (1, 100, 101, 102), (1, 200, 150, 90, 91, 92, 93, 94, 95, 96, 97))
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,6 +35,26 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": list(ALL)},
 }
 """Whole packed groups and parts of them, other ranks and scales, rsLoRA, and a LoRA between."""
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 16,
+    "enable_prefix_caching": False,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "max_cpu_loras": 8,
+}
 
 
 def tiny_llama(*, vocab_size: int = 320, biases: bool = False) -> LlamaForCausalLM:
@@ -119,3 +147,45 @@ def agreement(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str
         same.append(count)
         off += [abs(a - b) for a, b in zip(one["logprobs"][:count], other["logprobs"][:count], strict=True)]
     return {"same_tokens": same, "of": len(expected[0]["tokens"]), "largest_logprob_difference": max(off)}
+
+
+def in_vllm(python: Path, arguments: Sequence[str | Path], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs vLLM's interpreter.
+
+    Raises:
+        UserError: it failed; with the last line that it said.
+    """
+    found = subprocess.run(
+        [python, *arguments], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
+    )
+    if check and found.returncode:
+        sys.stderr.write(found.stderr)
+        raise UserError(one_line(f"vLLM ended with status {found.returncode}"))
+    return found
+
+
+def ask(folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """vLLM's answers to one batch."""
+    asked, answered = folder / "job.json", folder / "answers.json"
+    asked.write_text(json.dumps({"new_tokens": options.tokens, "gains": True, **job}), encoding="utf-8")
+    in_vllm(options.vllm_python, [Path(__file__).with_name("vllm_answers.py"), asked, answered])
+    return json.loads(answered.read_text(encoding="utf-8"))["answers"]
+
+
+def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    """How many of each adapter's answers are other than the base's, where it is asked too: equal ones show nothing."""
+    others = {name: answers for name, answers in expected.items() if name != "base"} if "base" in expected else {}
+    return {
+        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, expected["base"], strict=True))
+        for name, answers in others.items()
+    }
+
+
+def shown(title: str, case: Mapping[str, Any]) -> None:
+    """Prints a case as a table."""
+    rows = [
+        (name, " ".join(map(str, one["same_tokens"])), one["of"], one["largest_logprob_difference"])
+        for name, one in case["answers"].items()
+    ]
+    print(f"\n{title}")
+    print(table(("answers of", "same tokens", "of", "largest difference of a log probability"), rows), flush=True)

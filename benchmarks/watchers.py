@@ -1,6 +1,6 @@
 """What watching costs: a run's step with everything that looks at it, and without.
 
-    python -m benchmarks.watchers --json benchmarks/results/watchers.json
+    python -m benchmarks.watchers --json benchmarks/results.jsonl
 
 One run of a small random LLaVA with DoRA, on whose steps the watchers take turns: for as many steps as there are
 between two lines of the log they are on, then off, and so on. On are the faults of losses and gradients with the

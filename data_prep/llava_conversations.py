@@ -35,7 +35,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     Raises:
         BadSample: it has no answer, does not say which of its choices is right, or is about a video.
     """
-    if example.clips:
+    if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, benchmark.prompt)]
     asks_for_letter = benchmark.chooses and not example.turns  # a whole talk is asked and answered as it stands

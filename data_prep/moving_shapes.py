@@ -143,7 +143,7 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     clip = Clip(path=f"clips/{name}.mp4")
     told = Example(
         id=f"{name}-{CAPTION}",
-        video=clip,
+        videos=(clip,),
         subtitles=(said(order.choice(shown), order),),
         answers=(Answer(text=caption(shown)),),
         extra={"kind": CAPTION, "clip_id": name},
@@ -157,7 +157,7 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
             made.append(
                 Example(
                     id=f"{name}-{kind}-{place}",
-                    video=clip,
+                    videos=(clip,),
                     subtitles=(said(talked_about, order),),
                     question=one.question,
                     answers=(Answer(text=one.answer),),

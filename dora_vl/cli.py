@@ -40,7 +40,7 @@ COMMANDS = {
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
-    "estimate": Command("dora_vl.training.estimate", "memory, traffic and time of a run, before it starts"),
+    "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
     "evaluate": Command("dora_vl.evaluation.commands", "official scores with intervals, of adapters and predictions"),
     "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
     "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
@@ -50,7 +50,7 @@ COMMANDS = {
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
     ),
-    "show": Command("dora_vl.training.first_batch", "the first batch of a run, its tokens by label"),
+    "show": Command("dora_vl.training.show_command", "the first batch of a run, its tokens by label"),
     "train": Command("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
     "translate": Command("dora_vl.start.translate", "other tools' settings as a run's YAML"),
 }

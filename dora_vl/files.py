@@ -1,16 +1,15 @@
-"""Opens a file that a person names, if it is one: no pipe, socket or device, which would hang or never end."""
+"""Files that a person names: opened only if they are regular ones; a model's weights that are whole; YAML."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -205,7 +204,7 @@ def _check_safetensors(path: Path, size: int) -> None:
             f"{LENGTH_BYTES + length:,}; copy or fetch it again"
         )
     try:
-        ends = [_end(entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for name, entry in json.loads(header).items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole safetensors file: its header is broken ({error})") from None
     whole = LENGTH_BYTES + length + max(ends, default=0)
@@ -216,16 +215,9 @@ def _check_safetensors(path: Path, size: int) -> None:
         )
 
 
-def _end(entry: Any) -> int:
-    return int(entry["data_offsets"][1])
-
-
 # YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
 
 
-MOST_VALUES = 100_000
-"""Of a file of settings, each reference to an earlier part counted as what it stands for."""
-_FLOAT, _SCIENTIFIC = "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -234,7 +226,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 _Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -242,13 +234,12 @@ def read_yaml(path: Path) -> Any:
     """What a file says.
 
     Raises:
-        UserError: it cannot be read, is no YAML, holds a key twice or a number that YAML takes for another, or its
-            aliases stand for more than memory holds.
+        UserError: it cannot be read, is no YAML, or holds a key twice or a number that YAML takes for another.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
         _check(yaml.compose(text, Loader=_Loader), set())
-        content = yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except YAMLError as error:
@@ -260,12 +251,6 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no YAML: {one_line(str(error), 200)}") from None
     except RecursionError:
         raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
-    if _values(content, {}) > MOST_VALUES:
-        raise UserError(
-            f"{path}: its aliases (*name) stand for more than {MOST_VALUES:,} values, or for themselves; write out "
-            "what is meant"
-        )
-    return content
 
 
 def refuse_other_number(text: str) -> None:
@@ -299,14 +284,3 @@ def _check(node: Node | None, seen: set[int]) -> None:
                     )
                 lines[name] = line
             _check(value, seen)
-
-
-def _values(value: object, known: dict[int, int | float]) -> int | float:
-    """How many values there are; infinitely many in one that holds itself. Each is looked at once."""
-    if not isinstance(value, Mapping | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf
-        inside = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_values(one, known) for one in inside)
-    return known[id(value)]

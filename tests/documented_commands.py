@@ -168,7 +168,7 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
             if not name.endswith(".yaml"):
                 find_benchmark(name.partition("=")[0].partition(":")[0])
     if words[0] == "estimate":
-        from dora_vl.training.estimate import add_arguments
+        from dora_vl.training.estimate_command import add_arguments
 
         parser = argparse.ArgumentParser()
         add_arguments(parser)
@@ -177,9 +177,9 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
     if words[0] == "train":
         check_settings(_task_of(options.config), ["--config", options.config, *options.settings])
     if words[0] == "show":
-        from dora_vl.training.first_batch import _own_options
+        from dora_vl.training.show_command import own_options
 
-        own, settings = _own_options(options.settings)
+        own, settings = own_options(options.settings)
         check_settings(own.task or _task_of(options.config), ["--config", options.config, *settings])
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from dora_vl.core import DoRAConfig
-from dora_vl.data.benchmarks import fields
 from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.scores.scored import intervals
 
@@ -21,14 +20,9 @@ TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8
 PARTS = re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+ |^```$)", TEXT, re.MULTILINE | re.DOTALL)
 
 
-def run(module: str, path: str, *more: str) -> dict[str, Any]:
-    """The lines that a diff adds to a file, run with the names that a module of that kind has.
-
-    Args:
-        more: names of `dora_vl.data.benchmarks.fields` that it imports besides.
-    """
+def run(module: str, path: str) -> dict[str, Any]:
+    """The lines that a diff adds to a file, run with the names that a module of that kind has."""
     names = dict(vars(importlib.import_module(module)))
-    names |= {name: getattr(fields, name) for name in more}
     (body,) = [body for part, body in PARTS if part == path]
     lines = [line[1:] for line in body.splitlines() if line.startswith("+") and not line.startswith("+    every =")]
     exec(compile("from __future__ import annotations\n" + "\n".join(lines), path, "exec"), names)
@@ -41,15 +35,15 @@ def test_every_section_has_a_diff() -> None:
 
 def test_the_source_reads_its_files(tmp_path: Path) -> None:
     (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
-    names = run("dora_vl.data.benchmarks.images", "dora_vl/sources/birds.py", "json_rows")
-    (split,) = names["splits"](tmp_path, {}, tmp_path)
+    names = run("dora_vl.data.benchmarks.images", "dora_vl/data/benchmarks/birds.py")
+    (split,) = names["birds"](tmp_path, {}, tmp_path)
     (row,) = split.rows(lambda _: None)
-    (example,) = split.convert(row)
+    example = split.convert(row)
     assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
 
 
 def test_the_benchmark_scores_with_an_interval() -> None:
-    names = run("dora_vl.evaluation.scores.exact", "dora_vl/scores/birds.py")
+    names = run("dora_vl.evaluation.scores.exact", "dora_vl/evaluation/scores/birds.py")
     examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
     answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
     scored = names["score"](examples, answers)
@@ -61,7 +55,7 @@ def test_the_benchmark_scores_with_an_interval() -> None:
 
 
 def test_the_task_is_one() -> None:
-    names = run("dora_vl.training.vlbart_tasks", "dora_vl/tasks/vlbart_image.py")
+    names = run("dora_vl.training.vlbart_tasks", "dora_vl/training/vlbart_tasks.py")
     task = names["counting_task"](lambda name: partial(names["question_prompt"], prefix=f"{name}: "))
     assert (task.name, task.target_tokens) == ("counting", 4)
 

@@ -23,7 +23,6 @@ LAYERS = (
 """From the floor up. A package imports only from layers below its own, and from itself."""
 UP = {
     ("adapters", "backbones"),
-    ("data", "evaluation"),
     ("evaluation", "training"),
     ("serving", "report"),
     ("training", "report"),

@@ -114,7 +114,7 @@ def layout_attention(layout: Int[Tensor, "batch 3 seq"], *, kernel: str, dtype: 
     """
     if kernel not in ("sdpa", "eager"):
         raise UserError(
-            "a row of several samples (data.share_pictures, data.packing, likelihoods of choices) needs "
+            "a row of several samples (data.share_pictures, data.packing) needs "
             f"model.attn_implementation sdpa or eager, not {kernel}"
         )
     mask = visible(layout)

@@ -35,8 +35,9 @@ from dora_vl.backbones.video_inputs import (
     video_arguments,
 )
 from dora_vl.data.batches import ALIGNED
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
@@ -193,9 +194,7 @@ class Encoder:
             return True
         return False
 
-    def encode(
-        self, conversation: Conversation, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
-    ) -> Encoded:
+    def encode(self, conversation: Example, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Encoded:
         """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
 
         Args:
@@ -226,7 +225,7 @@ class Encoder:
         inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
         return Encoded(ids, labels, len(found.ids) - kept, inputs)
 
-    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+    def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
         said = [turn for turn in conversation.turns if turn.role == "assistant"]
         asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))

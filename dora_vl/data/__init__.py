@@ -1,4 +1,1 @@
-"""From a publisher's file to batches: records, turns, pictures, samples, sampler, collator, bad samples.
-
-Nothing is re-exported here, so that `data.records` and `data.turns` stay importable without torch.
-"""
+"""From a file of any format to batches: examples, readers, tables and streams, samples; pictures and videos."""

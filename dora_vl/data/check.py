@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
-from dora_vl.data.example import FIELDS, JSON, Example, from_record
-from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
-from dora_vl.data.readers import id_of, read_row, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
+from dora_vl.data.example import FIELDS, JSON, Example, as_conversation, from_record
+from dora_vl.data.pictures import (
+    BROKEN,
+    TRUNCATED,
+    VIDEO_ENDINGS,
+    MediaFolder,
+    Trouble,
+    decoding_trouble,
+    path_inside,
+    picture_ending,
+)
+from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, shown_names, shown_text
-from dora_vl.files import NoRegularFile, refuse_no_file
-
-# Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
-
+from dora_vl.files import NoRegularFile, open_regular
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
-TRUNCATED, BROKEN = "truncated media", "broken media"
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
-
-    kind: str
-    detail: str
 
 
 class MediaCheck:
-    """Looks files up under a root.
+    """Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
 
     Args:
         root: what the paths of samples are relative to; with `follow_links` they may be links out of it.
@@ -48,25 +47,17 @@ class MediaCheck:
     def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
         self._folder = MediaFolder.of(root)
         self._decode = decode
-        self._known: dict[str, Trouble | None] = {}
-
-    @property
-    def looked_at(self) -> int:
-        """How many files."""
-        return len(self._known)
+        self.known: dict[str, Trouble | None] = {}
 
     def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
         """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is.
 
         A `video` is looked at as one, whatever its name ends in.
         """
-        if name not in self._known:
-            self._known[name] = self._look(name, video) if content is None else self._look_into(content)
-        return self._known[name]
-
-    def _look_into(self, content: bytes) -> Trouble | None:
-        quick = ends_trouble(content[:16], content[-4096:], len(content))
-        return self._judged(quick, BytesIO(content))
+        if name not in self.known:
+            memory = BytesIO(content or b"")
+            self.known[name] = self._look(name, video) if content is None else self._picture(memory, memory)
+        return self.known[name]
 
     def _look(self, name: str, video: bool) -> Trouble | None:
         try:
@@ -74,38 +65,38 @@ class MediaCheck:
         except BadSample as error:
             return Trouble("path leaves the folder", error.reason)
         try:
-            found = path.stat()
-            refuse_no_file(found.st_mode)
+            with open_regular(path) as file:
+                if not file.seek(0, 2):
+                    return Trouble("zero-byte media", "0 bytes")
+                if not video and path.suffix.lower().removeprefix(".") not in VIDEO_ENDINGS:
+                    return self._picture(file, path)
+            check_whole_video(path)
         except FileNotFoundError:
             return Trouble("missing media", f"not in {self._folder}")
         except NoRegularFile as error:
             return Trouble("no file", str(error))
+        except NotWhole as error:
+            return Trouble(TRUNCATED, str(error))
+        except NoVideoFormat as error:
+            return Trouble(BROKEN, str(error))
         except OSError as error:
             return Trouble("missing media", str(error.strerror))
-        size = found.st_size
-        if size == 0:
-            return Trouble("zero-byte media", "0 bytes")
-        if video or path.suffix.lower().removeprefix(".") in VIDEO_ENDINGS:
-            return video_trouble(path)
-        return self._judged(quick_trouble(path, size), path)
+        return None
 
-    def _judged(self, quick: Trouble | None, source: Path | BytesIO) -> Trouble | None:
-        """What looks odd is for training's own decoder to judge."""
+    def _picture(self, file: BinaryIO, source: Path | BytesIO) -> Trouble | None:
+        """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
+        quick = ends_trouble(file)
         found = decoding_trouble(source) if self._decode or quick else None
         return quick if found and quick and quick.kind == TRUNCATED else found
 
 
-def quick_trouble(path: Path, size: int) -> Trouble | None:
-    """Looks at a picture's first and last bytes."""
-    with path.open("rb") as file:
-        beginning = file.read(16)
-        file.seek(max(0, size - 4096))
-        last = file.read()
-    return ends_trouble(beginning, last, size)
-
-
-def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
-    """What a picture's first 16 and last 4,096 bytes say; `size` is all of it."""
+def ends_trouble(file: BinaryIO) -> Trouble | None:
+    """What a picture's first and last bytes say."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 4096))
+    last = file.read()
+    file.seek(0)
+    beginning = file.read(16)
     for start, end in ENDS.items():
         if beginning.startswith(start):
             whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
@@ -113,42 +104,9 @@ def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
         stated = int.from_bytes(beginning[4:8], "little") + 8
         return None if size >= stated else Trouble(TRUNCATED, f"{size:,} of {stated:,} bytes")
-    if beginning.startswith((b"BM", b"II*\0", b"MM\0*")):
+    if picture_ending(beginning) is not None:
         return None
     return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
-
-
-def decoding_trouble(path: Path | BytesIO) -> Trouble | None:
-    """Decodes a picture whole, from a file or from memory, within the limits of training."""
-    from dora_vl.data.pictures import NOT_DECODED, NoPicture, load_picture
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load_picture(path)
-    except NoPicture as error:
-        return Trouble(BROKEN, str(error))
-    except NOT_DECODED as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        kind = TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN
-        return Trouble(kind, reason)
-    return None
-
-
-def video_trouble(path: Path) -> Trouble | None:
-    """Compares the lengths that a video's container states with the file's."""
-    from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
-
-    try:
-        check_whole_video(path)
-    except NotWhole as error:
-        return Trouble(TRUNCATED, str(error))
-    except NoVideoFormat as error:
-        return Trouble(BROKEN, str(error))
-    return None
-
-
-# What is wrong with a data file's rows, found in one pass: ids, answers, placeholders, lengths, media, overlap.
 
 
 SHOWN_IDS = 5
@@ -294,9 +252,9 @@ class FileCheck:
 
 
 def _talk(example: Example, form: str | None) -> Sample:
-    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    conversation = as_conversation(example)
     asked = [turn.text for turn in conversation.turns if turn.role == "user"]
-    videos = tuple(clip.path for clip in example.clips)
+    videos = tuple(clip.path for clip in example.videos)
     return Sample(
         id=example.id,
         media=conversation.images + videos,
@@ -318,7 +276,7 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
     subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
     if answers_needed and not answers:
         raise BadSample(example.id, "it has no answer", NO_ANSWER)
-    videos = tuple(clip.path for clip in example.clips)
+    videos = tuple(clip.path for clip in example.videos)
     order = str(example.extra.get("order", ""))
     return Sample(
         id=example.id,
@@ -333,31 +291,15 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
 
 def _spans(example: Example) -> list[str]:
     """Which part of each video is meant: the same question about another part is another one."""
-    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.clips]
+    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
 
 
 def overlap(first: FileCheck, second: FileCheck) -> Finding | None:
     """Samples that ask the same of the same media in both files."""
-    common = first.samples.keys() & second.samples.keys()
-    if not common:
-        return None
     finding = Finding(problem=f"also in {second.path.name}")
-    for key in sorted(common, key=lambda key: first.samples[key]):
-        same = f"{first.samples[key]} is {second.samples[key]} there"
-        finding.add(first.samples[key], same)
-    return finding
-
-
-def pairs(checks: Sequence[FileCheck]) -> Iterator[tuple[FileCheck, FileCheck]]:
-    """Each two of the files once."""
-    for number, first in enumerate(checks):
-        for second in checks[number + 1 :]:
-            yield first, second
-
-
-def total(findings: Iterable[Finding]) -> int:
-    """How many problems there are in all."""
-    return sum(finding.count for finding in findings)
+    for name, key in sorted((first.samples[key], key) for key in first.samples.keys() & second.samples.keys()):
+        finding.add(name, f"{name} is {second.samples[key]} there")
+    return finding if finding.count else None
 
 
 DESCRIPTION = """\
@@ -400,11 +342,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    """What the options say of the columns.
-
-    Raises:
-        UserError: `--columns` is of another form, or names what no column can be.
-    """
+    """What the options say of the columns."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
@@ -419,43 +357,41 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         SystemExit: with status 1, after the table, when something was found.
     """
     files = data_files(arguments.paths)
-    looked_in = {"--media": arguments.media, "--videos": arguments.videos}
-    for option, folder in looked_in.items():
+    roots: list[MediaCheck | None] = []
+    for option, folder in (("--media", arguments.media), ("--videos", arguments.videos)):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
-    media, videos = (
-        None if folder is None else MediaCheck(MediaFolder(folder, arguments.follow_links), decode=arguments.decode)
-        for folder in looked_in.values()
-    )
+        root = None if folder is None else MediaFolder(folder, arguments.follow_links)
+        roots.append(None if root is None else MediaCheck(root, decode=arguments.decode))
     columns = columns_of(arguments)
-    checks = [_check(file, limits_of(arguments, file), media, videos, columns) for file in files]
-    for check in checks:
+    checks: list[FileCheck] = []
+    for file in files:
+        check = FileCheck(file, limits_of(arguments, file), roots[0], roots[1], columns)
+        with tqdm(
+            total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
+        ) as bar:
+            checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
-            yield f"{shown_text(check.path.name, 120)}: left out {shown_names(left)}"
+            yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
     found = [(check.path, finding) for check in checks for finding in check.findings.values()]
-    for first, second in pairs(checks):
-        shared = overlap(first, second)
-        if shared is not None:
+    for first, second in combinations(checks, 2):
+        if shared := overlap(first, second):
             found.append((first.path, shared))
-    rows = sum(check.rows for check in checks)
-    roots = [one for one in (media, videos) if one is not None]
-    looked = f", {sum(one.looked_at for one in roots):,} media files" if roots else ""
+    looked_at = sum(len(root.known) for root in roots if root is not None)
+    looked = f", {looked_at:,} media files" if any(roots) else ""
+    summary = f"{len(files)} files, {sum(check.rows for check in checks):,} samples{looked}"
     if not found:
-        yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
+        yield f"{summary}: nothing found"
         return
     yield from table(found)
     if any(finding.problem == LEFT_OUT for _, finding in found):
         yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
-    yield f"{len(files)} files, {rows:,} samples{looked}: {total(finding for _, finding in found):,} problems"
+    yield f"{summary}: {sum(finding.count for _, finding in found):,} problems"
     raise SystemExit(1)
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and those of the folders (manifests left out).
-
-    Raises:
-        UserError: a path is neither, or nothing is in it.
-    """
+    """The files themselves, and those of the folders (manifests left out)."""
     files: list[Path] = []
     for path in paths:
         inside = [path] if path.is_file() else []
@@ -472,12 +408,11 @@ def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
     """What is too long, and whether the file's answers may be kept back, as in test sets."""
     if arguments.longest is not None and arguments.longest < 1:
         raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
-    length = _words if arguments.tokenizer is None else _tokens(arguments.tokenizer)
-    usual = WORDS if arguments.tokenizer is None else TOKENS
+    in_words = arguments.tokenizer is None
     return Limits(
-        most=arguments.longest or usual,
-        unit="words" if arguments.tokenizer is None else "tokens",
-        length=length,
+        most=arguments.longest or (WORDS if in_words else TOKENS),
+        unit="words" if in_words else "tokens",
+        length=(lambda text: len(text.split())) if in_words else _tokens(arguments.tokenizer),
         answers_needed=not file.stem.startswith("test"),
     )
 
@@ -486,27 +421,14 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
     """One line for each kind of problem in each file, the most frequent first."""
     rows = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
-        more = ", ..." if finding.count > len(finding.ids) else ""
-        ids = ", ".join(shown_text(one) for one in finding.ids) + more
-        shown = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
-        rows.append(
-            (shown, shown_text(finding.problem, 120), f"{finding.count:,}", ids, shown_text(finding.example, 100))
-        )
+        ids = ", ".join(map(shown_text, finding.ids)) + (", ..." if finding.count > len(finding.ids) else "")
+        file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
+        problem, example = shown_text(finding.problem, 120), shown_text(finding.example, 100)
+        rows.append((file, problem, f"{finding.count:,}", ids, example))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
         yield "  ".join([*cells, row[4]]).rstrip()
-
-
-def _check(
-    file: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None, columns: Columns
-) -> FileCheck:
-    with tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-        return FileCheck(file, limits, media, videos, columns).run(bar.update)
-
-
-def _words(text: str) -> int:
-    return len(text.split())
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:

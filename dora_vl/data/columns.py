@@ -165,7 +165,11 @@ class Columns:
         Raises:
             ColumnsError: a column would be left out that looks like a part of the sample, if that is `strict`.
         """
-        shape = self.shape_of(row)
+        # A null output is an answer that is missing, not another format.
+        names = tuple(name for name, value in row.items() if value is not None or name == "output")
+        if names not in self._shapes:
+            self._shapes[names] = list(self._shapes_of(names))
+        shape = next((shape for shape in self._shapes[names] if shape.format.fits(row)), None)
         if shape is None:
             return Resolved(None, row)
         fields: dict[str, object] = {}
@@ -184,20 +188,9 @@ class Columns:
             _refuse_left_out(row, left, shape.format, has_media)
         return Resolved(shape.format, fields, uses)
 
-    def shape_of(self, row: Row) -> _Shape | None:
-        """What the columns that are not null decide; None where no format fits."""
-        # A null output is an answer that is missing, not another format.
-        names = tuple(name for name, value in row.items() if value is not None or name == "output")
-        if names not in self._shapes:
-            self._shapes[names] = list(self._shapes_of(names))
-        return next((shape for shape in self._shapes[names] if shape.format.fits(row)), None)
-
     def id_of(self, row: Row) -> object:
         """What the row itself says as its id; None where it says nothing."""
-        for name in self._ids:
-            if row.get(name) is not None:
-                return row[name]
-        return None
+        return next((row[name] for name in self._ids if row.get(name) is not None), None)
 
     @cached_property
     def _ids(self) -> tuple[str, ...]:
@@ -293,21 +286,20 @@ _NOTES = frozenset(
 _EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", RATING: "answer", ASKED: "hint"}
 _NEXT = {LABEL: ", and the caption that it judges the question", RATING: ", keep only the rows that are good"}
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-MEDIA_ENDINGS = (*PICTURE_ENDINGS, *VIDEO_ENDINGS)
-_MEDIA_FILE = tuple(f".{ending}" for ending in MEDIA_ENDINGS)
+_MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
 
 
 def _looks_like(name: str, value: object, has_media: bool) -> str | None:
     """What a column that is left out looks like, by its value or its name; None for notes."""
-    what = MEDIUM if holds_media(value) else named_like(name)
-    if what == MEDIUM and has_media and not holds_media(value):
+    what = MEDIUM if _holds_media(value) else _named_like(name)
+    if what == MEDIUM and has_media and not _holds_media(value):
         about = _NAME_WORDS.findall(name)[-1].lower() in _NOTES or isinstance(value, int | float)
         return None if about else what
     return what
 
 
 @lru_cache(maxsize=1 << 12)
-def named_like(name: str) -> str | None:
+def _named_like(name: str) -> str | None:
     """What a column looks like by its name alone."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)]
     kinds = [_WORDS.get(word) or _WORDS.get(word.removesuffix("s")) for word in words]
@@ -318,13 +310,13 @@ def named_like(name: str) -> str | None:
     return next(filter(None, (*kinds[:1], *kinds[-1:])), None)
 
 
-def holds_media(value: object) -> bool:
+def _holds_media(value: object) -> bool:
     """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
     if isinstance(value, str):
         return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
     if isinstance(value, list):  # columns of a table hold one kind
-        value = next((one for one in value if one is not None), None)
-        return not isinstance(value, list) and holds_media(value)
+        value = next((entry for entry in value if entry is not None), None)
+        return not isinstance(value, list) and _holds_media(value)
     if isinstance(value, dict):
         return bool(value.get("bytes")) or (value.keys() == {"bytes", "path"} and bool(value["path"]))
     return isinstance(value, bytes | bytearray) and bool(value)

@@ -6,6 +6,7 @@ WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import re
@@ -22,13 +23,22 @@ import pyarrow.parquet as pq
 
 from dora_vl.data.columns import ROLES, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
-from dora_vl.data.readers import stream_records
-from dora_vl.data.text_file import LONGEST_REASON, encoding_of, json_of, opened, table_rows, text_lines, text_of
+from dora_vl.data.text_file import (
+    LONGEST_REASON,
+    Progress,
+    encoding_of,
+    json_of,
+    opened,
+    stream_records,
+    table_rows,
+    text_lines,
+    text_of,
+    whole_text,
+)
 from dora_vl.errors import UserError, one_line, shown, shown_names
 
 if TYPE_CHECKING:
     import datasets
-
 
 # Which files of a folder hold its rows: of those that `datasets` saved, and of which split each is by its name.
 #
@@ -54,7 +64,7 @@ _ANY_WORD = re.compile(rf"(?:^|[-._ 0-9])({_WORD})(?=[-._ 0-9]|$)")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 
 
-def of_the_set(found: Iterable[Path]) -> list[Path]:
+def of_the_set(files: Iterable[Path]) -> list[Path]:
     """The files without the Arrow files that are no shards of the set beside them.
 
     Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
@@ -63,43 +73,36 @@ def of_the_set(found: Iterable[Path]) -> list[Path]:
         UserError: that file cannot be read, or lists one that is not beside it.
     """
     by_folder: dict[Path, list[Path]] = {}
-    for path in found:
+    for path in files:
         by_folder.setdefault(path.parent, []).append(path)
-    return [path for folder, paths in by_folder.items() for path in _of_one_set(folder, paths)]
-
-
-def _of_one_set(folder: Path, paths: list[Path]) -> list[Path]:
-    arrow = [path for path in paths if path.suffix.lower() == ".arrow"]
-    if not arrow:
-        return paths
-    listed = _saved_names(folder / SAVED_STATE)
-    if listed is None:
-        return [path for path in paths if path not in arrow or not path.name.startswith(LEFTOVERS)]
-    there = {path.name: path for path in arrow}
-    gone = [name for name in listed if name not in there]
-    if gone:
-        raise UserError(
-            f"{folder / SAVED_STATE}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again"
-        )
-    return [path for path in paths if path not in arrow] + [there[name] for name in listed]
+    kept: list[Path] = []
+    for folder, paths in by_folder.items():
+        arrow = {path.name: path for path in paths if path.suffix.lower() == ".arrow"}
+        listed = _saved_names(folder / SAVED_STATE) if arrow else None
+        if listed is None:
+            kept += [path for path in paths if path.name not in arrow or not path.name.startswith(LEFTOVERS)]
+            continue
+        if gone := [name for name in listed if name not in arrow]:
+            raise UserError(
+                f"{folder / SAVED_STATE}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder "
+                "again"
+            )
+        kept += [path for path in paths if path.name not in arrow] + [arrow[name] for name in listed]
+    return kept
 
 
 def _saved_names(state: Path) -> list[str] | None:
     """The files that a saved set consists of; None where nothing, or another program's file, says so."""
     if not state.is_file():
         return None
-    try:
-        content = json_of(state.read_text(encoding="utf-8"), str(state))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{state}: cannot be read ({error}); copy the folder again") from None
+    content = json_of(whole_text(state, "a saved set"), str(state))
     entries = content.get("_data_files") if isinstance(content, Mapping) else None
     if not isinstance(entries, list):
         return None
-    said = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
-    names = [name for name in said if isinstance(name, str)]
-    if len(names) < len(said):
+    names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
+    if not all(isinstance(name, str) for name in names):
         raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
-    return names
+    return [str(name) for name in names]
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -111,11 +114,15 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     Raises:
         UserError: there are several, and a file does not say which it belongs to.
     """
-    said = {file: _named_split(folder, file.relative_to(folder)) for file in files}
-    if any(said.values()):
-        said = {file: name or _weakly_named_split(folder, file.relative_to(folder)) for file, name in said.items()}
+    names = {file: _split_of(folder, file.relative_to(folder)) for file in files}
+    if any(names.values()):
+        # What counts beside files that say splits in words: `testdev-00000-of-00001`, or the folder of a saved set.
+        for file, name in names.items():
+            is_saved = file.parent != folder and file.with_name(SAVED_STATE).is_file()
+            shard = _SHARD.match(file.name)
+            names[file] = name or (file.parent.name if is_saved else shard[1] if shard else "")
     splits: dict[str, list[Path]] = {}
-    for file, name in said.items():
+    for file, name in names.items():
         splits.setdefault(name, []).append(file)
     named = [name for name in splits if name]
     if len(splits) > 1 and len(named) == 1:
@@ -126,6 +133,23 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
             "give one file, or a folder for each split"
         )
     return splits
+
+
+def _split_of(folder: Path, path: PurePath) -> str:
+    """What a file's name says, else a folder's; "" where none says anything."""
+    if len(path.parts) > 1 and (folder / SAVED_SPLITS).is_file():
+        return path.parts[0]
+    name = path.name.lower()
+    shard = _SHARD.match(name)
+    if shard and _ANY_WORD.match(name):
+        return shard[1]  # `test_seen` and `test_unseen` are two
+    return next(filter(None, map(_word, (name, *map(str.lower, reversed(path.parts[:-1]))))), "")
+
+
+def _word(name: str) -> str:
+    """The word that a name begins with, else the last one in it."""
+    first = _ANY_WORD.match(name)
+    return first[1] if first else next(iter(reversed(_ANY_WORD.findall(name))), "")
 
 
 def meaning(name: str) -> str | None:
@@ -139,36 +163,24 @@ def counted(splits: Mapping[str, Sequence[Path]]) -> str:
     return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
 
 
-def _named_split(folder: Path, path: PurePath) -> str:
-    """What a file's name says, else a folder's; "" where none says anything."""
-    if len(path.parts) > 1 and (folder / SAVED_SPLITS).is_file():
-        return path.parts[0]
-    name = path.name.lower()
-    shard = _SHARD.match(name)
-    if shard and _ANY_WORD.match(name):
-        return shard[1]  # `test_seen` and `test_unseen` are two
-    return _word(name) or next(filter(None, (_word(part.lower()) for part in reversed(path.parts[:-1]))), "")
-
-
-def _weakly_named_split(folder: Path, path: PurePath) -> str:
-    """What counts beside files that say splits in words: `testdev-00000-of-00001`, or the folder of a saved set."""
-    if len(path.parts) > 1 and (folder / path).with_name(SAVED_STATE).is_file():
-        return path.parts[-2]
-    shard = _SHARD.match(path.name)
-    return shard[1] if shard else ""
-
-
-def _word(name: str) -> str:
-    """The word that a name begins with, else the last one in it."""
-    found = _ANY_WORD.match(name)
-    return found[1] if found else next(iter(reversed(_ANY_WORD.findall(name))), "")
-
-
 # WebDataset archives: the files of one sample have one name up to its first dot, and stand one after another.
 
 
 LARGEST_MEMBER_BYTES = 1 << 30
-WEBDATASET_READING_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+READING_ERRORS = (
+    *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
+    *(MemoryError, zlib.error, lzma.LZMAError),
+)
+"""What libraries raise on files that are cut, damaged, or of another kind."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except READING_ERRORS as error:
+        reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again") from None
 
 
 def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -180,14 +192,13 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
     Raises:
         UserError: it cannot be read to its end, or a `.json` or `.txt` in it is none.
     """
-    with opened(path, "samples") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r|*") as archive:
-                for key, members in groupby(_members(archive, path), key=lambda member: member[0]):
-                    yield _row(key, [member[1:] for member in members], path)
-        except WEBDATASET_READING_ERRORS as error:
-            reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
-            raise UserError(f"{path}: cannot be read as a tar archive ({reason}); fetch or write it again") from None
+    with (
+        opened(path, "samples") as file,
+        _reading(path, "a tar archive"),
+        tarfile.open(fileobj=file, mode="r|*") as archive,
+    ):
+        for key, members in groupby(_members(archive, path), key=lambda member: member[0]):
+            yield _archive_row(key, [member[1:] for member in members], path)
 
 
 def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -197,43 +208,44 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, b
         if member.size > LARGEST_MEMBER_BYTES:
             raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
         content = archive.extractfile(member)
-        place = PurePosixPath(member.name)
-        name, _, ending = place.name.partition(".")
-        yield str(place.parent / name), ending.lower(), b"" if content is None else content.read()
+        member_path = PurePosixPath(member.name)
+        name, _, ending = member_path.name.partition(".")
+        yield str(member_path.parent / name), ending.lower(), b"" if content is None else content.read()
 
 
-def _row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, object]:
+def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, object]:
     row: dict[str, object] = {"__key__": key}
     pictures: list[bytes] = []
     videos: list[object] = []
     for ending, content in files:
         where = f"{path}, {one_line(key, 60)}.{one_line(ending, 20)}"
+        kind = ending.rpartition(".")[2]
         if ending == "json":
             fields = json_of(text_of(content, where), where)
             row |= fields if isinstance(fields, dict) else {"json": fields}
-        elif ending == "txt":
-            row["txt"] = text_of(content, where)
-        elif ending.rpartition(".")[2] in PICTURE_ENDINGS:
+        elif kind in PICTURE_ENDINGS:
             pictures.append(content)
-        elif ending.rpartition(".")[2] in VIDEO_ENDINGS:
+        elif kind in VIDEO_ENDINGS:
             videos.append({"bytes": content})
         else:
-            row[ending] = content
+            row[ending] = text_of(content, where) if ending == "txt" else content
     if pictures:  # they stand for what the text calls them by
-        row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]} | {
-            "images": pictures
-        }
+        row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]}
+        row["images"] = pictures
     if videos and not any(row.get(name) for name in ROLES["videos"]):
         row["videos"] = videos
     return row
+
+
+# Tables of columns: Parquet, Arrow, CSV.
 
 
 ROWS_AT_ONCE = 64
 """Rows in memory as Python objects; with pictures each may be megabytes."""
 BYTES_AT_ONCE = 64 << 20
 """Likewise what these rows may hold; one row may be more."""
-CONTAINERS_READING_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
-"""What pyarrow raises on files that are cut, damaged, or of another kind."""
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+ClassNames = Mapping[str, Sequence[str]]
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -242,16 +254,12 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     Raises:
         UserError: it cannot be read to its end.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
-            for group in range(file.num_row_groups):
-                held = file.metadata.row_group(group)
-                yield from _rows(
-                    file.iter_batches(batch_size=_rows_of(held.num_rows, held.total_byte_size), row_groups=[group])
-                )
-    except CONTAINERS_READING_ERRORS as error:
-        raise _unreadable_columns(path, "Parquet", error) from None
+    with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
+        # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
+        for group in range(file.num_row_groups):
+            held = file.metadata.row_group(group)
+            size = _rows_at_once(held.num_rows, held.total_byte_size)
+            yield from _rows(file.iter_batches(batch_size=size, row_groups=[group]))
 
 
 def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -260,11 +268,8 @@ def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
     Raises:
         UserError: it cannot be read to its end.
     """
-    try:
-        with pa.memory_map(str(path)) as source:
-            yield from _rows(_arrow_batches(source))
-    except CONTAINERS_READING_ERRORS as error:
-        raise _unreadable_columns(path, "Arrow", error) from None
+    with _reading(path, "Arrow"), pa.memory_map(str(path)) as source:
+        yield from _rows(_arrow_batches(source))
 
 
 def count_rows(path: Path) -> int | None:
@@ -273,16 +278,14 @@ def count_rows(path: Path) -> int | None:
     Raises:
         UserError: it cannot be read.
     """
-    kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(path.suffix.lower())
-    if kind is None:
-        return None
-    try:
-        if kind == "Parquet":
+    kind = path.suffix.lower()
+    with _reading(path, kind.removeprefix(".").capitalize()):
+        if kind == ".parquet":
             return pq.read_metadata(path).num_rows
-        with pa.memory_map(str(path)) as source:
-            return sum(map(len, _arrow_batches(source)))
-    except CONTAINERS_READING_ERRORS as error:
-        raise _unreadable_columns(path, kind, error) from None
+        if kind == ".arrow":
+            with pa.memory_map(str(path)) as source:
+                return sum(map(len, _arrow_batches(source)))
+    return None
 
 
 def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
@@ -295,10 +298,6 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
             raise ValueError("its end is missing")
         source.seek(0)
         yield from pa.ipc.open_stream(source)
-
-
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-ClassNames = Mapping[str, Sequence[str]]
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
@@ -319,7 +318,7 @@ def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, obj
     return row
 
 
-def _rows_of(rows: int, size: int) -> int:
+def _rows_at_once(rows: int, size: int) -> int:
     """How many rows of so many bytes in all are taken at once."""
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
 
@@ -328,14 +327,9 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
     for batch in batches:
         names = _class_names(batch.schema.metadata)
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
-        step = _rows_of(len(batch), batch.nbytes)
+        step = _rows_at_once(len(batch), batch.nbytes)
         for start in range(0, len(batch), step):
             yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
-
-
-def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserError:
-    reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
-    return UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again")
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
@@ -380,8 +374,7 @@ def hub_files(name: str) -> tuple[Path, ...]:
     Raises:
         UserError: whatever `datasets` says against it.
     """
-    found: Any = _opened(name, streaming=False)
-    return tuple(Path(one["filename"]) for one in found.cache_files)
+    return tuple(Path(file["filename"]) for file in _opened(name, streaming=False).cache_files)
 
 
 def hub_stream(name: str) -> datasets.IterableDataset:
@@ -408,7 +401,7 @@ def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, 
 
 def class_names(stream: datasets.IterableDataset) -> ClassNames:
     """What the numbers of a stream's ClassLabel columns stand for."""
-    import datasets
+    import datasets  # a second and a half, which rows of files need not pay
 
     features = (stream.features or {}).items()
     return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
@@ -428,10 +421,11 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"hub:{name}: cannot be read by `datasets`: {one_line(str(error), 300)}")
 
 
-HUB = "hub:"
-Progress = Callable[[int], object]
-Reader = Callable[[Path], Iterator[dict[str, object]]]
+# One entry of `data.train`: a file, a folder's shards, or a set of the hub.
 
+
+HUB = "hub:"
+Reader = Callable[[Path], Iterator[dict[str, object]]]
 
 READERS: Mapping[str, Reader] = {
     ".csv": delimited_rows,

@@ -1,4 +1,4 @@
-"""The record between data preparation, tasks and scores: one published item, and a file of them, one a line.
+"""The record between data preparation, training and scores: one published item, and a file of them, one a line.
 
 Only the standard library. Files are `records/<task>/<split>.jsonl`; a field that an item has not is not written.
 """
@@ -13,6 +13,7 @@ import math
 import os
 import re
 import warnings
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,126 +21,9 @@ from string import ascii_uppercase
 from typing import IO, Any, Literal, TypeAlias, TypeVar
 from uuid import uuid4
 
-import numpy as np
-
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Turn
-from dora_vl.errors import BadSample, UserError, shown
-
-# Multiple choice: which one is right, as records say it and as columns do, and how choices stand in a question.
-#
-# The right choice of a column is said by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also
-# "(B)" or "B."), or by its text. A row where the text of one choice reads as the letter or number of another, such as
-# "2"
-# among
-# "1", "2" and "3", could mean either: it is taken only where the columns that were named say which way to read it.
-
-
-LETTER = "Answer with the option's letter from the given choices directly."
-"""What LLaVA says behind the choices of MMBench and SEED."""
-
-
-def with_letters(choices: Iterable[str]) -> list[str]:
-    """The line of each choice, from A."""
-    return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
-
-
-def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
-    """The index, from 0, that `extra["correct"]` holds.
-
-    Raises:
-        BadSample: it is no whole number, or no choice has it.
-    """
-    if isinstance(correct, bool) or not isinstance(correct, int):
-        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
-    if not choices:
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}, but it has no choices")
-    if not 0 <= correct < len(choices):
-        last = len(choices) - 1
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; its {len(choices)} choices are 0 to {last}")
-    return correct
-
-
-Reading = Literal["place", "text", "either", "only text"]
-"""What text that says the right choice is first: its letter or number, or its words; `either` refuses what is both."""
-
-LONGEST_LIST = 100_000
-"""Characters of a list written as text; Python's reader takes a hundred times that as memory."""
-_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
-_NUMBER = re.compile(r"[0-9]{1,4}")
-
-
-def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
-    """The choices of a column that holds a list as text, in JSON or as Python writes it.
-
-    Raises:
-        BadSample: it is anything else than a list of text, or one choice, which numpy's lists without commas look like.
-    """
-    value = _literal(text) if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST else None
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
-        raise BadSample(sample_id, f"its choices must be a list of text, got the text {shown(text)}")
-    return tuple(value)
-
-
-def _literal(text: str) -> object:
-    try:
-        return json_of(text, "choices")
-    except UserError:
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def correct_choice(said: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
-    """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
-
-    Raises:
-        BadSample: it is no choice's letter, number or text, or those of several.
-    """
-    if said is None or (isinstance(said, str) and not said.strip()):
-        return None
-    if isinstance(said, int) and not isinstance(said, bool):
-        if not 0 <= said < len(choices):
-            raise BadSample(sample_id, f"its answer is {said}, but there are {len(choices)} choices")
-        return said
-    if not isinstance(said, str):
-        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(said)}")
-    by_text, by_place = _of_text(said, choices, sample_id), _of_place(said.strip(), len(choices))
-    found = {
-        "only text": (by_text,),
-        "text": (by_text, by_place),
-        "place": (by_place, by_text),
-        "either": (by_text, by_place),
-    }[reading]
-    known = [index for index in found if index is not None]
-    if not known:
-        ways = "text" if reading == "only text" else "letter, number from 0 or text"
-        raise BadSample(sample_id, f"its answer {shown(said)} is no {ways} of its {len(choices)} choices")
-    if reading == "either" and len(set(known)) > 1:
-        raise BadSample(
-            sample_id,
-            f"its answer {shown(said)} is the text of one choice and the letter or number of another; with "
-            "columns=correct:COLUMN it is the latter, with columns=answers:COLUMN the text",
-        )
-    return known[0]
-
-
-def _of_text(said: str, choices: Sequence[str], sample_id: str) -> int | None:
-    same = [index for index, choice in enumerate(choices) if choice.strip() == said.strip()]
-    if len(same) > 1:
-        raise BadSample(sample_id, f"its answer {shown(said)} is the text of {len(same)} of its choices")
-    return same[0] if same else None
-
-
-def _of_place(said: str, count: int) -> int | None:
-    letter = _LETTER.fullmatch(said)
-    place = ascii_uppercase.index(letter[1].upper()) if letter else int(said) if _NUMBER.fullmatch(said) else count
-    return place if place < count else None
-
+from dora_vl.data.turns import Clip, Turn, arrange
+from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 JSON: TypeAlias = Any
 """What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
@@ -164,17 +48,15 @@ class Subtitle:
     end_seconds: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Example:
-    """One item of a published set.
+    """One item of a published set, or a sample that a person's file holds.
 
     Attributes:
         id: unique in its file.
-        images: paths relative to one root.
-        video: the one that it is about.
-        videos: instead of `video`, several; `clips` are either.
+        images: paths relative to one root, or names in `image_bytes`.
+        turns: instead of question and answers, for conversations; all that is trained on (`as_conversation`).
         question: or a sentence to judge; empty for captions.
-        turns: instead of question and answers, for conversations.
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
         extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size.
@@ -183,10 +65,9 @@ class Example:
 
     id: str
     images: tuple[str, ...] = ()
-    video: Clip | None = None
+    turns: tuple[Turn, ...] = ()
     videos: tuple[Clip, ...] = ()
     question: str = ""
-    turns: tuple[Turn, ...] = ()
     answers: tuple[Answer, ...] = ()
     choices: tuple[str, ...] = ()
     subtitles: tuple[Subtitle, ...] = ()
@@ -194,20 +75,46 @@ class Example:
     image_bytes: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
-    def clips(self) -> tuple[Clip, ...]:
-        """Its videos in order."""
-        return self.videos or (() if self.video is None else (self.video,))
+    def video(self) -> Clip | None:
+        """The one that it is about; None where it has none, or several."""
+        return self.videos[0] if len(self.videos) == 1 else None
 
 
-def clip_fields(clips: Sequence[Clip]) -> dict[str, Any]:
-    """An example's fields for the videos of a row: `video` for one, `videos` for several."""
-    return {"video": clips[0]} if len(clips) == 1 else {"videos": tuple(clips)}
+def turns_of(example: Example) -> tuple[Turn, ...]:
+    """The talk to train on: the turns, or the question with the answer of the largest weight (the first of equals).
+
+    Raises:
+        BadSample: there is neither.
+    """
+    if example.turns:
+        return example.turns
+    if not example.answers:
+        raise BadSample(example.id, "it has no answer to train on", NO_ANSWER)
+    answer = max(example.answers, key=lambda answer: answer.weight)
+    return Turn("user", example.question), Turn("assistant", answer.text)
+
+
+def as_conversation(example: Example) -> Example:
+    """What is trained of an example: its turns checked, its pictures in their places, and no more of it.
+
+    Raises:
+        BadSample: see `turns.arrange`; or its text holds half of a surrogate pair, which JSON can spell (`\\ud83d`).
+    """
+    images, turns = arrange(example.id, example.images, turns_of(example), example.videos)
+    try:
+        "".join([example.id, *images, *(clip.path for clip in example.videos), *(turn.text for turn in turns)]).encode()
+    except UnicodeEncodeError:
+        raise BadSample(example.id, "its text holds half of a surrogate pair, which is no character") from None
+    return Example(example.id, images, turns, example.videos, image_bytes=example.image_bytes)
+
+
+# Records on disk.
 
 
 MIDDLE_FRAME = "middle_frame"
 """In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
-FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"}
-"""The fields of a record."""
+FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
+"""The fields of a record; `video` is written for one video, `videos` for several."""
 
 
 def to_record(example: Example) -> dict[str, JSON]:
@@ -218,19 +125,28 @@ def to_record(example: Example) -> dict[str, JSON]:
     """
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
+    videos = [{"path": clip.path, **_times_record(clip)} for clip in example.videos]
     record: dict[str, JSON] = {
         "id": example.id,
         "images": list(example.images),
-        "video": example.video and _clip_record(example.video),
-        "videos": [_clip_record(clip) for clip in example.videos],
+        "video": videos[0] if len(videos) == 1 else None,
+        "videos": videos if len(videos) > 1 else None,
         "question": example.question,
         "turns": [{"role": turn.role, "text": turn.text} for turn in example.turns],
-        "answers": [_answer_record(answer) for answer in example.answers],
+        "answers": [
+            {"text": answer.text} | ({} if answer.weight == 1.0 else {"weight": answer.weight})
+            for answer in example.answers
+        ],
         "choices": list(example.choices),
-        "subtitles": [_subtitle_record(subtitle) for subtitle in example.subtitles],
+        "subtitles": [{"text": subtitle.text, **_times_record(subtitle)} for subtitle in example.subtitles],
         "extra": dict(example.extra),
     }
     return {name: value for name, value in record.items() if value}
+
+
+def _times_record(part: Clip | Subtitle) -> dict[str, JSON]:
+    times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
+    return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
@@ -245,25 +161,87 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     unknown = sorted(set(record) - FIELDS)
     if unknown:
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(FIELDS))}")
+
     fields = _Fields(record, sample_id)
-    choices = fields.parts("choices", _text)
-    extra = _object(record.get("extra", {}), "extra", sample_id)
+    choices = fields.parts("choices", fields.text)
+    extra = fields.mapping(record.get("extra", {}), "extra")
     if record.get("video") and record.get("videos"):
         raise BadSample(sample_id, "it has 'video' and 'videos'; name all of them in one")
     if choices and "correct" in extra:
         right_choice(extra["correct"], choices, sample_id)
+    one_video = record.get("video")
     return Example(
         id=sample_id,
-        images=fields.parts("images", _text),
-        video=_clip(record["video"], "video", sample_id) if record.get("video") else None,
-        videos=fields.parts("videos", _clip),
-        question=_text(record.get("question", ""), "question", sample_id),
-        turns=fields.parts("turns", _turn),
-        answers=fields.parts("answers", _answer),
+        images=fields.parts("images", fields.text),
+        videos=(fields.clip(one_video, "video"),) if one_video else fields.parts("videos", fields.clip),
+        question=fields.text(record.get("question", ""), "question"),
+        turns=fields.parts("turns", fields.turn),
+        answers=fields.parts("answers", fields.answer),
         choices=choices,
-        subtitles=fields.parts("subtitles", _subtitle),
+        subtitles=fields.parts("subtitles", fields.subtitle),
         extra=extra,
     )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A record's fields, each read as what it must be."""
+
+    record: Mapping[str, JSON]
+    sample_id: str
+
+    def _wrong(self, name: str, what: str, value: JSON) -> BadSample:
+        return BadSample(self.sample_id, f"{name!r} must {what}, got {shown(value)}")
+
+    def text(self, value: JSON, name: str) -> str:
+        if not isinstance(value, str):
+            raise self._wrong(name, "hold text", value)
+        return value
+
+    def mapping(self, value: JSON, name: str) -> Mapping[str, JSON]:
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, "hold an object", value)
+        return value
+
+    def number(self, value: JSON, name: str) -> float:
+        with contextlib.suppress(OverflowError):  # a whole number beyond every float
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        raise self._wrong(name, "hold a finite number", value)
+
+    def parts(self, name: str, read: Callable[[JSON, str], Part]) -> tuple[Part, ...]:
+        entries = self.record.get(name, [])
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise self._wrong(name, "be a list", entries)
+        return tuple(read(entry, name) for entry in entries)
+
+    def _times(self, entry: Mapping[str, JSON], name: str) -> tuple[float | None, float | None]:
+        start, end = entry.get("start_seconds"), entry.get("end_seconds")
+        return (
+            None if start is None else self.number(start, f"{name} start_seconds"),
+            None if end is None else self.number(end, f"{name} end_seconds"),
+        )
+
+    def clip(self, value: JSON, name: str) -> Clip:
+        entry = self.mapping(value, name)
+        start, end = self._times(entry, name)
+        return Clip(path=self.text(entry.get("path"), f"{name} path"), start_seconds=start, end_seconds=end)
+
+    def turn(self, value: JSON, name: str) -> Turn:
+        entry = self.mapping(value, name)
+        role = entry.get("role")
+        if role not in ("system", "user", "assistant"):
+            raise self._wrong(f"{name} role", "be 'system', 'user' or 'assistant'", role)
+        return Turn(role, self.text(entry.get("text"), f"{name} text"))
+
+    def answer(self, value: JSON, name: str) -> Answer:
+        entry = self.mapping(value, name)
+        weight = self.number(entry.get("weight", 1.0), f"{name} weight")
+        return Answer(text=self.text(entry.get("text"), f"{name} text"), weight=weight)
+
+    def subtitle(self, value: JSON, name: str) -> Subtitle:
+        entry = self.mapping(value, name)
+        return Subtitle(self.text(entry.get("text"), f"{name} text"), *self._times(entry, name))
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
@@ -275,9 +253,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     lines: dict[str, int] = {}
     with whole_file(path) as file:
         for number, example in enumerate(examples, start=1):
-            first = lines.setdefault(example.id, number)
-            if first != number:
-                raise UserError(f"{path}: id {shown(example.id)} in lines {first} and {number}; ids must be unique")
+            _check_unique(lines, example.id, number, path)
             file.write(json_line(to_record(example), f"{path}, line {number}, id {shown(example.id)}"))
     return len(lines)
 
@@ -294,13 +270,17 @@ def iterate_examples(path: Path) -> Iterator[Example]:
             example = from_record(record)
         except BadSample as error:
             raise UserError(f"{path}, line {number}: not an example: {error}") from None
-        first = lines.setdefault(example.id, number)
-        if first != number:
-            raise UserError(
-                f"{path}: id {shown(example.id)} in lines {first} and {number}; ids must be unique, so that each "
-                "answer belongs to one record"
-            )
+        _check_unique(lines, example.id, number, path)
         yield example
+
+
+def _check_unique(lines: dict[str, int], sample_id: str, number: int, path: Path) -> None:
+    first = lines.setdefault(sample_id, number)
+    if first != number:
+        raise UserError(
+            f"{path}: id {shown(sample_id)} in lines {first} and {number}; ids must be unique, so that each answer "
+            "belongs to one record"
+        )
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
@@ -343,98 +323,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         raise
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """The lists of a record, read part by part."""
-
-    record: Mapping[str, JSON]
-    sample_id: str
-
-    def parts(self, name: str, read: Callable[[JSON, str, str], Part]) -> tuple[Part, ...]:
-        entries = self.record.get(name, [])
-        if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise BadSample(self.sample_id, f"{name!r} must be a list, got {shown(entries)}")
-        return tuple(read(entry, name, self.sample_id) for entry in entries)
-
-
-def _text(value: JSON, name: str, sample_id: str) -> str:
-    if not isinstance(value, str):
-        raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
-    return value
-
-
-def _object(value: JSON, name: str, sample_id: str) -> Mapping[str, JSON]:
-    if not isinstance(value, Mapping):
-        raise BadSample(sample_id, f"{name!r} must hold an object, got {shown(value)}")
-    return value
-
-
-def _number(value: JSON, name: str, sample_id: str) -> float:
-    try:
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        finite = False
-    if not finite:
-        raise BadSample(sample_id, f"{name!r} must hold a finite number, got {shown(value)}")
-    return float(value)
-
-
-def _seconds(value: JSON, name: str, sample_id: str) -> float | None:
-    return None if value is None else _number(value, name, sample_id)
-
-
-def _turn(value: JSON, name: str, sample_id: str) -> Turn:
-    entry = _object(value, name, sample_id)
-    role = entry.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise BadSample(sample_id, f"a turn's role must be 'system', 'user' or 'assistant', got {shown(role)}")
-    return Turn(role, _text(entry.get("text"), f"{name} text", sample_id))
-
-
-def _answer(value: JSON, name: str, sample_id: str) -> Answer:
-    entry = _object(value, name, sample_id)
-    weight = _number(entry.get("weight", 1.0), f"{name} weight", sample_id)
-    return Answer(text=_text(entry.get("text"), f"{name} text", sample_id), weight=weight)
-
-
-def _answer_record(answer: Answer) -> dict[str, JSON]:
-    return {"text": answer.text} if answer.weight == 1.0 else {"text": answer.text, "weight": answer.weight}
-
-
-def _times(entry: Mapping[str, JSON], name: str, sample_id: str) -> tuple[float | None, float | None]:
-    start = _seconds(entry.get("start_seconds"), f"{name} start_seconds", sample_id)
-    return start, _seconds(entry.get("end_seconds"), f"{name} end_seconds", sample_id)
-
-
-def _times_record(part: Clip | Subtitle) -> dict[str, JSON]:
-    times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
-    return {name: seconds for name, seconds in times.items() if seconds is not None}
-
-
-def _clip(value: JSON, name: str, sample_id: str) -> Clip:
-    entry = _object(value, name, sample_id)
-    start, end = _times(entry, name, sample_id)
-    return Clip(path=_text(entry.get("path"), f"{name} path", sample_id), start_seconds=start, end_seconds=end)
-
-
-def _clip_record(clip: Clip) -> dict[str, JSON]:
-    return {"path": clip.path, **_times_record(clip)}
-
-
-def _subtitle(value: JSON, name: str, sample_id: str) -> Subtitle:
-    entry = _object(value, name, sample_id)
-    start, end = _times(entry, name, sample_id)
-    return Subtitle(_text(entry.get("text"), f"{name} text", sample_id), start, end)
-
-
-def _subtitle_record(subtitle: Subtitle) -> dict[str, JSON]:
-    return {"text": subtitle.text, **_times_record(subtitle)}
-
-
 # A records file read one example at a time, by place; only the lines' places are kept in memory.
-
-
-THE_LINE = "the line"
 
 
 class ExampleFile:
@@ -455,12 +344,12 @@ class ExampleFile:
         self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
         if limit is not None and limit < 1:
             raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
-        found: list[tuple[int, int, int]] = []
-        for number, path in enumerate(self.paths):
-            found += _items(path, number, each_answer=each_answer)
-        items = np.array(found[:limit], dtype=np.int64)
-        self._file, self._places = items[:, 0].astype(np.int16), items[:, 1]
-        self._answer = items[:, 2].astype(np.int32) if each_answer else None
+        items = [item for number, path in enumerate(self.paths) for item in _items(path, number, each_answer)]
+        columns = zip(*items[:limit], strict=True)
+        self._files, self._places, self._answers = (
+            array(kind, column) for kind, column in zip("hqi", columns, strict=True)
+        )
+        self._each_answer = each_answer
         self._streams: dict[int, IO[bytes]] = {}
 
     def __len__(self) -> int:
@@ -472,29 +361,25 @@ class ExampleFile:
         Raises:
             BadSample: the line is no JSON object, or its fields are wrong; the reason begins with file and line.
         """
-        number, place = int(self._file[index]), int(self._places[index])
-        if number not in self._streams:
-            self._streams[number] = self.paths[number].open("rb")
-        stream = self._streams[number]
-        stream.seek(place)
         try:
-            return from_record(_json_object(stream.readline()))
+            return from_record(_json_object(self._line(index)))
         except BadSample as error:
-            where = f"{self.paths[number]}, line {_line_number(stream, place)}"
-            raise BadSample(error.sample_id, f"{where}: {error.reason}") from None
+            path = self.paths[self._files[index]]
+            with path.open("rb") as stream:  # all before it is read, which only a broken line is worth
+                number = 1 + stream.read(self._places[index]).count(b"\n")
+            raise BadSample(error.sample_id, f"{path}, line {number}: {error.reason}") from None
 
     def answer_of(self, index: int) -> int | None:
         """The answer that this item is about; None where it is about all of them."""
-        return None if self._answer is None else int(self._answer[index])
+        return self._answers[index] if self._each_answer else None
 
     def ids(self) -> Iterator[str]:
         """Yields each item's id, in order; that of a line which is no record is nothing."""
-        for number, path in enumerate(self.paths):
-            places, times = np.unique(self._places[self._file == number], return_counts=True)
-            with path.open("rb") as stream:
-                for place, items in zip(places.tolist(), times.tolist(), strict=True):
-                    stream.seek(place)
-                    yield from [_id_of(stream.readline())] * items
+        for index in range(len(self)):
+            try:
+                yield str(_json_object(self._line(index)).get("id"))
+            except BadSample:
+                yield ""
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -502,63 +387,131 @@ class ExampleFile:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_streams": {}}  # an open file does not travel; a worker opens its own
 
+    def _line(self, index: int) -> bytes:
+        number = self._files[index]
+        if number not in self._streams:
+            self._streams[number] = self.paths[number].open("rb")
+        self._streams[number].seek(self._places[index])
+        return self._streams[number].readline()
 
-def _items(path: Path, number: int, *, each_answer: bool) -> Iterator[tuple[int, int, int]]:
-    """File, place and answer of each item."""
+
+def _items(path: Path, number: int, each_answer: bool) -> Iterator[tuple[int, int, int]]:
+    """File, place and answer of each item; a broken line is a single one, whose reading says what is wrong."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-    empty = True
+    place, before = 0, 0
     with path.open("rb") as stream:
-        for place, line in _lines(stream):
-            empty = False
-            for answer in range(_answers(line) if each_answer else 1):
-                yield number, place, answer
-    if empty:
+        for line in stream:
+            if line.strip():
+                answers: object = ()
+                if each_answer:
+                    with contextlib.suppress(BadSample):
+                        answers = _json_object(line).get("answers", ())
+                count = len(answers) if isinstance(answers, list) else 1
+                yield from ((number, place, answer) for answer in range(max(1, count)))
+                before += 1
+            place += len(line)
+    if not before:
         raise UserError(f"{path} holds no example")
 
 
-def _answers(line: bytes) -> int:
-    """How many items the line is; a broken one is a single item, whose reading says what is wrong."""
-    try:
-        answers = _json_object(line).get("answers", ())
-    except BadSample:
-        return 1
-    return max(1, len(answers)) if isinstance(answers, list) else 1
-
-
-def _id_of(line: bytes) -> str:
-    try:
-        return str(_json_object(line).get("id"))
-    except BadSample:
-        return ""
-
-
 def _json_object(line: bytes) -> Mapping[str, JSON]:
+    where = "the line"
     try:
-        text = text_of(line.removeprefix(codecs.BOM_UTF8), THE_LINE)
-        record = json_of(text, THE_LINE)
+        record = json_of(text_of(line.removeprefix(codecs.BOM_UTF8), where), where)
     except UserError as error:
-        raise BadSample("(no id)", f"{str(error).removeprefix(f'{THE_LINE}: ')}; write the file again") from None
+        raise BadSample("(no id)", f"{str(error).removeprefix(f'{where}: ')}; write the file again") from None
     if not isinstance(record, dict):
         raise BadSample("(no id)", f"a line must hold an object, found {type(record).__name__}")
     return record
 
 
-def _line_number(stream: IO[bytes], place: int) -> int:
-    """The line that begins at this place, from 1; reads all before it, which only a broken line is worth."""
-    stream.seek(0)
-    return 1 + sum(part.count(b"\n") for part in _parts(stream, place))
+# Multiple choice: which one is right, as records and columns say it, and how choices stand in a question.
 
 
-def _parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (part := stream.read(min(size, 1 << 20))):
-        size -= len(part)
-        yield part
+LETTER = "Answer with the option's letter from the given choices directly."
+"""What LLaVA says behind the choices of MMBench and SEED."""
+Reading = Literal["place", "text", "either", "only text"]
+"""What text that says the right choice is first: its letter or number, or its words; `either` refuses what is both."""
+LONGEST_LIST = 100_000
+"""Characters of a list written as text; Python's reader takes a hundred times that as memory."""
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    place = 0
-    for line in stream:
-        if line.strip():
-            yield place, line
-        place += len(line)
+def with_letters(choices: Iterable[str]) -> list[str]:
+    """The line of each choice, from A."""
+    return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
+
+
+def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
+    """The index, from 0, that `extra["correct"]` holds.
+
+    Raises:
+        BadSample: it is no whole number, or no choice has it.
+    """
+    if isinstance(correct, bool) or not isinstance(correct, int):
+        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
+    if not 0 <= correct < len(choices):
+        known = f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {known}")
+    return correct
+
+
+def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
+    """The choices of a column that holds a list as text, in JSON or as Python writes it.
+
+    Raises:
+        BadSample: it is anything else than a list of text, or one choice, which numpy's lists without commas look like.
+    """
+    value: object = None
+    if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
+        try:
+            value = json_of(text, "choices")
+        except UserError:
+            with (
+                warnings.catch_warnings(),
+                contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+            ):
+                warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
+                value = ast.literal_eval(text.strip())
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
+        raise BadSample(sample_id, f"its choices must be a list of text, got the text {shown(text)}")
+    return tuple(value)
+
+
+def correct_choice(said: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
+    """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
+
+    A column says it by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also "(B)" or "B."), or by
+    its text. Where the text of one choice reads as the letter or number of another, such as "2" among "1", "2" and "3",
+    it could mean either: it is taken only where the columns that were named say which way to read it.
+
+    Raises:
+        BadSample: it is no choice's letter, number or text, or those of several.
+    """
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return None
+    if isinstance(said, int) and not isinstance(said, bool):
+        if not 0 <= said < len(choices):
+            raise BadSample(sample_id, f"its answer is {said}, but there are {len(choices)} choices")
+        return said
+    if not isinstance(said, str):
+        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(said)}")
+    word = said.strip()
+    by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
+    if len(by_text) > 1:
+        raise BadSample(sample_id, f"its answer {shown(said)} is the text of {len(by_text)} of its choices")
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
+    number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
+    place = ascii_uppercase.index(letter[1].upper()) if letter else number
+    by_place = [place] if place < len(choices) and reading != "only text" else []
+    known = by_place + by_text if reading == "place" else by_text + by_place
+    if not known:
+        ways = "text" if reading == "only text" else "letter, number from 0 or text"
+        raise BadSample(sample_id, f"its answer {shown(said)} is no {ways} of its {len(choices)} choices")
+    if reading == "either" and len(set(known)) > 1:
+        raise BadSample(
+            sample_id,
+            f"its answer {shown(said)} is the text of one choice and the letter or number of another; with "
+            "columns=correct:COLUMN it is the latter, with columns=answers:COLUMN the text",
+        )
+    return known[0]

@@ -11,19 +11,17 @@ import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.pictures import NOT_DECODED, HeldPictures, MediaFolder, opened_picture, path_inside
 from dora_vl.errors import BadSample
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 class SamplingLengths(NamedTuple):
@@ -36,24 +34,20 @@ class SamplingLengths(NamedTuple):
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
-    """Lengths of `record_table.load_table`'s rows: words of the text plus the tokens of its pictures and videos.
+    """Lengths of `table.load_table`'s rows: words of the text plus the tokens of its pictures and videos.
 
     Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
     """
-    columns = rows.select_columns(["length", "is_multimodal", "images", "video"]).with_format("arrow")[:]
-    words, is_multimodal = (columns[name].to_numpy() for name in ("length", "is_multimodal"))
-    lengths = torch.tensor(words, dtype=torch.int64)
-    for name, tokens in (("images", tokens_per_image), ("video", tokens_per_video)):
-        named = columns[name].combine_chunks().value_lengths().to_numpy()
-        lengths = lengths + tokens * torch.tensor(named, dtype=torch.int64)
-    return SamplingLengths(lengths, torch.tensor(is_multimodal), _picture_numbers(columns["images"]))
-
-
-def _picture_numbers(images: pa.ChunkedArray) -> Int[Tensor, " samples"]:
-    from pyarrow import compute  # half a second, which readers of this module alone need not pay
-
-    joined = compute.call_function("binary_join", [images.combine_chunks(), "\0"])
-    return torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
+    columns = rows.select_columns(["length", "images", "videos"]).with_format("arrow")[:]
+    pictures, videos = (
+        torch.tensor(columns[name].combine_chunks().value_lengths().to_numpy(), dtype=torch.int64)
+        for name in ("images", "videos")
+    )
+    lengths = torch.tensor(columns["length"].to_numpy(), dtype=torch.int64)
+    lengths = lengths + tokens_per_image * pictures + tokens_per_video * videos
+    joined = pc.call_function("binary_join", [columns["images"].combine_chunks(), "\0"])
+    numbers = torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
+    return SamplingLengths(lengths, (pictures + videos) > 0, numbers)
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
@@ -258,8 +252,8 @@ class TrainFile:
 
 def train_files(given: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
     """What `data.train` names, one path or several files, as a list."""
-    listed = (given,) if isinstance(given, str) else given
-    return tuple(TrainFile(path=one) if isinstance(one, str) else one for one in listed)
+    files = (given,) if isinstance(given, str) else given
+    return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
 
 
 def train_name(given: str | Sequence[str | TrainFile]) -> str:
@@ -287,7 +281,7 @@ def places_of_largest_pictures(
     """The places of `count` rows whose pictures have the most pixels; nothing is decoded.
 
     Args:
-        rows: of `record_table.load_table`.
+        rows: of `table.load_table`.
         stored: pictures that the file holds itself.
         folder: root of the others' paths.
     """
@@ -295,7 +289,7 @@ def places_of_largest_pictures(
     named = rows.select(places)["images"]
     pixels = [sum(_pixels(name, stored, folder) for name in names) for names in named]
     order = np.argsort(pixels, kind="stable")[::-1][:count]
-    return [int(places[one]) for one in order if pixels[one]]
+    return [int(places[number]) for number in order if pixels[number]]
 
 
 def _pixels(name: str, stored: HeldPictures, folder: MediaFolder) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib
 import importlib.util
 import io
 import logging
+import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,20 +23,18 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, shown
+from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, UserError, shown
 from dora_vl.files import NoRegularFile, open_regular
 
 if TYPE_CHECKING:
     import datasets
 
 
-# How large a picture or a video may be, and of which formats: everything that is opened for a person holds to these.
-#
-# A header's numbers are compared before anything is decoded. docs/data.md says the same to people.
-
+# Limits that everything opened for a person holds to; docs/data.md says the same to people. A header's numbers are
+# compared before anything is decoded, so that a small file cannot ask for all memory; nothing but Pillow's own decoders
+# ever runs.
 
 MEBIBYTE = 2**20
-
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
 HEIC is read beside them where pillow-heif is installed."""
@@ -67,12 +66,6 @@ VIDEO_MEMORY = 4_096 * MEBIBYTE
 """Most bytes that the decoder's process may take for one file, beyond what its libraries have."""
 
 
-# Bytes become a picture: of the formats and within the limits of `media_limits`, upright, RGB.
-#
-# The header is read and compared first, so that a small file cannot ask for all memory; nothing but Pillow's own
-# decoders ever runs.
-
-
 log = logging.getLogger(__name__)
 
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
@@ -91,14 +84,9 @@ NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionB
 
 
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
-    """A picture decoded whole, RGB; see `media.open_image`.
+    """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`.
 
     What Pillow refuses for a flaw that leaves no pixel in doubt is read all the same (`_without_flaw`).
-
-    Raises:
-        FileNotFoundError: nothing is at the path.
-        NoPicture: it is of no format that is read, or over a limit; the message has the numbers.
-        NOT_DECODED: anything that Pillow raises.
     """
     read = _published if as_published else _as_shown
     try:
@@ -314,21 +302,18 @@ def _read_colour_differences(image: TiffImageFile) -> None:
 
 
 def decode_image(source: Path | BytesIO, name: str, where: str, *, as_published: bool = False) -> Image.Image:
-    """A picture from a file or from memory; `name` and `where` are what the messages say. See `media.open_image`.
-
-    Raises:
-        BadSample: nothing is there, it is over a limit, or it cannot be decoded.
-    """
+    """A picture from a file or from memory; `name` and `where` are what the messages say."""
     try:
         return load_picture(source, as_published=as_published)
     except FileNotFoundError:
-        raise BadSample(name, f"picture {name} is missing in {where}") from None
+        reason = f"is missing in {where}"
     except NoPicture as error:
-        raise BadSample(name, f"picture {name} in {where} {error}") from None
+        reason = f"in {where} {error}"
     except NoRegularFile as error:
-        raise BadSample(name, f"picture {name} in {where} cannot be read: {error}") from None
+        reason = f"in {where} cannot be read: {error}"
     except NOT_DECODED as error:
-        raise BadSample(name, f"picture {name} in {where} cannot be decoded: {in_one_line(error)}") from None
+        reason = f"in {where} cannot be decoded: {in_one_line(error)}"
+    raise BadSample(name, f"picture {name} {reason}")
 
 
 def in_one_line(error: BaseException) -> str:
@@ -428,6 +413,79 @@ def _within_side(image: Image.Image) -> Image.Image:
     return image
 
 
+TRUNCATED, BROKEN = "truncated media", "broken media"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+
+    kind: str
+    detail: str
+
+
+def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
+    """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_picture(source)
+    except NoPicture as error:
+        return Trouble(BROKEN, str(error))
+    except NOT_DECODED as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        return Trouble(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
+    return None
+
+
+_BEGINNINGS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+
+
+def picture_ending(data: bytes) -> str | None:
+    """The file name's ending for an encoded picture, by its first bytes; None for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    return next((ending for beginning, ending in _BEGINNINGS.items() if data.startswith(beginning)), None)
+
+
+def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
+    """Writes a picture that a table holds into `folder`/media, named by its content, unless it is there.
+
+    It is decoded first, once for each distinct picture (4 ms for 500 x 375): a table that was cut inside a picture
+    holds one that begins well, and one that is damaged in its middle ends well too.
+
+    Returns:
+        Its path relative to `folder`.
+    """
+    ending = picture_ending(data)
+    if ending is None:
+        raise BadSample(sample_id, f"its picture begins with {data[:8]!r}, which is no known picture format")
+    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}{ending}"
+    target = folder / relative
+    if target.is_file() and target.stat().st_size == len(data):
+        return relative
+    trouble = decoding_trouble(BytesIO(data))
+    if trouble is not None:
+        raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return relative
+
+
 ALLOW_LINKS = "data.follow_links: true (--follow-links) reads such links"
 
 
@@ -461,26 +519,14 @@ def open_image(root: Path | MediaFolder, relative: str) -> Image.Image:
     code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph
     sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does this
     `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
-    `media_limits.PICTURE_SIDE` pixels, which are shrunk to it.
-
-    Args:
-        root: the folder that holds all pictures.
-        relative: a path inside it, with `/`; an absolute path that lies in it counts as that.
-
-    Raises:
-        BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
-            path, because a picture does not know its sample.
+    `PICTURE_SIDE` pixels, which are shrunk to it.
     """
     folder = MediaFolder.of(root)
     return decode_image(path_inside(folder, relative), relative, str(folder), as_published=folder.as_published)
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
-    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
-
-    Raises:
-        BadSample: the path leaves `root`, through dots or through a link that may not be followed.
-    """
+    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it."""
     folder = MediaFolder.of(root)
     parts = PurePosixPath(relative)
     absolute = parts.is_absolute() or Path(relative).is_absolute()
@@ -545,7 +591,7 @@ class StoredPictures:
     """Bytes by the name that a row gives them, which is made of their content; worker processes may have it.
 
     Args:
-        tables: whole tables of `record_table.load_table`; each picture stands in the first row that has it.
+        tables: whole tables of `table.load_table`; each picture stands in the first row that has it.
     """
 
     def __init__(self, tables: Sequence[datasets.Dataset]) -> None:
@@ -575,11 +621,7 @@ class StoredPictures:
 
 
 def open_picture(root: Path | MediaFolder, name: str, stored: HeldPictures | None = None) -> Image.Image:
-    """A picture of the data file itself, or the file at `name` under `root`; see `media.open_image`.
-
-    Raises:
-        BadSample: as `open_image`.
-    """
+    """A picture of the data file itself, or the file at `name` under `root`, as `open_image`."""
     if stored is not None and name in stored:
         as_published = MediaFolder.of(root).as_published
         return decode_image(io.BytesIO(stored.read(name)), name, "the data file", as_published=as_published)
@@ -608,8 +650,7 @@ class RowPictures:
             BadSample: anything else, or an address on the web.
         """
         if isinstance(value, Mapping):
-            given = [value.get(name) for name in ("bytes", "path", "url")]
-            value = next((one for one in given if one is not None), None)
+            value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
         if isinstance(value, bytes | bytearray) and value:
             self._hold(bytes(value))
         elif isinstance(value, str) and value.startswith(IN_PLACE):
@@ -617,8 +658,8 @@ class RowPictures:
         elif isinstance(value, str) and value.startswith(BARE_BASE64) and (data := _from_base64(value)) is not None:
             self._hold(data)
         elif isinstance(value, str) and value.startswith(WEB):
-            told = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
-            raise BadSample(self.sample_id, told, ON_THE_WEB)
+            reason = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
+            raise BadSample(self.sample_id, reason, ON_THE_WEB)
         elif isinstance(value, str) and value:
             self.names.append(value.removeprefix(AS_URL).replace("\\", "/"))
         else:
@@ -630,33 +671,27 @@ class RowPictures:
         self.held[name] = data
 
     def _from_data_url(self, url: str) -> bytes:
-        header, comma, content = url.partition(",")
-        try:
-            if not comma or not header.endswith(";base64"):
-                raise ValueError("it is not base64")
-            return base64.b64decode(content, validate=True)
-        except (ValueError, binascii.Error) as error:
-            raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: {error}") from None
+        header, _, content = url.partition(",")
+        data = _from_base64(content) if header.endswith(";base64") else None
+        if data is None:
+            raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: it is not base64")
+        return data
 
 
 def _from_base64(text: str) -> bytes | None:
     """The bytes, or None where the text is no base64: a path may begin alike."""
     try:
         return base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
+    except ValueError:
         return None
 
 
 def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
-    """The pictures among a row's fields; one that is no list counts as a list of one.
-
-    Raises:
-        BadSample: see `RowPictures.add`.
-    """
+    """The pictures among a row's fields; one that is no list counts as a list of one."""
     pictures = RowPictures(sample_id)
     value = fields.get("images")
     if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
         return pictures
-    for one in value if isinstance(value, list | tuple) else [value]:
-        pictures.add(one, "images")
+    for picture in value if isinstance(value, list | tuple) else [value]:
+        pictures.add(picture, "images")
     return pictures

@@ -6,46 +6,164 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
+import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dora_vl.data.benchmarks.fields import Progress, Raw, Split
-from dora_vl.data.benchmarks.table import (
-    FORMAT,
-    MEBIBYTE,
-    SOURCES,
-    ConvertedRow,
-    Line,
-    add_to_manifest,
-    content,
-    converted_rows,
-    file_sha256,
-    fingerprints,
-    read_manifest,
-)
-from dora_vl.data.example import JSON, json_line, whole_file
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw, Split
+from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.example import JSON, Example, json_line, to_record, whole_file
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 
-# One split from rows to `<split>.jsonl` and its manifest entry: skipped when it is there, resumed when it was cut.
-
-
-ROWS_TO_JUDGE = 1000
-"""When none of so many rows can be used, the file is another one than the source expects."""
-MOST_DROPPED = 100_000
-"""All dropped rows are named in the manifest, which should stay a file that one can open."""
+FORMAT = 2
+"""Raised when records change their meaning, so that files of an earlier form are made again."""
+MEBIBYTE = 1 << 20
+SMALL_BYTES = 32 * MEBIBYTE
+"""Below this, starting processes takes longer than converting."""
+ROWS_A_CHUNK, CHUNKS_AHEAD = 512, 3
+"""For each worker; what is read but not yet written stays bounded, however slow the disk."""
+ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
+"""When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
+manifest, which names them all, would be no file that one can open."""
 SECONDS_BETWEEN_NOTES = 5.0
+
+DESCRIPTION = """\
+Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,
+every dropped row with its reason, hashes, versions. Finished splits are skipped, a split that was cut short goes on.
+
+  dora-vl prepare pope --from downloads/pope --to records
+  dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
+
+Sources (python -c "help('dora_vl.data.benchmarks.images')", llava, videos... says where the files are published):
+
+""" + "\n".join(
+    f"  {name:16} {source.summary}"
+    + "".join(f"\n{'':19}--set {option}=...: {text}" for option, text in source.options.items())
+    for name, source in SOURCES.items()
+)
+
+
+@dataclass(frozen=True)
+class ConvertedRow:
+    """What one raw row became, or the `problem` why nothing; a line has an id, its JSON, and whether it is answered."""
+
+    number: int
+    lines: tuple[tuple[str, bytes, bool], ...] = ()
+    id: str = ""
+    problem: str | None = None
+
+
+def converted_rows(
+    rows: Iterable[Raw], convert: Callable[[Raw], Converted], *, first_number: int, workers: int
+) -> Iterator[list[ConvertedRow]]:
+    """Yields the converted rows chunk by chunk, in the order of `rows`.
+
+    Args:
+        first_number: the number of the first row, for messages.
+        workers: processes besides this one; 0 converts in this one.
+    """
+    numbered = enumerate(rows, start=first_number)
+    chunks = iter(lambda: list(islice(numbered, ROWS_A_CHUNK)), [])
+    if workers == 0:
+        yield from (convert_chunk(convert, chunk) for chunk in chunks)
+        return
+    pending: deque[Future[list[ConvertedRow]]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(convert_chunk, convert, chunk))
+            if len(pending) > CHUNKS_AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died, perhaps of too little memory; try again with --workers 0") from None
+    except RecursionError:
+        raise UserError("a row is nested too deeply for a worker process; try again with --workers 0") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def convert_chunk(convert: Callable[[Raw], Converted], chunk: list[tuple[int, Raw]]) -> list[ConvertedRow]:
+    """Converts numbered rows; one that cannot be used keeps its reason."""
+    found: list[ConvertedRow] = []
+    for number, row in chunk:
+        try:
+            result = convert(row)
+            several = result if not isinstance(result, Example | Mapping) else [cast(Example, result)]
+            found.append(ConvertedRow(number, tuple(_line(one) for one in several)))
+        except BadSample as error:
+            name, reason = shown_text(error.sample_id, 80), shown_text(error.reason, 200)
+            found.append(ConvertedRow(number, id=name, problem=reason))
+        except RecursionError:
+            found.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
+    return found
+
+
+def _line(result: Example | Mapping[str, JSON]) -> tuple[str, bytes, bool]:
+    example = isinstance(result, Example)
+    record = to_record(result) if example else result
+    sample_id = str(record["id"])
+    try:
+        encoded = json_line(record, sample_id).encode()
+    except UserError as error:
+        raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
+    return sample_id, encoded, bool(result.answers or result.turns) if example else True
+
+
+def read_manifest(folder: Path) -> dict[str, JSON]:
+    """The splits that the task's manifest names."""
+    path = folder / "manifest.json"
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else {}
+        return dict(splits.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not a manifest of `dora-vl prepare`; move it away and run again") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "format": str(FORMAT)}
+    for package in ("dora-vl", "datasets", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def fingerprints(
+    inputs: Sequence[Path], known: Sequence[Mapping[str, JSON]], progress: Progress
+) -> list[dict[str, JSON]]:
+    """Name, size, modification time and sha256 of each file; one whose size and time are known is not read again."""
+    before = {(entry["file"], entry["bytes"], entry["modified_ns"]): entry["sha256"] for entry in known}
+    result: list[dict[str, JSON]] = []
+    for path in inputs:
+        stat = path.stat()
+        digest = before.get((path.name, stat.st_size, stat.st_mtime_ns)) or file_sha256(path, progress)
+        result.append({"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest})
+    return result
+
+
+def file_sha256(path: Path, progress: Progress = lambda _: None) -> str:
+    """The file's sha256 in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(MEBIBYTE):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -65,7 +183,7 @@ class Counts:
     repeated: int = 0
     dropped: list[dict[str, JSON]] = field(default_factory=list)
 
-    def drop(self, row: ConvertedRow, where: Path) -> None:
+    def drop(self, row: ConvertedRow, path: Path) -> None:
         """Counts a row that cannot be used.
 
         Raises:
@@ -73,9 +191,9 @@ class Counts:
         """
         self.dropped.append({"row": row.number, "id": row.id, "reason": row.problem})
         if len(self.dropped) >= MOST_DROPPED:
-            raise UserError(f"{where}: {len(self.dropped):,} rows cannot be used; {self.first_reason()}")
+            raise UserError(f"{path}: {len(self.dropped):,} rows cannot be used; {self.first_reason()}")
         if not self.written and len(self.dropped) >= ROWS_TO_JUDGE:
-            raise UserError(f"{where}: none of the first {len(self.dropped):,} rows can be used; {self.first_reason()}")
+            raise UserError(f"{path}: none of the first {len(self.dropped):,} rows can be used; {self.first_reason()}")
 
     def first_reason(self) -> str:
         """The first dropped row, for a message."""
@@ -99,35 +217,26 @@ def prepare_split(
     """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings.
 
     A run that ended early goes on where it was. The file gets its name only when it is whole.
-
-    Raises:
-        UserError: an input is malformed, an id is repeated, nothing in it can be used, or the disk is full.
     """
     path = folder / f"{split.name}.jsonl"
-    known = read_manifest(folder)["splits"].get(split.name, {})
+    others = read_manifest(folder)
+    known = others.pop(split.name, {})
     with reading(_names(split)):
         inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
+    # what decides whether the input is the same: names and hashes, not times
+    content, before = (
+        [[entry["file"], entry["sha256"]] for entry in entries] for entries in (inputs, known.get("inputs", []))
+    )
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
-    if known.get("settings") == settings and content(known["inputs"]) == content(inputs) and _is_whole(path, known):
+    if known.get("settings") == settings and before == content and _is_whole(path, known):
         return Prepared(path=path, entry=known, already_there=True)
     started = time.monotonic()
-    with Partial(path, key=[content(inputs), settings], find_repeated=split.ids_by_place) as partial:
+    with Partial(path, key=[content, settings], find_repeated=split.ids_by_place) as partial:
         resumed_after = partial.counts.rows
         _write_rows(split, partial, workers=workers, limit=limit, progress=progress)
-        counts, sha256, size = partial.finish()
-    seconds = round(time.monotonic() - started, 3)
-    entry = _entry(split, path, counts) | {"sha256": sha256, "bytes": size, "inputs": inputs, "settings": settings}
-    add_to_manifest(folder, source, split.name, {**entry, "seconds": seconds})
-    return Prepared(path=path, entry=entry, already_there=False, resumed_after=resumed_after)
-
-
-def _is_whole(path: Path, entry: Mapping[str, JSON]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
-
-
-def _entry(split: Split, path: Path, counts: Counts) -> dict[str, JSON]:
-    reasons = Counter(str(dropped["reason"]) for dropped in counts.dropped)
-    return {
+        sha256, size = partial.finish()
+    counts = partial.counts
+    entry: dict[str, JSON] = {
         "file": path.name,
         "rows": counts.rows,
         "published_rows": split.published_rows,
@@ -136,20 +245,33 @@ def _entry(split: Split, path: Path, counts: Counts) -> dict[str, JSON]:
         "without_answer": counts.without_answer,
         "repeated_records": counts.repeated,
         "dropped": len(counts.dropped),
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(Counter(str(dropped["reason"]) for dropped in counts.dropped).most_common()),
         "dropped_rows": counts.dropped,
         "notes": dict(split.notes),
+        "sha256": sha256,
+        "bytes": size,
+        "inputs": inputs,
+        "settings": settings,
+        "seconds": round(time.monotonic() - started, 3),
     }
+    with whole_file(folder / "manifest.json") as file:
+        splits = {**others, split.name: {"source": source, **entry}}
+        json.dump({"versions": _versions(), "splits": splits}, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+    return Prepared(path=path, entry=entry, already_there=False, resumed_after=resumed_after)
+
+
+def _is_whole(path: Path, entry: Mapping[str, JSON]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
 
 
 def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | None, progress: Progress) -> None:
-    done = partial.counts.rows
-    rows = islice(_readable(split.rows(progress), split), done, limit)
-    for chunk in converted_rows(rows, split.convert, first_number=done + 1, workers=workers):
+    counts = partial.counts
+    rows = islice(_readable(split, progress), counts.rows, limit)
+    for chunk in converted_rows(rows, split.convert, first_number=counts.rows + 1, workers=workers):
         for row in chunk:
             partial.add(row, number_repeated=split.repeated_ids == "number")
         partial.write()
-    counts = partial.counts
     if not counts.rows:
         raise UserError(f"{_names(split)}: holds no rows")
     if not counts.written:
@@ -161,18 +283,14 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
         )
 
 
-def _readable(rows: Iterator[Raw], split: Split) -> Iterator[Raw]:
+def _readable(split: Split, progress: Progress) -> Iterator[Raw]:
     with reading(_names(split)):
-        yield from rows
+        yield from split.rows(progress)
 
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """A file that cannot be read is an error in one line.
-
-    Raises:
-        UserError: begins with the file's name, or with `where` if the system gives none.
-    """
+    """A file that cannot be read is an error in one line, which names it, or `where` if the system does not."""
     try:
         yield
     except OSError as error:
@@ -230,13 +348,15 @@ class Partial:
         self.counts.rows += 1
         if row.problem is not None:
             self.counts.drop(row, self._path)
-        for line in row.lines:
-            unique = self._unique(line, number_repeated)
+        for name, encoded, answered in row.lines:
+            if name in self._lines:
+                name = self._number_for(name, number_repeated)
+                encoded = json_line({**json.loads(encoded), "id": name}, name).encode()
             self.counts.written += 1
-            self.counts.without_answer += not line.answered
-            self.counts.repeated += self._stood_before(unique.encoded)
-            self._lines[unique.id] = self.counts.written
-            self._waiting.append(unique.encoded)
+            self.counts.without_answer += not answered
+            self.counts.repeated += self._stood_before(encoded)
+            self._lines[name] = self.counts.written
+            self._waiting.append(encoded)
 
     def write(self) -> None:
         """Writes what `add` took, and notes now and then how far the file is whole."""
@@ -247,57 +367,49 @@ class Partial:
             self._digest.update(data)
             self._bytes += len(data)
             if time.monotonic() - self._noted_at >= SECONDS_BETWEEN_NOTES:
-                self._save_note()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                with whole_file(self._note) as file:
+                    json.dump({"key": self._key, "bytes": self._bytes, "counts": vars(self.counts)}, file)
+                self._noted_at = time.monotonic()
 
-    def finish(self) -> tuple[Counts, str, int]:
-        """Gives the file its name; returns its counts, sha256 and size."""
+    def finish(self) -> tuple[str, int]:
+        """Gives the file its name; returns its sha256 and size."""
         with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self._path)
             self._note.unlink(missing_ok=True)
-        return self.counts, self._digest.hexdigest(), self._bytes
+        return self._digest.hexdigest(), self._bytes
 
     def _stood_before(self, encoded: bytes) -> bool:
         """Whether an earlier record says the same under another id, which stands first in a line."""
         if self._contents is None:
             return False
-        _, end = json.JSONDecoder().raw_decode(start := encoded.decode(), len('{"id":'))
-        digest = hashlib.blake2b(start[end:].encode(), digest_size=12).digest()
+        _, end = json.JSONDecoder().raw_decode(line := encoded.decode(), len('{"id":'))
+        digest = hashlib.blake2b(line[end:].encode(), digest_size=12).digest()
         before = digest in self._contents
         self._contents.add(digest)
         return before
 
-    def _unique(self, line: Line, number_repeated: bool) -> Line:
-        if line.id not in self._lines:
-            return line
+    def _number_for(self, name: str, number_repeated: bool) -> str:
         if not number_repeated:
-            lines = f"lines {self._lines[line.id]} and {self.counts.written + 1}"
-            raise UserError(
-                f"{self._path}: id {shown(line.id)} would be in {lines}; the publisher's ids must be unique"
-            )
+            lines = f"lines {self._lines[name]} and {self.counts.written + 1}"
+            raise UserError(f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique")
         number = 2
-        while (numbered := f"{line.id}#{number}") in self._lines:
+        while f"{name}#{number}" in self._lines:
             number += 1
         self.counts.renamed += 1
-        return Line(numbered, json_line({**json.loads(line.encoded), "id": numbered}, numbered).encode())
-
-    def _save_note(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        with whole_file(self._note) as file:
-            json.dump({"key": self._key, "bytes": self._bytes, "counts": vars(self.counts)}, file)
-        self._noted_at = time.monotonic()
+        return f"{name}#{number}"
 
     def _taken_up(self) -> BinaryIO | None:
         """The partial file of an earlier run, cut to where it was whole; None where there is none of the same key."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
-            same = note["key"] == self._key and self._partial.stat().st_size >= note["bytes"]
+            if note["key"] != self._key or self._partial.stat().st_size < note["bytes"]:
+                return None
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if not same:
             return None
         file = self._partial.open("r+b", buffering=MEBIBYTE)
         file.truncate(note["bytes"])
@@ -321,25 +433,6 @@ class Partial:
             ) from error
 
 
-SMALL_BYTES = 32 << 20
-"""Below this, starting processes takes longer than converting."""
-
-DESCRIPTION = """\
-Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,
-every dropped row with its reason, hashes, versions. Finished splits are skipped, a split that was cut short goes on.
-
-  dora-vl prepare pope --from downloads/pope --to records
-  dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
-
-Sources (python -c "help('dora_vl.data.benchmarks.<room>')" says where each one's files are published):
-
-""" + "\n".join(
-    f"  {name:16} {source.summary}"
-    + "".join(f"\n{'':19}--set {option}=...: {text}" for option, text in source.options.items())
-    for name, source in SOURCES.items()
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl prepare`."""
     parser.add_argument("source", metavar="SOURCE", help="one of the list above")
@@ -360,21 +453,23 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with reading(str(arguments.folder)):
         chosen = chosen_splits(arguments)
     for split in chosen:
-        folder = arguments.to / split.task
-        workers = arguments.workers if arguments.workers is not None else default_workers(split)
-        with _alone_in(folder), _progress_bar(split) as progress:
+        folder, size = arguments.to / split.task, sum(path.stat().st_size for path in split.inputs)
+        workers = arguments.workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = 0 if size < SMALL_BYTES or cores == 1 else cores
+        # bytes of the inputs, once for their hash and once for their rows; no bar without a terminal
+        name = f"{split.task}/{split.name}"
+        bar = tqdm(total=2 * size or None, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
+        with _alone_in(folder), bar:
             prepared = prepare_split(
-                split, folder, source=arguments.source, workers=workers, limit=arguments.limit, progress=progress
+                split, folder, source=arguments.source, workers=workers, limit=arguments.limit, progress=bar.update
             )
         yield from summary(prepared)
 
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
-    """The splits that the source finds and the user wants.
-
-    Raises:
-        UserError: no such source, option, folder or split.
-    """
+    """The splits that the source finds and the user wants."""
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(
@@ -383,24 +478,19 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     if not arguments.folder.exists():
         raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
     source = SOURCES[arguments.source]
-    options = _options(arguments.set, list(source.options), arguments.source)
-    find: Callable[[Path, dict[str, str], Path], Iterator[Split]] = getattr(import_module(source.module), source.splits)
-    splits = list(find(arguments.folder, options, arguments.to))
-    if arguments.splits is None:
-        return splits
-    wanted = arguments.splits.split(",")
-    unknown = [name for name in wanted if name not in {split.name for split in splits}]
-    if unknown:
+    options: dict[str, str] = {}
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in source.options:
+            has = f"has the options {', '.join(source.options)}" if source.options else "has no options"
+            raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {arguments.source} {has}")
+        options[name] = value
+    splits = list(source.splits(arguments.folder, options, arguments.to))
+    wanted = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
+    if unknown := set(wanted) - {split.name for split in splits}:
         found = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {shown_text(unknown[0], 60)}: {arguments.folder} has files for {found}")
+        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {found}")
     return [split for split in splits if split.name in wanted]
-
-
-def default_workers(split: Split) -> int:
-    """As many processes as cores, where there is enough to convert."""
-    size = sum(path.stat().st_size for path in split.inputs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if size < SMALL_BYTES or cores == 1 else cores
 
 
 def summary(prepared: Prepared) -> Iterator[str]:
@@ -425,18 +515,7 @@ def summary(prepared: Prepared) -> Iterator[str]:
         yield f"  the publisher's file has {published:,} rows; this one may be another version"
 
 
-def _options(settings: list[str], known: list[str], source: str) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in known:
-            has = f"has the options {', '.join(known)}" if known else "has no options"
-            raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {source} {has}")
-        options[name] = value
-    return options
-
-
-@contextmanager
+@contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".prepare.lock", timeout=0)
     try:
@@ -450,12 +529,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _progress_bar(split: Split) -> Iterator[Progress]:
-    """Bytes of the inputs, once for their hash and once for their rows, with the time left; none without a terminal."""
-    total = 2 * sum(path.stat().st_size for path in split.inputs)
-    label = f"{split.task}/{split.name}"
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc=label, disable=None, leave=False) as bar:
-        yield bar.update

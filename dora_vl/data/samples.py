@@ -1,33 +1,26 @@
-"""Rows of records as samples a backbone can batch; what cannot be used comes back named, not raised."""
+"""Examples as samples that a backbone can batch; what cannot be used is named, and too much of it ends a run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.data.columns import USUAL, Columns, column_lines
-from dora_vl.data.order import TrainFile
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, path_inside
-from dora_vl.data.table import load_table
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS, Conversation, read_conversation
+from dora_vl.data.example import Example, whole_file
+from dora_vl.data.pictures import MediaFolder, path_inside
+from dora_vl.data.table import ExampleTable
 from dora_vl.errors import BadSample, UserError, one_line, shown_text
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
@@ -46,7 +39,7 @@ class TrainedAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
+    """An example in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
 
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
     pictures; `inputs` are a processor's further tensors.
@@ -90,12 +83,12 @@ class Skipped:
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """What the data set reads from: a `datasets.Dataset`, or a list of records."""
+class Examples(Protocol):
+    """What the data set reads from: an `ExampleTable`, or a list."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
+    def __getitem__(self, index: int, /) -> Example | BadSample: ...
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
@@ -104,58 +97,57 @@ def sample_random(seed: int, epoch: int, index: int) -> random.Random:
 
 
 class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Reads and encodes one row at a time, with its images.
+    """Encodes one example at a time, with its pictures.
 
     Args:
-        rows: the records, as `record_table.load_table` gives them.
-        encode: the backbone's tokens and labels of a conversation.
+        examples: conversations, or why a row is none.
+        encode: the backbone's tokens and labels of an example.
         picture: pixels of a picture by its relative path. Raises `BadSample` for a broken one.
         features: a frozen tower's features of a picture by its relative path; give this or `picture`.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        examples: Examples,
         *,
-        encode: Callable[[Conversation], Encoded],
+        encode: Callable[[Example], Encoded],
         picture: Callable[[str], Tensor] | None = None,
         features: Callable[[str], Tensor] | None = None,
     ) -> None:
         if picture is not None and features is not None:
             raise ValueError("give 'picture' or 'features', not both")
-        self._rows = rows
+        self._examples = examples
         self._encode = encode
         self._picture = picture
         self._features = features
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> Sample | Skipped:
-        conversation_id = str(index)
+        example = self._examples[index]
+        if isinstance(example, BadSample):
+            return Skipped(index, example.sample_id, example.reason)
         try:
-            row = self._rows[index]
-            conversation_id = str(row.get("id", index))
-            conversation = read_conversation(row)
-            return self._sample(index, conversation)
+            return self._sample(index, example)
         except BadSample as error:
-            return Skipped(index, conversation_id, error.reason)
+            return Skipped(index, example.id, error.reason)
 
-    def _sample(self, index: int, conversation: Conversation) -> Sample:
-        encoded = self._encode(conversation)
+    def _sample(self, index: int, example: Example) -> Sample:
+        encoded = self._encode(example)
         # The first position has nothing before it to be predicted from, so its label cannot train.
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
-            raise BadSample(conversation.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
+            raise BadSample(example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
         return Sample(
             index=index,
-            id=conversation.id,
+            id=example.id,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            pictures=tuple(self._picture(path) for path in conversation.images) if self._picture else (),
-            features=tuple(self._features(path) for path in conversation.images) if self._features else (),
+            pictures=tuple(map(self._picture, example.images)) if self._picture else (),
+            features=tuple(map(self._features, example.images)) if self._features else (),
             cut_tokens=encoded.cut_tokens,
-            images=conversation.images,
+            images=example.images,
             inputs=encoded.inputs,
             lost_pixels=encoded.lost_pixels,
         )
@@ -264,9 +256,8 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     """One JSON line with id and reason for each bad sample; whole or not at all. Validation's say so (`of`)."""
     lines = [{"id": key, "reason": reason} for key, reason in reasons.items()]
     lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
 
 
 # What is wrong with a run's samples, before any weight is read: their turns, their labels, and whether their files are
@@ -275,7 +266,6 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
 
 MOST = 20_000
 """Rows that are looked at, a few seconds' worth; of more, so many at even distances."""
-AT_ONCE = 1_000
 FIRST = 8
 """Samples whose labels are read before the first step, and of those with pictures so many more."""
 SHOWN, BEFORE = 120, 20
@@ -283,8 +273,7 @@ SHOWN, BEFORE = 120, 20
 
 
 def look_ahead(
-    rows: datasets.Dataset,
-    stored: HeldPictures,
+    table: ExampleTable,
     *,
     pictures: MediaFolder | None,
     videos: MediaFolder | None,
@@ -294,8 +283,7 @@ def look_ahead(
     """Refuses a set of which so many samples cannot be used that a run over it would end for that.
 
     Args:
-        rows: of `record_table.load_table`.
-        stored: pictures that the file holds itself.
+        table: the set.
         pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
         videos: likewise of videos.
         source: the set's name.
@@ -304,15 +292,33 @@ def look_ahead(
         UserError: as `BadSampleLedger.judge`, with the first sample's reason.
     """
     bad: dict[str, str] = {}
-    places = np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(np.int64)
-    for row in _rows(rows if len(places) == len(rows) else rows.select(places)):
+    places = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
+    for example in table if len(places) == len(table) else table.select(places):
         try:
-            _check(row, stored, pictures, videos)
+            if isinstance(example, BadSample):
+                raise example
+            for name in example.images:
+                if pictures is not None and name not in table.stored:
+                    _check_there(pictures, name, "picture", example.id)
+            for clip in example.videos:
+                if videos is not None:
+                    _check_there(videos, clip.path, "video", example.id)
         except BadSample as error:
-            bad[str(row["id"])] = error.reason
-    ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(rows), source=source)
+            bad[error.sample_id] = error.reason
+    ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(table), source=source)
     ledger.carry_over(bad)
     ledger.judge(BadSampleCounts(seen=len(places), bad=len(bad)))
+
+
+def _check_there(root: MediaFolder, name: str, kind: str, sample_id: str) -> None:
+    try:
+        if path_inside(root, name, kind=kind).exists():
+            return
+    except BadSample as error:  # it knows the path alone
+        raise BadSample(sample_id, error.reason) from None
+    except OSError:  # a name that no file system takes
+        pass
+    raise BadSample(sample_id, f"{kind} {name} is missing in {root}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,279 +385,3 @@ def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def _squashed(text: str) -> str:
     return "".join(text.split())
-
-
-def _rows(rows: datasets.Dataset) -> Iterator[Mapping[str, object]]:
-    for start in range(0, len(rows), AT_ONCE):
-        columns = rows[start : start + AT_ONCE]
-        yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def _check(
-    row: Mapping[str, object], stored: HeldPictures, pictures: MediaFolder | None, videos: MediaFolder | None
-) -> None:
-    conversation = read_conversation(row)
-    if pictures is not None:
-        for name in conversation.images:
-            if name not in stored:
-                _find(pictures, name, "picture")
-    if videos is not None:
-        for clip in conversation.videos:
-            _find(videos, clip.path, "video")
-
-
-def _find(root: MediaFolder, name: str, kind: str) -> None:
-    try:
-        there = path_inside(root, name, kind=kind).exists()
-    except OSError:  # a name that no file system takes
-        there = False
-    if not there:
-        raise BadSample(name, f"{kind} {name} is missing in {root}")
-
-
-# The rows that a run trains on and those held out of them: several files, their weights, the split by picture.
-
-
-REFERENCE_SPLIT_SEED = 42
-SAMPLE_COLUMNS = ("id", "images", "video", "conversations", INPUT_CHARACTERS, "problem")
-
-
-@dataclass(frozen=True)
-class SampleRows:
-    """Rows of `record_table.load_table`, and the pictures that their files hold themselves."""
-
-    rows: datasets.Dataset
-    stored: StoredPictures
-
-    @property
-    def samples(self) -> datasets.Dataset:
-        """Only what a sample is made of: a quarter less time for each row than with all columns."""
-        return self.rows.select_columns([*SAMPLE_COLUMNS])
-
-    def ids(self) -> Iterator[str]:
-        """Yields each row's id, in order."""
-        for part in self.rows.select_columns(["id"]).with_format("arrow")[:]["id"].chunks:
-            yield from map(str, part.to_pylist())
-
-    @property
-    def pictures(self) -> list[str]:
-        """Each picture's name once, in order."""
-        return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
-
-    @property
-    def has_pictures(self) -> bool:
-        """Whether any row has a picture."""
-        return self._any("images")
-
-    @property
-    def has_videos(self) -> bool:
-        """Whether any row names a video."""
-        return self._any("video")
-
-    def _any(self, name: str) -> bool:
-        column = self.rows.select_columns([name]).with_format("arrow")[:][name]
-        return any(len(chunk.flatten()) for chunk in column.chunks)
-
-
-def load_rows(
-    path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
-) -> SampleRows:
-    """The samples of one path, the first `limit` of them.
-
-    Raises:
-        UserError: see `record_table.load_table`.
-    """
-    table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
-    rows = table.remove_columns("held_pictures")
-    return SampleRows(rows if limit is None else rows.select(range(min(limit, len(rows)))), StoredPictures([table]))
-
-
-def load_training_rows(
-    files: Sequence[TrainFile],
-    *,
-    limit: int | None = None,
-    share: float = 0.0,
-    seed: int = 0,
-    cache_folder: Path | None = None,
-    columns: Columns = USUAL,
-) -> tuple[SampleRows, SampleRows | None]:
-    """The training samples of all files, and those held out for validation (None with a share of 0).
-
-    Args:
-        limit: only the first so many samples of each file.
-        share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
-        seed: of the split, and of what a weight below 1 leaves out.
-        columns: what the files' columns are.
-
-    Raises:
-        UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
-    """
-    check_weights(files)
-    found = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
-    rows = datasets.concatenate_datasets([one.rows for one in found]) if len(found) > 1 else found[0].rows
-    stored = found[0].stored if len(found) == 1 else StoredPictures.joined([one.stored for one in found])
-    media = (
-        [*images, *(f"video/{clip['path']}" for clip in clips)]
-        for images, clips in zip(rows["images"], rows["video"], strict=True)
-    )
-    held = held_out_places(rows["id"], media, share=share, seed=seed) if share else np.zeros(0, np.int64)
-    kept = np.setdiff1d(np.arange(len(rows)), held)
-    edges = np.cumsum([0, *(len(one.rows) for one in found)])
-    places = [
-        weighted(kept[(kept >= start) & (kept < end)], file, seed=seed)
-        for file, start, end in zip(files, edges[:-1], edges[1:], strict=True)
-    ]
-    trained = np.concatenate(places)
-    if not len(trained):
-        raise UserError("data.train: its weights leave no sample")
-    whole = len(trained) == len(rows) and len(files) == 1 and not share
-    train = SampleRows(rows if whole else rows.select(trained), stored)
-    return train, SampleRows(rows.select(held), stored) if share else None
-
-
-def drawn_out(train: SampleRows, size: int) -> tuple[SampleRows, SampleRows]:
-    """What is left of the samples, in a random order, and `size` of them for validation.
-
-    As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
-
-    Raises:
-        UserError: nothing would be left.
-    """
-    if size >= len(train.rows):
-        raise UserError(f"data.validation_size {size} leaves none of {len(train.rows)} samples")
-    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
-    return SampleRows(parts["train"], train.stored), SampleRows(parts["test"], train.stored)
-
-
-def check_weights(files: Sequence[TrainFile]) -> None:
-    """Raises UserError where there is no file, or a weight that is not above 0."""
-    if not files:
-        raise UserError("data.train names no file")
-    for file in files:
-        if not (math.isfinite(file.weight) and file.weight > 0):
-            raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
-
-
-def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:
-    """The places of one file as often as its weight says, in order; the fraction is chosen by (seed, path)."""
-    times, fraction = divmod(file.weight, 1)
-    digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
-    drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(places)
-    return np.sort(np.concatenate([*[places] * int(times), drawn[: round(fraction * len(places))]]))
-
-
-def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
-    """Places of the samples held out: about `share` of all, and no picture or video on both sides.
-
-    Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
-    Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
-
-    Raises:
-        UserError: the share is not between 0 and 1, or no group is small enough, or nothing is left to train on.
-    """
-    if not 0 < share < 1:
-        raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
-    groups = _groups(
-        [tuple(f"picture/{name}" for name in names) or (f"id/{own}",) for own, names in zip(ids, images, strict=True)]
-    )
-    sizes = Counter(groups)
-    wanted, taken, chosen = max(1, round(share * len(groups))), 0, set[str]()
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
-        if taken + sizes[group] <= wanted:
-            chosen.add(group)
-            taken += sizes[group]
-    if not chosen or taken == len(groups):
-        smallest = min(sizes.values())
-        raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
-            f"together, and the smallest group has {smallest}; set another share, or name a data.validation file"
-        )
-    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
-
-
-def _groups(members: Sequence[tuple[str, ...]]) -> list[str]:
-    """For each sample the name of its group, which is the least of all names in it."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
-    for names in members:
-        for name in names[1:]:
-            first, second = sorted((root(names[0]), root(name)))
-            parent[second] = first
-    return [root(names[0]) for names in members]
-
-
-def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
-    """Lines about a file: name, format, rows, how many cannot be used, what its columns are, and its pictures a row."""
-    formats = [name for name in rows.unique("format") if name is not None]
-    bad = sum(problem is not None for problem in rows["problem"])
-    trouble = f", {bad:,} of them unusable" if bad else ""
-    weight = "" if file.weight == 1 else f", weight {file.weight:g}"
-    first = f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows"
-    return [f"{first}{trouble}{weight}", *column_lines(uses_of(rows)), *_media_lines(rows)]
-
-
-def uses_of(rows: datasets.Dataset) -> list[Mapping[str, str]]:
-    """The roles of the columns of each kind of row; see `record_table.load_table`."""
-    return [json.loads(uses) for uses in rows.unique("columns") if uses is not None]
-
-
-def _media_lines(rows: datasets.Dataset) -> Iterator[str]:
-    table = rows.select_columns(["images", "video"]).with_format("arrow")[:]
-    for name, what in (("images", "pictures"), ("video", "videos")):
-        counts = Counter(pc.call_function("list_value_length", [table[name]]).to_pylist())
-        if name == "images" or set(counts) != {0}:
-            yield f"  {what}: " + ", ".join(f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts))
-
-
-@runtime_checkable
-class QuestionAboutPictures(Protocol):
-    """What is read of a test's question."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-
-    @property
-    def images(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def text(self) -> str: ...  # noqa: D102
-
-
-def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) -> list[tuple[str, str]]:
-    """The ids of a training sample and of the test's question that it holds, for each such sample.
-
-    Args:
-        rows: of `record_table.load_table`; any of a talk's questions counts.
-        questions: pictures named as in `rows`. Those without pictures are left out.
-    """
-    asked = {(tuple(one.images), _words(one.text)): one.id for one in questions if one.images}
-    pictures = {name for names, _ in asked for name in names}
-    found: list[tuple[str, str]] = []
-    for own, images, turns in _rows_about(rows, pictures):
-        keys = [(tuple(images), _words(turn["value"])) for turn in turns if turn["from"] != "gpt"]
-        found += [(own, asked[key]) for key in dict.fromkeys(keys) if key in asked][:1]
-    return found
-
-
-def _rows_about(rows: datasets.Dataset, pictures: set[str]) -> Iterator[tuple[str, list[str], list[dict[str, str]]]]:
-    """Those that have any of these pictures; the column is searched without making objects of it."""
-    names = rows.select_columns(["images"]).with_format("arrow")[:]["images"].combine_chunks()
-    known = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pa.array(sorted(pictures), pa.string())))
-    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(known, bool)]
-    about = rows.select(np.unique(places))
-    yield from zip(about["id"], about["images"], about["conversations"], strict=True)
-
-
-def _words(text: str) -> str:
-    return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
-
-
-def overlap_warning(found: Sequence[tuple[str, str]], train: str, test: str) -> str:
-    """One line that counts and names them."""
-    examples = "; ".join(f"{ours} is {theirs} there" for ours, theirs in found[:3])
-    return one_line(f"{len(found):,} training samples of {train} are asked again in {test}: {examples}")

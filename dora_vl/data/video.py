@@ -7,6 +7,7 @@ file is read by a fresh process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -37,9 +38,6 @@ from dora_vl.data.video_backends import (
 )
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
 from dora_vl.errors import BadSample, UserError
-
-# Which moments of a video are looked at: n of them, one every so often, or the ones named. Pure arithmetic.
-
 
 VALUE_PERIOD_SECONDS = 1.5
 """The VALUE benchmark's video features: ffmpeg's `fps=1/1.5`."""
@@ -91,16 +89,20 @@ class AtSeconds:
 Sampling: TypeAlias = Uniform | EverySeconds | AtSeconds
 
 
+class OutsideClip(ValueError):
+    """A named moment that is not in the clip; the message says which."""
+
+
 def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
     """The moments to look at, in seconds, in order; all lie between `start` and `end`.
 
     Raises:
-        ValueError: a named moment lies outside; it says which.
+        OutsideClip: a named moment lies outside.
     """
     if isinstance(sampling, AtSeconds):
         outside = [seconds for seconds in sampling.seconds if not start <= seconds <= end]
         if outside:
-            raise ValueError(f"there is nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
+            raise OutsideClip(f"there is nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
         return sorted(sampling.seconds)
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
@@ -116,19 +118,12 @@ def _middles(start: float, end: float, parts: int) -> list[float]:
 
 
 def clip_span(path: str, start: float | None, end: float | None, *, duration: float) -> tuple[float, float]:
-    """The part of a video that a clip means: its own times, as far as the video goes.
-
-    Raises:
-        BadSample: nothing of it is in the video.
-    """
+    """The part of a video that a clip means: its own times, as far as the video goes."""
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
         raise BadSample(path, f"video {path} lasts {duration:.2f} s; it has no part from {stated}")
     return first, last
-
-
-# What is wanted of a video file, and its frames as they come from a decoder, in whatever process that runs.
 
 
 READY = "ready"
@@ -172,21 +167,12 @@ class Decoded:
     span: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of one file."""
-
-    path: str
-    clip: Clip
-    sampling: Sampling
+Request: TypeAlias = tuple[str, Clip, Sampling]
+"""A file, the part of it, and which frames."""
 
 
 def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there, of a format that is read, and not cut off.
-
-    Raises:
-        BadSample: it is none of these.
-    """
+    """The clip's file, inside `root`, there, of a format that is read, and not cut off."""
     path = path_inside(root, clip.path, kind="video")
     try:
         check_whole_video(path)
@@ -208,27 +194,21 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
         BackendMissing, Unreadable: the backend cannot; another one might.
         BadSample: the file has no such part, or is over a limit, whoever reads it.
     """
+    path, clip, sampling = request
     try:
-        yield from _decode(request, backend)
+        with open_video(backend, path) as video:
+            start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
+            indices = video.locate(moments(sampling, start=start, end=end))
+            for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
+                refuse_size(pixels.shape[1], pixels.shape[0])
+                yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
+    except OutsideClip as error:
+        raise BadSample(clip.path, f"video {clip.path}: {error}") from None
     except OverLimit as error:
-        raise BadSample(request.clip.path, f"video {request.clip.path} {error}") from None
+        raise BadSample(clip.path, f"video {clip.path} {error}") from None
     except NotWhole as error:
         again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
-        raise BadSample(request.clip.path, f"video {request.clip.path} {error}; {again}") from None
-
-
-def _decode(request: Request, backend: str) -> Iterator[Decoded]:
-    clip = request.clip
-    with open_video(backend, request.path) as video:
-        start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
-        try:
-            wanted = moments(request.sampling, start=start, end=end)
-        except ValueError as error:
-            raise BadSample(clip.path, f"video {clip.path}: {error}") from None
-        indices = video.locate(wanted)
-        for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
-            refuse_size(pixels.shape[1], pixels.shape[0])
-            yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
+        raise BadSample(clip.path, f"video {clip.path} {error}; {again}") from None
 
 
 def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
@@ -243,23 +223,18 @@ def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
 
 def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
     """The frames together, each turned into what is kept of it as it comes."""
-    kept: list[Kept] = []
-    taken: list[tuple[int, float]] = []
-    last: Decoded | None = None
+    pictures: list[Kept] = []
+    indices: list[int] = []
+    seconds: list[float] = []
+    frame: Decoded | None = None
     for frame in frames:
-        kept.append(prepare(Image.fromarray(frame.pixels)))
-        taken.append((frame.index, frame.seconds))
-        last = frame
-    if last is None:  # every sampling has a moment, and every moment a frame
+        pictures.append(prepare(Image.fromarray(frame.pixels)))
+        indices.append(frame.index)
+        seconds.append(frame.seconds)
+    if frame is None:  # every sampling has a moment, and every moment a frame
         raise Unreadable("it gave no frame")
     return Frames(
-        pictures=tuple(kept),
-        indices=tuple(index for index, _ in taken),
-        seconds=tuple(seconds for _, seconds in taken),
-        backend=last.backend,
-        duration=last.duration,
-        count=last.count,
-        span=last.span,
+        tuple(pictures), tuple(indices), tuple(seconds), frame.backend, frame.duration, frame.count, frame.span
     )
 
 
@@ -271,13 +246,8 @@ START_SECONDS = 300.0  # for the process and its library: torch alone takes a mi
 def read_frames(
     root: Path | MediaFolder, clip: Clip, sampling: Sampling, *, backends: Sequence[str] = tuple(BACKENDS)
 ) -> Frames[Image.Image]:
-    """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others.
-
-    Raises:
-        BadSample: no backend can read the file, or it has no such part; each backend's reason is named.
-        UserError: no backend is installed.
-    """
-    request = Request(str(clip_path(root, clip)), clip, sampling)
+    """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others."""
+    request = str(clip_path(root, clip)), clip, sampling
     reasons: dict[str, Exception] = {}
     for backend in backends:
         try:
@@ -320,17 +290,11 @@ class VideoReader:
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory.
 
-        Args:
-            root: the folder that the clip's path is relative to.
-            clip: the file, or a part of it.
-            sampling: which frames.
-            prepare: what is kept of each frame.
-
         Raises:
             BadSample: no backend can read the file in time, or it has no such part.
             UserError: no backend is installed.
         """
-        request = Request(str(clip_path(root, clip)), clip, sampling)
+        request = str(clip_path(root, clip)), clip, sampling
         reasons: dict[str, Exception] = dict(self._missing)
         for backend in self._backends:
             if backend in self._missing:
@@ -378,7 +342,7 @@ class VideoReader:
         if self._process is None or self._process.poll() is not None or self._connection is None:
             self.close()
             self._connection, theirs = Pipe()
-            command = [sys.executable, "-m", "dora_vl.data.video", str(theirs.fileno())]
+            command = [sys.executable, "-c", CHILD, str(theirs.fileno())]
             packages = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
                 command,
@@ -426,10 +390,12 @@ class VideoReader:
 
 # The process behind `VideoReader`: decodes one file after the other and sends the frames back.
 #
-# Started as `python -m dora_vl.data.video FD`; the descriptor is one end of a pipe. It ends with its parent, and
+# Started with a descriptor, one end of a pipe. It ends with its parent, and
 # by itself when a file takes too long, even where the decoder's C code hangs and the parent is gone.
 
 
+# Not `python -m`: under the name `__main__` the classes would be others than those that the parent sends.
+CHILD = "import sys; from dora_vl.data.video import serve_descriptor; serve_descriptor(int(sys.argv[1]))"
 SPARE_SECONDS = 5.0  # the parent's own clock comes first
 STATM = Path("/proc/self/statm")  # its sixth number: pages of data (proc(5))
 
@@ -468,8 +434,7 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-if __name__ == "__main__":
-    try:
-        serve(Connection(int(sys.argv[1])))
-    except BrokenPipeError:
-        sys.exit(0)
+def serve_descriptor(descriptor: int) -> None:
+    """Serves at one end of a pipe; the other may be closed at any time."""
+    with contextlib.suppress(BrokenPipeError):
+        serve(Connection(descriptor))

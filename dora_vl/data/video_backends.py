@@ -7,13 +7,14 @@ libraries and a build that fits torch); that is said and the next one is tried.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,7 +24,10 @@ from dora_vl.data.video_containers import STREAMS, NotWhole, container_of
 
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
 ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
-WHOLE_FROM_ITS_START = {4: b"ftyp", 0: b"\x1a\x45\xdf\xa3"}  # where MP4 and MOV, Matroska and WebM have their marks
+
+
+Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]
+"""When it begins, in seconds from the first frame, and its RGB pixels."""
 
 
 class BackendMissing(Exception):
@@ -50,33 +54,34 @@ def refuse_many(count: int) -> None:
         raise OverLimit(f"has more than {VIDEO_FRAMES:,} frames, and no video of so many is read")
 
 
-class OpenVideo(Protocol):
+class OpenVideo(ABC):
     """One video that a library has opened; times are in seconds from the first frame."""
 
-    @property
-    def duration(self) -> float:
-        """When the last frame ends."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """How many frames it has."""
-        ...
+    duration: float
+    """When the last frame ends."""
+    count: int
+    """How many frames it has."""
+    begins: Sequence[float] = ()
+    """When each of them begins, where the library tells."""
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
-        """The frames that are shown at these moments, by their place in the order of showing."""
-        ...
+        """The frames that are shown at these moments, by their place in the order of showing, without repeats."""
+        return list(dict.fromkeys(max(0, self.shown_at(moment + ROUNDING_SECONDS)) for moment in seconds))
 
-    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
-        """When each frame begins, and its RGB pixels, for ascending indices without repeats."""
-        ...
+    def shown_at(self, moment: float) -> int:
+        """The last frame that begins by then."""
+        return bisect_right(self.begins, moment) - 1
 
+    @abstractmethod
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """These frames, for ascending indices without repeats."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives its memory and file back."""
-        ...
 
 
-class DecordVideo:
+class DecordVideo(OpenVideo):
     """decord2, the maintained build of decord, read from the first frame on.
 
     It never seeks: decord takes a key frame's place in the file for its place in the order of showing, so that in
@@ -84,36 +89,32 @@ class DecordVideo:
     """
 
     def __init__(self, path: str) -> None:
-        self._decord = _imported(LIBRARIES["decord"])
+        self._decord = import_backend("decord")
         self._errors = (self._decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration)
         self._path = path
-        if not _is_whole_from_its_start(path):
+        if container_of(Path(path)) not in ("mov", "matroska"):
             raise Unreadable("it is no MP4, MOV, Matroska or WebM, in which alone decord finds the first frame")
         self._open()
         refuse_many(len(self._reader))
         with _named(*self._errors):
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
-        self._begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
-        self.count = len(self._begins)
-        self.duration = _end_of(self._begins, stated=float(times[-1, 1] - times[0, 0]))
+        self.begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
+        self.count = len(self.begins)
+        self.duration = _end_of(self.begins, stated=float(times[-1, 1] - times[0, 0]))
 
     def _open(self) -> None:
         with _named(*self._errors):
             self._reader = self._decord.VideoReader(self._path, num_threads=1)
         self._position = 0  # of the frame that comes next
 
-    def locate(self, seconds: Sequence[float]) -> list[int]:
-        """See `OpenVideo`."""
-        return _shown_at(self._begins, seconds)
-
-    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """See `OpenVideo`."""
         for index in indices:
             if index < self._position:
                 self._open()
             while self._position < index:
                 self._next()
-            yield self._begins[index], self._next().asnumpy()
+            yield self.begins[index], self._next().asnumpy()
 
     def _next(self) -> Any:
         with _named(*self._errors):
@@ -126,11 +127,11 @@ class DecordVideo:
         del self._reader
 
 
-class TorchcodecVideo:
+class TorchcodecVideo(OpenVideo):
     """torchcodec. It has no table of the frames' times, so places are guessed from the mean rate and corrected."""
 
     def __init__(self, path: str) -> None:
-        decoders = _imported(LIBRARIES["torchcodec"])
+        decoders = import_backend("torchcodec")
         self._decoded: dict[int, Any] = {}
         with _named(RuntimeError, ValueError):
             self._decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
@@ -143,17 +144,13 @@ class TorchcodecVideo:
         if not self.count:
             raise Unreadable("it holds no frame")
 
-    def locate(self, seconds: Sequence[float]) -> list[int]:
-        """See `OpenVideo`."""
-        places: list[int] = []
-        for moment in (asked + ROUNDING_SECONDS for asked in seconds):
-            guess = min(int(moment / self.duration * self.count), self.count - 1) if self.duration else 0
-            begin, end = self._begin(guess), self._begin(guess + 1)
-            if not begin <= moment < end:
-                low, high = (guess, self.count) if moment >= end else (0, guess)
-                guess = max(0, bisect_right(range(self.count), moment, low, high, key=self._begin) - 1)
-            places.append(guess)
-        return _without_repeats(places)
+    def shown_at(self, moment: float) -> int:
+        """The last frame that begins by then."""
+        guess = min(int(moment / self.duration * self.count), self.count - 1) if self.duration else 0
+        if self._begin(guess) <= moment < self._begin(guess + 1):
+            return guess
+        low, high = (guess, self.count) if moment >= self._begin(guess + 1) else (0, guess)
+        return bisect_right(range(self.count), moment, low, high, key=self._begin) - 1
 
     def _begin(self, index: int) -> float:
         return float("inf") if index >= self.count else self._frame(index).pts_seconds - self._first
@@ -164,7 +161,7 @@ class TorchcodecVideo:
                 self._decoded[index] = self._decoder.get_frame_at(index)
         return self._decoded[index]
 
-    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """See `OpenVideo`."""
         for index in indices:
             yield self._begin(index), self._frame(index).data.numpy()
@@ -175,11 +172,11 @@ class TorchcodecVideo:
         del self._decoder
 
 
-class PyavVideo:
+class PyavVideo(OpenVideo):
     """PyAV, with FFmpeg in its wheel."""
 
     def __init__(self, path: str) -> None:
-        self._av = _imported(LIBRARIES["pyav"])
+        self._av = import_backend("pyav")
         self._path = path
         self._open()
         shown: list[tuple[int, int]] = []  # times and durations alone: the packets are the whole file
@@ -193,7 +190,7 @@ class PyavVideo:
                     refuse_many(len(shown))
         if not shown:
             raise Unreadable("it holds no frame")
-        shown.sort(key=lambda one: one[0])
+        shown.sort()
         self._keys.sort()
         if self._format in STREAMS and not self._ends_whole():
             raise NotWhole("is cut off: its last picture is not whole")
@@ -201,9 +198,9 @@ class PyavVideo:
             del self._keys[1:]
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
-        self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
-        self.count = len(self._begins)
-        self.duration = _end_of(self._begins, stated=self._begins[-1] + shown[-1][1] * self._tick)
+        self.begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
+        self.count = len(self.begins)
+        self.duration = _end_of(self.begins, stated=self.begins[-1] + shown[-1][1] * self._tick)
 
     def _ends_whole(self) -> bool:
         """Whether the last picture can be decoded without a fault, from the last key frame but one on."""
@@ -235,11 +232,7 @@ class PyavVideo:
         with _named(self._av.error.FFmpegError, ValueError, EOFError):
             yield
 
-    def locate(self, seconds: Sequence[float]) -> list[int]:
-        """See `OpenVideo`."""
-        return _shown_at(self._begins, seconds)
-
-    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """See `OpenVideo`."""
         decoded: Iterator[Any] = iter(())
         position = None
@@ -248,7 +241,7 @@ class PyavVideo:
             key = self._keys[max(0, bisect_right(self._keys, wanted) - 1)] if self._keys else wanted
             if position is None or key > position:
                 decoded = self._decoded_from(key)
-            yield self._begins[index], self._next(decoded, wanted)
+            yield self.begins[index], self._next(decoded, wanted)
             position = wanted
 
     def _decoded_from(self, key: int) -> Iterator[Any]:
@@ -300,13 +293,17 @@ LIBRARIES = {"pyav": "av", "torchcodec": "torchcodec.decoders", "decord": "decor
 """The module to import for each."""
 
 
-def import_backend(backend: str) -> None:
+def import_backend(backend: str) -> Any:
     """Imports a backend's library, which can take seconds, before anything is timed.
 
     Raises:
         BackendMissing: it cannot be imported.
     """
-    _imported(LIBRARIES[backend])
+    try:
+        return import_module(LIBRARIES[backend])
+    # torchcodec raises RuntimeError or OSError where FFmpeg's libraries are missing or its build does not fit torch.
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendMissing(_one_line(error)) from None
 
 
 @contextmanager
@@ -322,20 +319,6 @@ def open_video(backend: str, path: str) -> Iterator[OpenVideo]:
         yield video
     finally:
         video.close()
-
-
-def _is_whole_from_its_start(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        head = file.read(8)
-    return any(head[place:].startswith(mark) for place, mark in WHOLE_FROM_ITS_START.items())
-
-
-def _imported(name: str) -> Any:
-    try:
-        return import_module(name)
-    # torchcodec raises RuntimeError or OSError where FFmpeg's libraries are missing or its build does not fit torch.
-    except (ImportError, OSError, RuntimeError) as error:
-        raise BackendMissing(_one_line(error)) from None
 
 
 @contextmanager
@@ -356,11 +339,3 @@ def _end_of(begins: Sequence[float], *, stated: float) -> float:
     if stated > begins[-1]:
         return stated
     return begins[-1] + (begins[-1] - begins[-2] if len(begins) > 1 else 0.0)
-
-
-def _shown_at(begins: Sequence[float], seconds: Sequence[float]) -> list[int]:
-    return _without_repeats(max(0, bisect_right(begins, moment + ROUNDING_SECONDS) - 1) for moment in seconds)
-
-
-def _without_repeats(indices: Iterator[int] | Sequence[int]) -> list[int]:
-    return list(dict.fromkeys(indices))

@@ -1,31 +1,49 @@
-"""Questions put to a model by all processes of a launch, each a share, able to go on after a stop."""
+"""The one way to ask a model: questions, what they show, and a table of predictions that goes on after a stop."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from math import isnan
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.data.pictures import MediaFolder
-from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Asked
+from dora_vl.backbones.base import Features, max_positions
+from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers
+from dora_vl.backbones.video_inputs import Video
+from dora_vl.data.example import Clip, Example
+from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_picture
+from dora_vl.data.samples import Sample, Skipped
+from dora_vl.data.video import Sampling, Uniform
+from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names, shown_text
 from dora_vl.evaluation.predictions import (
+    PREDICTIONS,
+    Prediction,
+    Predictions,
     PredictionsFile,
     cut_broken_tail,
-    file_sha256,
     read_predictions,
     same_settings,
     settings_file,
     write_in_order,
 )
-from dora_vl.evaluation.questions import EvaluationSet, Question
-from dora_vl.evaluation.scores.benchmark import FRAMES
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown, model_inputs
+from dora_vl.evaluation.questions import Question, outputs_of
 from dora_vl.training.launch import (
     leave_process_group,
     on_first_rank,
@@ -33,8 +51,247 @@ from dora_vl.training.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
+from dora_vl.training.run_media import VideoReading
+from dora_vl.training.watching import SIDE, tiled
 
-PREDICTIONS = "predictions.jsonl"
+log = logging.getLogger(__name__)
+
+Write = Callable[[str], object]
+By = Literal["generation", "letters", "outputs"]
+
+# What a question shows.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaReader:
+    """Reads what questions show; it may be sent to data workers.
+
+    Attributes:
+        folder: root of the pictures.
+        videos: which frames of a video, and from which root.
+        features: a picture's stored features by its path; None opens the picture.
+        stored: pictures that a data file holds itself.
+    """
+
+    folder: Path | MediaFolder
+    videos: VideoReading
+    features: Callable[[str], Tensor] | None = None
+    stored: HeldPictures | None = None
+
+    def read(self, question: Question) -> Shown:
+        """Everything that a question shows.
+
+        Raises:
+            BadSample: a picture or a video is missing or broken.
+        """
+        videos = tuple(self.videos.read(question.videos))
+        if self.features is not None:
+            return Shown(features=tuple(self.features(path) for path in question.images), videos=videos)
+        pictures = tuple(open_picture(self.folder, path, self.stored) for path in question.images)
+        return Shown(pictures=pictures, videos=videos)
+
+    def frames(self, clip: Clip, sampling: Sampling) -> Video:
+        """The frames of a clip, picked in another way than `videos` says."""
+        return self.videos.reader.read(self.videos.folder, clip, sampling)
+
+    def picture(self, question: Question) -> Image.Image:
+        """One picture of all that a question shows, up to four of its pictures or frames, for people to look at.
+
+        Raises:
+            BadSample: as `read`; or it shows nothing.
+        """
+        pictures = [open_picture(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
+        frames = [frame for clip in question.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
+        if not pictures and not frames:
+            raise BadSample(question.id, "it shows nothing")
+        return tiled(pictures or frames)
+
+    def close(self) -> None:
+        """Ends the decoder's process."""
+        self.videos.reader.close()
+
+
+def media_reader(folder: Path | MediaFolder, *, frames: int, one_length: bool = False) -> MediaReader:
+    """Reads pictures and so many frames of a video below one folder.
+
+    Args:
+        one_length: shorter videos show some of their frames again.
+    """
+    videos = VideoReading(folder=folder, sampling=Uniform(frames), frames=frames if one_length else None)
+    return MediaReader(folder=folder, videos=videos)
+
+
+def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting: str) -> None:
+    """Refuses a picture folder that is none, or holds not one of the pictures; before any model is loaded.
+
+    Args:
+        of: what the pictures belong to, for the message.
+        setting: what names the folder, for the message.
+
+    Raises:
+        UserError: it says how many pictures were looked for, and the first.
+    """
+    if not folder.is_dir():
+        raise UserError(f"picture folder {folder} does not exist; set {setting}")
+    names = list(dict.fromkeys(images))
+    if names and not any_is_there(names, folder):
+        raise UserError(
+            f"{f'{of}: ' if of else ''}not one of {len(names)} pictures is in {folder}, first {shown(names[0])}; set "
+            f"{setting} to the folder that their paths start from"
+        )
+
+
+# Asking: a model, questions, and the predictions that come of them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How questions are answered.
+
+    Attributes:
+        batch_size: questions at once.
+        max_new_tokens: longest answer.
+        workers: processes that read pictures ahead; 0 reads them in this one.
+        by: what the model says, or of the question's choices the likeliest letter, or of the outputs that its last
+            line admits the likeliest one.
+        task: of a VL-BART, the trained task by name; "" tells it by the question's form.
+        letters: a VL-BART's choice is given as its letter, not as its label.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 64
+    workers: int = 0
+    by: By = "generation"
+    task: str = ""
+    letters: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A question about a video as a model is asked it, and what it looks at.
+
+    Attributes:
+        as_pictures: the model takes no videos; the frames are so many pictures to it.
+    """
+
+    example: Example
+    clip: Clip
+    sampling: Sampling
+    as_pictures: bool = False
+
+
+@runtime_checkable
+class Asker(Protocol):
+    """A model, ready to be asked."""
+
+    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+        """The answer to one question about these pictures or videos; `write` receives it piece by piece.
+
+        Raises:
+            UserError: it cannot be put to this model.
+        """
+        ...
+
+    def predict(
+        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+    ) -> Iterator[list[Prediction]]:
+        """Every question's prediction, batch by batch, in an order of the model's own; none is left out."""
+        ...
+
+    def logits(
+        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+    ) -> Float[Tensor, "tokens vocab"]:
+        """At the places that predict an answer's tokens; none where the answer cannot stand there."""
+        ...
+
+    def view(self, example: Example, *, frames: int) -> View:
+        """What this model looks at of an example's video; `frames` of it where nothing else was trained.
+
+        Raises:
+            UserError: no such question can be put to it.
+        """
+        ...
+
+
+def ask(
+    model: Asker,
+    questions: Sequence[Question],
+    media: MediaReader,
+    decoding: Decoding,
+    *,
+    path: Path | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Predictions:
+    """Answers every question that the file has no prediction for, and appends the answers to it, batch by batch.
+
+    Args:
+        path: receives a line for each answer; what could not be asked gets none, so that the next run asks it again.
+        settings: what the answers depend on; earlier ones with other settings are not taken, without any none is.
+
+    Raises:
+        UserError: the model's scores were no numbers for some questions, which have no line in the file either. Those
+            that it can answer are answered first; it ends after `batch_size` in a row that it cannot.
+    """
+    started = time.monotonic()
+    failed: dict[str, str] = {}
+    without_numbers: list[str] = []
+    in_a_row = 0
+    with PredictionsFile(path, settings) as file:
+        todo = [question for question in questions if question.id not in file.done]
+        before = len(questions) - len(todo)
+        if before:
+            log.info("%d of %d questions were answered by an earlier run", before, len(questions))
+        with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
+            for rows in model.predict(todo, media, decoding):
+                for row in rows:
+                    if not row.error:
+                        file.add(row)
+                        in_a_row = 0
+                    elif row.error == NO_NUMBERS:
+                        without_numbers.append(row.id)
+                        in_a_row += 1
+                    else:
+                        _note_failure(row, failed)
+                file.flush()
+                progress.update(len(rows))
+                if in_a_row >= min(decoding.batch_size, len(todo)):
+                    break
+        rows = [file.done[question.id] for question in questions if question.id in file.done]
+    if without_numbers:
+        raise UserError(f"question {shown_names(without_numbers)}: {NO_NUMBERS}")
+    if cut := [row for row in rows if row.cut_tokens]:
+        log.warning(
+            "%d texts were cut, such as that of %s by %d tokens", len(cut), shown_text(cut[0].id), cut[0].cut_tokens
+        )
+    return Predictions(rows=rows, failed=failed, answered_before=before, seconds=time.monotonic() - started)
+
+
+WARNED_FAILURES = 20  # more are counted, and named in metrics.json
+
+
+def _note_failure(row: Prediction, failed: dict[str, str]) -> None:
+    failed[row.id] = row.error
+    if len(failed) <= WARNED_FAILURES:
+        log.warning("question %s could not be asked: %s", shown_text(row.id), one_line(row.error))
+
+
+def prediction(question: Question, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
+    """A question with its answer, or why it has none."""
+    return Prediction(
+        id=question.id,
+        images=list(question.images),
+        question=question.text,
+        truth=question.truth,
+        prediction="" if answer is None else answer.strip(),
+        kind=question.kind,
+        error=error or (NO_NUMBERS if answer is None else ""),
+        cut_tokens=cut_tokens,
+    )
+
+
+# By all processes of a launch, each a share.
+
+
 PART = "predictions.part-{}.jsonl"
 LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for the others
 
@@ -58,64 +315,19 @@ def joined_launch() -> Iterator[None]:
         leave_process_group()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How a benchmark is put to a model.
-
-    Attributes:
-        folder: receives `predictions.jsonl`.
-        pictures: root of the examples' pictures and videos, and how they are read.
-        sha256: what tells the model's answers from others', by what was hashed (`model_source.hashes`).
-        batch_size: questions at once.
-        max_new_tokens: longest answer.
-        workers: processes that read pictures ahead.
-        frames: how many frames of a video a model is shown that was not trained to see certain ones.
-        by_likelihood: of choices the likeliest letter is taken, instead of what is generated.
-        sample: digest of a sample with exchanged pictures; "" where the questions are as their file has them.
-
-    Raises:
-        UserError: no folder of pictures.
-    """
-
-    folder: Path
-    pictures: Path | MediaFolder
-    batch_size: int
-    max_new_tokens: int
-    workers: int = 0
-    frames: int = FRAMES
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    by_likelihood: bool = False
-    sample: str = ""
-
-    def __post_init__(self) -> None:
-        if not MediaFolder.of(self.pictures).root.is_dir():
-            raise UserError(f"picture folder {self.pictures} does not exist; name the pictures' root with --images")
-
-    def settings(self, one: EvaluationSet) -> dict[str, object]:
-        """What any model's answers depend on."""
-        return {
-            **{f"{name}_sha256": digest for name, digest in self.sha256.items()},
-            "questions_sha256": file_sha256(one.file),
-            "images": str(MediaFolder.of(self.pictures).root.resolve()),
-            "max_new_tokens": self.max_new_tokens,
-            **({"exchanged": self.sample} if self.sample else {}),
-        }
-
-
-Share = Callable[[Sequence[Question], PredictionsFile], dict[str, str]]
-"""Answers questions into a file; the reason for each that could not be asked, by id."""
-
-
-def ask(questions: Sequence[Question], answer_share: Share, *, folder: Path, settings: Mapping[str, object]) -> Asked:
+def ask_together(
+    model: Asker,
+    questions: Sequence[Question],
+    media: MediaReader,
+    decoding: Decoding,
+    *,
+    folder: Path,
+    settings: Mapping[str, object],
+) -> Predictions:
     """Answers every question; every process of a launch calls it and gets all answers.
 
     Each process writes a part beside `predictions.jsonl`; the first joins them, also those of an earlier run that was
-    stopped, whatever its number of processes.
-
-    Args:
-        answer_share: how this process answers its share, such as `predict` with its model.
-        folder: receives `predictions.jsonl`, in the questions' order.
-        settings: what the answers depend on; earlier ones with other settings are not taken.
+    stopped, whatever its number of processes. The file has the questions' order.
     """
     whole, order = folder / PREDICTIONS, [question.id for question in questions]
     on_first_rank(partial(_join_parts, folder, settings, order))
@@ -123,14 +335,15 @@ def ask(questions: Sequence[Question], answer_share: Share, *, folder: Path, set
     before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
-    with PredictionsFile(folder / PART.format(rank), settings) as part:
-        failed = answer_share(share, part)
-    failed = _from_all_ranks(failed, ranks)
+    failures: list[Mapping[str, str]] = [{}] * ranks
+    failures[rank] = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings).failed
+    if ranks > 1:
+        torch.distributed.all_gather_object(failures, failures[rank])
     on_first_rank(partial(_join_parts, folder, settings, order))
     done = read_predictions(whole)
     wait_for_everyone()
-    answers = {name: done[name].prediction for name in order if name in done}
-    return Asked(answers=answers, failed=failed, answered_before=before)
+    failed = {name: reason for part in failures for name, reason in part.items()}
+    return Predictions(rows=[done[name] for name in order if name in done], failed=failed, answered_before=before)
 
 
 def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[str]) -> None:
@@ -147,9 +360,236 @@ def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[st
         settings_file(part).unlink(missing_ok=True)
 
 
-def _from_all_ranks(failed: dict[str, str], ranks: int) -> dict[str, str]:
-    if ranks == 1:
-        return failed
-    parts: list[dict[str, str]] = [{} for _ in range(ranks)]
-    torch.distributed.all_gather_object(parts, failed)
-    return {name: reason for part in parts for name, reason in part.items()}
+# A decoder.
+
+
+class TextStreamer(BaseStreamer):
+    """Hands on an answer's text as its tokens come, never half a character."""
+
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
+        self._decode = decode
+        self._write = write
+        self._ids: list[int] = []
+        self._written = ""
+
+    def put(self, value: Tensor) -> None:
+        """Takes the next token; generate's first call brings the prompt's ids, of which embeddings have none."""
+        self._ids += value.flatten().tolist()
+        text = self._decode(self._ids)
+        if not text.endswith(NOT_YET_A_CHARACTER):
+            self._hand_on(text)
+
+    def end(self) -> None:
+        """Hands on what is left."""
+        self._hand_on(self._decode(self._ids))
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > len(self._written):
+            self._write(text[len(self._written) :])
+            self._written = text
+
+
+def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, sample_id: str) -> None:
+    """Sees that a prompt leaves room for the longest answer.
+
+    Args:
+        positions: what the model takes of both together; None: no end.
+
+    Raises:
+        BadSample: it does not; both numbers are named.
+    """
+    if positions is not None and prompt_tokens + max_new_tokens > positions:
+        raise BadSample(
+            sample_id,
+            f"its prompt takes {prompt_tokens} tokens and its answer up to {max_new_tokens}, but the model has "
+            f"{positions} positions; shorten it, or allow a shorter answer",
+        )
+
+
+@dataclass(frozen=True)
+class QuestionSamples(Dataset["Sample | Skipped"]):
+    """Questions as samples without labels; what cannot be asked comes back as `Skipped`."""
+
+    questions: Sequence[Question]
+    prompts: EncoderPrompts
+    media: MediaReader
+    max_new_tokens: int
+    positions: int | None
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        question = self.questions[index]
+        try:
+            sample = self.prompts.sample(question.turns, self.media.read(question))
+            check_room(len(sample.input_ids), self.max_new_tokens, self.positions, question.id)
+            return replace(sample, index=index, id=question.id)
+        except BadSample as error:
+            return Skipped(index, question.id, error.reason)
+
+    def collate(self, items: list[Sample | Skipped]) -> tuple[list[int], list[Skipped], Mapping[str, Any] | None]:
+        """The places of the rows, what is skipped, and the batch; None where nothing of it can be asked."""
+        samples = [item for item in items if isinstance(item, Sample)]
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        batch = self.prompts.collate(samples, "left") if samples else None
+        return [sample.index for sample in samples], skipped, batch
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A decoder with what turns words and pictures into its inputs; an `Asker`.
+
+    Attributes:
+        backbone: its `generate` gives the new ids of left-padded prompts, its forward `Features`, both from what
+            `prompts` makes.
+        while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
+            to save, as the tensors of inference mode are.
+    """
+
+    backbone: Any
+    prompts: EncoderPrompts
+    while_training: bool = False
+
+    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+        """See `Asker.answer`."""
+        try:
+            sample = self.prompts.sample(question.turns, seen)
+            check_room(len(sample.input_ids), max_new_tokens, self.positions, "question")
+        except BadSample as error:
+            raise UserError(f"the question cannot be put to this model: {error.reason}") from error
+        streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
+        batch = self.prompts.collate([sample], "left")
+        text = self._text(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
+        if text is None:
+            raise NoNumbers
+        return text
+
+    def view(self, example: Example, *, frames: int) -> View:
+        """See `Asker.view`: so many frames of the example's own clip."""
+        if example.video is None:
+            raise ValueError(f"example {example.id} has no video")
+        as_pictures = self.prompts.frames_are_pictures
+        return View(example=example, clip=example.video, sampling=Uniform(frames), as_pictures=as_pictures)
+
+    def predict(
+        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+    ) -> Iterator[list[Prediction]]:
+        """See `Asker.predict`: the longest prompts first.
+
+        If memory is short, that shows at once, and the time left is never underestimated.
+        """
+        longest_first = sorted(questions, key=_length, reverse=True)
+        if decoding.by != "generation":
+            yield from self._likeliest(longest_first, media, decoding)
+            return
+        samples = QuestionSamples(longest_first, self.prompts, media, decoding.max_new_tokens, self.positions)
+        loader = DataLoader(
+            samples, batch_size=decoding.batch_size, collate_fn=samples.collate, num_workers=decoding.workers
+        )
+        for places, skipped, batch in loader:
+            texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
+            answered = [prediction(longest_first[place], text) for place, text in zip(places, texts, strict=True)]
+            yield answered + [prediction(longest_first[item.index], None, item.reason) for item in skipped]
+
+    def _likeliest(
+        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+    ) -> Iterator[list[Prediction]]:
+        """The likeliest of each question's texts, with what closes an answer; of equals the first."""
+        rows: list[Sample] = []
+        batch: list[tuple[Question, list[str]]] = []
+        for question in questions:
+            try:
+                texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
+                seen = media.read(question)
+                samples = [self.prompts.with_answer(question.turns, seen, text) for text in texts]
+                check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, question.id)
+            except BadSample as error:
+                yield [prediction(question, None, error.reason)]
+                continue
+            if rows and len(rows) + len(samples) > decoding.batch_size:
+                yield self._chosen(batch, rows, decoding.batch_size)
+                rows, batch = [], []
+            rows += samples
+            batch.append((question, texts))
+        if batch:
+            yield self._chosen(batch, rows, decoding.batch_size)
+
+    def _chosen(
+        self, batch: Sequence[tuple[Question, list[str]]], rows: Sequence[Sample], batch_size: int
+    ) -> list[Prediction]:
+        parts = [self.log_likelihoods(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        scores = iter(torch.cat(parts).tolist())
+        chosen: list[Prediction] = []
+        for question, texts in batch:
+            own = [next(scores) for _ in texts]
+            chosen.append(prediction(question, None if any(map(isnan, own)) else texts[own.index(max(own))]))
+        return chosen
+
+    def _text(self, ids: Int[Tensor, " new"]) -> str | None:
+        """An answer's ids as text; None where the model's scores were no numbers."""
+        return None if NO_TOKEN in ids.tolist() else self.prompts.decode(ids)
+
+    @property
+    def positions(self) -> int | None:
+        """What the model takes of a prompt and its answer together."""
+        return max_positions(self.backbone.config)
+
+    def new_ids(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Int[Tensor, "batch new"]:
+        """The ids that the model adds to left-padded prompts, greedily unless `options` of generate say otherwise."""
+        inputs = model_inputs(batch, self.device)
+        named = {"streamer": streamer, "options": options}
+        more = {name: value for name, value in named.items() if value is not None}
+        with torch.no_grad() if self.while_training else torch.inference_mode():
+            return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
+
+    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str | None]:
+        """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
+        return [self._text(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
+
+    @torch.inference_mode()
+    def labelled(self, samples: Sequence[Sample]) -> Features:
+        """What the model makes of samples at the places that predict their labelled tokens."""
+        batch = self.prompts.collate(samples, "right")
+        return self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+
+    @torch.inference_mode()
+    def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
+        """The log-likelihood of each sample's labelled tokens behind what stands before them."""
+        features = self.labelled(samples)
+        each = features.logits.float().log_softmax(-1).gather(1, features.targets.unsqueeze(1)).squeeze(1)
+        return torch.zeros(len(samples), device=each.device).index_add_(0, features.rows, each).cpu()
+
+    def logits(
+        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+    ) -> Float[Tensor, "tokens vocab"]:
+        """See `Asker.logits`; an empty answer has none."""
+        try:
+            sample = self.prompts.with_answer(question.turns, media.read(question), answer)
+        except BadSample:
+            return torch.zeros(0, 1)
+        return self.labelled([sample]).logits.float().cpu()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        module: nn.Module = self.backbone
+        return next(module.parameters()).device
+
+
+def _length(question: Question) -> tuple[int, int, int]:
+    return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)
+
+
+def _letters(question: Question) -> list[str]:
+    choices = 0 if question.example is None else len(question.example.choices)
+    if not 0 < choices <= len(ascii_uppercase):
+        raise BadSample(question.id, f"it has {choices} choices; letters are chosen among 1 to {len(ascii_uppercase)}")
+    return [*ascii_uppercase[:choices]]

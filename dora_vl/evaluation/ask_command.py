@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.asking import (
-    add_options,
-    answer_typed,
-    files_of,
-    open_model,
-    open_picture,
-    print_answers,
-    write_piece,
-)
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.errors import BadSample, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dora_vl.data.example import Clip
     from dora_vl.data.turns import Turn
-    from dora_vl.data.video import Frames, Sampling, VideoReader
-    from dora_vl.evaluation.asker import Asker, Opened
+    from dora_vl.data.video import Frames, VideoReader
+    from dora_vl.evaluation.ask import Asker
+    from dora_vl.evaluation.open_model import Opened
 
 DESCRIPTION = """\
 Asks a model about pictures or videos of your own.
@@ -41,6 +36,8 @@ PICTURE_COMMAND = ":image "
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
 """Options that are about one of the two kinds alone, with their defaults."""
+_WEB = re.compile(r"(https?):/+(.*)")
+"""An address; as a path it has one slash less."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     add_picture_options(parser)
     add_video_options(parser)
+
+
+def add_options(to: argparse.ArgumentParser) -> None:
+    """The options that every asking script has."""
+    to.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
+    to.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
+    to.add_argument(
+        "--question", action="append", default=[], help='may be given several times; "" asks a VL-BART for a caption'
+    )
+    to.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
+    to.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
+    )
+    to.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    add_model_options(to)
+
+
+def add_model_options(to: argparse.ArgumentParser) -> None:
+    """The options that say more of the model, wherever one is asked."""
+    to.add_argument("--base", help="where the base model is, if it moved since training")
+    to.add_argument("--any-base", action="store_true", help="accepts another base or vision tower than in training")
+    to.add_argument(
+        "--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json (model.template)"
+    )
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
@@ -114,45 +139,106 @@ def ask_script(
     answer(parser.parse_args(arguments))
 
 
-def ask_about_pictures(options: argparse.Namespace) -> None:
-    """Opens the pictures and the model, then answers; without a question it asks for some."""
-    topics = read_topics(files_of(options.image, "picture"), together=options.together)  # before the model loads
-    opened = open_model(options)
-    if not options.question:
-        talk(opened, topics, options)
-    for question in options.question:
-        ask_topics(opened, topics, question, options)
+def files_of(names: Sequence[str], kind: str) -> list[Path]:
+    """The files that names and patterns (`*`, `?`, `[...]`) stand for; a shell that was kept from it did not ask.
+
+    Raises:
+        UserError: a pattern without a file.
+    """
+    paths: list[Path] = []
+    for name in names:
+        if Path(name).exists() or "://" in name or not glob.has_magic(name):
+            paths.append(Path(name))
+            continue
+        matched = sorted(glob.glob(name))  # noqa: PTH207 - a Path globs no absolute pattern
+        if not matched:
+            raise UserError(f"no {kind} matches {name}")
+        paths += map(Path, matched)
+    return paths
 
 
-def ask_about_videos(options: argparse.Namespace) -> None:
-    """Opens the videos and the model, then answers; without a question it asks for some."""
-    paths = files_of(options.video, "video")
-    for path in paths:
-        if not path.is_file():  # shows before the model loads
-            raise UserError(f"video {path} is missing")
-    from dora_vl.data.video import VideoReader
+def open_picture(path: Path) -> Image:
+    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once.
 
-    opened = open_model(options)
-    with VideoReader() as reader:
-        clips = ClipReader(reader)
+    Raises:
+        UserError: it is missing or no picture, or an address on the web.
+    """
+    if address := _WEB.match(str(path)):
+        raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
+    try:
+        return open_image(MediaFolder(path.parent, follow_links=True), path.name)
+    except BadSample as error:
+        raise UserError(error.reason) from error
 
-        def ask(question: str) -> None:
-            for path in paths:
-                ask_clip(opened, clips, path, question, options)
 
-        for question in options.question:
-            ask(question)
-        if not options.question:
-            answer_typed(ask, hint="Type a question, or an empty line to leave.")
+def opened_by(options: argparse.Namespace) -> Opened:
+    """The model that the options name, and its base where they ask for it."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
+    if options.adapter is None and options.strength != 1:
+        raise UserError("--strength is about an adapter; name one with --adapter")
+    from dora_vl.core.strength import checked_strength
+    from dora_vl.evaluation.open_model import Wanted, open_model
+
+    return open_model(
+        Wanted(
+            adapter=options.adapter,
+            model=options.model,
+            base=options.base,
+            any_base=options.any_base,
+            with_base=options.compare_base,
+            template=options.template,
+            strength=checked_strength(options.strength),
+        )
+    )
+
+
+def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
+    """Prints the answer while it is made, and the one without the adapter under it; returns both, by speaker.
+
+    Args:
+        answer: gives the answer of a speaker's model, and writes it with `write_piece` as it comes.
+    """
+    speakers: list[tuple[str, Asker]] = [("with adapter", opened.adapted)]
+    if opened.base is not None:
+        speakers.append(("without adapter", opened.base))
+    answers: dict[str, str] = {}
+    for speaker, asker in speakers:
+        print(f"  {speaker + ':':17s}" if len(speakers) > 1 else "  ", end="", flush=True)
+        answers[speaker] = answer(speaker, asker)
+        print("" if answers[speaker] else "(the model ended its answer at once)", flush=True)
+    return answers
+
+
+def write_piece(text: str) -> None:
+    """Shows the next piece of an answer at once."""
+    print(text, end="", flush=True)
+
+
+def answer_typed(answer: Callable[[str], object], *, hint: str) -> None:
+    """Answers typed questions until an empty line or the end of input; a mistake in one ends nothing."""
+    print(hint)
+    while True:
+        try:
+            line = input("question> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            return
+        try:
+            answer(line)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """Pictures that are asked about in one prompt, and what has been said about them, by each model."""
+    """Pictures that are asked about in one prompt, and the talk about them so far, by each model."""
 
     names: tuple[str, ...]
     pictures: tuple[Image, ...]
-    said: dict[str, list[Turn]] = field(default_factory=dict)
+    talks: dict[str, list[Turn]] = field(default_factory=dict)
 
 
 def read_topics(paths: Sequence[Path], *, together: bool) -> list[Topic]:
@@ -163,96 +249,103 @@ def read_topics(paths: Sequence[Path], *, together: bool) -> list[Topic]:
     return [Topic(names=(name,), pictures=(picture,)) for name, picture in named]
 
 
-def prompt(topic: Topic, speaker: str, question: str) -> list[Turn]:
-    """What this model has been told about the topic, then the question; the pictures stand in the first turn."""
-    from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-
-    if IMAGE_PLACEHOLDER in question:
-        raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
-    earlier = topic.said.get(speaker, [])
-    text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
-    return [*earlier, Turn("user", text)]
-
-
-def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
-    """Puts one question to one topic."""
-    from dora_vl.data.turns import Turn
-
-    def answer(speaker: str, asker: Asker) -> str:
-        turns = prompt(topic, speaker, question)
-        return asker.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
-
-    for speaker, said in print_answers(opened, answer).items():
-        if conversation and said:
-            topic.said[speaker] = [*prompt(topic, speaker, question), Turn("assistant", said)]
-
-
-def talk(opened: Opened, topics: list[Topic], options: argparse.Namespace) -> None:
-    """Answers typed questions, and opens the pictures that are typed between them."""
+def ask_about_pictures(options: argparse.Namespace) -> None:
+    """Opens the pictures and the model, then answers; without a question it asks for some."""
+    topics = read_topics(files_of(options.image, "picture"), together=options.together)  # before the model loads
+    opened = opened_by(options)
 
     def answer(line: str) -> None:
         if line.startswith(PICTURE_COMMAND):
             topics[:] = read_topics(files_of([line.removeprefix(PICTURE_COMMAND).strip()], "picture"), together=False)
-        else:
-            ask_topics(opened, topics, line, options)
+            return
+        for topic in topics:
+            if len(topics) > 1 or options.question:
+                print(f"{', '.join(topic.names)}  {line}".strip())
+            ask_topic(opened, topic, line, max_new_tokens=options.max_new_tokens, conversation=options.conversation)
 
-    hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
-    answer_typed(answer, hint=hint)
-
-
-def ask_topics(opened: Opened, topics: Sequence[Topic], question: str, options: argparse.Namespace) -> None:
-    """Puts one question to every topic."""
-    for topic in topics:
-        if len(topics) > 1 or options.question:
-            print(f"{', '.join(topic.names)}  {question}".strip())
-        ask_topic(
-            opened,
-            topic,
-            question,
-            max_new_tokens=options.max_new_tokens,
-            conversation=options.conversation,
-        )
+    if not options.question:
+        hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
+        answer_typed(answer, hint=hint)
+    for question in options.question:
+        answer(question)
 
 
-@dataclass
-class ClipReader:
-    """The frames of videos, each read once for every part and way of picking that is asked for."""
+def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
+    """Puts one question to one topic; the pictures stand in the first turn."""
+    from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.questions import Question
 
-    reader: VideoReader
-    _read: dict[tuple[Path, Clip, Sampling], Frames[Image]] = field(default_factory=dict)
+    if IMAGE_PLACEHOLDER in question:
+        raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
+    prompts: dict[str, list[Turn]] = {}
 
-    def frames(self, path: Path, clip: Clip, sampling: Sampling) -> Frames[Image]:
-        """The frames of a part of a file.
+    def answer(speaker: str, asker: Asker) -> str:
+        earlier = topic.talks.get(speaker, [])
+        text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
+        turns = prompts[speaker] = [*earlier, Turn("user", text)]
+        asked, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
+        return asker.answer(asked, seen, max_new_tokens=max_new_tokens, write=write_piece)
 
-        Raises:
-            UserError: it cannot be read.
-        """
-        wanted = path, clip, sampling
-        if wanted not in self._read:
-            self._read[wanted] = self.reader.read(path.parent, clip, sampling)
-        return self._read[wanted]
+    for speaker, text in print_answers(opened, answer).items():
+        if conversation and text:
+            topic.talks[speaker] = [*prompts[speaker], Turn("assistant", text)]
 
 
-def ask_clip(opened: Opened, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
-    """Puts one question to one video."""
+def ask_about_videos(options: argparse.Namespace) -> None:
+    """Opens the videos and the model, then answers; without a question it asks for some."""
+    paths = files_of(options.video, "video")
+    for path in paths:
+        if not path.is_file():  # shows before the model loads
+            raise UserError(f"video {path} is missing")
+    from dora_vl.data.video import VideoReader
+
+    opened = opened_by(options)
+    frames_of: dict[object, Frames[Image]] = {}
+    with VideoReader() as reader:
+
+        def answer(question: str) -> None:
+            for path in paths:
+                ask_clip(opened, reader, path, question, options, frames_of)
+
+        for question in options.question:
+            answer(question)
+        if not options.question:
+            answer_typed(answer, hint="Type a question, or an empty line to leave.")
+
+
+def ask_clip(
+    opened: Opened,
+    reader: VideoReader,
+    path: Path,
+    question: str,
+    options: argparse.Namespace,
+    frames_of: dict[object, Frames[Image]],
+) -> None:
+    """Puts one question to one video; `frames_of` keeps what was read, for every part and way of picking."""
     from dora_vl.data.example import Clip, Example, Subtitle
-    from dora_vl.evaluation.asker import Shown
+    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.questions import as_question
+    from dora_vl.evaluation.scores.prompts import about_video
 
     example = Example(
         id="question",
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
-        video=Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),
+        videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
     )
     view = opened.adapted.view(example, frames=options.frames)
-    frames = clips.frames(path, view.clip, view.sampling)
+    key = path, view.clip, view.sampling
+    if key not in frames_of:
+        frames_of[key] = reader.read(path.parent, view.clip, view.sampling)
+    frames = frames_of[key]
     what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
     times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
     print(f"{path} ({times}, {frames.backend})  {question}")
 
     def answer(_: str, asker: Asker) -> str:
-        seen = Shown(videos=(frames,))
-        return asker.answer_example(view.example, seen, max_new_tokens=options.max_new_tokens, write=write_piece)
+        asked = as_question(view.example, about_video)
+        return asker.answer(asked, Shown(videos=(frames,)), max_new_tokens=options.max_new_tokens, write=write_piece)
 
     print_answers(opened, answer)

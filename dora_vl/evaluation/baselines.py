@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
-from dora_vl.data.example import MIDDLE_FRAME, Clip, Example, clip_fields
+from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
 from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
 
@@ -185,7 +185,7 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
         sample += group if len(sample) + len(group) <= MOST_EXCHANGED else []
     by_shape: defaultdict[tuple[int, int], dict[Media, Example]] = defaultdict(dict)
     for example in sample:
-        by_shape[len(example.images), len(example.clips)].setdefault(_media(example), example)
+        by_shape[len(example.images), len(example.videos)].setdefault(_media(example), example)
     other: dict[Media, Example] = {}
     for shown in by_shape.values():
         following = [*shown.values()][1:] + [*shown.values()][:1]
@@ -195,22 +195,20 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
 
 def digest(examples: Sequence[Example]) -> str:
     """Tells one exchanged sample from another."""
-    pairs = [(one.id, one.images, [repr(clip) for clip in one.clips]) for one in examples]
+    pairs = [(one.id, one.images, [repr(clip) for clip in one.videos]) for one in examples]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _media(example: Example) -> Media:
-    return example.images, example.clips
+    return example.images, example.videos
 
 
 def _shows(example: Example) -> bool:
-    return bool(example.images or example.clips)
+    return bool(example.images or example.videos)
 
 
 def _showing(example: Example, other: Example) -> Example:
     """The example with what another shows."""
     extra = {name: value for name, value in example.extra.items() if name != MIDDLE_FRAME}
     frame = {MIDDLE_FRAME: other.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in other.extra else {}
-    return replace(
-        example, images=other.images, **{"video": None, "videos": (), **clip_fields(other.clips)}, extra=extra | frame
-    )
+    return replace(example, images=other.images, videos=other.videos, extra=extra | frame)

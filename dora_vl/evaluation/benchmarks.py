@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.scores import caption, commonsense, exact, llava, prompts, video, vqa
-from dora_vl.evaluation.scores import vqa as gqa
-from dora_vl.evaluation.scores import vqa as nlvr2
-from dora_vl.evaluation.scores import vqa as textvqa
-from dora_vl.evaluation.scores import vqa as vizwiz
 from dora_vl.evaluation.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
 from dora_vl.evaluation.scores.exact import SCORINGS
 from dora_vl.evaluation.scores.prompts import Prompt
@@ -35,9 +31,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "exact_match": exact.BENCHMARK,
     "vqav2": vqa.VQA,
     "vqav2_karpathy": vqa.KARPATHY,
-    "gqa": gqa.GQA,
-    "vizwiz": vizwiz.VIZWIZ,
-    "textvqa": textvqa.TEXTVQA,
+    "gqa": vqa.GQA,
+    "vizwiz": vqa.VIZWIZ,
+    "textvqa": vqa.TEXTVQA,
     "scienceqa": llava.SCIENCEQA,
     "pope": llava.POPE,
     "mmbench": llava.MMBENCH,
@@ -46,8 +42,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "seed": llava.SEED,
     "llava_bench": llava.LLAVA_BENCH,
     "mmvet": llava.MMVET,
-    "nlvr": nlvr2.NLVR,
-    "nlvr2": nlvr2.NLVR2,
+    "nlvr": vqa.NLVR,
+    "nlvr2": vqa.NLVR2,
     "coco_caption": caption.COCO,
     "tvqa": video.TVQA,
     "how2qa": video.HOW2QA,
@@ -89,18 +85,6 @@ class Found:
     file: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnBenchmark:
-    """What a benchmark's YAML says."""
-
-    name: str
-    scoring: str
-    file: str | None = None
-    prompt: str | None = None
-    max_new_tokens: int = SHORT_ANSWER_TOKENS
-    frames: int = FRAMES
-
-
 def find_benchmark(wanted: str) -> Found:
     """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`.
 
@@ -134,51 +118,57 @@ def _loaded(point: EntryPoint) -> Benchmark:
     return found
 
 
+OWN: Mapping[str, tuple[type, Any]] = {
+    "name": (str, None),
+    "scoring": (str, None),
+    "file": (str, None),
+    "prompt": (str, None),
+    "max_new_tokens": (int, SHORT_ANSWER_TOKENS),
+    "frames": (int, FRAMES),
+}
+"""What a benchmark's YAML may say: its type, and what it is without."""
+
+
 def read_own(path: Path) -> Found:
     """The benchmark of a YAML file.
 
     Raises:
         UserError: no such file, or it says something else than it may.
     """
-    own = _own(_mapping(path), path)
-    for key, value, known in (("scoring", own.scoring, SCORINGS), ("prompt", own.prompt, PROMPTS)):
-        if value is not None and value not in known:
-            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
-    if not NAME.fullmatch(own.name) or own.name in BENCHMARKS:
-        raise UserError(f"{path}: name {shown(own.name)} is taken, or not of letters, digits, _ and - alone")
-    for key, number in (("max_new_tokens", own.max_new_tokens), ("frames", own.frames)):
-        if number < 1:
-            raise UserError(f"{path}: {key} is {shown(number)}; at least 1 is needed")
-    benchmark = Benchmark(
-        modes={"": SCORINGS[own.scoring]},
-        prompt=PROMPTS[own.prompt or USUAL_PROMPTS.get(own.scoring, "short")],
-        max_new_tokens=own.max_new_tokens,
-        chooses=own.scoring == CHOICE,
-        together=caption.clip_of if own.scoring == CAPTION else None,
-        shares_answers=own.scoring == CAPTION,
-        frames=own.frames,
-    )
-    return Found(name=own.name, benchmark=benchmark, file=None if own.file is None else path.parent / own.file)
-
-
-def _mapping(path: Path) -> Mapping[Any, Any]:
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
-    return content
-
-
-def _own(content: Mapping[Any, Any], path: Path) -> OwnBenchmark:
-    known = [one.name for one in fields(OwnBenchmark)]
-    strange = [key for key in content if key not in known]
-    if strange:
-        raise UserError(f"{path}: unknown setting {shown(strange[0])}; there are {', '.join(known)}")
+    for key, value in content.items():
+        _check(key, value, path)
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
-    kinds = get_type_hints(OwnBenchmark)
-    for key, value in content.items():
-        allowed = get_args(kinds[key]) or (kinds[key],)
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            wanted = "a whole number" if int in allowed else "text"
-            raise UserError(f"{path}: {key} must be {wanted}, it is {shown(value)}")
-    return OwnBenchmark(**content)
+    own = {key: content.get(key, default) for key, (_, default) in OWN.items()}
+    if not NAME.fullmatch(own["name"]) or own["name"] in BENCHMARKS:
+        raise UserError(f"{path}: name {shown(own['name'])} is taken, or not of letters, digits, _ and - alone")
+    scoring = own["scoring"]
+    benchmark = Benchmark(
+        modes={"": SCORINGS[scoring]},
+        prompt=PROMPTS[own["prompt"] or USUAL_PROMPTS.get(scoring, "short")],
+        max_new_tokens=own["max_new_tokens"],
+        chooses=scoring == CHOICE,
+        together=caption.clip_of if scoring == CAPTION else None,
+        shares_answers=scoring == CAPTION,
+        frames=own["frames"],
+    )
+    return Found(name=own["name"], benchmark=benchmark, file=own["file"] and path.parent / own["file"])
+
+
+def _check(key: object, value: object, path: Path) -> None:
+    if key not in OWN:
+        raise UserError(f"{path}: unknown setting {shown(key)}; there are {', '.join(OWN)}")
+    if value is None and key in ("file", "prompt"):
+        return
+    kind = OWN[str(key)][0]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = "a whole number" if kind is int else "text"
+        raise UserError(f"{path}: {key} must be {wanted}, it is {shown(value)}")
+    if isinstance(value, int) and value < 1:
+        raise UserError(f"{path}: {key} is {shown(value)}; at least 1 is needed")
+    known = {"scoring": SCORINGS, "prompt": PROMPTS}.get(str(key))
+    if known is not None and value not in known:
+        raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")

@@ -9,59 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dora_vl.adapters.adapter import versions
 from dora_vl.adapters.merge import CERTIFICATES
-from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.predict import predict
-from dora_vl.evaluation.predictions import PredictionsFile
+from dora_vl.errors import UserError
+from dora_vl.evaluation.ask import Asker, Decoding, MediaReader, ask
 from dora_vl.evaluation.questions import Question
 from dora_vl.training.run_folder import write_json
 
-Logits = Float[Tensor, "tokens vocab"]
-
-
-@runtime_checkable
-class Witness(Protocol):
-    """A model as a certificate asks it."""
-
-    def answers(self, questions: Sequence[Question], probe: Probe, path: Path) -> tuple[dict[str, str], dict[str, str]]:
-        """Its own answers by id, and why others have none; `path` is a file that may be written meanwhile."""
-        ...
-
-    def logits(self, question: Question, answer: str, media: MediaReader) -> Logits:
-        """At the places that predict an answer's tokens; none where the answer cannot stand there."""
-        ...
-
-
-Open = Callable[[], Witness]
+Open = Callable[[], Asker]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What is put to each model.
-
-    Attributes:
-        media: reads what the questions show.
-        max_new_tokens: longest answer.
-        batch_size: questions at once.
-    """
-
-    questions: Sequence[Question]
-    media: MediaReader
-    max_new_tokens: int
-    batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
+class Comparison:
     """One model beside the reference on one question.
 
     Attributes:
@@ -75,20 +37,6 @@ class Compared:
     tokens: int
     agreeing: int
     largest_difference: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """One question with every model's answer; `others` by the model's name."""
-
-    question: Question
-    answer: str
-    others: Mapping[str, Compared]
-
-    @property
-    def differs(self) -> bool:
-        """Whether any model's answer is another than the reference's."""
-        return any(one.answer != self.answer for one in self.others.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,39 +55,53 @@ class Certificate:
 
     Attributes:
         reference: the name of the model that the others are held to.
+        questions: those that were asked.
+        answers: the reference's, in the same order.
+        others: each other model's comparisons, by its name, in the same order.
         most_different: the largest share of questions whose answers may differ.
         failed: the reason for each question that could not be asked, by id.
     """
 
     reference: str
-    answered: Sequence[Answered]
+    questions: Sequence[Question]
+    answers: Sequence[str]
+    others: Mapping[str, Sequence[Comparison]]
     most_different: float
     failed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summaries(self) -> dict[str, Summary]:
         """Each other model's, by its name."""
-        names = self.answered[0].others
-        return {name: self._summary(name) for name in names}
+        return {
+            name: Summary(
+                different_answers=sum(one.answer != own for one, own in zip(rows, self.answers, strict=True)),
+                tokens=sum(one.tokens for one in rows),
+                agreeing_tokens=sum(one.agreeing for one in rows),
+                largest_logit_difference=max(one.largest_difference for one in rows),
+            )
+            for name, rows in self.others.items()
+        }
 
-    def _summary(self, name: str) -> Summary:
-        found = [one.others[name] for one in self.answered]
-        return Summary(
-            different_answers=sum(one.answer != one.others[name].answer for one in self.answered),
-            tokens=sum(one.tokens for one in found),
-            agreeing_tokens=sum(one.agreeing for one in found),
-            largest_logit_difference=max(one.largest_difference for one in found),
-        )
+    @property
+    def worst(self) -> int:
+        """The most answers of any model that differ."""
+        return max(one.different_answers for one in self.summaries.values())
 
     @property
     def passed(self) -> bool:
         """Whether no model's answers differ on more questions than may."""
-        most = self.most_different * len(self.answered)
-        return all(one.different_answers <= most for one in self.summaries.values())
+        return self.worst <= self.most_different * len(self.questions)
 
 
 def certify(
-    reference: tuple[str, Open], others: Mapping[str, Open], probe: Probe, *, most_different: float, scratch: Path
+    reference: tuple[str, Open],
+    others: Mapping[str, Open],
+    questions: Sequence[Question],
+    media: MediaReader,
+    decoding: Decoding,
+    *,
+    most_different: float,
+    scratch: Path,
 ) -> Certificate:
     """Puts the questions to each model, one model in memory at a time.
 
@@ -152,86 +114,63 @@ def certify(
         UserError: not one question can be asked, or a model has another vocabulary.
     """
     name, open_reference = reference
-    answers, failed = _of_reference(open_reference(), probe, scratch)
-    if not answers:
-        raise UserError(f"not one of {len(probe.questions)} questions can be asked; the first: {_first(failed)}")
-    asked = [question for question in probe.questions if question.id in answers]
+    model = open_reference()
+    predictions = ask(model, questions, media, decoding)
+    if not predictions.rows:
+        raise UserError(f"not one of {len(questions)} questions can be asked; the first: {_first(predictions.failed)}")
+    asked = [question for question in questions if question.id in predictions.answers]
+    answers = [predictions.answers[question.id] for question in asked]
+    for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        torch.save(model.logits(question, answer, media, decoding), scratch / f"{number}.pt")
+    del model
     compared = {
-        other: _of_other(other, open_other(), asked, answers, probe, scratch) for other, open_other in others.items()
+        other: _compared(other, open_other(), asked, answers, media, decoding, scratch)
+        for other, open_other in others.items()
     }
-    answered = [
-        Answered(
-            question=question,
-            answer=answers[question.id],
-            others={other: found[question.id] for other, found in compared.items()},
-        )
-        for question in asked
-    ]
-    return Certificate(reference=name, answered=answered, most_different=most_different, failed=failed)
+    return Certificate(
+        reference=name,
+        questions=asked,
+        answers=answers,
+        others=compared,
+        most_different=most_different,
+        failed=predictions.failed,
+    )
 
 
 def _first(failed: Mapping[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in failed.items()), "none was given")
 
 
-def _of_reference(witness: Witness, probe: Probe, scratch: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Its answers by id and why others have none; their logits go into the folder."""
-    answers, failed = witness.answers(probe.questions, probe, scratch / "reference.jsonl")
-    for question in probe.questions:
-        if question.id in answers:
-            torch.save(witness.logits(question, answers[question.id], probe.media), _file(scratch, question, probe))
-    return answers, failed
-
-
-def _of_other(
-    name: str, witness: Witness, asked: Sequence[Question], answers: Mapping[str, str], probe: Probe, scratch: Path
-) -> dict[str, Compared]:
-    own, failed = witness.answers(asked, probe, scratch / f"{name}.jsonl")
-    if failed:
-        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(failed)}")
-    found: dict[str, Compared] = {}
-    for question in asked:
-        theirs = witness.logits(question, answers[question.id], probe.media)
-        ours = torch.load(_file(scratch, question, probe), weights_only=True)
-        if theirs.shape != ours.shape:
+def _compared(
+    name: str,
+    model: Asker,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    media: MediaReader,
+    decoding: Decoding,
+    scratch: Path,
+) -> list[Comparison]:
+    own = ask(model, questions, media, decoding)
+    if own.failed:
+        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(own.failed)}")
+    rows: list[Comparison] = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        logits = model.logits(question, answer, media, decoding)
+        expected = torch.load(scratch / f"{number}.pt", weights_only=True)
+        if logits.shape != expected.shape:
             raise UserError(
-                f"the {name} model gives logits {list(theirs.shape)} for the answer to {question.id}, the other "
-                f"{list(ours.shape)}; its vocabulary or its prompt is another"
+                f"the {name} model gives logits {list(logits.shape)} for the answer to {question.id}, the other "
+                f"{list(expected.shape)}; its vocabulary or its prompt is another"
             )
-        found[question.id] = Compared(
-            answer=own[question.id],
-            tokens=len(ours),
-            agreeing=int((theirs.argmax(-1) == ours.argmax(-1)).sum()),
-            largest_difference=float((theirs - ours).abs().max()) if len(ours) else 0.0,
+        rows.append(
+            Comparison(
+                answer=own.answers[question.id],
+                tokens=len(expected),
+                agreeing=int((logits.argmax(-1) == expected.argmax(-1)).sum()),
+                largest_difference=float((logits - expected).abs().max()) if len(expected) else 0.0,
+            )
         )
-    return found
-
-
-def _file(scratch: Path, question: Question, probe: Probe) -> Path:
-    """Where a question's logits are; ids may be no file names."""
-    return scratch / f"{probe.questions.index(question)}.pt"
-
-
-@dataclass(frozen=True)
-class ChatWitness:
-    """A model that answers chats."""
-
-    assistant: Assistant
-
-    def answers(self, questions: Sequence[Question], probe: Probe, path: Path) -> tuple[dict[str, str], dict[str, str]]:
-        """See `Witness.answers`."""
-        decoding = self.assistant.decoding(batch_size=probe.batch_size, max_new_tokens=probe.max_new_tokens)
-        with PredictionsFile(path, {}) as file:
-            failed = predict(self.assistant, questions, media=probe.media, file=file, decoding=decoding)
-            return {name: one.prediction for name, one in file.done.items()}, failed
-
-    def logits(self, question: Question, answer: str, media: MediaReader) -> Logits:
-        """See `Witness.logits`; an empty answer has none."""
-        try:
-            sample = self.assistant.prompts.with_answer(question.turns, media.read(question), answer)
-        except BadSample:
-            return torch.zeros(0, 1)
-        return self.assistant.labelled([sample]).logits.float().cpu()
+    return rows
 
 
 # A certificate beside the weights that it is about: `certificate.json`, and `certificate.md` for people.
@@ -248,66 +187,66 @@ def write_certificate(certificate: Certificate, folder: Path, about: Mapping[str
     Args:
         about: what was compared and how the questions were put, as JSON values.
     """
-    write_json(folder / JSON_FILE, _content(certificate, about))
-    (folder / TEXT_FILE).write_text("\n".join(_text(certificate, about)) + "\n", encoding="utf-8")
-
-
-def _content(certificate: Certificate, about: Mapping[str, object]) -> dict[str, Any]:
-    return {
+    answers = [
+        {
+            "id": question.id,
+            "question": question.text,
+            "images": list(question.images),
+            "truth": question.truth,
+            certificate.reference: answer,
+            **{name: asdict(rows[number]) for name, rows in certificate.others.items()},
+        }
+        for number, (question, answer) in enumerate(zip(certificate.questions, certificate.answers, strict=True))
+    ]
+    content = {
         **about,
         "reference": certificate.reference,
         "passed": certificate.passed,
         "most_different": certificate.most_different,
-        "n": len(certificate.answered),
+        "n": len(certificate.questions),
         "models": {name: asdict(one) for name, one in certificate.summaries.items()},
         "failed_questions": dict(certificate.failed),
-        "answers": [_entry(certificate.reference, one) for one in certificate.answered],
+        "answers": answers,
         "versions": versions(),
     }
-
-
-def _entry(reference: str, one: Answered) -> dict[str, Any]:
-    return {
-        "id": one.question.id,
-        "question": one.question.text,
-        "images": list(one.question.images),
-        "truth": one.question.truth,
-        reference: one.answer,
-        **{name: asdict(other) for name, other in one.others.items()},
-    }
+    write_json(folder / JSON_FILE, content)
+    (folder / TEXT_FILE).write_text("\n".join(_text(certificate, about)) + "\n", encoding="utf-8")
 
 
 def table(certificate: Certificate) -> list[str]:
     """The lines that are printed: a row for each model."""
-    n = len(certificate.answered)
-    rows = [("model", f"answers of {n} that differ", "tokens alike", "largest logit difference")]
-    rows += [(name, *_cells(one)) for name, one in certificate.summaries.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    head = ("model", f"answers of {len(certificate.questions)} that differ", "tokens alike", "largest logit difference")
+    rows = [head, *_model_rows(certificate)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _cells(one: Summary) -> tuple[str, str, str]:
-    alike = f"{one.agreeing_tokens} of {one.tokens}"
-    return str(one.different_answers), alike, f"{one.largest_logit_difference:.2g}"
+def _model_rows(certificate: Certificate) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            str(one.different_answers),
+            f"{one.agreeing_tokens} of {one.tokens}",
+            f"{one.largest_logit_difference:.2g}",
+        )
+        for name, one in certificate.summaries.items()
+    ]
 
 
 def verdict(certificate: Certificate) -> str:
     """Whether it passed, in one line."""
-    n, most = len(certificate.answered), certificate.most_different
-    worst = max(one.different_answers for one in certificate.summaries.values())
-    said = f"{worst} of {n} answers differ ({worst / n:.1%}), {most:.1%} may"
+    n, worst = len(certificate.questions), certificate.worst
+    counts = f"{worst} of {n} answers differ ({worst / n:.1%}), {certificate.most_different:.1%} may"
     if certificate.passed:
-        return f"passed: {said}"
-    return f"FAILED: {said}; weights of a wider number type lose less to rounding, and --most-different allows more"
+        return f"passed: {counts}"
+    return f"FAILED: {counts}; weights of a wider number type lose less to rounding, and --most-different allows more"
 
 
 def _text(certificate: Certificate, about: Mapping[str, object]) -> Iterator[str]:
-    reference, names = certificate.reference, list(certificate.summaries)
-    yield f"# {' and '.join(names)} beside {reference}"
-    yield from ("", verdict(certificate), "")
+    reference, names = certificate.reference, list(certificate.others)
+    yield from (f"# {' and '.join(names)} beside {reference}", "", verdict(certificate), "")
     yield from _rows(
-        ["model", "answers that differ", "tokens alike", "largest logit difference"],
-        [[name, *_cells(one)] for name, one in certificate.summaries.items()],
+        ["model", "answers that differ", "tokens alike", "largest logit difference"], _model_rows(certificate)
     )
     explained = (
         f"Each model answers greedily. Then all are shown the answers of {reference}, token by token: tokens alike are "
@@ -316,32 +255,23 @@ def _text(certificate: Certificate, about: Mapping[str, object]) -> Iterator[str
     yield from ("", explained, "")
     yield from _rows(["", ""], [[name, str(value)] for name, value in about.items()])
     head = ["id", "question", "right answer", reference, *names]
-    different = [one for one in certificate.answered if one.differs]
+    different: list[list[str]] = []
+    equal: list[list[str]] = []
+    for number, (question, answer) in enumerate(zip(certificate.questions, certificate.answers, strict=True)):
+        others = [rows[number].answer for rows in certificate.others.values()]
+        row = [question.id, question.text, question.truth, answer, *others]
+        (equal if all(other == answer for other in others) else different).append(row)
     if different:
-        yield from ("", "## Answers that differ", "", *_rows(head, [_answers(one) for one in different]))
-    equal = [one for one in certificate.answered if not one.differs]
+        yield from ("", "## Answers that differ", "", *_rows(head, different))
     if equal:
         title = f"## Equal answers ({min(len(equal), EQUAL_SHOWN)} of {len(equal)})"
-        yield from ("", title, "", *_rows(head, [_answers(one) for one in equal[:EQUAL_SHOWN]]))
+        yield from ("", title, "", *_rows(head, equal[:EQUAL_SHOWN]))
     if certificate.failed:
         failed = [[name, reason] for name, reason in certificate.failed.items()]
         yield from ("", "## Not asked", "", *_rows(["id", "why"], failed))
 
 
-def _answers(one: Answered) -> list[str]:
-    return [
-        one.question.id,
-        one.question.text,
-        one.question.truth,
-        one.answer,
-        *(x.answer for x in one.others.values()),
-    ]
-
-
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in (head, ["---"] * len(head), *rows):
-        yield f"| {' | '.join(_cell(one) for one in row)} |"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+        cells = (" ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|") for text in row)
+        yield f"| {' | '.join(cells)} |"

@@ -7,37 +7,42 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from os import getpid
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.data.pictures import MediaFolder, any_is_there
-from dora_vl.data.readers import stream_values
+from dora_vl.data.example import iterate_examples
+from dora_vl.data.pictures import MediaFolder
+from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, positive, shown
-from dora_vl.evaluation.asking import add_model_options
+from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import Exchange, digest, exchanged
 from dora_vl.evaluation.benchmarks import find_benchmark
-from dora_vl.evaluation.finish import Answers, finish
-from dora_vl.evaluation.predictions import METRICS, file_sha256, join, refuse_anothers
+from dora_vl.evaluation.finish import finish
+from dora_vl.evaluation.predictions import METRICS, Predictions, file_sha256, join, refuse_anothers
 from dora_vl.evaluation.questions import (
     EvaluationSet,
     Question,
+    as_question,
     is_question,
     read_question_file,
     read_questions,
     read_set,
+    with_middle_frame,
 )
 from dora_vl.evaluation.scores.benchmark import read_rows
 
 if TYPE_CHECKING:
     from dora_vl.data.example import Example
-    from dora_vl.evaluation.asker import Opened, Wanted
-    from dora_vl.evaluation.certificate import Probe, Witness
-    from dora_vl.evaluation.open_model import ModelSource
-
+    from dora_vl.evaluation.ask import Asker
+    from dora_vl.evaluation.open_model import ModelSource, Wanted
 
 EXCHANGED = "exchanged"
+TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
+"""Benchmark -> the task that a VL-BART is asked it as, where the names differ."""
 DESCRIPTION = """\
 Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
 
@@ -104,57 +109,52 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         raise UserError("--predictions is compared with another predictions file; --against names a folder")
     to = options.to or options.predictions.parent / "evaluation"
     refuse_anothers(to / METRICS)
-    answered = {sets[0].name: _from_file(options.predictions, sets[0], options)}
-    yield from finish(sets, answered, _other_file(sets, options), options, to)
+    predictions = {sets[0].name: _from_file(options.predictions, sets[0], options)}
+    yield from finish(sets, predictions, _against_file(sets, options), options, to)
 
 
 def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
     """All processes of a launch ask; the first scores."""
-    from dora_vl.evaluation.ask import joined_launch
+    from dora_vl.adapters.folder import WEIGHTS_FILE
+    from dora_vl.evaluation.ask import check_pictures, joined_launch
     from dora_vl.training.launch import first_rank_speaks, is_first_rank
 
     with first_rank_speaks(), joined_launch():
         sets = _sets(options)
-        to = _results(options)
+        if options.to is None and options.adapter is None:
+            raise UserError("say with --to where the results go; beside --model there is no run they belong to")
+        to = options.to or options.adapter.parent / "evaluation"
         refuse_anothers(to / METRICS)
-        check_media(sets, options.images)
+        for one in sets:
+            images = (path for example in one.examples for path in example.images)
+            check_pictures(images, options.images, of=one.name, setting="--images")
         wanted = _wanted(options, adapter=options.adapter, model=options.model)
-        answered = _asked(sets, wanted, options, to, exchange=not options.no_exchange)
-        other = _other_file(sets, options)
-        if other is None and options.against is not None:
-            other = _asked(sets, _against(options), options, to / "against", exchange=False)
+        predictions, exchanges = _asked(sets, wanted, options, to, exchange=not options.no_exchange)
+        against = _against_file(sets, options)
+        if against is None and options.against is not None:
+            folder: Path = options.against
+            is_adapter = (folder / WEIGHTS_FILE).is_file() and not (folder / "config.json").is_file()
+            adapter, model = (folder, None) if is_adapter else (None, str(folder))
+            other = _wanted(options, adapter=adapter, model=model)
+            against, _ = _asked(sets, other, options, to / "against", exchange=False)
         if is_first_rank():
-            yield from finish(sets, answered, other, options, to)
-
-
-def _results(options: argparse.Namespace) -> Path:
-    if options.to is None and options.adapter is None:
-        raise UserError("say with --to where the results go; beside --model there is no run they belong to")
-    return options.to or options.adapter.parent / "evaluation"
+            yield from finish(sets, predictions, against, options, to, exchanges)
 
 
 def _wanted(options: argparse.Namespace, *, adapter: Path | None, model: str | None) -> Wanted:
-    from dora_vl.evaluation.asker import Wanted
+    from dora_vl.evaluation.open_model import Wanted
 
     about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
     return Wanted(adapter=adapter, model=model, template=options.template, **about_adapter)
 
 
-def _against(options: argparse.Namespace) -> Wanted:
-    """The other model: an adapter's folder, or a model's."""
-    from dora_vl.adapters.folder import WEIGHTS_FILE
-
-    is_adapter = (options.against / WEIGHTS_FILE).is_file() and not (options.against / "config.json").is_file()
-    return _wanted(
-        options,
-        adapter=options.against if is_adapter else None,
-        model=None if is_adapter else str(options.against),
-    )
-
-
 def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
-    requests = [one for one in options.benchmarks.split(",") if one]
-    modes = dict(_pair(one) for one in options.mode)
+    requests = [request for request in options.benchmarks.split(",") if request]
+    modes: dict[str, str] = {}
+    for text in options.mode:
+        name, _, modes[name] = text.partition("=")
+        if not modes[name]:
+            raise UserError(f"--mode {text}: write it as NAME=VERSION, such as vqav2=before_2021")
     names = [find_benchmark(request.partition("=")[0]).name for request in requests]
     if not requests or len(set(names)) < len(names):
         raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
@@ -179,29 +179,16 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
     return sets
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, _, mode = text.partition("=")
-    if not mode:
-        raise UserError(f"--mode {text}: write it as NAME=VERSION, such as vqav2=before_2021")
-    return name, mode
-
-
-def _from_file(path: Path, one: EvaluationSet, options: argparse.Namespace) -> Answers:
+def _from_file(path: Path, one: EvaluationSet, options: argparse.Namespace) -> Predictions:
     """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
     whole = one if options.limit is None else read_set(one.request, options.records, mode=None, limit=None)
     joined = join(one.benchmark, whole.examples, read_rows(path), path=path, questions=one.file)
-    asked = {example.id for example in one.examples} - one.unreadable.keys()
-    answers = {name: answer for name, answer in joined.answers.items() if name in asked}
-    return Answers(
-        answers=joined.strangers | answers,
-        failed=one.unreadable,
-        sha256={"predictions": file_sha256(path)},
-        joined_by=joined.by,
-        strangers=tuple(joined.strangers),
-    )
+    known = {*joined.strangers, *({example.id for example in one.examples} - one.unreadable.keys())}
+    rows = [row for row in joined.rows if row.id in known]
+    return replace(joined, rows=rows, failed=one.unreadable, sha256={"predictions": file_sha256(path)})
 
 
-def _other_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> dict[str, Answers] | None:
+def _against_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> dict[str, Predictions] | None:
     """The other model's answers where --against is a file of them."""
     if options.against is None or options.against.is_dir():
         return None
@@ -212,14 +199,14 @@ def _other_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> d
 
 def _asked(
     sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Namespace, to: Path, *, exchange: bool
-) -> dict[str, Answers]:
+) -> tuple[dict[str, Predictions], dict[str, Exchange]]:
     """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
-    from dora_vl.evaluation.open_model import find_source, hashes, open_source
+    from dora_vl.evaluation.open_model import find_source, hashes, open_model
     from dora_vl.training.adapting import VLBART
 
     source = find_source(wanted)
-    shows = next((one.name for one in sets if any(example.images or example.clips for example in one.examples)), None)
+    shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
     if source.kind != VLBART and not sees_pictures(source.place, source.revision) and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {wanted.adapter or source.place} is a language model, which takes "
@@ -227,71 +214,77 @@ def _asked(
         )
     if options.answer_by == "likelihood" and source.kind == VLBART:
         raise UserError(f"{wanted.adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
-    opened, sha256 = open_source(source), hashes(source)
+    model, sha256 = open_model(source).adapted, hashes(source)
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(source.recipe.get("as_published")))
-    return {one.name: _ask(opened, sha256, one, options, to=to, pictures=pictures, exchange=exchange) for one in sets}
-
-
-def _ask(
-    opened: Opened,
-    sha256: Mapping[str, str],
-    one: EvaluationSet,
-    options: argparse.Namespace,
-    *,
-    to: Path,
-    pictures: MediaFolder,
-    exchange: bool,
-) -> Answers:
-    from dora_vl.evaluation.ask import Asking
-
-    asking = Asking(
-        folder=to / one.name,
-        pictures=pictures,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens or one.benchmark.max_new_tokens,
-        workers=options.workers,
-        frames=options.frames or one.benchmark.frames,
-        sha256=sha256,
-        by_likelihood=options.answer_by == "likelihood",
-    )
-    asked = opened.adapted.ask(one, asking)
-    others = None
-    if exchange and one.scorer is not None:
-        sample = exchanged(one.scored, asked.answers, together=one.benchmark.together)
-        again = replace(asking, folder=asking.folder / EXCHANGED, sample=digest(sample))
-        about = replace(one, examples=sample, unreadable={}, not_scored={})
-        others = Exchange(examples=sample, answers=opened.adapted.ask(about, again).answers if sample else {})
-    return Answers(
-        answers=asked.answers,
-        failed=asked.failed,
-        exchange=others,
-        sha256=sha256,
-        asked_with={
-            "images": str(options.images),
-            "max_new_tokens": asking.max_new_tokens,
-            "batch_size": asking.batch_size,
-            **({"frames": asking.frames} if one.has_videos else {}),
-            **({"answer_by": options.answer_by} if asking.by_likelihood else {}),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        },
-    )
-
-
-def check_media(sets: Sequence[EvaluationSet], images: Path) -> None:
-    """Sees before a model is loaded that the root of the pictures is there, and holds any of each benchmark's.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not images.is_dir():
-        raise UserError(f"picture folder {images} does not exist; name the pictures' root with --images")
+    made_with = {f"{name}_sha256": value for name, value in sha256.items()}
+    ask_set = partial(_ask_set, model, options=options, pictures=pictures)
+    predictions: dict[str, Predictions] = {}
+    exchanges: dict[str, Exchange] = {}
     for one in sets:
-        names = list(dict.fromkeys(path for example in one.examples for path in example.images))
-        if names and not any_is_there(names, images):
-            raise UserError(
-                f"{one.name}: not one of {len(names)} pictures is in {images}, first {shown(names[0])}; name the "
-                "folder that their paths start from with --images"
-            )
+        examples = [example for example in one.examples if example.id not in one.unreadable]
+        mine = ask_set(one, examples, to / one.name, made_with)
+        predictions[one.name] = replace(mine, failed={**one.unreadable, **mine.failed}, sha256=sha256)
+        if exchange and one.scorer is not None:
+            sample = exchanged(one.scored, mine.answers, together=one.benchmark.together)
+            folder, extra = to / one.name / EXCHANGED, {**made_with, "exchanged": digest(sample)}
+            others = ask_set(one, sample, folder, extra) if sample else Predictions()
+            exchanges[one.name] = Exchange(examples=sample, answers=others.answers)
+    return predictions, exchanges
+
+
+def _ask_set(
+    model: Asker,
+    one: EvaluationSet,
+    examples: Sequence[Example],
+    folder: Path,
+    depends_on: Mapping[str, object],
+    *,
+    options: argparse.Namespace,
+    pictures: MediaFolder,
+) -> Predictions:
+    """Examples of a benchmark put to a model: to a VL-BART as the task that it was trained on, else by the prompt."""
+    from dora_vl.evaluation.ask import Assistant, Decoding, ask_together, media_reader
+
+    benchmark = one.benchmark
+    frames, by_likelihood = options.frames or benchmark.frames, options.answer_by == "likelihood"
+    decoding = Decoding(
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
+        workers=options.workers,
+        by="letters" if by_likelihood else "generation",
+        task=TASKS.get(one.name, one.name),
+        letters=not benchmark.labels_choices,
+    )
+    settings: dict[str, object] = {
+        **depends_on,
+        "questions_sha256": file_sha256(one.file),
+        "images": str(options.images.resolve()),
+        "max_new_tokens": decoding.max_new_tokens,
+    }
+    one_length, prompt = False, None
+    if isinstance(model, Assistant):
+        examples, prompt = [*map(with_middle_frame, examples)], benchmark.prompt
+        one_length = model.prompts.videos_of_one_length
+        settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
+        if any(example.videos for example in examples):
+            settings["frames"] = frames
+        if by_likelihood:
+            settings["answers"] = "likelihood"
+    questions = [as_question(example, prompt) for example in examples]
+    media = media_reader(pictures, frames=frames, one_length=one_length)
+    try:
+        predictions = ask_together(model, questions, media, decoding, folder=folder, settings=settings)
+    finally:
+        media.close()
+    asked_with = {
+        "images": str(options.images),
+        "max_new_tokens": decoding.max_new_tokens,
+        "batch_size": options.batch_size,
+        **({"frames": frames} if one.has_videos else {}),
+        **({"answer_by": options.answer_by} if by_likelihood else {}),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    return replace(predictions, options=asked_with)
 
 
 # `--check`: the options, the questions, and the certificate of what a command has written.
@@ -347,10 +340,10 @@ class Check:
     """What is going to be asked.
 
     Attributes:
-        file: where the questions come from.
+        questions: of a VL-BART as its tasks have them.
+        file: where they come from.
         images: root of their pictures.
         frames: of each video that are shown.
-        examples: a VL-BART's, by the questions' ids.
         task: a VL-BART's that they belong to; "" where nothing says it.
     """
 
@@ -361,7 +354,6 @@ class Check:
     dtype: str | None
     max_new_tokens: int
     most_different: float
-    examples: Mapping[str, Example] = field(default_factory=dict)
     task: str = ""
 
 
@@ -380,24 +372,30 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         return None
     if not 0 <= options.most_different <= 1:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
-    from dora_vl.evaluation.asker import check_pictures
-    from dora_vl.evaluation.questions import question_of_task
+    from dora_vl.evaluation.ask import check_pictures
+    from dora_vl.evaluation.open_model import read_recipe
+    from dora_vl.training.adapting import VLBART
 
     run = _settings_of_run(adapter)
-    task, file = ("", options.questions) if options.questions else _test_file(run, adapter)
-    images = options.images or (Path() if options.questions is not None else _test_images(run))
-    examples = _examples_of_vlbart(adapter, file)
-    questions = _spread(_read(file) if examples is None else [*map(question_of_task, examples)], options.check)
-    check_pictures(questions, images, setting="--images")
+    data, evaluation = run.get("data") or {}, run.get("evaluation") or {}
+    task, file = ("", options.questions) if options.questions else _test_file(evaluation, adapter)
+    root = "." if options.questions else evaluation.get("image_folder") or data.get("image_folder") or "."
+    images = options.images or Path(root)
+    recipe = read_recipe(adapter) if adapter.is_dir() else {}
+    is_vlbart = recipe.get("backbone") == VLBART
+    questions = [*map(as_question, iterate_examples(file))] if is_vlbart else _read(file)
+    if not questions:
+        raise UserError(f"{file}: holds no questions")
+    questions = spread(questions, options.check)
+    check_pictures((path for question in questions for path in question.images), images, setting="--images")
     return Check(
         questions=questions,
         file=file,
         images=images,
-        frames=int(run.get("data", {}).get("video_frames") or FRAMES),
+        frames=int(data.get("video_frames") or FRAMES),
         dtype=options.check_dtype,
         max_new_tokens=options.check_tokens,
         most_different=options.most_different,
-        examples={one.id: one for one in examples or ()},
         task=task,
     )
 
@@ -408,14 +406,13 @@ def _settings_of_run(adapter: Path) -> Mapping[str, Any]:
 
     for folder in adapter.resolve().parents[:2]:
         if (folder / SETTINGS).is_file():
-            found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
+            content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {}
     return {}
 
 
-def _test_file(run: Mapping[str, Any], adapter: Path) -> tuple[str, Path]:
+def _test_file(evaluation: Mapping[str, Any], adapter: Path) -> tuple[str, Path]:
     """The run's test, the first where there are several, and the task that it is of."""
-    evaluation = run.get("evaluation") or {}
     files = {"": evaluation["file"]} if evaluation.get("file") else evaluation.get("files") or {}
     task, file = next(iter(files.items()), ("", None))
     if not isinstance(file, str):
@@ -425,33 +422,12 @@ def _test_file(run: Mapping[str, Any], adapter: Path) -> tuple[str, Path]:
     return task, Path(file)
 
 
-def _test_images(run: Mapping[str, Any]) -> Path:
-    stated = (run.get("evaluation") or {}).get("image_folder") or (run.get("data") or {}).get("image_folder")
-    return Path(stated or ".")
-
-
-def _examples_of_vlbart(adapter: Path, file: Path) -> list[Example] | None:
-    """The examples of a file as a VL-BART's tasks have them; None of an adapter of another kind."""
-    from dora_vl.data.example import iterate_examples
-    from dora_vl.evaluation.open_model import read_recipe
-    from dora_vl.training.adapting import VLBART
-
-    recipe = read_recipe(adapter) if adapter.is_dir() else {}
-    if recipe.get("backbone") != VLBART:
-        return None
-    examples = list(iterate_examples(file))
-    if not examples:
-        raise UserError(f"{file}: holds no questions")
-    return examples
-
-
 def _read(file: Path) -> list[Question]:
     """Questions of any format that training reads, or as LLaVA's evaluation takes them."""
     if file.is_file() and file.suffix in (".json", ".jsonl"):
         _, first = next(stream_values(file, "questions"), (0, None))
         if is_question(first):
-            examples = read_question_file(file)
-            return [Question(id=one.id, images=one.images, turns=one.turns, truth="") for one in examples]
+            return [Question(id=one.id, images=one.images, turns=one.turns) for one in read_question_file(file)]
     questions, unreadable = read_questions(file)
     if not questions:
         name, reason = next(iter(unreadable.items()))
@@ -459,10 +435,9 @@ def _read(file: Path) -> list[Question]:
     return questions
 
 
-def _spread(questions: list[Question], count: int) -> list[Question]:
+def spread(questions: list[Question], count: int) -> list[Question]:
     """So many of them, evenly over the file: neighbours are often about one picture."""
-    if count >= len(questions):
-        return questions
+    count = min(count, len(questions))
     return [questions[place * len(questions) // count] for place in range(count)]
 
 
@@ -483,21 +458,28 @@ def checked(
     Raises:
         SystemExit: with status 1, more answers differ than may.
     """
+    from dora_vl.evaluation.ask import Decoding, media_reader
     from dora_vl.evaluation.certificate import TEXT_FILE, certify, table, verdict, write_certificate
+    from dora_vl.evaluation.open_model import open_model
+
+    def opening(find: Callable[[], ModelSource]) -> Callable[[], Asker]:
+        return lambda: open_model(find()).adapted
 
     scratch = folder.with_name(f".{folder.name}.checking-{getpid()}")
     scratch.mkdir(parents=True)
-    probe = _probe(check)
+    media = media_reader(check.images, frames=check.frames, one_length=True)
     try:
         certificate = certify(
-            ("unmerged", lambda: _opened(reference, check)),
-            {name: (lambda found=find: _opened(found(), check)) for name, find in others.items()},
-            probe,
+            ("unmerged", opening(lambda: reference)),
+            {name: opening(find) for name, find in others.items()},
+            check.questions,
+            media,
+            Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task),
             most_different=check.most_different,
             scratch=scratch,
         )
     finally:
-        probe.media.close()
+        media.close()
         shutil.rmtree(scratch, ignore_errors=True)
     asked = {"questions": str(check.file), "images": str(check.images), "longest answer": check.max_new_tokens}
     write_certificate(certificate, folder, {**about, **asked, "computed in": reference.dtype})
@@ -509,30 +491,6 @@ def checked(
         raise SystemExit(FAILED_STATUS)
 
 
-def _probe(check: Check) -> Probe:
-    from dora_vl.data.video import Uniform
-    from dora_vl.evaluation.asker import MediaReader
-    from dora_vl.evaluation.certificate import Probe
-    from dora_vl.training.run_media import VideoReading
-
-    videos = VideoReading(folder=check.images, sampling=Uniform(check.frames), frames=check.frames)
-    media = MediaReader(folder=check.images, videos=videos)
-    return Probe(questions=check.questions, media=media, max_new_tokens=check.max_new_tokens, batch_size=BATCH)
-
-
-def _opened(source: ModelSource, check: Check) -> Witness:
-    from dora_vl.evaluation.certificate import ChatWitness
-    from dora_vl.evaluation.open_model import open_source
-    from dora_vl.training.adapting import VLBART
-
-    if source.kind == VLBART:
-        from dora_vl.evaluation.vlbart_witness import open_witness
-
-        return open_witness(source, check.examples, check.task)
-    opened: Any = open_source(source).adapted
-    return ChatWitness(opened)
-
-
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
     """The model that an adapter folder and its base are, in the number type of the check.
 
@@ -542,8 +500,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
         UserError: as `find_source`; pictures for a language model, or a VL-BART of whose features nothing is known.
     """
     from dora_vl.backbones.families import sees_pictures
-    from dora_vl.evaluation.asker import Wanted
-    from dora_vl.evaluation.open_model import find_source
+    from dora_vl.evaluation.open_model import Wanted, find_source
     from dora_vl.training.adapting import VLBART
 
     source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
@@ -566,7 +523,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """A model's folder, asked just as the adapter that it was made from."""
-    from dora_vl.evaluation.asker import Wanted
+    from dora_vl.evaluation.open_model import Wanted
     from dora_vl.training.adapting import VLBART
 
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}

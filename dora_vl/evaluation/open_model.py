@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,13 +21,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
-from dora_vl.adapters.adapter import content_hash, local_folder
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, local_folder
 from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, no_adapter
 from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
 from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones.base import Attention, Backbone
+from dora_vl.backbones.base import Attention, Backbone, max_positions
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.loading import read_language_model
@@ -36,10 +36,9 @@ from dora_vl.backbones.prompt_table import TEMPLATES
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.asker import Opened, Wanted
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Asker, Assistant
 from dora_vl.evaluation.predictions import file_sha256
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Prompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.files import HUB_ID
 from dora_vl.training.adapting import DECODER, VLBART, load_base
 from dora_vl.training.recipe import ModelConfig
@@ -47,10 +46,41 @@ from dora_vl.training.recipe import ModelConfig
 # Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which model is to be opened: an adapter on its base, or a model by itself.
+
+    Attributes:
+        adapter: the folder that training or PEFT wrote.
+        model: a model's folder or hub id, to be asked without an adapter.
+        base: where the adapter's base is now; None looks where the adapter says.
+        any_base: accepts a base with other content than the one trained on.
+        with_base: also opens the model without the adapter; it shares all weights that the adapter leaves alone.
+        template: the prompt format of a LLaVA-1.5 or a language model of which nothing says it.
+        strength: how much of the adapter is applied: 0 nothing, 1 all, beyond it more of the same.
+    """
+
+    adapter: Path | None = None
+    model: str | None = None
+    base: str | None = None
+    any_base: bool = False
+    with_base: bool = False
+    template: str | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The model with its adapter, if it has one, and without where that was asked for."""
+
+    adapted: Asker
+    base: Asker | None = None
+
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
-    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
+    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "is_video", "settings"),
 }
 """What `recipe.json` must say so that a model of each kind can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
@@ -268,42 +298,26 @@ LONGEST_ANSWERED = 1 << 20
 """Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
 
 
-def open_asker(wanted: Wanted) -> Opened:
-    """The model that is wanted, on the GPU where there is one.
+def open_model(source: ModelSource | Wanted) -> Opened:
+    """The model that is wanted, quietly, on the GPU where there is one.
 
     Raises:
         UserError: as `find_source`; or its weights, processor or tokenizer cannot be used.
     """
-    return open_source(find_source(wanted))
-
-
-def open_source(source: ModelSource) -> Opened:
-    """The model of a source, quietly; see `open_asker`."""
+    if isinstance(source, Wanted):
+        source = find_source(source)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if source.kind == VLBART:
-        from dora_vl.evaluation.vlbart_assistant import open_vlbart
-
-        return open_vlbart(source)
-    parts = decoder_parts(source)
-    return _opened(source, parts.load(), parts.prompts)
-
-
-@dataclass(frozen=True)
-class DecoderParts:
-    """How a decoder of a source is opened; what may be refused before its weights are read was refused.
-
-    Attributes:
-        load: reads the weights.
-        prompts: what makes the inputs of a backbone that was loaded so.
-    """
-
-    load: Callable[[], Backbone[Any]]
-    prompts: Callable[[Any], Prompts]
+        return _open_vlbart(source)
+    prompts, wanted = prompts_of(source), source.wanted  # before the weights: it may refuse
+    backbone = load_decoder(source)
+    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
+    return Opened(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
 
 
-def decoder_parts(source: ModelSource) -> DecoderParts:
-    """How the decoder of a source is opened.
+def prompts_of(source: ModelSource) -> EncoderPrompts:
+    """What makes the inputs of a source's decoder; its weights are not read.
 
     Raises:
         UserError: it is no decoder, or its processor or tokenizer cannot be used.
@@ -311,42 +325,34 @@ def decoder_parts(source: ModelSource) -> DecoderParts:
     if source.kind != DECODER:
         raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
     model = _model_config(source)
-    encoder = open_encoder(  # before the weights: it may refuse
+    encoder = open_encoder(
         model.base,
         template=model.template,
         aspect=model.image_aspect,
-        max_tokens=_max_tokens(source),
+        max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
         revision=model.revision,
     )
-    return DecoderParts(lambda: load_base(open_backbone, model), lambda _: EncoderPrompts(encoder))
+    return EncoderPrompts(encoder)
+
+
+def load_decoder(source: ModelSource) -> Backbone[Any]:
+    """A source's decoder with its weights."""
+    return load_base(open_backbone, _model_config(source))
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
-    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
+    recipe, stated = source.recipe, source.recipe.get("template") or source.wanted.template
+    template: Any = stated or ModelConfig.template
     dtype: Any = source.dtype
     attention: Any = source.attention
     return ModelConfig(
         base=source.place,
         revision=source.revision,
         template=template,
-        image_aspect=source.recipe.get("image_aspect") or "pad",
+        image_aspect=recipe.get("image_aspect") or "pad",
         dtype=dtype,
         attn_implementation=attention,
-        quantisation=source.recipe.get("quantisation"),
-    )
-
-
-def _max_tokens(source: ModelSource) -> int:
-    return int(source.recipe.get("max_tokens", LONGEST_ANSWERED))
-
-
-def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any], Prompts]) -> Opened:
-    wanted = source.wanted
-    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
-    said = prompts(adapted)
-    return Opened(
-        adapted=Assistant(adapted, said),
-        base=None if plain is None else Assistant(plain, said),
+        quantisation=recipe.get("quantisation"),
     )
 
 
@@ -378,6 +384,55 @@ def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
     Call it before the adapter is loaded.
     """
     return copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter)))
+
+
+def _open_vlbart(source: ModelSource) -> Opened:
+    """Builds the VL-BART that an adapter folder's `recipe.json` describes.
+
+    Raises:
+        UserError: a vision tower is not there or another one, or nothing says how the features were computed.
+    """
+    from dora_vl.backbones.loading import load_tokenizer
+    from dora_vl.backbones.pieces import Seq2SeqEncoder
+    from dora_vl.backbones.published_features import open_encoders
+    from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
+    from dora_vl.training.seq2seq_tasks import Subtask, with_input_tokens
+    from dora_vl.training.vlbart_tasks import closed
+
+    wanted, recipe, place = source.wanted, source.recipe, source.place
+    adapter, is_merged = Path(str(wanted.adapter)), wanted.model is not None
+    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
+    lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
+    if wanted.strength != 1 and set(lists) - of_base:
+        raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")
+    if not is_merged:
+        set_answer_heads(loaded.model, lists)
+    change = None if is_merged else adapter
+    adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
+    trained_with = recipe["settings"]
+    device = next(adapted.parameters()).device
+    known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
+    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
+
+    def subtasks(heads: Collection[str]) -> tuple[Subtask, ...]:
+        return tuple(closed(one) if one.name in lists and one.name in heads else one for one in own)
+
+    first = VlBartAssistant(
+        backbone=adapted,
+        encoder=Seq2SeqEncoder(
+            load_tokenizer(place),
+            subtitles_first=trained_with["subtitles_first"],
+            max_positions=max_positions(adapted.config),
+        ),
+        features=open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base),
+        subtasks=subtasks(lists),
+        feature_tokens=recipe["feature_tokens"],
+        is_video=recipe["is_video"],
+    )
+    # Without the adapter a task is answered in words, unless the base brought a head of its own.
+    without = None if plain is None else replace(first, backbone=plain, subtasks=subtasks(of_base))
+    return Opened(adapted=first, base=without)
 
 
 # An exported GGUF read back as a plain model folder, so that it can be asked like any other.

@@ -6,7 +6,6 @@ import math
 import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.scores.exact import final_answer, is_match
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,27 +113,14 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction],
-    cells: int = SHEET_CELLS,
-    seed: int = 0,
-    is_right: Callable[[Prediction], bool | None] | None = None,
+    predictions: Sequence[Prediction], shares: Mapping[str, float], cells: int = SHEET_CELLS, seed: int = 0
 ) -> tuple[list[Prediction], list[Prediction]]:
     """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
     shuffled = list(predictions)
     random.Random(seed).shuffle(shuffled)
     fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
-    mistakes = [prediction for prediction in shuffled[len(fair) :] if (is_right or _matches)(prediction) is False]
+    mistakes = [row for row in shuffled[len(fair) :] if shares.get(row.id, 1.0) < RIGHT_SHARE]
     return fair, mistakes[:COLUMNS]
-
-
-def _matches(prediction: Prediction, answer_after: str | None = None) -> bool:
-    answer = final_answer(prediction.prediction, answer_after)
-    return is_match(final_answer(prediction.truth, answer_after) or "", answer)
-
-
-def _by_share(prediction: Prediction, shares: Mapping[str, float]) -> bool | None:
-    share = shares.get(prediction.id)
-    return None if share is None else share >= RIGHT_SHARE
 
 
 def write_contact_sheet(
@@ -144,9 +129,8 @@ def write_contact_sheet(
     to: Path,
     *,
     title: str,
-    answer_after: str | None = None,
+    shares: Mapping[str, float],
     subtitles: Mapping[str, str] = MappingProxyType({}),
-    shares: Mapping[str, float] | None = None,
 ) -> None:
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
@@ -154,18 +138,16 @@ def write_contact_sheet(
         open_picture: the picture at a prediction's relative path; its first picture is drawn.
         to: the PNG file.
         title: the line on top.
-        answer_after: what stands before the scored part of an answer (`evaluation.answer_after`).
+        shares: how right each answer is, from 0 to 1, by the prediction's id, as the test's score has it; half is
+            right, and one that is not in it has neither colour.
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
-        shares: how right each answer is, from 0 to 1, by the prediction's id, as the task's score has it; half is
-            right, and one that is not in it has neither colour. None: an answer is right where it is the true one.
 
     Raises:
         UserError: there are no predictions.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")
-    is_right = partial(_matches, answer_after=answer_after) if shares is None else partial(_by_share, shares=shares)
-    fair, mistakes = chosen_for_sheet(predictions, is_right=is_right)
+    fair, mistakes = chosen_for_sheet(predictions, shares)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
     rows = -(-len(chosen) // COLUMNS)
@@ -181,7 +163,8 @@ def write_contact_sheet(
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
         _draw_subtitles(axes, subtitles.get(prediction.id, ""))
-        _draw_answer(axes, prediction, inches=side, right=is_right(prediction))
+        share = shares.get(prediction.id)
+        _draw_answer(axes, prediction, inches=side, right=None if share is None else share >= RIGHT_SHARE)
     save_png(figure, to)
 
 

@@ -1,4 +1,4 @@
-"""`predictions.jsonl`, one answered question a line, safe to resume; `metrics.json`, all numbers of one model."""
+"""A model's answers as one table: predictions.jsonl, safe to resume; other tools' files; metrics.json."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,25 +20,66 @@ from dora_vl.evaluation.scores.benchmark import OWN_ID, AnswerRow, Benchmark
 
 log = logging.getLogger(__name__)
 
+PREDICTIONS, BY_TASK = "predictions.jsonl", "predictions"
+"""Where a run's test leaves its predictions; of a VL-BART's tasks a file each in a folder."""
+BY_SCORING = {"generation": PREDICTIONS, "likelihood": "predictions_likelihood.jsonl"}
+"""Of commonsense sets, by `evaluation.scoring`."""
+COLUMNS = ("id", "images", "question", "truth", "prediction", "kind")
+"""What a line of the file holds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One line of the file.
+    """A question and the model's answer to it.
 
     Attributes:
         images: paths relative to the picture folder.
         question: the text of the last question, without placeholders.
         truth: the answer in the question file.
-        prediction: the model's answer; may be empty only when the model ended its answer at once.
+        prediction: the model's answer; without an error empty only where it ended its answer at once.
         kind: the question's kind, where the file has one.
+        error: why there is no answer, "" where there is one; in no file.
+        cut_tokens: how many the text lost; in no file.
     """
 
     id: str
-    images: list[str]
-    question: str
-    truth: str
-    prediction: str
+    images: list[str] = field(default_factory=list)
+    question: str = ""
+    truth: str = ""
+    prediction: str = ""
     kind: str | None = None
+    error: str = ""
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The answers to a set of questions.
+
+    Attributes:
+        rows: the answered ones, in the questions' order.
+        failed: the reason for each question that could not be asked, by id.
+        answered_before: how many an earlier run had answered.
+        seconds: how long it took.
+        sha256: of what gave the answers: adapter and base, or a file.
+        options: that they were made with; empty for a file.
+        joined_by: what a file's rows and the questions had in common; "" for a model's own answers.
+        strangers: ids of rows of a file that answer no question.
+    """
+
+    rows: Sequence[Prediction] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    answered_before: int = 0
+    seconds: float = 0.0
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    joined_by: str = ""
+    strangers: tuple[str, ...] = ()
+
+    @cached_property
+    def answers(self) -> dict[str, str]:
+        """By id."""
+        return {row.id: row.prediction for row in self.rows if not row.error}
 
 
 def settings_file(path: Path) -> Path:
@@ -61,32 +103,31 @@ class PredictionsFile:
     A last line that was cut while being written is removed.
 
     Args:
-        path: the predictions file.
-        settings: whatever the answers depend on, as plain JSON values; compared for equality.
+        path: the predictions file; None keeps them in memory.
+        settings: whatever the answers depend on, as plain JSON values; None: the file is begun anew.
 
     Raises:
         UserError: a line other than the last is not a prediction; it names the line.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:
+        self.done: dict[str, Prediction] = {}
+        if path is None:
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - one way to write
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = self._take_over(json.loads(json.dumps(dict(settings))))
+        if settings is not None and same_settings(path, settings):
+            cut_broken_tail(path)
+            self.done = read_predictions(path)
+        else:
+            if settings is not None and path.exists():
+                log.info("%s was made with another adapter, questions or settings: started anew", path)
+            path.unlink(missing_ok=True)  # before the settings change, so that the two never disagree
+            if settings is not None:
+                scratch = settings_file(path).with_name(f".{settings_file(path).name}.part")
+                scratch.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
+                scratch.replace(settings_file(path))
         self._stream = path.open("a", encoding="utf-8")
-
-    def _take_over(self, settings: dict[str, object]) -> dict[str, Prediction]:
-        """The earlier predictions, if they were made with the same settings; else starts the file anew."""
-        beside = settings_file(self._path)
-        if self._path.exists() and same_settings(self._path, settings):
-            cut_broken_tail(self._path)
-            return read_predictions(self._path)
-        if self._path.exists():
-            log.info("%s was made with another adapter, questions or settings: started anew", self._path)
-            self._path.unlink()  # before the settings change, so that the two never disagree
-        scratch = beside.with_name(f".{beside.name}.part")
-        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(beside)
-        return {}
 
     def add(self, prediction: Prediction) -> None:
         """Appends one line; it is in the file when `flush` returns."""
@@ -107,29 +148,23 @@ class PredictionsFile:
 
 
 def same_settings(path: Path, settings: Mapping[str, object]) -> bool:
-    """Whether a predictions file was made with these settings."""
-    beside = settings_file(path)
-    return beside.exists() and _read_settings(beside) == json.loads(json.dumps(dict(settings)))
+    """Whether a predictions file is there and was made with these settings."""
+    try:
+        stated = json.loads(settings_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return path.exists() and stated == json.loads(json.dumps(dict(settings)))
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
-
-
-def _read_settings(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None  # unreadable settings equal no settings: the predictions are made again
+    return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
 def write_in_order(path: Path, predictions: Mapping[str, Prediction], order: Sequence[str]) -> None:
     """Writes the file anew: the predictions of `order` first and in it, then the others; whole or not at all."""
     names = dict.fromkeys([*(name for name in order if name in predictions), *predictions])
-    scratch = path.with_name(f".{path.name}.part")
-    with scratch.open("w", encoding="utf-8") as stream:
+    with whole_file(path) as stream:
         stream.writelines(_line(predictions[name]) for name in names)
-    scratch.replace(path)
 
 
 def cut_broken_tail(path: Path) -> int:
@@ -173,28 +208,13 @@ def _prediction(record: Mapping[str, Any], where: str) -> Prediction:
         prediction = Prediction(**record)
     except TypeError as error:
         raise UserError(f"{where}: not a prediction ({one_line(str(error), 100)})") from None
-    if not isinstance(prediction.id, str) or not isinstance(prediction.prediction, str):
+    if not isinstance(prediction.id, str) or not isinstance(record.get("prediction"), str):
         raise UserError(f"{where}: not a prediction (id and prediction must be text)")
     return prediction
 
 
 METRICS = "metrics.json"
-ENTRIES, ASKED_WITH = "benchmarks", "asked_with"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What all numbers of a file are of; hashes tell an adapter from its successor at the same place.
-
-    Attributes:
-        answers_sha256: by what was hashed: adapter and base, or predictions.
-    """
-
-    answers_of: str
-    answers_sha256: Mapping[str, str]
-    against: str | None = None
-    against_sha256: Mapping[str, str] | None = None
-    limit: int | None = None
+ENTRIES, OPTIONS = "benchmarks", "asked_with"
 
 
 def refuse_anothers(path: Path) -> None:
@@ -203,47 +223,47 @@ def refuse_anothers(path: Path) -> None:
     Raises:
         UserError: the file is there and was not written here.
     """
-    if path.is_file() and (there := _read(path)) and not isinstance(there.get(ENTRIES), Mapping):
+    if path.is_file() and (content := _read(path)) and not isinstance(content.get(ENTRIES), Mapping):
         raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
 
 
 def write_metrics(
     path: Path,
-    origin: Origin,
+    origin: Mapping[str, JSON],
     entries: Mapping[str, JSON],
     *,
-    asked: Sequence[str],
-    asked_with: Mapping[str, JSON],
+    asked: Collection[str],
+    options: Mapping[str, JSON],
 ) -> list[str]:
     """Writes the entries, with those of before that are still true; without any there is no file.
 
     Args:
+        origin: what all numbers of the file are of; hashes tell an adapter from its successor at the same place.
         entries: of the benchmarks that have a score.
         asked: every benchmark of the command; of these no entry of before stays.
-        asked_with: the options of the answers, by benchmark; empty for a predictions file.
+        options: of the answers, by benchmark; empty for a predictions file.
 
     Returns:
         What to say: where the numbers are, and which of before stayed and which went.
     """
-    there = _read(path)
-    before = _object(there, ENTRIES)
-    header = json.loads(json.dumps(vars(origin)))
-    same = all(there.get(name) == value for name, value in header.items())
-    kept = {name: one for name, one in before.items() if same and name not in asked and _holds(one)}
+    content = _read(path)
+    before, options_before = (
+        value if isinstance(value := content.get(name), Mapping) else {} for name in (ENTRIES, OPTIONS)
+    )
+    header = json.loads(json.dumps(dict(origin)))
+    same = all(content.get(name) == value for name, value in header.items())
+    kept = {name: entry for name, entry in before.items() if same and name not in asked and _holds(entry)}
     gone = [name for name in before if name not in kept and name not in entries]
-    asked_before = {name: one for name, one in _object(there, ASKED_WITH).items() if name in kept}
-    asked_now = {name: one for name, one in asked_with.items() if name in entries}
     benchmarks = kept | dict(entries)
     if benchmarks:
+        made_with = {name: value for name, value in options_before.items() if name in kept}
+        made_with |= {name: value for name, value in options.items() if name in entries}
         with whole_file(path) as stream:
-            content = {**header, ASKED_WITH: asked_before | asked_now, ENTRIES: benchmarks}
-            stream.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            stream.write(
+                json.dumps({**header, OPTIONS: made_with, ENTRIES: benchmarks}, indent=1, ensure_ascii=False) + "\n"
+            )
     else:
         path.unlink(missing_ok=True)
-    return _result_files_said(path, entries=list(entries), kept=list(kept), gone=gone)
-
-
-def _result_files_said(path: Path, *, entries: Sequence[str], kept: Sequence[str], gone: Sequence[str]) -> list[str]:
     lines = []
     if gone:
         lines.append(f"{path}: no longer holds {', '.join(gone)}: of other answers, questions, --limit or --against")
@@ -253,15 +273,10 @@ def _result_files_said(path: Path, *, entries: Sequence[str], kept: Sequence[str
     return lines
 
 
-def _holds(entry: Mapping[str, JSON]) -> bool:
+def _holds(entry: JSON) -> bool:
     """Whether the benchmark's file is what it was when it was scored."""
     file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
     return file.is_file() and file_sha256(file) == entry.get("file_sha256")
-
-
-def _object(content: Mapping[str, JSON], name: str) -> Mapping[str, JSON]:
-    value = content.get(name, {})
-    return value if isinstance(value, Mapping) else {}
 
 
 def _read(path: Path) -> Mapping[str, JSON]:
@@ -273,71 +288,47 @@ def _read(path: Path) -> Mapping[str, JSON]:
     return content if isinstance(content, Mapping) else {}
 
 
-# Which question each row of a predictions file answers: by the id, or as the benchmark's own files name it.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """A file's answers by the ids of their questions.
-
-    Attributes:
-        by: what the two had in common.
-        strangers: the answers of rows that answer no question here, by the rows' own ids.
-    """
-
-    answers: dict[str, str]
-    by: str
-    strangers: dict[str, str]
-
-
 def join(
     benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[AnswerRow], *, path: Path, questions: Path
-) -> Joined:
-    """Each row's answer under its question's id; of two for one question the later stands.
+) -> Predictions:
+    """Each row of another tool's file under its question's id; of two for one question the later stands.
+
+    A row's question is found by the id, or as the benchmark's own files name it.
 
     Raises:
         UserError: no row has a question, or it is not clear which; with the numbers.
     """
-    tried: dict[str, list[str | None]] = {}
+    matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
-    for one in (OWN_ID, *benchmark.joins):
+    for way in (OWN_ID, *benchmark.joins):
         try:
-            tried[one.by] = one.pairs(rows, examples)
+            matches[way.by] = way.pairs(rows, examples)
         except UserError as error:
             unclear.append(str(error))
-    counts = {by: len(rows) - found.count(None) for by, found in tried.items()}
+    counts = {by: len(rows) - names.count(None) for by, names in matches.items()}
     most = max(counts.values())
     if not most:
-        raise UserError(_nothing_common(path, questions, rows, examples, list(counts), unclear))
-    first, *others = [by for by, count in counts.items() if count == most]
-    differing = [by for by in others if tried[by] != tried[first]]
-    if differing:
         raise UserError(
-            f"{path}: {most} of {len(rows)} answers fit a question of {questions} by {first}, and as many fit another "
+            f"{path}: {unclear[0]}"
+            if unclear
+            else f"{path} ({len(rows)} answers) and {questions} ({len(examples)} questions) have no id in common, "
+            f"looked for by {'; '.join(counts)}; first ids {shown(rows[0].id, 40)} and {shown(examples[0].id, 40)}; "
+            "were they made from the same questions?"
+        )
+    by, *others = [way for way, count in counts.items() if count == most]
+    if differing := [other for other in others if matches[other] != matches[by]]:
+        raise UserError(
+            f"{path}: {most} of {len(rows)} answers fit a question of {questions} by {by}, and as many fit another "
             f"one by {differing[0]}; give each answer its question's id"
         )
-    found = tried[first]
-    answers = {one: _answer_joins_said(row, benchmark) for one, row in zip(found, rows, strict=True) if one is not None}
-    strangers = {row.id: row.answer for one, row in zip(found, rows, strict=True) if one is None}
-    return Joined(answers=answers, by=first, strangers=strangers)
-
-
-def _answer_joins_said(row: AnswerRow, benchmark: Benchmark) -> str:
-    return f"a{row.answer}" if row.is_number and benchmark.labels_choices else row.answer
-
-
-def _nothing_common(
-    path: Path,
-    questions: Path,
-    rows: Sequence[AnswerRow],
-    examples: Sequence[Example],
-    tried: Sequence[str],
-    unclear: Sequence[str],
-) -> str:
-    if unclear:
-        return f"{path}: {unclear[0]}"
-    return (
-        f"{path} ({len(rows)} answers) and {questions} ({len(examples)} questions) have no id in common, looked for by "
-        f"{'; '.join(tried)}; first ids {shown(rows[0].id, 40)} and {shown(examples[0].id, 40)}; were they made from "
-        "the same questions?"
+    answers = {
+        name: f"a{row.answer}" if row.is_number and benchmark.labels_choices else row.answer
+        for name, row in zip(matches[by], rows, strict=True)
+        if name is not None
+    }
+    strangers = {row.id: row.answer for name, row in zip(matches[by], rows, strict=True) if name is None}
+    return Predictions(
+        rows=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
+        joined_by=by,
+        strangers=tuple(strangers),
     )

@@ -1,20 +1,21 @@
-"""What turns a conversation and what it shows into each kind of model's inputs, and its tokens into text."""
+"""What turns a conversation and what it shows into a decoder's inputs, and its tokens into text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 
 from dora_vl.backbones.generation import growing_text
+from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -26,50 +27,24 @@ NOT_ASKED = frozenset({"labels", *BOOKKEEPING})
 """What a collator adds that no model takes."""
 
 
-@runtime_checkable
-class Prompts(Protocol):
-    """A kind of model's encoder as asking needs it; holds no model, and may be sent to data workers."""
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What one prompt shows.
+
+    Attributes:
+        pictures: RGB, in the order of the prompt's `<image>`.
+        features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
+        videos: frames with their times, in the order of the prompt's `<video>`.
+    """
+
+    pictures: tuple[Image.Image, ...] = ()
+    features: tuple[Tensor, ...] = ()
+    videos: tuple[Video, ...] = ()
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What makes a prompt's text into tokens, and an answer's tokens into text."""
-        ...
-
-    @property
-    def videos_of_one_length(self) -> bool:
-        """Whether the videos of a batch must have equally many frames."""
-        ...
-
-    @property
-    def frames_are_pictures(self) -> bool:
-        """Whether the model takes no videos, and is asked about their frames as so many pictures."""
-        ...
-
-    def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
-        """Turns that end with a question, up to where the answer begins, without labels; never cut.
-
-        Raises: BadSample where they cannot be put to the model.
-        """
-        ...
-
-    def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
-        """The same with an answer behind it, which is labelled, with what closes it; never cut.
-
-        Raises: BadSample likewise.
-        """
-        ...
-
-    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
-        """One batch, padded on this side: the model's inputs and `labels`."""
-        ...
-
-    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """The text of new ids, without what ends or fills up an answer."""
-        ...
-
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """`decode` for the ids of one answer as they grow."""
-        ...
+    def frames(self) -> tuple[Image.Image, ...]:
+        """Every video's frames."""
+        return tuple(frame for video in self.videos for frame in video.pictures)
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -83,44 +58,50 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[s
 
 @dataclass(frozen=True)
 class EncoderPrompts:
-    """A decoder's: whatever its encoder makes of text, pictures and videos."""
+    """A decoder's encoder as asking needs it; holds no model, and may be sent to data workers."""
 
     encoder: Encoder
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Prompts`."""
+        """What makes a prompt's text into tokens, and an answer's tokens into text."""
         return self.encoder.tokenizer
 
     @property
     def videos_of_one_length(self) -> bool:
-        """See `Prompts`."""
+        """Whether the videos of a batch must have equally many frames."""
         return self.encoder.videos_of_one_length
 
     @property
     def frames_are_pictures(self) -> bool:
-        """See `Prompts`."""
+        """Whether the model takes no videos, and is asked about their frames as so many pictures."""
         return self.encoder.why_no_videos is not None
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
-        """See `Prompts.sample`."""
+        """Turns that end with a question, up to where the answer begins, without labels; never cut.
+
+        Raises: BadSample where they cannot be put to the model.
+        """
         inputs = self.encoder.encode_prompt(turns, seen.features or seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
         return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
-        """See `Prompts.with_answer`."""
-        found = self.encoder.encode_choice(turns, answer, seen.features or seen.pictures, seen.videos)
-        return Sample(index=0, id="question", input_ids=found.input_ids, labels=found.labels, inputs=found.inputs)
+        """The same with an answer behind it, which is labelled, with what closes it; never cut.
+
+        Raises: BadSample likewise.
+        """
+        encoded = self.encoder.encode_choice(turns, answer, seen.features or seen.pictures, seen.videos)
+        return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
-        """See `Prompts.collate`."""
+        """One batch, padded on this side: the model's inputs and `labels`."""
         return Collator(self.encoder.pad_token_id, pad_side=side)(samples)
 
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """See `Prompts.decode`."""
+        """The text of new ids, without what ends or fills up an answer."""
         return self.encoder.decode(ids)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """See `Prompts.growing_text`."""
+        """`decode` for the ids of one answer as they grow."""
         return growing_text(self.tokenizer, self.encoder.prompts.answer_in)

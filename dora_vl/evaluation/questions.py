@@ -1,4 +1,4 @@
-"""Questions with known answers from a file of any format that training reads, or as LLaVA's evaluation takes them."""
+"""What a model is asked: questions with known answers from a file of any format, and benchmarks' sets of examples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import Answer, Example, clip_fields, iterate_examples
-from dora_vl.data.readers import id_of, read_row, stream_values, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, as_conversation
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, as_conversation, iterate_examples
+from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.text_file import stream_values
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
@@ -27,7 +29,8 @@ from dora_vl.evaluation.scores.benchmark import (
     not_scored,
 )
 from dora_vl.evaluation.scores.llava import letter_cn, parsed
-from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN
+from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, Prompt
+from dora_vl.evaluation.scores.prompts import turns_of as prompt_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,17 @@ class Question:
         answer: the part of it that is scored, where the row says it; else empty.
         kind: the record's `kind`, if it has one; scores are also given by kind.
         videos: in the order of their `<video>` in `turns`.
+        example: what the question was made of, with its choices.
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
     turns: tuple[Turn, ...]
-    truth: str
+    truth: str = ""
     answer: str = ""
     kind: str | None = None
     videos: tuple[Clip, ...] = ()
+    example: Example | None = None
 
     @property
     def text(self) -> str:
@@ -68,30 +73,98 @@ def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Quest
     example = read_row(record, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
-    *prompt, answer = conversation.turns
+    conversation = as_conversation(example)
     kind = record.get("kind")
+    answer = example.answers[0].text if example.turns and example.answers else ""
+    return question_of_turns(conversation, answer=answer, kind=None if kind is None else str(kind))
+
+
+def question_of_turns(conversation: Example, **more: Any) -> Question:
+    """The last round of a conversation, its answer being the right one."""
+    *turns, answer = conversation.turns
     return Question(
         id=conversation.id,
         images=conversation.images,
-        turns=tuple(prompt),
+        turns=tuple(turns),
         truth=answer.text,
-        answer=example.answers[0].text if example.turns and example.answers else "",
-        kind=None if kind is None else str(kind),
         videos=conversation.videos,
+        **more,
     )
 
 
-def question_of_task(example: Example) -> Question:
-    """An example as a VL-BART's task has it: its words alone, no turns and no places of pictures."""
+def as_question(example: Example, prompt: Prompt | None = None) -> Question:
+    """An example as a model is asked it; without a prompt in its own words alone, as a VL-BART's tasks are."""
+    turns: Sequence[Turn] = (Turn("user", example.question),)
+    if prompt is not None:
+        turns = prompt_turns(example, prompt)
+        user = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+        if example.videos and user is not None and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
+            first = Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(example.videos) + turns[user].text)
+            turns = (*turns[:user], first, *turns[user + 1 :])
     return Question(
         id=example.id,
         images=example.images,
-        turns=(Turn("user", example.question),),
+        turns=tuple(turns),
         truth=example.answers[0].text if example.answers else "",
-        kind=None if "kind" not in example.extra else str(example.extra["kind"]),
-        videos=example.clips,
+        kind=str(example.extra["kind"]) if example.extra.get("kind") is not None else None,
+        videos=example.videos,
+        example=example,
     )
+
+
+def with_middle_frame(example: Example) -> Example:
+    """The example with its video's middle frame as its picture, where the record names one, as SEED-Bench's do."""
+    frame = example.extra.get(MIDDLE_FRAME)
+    if example.video is None or not isinstance(frame, str):
+        return example
+    return replace(example, images=(frame,), videos=())
+
+
+def expected(example: Example) -> str:
+    """The right answer as a model says it: a choice's label, or the first answer."""
+    if example.choices and "correct" in example.extra:
+        return f"a{example.extra['correct']}"
+    return example.answers[0].text if example.answers else ""
+
+
+def in_words(example: Example | None, text: str) -> str:
+    """An answer as people read it: a choice's label as its words."""
+    labels = {} if example is None else {f"a{index}": words for index, words in enumerate(example.choices)}
+    return labels.get(text, text)
+
+
+def media_of(example: Example) -> list[str]:
+    """Paths of an example's pictures, or of its video."""
+    return list(example.images) or ([] if example.video is None else [example.video.path])
+
+
+def has_truth(examples: Sequence[Example]) -> bool:
+    """Whether a file says what is right; publishers keep the answers of some."""
+    return any(example.answers or "correct" in example.extra for example in examples)
+
+
+_FORMAT = re.compile(r"Answer format:\s*(\S.*?)\s*$")
+
+
+def outputs_of(question: Question) -> list[str]:
+    """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
+
+    What stands before the answer in the true output stands before each: "the correct answer is ".
+
+    Raises:
+        BadSample: no such line, or the true answer is not among them or does not end the true output.
+    """
+    line = _FORMAT.search(question.turns[-1].instruction)
+    if line is None:
+        raise BadSample(question.id, "its last line names no choices (`Answer format: a/b/...`)")
+    choices = [choice.strip() for choice in line[1].split("/")]
+    if question.answer not in choices or not question.truth.endswith(question.answer):
+        allowed = shown_text("/".join(choices))
+        raise BadSample(
+            question.id, f"its answer {shown(question.answer)} is not one of {allowed}, or not its output's end"
+        )
+    before = question.truth.removesuffix(question.answer)
+    return [before + choice for choice in choices]
 
 
 def read_questions(
@@ -272,7 +345,7 @@ class EvaluationSet:
     @property
     def has_videos(self) -> bool:
         """Whether any example is about a video."""
-        return any(example.clips for example in self.examples)
+        return any(example.videos for example in self.examples)
 
     @property
     def scorer(self) -> Scorer | None:
@@ -354,7 +427,7 @@ def example_of(question: Question) -> Example:
     return Example(
         id=question.id,
         images=question.images,
-        **clip_fields(question.videos),
+        videos=question.videos,
         question=question.text,
         turns=question.turns,
         answers=(Answer(text=question.truth),),

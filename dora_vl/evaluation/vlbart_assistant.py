@@ -1,66 +1,76 @@
-"""A trained VL-BART, ready to be asked about pictures and frames: their features are computed on the way."""
+"""A VL-BART, ready to be asked: each question is one of its tasks', features are stored or computed on the way."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from string import ascii_uppercase
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from dora_vl.adapters.adapter import CLOSED_ANSWERS
-from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.generation import NoNumbers
-from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.generation import NO_TOKEN, NoNumbers, likeliest, says_true, with_numbers
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.published_features import FeatureEncoder, open_encoders
-from dora_vl.backbones.vision_store import clip_of_features, fixed_length
-from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
+from dora_vl.backbones.published_features import FeatureEncoder
+from dora_vl.backbones.vision_store import FeatureReader, clip_of_features, fixed_length
+from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.data.pictures import open_image
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.video import Sampling
-from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Asking
-from dora_vl.evaluation.asker import Asked, Opened, Shown, View, Write
-from dora_vl.evaluation.open_model import ModelSource, with_adapter
-from dora_vl.evaluation.questions import EvaluationSet
-from dora_vl.evaluation.seq2seq_run import answers_of
-from dora_vl.training.seq2seq_tasks import Subtask, with_input_tokens
-from dora_vl.training.vlbart_tasks import closed
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.ask import Decoding, MediaReader, View, Write, prediction
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.questions import Question
+from dora_vl.training.seq2seq_tasks import (
+    MicroBatch,
+    Seq2SeqCollator,
+    Seq2SeqSample,
+    Subtask,
+    make_sample,
+)
+from dora_vl.training.vlbart_tasks import image_subtasks, video_subtasks
 
 log = logging.getLogger(__name__)
 
-FRAMES_TASK = "vlbart_video"
-"""Whose older folders do not say that pictures are a video's frames."""
-TASK_FILES = {"vlbart_image": "dora_vl.training.vlbart_tasks", "vlbart_video": "dora_vl.training.vlbart_tasks"}
+SUBTASKS = {"vlbart_image": image_subtasks, "vlbart_video": video_subtasks}
 CHOOSING = frozenset({"choice", "words"})
+"""Ways to answer that give the label of a choice, "a2"."""
+TRUE, FALSE = "true", "false"
+LONGEST_LABEL = 20
 WITH_CHOICES = "a question with its choices (--choice, several times)"
 FREE = "a question without choices"
 CAPTION = 'for a caption (--question "")'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VlBartAssistant:
-    """A VL-BART with what turns words and pictures into its inputs.
+    """A VL-BART with what turns words and pictures into its inputs; an `ask.Asker`.
+
+    What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
     Attributes:
-        features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         subtasks: those it was trained for, in the recipe's order.
+        stored: the features of what questions show; None computes them.
+        features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         feature_tokens: tokens of one picture, or of a whole video.
         is_video: pictures are the frames of one video, not inputs of their own.
+        while_training: as `ask.Assistant` has it.
     """
 
     backbone: VlBartBackbone
     encoder: Seq2SeqEncoder
-    features: Mapping[str, FeatureEncoder]
     subtasks: tuple[Subtask, ...]
-    feature_tokens: int
-    is_video: bool
+    stored: FeatureReader | None = None
+    features: Mapping[str, FeatureEncoder] = field(default_factory=dict)
+    feature_tokens: int = 0
+    is_video: bool = False
+    while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
         """See `Asker.view`: what its features were trained on, whatever `frames` says.
@@ -72,20 +82,16 @@ class VlBartAssistant:
             UserError: no task fits, or nothing says how its features were computed, or the prompt needs a part and the
                 example's video names none.
         """
-        example = self._with_span(example, task)
+        subtask, video = self.subtask(example, task), example.video
+        if subtask.state_span is not None and video is not None and "ts" not in example.extra:
+            if video.start_seconds is None or video.end_seconds is None:
+                raise _no_span(subtask)
+            stated = subtask.state_span(video.start_seconds, video.end_seconds)
+            example = replace(example, extra={**example.extra, "ts": stated})
         clip = clip_of_features(example)
-        if clip is None or example.video is None:
+        if clip is None or video is None:
             raise ValueError(f"example {example.id} has no video")
         return View(example=example, clip=clip[1], sampling=self.sampling(example, task))
-
-    def _with_span(self, example: Example, task: str) -> Example:
-        subtask, video = self._subtask(example, task), example.video
-        if subtask.state_span is None or video is None or "ts" in example.extra:
-            return example
-        if video.start_seconds is None or video.end_seconds is None:
-            raise _no_span(subtask)
-        stated = subtask.state_span(video.start_seconds, video.end_seconds)
-        return replace(example, extra={**example.extra, "ts": stated})
 
     def sampling(self, example: Example, task: str = "") -> Sampling:
         """Which frames of a video the task was trained on that such a question belongs to.
@@ -93,100 +99,193 @@ class VlBartAssistant:
         Raises:
             UserError: no task fits, or nothing says how its features were computed.
         """
-        return self._features_of(self._subtask(example, task)).settings.sampling
+        return self._features_of(self.subtask(example, task)).settings.sampling
 
-    def answer(
-        self,
-        turns: Sequence[Turn],
-        pictures: Sequence[Image.Image],
-        *,
-        max_new_tokens: int = 64,
-        write: Write | None = None,
-    ) -> str:
-        """See `Asker.answer`: to one question.
+    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+        """See `Asker.answer`: to one question; a choice in its words. Its own search decides how long it is.
 
         Raises:
-            UserError: there is more than one question, or no picture.
-        """
-        if len(turns) != 1:
-            raise UserError("a VL-BART reads one question at a time; ask without --conversation")
-        question = turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
-        return self.answer_example(
-            Example(id="question", question=question),
-            Shown(pictures=tuple(pictures)),
-            max_new_tokens=max_new_tokens,
-            write=write,
-        )
-
-    def answer_example(
-        self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None
-    ) -> str:
-        """See `Asker.answer_example`: of the example's choices one, where it has some.
-
-        Raises:
-            UserError: as `said`.
-        """
-        said = self.said(example, seen.frames or seen.pictures)
-        if self.answers_by_label(example):
-            said = example.choices[int(said.removeprefix("a"))]
-        if write is not None:
-            write(said)
-        return said
-
-    @torch.inference_mode()
-    def said(self, example: Example, pictures: Sequence[Image.Image], task: str = "") -> str:
-        """What the task's score takes: text, "true" or "false", or the label of a choice, "a2".
-
-        Args:
-            task: the trained task by name; one that was not trained, or "", is told by the question's form.
-
-        Raises:
-            UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
+            UserError: there is more than one question, no picture, no task fits, or as `sample`.
             NoNumbers: its scores are none.
         """
-        subtask, inputs = self.prepared(example, pictures, task)
-        (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
-        if answer is None:
+        if len(question.turns) != 1:
+            raise UserError("a VL-BART reads one question at a time; ask without --conversation")
+        example = question.example or Example(id="question", question=question.text)
+        subtask = self.subtask(example)
+        sample = self.sample(example, subtask, seen.frames or seen.pictures)
+        if sample.cut_tokens:
+            log.warning(
+                "the text is %d tokens too long for this model; the answer is about what was left", sample.cut_tokens
+            )
+        (text,) = self._texts(subtask, [example], [sample])
+        if text is None:
             raise NoNumbers
-        return answer
+        if subtask.answer_by in CHOOSING:
+            text = example.choices[int(text.removeprefix("a"))]
+        if write is not None:
+            write(text)
+        return text
 
-    def prepared(
-        self, example: Example, pictures: Sequence[Image.Image], task: str = ""
-    ) -> tuple[Subtask, tuple[Tensor, Tensor, Tensor]]:
-        """The task that a question belongs to, and its ids, mask and features as a batch of one; see `said`."""
+    def predict(
+        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+    ) -> Iterator[list[Prediction]]:
+        """See `Asker.predict`: in the questions' order; one at a time where features are computed on the way."""
+        size = 1 if self.stored is None else decoding.batch_size
+        for start in range(0, len(questions), size):
+            rows: list[Prediction] = []
+            usable: list[tuple[Question, Example, Subtask, Seq2SeqSample]] = []
+            for question in questions[start : start + size]:
+                try:
+                    usable.append((question, *self._read(question, media, decoding.task)))
+                except UserError as error:
+                    reason = error.reason if isinstance(error, BadSample) else str(error)
+                    rows.append(prediction(question, None, reason))
+            if usable:
+                subtask = usable[0][2]
+                texts = self._texts(subtask, [one[1] for one in usable], [one[3] for one in usable])
+                for (question, _, _, sample), text in zip(usable, texts, strict=True):
+                    if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
+                        text = ascii_uppercase[int(text.removeprefix("a"))]
+                    rows.append(prediction(question, text, cut_tokens=sample.cut_tokens))
+            yield rows
+
+    @torch.inference_mode()
+    def logits(
+        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+    ) -> Float[Tensor, "tokens vocab"]:
+        """See `Asker.logits`; of a closed list, its answers' scores."""
+        example, subtask, sample = self._read(question, media, decoding.task)
+        ids, mask, features = self._inputs(subtask, [sample])
+        if subtask.answer_by == "closed":
+            hidden = self.backbone.first_hidden(ids, mask, features)
+            return self.backbone.answer_head(subtask.name)(hidden).float().cpu()
+        text = example.choices[int(answer.removeprefix("a"))] if subtask.answer_by == "words" else answer
+        labels = self.encoder.labels(text, max_tokens=LONGEST_LABEL)[None].to(ids.device)
+        return self.backbone(ids, mask, labels, features).logits.float().cpu()
+
+    def _read(self, question: Question, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
+        """The example as the model is asked it, its task, and its tensors."""
+        example = question.example
+        if example is None:
+            raise ValueError(f"question {question.id} was not made of a record")
+        subtask = self.subtask(example, task)
+        if self.stored is not None:
+            return (
+                example,
+                subtask,
+                make_sample(example, subtask, encoder=self.encoder, reader=self.stored, target=None),
+            )
+        if example.video is None:
+            pictures: Sequence[Image.Image] = [open_image(media.folder, path) for path in example.images]
+        else:
+            view = self.view(example, frames=0, task=task)
+            example, pictures = view.example, media.frames(view.clip, view.sampling).pictures
+        return example, subtask, self.sample(example, subtask, pictures)
+
+    @torch.inference_mode()
+    def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
+        """An example in tensors, the features of these pictures computed.
+
+        Raises:
+            UserError: there is no picture or another number than the task takes, or it needs `extra["ts"]`.
+        """
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
-        subtask = self._subtask(example, task)
         if subtask.state_span is not None and "ts" not in example.extra:
             raise _no_span(subtask)
-        device = next(self.backbone.parameters()).device
         ids, cut = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
-        if cut:
-            log.warning("the text is %d tokens too long for this model; the answer is about what was left", cut)
-        features = self.inputs(pictures, subtask).to(device)
-        if features.shape[1] != subtask.images:
-            raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
-        return subtask, (ids[None].to(device), torch.ones_like(ids)[None].to(device), features)
+        encoder = self._features_of(subtask)
+        if self.is_video:
+            features = fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None]
+        else:
+            features = torch.stack(
+                [fixed_length(one, self.feature_tokens, frames=1) for one in encoder.pictures(pictures)]
+            )
+        if len(features) != subtask.images:
+            raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {len(features)}")
+        return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
 
-    def ask(self, one: EvaluationSet, asking: Asking) -> Asked:
-        """See `Asker.ask`: as in training."""
-        from dora_vl.evaluation.ask_vlbart import ask_vlbart
+    def _inputs(self, subtask: Subtask, samples: Sequence[Seq2SeqSample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and features of a batch."""
+        batch = Seq2SeqCollator(self.encoder.pad_token_id, (0, 0))([MicroBatch(subtask, [*samples])])
+        device = next(self.backbone.parameters()).device
+        return batch["input_ids"].to(device), batch["attention_mask"].to(device), batch["features"].to(device)
 
-        return ask_vlbart(self, one, asking)
+    def _texts(
+        self, subtask: Subtask, examples: Sequence[Example], samples: Sequence[Seq2SeqSample]
+    ) -> list[str | None]:
+        """One batch's answers, in the way that the task has them; None where the model's scores are no numbers."""
+        with torch.no_grad() if self.while_training else torch.inference_mode():
+            ids, mask, features = self._inputs(subtask, samples)
+            if subtask.answer_by == "pair":
+                return self._pairs(ids, mask, features)
+            if subtask.answer_by == "closed":
+                head = self.backbone.answer_head(subtask.name)
+                scores = head(self.backbone.first_hidden(ids, mask, features))
+                return with_numbers(head.chosen(scores), scores)
+            if subtask.answer_by == "choice":
+                labels = self._labels([f"a{index}" for index in range(max(len(one.choices) for one in examples))])
+                scores = self.backbone.likelihoods(ids, mask, features, labels)
+                for row, example in enumerate(examples):
+                    scores[row, len(example.choices) :] = float("-inf")
+                return with_numbers([f"a{index}" for index in likeliest(scores).tolist()], scores)
+            if subtask.answer_by == "words":  # each example has choices of its own
+                texts: list[str | None] = []
+                for row, example in enumerate(examples):
+                    own = slice(row, row + 1)
+                    labels = self._labels(example.choices)
+                    scores = self.backbone.likelihoods(ids[own], mask[own], features[own], labels)
+                    texts += with_numbers([f"a{int(likeliest(scores))}"], scores)
+                return texts
+            search = subtask.search
+            new = self.backbone.generate(
+                ids,
+                mask,
+                features,
+                max_length=search.max_length,
+                num_beams=search.beams,
+                no_repeat_ngram_size=search.no_repeat_ngram,
+            )
+            return [None if NO_TOKEN in row.tolist() else self.encoder.decode(row) for row in new.cpu()]
 
-    def answers_by_label(self, example: Example, task: str = "") -> bool:
-        """Whether `said` gives the label of a choice."""
-        return self._subtask(example, task).answer_by in CHOOSING
+    def _labels(self, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
+        """Labels as rows of ids, -100 behind the shorter ones."""
+        labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL) for text in texts]
+        return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
-    def _subtask(self, example: Example, task: str = "") -> Subtask:
-        """The trained task that such a question belongs to; one that learnt words, not labels, needs no choices."""
+    def _pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> list[str | None]:
+        """After the start and `<s>`, the logits of "true" and "false" at the next place.
+
+        Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
+        """
+        backbone = self.backbone
+        true_token, false_token = self.encoder.first_token(TRUE), self.encoder.first_token(FALSE)
+        if true_token is None or false_token is None:
+            scores = backbone.likelihoods(ids, mask, features, self._labels((TRUE, FALSE)))
+            return with_numbers([TRUE if index == 0 else FALSE for index in likeliest(scores).tolist()], scores)
+        encoded, joint = backbone.encode(ids, mask, features)
+        config = backbone.config
+        begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
+        logits = backbone.logits(backbone.decode(begun.expand(len(ids), -1), encoded, joint)[:, 1])
+        chosen = says_true(logits, true_token=true_token, false_token=false_token)
+        return with_numbers([TRUE if one else FALSE for one in chosen.tolist()], logits)
+
+    def subtask(self, example: Example, task: str = "") -> Subtask:
+        """The trained task of this name, or the first that such a question belongs to.
+
+        One that learnt words, not labels, needs no choices.
+
+        Raises:
+            UserError: it was not trained for such a question.
+        """
         named = next((one for one in self.subtasks if one.name == task), None)
         if named is not None:
             return named
         wanted = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
-        for one in self.subtasks:
-            if wanted in _ways_to_ask(one):
-                return replace(one, answer_by="text") if wanted == FREE and one.answer_by == "words" else one
+        for subtask in self.subtasks:
+            if wanted in _ways_to_ask(subtask):
+                by_text = wanted == FREE and subtask.answer_by == "words"
+                return replace(subtask, answer_by="text") if by_text else subtask
         known = ", ".join(one.name for one in self.subtasks)
         possible = dict.fromkeys(way for one in self.subtasks for way in _ways_to_ask(one))
         raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
@@ -198,16 +297,6 @@ class VlBartAssistant:
                 f"them), so it cannot be asked about raw pictures; {', '.join(self.features)} can"
             )
         return self.features[subtask.name]
-
-    def inputs(
-        self, pictures: Sequence[Image.Image], subtask: Subtask
-    ) -> Float[Tensor, "one pictures tokens channels"]:
-        """What the model reads of the pictures for a task; the frames of a video are one."""
-        encoder = self._features_of(subtask)
-        if not self.is_video:
-            inputs = [fixed_length(one, self.feature_tokens, frames=1) for one in encoder.pictures(pictures)]
-            return torch.stack(inputs)[None]
-        return fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None, None]
 
 
 def _no_span(subtask: Subtask) -> UserError:
@@ -230,51 +319,6 @@ def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
     Raises:
         UserError: no such task file.
     """
-    if task not in TASK_FILES:
-        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(TASK_FILES)}")
-    return import_module(TASK_FILES[task]).subtasks(task_prompt=task_prompt)
-
-
-def open_vlbart(source: ModelSource, *, merged: bool = False) -> Opened:
-    """Builds the VL-BART that an adapter folder's `recipe.json` describes.
-
-    Args:
-        merged: the source's place holds the adapter's change already, so that nothing is loaded onto it.
-
-    Raises:
-        UserError: a vision tower is not there or another one, or nothing says how the features were computed.
-    """
-    wanted, recipe, place = source.wanted, source.recipe, source.place
-    adapter = Path(str(wanted.adapter))
-    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
-    lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
-    if wanted.strength != 1 and set(lists) - of_base:
-        raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")
-    if not merged:
-        set_answer_heads(loaded.model, lists)
-    change = None if merged else adapter
-    adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
-    trained_with = recipe["settings"]
-    device = next(adapted.parameters()).device
-    encoders = open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base)
-    known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
-    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
-
-    def answered(heads: Collection[str]) -> tuple[Subtask, ...]:
-        return tuple(closed(one) if one.name in lists and one.name in heads else one for one in own)
-
-    first = VlBartAssistant(
-        backbone=adapted,
-        encoder=Seq2SeqEncoder(
-            load_tokenizer(place),
-            subtitles_first=trained_with["subtitles_first"],
-            max_positions=max_positions(adapted.config),
-        ),
-        features=encoders,
-        subtasks=answered(lists),
-        feature_tokens=recipe["feature_tokens"],
-        is_video=bool(recipe.get("is_video", recipe["task"] == FRAMES_TASK)),
-    )
-    # Without the adapter a task is answered in words, unless the base brought a head of its own.
-    without = None if plain is None else replace(first, backbone=plain, subtasks=answered(of_base))
-    return Opened(adapted=first, base=without)
+    if task not in SUBTASKS:
+        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(SUBTASKS)}")
+    return SUBTASKS[task](task_prompt=task_prompt)

@@ -11,18 +11,14 @@ from typing import Any
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile
 from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
-from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, read_predictions
+from dora_vl.evaluation.questions import expected, has_truth, in_words
 from dora_vl.evaluation.scores.commonsense import extracted
 from dora_vl.evaluation.scores.commonsense import score as commonsense_score
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
-from dora_vl.evaluation.seq2seq_pictures import expected, in_words, media_of
-from dora_vl.report.run_record import RunRecord, read_lines
-
-PREDICTIONS = "predictions.jsonl"
-BY_TASK = "predictions"
-COMMONSENSE = {"generation": PREDICTIONS, "likelihood": "predictions_likelihood.jsonl"}
+from dora_vl.report.run_record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +91,15 @@ def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     after = evaluation.get("answer_after")
     failed = run.metrics.get("failed_questions")
     unasked = [name for name in failed if name not in predictions] if isinstance(failed, Mapping) else []
-    examples = [_example(one) for one in predictions.values()]
+    examples = [
+        Example(
+            id=one.id,
+            images=tuple(one.images),
+            answers=(Answer(text=one.truth),),
+            extra={} if one.kind is None else {"kind": one.kind},
+        )
+        for one in predictions.values()
+    ]
     examples += [Example(id=name, answers=(Answer(text=""),)) for name in unasked]
     answers = {name: one.prediction for name, one in predictions.items()}
     scored = exact_match_score(examples, answers, answer_after=after) if examples else None
@@ -103,30 +107,31 @@ def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     folder = evaluation.get("image_folder") or run.section("data").get("image_folder")
     return SetAnswers(
         name=set_name(evaluation.get("file")),
-        items=tuple(_exact_item(one, after, shares.get(one.id)) for one in predictions.values()),
+        items=tuple(
+            _item(
+                one, final_answer(one.truth, after) or "", final_answer(one.prediction, after) or "", shares.get(one.id)
+            )
+            for one in predictions.values()
+        ),
         scored=scored,
         pictures=None if folder is None else run.path(folder),
     )
 
 
-def _example(one: Prediction) -> Example:
-    extra = {} if one.kind is None else {"kind": one.kind}
-    return Example(id=one.id, images=tuple(one.images), answers=(Answer(text=one.truth),), extra=extra)
-
-
-def _exact_item(one: Prediction, after: str | None, share: float | None) -> Item:
-    said, truth = final_answer(one.prediction, after) or "", final_answer(one.truth, after) or ""
+def _item(row: Prediction, truth: str, answer: str, share: float | None, example: Example | None = None) -> Item:
+    """An answered question; `truth` and `answer` are what is compared, of an example's choices their labels."""
     return Item(
-        id=one.id,
-        question=one.question,
-        truth=truth,
-        said=said,
-        whole=one.prediction,
+        id=row.id,
+        question=row.question,
+        truth=in_words(example, truth),
+        said=in_words(example, answer),
+        whole=in_words(example, row.prediction),
         label=truth,
-        said_label=said,
-        kind=one.kind or "",
+        said_label=answer,
+        kind=row.kind or "",
         share=share,
-        pictures=tuple(one.images),
+        pictures=tuple(row.images),
+        clip=None if example is None else example.video,
     )
 
 
@@ -139,9 +144,11 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
     trouble: list[str] = [] if evaluation["files"] else [f"{run.label}: its settings name no evaluation.files."]
     for task, path in evaluation["files"].items():
         try:
-            answers = _answers(run.folder / BY_TASK / f"{task}.jsonl")
+            path = run.folder / BY_TASK / f"{task}.jsonl"
+            rows = read_predictions(path)
+            answers = {name: row.prediction for name, row in rows.items()}
             examples = list(ExampleFile(run.path(path), limit=evaluation.get("limit")))
-            scored = subtasks[task].score(examples, answers) if _can_be_scored(examples) else None
+            scored = subtasks[task].score(examples, answers) if has_truth(examples) else None
         except (UserError, ImportError, KeyError) as error:
             trouble.append(f"{run.label}: the answers to {task} cannot be shown: {error}")
             continue
@@ -151,7 +158,9 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
             SetAnswers(
                 name=task,
                 items=tuple(
-                    _subtask_item(one, answers[one.id], shares.get(one.id)) for one in examples if one.id in answers
+                    _item(rows[one.id], expected(one), answers[one.id], shares.get(one.id), one)
+                    for one in examples
+                    if one.id in rows
                 ),
                 scored=scored,
                 pictures=None if folder is None else run.path(folder),
@@ -161,40 +170,13 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
     return found, trouble
 
 
-def _answers(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"{path.name} is not in the run's folder; the test comes after training")
-    return {str(one["id"]): str(one["answer"]) for one in read_lines(path, []) if {"id", "answer"} <= set(one)}
-
-
-def _can_be_scored(examples: Sequence[Example]) -> bool:
-    return any(example.answers or "correct" in example.extra for example in examples)
-
-
-def _subtask_item(example: Example, said: str, share: float | None) -> Item:
-    truth = expected(example)
-    return Item(
-        id=example.id,
-        question=example.question,
-        truth=in_words(example, truth),
-        said=in_words(example, said),
-        whole=in_words(example, said),
-        label=truth,
-        said_label=said,
-        kind=str(example.extra.get("kind", "")),
-        share=share,
-        pictures=() if example.video else tuple(media_of(example)),
-        clip=example.video,
-    )
-
-
 def _read_commonsense(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[SetAnswers], list[str]]:
     """The commonsense sets, in each way that they were asked."""
     found: list[SetAnswers] = []
     trouble: list[str] = []
     for scoring in evaluation["scoring"]:
         try:
-            predictions = read_predictions(run.folder / COMMONSENSE[scoring])
+            predictions = read_predictions(run.folder / BY_SCORING[scoring])
             found.append(_commonsense(scoring, predictions, evaluation.get("rule", "nvlabs")))
         except UserError as error:
             trouble.append(f"{run.label}: the answers by {scoring} cannot be shown: {error}")
@@ -209,22 +191,10 @@ def _commonsense(scoring: str, predictions: Mapping[str, Prediction], rule: Any)
     ]
     answers = {name: one.prediction for name, one in predictions.items()}
     scored = commonsense_score(examples, answers, rule=rule)
-    items = []
-    for name, one in predictions.items():
-        said = extracted(one.prediction, str(one.kind), rule)
-        items.append(
-            Item(
-                id=name,
-                question=one.question,
-                truth=right[name],
-                said=said,
-                whole=one.prediction,
-                label=right[name],
-                said_label=said,
-                kind=str(one.kind),
-                share=scored.per_item.get(name),
-            )
-        )
+    items = [
+        _item(one, right[name], extracted(one.prediction, str(one.kind), rule), scored.per_item.get(name))
+        for name, one in predictions.items()
+    ]
     return SetAnswers(name=scoring, items=tuple(items), scored=scored)
 
 

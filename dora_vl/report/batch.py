@@ -1,4 +1,4 @@
-"""A micro-batch for a terminal, in colours or in signs, and as a page or a picture."""
+"""The first micro-batch as people read it: each token with what training does to it; in a terminal, as page or PNG."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample
-from dora_vl.report.report import rendered
-from dora_vl.report.run_record import data_url
+from dora_vl.report.page import data_url, rendered
 from dora_vl.training.watching import small_picture
-
-# The first micro-batch as people read it: its tokens in the order of the model, each with what training does to it.
-
 
 Kind = Literal["trained", "context", "picture-place", "padding"]
 NAMES: Mapping[Kind, str] = {
@@ -32,7 +29,6 @@ NAMES: Mapping[Kind, str] = {
 }
 JOINED: frozenset[Kind] = frozenset({"picture-place", "padding"})
 """Of these a stretch is one piece with its length."""
-UNFINISHED = "\ufffd"
 STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
 Opens = Callable[[], Image.Image] | None
 
@@ -79,49 +75,38 @@ class TokenText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, places: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
         self._places = places
-        self._known: dict[int, str] = {}
 
-    def of(self, token: int) -> str:
-        """A token's text, with the space before it; half a character as the tokenizer spells it."""
-        if token not in self._known:
-            self._known[token] = self._text(token)
-        return self._known[token]
+        @cache
+        def text_of(token: int) -> str:
+            options: dict[str, Any] = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            text, spelled = str(tokenizer.decode([token], **options)), tokenizer.convert_ids_to_tokens(token)
+            if not isinstance(spelled, str):
+                return text
+            if "\ufffd" in text:  # half a character, as the tokenizer spells it
+                return spelled
+            return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text
 
-    def _text(self, token: int) -> str:
-        options: dict[str, Any] = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        text, spelled = str(self._tokenizer.decode([token], **options)), self._tokenizer.convert_ids_to_tokens(token)
-        if not isinstance(spelled, str):
-            return text
-        if UNFINISHED in text:
-            return spelled
-        return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text
+        self.of = text_of
+        """A token's text, with the space before it."""
 
     def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
         """A row's tokens; stretches of picture places and of padding are joined."""
-        return tuple(_joined(self._single(*one) for one in zip(ids, trained, real, strict=True)))
-
-    def _single(self, token: int, trained: bool, real: bool) -> Piece:
-        if not real:
-            return Piece("padding", "padding")
-        if token in self._places:
-            return Piece(self.of(token), "picture-place")
-        return Piece(self.of(token), "trained" if trained else "context")
-
-
-def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    waiting: Piece | None = None
-    for piece in pieces:
-        same = waiting is not None and (waiting.text, waiting.kind) == (piece.text, piece.kind)
-        if waiting is not None and same and piece.kind in JOINED:
-            waiting = Piece(piece.text, piece.kind, waiting.count + 1)
-            continue
-        if waiting is not None:
-            yield waiting
-        waiting = piece
-    if waiting is not None:
-        yield waiting
+        pieces: list[Piece] = []
+        for token, is_trained, is_real in zip(ids, trained, real, strict=True):
+            piece = (
+                Piece(self.of(token), "trained" if is_trained else "context")
+                if is_real
+                else Piece("padding", "padding")
+            )
+            if is_real and token in self._places:
+                piece = Piece(piece.text, "picture-place")
+            last = pieces[-1] if pieces else None
+            if last is not None and piece.kind in JOINED and (last.text, last.kind) == (piece.text, piece.kind):
+                pieces[-1] = Piece(piece.text, piece.kind, last.count + 1)
+            else:
+                pieces.append(piece)
+        return tuple(pieces)
 
 
 def batch_view(
@@ -135,47 +120,36 @@ def batch_view(
         pictures: what opens each one's picture.
         shifted: labels are of the input itself (a decoder); else they are an answer of their own.
     """
-    rows = _decoder_rows if shifted else _encoder_decoder_rows
-    titles = _titles(names, len(batch["input_ids"]), shared="layout" in batch)
+    count = len(batch["input_ids"])
+    if "layout" not in batch and len(names) <= count:  # a row is a sample; what is behind them stands in for media
+        titles = [*names, *[STAND_IN] * (count - len(names))]
+    else:
+        titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
+    rows: list[BatchRow] = []
+    for title, ids, mask, labels in zip(
+        titles, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+    ):
+        has_label, real = (labels != IGNORED_LABEL).tolist(), mask.bool().tolist()
+        if shifted:
+            lines = (text.pieces(ids.tolist(), has_label, real),)
+        else:
+            question = text.pieces(ids.tolist(), [False] * len(ids), real)
+            lines = (question, text.pieces(labels.clamp_min(0).tolist(), has_label, has_label))
+        rows.append(BatchRow(title=title, lines=lines))
     return BatchView(
-        rows=tuple(rows(batch, titles, text)),
+        rows=tuple(rows),
         facts=tuple(_facts(batch)),
         skipped=tuple(batch.get("skipped", ())),
         pictures=tuple(zip(names, pictures, strict=True)),
     )
 
 
-def _titles(names: Sequence[str], rows: int, *, shared: bool) -> list[str]:
-    """A row is a sample, and what is behind them stands in for media; a shared row is its number."""
-    if not shared and len(names) <= rows:
-        return [*names, *[STAND_IN] * (rows - len(names))]
-    return [f"row {number + 1} of {rows}, {len(names)} samples in all" for number in range(rows)]
-
-
-def _decoder_rows(batch: Mapping[str, Any], titles: Sequence[str], text: TokenText) -> Iterator[BatchRow]:
-    for title, ids, mask, labels in zip(titles, *_parts(batch), strict=True):
-        pieces = text.pieces(ids.tolist(), (labels != IGNORED_LABEL).tolist(), mask.bool().tolist())
-        yield BatchRow(title=title, lines=(pieces,))
-
-
-def _encoder_decoder_rows(batch: Mapping[str, Any], titles: Sequence[str], text: TokenText) -> Iterator[BatchRow]:
-    for title, ids, mask, labels in zip(titles, *_parts(batch), strict=True):
-        asked = text.pieces(ids.tolist(), [False] * len(ids), mask.bool().tolist())
-        real = (labels != IGNORED_LABEL).tolist()
-        yield BatchRow(title=title, lines=(asked, text.pieces(labels.clamp_min(0).tolist(), real, real)))
-
-
-def _parts(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    return batch["input_ids"], batch["attention_mask"], batch["labels"]
-
-
 def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ids, padding = batch["input_ids"], int(batch.get("padding_tokens", 0))
-    trained = int((batch["labels"] != IGNORED_LABEL).sum())
     yield "samples", str(batch.get("samples", len(ids)))
     yield "positions", f"{ids.shape[0]} rows of {ids.shape[1]}"
     yield "padding", f"{padding} ({padding / max(1, ids.numel()):.1%})"
-    yield "trained on", f"{trained} tokens"
+    yield "trained on", f"{int((batch['labels'] != IGNORED_LABEL).sum())} tokens"
     for name, tokens in batch.get("cut", ()):
         yield f"cut: {name}", f"{tokens} tokens"
     for name, value in batch.items():
@@ -203,8 +177,7 @@ RESET = "\x1b[0m"
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
     """Counts, the legend, and each row."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
-    kinds: Sequence[Kind] = ("trained", "context", "picture-place", "padding")
-    yield "  ".join(_marked([Piece(NAMES[kind], kind)], colours=colours) for kind in kinds)
+    yield "  ".join(_marked([Piece(name, kind)], colours=colours) for kind, name in NAMES.items())
     for row in view.rows:
         yield ""
         yield row.title
@@ -217,18 +190,16 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
 def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{COLOURS[one.kind][number % 2]}m\x1b[38;5;255m{shown(one)}{RESET}"
-            for number, one in enumerate(pieces)
+            f"\x1b[48;5;{COLOURS[item.kind][number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
+            for number, item in enumerate(pieces)
         )
-    stretches: list[list[Piece]] = []
-    for one in pieces:
-        if stretches and stretches[-1][-1].kind == one.kind:
-            stretches[-1].append(one)
-        else:
-            stretches.append([one])
-    return "".join(
-        "".join([SIGNS[several[0].kind][0], *map(shown, several), SIGNS[several[0].kind][1]]) for several in stretches
-    )
+    marked: list[str] = []
+    for number, piece in enumerate(pieces):
+        begin, end = SIGNS[piece.kind]
+        begins = number == 0 or pieces[number - 1].kind != piece.kind
+        ends = number == len(pieces) - 1 or pieces[number + 1].kind != piece.kind
+        marked.append(f"{begin if begins else ''}{shown(piece)}{end if ends else ''}")
+    return "".join(marked)
 
 
 def shown(piece: Piece) -> str:
@@ -285,23 +256,18 @@ def batch_picture(view: BatchView) -> bytes:
 
 
 @cache
-def _font(size: int) -> Any:
-    """matplotlib's, which has most of the world's letters, where it is installed; else Pillow's own."""
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size)
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+def _font() -> Any:
+    """matplotlib's, which has most of the world's letters."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", TEXT)
 
 
 def _legend(view: BatchView) -> Image.Image:
-    kinds: Sequence[Kind] = ("trained", "context", "picture-place", "padding")
     facts = textwrap.wrap(", ".join(f"{name} {value}" for name, value in view.facts), FACTS_CHARACTERS)
     block = Image.new("RGB", (WIDTH, (len(facts) + 1) * LINE), PAPER)
     draw = ImageDraw.Draw(block)
     for number, line in enumerate(facts):
-        draw.text((MARGIN, number * LINE), line, INK, _font(TEXT))
-    _flow(draw, [Piece(f" {NAMES[kind]} ", kind) for kind in kinds], left=MARGIN, top=len(facts) * LINE)
+        draw.text((MARGIN, number * LINE), line, INK, _font())
+    _flow(draw, [Piece(f" {name} ", kind) for kind, name in NAMES.items()], left=MARGIN, top=len(facts) * LINE)
     return block
 
 
@@ -314,7 +280,7 @@ def _block(row: BatchRow, opens: Opens) -> Image.Image:
         top = _flow(measured, pieces, left=left, top=top, drawn=False) + LINE + 6
     block = Image.new("RGB", (WIDTH, max(top, 0 if opens is None else SIDE)), PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((left, 0), row.title, FAINT, _font(TEXT))
+    draw.text((left, 0), row.title, FAINT, _font())
     for pieces, start in zip(row.lines, tops, strict=True):
         _flow(draw, pieces, left=left, top=start)
     if opens is not None:
@@ -331,7 +297,7 @@ def _flow(draw: Any, pieces: Sequence[Piece], *, left: int, top: int, drawn: boo
     """Sets pieces one behind the other, in as many lines as they need; the last line's top."""
     x = left
     for number, piece in enumerate(pieces):
-        text, font = shown(piece), _font(TEXT)
+        text, font = shown(piece), _font()
         wide = max(4, int(draw.textlength(text, font)))
         if x + wide > WIDTH - MARGIN and x > left:
             x, top = left, top + LINE

@@ -1,269 +1,23 @@
-"""Everything a report shows, gathered part by part; a part without data has a sentence in its place."""
+"""A run as one HTML file, gathered part by part; a part without data has a sentence in its place.
+
+Templates escape every text; style and script are inside, and nothing in the page asks any host.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from dora_vl import __version__
-from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError
-from dora_vl.report.answers import (
-    Confusion,
-    Item,
-    ScoreRow,
-    SetAnswers,
-    benchmark_rows,
-    blind,
-    confusion,
-    read_tests,
-    score_rows,
-    worst,
-)
+from dora_vl.report.answers import SetAnswers, benchmark_rows, blind, confusion, read_tests, score_rows, worst
 from dora_vl.report.charts import Chart, curves
-from dora_vl.report.run_record import InlinePictures, RunRecord
-from dora_vl.report.views import (
-    SettingTables,
-    WatchedTable,
-    over_depth,
-    plane,
-    setting_tables,
-    watched_tables,
-    weight_changes,
-)
+from dora_vl.report.page import InlinePictures, rendered, write_page
+from dora_vl.report.run_record import RunRecord
+from dora_vl.report.views import setting_tables, watched_tables, weight_charts
 
 WORST = 12
-SKIPPED_SHOWN = 20
-Notes = Mapping[str, list[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """A run in a few numbers."""
-
-    label: str
-    folder: str
-    facts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorstItem:
-    """One answer that is wrong; `picture` is a data URL."""
-
-    item: Item
-    picture: str
-    why_no_picture: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorstAnswers:
-    """The worst answers of a run to one set."""
-
-    label: str
-    test: str
-    shown: tuple[WorstItem, ...]
-    wrong: int
-    n: int
-    is_accuracy: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a run wrote before its first step, and what became of its samples."""
-
-    label: str
-    tables: tuple[Mapping[str, Any], ...]
-    counts: tuple[tuple[str, str], ...]
-    skipped: tuple[tuple[str, str, bool], ...]
-    more_skipped: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What the template draws; `notes` are sentences by section."""
-
-    title: str
-    heads: tuple[Head, ...]
-    damaged: tuple[str, ...]
-    curves: tuple[Chart, ...]
-    scores: tuple[ScoreRow, ...]
-    benchmarks: tuple[ScoreRow, ...]
-    watched: tuple[WatchedTable, ...]
-    worst: tuple[WorstAnswers, ...]
-    confusions: tuple[Confusion, ...]
-    weights: tuple[Chart, ...]
-    told: tuple[Told, ...]
-    settings: SettingTables
-    versions: tuple[tuple[str, tuple[str, ...]], ...]
-    notes: Notes
-
-
-def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> Report:
-    """Reads, scores and draws all of it.
-
-    Args:
-        weights: whether layers are compared with the base, which reads its weights.
-        base: where the base is now.
-    """
-    notes: dict[str, list[str]] = {}
-    drawn, notes["curves"] = curves(runs)
-    tests = []
-    notes["scores"] = []
-    for run in runs:
-        found, trouble = read_tests(run)
-        tests.append(found)
-        notes["scores"] += trouble
-    scores, told = score_rows(runs, tests)
-    notes["scores"] += [*told, *blind(runs)]
-    with InlinePictures() as pictures:
-        watched, notes["watched"] = watched_tables(runs, pictures)
-        bad, notes["worst"] = _worst(runs, tests, pictures)
-    confusions, notes["confusion"] = _confusions(runs, tests)
-    changes, notes["weights"] = _weights(runs, base) if weights else ([], ["Not measured: --no-weights was given."])
-    for run in runs:
-        if not run.plan:
-            notes.setdefault("parts", []).append(f"{run.label}: it holds no plan.json, which later versions write.")
-        if not run.settings:
-            notes.setdefault("settings", []).append(f"{run.label}: it holds no settings.json.")
-    return Report(
-        title=" · ".join(run.label for run in runs),
-        heads=tuple(_head(run, found) for run, found in zip(runs, tests, strict=True)),
-        damaged=tuple(f"{run.label}: {one}" for run in runs for one in run.damaged),
-        curves=tuple(drawn),
-        scores=tuple(scores),
-        benchmarks=tuple(benchmark_rows(runs)),
-        watched=tuple(watched),
-        worst=tuple(bad),
-        confusions=tuple(confusions),
-        weights=tuple(changes),
-        told=tuple(map(_told, runs)),
-        settings=setting_tables(runs),
-        versions=_versions(runs),
-        notes=notes,
-    )
-
-
-def _worst(
-    runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]], pictures: InlinePictures
-) -> tuple[list[WorstAnswers], list[str]]:
-    found: list[WorstAnswers] = []
-    for run, several in zip(runs, tests, strict=True):
-        for one in several:
-            if one.scored is None:
-                continue
-            items = worst(one.items, len(one.items), is_accuracy=one.is_accuracy)
-            shown = tuple(
-                WorstItem(item=item, picture=url, why_no_picture=why)
-                for item in items[:WORST]
-                for url, why in [pictures.shown(one.pictures, item.pictures, item.clip)]
-            )
-            wrong = len(items) if one.is_accuracy else 0
-            n, accuracy = len(one.items), one.is_accuracy
-            found.append(
-                WorstAnswers(label=run.label, test=one.name, shown=shown, wrong=wrong, n=n, is_accuracy=accuracy)
-            )
-    return found, [] if found else ["No run has answers that can be scored here."]
-
-
-def _confusions(runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]]) -> tuple[list[Confusion], list[str]]:
-    found = []
-    for run, several in zip(runs, tests, strict=True):
-        for one in several:
-            table = confusion(f"{run.label}: {one.name}", one.items)
-            found += [] if table is None else [table]
-    return found, [] if found else ["No test has a short closed list of answers."]
-
-
-def _weights(runs: Sequence[RunRecord], base: Path | None) -> tuple[list[Chart], list[str]]:
-    drawn: list[Chart] = []
-    notes: list[str] = []
-    for run in runs:
-        try:
-            panel = weight_changes(run, base)
-        except (UserError, OSError) as error:
-            notes.append(f"{run.label}: not measured: {error}")
-            continue
-        drawn += [one for one in (plane(panel), *over_depth(panel)) if one is not None]
-    return drawn, notes
-
-
-def _head(run: RunRecord, tests: Sequence[SetAnswers]) -> Head:
-    adapter, last = run.section("adapter"), run.log[-1]
-    losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
-    checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
-    seconds, samples = run.metrics.get("train_seconds"), run.metrics.get("train_samples")
-    speed = run.metrics.get("samples_per_second")
-    facts = [
-        ("base", run.section("model").get("base")),
-        ("method", adapter.get("method")),
-        ("rank, alpha", f"{adapter.get('rank')}, {adapter.get('alpha')}" if adapter.get("rank") else None),
-        ("steps", f"{run.last_step:,}"),
-        ("epochs", None if "epoch" not in last else f"{float(last['epoch']):.3g}"),
-        ("samples", f"{samples:,}" if isinstance(samples, int) else None),
-        ("training took", f"{seconds / 60:.1f} min" if isinstance(seconds, int | float) else None),
-        ("samples a second", f"{speed:g}" if isinstance(speed, int | float) else None),
-        ("last loss", f"{losses[-1]:.4f}" if losses else None),
-        ("best validation loss", f"{min(checked):.4f}" if checked else None),
-        *(_headline(one) for one in tests if one.scored is not None),
-        ("device", run.plan.get("device")),
-        ("ranks", run.plan.get("ranks")),
-    ]
-    told = tuple((name, str(value)) for name, value in facts if value is not None)
-    return Head(label=run.label, folder=str(run.folder), facts=told)
-
-
-def _headline(one: SetAnswers) -> tuple[str, str | None]:
-    if one.scored is None:
-        return one.name, None
-    name, value = next(iter(one.scored.metrics.items()))
-    return f"{one.name}, {name}", f"{value:.2f} of {one.scored.n:,}"
-
-
-def _told(run: RunRecord) -> Told:
-    last = next((line for line in reversed(run.log) if "skipped" in line), {})
-    padding = run.metrics.get("padding_share")
-    counts = [
-        ("samples skipped", last.get("skipped", run.metrics.get("skipped_samples"))),
-        ("samples cut", last.get("cut_samples")),
-        ("samples whose pictures were shrunk", last.get("shrunk_samples") or None),
-        ("padding", f"{padding:.1%}" if isinstance(padding, int | float) else None),
-        ("questions that could not be asked", _failed(run)),
-    ]
-    tables = tuple(
-        one for name in ("trained", "not_adapted", "memory") if isinstance(one := run.plan.get(name), Mapping)
-    )
-    return Told(
-        label=run.label,
-        tables=tables,
-        counts=tuple((name, str(value)) for name, value in counts if value is not None),
-        skipped=run.skipped[:SKIPPED_SHOWN],
-        more_skipped=max(0, len(run.skipped) - SKIPPED_SHOWN),
-    )
-
-
-def _failed(run: RunRecord) -> int | None:
-    failed = run.metrics.get("failed_questions")
-    tasks = run.metrics.get("tasks")
-    if isinstance(tasks, Mapping):
-        return sum(len(one.get("failed", ())) for one in tasks.values())
-    return len(failed) if isinstance(failed, Mapping) else None
-
-
-def _versions(runs: Sequence[RunRecord]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    found = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
-    names = dict.fromkeys(name for one in found for name in one)
-    return tuple((name, tuple(str(one.get(name, "–")) for one in found)) for name in names)
-
-
-# A report as one HTML file: templates with every text escaped, style and script inside, no address of any host.
-
-
 SECTIONS = (
     ("scores", "Scores"),
     ("curves", "Training"),
@@ -278,36 +32,133 @@ SECTIONS = (
 )
 
 
-@cache
-def _environment() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> dict[str, Any]:
+    """Reads, scores and draws all that the template shows; `notes` are sentences by section.
 
-
-def rendered(template: str, values: Mapping[str, Any]) -> str:
-    """A template with its values; halves of surrogate pairs, which no file takes, become the sign for the unknown."""
-    text = _environment().get_template(template).render(version=__version__, **values)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def report_page(report: Report) -> str:
-    """The report's HTML."""
-    notes = {name: report.notes.get(name, []) for name, _ in SECTIONS}
-    return rendered("report.html.j2", {"report": report, "sections": SECTIONS, "notes": notes})
-
-
-def write_page(path: Path, text: str) -> int:
-    """Writes a page whole or not at all; its size in bytes.
-
-    Raises:
-        UserError: it cannot be written.
+    Args:
+        weights: whether layers are compared with the base, which reads its weights.
+        base: where the base is now.
     """
-    with whole_file(path) as file:
-        file.write(text)
-    return path.stat().st_size
+    notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
+    charts, notes["curves"] = curves(runs)
+    tests: list[list[SetAnswers]] = []
+    for run in runs:
+        answers, trouble = read_tests(run)
+        tests.append(answers)
+        notes["scores"] += trouble
+    scores, incomparable = score_rows(runs, tests)
+    notes["scores"] += [*incomparable, *blind(runs)]
+    answered = [(run, entry) for run, several in zip(runs, tests, strict=True) for entry in several]
+    with InlinePictures() as pictures:
+        watched, notes["watched"] = watched_tables(runs, pictures)
+        bad = [_worst(run, entry, pictures) for run, entry in answered if entry.scored is not None]
+    tables = [confusion(f"{run.label}: {entry.name}", entry.items) for run, entry in answered]
+    confusions = [table for table in tables if table is not None]
+    if not bad:
+        notes["worst"].append("No run has answers that can be scored here.")
+    if not confusions:
+        notes["confusion"].append("No test has a short closed list of answers.")
+    changes: list[Chart] = []
+    if not weights:
+        notes["weights"].append("Not measured: --no-weights was given.")
+    for run in runs:
+        if weights:
+            try:
+                changes += weight_charts(run, base)
+            except (UserError, OSError) as error:
+                notes["weights"].append(f"{run.label}: not measured: {error}")
+        if not run.plan:
+            notes["parts"].append(f"{run.label}: it holds no plan.json.")
+        if not run.settings:
+            notes["settings"].append(f"{run.label}: it holds no settings.json.")
+    return {
+        "title": " · ".join(run.label for run in runs),
+        "heads": [_head(run, answers) for run, answers in zip(runs, tests, strict=True)],
+        "damaged": [f"{run.label}: {trouble}" for run in runs for trouble in run.damaged],
+        "curves": charts,
+        "scores": scores,
+        "benchmarks": benchmark_rows(runs),
+        "watched": watched,
+        "worst": bad,
+        "confusions": confusions,
+        "weights": changes,
+        "data": [_data(run) for run in runs],
+        "settings": setting_tables(runs),
+        "versions": _versions(runs),
+        "notes": notes,
+    }
 
 
-# `dora-vl report`: what a run folder holds as one page: curves, answers, weights, settings; runs side by side.
+def _worst(run: RunRecord, answers: SetAnswers, pictures: InlinePictures) -> dict[str, Any]:
+    """The worst answers of a run to one set, with their pictures."""
+    items = worst(answers.items, len(answers.items), is_accuracy=answers.is_accuracy)
+    shown = [
+        {"item": item, "picture": pictures.shown(answers.pictures, item.pictures, item.clip)} for item in items[:WORST]
+    ]
+    wrong = len(items) if answers.is_accuracy else 0
+    return {"label": run.label, "answers": answers, "shown": shown, "wrong": wrong}
+
+
+def _head(run: RunRecord, tests: Sequence[SetAnswers]) -> dict[str, Any]:
+    """A run in a few numbers."""
+    adapter, last = run.section("adapter"), run.log[-1]
+    losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
+    checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
+    seconds, samples = run.metrics.get("train_seconds"), run.metrics.get("train_samples")
+    speed = run.metrics.get("samples_per_second")
+    facts = {
+        "base": run.section("model").get("base"),
+        "method": adapter.get("method"),
+        "rank, alpha": f"{adapter.get('rank')}, {adapter.get('alpha')}" if adapter.get("rank") else None,
+        "steps": f"{run.last_step:,}",
+        "epochs": None if "epoch" not in last else f"{float(last['epoch']):.3g}",
+        "samples": f"{samples:,}" if isinstance(samples, int) else None,
+        "training took": f"{seconds / 60:.1f} min" if isinstance(seconds, int | float) else None,
+        "samples a second": f"{speed:g}" if isinstance(speed, int | float) else None,
+        "last loss": f"{losses[-1]:.4f}" if losses else None,
+        "best validation loss": f"{min(checked):.4f}" if checked else None,
+    }
+    for answers in tests:
+        if answers.scored is not None:
+            name, value = next(iter(answers.scored.metrics.items()))
+            facts[f"{answers.name}, {name}"] = f"{value:.2f} of {answers.scored.n:,}"
+    facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
+    return {"label": run.label, "folder": run.folder, "facts": _stated(facts)}
+
+
+def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _data(run: RunRecord) -> dict[str, Any]:
+    """What a run wrote before its first step, and what became of its samples."""
+    last = next((line for line in reversed(run.log) if "skipped" in line), {})
+    padding = run.metrics.get("padding_share")
+    tasks, failed = run.metrics.get("tasks"), run.metrics.get("failed_questions")
+    if isinstance(tasks, Mapping):
+        unasked = sum(len(task.get("failed", ())) for task in tasks.values())
+    else:
+        unasked = len(failed) if isinstance(failed, Mapping) else None
+    counts = {
+        "samples skipped": last.get("skipped", run.metrics.get("skipped_samples")),
+        "samples cut": last.get("cut_samples"),
+        "samples whose pictures were shrunk": last.get("shrunk_samples") or None,
+        "padding": f"{padding:.1%}" if isinstance(padding, int | float) else None,
+        "questions that could not be asked": unasked,
+    }
+    tables = [run.plan.get(name) for name in ("trained", "not_adapted", "memory")]
+    return {
+        "label": run.label,
+        "tables": [table for table in tables if isinstance(table, Mapping)],
+        "counts": _stated(counts),
+        "skipped": run.skipped,
+    }
+
+
+def _versions(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    versions = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
+    names = dict.fromkeys(name for of_run in versions for name in of_run)
+    return {name: [str(of_run.get(name, "–")) for of_run in versions] for name in names}
 
 
 DESCRIPTION = """\
@@ -320,7 +171,6 @@ and direction change of each layer, what trained, settings and versions. It open
 
 A part that a run holds nothing for says so. The first run is the one that others are compared with.
 """
-SUFFIXES = (".html", ".htm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -348,13 +198,13 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("one run is named twice; name each once")
     to = arguments.to or folders[0] / "report.html"
-    if to.suffix not in SUFFIXES or to.is_dir():
+    if to.suffix not in (".html", ".htm") or to.is_dir():
         raise UserError(f"--to {to}: give the name of an .html file")
     runs = [
         read_run(folder, label) for folder, label in zip(folders, arguments.label or labels_of(folders), strict=True)
     ]
-    for one in runs:
-        yield from (f"{one.label}: {trouble}" for trouble in one.damaged)
+    for entry in runs:
+        yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
     report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
-    size = write_page(to, report_page(report))
+    size = write_page(to, rendered("report.html.j2", {"report": report, "sections": SECTIONS}))
     yield f"{to}: {size / 1e6:.1f} MB"

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from PIL import Image
-
 from dora_vl.adapters.folder import RECIPE_FILE
-from dora_vl.data.example import Clip
-from dora_vl.data.pictures import open_image
-from dora_vl.data.video import VideoReader
-from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.seq2seq_pictures import clip_picture
+from dora_vl.errors import UserError, shown_names
 from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
-from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, Watched, read_watched, small_picture, tiled
+from dora_vl.training.watching import Watched, read_watched
 
-EVALUATION = "evaluation"
-NAMED = 8
 Line = Mapping[str, Any]
 
 
@@ -53,8 +41,8 @@ class RunRecord:
 
     def section(self, name: str) -> Line:
         """A section of the settings; empty where there is none."""
-        found = self.settings.get(name)
-        return found if isinstance(found, Mapping) else {}
+        result = self.settings.get(name)
+        return result if isinstance(result, Mapping) else {}
 
     def path(self, stated: object) -> Path:
         """Where a path of the settings is: from the folder that the run was started in, else from here.
@@ -76,31 +64,31 @@ class RunRecord:
 
 
 def read_run(folder: Path, label: str) -> RunRecord:
-    """One run's folder.
-
-    Raises:
-        UserError: it is none, or training has not begun in it.
-    """
+    """One run's folder. Raises UserError: it is none, or training has not begun in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the training.output_dir of a run")
     if not (folder / LOSS_LOG).is_file():
         raise UserError(f"{folder} holds no {LOSS_LOG}: it is no run's folder, or its training has not begun")
     damaged: list[str] = []
-    log = read_lines(folder / LOSS_LOG, damaged, usable=lambda line: _is_step(line.get("step")))
+    log = read_lines(
+        folder / LOSS_LOG, damaged, usable=lambda line: type(step := line.get("step")) is int and step >= 0
+    )
     if not log:
         raise UserError(f"{folder / LOSS_LOG}: not one whole line; the run has logged nothing yet, or it is damaged")
     skipped = read_lines(folder / SKIPPED, damaged) if (folder / SKIPPED).is_file() else []
-    found = {name: _object(folder / name, damaged) for name in (SETTINGS, METRICS, PLAN)}
+    result = {name: _object(folder / name, damaged) for name in (SETTINGS, METRICS, PLAN)}
     return RunRecord(
         label=label,
         folder=folder,
-        settings=found[SETTINGS],
+        settings=result[SETTINGS],
         log=tuple(log),
-        metrics=found[METRICS],
-        plan=found[PLAN],
+        metrics=result[METRICS],
+        plan=result[PLAN],
         recipe=_object(folder / ADAPTER / RECIPE_FILE, damaged),
-        benchmarks=_object(folder / EVALUATION / METRICS, damaged),
-        skipped=tuple((str(one.get("id")), str(one.get("reason")), one.get("of") == "validation") for one in skipped),
+        benchmarks=_object(folder / "evaluation" / METRICS, damaged),
+        skipped=tuple(
+            (str(item.get("id")), str(item.get("reason")), item.get("of") == "validation") for item in skipped
+        ),
         watched=read_watched(folder),
         damaged=tuple(damaged),
     )
@@ -122,7 +110,7 @@ def read_lines(
         elif raw.strip():
             bad.append(number)
     if bad:
-        named = ", ".join(map(str, bad[:NAMED])) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+        named = shown_names(bad)
         damaged.append(f"{path.name}: {len(bad)} of {len(lines) + len(bad)} lines cannot be read (line {named})")
     return lines
 
@@ -144,79 +132,3 @@ def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
         damaged.append(f"{path.name}: not one whole JSON object")
         return {}
     return value
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-# Small pictures as text inside a page, each once and up to a budget, so that a page stays a few megabytes.
-
-
-MOST_BYTES = 2_500_000
-TOO_MANY = "left out, so that the page stays small"
-
-
-class InlinePictures:
-    """Pictures as data URLs; use it as a context manager.
-
-    Args:
-        most_bytes: of all of them together; later ones are left out.
-    """
-
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._left = most_bytes
-        self._urls: dict[str, str] = {}
-        self._reader = VideoReader()
-
-    def __enter__(self) -> InlinePictures:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reader.close()
-
-    def file(self, path: Path) -> tuple[str, str]:
-        """A picture file as a data URL, and why there is none."""
-        return self._add(lambda: open_image(path.parent, path.name))
-
-    def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
-        """What a question shows as one small picture, and why there is none."""
-        if not pictures and clip is None:
-            return "", ""
-        if root is None:
-            return "", "the settings name no folder of its pictures"
-        if clip is not None:
-            return self._add(lambda: clip_picture(self._reader, root, clip))
-        return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
-
-    def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:
-        if self._left <= 0:
-            return "", TOO_MANY
-        try:
-            data, kind = encoded(opened())
-        except BadSample as error:
-            return "", error.reason
-        name = hashlib.sha256(data).hexdigest()
-        if name not in self._urls:
-            if len(data) > self._left:
-                return "", TOO_MANY
-            self._left -= len(data)
-            self._urls[name] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        return self._urls[name], ""
-
-
-def data_url(picture: Image.Image) -> str:
-    """The picture, made small, as text inside a page."""
-    data, kind = encoded(picture)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def encoded(picture: Image.Image) -> tuple[bytes, str]:
-    """The picture, made small, as a file's bytes, and its kind: PNG to the pixel where it is tiny, else JPEG."""
-    small = small_picture(picture.convert("RGB"))
-    kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
-    file = io.BytesIO()
-    small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)
-    return file.getvalue(), kind

@@ -1,11 +1,10 @@
-"""The resolved settings of runs as rows: of one run what is not its default first, of several what differs first."""
+"""Tables and charts of a run for its page: settings, watched questions, what changed in the weights."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,269 +17,205 @@ from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.merge import Saved, refuse_saved_on_another_base, saved_in
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
-from dora_vl.report.run_record import InlinePictures, RunRecord
+from dora_vl.report.page import InlinePictures
+from dora_vl.report.run_record import RunRecord
 from dora_vl.training.run_folder import ADAPTER
 from dora_vl.training.watching import Watched, WatchedQuestion, evenly
 
 ABSENT = "–"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SettingRow:
-    """One setting, its value in each run."""
-
-    name: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettingTables:
-    """Settings to be seen at once, and the rest."""
-
-    first_title: str
-    first: tuple[SettingRow, ...]
-    others: tuple[SettingRow, ...]
-
-
-def setting_tables(runs: Sequence[RunRecord]) -> SettingTables:
-    """All settings of all runs, parted."""
+def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """All settings of all runs: of one run what is not its default first, of several what differs first."""
     flat = [flattened(run.settings) for run in runs]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    rows = {name: SettingRow(name=name, values=tuple(_text(one.get(name, ABSENT)) for one in flat)) for name in names}
+    names = list(dict.fromkeys(name for item in flat for name in item))
+    rows = {name: [_text(item.get(name, ABSENT)) for item in flat] for name in names}
     if len(runs) > 1:
-        first = [row for row in rows.values() if len(set(row.values)) > 1]
-        title = "What differs"
+        title, first = "What differs", [name for name in names if len(set(rows[name])) > 1]
     else:
-        defaults = _defaults(runs[0])
-        first = [rows[name] for name in names if name not in defaults or defaults[name] != flat[0][name]]
-        title = "What is not the default"
-    shown = {row.name for row in first}
-    others = tuple(row for row in rows.values() if row.name not in shown)
-    return SettingTables(first_title=title, first=tuple(first), others=others)
+        title, defaults = "What is not the default", _defaults(runs[0])
+        first = [name for name in names if name not in defaults or defaults[name] != flat[0][name]]
+    others = {name: rows[name] for name in names if name not in first}
+    return {"first_title": title, "first": {name: rows[name] for name in first}, "others": others}
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; an empty mapping is a value."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value} if prefix else {}
-    named = {f"{prefix}.{key}" if prefix else str(key): one for key, one in value.items()}
-    return {name: leaf for key, one in named.items() for name, leaf in flattened(one, key).items()}
+    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
+    return {name: leaf for key, item in named.items() for name, leaf in flattened(item, key).items()}
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
-    """What the run's kind of settings has where nothing is said, as JSON has it."""
+    """What the run's kind of settings, told by what only one of them has, says where a file is silent."""
     from dora_vl.training.command_line import run_parser
-
-    parsed = run_parser("run", "", _kind(run)).get_defaults().as_dict()
-    return flattened(json.loads(json.dumps(parsed, default=str)))
-
-
-def _kind(run: RunRecord) -> type[Any]:
-    """The settings' class, by what only one of them has."""
     from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
-    if "scoring" in run.section("evaluation"):
-        return CommonsenseRunConfig
-    return VlBartRunConfig if "features" in run.section("data") else RunConfig
+    kind: type[Any] = VlBartRunConfig if "features" in run.section("data") else RunConfig
+    kind = CommonsenseRunConfig if "scoring" in run.section("evaluation") else kind
+    parsed = run_parser("run", "", kind).get_defaults().as_dict()
+    return flattened(json.loads(json.dumps(parsed, default=str)))
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# The fixed questions of a run as a table: a row for each question, a column for each step they were asked at.
+# -- the fixed questions of a run: a row for each question, a column for each step they were asked at ------------------
 
 
 MOST_STEPS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class WatchedAnswer:
-    """What was said at one step; None: it could not be asked."""
-
-    text: str | None
-    right: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedRow:
-    """One question; `picture` is a data URL."""
-
-    question: str
-    truth: str
-    picture: str
-    why_no_picture: str
-    answers: tuple[WatchedAnswer, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedTable:
-    """All of one run."""
-
-    label: str
-    steps: tuple[int, ...]
-    asked: int
-    """At how many steps; a few of them are shown."""
-    rows: tuple[WatchedRow, ...]
-
-
-def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple[list[WatchedTable], list[str]]:
+def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple[list[dict[str, Any]], list[str]]:
     """A table for each run that has been watched, and a sentence for each that has not."""
-    tables: list[WatchedTable] = []
+    tables: list[dict[str, Any]] = []
     notes: list[str] = []
     for run in runs:
-        if run.watched is None or not run.watched.answers:
+        watched = run.watched
+        if watched is None or not watched.answers:
             notes.append(
                 f"{run.label}: no fixed questions were asked while it trained; that needs validation data or a test, "
                 "and watch above 0."
             )
             continue
-        tables.append(_table(run, run.watched, pictures))
+        every = sorted(watched.answers)
+        steps = sorted({*evenly(every, MOST_STEPS - 1), every[-1]})
+        after = run.section("evaluation").get("answer_after")
+        after = after if isinstance(after, str) else None
+        rows = [_row(question, watched, steps, after, pictures) for question in watched.questions]
+        tables.append({"label": run.label, "steps": steps, "asked": len(every), "rows": rows})
     return tables, notes
 
 
-def _table(run: RunRecord, watched: Watched, pictures: InlinePictures) -> WatchedTable:
-    steps = _steps(sorted(watched.answers))
-    after = run.section("evaluation").get("answer_after")
-    after = after if isinstance(after, str) else None
-    rows = tuple(_row(one, watched, steps, after, pictures) for one in watched.questions)
-    return WatchedTable(label=run.label, steps=tuple(steps), asked=len(watched.answers), rows=rows)
-
-
-def _steps(all_steps: Sequence[int]) -> list[int]:
-    """A few, evenly, the last among them."""
-    return sorted({*evenly(all_steps, MOST_STEPS - 1), *all_steps[-1:]})
-
-
 def _row(
-    one: WatchedQuestion, watched: Watched, steps: Sequence[int], after: str | None, pictures: InlinePictures
-) -> WatchedRow:
-    url, why = pictures.file(watched.folder / one.picture) if one.picture else ("", one.why_no_picture)
-    right = _compared(one.truth, after)
-    said = [watched.answers[step].get(one.id) for step in steps]
-    answers = tuple(
-        WatchedAnswer(text=text, right=text is not None and _compared(text, after) == right) for text in said
-    )
-    return WatchedRow(question=one.question, truth=one.truth, picture=url, why_no_picture=why, answers=answers)
+    question: WatchedQuestion, watched: Watched, steps: Sequence[int], after: str | None, pictures: InlinePictures
+) -> dict[str, Any]:
+    """One question with its answers; None could not be asked."""
+    picture = ("", question.why_no_picture)
+    if question.picture:
+        picture = pictures.file(watched.folder / question.picture)
+    texts = [watched.answers[step].get(question.id) for step in steps]
+    right = _compared(question.truth, after)
+    answers = [(text, text is not None and _compared(text, after) == right) for text in texts]
+    return {"question": question.question, "truth": question.truth, "picture": picture, "answers": answers}
 
 
 def _compared(text: str, after: str | None) -> str:
     return normalised(final_answer(text, after) or "")
 
 
-# What training changed in each adapted layer's weight, magnitude and direction: the paper's plot, for a report.
+# -- what training changed in each adapted layer's weight, magnitude and direction: the paper's plot -------------------
 
 
 MOST_CHECKPOINTS = 3
 _DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
-def weight_changes(run: RunRecord, base: Path | None) -> Panel:
+def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
     """The run's adapter, and checkpoints of it that are still there, against the base.
 
     Args:
-        base: where the base is now; None looks where the adapter says.
+        base: where the base is now; None looks where the settings or the adapter say.
 
     Raises:
         UserError: no adapter or base is there, or they do not belong together.
     """
-    saved = _saved(run)
-    folder = _base(run, saved[-1]) if base is None else base
-    with BaseWeights(folder) as weights:
+    final = Saved(run.folder / ADAPTER, run.last_step)
+    if (final.folder / WEIGHTS_FILE).is_file():
+        earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
+        saved = [*evenly(earlier, MOST_CHECKPOINTS - 1), final]
+    else:
+        saved = list(saved_in(run.folder))[-MOST_CHECKPOINTS:]
+    if base is None:
+        stated = run.path(run.section("model").get("base", ""))
+        base = stated if (stated / CONFIG_FILE).is_file() else base_of(read_adapter(saved[-1].folder))
+    with BaseWeights(base) as weights:
         refuse_saved_on_another_base(saved[-1], weights)
         request = Request(run.label, run.folder, tuple(saved))
         layers = layers_to_compare([request], weights, ())
         with tqdm(total=len(layers) * len(saved), desc="comparing", unit="layer") as progress:
-            return measured(request, weights, layers, axis="output", done=progress.update)
-
-
-def _base(run: RunRecord, saved: Saved) -> Path:
-    """The folder that the settings name, or what the adapter states."""
-    stated = run.path(run.section("model").get("base", ""))
-    return stated if (stated / CONFIG_FILE).is_file() else base_of(read_adapter(saved.folder))
-
-
-def _saved(run: RunRecord) -> list[Saved]:
-    """A few checkpoints and, where it is none of them, what the run ended with."""
-    final = run.folder / ADAPTER
-    if not (final / WEIGHTS_FILE).is_file():
-        return list(saved_in(run.folder))[-MOST_CHECKPOINTS:]
-    earlier = [one for one in saved_in(run.folder) if one.step is not None and one.step < run.last_step]
-    return [*evenly(earlier, MOST_CHECKPOINTS - 1), Saved(final, run.last_step)]
+            panel = measured(request, weights, layers, axis="output", done=progress.update)
+    drawn = plane(panel)
+    return [*([] if drawn is None else [drawn]), *over_depth(panel)]
 
 
 def plane(panel: Panel) -> Chart | None:
     """Every layer of the last checkpoint as a point, a colour for each kind; the line is through all checkpoints."""
-    last = panel.steps[-1]
     series = [
-        _cloud(kind, [point for point in points if point.step == last], colour)
-        for colour, (kind, points) in enumerate(by_kind(panel.points).items())
+        Series(
+            name=kind,
+            x=[point.change.direction for point in points],
+            y=[point.change.magnitude for point in points],
+            look="dots",
+            colour=colour % (len(COLOURS) - 1),
+            names=[f"{item.layer}: ΔM {item.change.magnitude:.3g}, ΔD {item.change.direction:.3g}" for item in points],
+        )
+        for colour, (kind, points) in enumerate(by_kind(_of_last_step(panel)).items())
     ]
-    line = panel.line
-    if line is not None:
+    if (line := panel.line) is not None:
         xs = [point.change.direction for point in panel.points]
         ends = [min(xs), max(xs)]
-        told = f"slope {line.slope:.3g}, correlation {line.correlation:.2f}"
+        name = f"slope {line.slope:.3g}, correlation {line.correlation:.2f}"
         ys = [line.intercept + line.slope * end for end in ends]
-        series.append(Series(name=told, x=ends, y=ys, look="dashed", colour=COLOURS - 1))
+        series.append(Series(name=name, x=ends, y=ys, look="dashed", colour=len(COLOURS) - 1))
     title = f"{panel.label} ({panel.method})"
     return chart(title, series, x_label="direction change ΔD", y_label="magnitude change ΔM")
 
 
-def _cloud(kind: str, points: Sequence[Point], colour: int) -> Series:
-    return Series(
-        name=kind,
-        x=[point.change.direction for point in points],
-        y=[point.change.magnitude for point in points],
-        look="dots",
-        colour=colour % (COLOURS - 1),
-        names=[f"{one.layer}: ΔM {one.change.magnitude:.3g}, ΔD {one.change.direction:.3g}" for one in points],
-    )
+def _of_last_step(panel: Panel) -> list[Point]:
+    return [point for point in panel.points if point.step == panel.steps[-1]]
 
 
 def over_depth(panel: Panel) -> list[Chart]:
     """Magnitude and direction change by the layer's number, a line for each stack of layers, of the last checkpoint."""
-    last = [point for point in panel.points if point.step == panel.steps[-1] and depth_of(point.layer) is not None]
-    several = {kind: points for kind, points in by_stack(last).items() if len(points) > 1}
-
-    def drawn(title: str, value: Callable[[Point], float]) -> Chart | None:
-        series = [
-            Series(
-                name=kind,
-                x=[float(depth_of(point.layer) or 0) for point in points],
-                y=[value(point) for point in points],
-                colour=colour % (COLOURS - 1),
-            )
-            for colour, (kind, points) in enumerate(several.items())
-        ]
-        return chart(f"{panel.label}, by depth", series, x_label="layer", y_label=title, zero=True)
-
-    found = [
-        drawn("magnitude change ΔM", lambda point: point.change.magnitude),
-        drawn("direction change ΔD", lambda point: point.change.direction),
+    numbered = [point for point in _of_last_step(panel) if depth_of(point.layer) is not None]
+    stacks = {kind: points for kind, points in by_stack(numbered).items() if len(points) > 1}
+    values: dict[str, Callable[[Point], float]] = {
+        "magnitude change ΔM": lambda point: point.change.magnitude,
+        "direction change ΔD": lambda point: point.change.direction,
+    }
+    charts = [
+        chart(
+            f"{panel.label}, by depth",
+            [
+                Series(
+                    name=kind,
+                    x=[float(depth_of(point.layer) or 0) for point in points],
+                    y=[value(point) for point in points],
+                    colour=colour % (len(COLOURS) - 1),
+                )
+                for colour, (kind, points) in enumerate(stacks.items())
+            ],
+            x_label="layer",
+            y_label=title,
+            zero=True,
+        )
+        for title, value in values.items()
     ]
-    return [one for one in found if one is not None]
+    return [item for item in charts if item is not None]
 
 
 def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by the last word of the layer's name, such as q_proj."""
-    found: dict[str, list[Point]] = {}
+    result: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(point.layer.rpartition(".")[2], []).append(point)
-    return found
+        result.setdefault(point.layer.rpartition(".")[2], []).append(point)
+    return result
 
 
 def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by the layer's name without its number, as short as tells them apart: `q_proj`, or all of a path."""
-    found: dict[str, list[Point]] = {}
+    result: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
-    short = [name.rpartition(".")[2] for name in found]
-    names = short if len(set(short)) == len(short) else [name.removeprefix("model.") for name in found]
-    return dict(zip(names, found.values(), strict=True))
+        result.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
+    short = [name.rpartition(".")[2] for name in result]
+    names = short if len(set(short)) == len(short) else [name.removeprefix("model.") for name in result]
+    return dict(zip(names, result.values(), strict=True))
 
 
 def depth_of(layer: str) -> int | None:
     """A layer's number in its stack; None where its name has none."""
-    found = _DEPTH.search(layer)
-    return None if found is None else int(found[1])
+    result = _DEPTH.search(layer)
+    return None if result is None else int(result[1])

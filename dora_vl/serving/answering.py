@@ -18,7 +18,7 @@ from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import Sample
 from dora_vl.errors import UserError
 from dora_vl.serving.decoding import Reason, Sampling
-from dora_vl.serving.model import Asked
+from dora_vl.serving.model import Entry
 
 
 class TooManyRequests(UserError):
@@ -28,10 +28,8 @@ class TooManyRequests(UserError):
 class TooLate(UserError):
     """The answer was not there in the time that a request has."""
 
-
-def too_late() -> TooLate:
-    """That a request's time is over, wherever it was by then."""
-    return TooLate("it took too long; ask for a shorter answer, or try again later")
+    def __init__(self, message: str = "it took too long; ask for a shorter answer, or try again later") -> None:
+        super().__init__(message)
 
 
 class Stopped(UserError):
@@ -79,7 +77,7 @@ class Prepared:
         strength: how much of the adapter is applied.
     """
 
-    asked: Asked
+    entry: Entry
     sample: Sample
     sampling: Sampling
     strength: float = 1.0
@@ -87,7 +85,7 @@ class Prepared:
     @property
     def share(self) -> Share | None:
         """What its row has of an adapter; None is the base."""
-        return self.asked.share(self.strength)
+        return self.entry.share(self.strength)
 
     @property
     def tokens(self) -> int:
@@ -148,13 +146,10 @@ class Answering:
 
     def give_up(self) -> None:
         """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
-        if self.late:
-            self.tell(Failed(too_late()))
-        else:
-            self.tell(Failed(Stopped("nobody waits for it any more")))
+        self.tell(Failed(TooLate() if self.late else Stopped("nobody waits for it any more")))
 
 
-# Requests that wait, and which of them make the next batch.
+# -- requests that wait, and which of them make the next batch --------------------------------------------------------
 
 
 ENDING = "the server is ending"
@@ -202,7 +197,7 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, one: Answering, check: Callable[[], object]) -> None:
+    def add(self, item: Answering, check: Callable[[], object]) -> None:
         """Takes a request in, where `check` raises nothing while no other request comes or goes.
 
         Raises:
@@ -217,14 +212,14 @@ class WaitingRoom:
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
             check()
-            self._waiting.append(one)
+            self._waiting.append(item)
             self._changed.notify()
 
     def remove(self, name: str) -> list[Answering]:
         """The requests for an adapter, which wait no longer."""
         with self._changed:
-            gone = [one for one in self._waiting if one.prepared.asked.name == name]
-            self._waiting = deque(one for one in self._waiting if one.prepared.asked.name != name)
+            gone = [item for item in self._waiting if item.prepared.entry.name == name]
+            self._waiting = deque(item for item in self._waiting if item.prepared.entry.name != name)
         return gone
 
     def close(self) -> None:
@@ -233,8 +228,8 @@ class WaitingRoom:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
             self._changed.notify()
-        for one in left:
-            one.tell(Failed(Stopped(ENDING)))
+        for item in left:
+            item.tell(Failed(Stopped(ENDING)))
 
     def next_batch(self) -> list[Answering] | None:
         """What is answered next: waits for a request, and a little for others; None when the room is closed."""
@@ -257,8 +252,8 @@ class WaitingRoom:
         """
 
         def room(new: Sequence[Prepared]) -> bool:
-            prompts = [len(one.sample.input_ids) for one in new]
-            longest = max(columns, *prompts) + max(left, *(one.sampling.max_new_tokens for one in new))
+            prompts = [len(item.sample.input_ids) for item in new]
+            longest = max(columns, *prompts) + max(left, *(item.sampling.max_new_tokens for item in new))
             whole = rows + len(new)
             return whole <= self._settings.batch_rows and whole * longest <= self._settings.batch_tokens
 
@@ -267,10 +262,10 @@ class WaitingRoom:
 
     def _let_go(self) -> None:
         """Gives those up that nobody waits for."""
-        for one in self._waiting:
-            if one.unwanted:
-                one.give_up()
-        self._waiting = deque(one for one in self._waiting if not one.over)
+        for item in self._waiting:
+            if item.unwanted:
+                item.give_up()
+        self._waiting = deque(item for item in self._waiting if not item.over)
 
     def _taken(self, also: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
         """The first of those that wait, and those after it that fit beside it, in order.
@@ -281,12 +276,12 @@ class WaitingRoom:
         self._let_go()
         batch: list[Answering] = []
         left: deque[Answering] = deque()
-        for one in self._waiting:
-            rows = [*(other.prepared for other in batch), one.prepared]
+        for item in self._waiting:
+            rows = [*(other.prepared for other in batch), item.prepared]
             fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and also(rows)
             if not fits and not batch:
                 return []
-            (batch if fits else left).append(one)
+            (batch if fits else left).append(item)
         self._waiting = left
         return batch
 
@@ -297,12 +292,12 @@ class WaitingRoom:
         if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
             return False
         showing = [row for row in rows if row.media]
-        eyes = {row.share if row.asked.alone else None for row in showing}
+        vision_adapters = {row.share if row.entry.alone else None for row in showing}
         kinds = {row.media for row in showing}
-        return len(eyes) <= 1 and not (len(kinds) > 1 and self._one_kind())
+        return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
 
 
-# Whoever waits for an answer: whether it is still there, and how much of its time is left.
+# -- whoever waits for an answer: whether it is still there, and how much of its time is left -------------------------
 
 
 LOOK_SECONDS = 0.5
@@ -333,7 +328,7 @@ class WaitingClient:
         if self._gone.is_set():
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
-            raise too_late()
+            raise TooLate()
 
     @contextlib.asynccontextmanager
     async def watched(self, leave: Callable[[], object]) -> AsyncIterator[None]:

@@ -124,8 +124,8 @@ class RowText:
 
 def _first_place(text: str, stops: Sequence[str]) -> int | None:
     """Where the first of the stopping texts begins."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(found, default=None)
+    result = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(result, default=None)
 
 
 def _begun(text: str, stops: Sequence[str]) -> int:
@@ -160,8 +160,8 @@ class RowSampling(LogitsProcessor):
 
     def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
         self._rows = rows
-        found = ((number, drawing(one.sampling, device)) for number, one in enumerate(rows))
-        self._draws = {number: one for number, one in found if one is not None}
+        result = ((number, drawing(item.sampling, device)) for number, item in enumerate(rows))
+        self._draws = {number: item for number, item in result if item is not None}
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
@@ -187,13 +187,9 @@ def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[RowText]) -> l
     return tokens.tolist()
 
 
-def _samples(sampling: Sampling) -> bool:
-    return sampling.temperature >= LEAST_TEMPERATURE
-
-
 def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
     """Where a row's draws come from; None where it takes the likeliest token."""
-    if not _samples(sampling):
+    if sampling.temperature < LEAST_TEMPERATURE:
         return None
     generator = torch.Generator(device=device)
     if sampling.seed is None:
@@ -227,7 +223,7 @@ def generate_options(rows: Sequence[RowText], ends: Collection[int], device: tor
     return {"stopping_criteria": stops, "logits_processor": chosen, "num_beams": 1}
 
 
-# Rows that are decoded together and come and go one by one: their keys and values, padded on the left to one length.
+# -- rows that are decoded together and come and go one by one: their keys and values, padded on the left --------------
 #
 # Nothing of a model is known here but transformers' own ways: how generate prepares a prompt and one more token. Rows
 # may come to others where all that the model remembers of them is in a plain cache of keys and values, and where it is
@@ -259,12 +255,12 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
 
 def _cache(arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The cache and its name, which transformers has changed."""
-    found = (
+    result = (
         (name, arguments[name])
         for name in ("cache", "past_key_values")
         if isinstance(arguments.get(name), DynamicCache)
     )
-    return next(found, None)
+    return next(result, None)
 
 
 @dataclass
@@ -290,9 +286,9 @@ class JoinedRows:
     ) -> tuple[JoinedRows, Float[Tensor, "rows vocab"]]:
         """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
         outputs = model._prefill(input_ids, config, arguments)
-        found = _cache({**arguments, **outputs})
-        assert found is not None
-        name, cache = found
+        result = _cache({**arguments, **outputs})
+        assert result is not None
+        name, cache = result
         given = arguments.get(MASK)
         rows, columns = len(outputs.logits), cache.get_seq_length()
         mask = given if given is not None else input_ids.new_ones(rows, columns)
@@ -305,7 +301,7 @@ class JoinedRows:
         for aligned in ALIGNED:
             if isinstance(value := arguments.get(aligned), Tensor):
                 others[aligned] = value[:, -1:] if aligned == ALIGNED[0] else torch.zeros_like(value[:, -1:])
-        return cls(name, cache, F.pad(mask, (0, 1), value=1), positions, others), _last(outputs)
+        return cls(name, cache, F.pad(mask, (0, 1), value=1), positions, others), outputs.logits[:, -1].float()
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -324,7 +320,7 @@ class JoinedRows:
         outputs = model(**inputs, return_dict=True)
         self.mask = F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions + 1
-        return _last(outputs)
+        return outputs.logits[:, -1].float()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Lets go of all rows but these, in this order, and of columns that are padding in all of them."""
@@ -332,7 +328,8 @@ class JoinedRows:
         mask = self.mask[index]
         start = int(mask.any(0).to(torch.int8).argmax())
         self.mask, self.positions = mask[:, start:], self.positions.index_select(-2, index)
-        for layer in self._layers:
+        layers: list[Any] = [*self.cache.layers]
+        for layer in layers:
             layer.keys = layer.keys[index, :, start:]
             layer.values = layer.values[index, :, start:]
         self._keep_aligned(lambda value: value[index])
@@ -340,27 +337,18 @@ class JoinedRows:
     def join(self, new: JoinedRows) -> None:
         """Takes further rows in, behind its own; `new` is used up."""
         columns = max(self.columns, new.columns)
-        self.mask = torch.cat([F.pad(one.mask, (columns - one.columns, 0)) for one in (self, new)])
+        self.mask = torch.cat([F.pad(item.mask, (columns - item.columns, 0)) for item in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)
-        for own, other in zip(self._layers, new._layers, strict=True):
-            own.keys = _stacked(own.keys, other.keys, columns)
-            own.values = _stacked(own.values, other.values, columns)
-        self._keep_aligned(lambda value: torch.cat([value, value.new_zeros(len(new), 1)]))
 
-    @property
-    def _layers(self) -> list[Any]:
-        return [*self.cache.layers]
+        def stacked(own: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([F.pad(part, (0, 0, columns - part.shape[-2], 0)) for part in (own, other)])
+
+        layers: list[tuple[Any, Any]] = [*zip(self.cache.layers, new.cache.layers, strict=True)]
+        for own, other in layers:
+            own.keys, own.values = stacked(own.keys, other.keys), stacked(own.values, other.values)
+        self._keep_aligned(lambda value: torch.cat([value, value.new_zeros(len(new), 1)]))
 
     def _keep_aligned(self, change: Any) -> None:
         for aligned in ALIGNED:
             if aligned in self.others:
                 self.others[aligned] = change(self.others[aligned])
-
-
-def _stacked(own: Tensor, other: Tensor, columns: int) -> Tensor:
-    return torch.cat([F.pad(one, (0, 0, columns - one.shape[-2], 0)) for one in (own, other)])
-
-
-def _last(outputs: Any) -> Float[Tensor, "rows vocab"]:
-    """As transformers' own decoding takes them."""
-    return outputs.logits[:, -1].float()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.asking import add_model_options
-from dora_vl.serving.door import (
+from dora_vl.errors import UserError
+from dora_vl.evaluation.ask_command import add_model_options
+from dora_vl.serving.options import (
+    ANSWERS,
+    MEDIA,
+    adapters_by_name,
     add_address,
-    add_answers,
-    add_media,
+    add_options,
     admission,
     engine_settings,
     listening,
@@ -41,10 +43,6 @@ over one base, which is loaded once; nothing is merged. The page listens on this
 otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, asks no other host
 for anything, reads no file but what was uploaded, and keeps none. docs/serving.md says more.
 """
-NEEDED = ("gradio", "uvicorn")
-ADAPTER_FOLDER = "adapter"
-CHECKPOINT = re.compile(r"checkpoint-\d+")
-BASE_NAME = "the base"
 ROOM_FOR_A_MESSAGE = 4
 """So many times the largest file may be sent, so that the page itself can say that it is too large."""
 UPLOADS_AT_ONCE = 8
@@ -58,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     add_address(parser, port=7860)
-    add_answers(parser.add_argument_group("answers"))
-    add_media(parser.add_argument_group("limits of what is shown"))
+    add_options(parser.add_argument_group("answers"), ANSWERS)
+    add_options(parser.add_argument_group("limits of what is shown"), MEDIA)
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -68,8 +66,10 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     Raises:
         UserError: an option, a folder or a package is wrong; nothing listens then.
     """
-    adapters = chosen_adapters(options.adapter)
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    if not options.adapter:
+        raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
+    adapters = adapters_by_name(options.adapter)
+    missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install 'dora-vl[web]'")
     with (
@@ -84,17 +84,15 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _serve(
     options: argparse.Namespace, adapters: Mapping[str, Path], listener: socket.socket, folder: Path
 ) -> Iterator[str]:
-    from dora_vl.serving.page import Uploads, build_page_app, keep_gradio_quiet, serve_page
-
     admitted = admission(options)
     keep_gradio_quiet(folder)
     from dora_vl.serving.engine import Engine
     from dora_vl.serving.model import open_served
     from dora_vl.serving.requests import RequestMedia
 
-    named = {"base_name": BASE_NAME, "template": options.template, "any_base": options.any_base}
+    named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
     model = open_served(options.base, adapters, **named)
-    from dora_vl.serving.page import Page, PageSettings
+    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app, serve_page
     from dora_vl.serving.page_parts import example_questions
     from dora_vl.serving.side_by_side import SideBySide
 
@@ -111,35 +109,14 @@ def _serve(
         serve_page(app, listener)
 
 
-def chosen_adapters(given: Sequence[str]) -> Mapping[str, Path]:
-    """The adapters' folders by name: as stated, else as their run is called.
-
-    Raises:
-        UserError: none is given, one is no folder, or two have one name.
-    """
-    if not given:
-        raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
-    adapters: dict[str, Path] = {}
-    for one in given:
-        stated, sign, rest = one.partition("=")
-        named = bool(sign and stated and rest) and not Path(one).is_dir()
-        folder = Path(rest if named else one)
-        if not folder.is_dir():
-            raise UserError(f"--adapter {shown(one)}: {folder} is not a folder; give the adapter folder of a run")
-        name = stated if named else name_of(folder)
-        if name in adapters:
-            raise UserError(f"two adapters are called {shown(name)}; write --adapter NAME={folder}")
-        adapters[name] = folder
-    return adapters
-
-
-def name_of(folder: Path) -> str:
-    """What an adapter is called: as its run's folder, with the checkpoint where it is one's."""
-    parts = list(folder.resolve().parts)
-    parts = parts[:-1] if parts[-1] == ADAPTER_FOLDER else parts
-    if CHECKPOINT.fullmatch(parts[-1]) and len(parts) > 1:
-        return f"{parts[-2]}-{parts[-1].removeprefix('checkpoint-')}"
-    return parts[-1]
+def keep_gradio_quiet(uploads: Path) -> None:
+    """Tells Gradio, before it is imported, where uploads go, and to report to nobody."""
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(uploads),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_SSR_MODE": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
 
 @contextlib.contextmanager

@@ -7,18 +7,14 @@ lead here (DNS rebinding), as if it were this one. So `Host` must be a name that
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import binascii
-import os
-import re
 import secrets
-import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h11
 import uvicorn
@@ -27,17 +23,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dora_vl.errors import BadSample, UserError, positive, shown
+from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.serving.answering import Stopped, TooLate, TooManyRequests
 from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.requests import BadRequest, NotJson, TooLarge
+from dora_vl.serving.options import LOCAL, name_of
+from dora_vl.serving.requests import BadRequest, TooLarge
 
-if TYPE_CHECKING:
-    from dora_vl.serving.answering import EngineSettings
-    from dora_vl.serving.requests import MediaLimits
-
-
-# How each error is told over HTTP: status, and OpenAI's error object.
+# -- how each error is told over HTTP: status, and OpenAI's error object -----------------------------------------------
 
 
 class Refused(UserError):
@@ -48,26 +40,23 @@ class NoKey(UserError):
     """The program was started with a key, and the request lacks it."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """How an error is told: its HTTP status and OpenAI's type and code."""
-
-    status: int
-    type: str
-    code: str | None = None
+class NotJson(UserError):
+    """A request's content is not declared as JSON."""
 
 
-INVALID = Problem(400, "invalid_request_error")
+Problem = tuple[int, str, str | None]
+"""An HTTP status, and OpenAI's type and code."""
+INVALID: Problem = (400, "invalid_request_error", None)
+INTERNAL: Problem = (500, "server_error", "internal_error")
 PROBLEMS: Mapping[type[Exception], Problem] = {
-    NoKey: Problem(401, "invalid_request_error", "invalid_api_key"),
-    Refused: Problem(403, "invalid_request_error", "refused"),
-    UnknownModel: Problem(404, "invalid_request_error", "model_not_found"),
-    TooLarge: Problem(413, "invalid_request_error", "too_large"),
-    NotJson: Problem(415, "invalid_request_error", "not_json"),
-    TooManyRequests: Problem(429, "rate_limit_error", "too_many_requests"),
-    Stopped: Problem(503, "server_error", "stopped"),
-    TooLate: Problem(504, "server_error", "timeout"),
-    BadRequest: INVALID,
+    NoKey: (401, "invalid_request_error", "invalid_api_key"),
+    Refused: (403, "invalid_request_error", "refused"),
+    UnknownModel: (404, "invalid_request_error", "model_not_found"),
+    TooLarge: (413, "invalid_request_error", "too_large"),
+    NotJson: (415, "invalid_request_error", "not_json"),
+    TooManyRequests: (429, "rate_limit_error", "too_many_requests"),
+    Stopped: (503, "server_error", "stopped"),
+    TooLate: (504, "server_error", "timeout"),
     BadSample: INVALID,
     UserError: INVALID,
 }
@@ -78,35 +67,32 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
     503: {"Retry-After": "1"},
 }
 """What an answer of a status has besides; a browser asks for the key where this scheme stands alone."""
-INTERNAL = Problem(500, "server_error", "internal_error")
 
 
-def error_response(error: Exception, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's JSON."""
-    problem = problem_of(error)
-    return JSONResponse(error_content(error, param), status_code=problem.status, headers=HEADERS.get(problem.status))
-
-
-def problem_of(error: Exception) -> Problem:
-    """How an error is told."""
+def _problem_of(error: Exception) -> Problem:
     return next((problem for kind, problem in PROBLEMS.items() if isinstance(error, kind)), INTERNAL)
 
 
-def error_content(error: Exception, param: str | None = None) -> dict[str, Any]:
+def error_response(error: Exception) -> JSONResponse:
+    """An error as OpenAI's JSON."""
+    status = _problem_of(error)[0]
+    return JSONResponse(error_content(error), status_code=status, headers=HEADERS.get(status))
+
+
+def error_content(error: Exception) -> dict[str, Any]:
     """OpenAI's error object; what went wrong inside is in the log alone."""
-    problem = problem_of(error)
-    message = "the server failed to answer this request" if problem is INTERNAL else str(error)
-    if isinstance(error, BadSample):
-        message = error.reason
-    place = error.place if isinstance(error, BadRequest) else param
-    return {"error": {"message": message, "type": problem.type, "param": place, "code": problem.code}}
+    _, kind, code = problem = _problem_of(error)
+    message = error.reason if isinstance(error, BadSample) else str(error)
+    message = "the server failed to answer this request" if problem is INTERNAL else message
+    place = error.place if isinstance(error, BadRequest) else None
+    return {"error": {"message": message, "type": kind, "param": place, "code": code}}
 
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
+# -- who may come in, and how fast ------------------------------------------------------------------------------------
+
 HEAD_SECONDS, HEAD_BYTES = 10.0, 64 * 1024
 """For a request's line and headers, from the moment that the connection stands or the first of them comes."""
 MOST_CONNECTIONS = 512
-_PLACE = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +116,7 @@ class Admission:
             Refused: it was sent to another name, or by a page of another origin.
             NoKey: it lacks the key.
         """
-        hosts = [one.lower() for one in headers.getlist("host")]
+        hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
             raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
@@ -140,12 +126,6 @@ class Admission:
                 raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
         if self.key is not None and not secrets.compare_digest(_given_key(headers), self.key.encode()):
             raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
-
-
-def name_of(place: str) -> str | None:
-    """The host of `host[:port]`; None where it is none."""
-    found = _PLACE.fullmatch(place)
-    return found and (found["v6"] or found["name"].removesuffix("."))
 
 
 def _given_key(headers: Headers) -> bytes:
@@ -160,18 +140,33 @@ def _given_key(headers: Headers) -> bytes:
 
 
 class Door:
-    """Stands before an application.
+    """Stands before an application: who may come in, with how much, in what time.
 
     Args:
-        app: the application.
+        app: the application, which finds a POST's JSON in `scope["content"]` too.
         admission: who may come in.
         body_seconds: longest time that a request's content may take to come.
+        largest: most bytes of a request's content.
+        at_once: so many times as many bytes may be on their way, of all clients.
+        streamed: paths whose content is the application's to read and to limit.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission, body_seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        body_seconds: float,
+        *,
+        largest: int,
+        at_once: int,
+        streamed: Container[str] = (),
+    ) -> None:
         self._app = app
         self._admission = admission
         self._body_seconds = body_seconds
+        self._largest, self._together = largest, at_once * largest
+        self._streamed = streamed
+        self._coming = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -186,11 +181,54 @@ class Door:
             await send(message)
 
         try:
-            self._admission.check(Headers(scope=scope))
-            await self._app(scope, _in_time(receive, self._body_seconds), noted)
+            headers = Headers(scope=scope)
+            self._admission.check(headers)
+            receive = _in_time(receive, self._body_seconds)
+            if scope["method"] == "POST" and scope["path"] not in self._streamed:
+                scope["content"] = await self._content(headers, receive)
+                receive = _again(scope["content"], receive)
+            await self._app(scope, receive, noted)
         except UserError as error:
             if not begun:
                 await error_response(error)(scope, receive, send)
+
+    async def _content(self, headers: Headers, receive: Receive) -> bytes:
+        """A request's JSON, whole; a client that sends slowly has no more memory of it than it has sent.
+
+        What is not declared as JSON is refused: a browser lets any web page post other types to this machine unasked.
+        """
+        declared, stated = headers.get("content-type", ""), headers.get("content-length", "")
+        if declared.partition(";")[0].strip().lower() != "application/json":
+            raise NotJson(f"the request's Content-Type must be application/json, not {shown(declared)}")
+        too_large = TooLarge(f"the request is larger than the {self._largest:,} bytes allowed here")
+        if stated.isdecimal() and int(stated) > self._largest:
+            raise too_large
+        content, more = bytearray(), True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Stopped("the client has gone away")
+                chunk, more = message.get("body", b""), bool(message.get("more_body"))
+                content.extend(chunk)
+                self._coming += len(chunk)
+                if len(content) > self._largest:
+                    raise too_large
+                if self._coming > self._together:
+                    raise TooManyRequests("too many requests are being sent; try again later")
+        finally:
+            self._coming -= len(content)
+        return bytes(content)
+
+
+def _again(content: bytes, receive: Receive) -> Receive:
+    """The messages of a request whose content was read already."""
+    left = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def next_message() -> Message:
+        return left.pop() if left else await receive()
+
+    return next_message
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
@@ -217,43 +255,34 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
 class _HeadInTime(H11Protocol):
     """Closes a connection on which a request's head has begun, or should have, and does not end."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._set_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._wait()
+        self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._stop_waiting()
+        self._stop_timer()
 
-    def _wait(self) -> None:
+    def _set_timer(self) -> None:
         if self.conn.their_state is not h11.IDLE:
-            self._stop_waiting()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(HEAD_SECONDS, self._close_without_head)
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-    def _close_without_head(self) -> None:
-        self._waiting = None
-        if self.conn.their_state is h11.IDLE:
-            self.transport.close()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
-    """How an application is served: few connections at a time, whose heads are short and come soon.
-
-    Args:
-        settings: others of uvicorn's.
-    """
+    """How an application is served: few connections at a time, whose heads are short and come soon."""
     return uvicorn.Config(
         app,
         http=_HeadInTime,
@@ -262,140 +291,3 @@ def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
         limit_concurrency=MOST_CONNECTIONS,
         **{"log_level": "warning", **settings},
     )
-
-
-# What the command lines of the server and of the page share: where they listen, to whom, batches, limits.
-
-
-MIB = 2**20
-KEY_VARIABLE = "DORA_VL_API_KEY"
-EVERY_ADDRESS = frozenset({"", "0.0.0.0", "::"})
-
-
-def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
-    """Where it listens, and to whom."""
-    to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    to.add_argument("--port", type=_port, default=port, help=f"0 takes a free one (default: {port})")
-    to.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that it is reached by, beside localhost and --host; may be given several times",
-    )
-    to.add_argument("--api-key", metavar="KEY", help=f"what clients must know (default: {KEY_VARIABLE}; else nothing)")
-
-
-def add_answers(to: argparse._ArgumentGroup) -> None:
-    """How questions are answered, where they do not say it themselves, and how they become batches."""
-    to.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer where none is asked for (256)")
-    to.add_argument("--temperature", type=_temperature, default=0.0, help="likewise (0: the likeliest token)")
-    to.add_argument("--batch", type=positive, default=16, help="most requests answered together (16)")
-    to.add_argument("--batch-tokens", type=positive, default=32768, help="most tokens of a batch, answers too (32768)")
-    to.add_argument("--window-ms", type=seconds, default=5.0, help="how long a batch waits for more requests (5)")
-    to.add_argument("--waiting", type=positive, default=64, help="most requests that wait; more are refused (64)")
-    to.add_argument("--answer-seconds", type=seconds, default=300.0, help="from request to end of its answer (300)")
-    to.add_argument("--max-prompt-tokens", type=positive, help="longest prompt (what the model has positions for)")
-
-
-def add_media(to: argparse._ArgumentGroup) -> None:
-    """What a request may show."""
-    to.add_argument("--max-pictures", type=_count, default=8, help="of a request (8)")
-    to.add_argument("--max-picture-mpx", type=positive, default=40, help="megapixels of a picture (40)")
-    to.add_argument("--max-videos", type=_count, default=1, help="of a request (1)")
-    to.add_argument("--max-media-mib", type=positive, default=32, help="of one picture or video (32)")
-    to.add_argument("--frames", type=positive, default=8, help="frames of a video that the model sees (8)")
-    to.add_argument("--video-seconds", type=seconds, default=20.0, help="longest time to decode a video (20)")
-
-
-def admission(options: argparse.Namespace) -> Admission:
-    """The options about who may come in.
-
-    Raises:
-        UserError: a name or the key is none.
-    """
-
-    names = {given: name_of(given.lower()) for given in options.allow_host}
-    for given, name in names.items():
-        if name is None:
-            raise UserError(f"--allow-host {shown(given)}: give a name or an address, such as gpu.example.org")
-    key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
-    if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
-        raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
-    allowed = frozenset(name for name in names.values() if name)
-    own = frozenset({options.host.lower()}) - EVERY_ADDRESS
-    return Admission(hosts=allowed | own | {*LOCAL}, origins=allowed, key=key)
-
-
-def engine_settings(options: argparse.Namespace) -> EngineSettings:
-    """The options about batches."""
-    from dora_vl.serving.answering import EngineSettings
-
-    return EngineSettings(
-        batch_rows=options.batch,
-        batch_tokens=options.batch_tokens,
-        window_seconds=options.window_ms / 1000,
-        waiting=options.waiting,
-        answer_seconds=options.answer_seconds,
-        prompt_tokens=options.max_prompt_tokens,
-    )
-
-
-def media_limits(options: argparse.Namespace) -> MediaLimits:
-    """The options about what is shown; nothing is fetched from the web."""
-    from dora_vl.serving.requests import MediaLimits
-
-    return MediaLimits(
-        pictures=options.max_pictures,
-        videos=options.max_videos,
-        picture_pixels=options.max_picture_mpx * 1_000_000,
-        bytes=options.max_media_mib * MIB,
-        frames=options.frames,
-        video_seconds=options.video_seconds,
-    )
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket on this address, taken before the weights are read.
-
-    Raises:
-        UserError: there is no such address here, or another program has it.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose others") from error
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{number} is no port")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is less than 0")
-    return number
-
-
-def seconds(text: str) -> float:
-    """A time above 0, as a type of argparse.
-
-    Raises:
-        ArgumentTypeError: it is none; argparse names the option.
-    """
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _temperature(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2")
-    return number

@@ -13,10 +13,9 @@ import queue
 import threading
 import time
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,8 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
-from dora_vl.evaluation.asker import Shown
-from dora_vl.evaluation.predict import Decoding
-from dora_vl.evaluation.prompt_inputs import BOOKKEEPING
+from dora_vl.evaluation.ask import check_room
+from dora_vl.evaluation.prompt_inputs import BOOKKEEPING, Shown
 from dora_vl.serving.answering import (
     ENDING,
     Answering,
@@ -58,12 +56,12 @@ from dora_vl.serving.decoding import (
     likeliest,
     may_join,
 )
-from dora_vl.serving.model import Asked, ServedModel, UnknownModel, refuse_endless
+from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
 
-# A batch that takes requests in while it is decoded: a decoding method for transformers' generate.
+# -- a batch that takes requests in while it is decoded: a decoding method for transformers' generate -----------------
 #
 # A request that comes reads its prompt at the next token and goes on with the others; one that is over leaves. Models
-# whose rows cannot come to others (`joined_rows.may_join`) are decoded as generate does it, from the first to the last.
+# whose rows cannot come to others (`may_join`) are decoded as generate does it, from the first to the last.
 
 
 @dataclass
@@ -74,16 +72,29 @@ class Member:
     text: RowText
     draws: torch.Generator | None = None
 
+    @property
+    def share(self) -> tuple[str, float]:
+        """By which rows are sorted, so that the model's layers see few runs: the base before every adapter."""
+        return self.answering.prepared.share or ("", 0.0)
+
 
 Members = Sequence[Member]
 Read = tuple[list[Member], JoinedRows, Float[Tensor, "rows vocab"]]
 
 
-class JoinableDecoding(ABC):
-    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns."""
+@dataclass(frozen=True)
+class Decoding:
+    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns.
+
+    Attributes:
+        media: names of the inputs that hold pictures and videos.
+        take: gets rows whose prompts have been read, and the scores of their next tokens.
+        joins: whether rows that cannot join others are an error; else generate decodes them as it does.
+    """
 
     media: Collection[str]
-    """Names of the inputs that hold pictures and videos."""
+    take: Callable[[Any, JoinedRows, Float[Tensor, "rows vocab"]], None]
+    joins: bool = False
 
     def __call__(
         self,
@@ -94,116 +105,25 @@ class JoinableDecoding(ABC):
         generation_config: Any,
         **arguments: Any,
     ) -> Tensor:
-        """Reads the prompts and takes them from there, or does what is done with rows that cannot join others."""
-        if not can_join(logits_processor, generation_config) or not may_join(arguments, self.media):
-            named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            return self.alone(model, input_ids, generation_config=generation_config, **named, **arguments)
-        self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
-        return input_ids
-
-    @abstractmethod
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """Rows that cannot join others, with all that generate gave by name."""
-
-    @abstractmethod
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Rows whose prompts have been read, and the scores of their next tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinedDecoding(JoinableDecoding):
-    """Decodes a batch, whatever joins it.
-
-    Attributes:
-        members: one for each row, in the rows' order.
-        ends: tokens that end an answer.
-        media: names of the inputs that hold pictures and videos.
-        holding: a context in which the model's rows are these.
-        newcomers: reads what may join so many columns of these, once a token; nothing where nothing may.
-        order: by what rows are sorted.
-    """
-
-    members: list[Member]
-    ends: Collection[int]
-    media: Collection[str]
-    holding: Callable[[Members], AbstractContextManager[None]]
-    newcomers: Callable[[Members, int], Sequence[Read]]
-    order: Callable[[Member], Any]
-
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """As generate does it."""
-        return model._sample(input_ids, **named)
-
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Token by token, until no member is left."""
-        members, tokens = self.members, self._next(self.members, logits)
-        while True:
-            members, tokens = self._let_go(members, tokens, rows)
-            if not members:
-                return
-            for new, read, first in self.newcomers(members, rows.columns):
-                rows.join(read)
-                members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
-                members, tokens = self._sorted(members, tokens, rows)
-            members, tokens = self._let_go(members, tokens, rows)
-            if not members:
-                return
-            with self.holding(members):
-                logits = rows.step(model, torch.tensor(tokens, device=logits.device))
-            tokens = self._next(members, logits)
-
-    def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
-        """Each row's next token, which it has taken."""
-        tokens = [
-            token if one.draws is None else one.text.draw(row, one.draws)
-            for one, token, row in zip(members, likeliest(logits, [one.text for one in members]), logits, strict=True)
-        ]
-        for one, token in zip(members, tokens, strict=True):
-            one.text.take(token, self.ends)
-        return tokens
-
-    def _let_go(self, members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-        """Without those that are over."""
-        on = [place for place, one in enumerate(members) if one.text.reason is None]
-        if on and len(on) < len(members):
-            rows.keep(on)
-        return [members[place] for place in on], [tokens[place] for place in on]
-
-    def _sorted(self, members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-        """Adapter by adapter, so that the model's layers see few runs."""
-        places = sorted(range(len(members)), key=lambda place: self.order(members[place]))
-        if places != [*range(len(members))]:
-            rows.keep(places)
-        return [members[place] for place in places], [tokens[place] for place in places]
-
-
-@dataclass
-class Reading(JoinableDecoding):
-    """Reads prompts and no more."""
-
-    media: Collection[str]
-    found: list[tuple[JoinedRows, Tensor]] = field(default_factory=list)
-
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """Raises ValueError: these cannot join, though the batch's first rows could."""
-        raise ValueError("a prompt that cannot join the batch at hand")
-
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Keeps them."""
-        self.found.append((rows, logits))
+        """Reads the prompts and hands them on."""
+        if can_join(logits_processor, generation_config) and may_join(arguments, self.media):
+            self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
+            return input_ids
+        if self.joins:
+            raise ValueError("a prompt that cannot join the running batch")
+        named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
+        return model._sample(input_ids, generation_config=generation_config, **named)
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
     """Whether each token is chosen by the row's own sampling alone; what looks at the tokens before is generate's."""
-    own = all(isinstance(one, RowSampling) for one in logits_processor)
+    own = all(isinstance(item, RowSampling) for item in logits_processor)
     return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
 
-# Requests as rows of a served model: their inputs, their adapters, and how each tells what becomes of it.
+# -- requests as rows of a served model: their inputs, their adapters, and how each tells what becomes of it ----------
 
 
-BASE = ("", 0.0)
-"""Before every share of an adapter."""
 TOKENS = frozenset({"input_ids", *ALIGNED, *BOOKKEEPING})
 """Of a batch's inputs, those that are no pictures and videos."""
 
@@ -223,73 +143,114 @@ class ModelRows:
         """Tokens that end an answer."""
 
     def answer(self, batch: Sequence[Answering], newcomers: Callable[[Members, int], Sequence[Read]]) -> None:
-        """Answers a batch, and what `newcomers` reads meanwhile; see `JoinedDecoding`."""
+        """Answers a batch, and what comes meanwhile.
+
+        Args:
+            newcomers: reads what may join so many columns of these members, once a token; nothing where nothing may.
+        """
         members, inputs, media = self.begin(batch)
-        decoding = JoinedDecoding(
-            members=members, ends=self.ends, media=media, holding=self._holding, newcomers=newcomers, order=_share
-        )
-        most = max(one.text.sampling.max_new_tokens for one in members)
+        most = max(member.text.sampling.max_new_tokens for member in members)
+        decoding = Decoding(media, partial(self._decode, members, newcomers))
         self._run(members, inputs, most, decoding)
 
     def read(self, come: Sequence[Answering]) -> Read:
-        """Reads the prompts of requests that may join a batch.
-
-        Raises:
-            ValueError: they cannot.
-        """
+        """Reads the prompts of requests that may join a batch. Raises ValueError: they cannot."""
         members, inputs, media = self.begin(come)
-        reading = Reading(media)
-        self._run(members, inputs, 1, reading)
-        ((rows, logits),) = reading.found
+        read: list[tuple[JoinedRows, Tensor]] = []
+        decoding = Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True)
+        self._run(members, inputs, 1, decoding)
+        ((rows, logits),) = read
         return members, rows, logits
+
+    def _decode(
+        self,
+        members: list[Member],
+        newcomers: Callable[[Members, int], Sequence[Read]],
+        model: Any,
+        rows: JoinedRows,
+        logits: Float[Tensor, "rows vocab"],
+    ) -> None:
+        """Token by token, until no member is left."""
+        tokens = self._next(members, logits)
+        while True:
+            members, tokens = _kept(members, tokens, rows)
+            if not members:
+                return
+            come = newcomers(members, rows.columns)
+            for new, read, first in come:
+                rows.join(read)
+                members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
+            if come:
+                members, tokens = _kept(members, tokens, rows)
+                if not members:
+                    return
+            with self._holding(members):
+                logits = rows.step(model, torch.tensor(tokens, device=logits.device))
+            tokens = self._next(members, logits)
+
+    def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
+        """Each row's next token, which it has taken."""
+        best = likeliest(logits, [member.text for member in members])
+        tokens = [
+            token if member.draws is None else member.text.draw(row, member.draws)
+            for member, token, row in zip(members, best, logits, strict=True)
+        ]
+        for member, token in zip(members, tokens, strict=True):
+            member.text.take(token, self.ends)
+        return tokens
 
     def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any], frozenset[str]]:
         """The rows of requests, the base first and then adapter by adapter, their inputs, and which are media."""
         assistant = self._model.assistant
-        made = (Member(one, self._text(one), drawing(one.prepared.sampling, assistant.device)) for one in batch)
-        members = sorted(made, key=_share)
-        inputs = assistant.prompts.collate([one.answering.prepared.sample for one in members], "left")
+        device = assistant.device
+        made = (Member(request, self._text(request), drawing(request.prepared.sampling, device)) for request in batch)
+        members = sorted(made, key=lambda member: member.share)
+        inputs = assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
         return members, inputs, frozenset(inputs).difference(TOKENS)
 
-    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: JoinableDecoding) -> None:
+    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Decoding) -> None:
         assistant = self._model.assistant
-        options = generate_options([one.text for one in members], self.ends, assistant.device)
-        pictures = [one.answering.prepared.pictures for one in members]
+        options = generate_options([member.text for member in members], self.ends, assistant.device)
+        pictures = [member.answering.prepared.pictures for member in members]
         with self._holding(members, pictures):
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decoding})
 
     def _holding(self, members: Members, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
         """Meanwhile the model's rows are these; without `pictures`, none that shows any."""
-        prepared = [one.answering.prepared for one in members]
-        strengths = [one.strength for one in prepared]
-        return self._model.rows([one.asked for one in prepared], pictures or [0] * len(prepared), strengths)
+        prepared = [member.answering.prepared for member in members]
+        strengths = [item.strength for item in prepared]
+        return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
-    def _text(self, one: Answering) -> RowText:
+    def _text(self, request: Answering) -> RowText:
         """A row that tells its end at once, whatever the others do."""
-        prepared = one.prepared
+        prepared = request.prepared
 
         def done(row: RowText) -> None:
             if row.error is not None:
-                one.tell(Failed(row.error))
+                request.tell(Failed(row.error))
             elif row.reason != "ended":
-                one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+                request.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
             elif self._ending():
-                one.tell(Failed(Stopped(ENDING)))
+                request.tell(Failed(Stopped(ENDING)))
             else:
-                one.give_up()
+                request.give_up()
 
         return RowText(
             prepared.sampling,
-            prepared.asked.prompts.growing_text(),
-            write=lambda text: one.tell(Piece(text)),
-            over=lambda: one.unwanted or self._ending(),
+            prepared.entry.prompts.growing_text(),
+            write=lambda text: request.tell(Piece(text)),
+            over=lambda: request.unwanted or self._ending(),
             done=done,
         )
 
 
-def _share(one: Member) -> tuple[str, float]:
-    """By which rows are sorted."""
-    return one.answering.prepared.share or BASE
+def _kept(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
+    """Without those that are over, adapter by adapter."""
+    on = [index for index, member in enumerate(members) if member.text.reason is None]
+    on.sort(key=lambda index: members[index].share)
+    if on and on != [*range(len(members))]:
+        rows.keep(on)
+    return [members[index] for index in on], [tokens[index] for index in on]
 
 
 log = logging.getLogger(__name__)
@@ -349,19 +310,19 @@ class Engine:
             BadSample: it cannot be put to the model; the reason says why.
             UserError: the strength is none.
         """
-        asked, strength = self.model.asked(name), checked_strength(strength)
+        entry, strength = self.model.entry(name), checked_strength(strength)
         positions, most = self.model.max_positions, self.settings.prompt_tokens
-        allowed = min((one for one in (positions, most) if one is not None), default=None)
-        refuse_endless(turns, allowed, asked.longest_token)
+        allowed = min((item for item in (positions, most) if item is not None), default=None)
+        refuse_endless(turns, allowed, entry.longest_token)
         with self._encoding:
-            sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
+            sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
         tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
-        Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
-        return Prepared(asked, sample, sampling, strength)
+        check_room(tokens, sampling.max_new_tokens, positions, "request")
+        return Prepared(entry, sample, sampling, strength)
 
     def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
@@ -375,7 +336,7 @@ class Engine:
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         answering = Answering(prepared, put, deadline)
-        self._room.add(answering, partial(self._refuse_gone, prepared.asked))
+        self._room.add(answering, partial(self._refuse_gone, prepared.entry))
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
@@ -421,8 +382,8 @@ class Engine:
         with self._loading, self._between_batches():
             self.model.drop(name)
             gone = self._room.remove(name)
-        for one in gone:
-            one.tell(Failed(unloaded(name)))
+        for request in gone:
+            request.tell(Failed(unloaded(name)))
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
@@ -437,15 +398,15 @@ class Engine:
 
     # -- the thread --------------------------------------------------------------------------------------------
 
-    def _refuse_gone(self, asked: Asked) -> None:
-        if asked.name is None:
+    def _refuse_gone(self, entry: Entry) -> None:
+        if entry.name is None:
             return
         try:
-            served = self.model.asked(asked.name)
+            served = self.model.entry(entry.name)
         except UnknownModel:
-            raise unloaded(asked.name) from None
-        if served is not asked:
-            raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
+            raise unloaded(entry.name) from None
+        if served is not entry:
+            raise Stopped(f"adapter {entry.name} was loaded anew meanwhile; ask again")
 
     @contextlib.contextmanager
     def _between_batches(self) -> Iterator[None]:
@@ -461,20 +422,20 @@ class Engine:
                 time.sleep(GIVE_WAY_SECONDS)
             try:
                 with self._running:
-                    self._answer([one for one in batch if self._is_served(one)])
+                    self._answer([request for request in batch if self._is_served(request)])
             except Exception as error:
                 log.exception("a batch of %d requests failed", len(batch))
                 _let_go(error)
-                for one in batch:
-                    one.tell(Failed(error))
+                for request in batch:
+                    request.tell(Failed(error))
 
-    def _is_served(self, one: Answering) -> bool:
+    def _is_served(self, request: Answering) -> bool:
         """Whether its adapter is still there now that nobody can take it away; else it is told."""
         try:
-            self._refuse_gone(one.prepared.asked)
+            self._refuse_gone(request.prepared.entry)
         except Stopped as error:
-            one.tell(Failed(error))
-        return not one.over
+            request.tell(Failed(error))
+        return not request.over
 
     def _one_kind(self) -> bool:
         """Whether the model cannot tell pictures from videos of one batch."""
@@ -494,57 +455,49 @@ class Engine:
             whole = [*batch, *joined]
             log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
             _let_go(error)
-            for one in whole:
-                self._answer_again(one, error)
+            for request in whole:
+                self._answer_again(request, error)
 
-    def _answer_again(self, one: Answering, error: Exception) -> None:
-        if one.pieces or one.over:
-            one.tell(Failed(error))
+    def _answer_again(self, request: Answering, error: Exception) -> None:
+        if request.pieces or request.over:
+            request.tell(Failed(error))
             return
         try:
-            self._generate([one], None)
+            self._generate([request], None)
         except Exception as again:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(again), 200))
             _let_go(again)
-            one.tell(Failed(again))
+            request.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
-        """Answers a batch, and what comes meanwhile.
+        """Answers a batch, and what comes meanwhile, which `joined` receives; None: nobody may come."""
+        self._rows.answer(batch, lambda members, columns: self._newcomers(members, columns, joined))
 
-        Args:
-            joined: receives those that came; None: nobody may.
-        """
-
-        def newcomers(running: Members, columns: int) -> Sequence[Read]:
-            return () if joined is None else self._newcomers(running, columns, joined)
-
-        self._rows.answer(batch, newcomers)
-
-    def _newcomers(self, running: Members, columns: int, joined: list[Answering]) -> Sequence[Read]:
+    def _newcomers(self, running: Members, columns: int, joined: list[Answering] | None) -> Sequence[Read]:
         """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
-        if self._changing:  # whoever changes the adapters waits for this batch's end
+        if joined is None or self._changing:  # whoever changes the adapters waits for this batch's end
             return ()
-        left = max(one.text.sampling.max_new_tokens - len(one.text.ids) for one in running)
+        left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)
         taken = self._room.next_joiners(len(running), columns, left)
-        come = [one for one in taken if self._is_served(one)]
+        come = [request for request in taken if self._is_served(request)]
         if not come:
             return ()
         try:
-            found = [self._rows.read(come)]
+            read = [self._rows.read(come)]
         except Exception as error:  # noqa: BLE001 - the rows at hand go on
             log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
             _let_go(error)
-            found = [one for each in come if (one := self._read_alone(each)) is not None]
-        joined += [one.answering for members, _, _ in found for one in members]
-        return found
+            read = [alone for request in come if (alone := self._read_alone(request)) is not None]
+        joined += [member.answering for members, _, _ in read for member in members]
+        return read
 
-    def _read_alone(self, one: Answering) -> Read | None:
+    def _read_alone(self, request: Answering) -> Read | None:
         try:
-            return self._rows.read([one])
+            return self._rows.read([request])
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
             _let_go(error)
-            one.tell(Failed(error))
+            request.tell(Failed(error))
             return None
 
 

@@ -23,23 +23,27 @@ from dora_vl.core.active_adapters import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Prompts
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import (
+    ModelSource,
+    Wanted,
+    find_source,
+    load_decoder,
+    prompts_of,
+    read_recipe,
+)
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-# What no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised.
-
+# -- what no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised ---------
 
 MOST_TURNS = 512
 """A template's time grows with the square of the turns."""
 SWALLOWED = ("\ue000", " ")
 """Of what some tokenizers make one token of any length, or none: characters that they do not know, and spaces."""
-REPEATED = 16
 
 
 def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int | None) -> None:
@@ -73,7 +77,7 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     try:
         longest = max(map(len, tokenizer.get_vocab()))
-        texts = [one * REPEATED * longest for one in SWALLOWED]
+        texts = [character * 16 * longest for character in SWALLOWED]
         bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
     except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
         return None
@@ -90,18 +94,18 @@ class UnknownModel(UserError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Entry:
     """How an adapter (or the base) is asked, and what its rows need of a batch.
 
     Attributes:
         name: of the adapter; None is the base.
         prompts: what makes its inputs.
         alone: whether the pictures of a batch must all be its own.
-        longest_token: see `prompt_limits.longest_token`.
+        longest_token: most characters that one token of its prompts stands for.
     """
 
     name: str | None
-    prompts: Prompts
+    prompts: EncoderPrompts
     alone: bool = False
     longest_token: int | None = None
 
@@ -136,33 +140,28 @@ class ServedModel:
         self.source = source
         self.base_name = base_name or Path(source.place).absolute().name
         self._template, self._any_base = template, any_base
-        parts = decoder_parts(source)
+        prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone: Backbone[Any] = parts.load().to(device).eval()
-        prompts = parts.prompts(self.backbone)
-        base = Asked(None, prompts, longest_token=longest_token(prompts.tokenizer))
+        self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
+        base = Entry(None, prompts, longest_token=longest_token(prompts.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
-        self._asked: dict[str, Asked] = {self.base_name: base}
+        self._entries: dict[str, Entry] = {self.base_name: base}
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
         """What can be asked: the base first."""
-        return tuple(self._asked)
+        return tuple(self._entries)
 
-    def asked(self, name: str) -> Asked:
-        """How a model of this name is asked.
+    def entry(self, name: str) -> Entry:
+        """How a model of this name is asked. Raises UnknownModel: there is none."""
+        if name not in self._entries:
+            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
+        return self._entries[name]
 
-        Raises:
-            UnknownModel: there is none.
-        """
-        if name not in self._asked:
-            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._asked)}")
-        return self._asked[name]
-
-    def read(self, name: str, folder: Path) -> tuple[Asked, ReadAdapter]:
+    def read(self, name: str, folder: Path) -> tuple[Entry, ReadAdapter]:
         """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
 
         Raises:
@@ -170,20 +169,16 @@ class ServedModel:
         """
         self._refuse_taken(name)
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
-        prompts = decoder_parts(source).prompts(self.backbone)
+        prompts = prompts_of(source)
         read = self.adapters.read(folder)
-        return Asked(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
+        return Entry(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
 
-    def put(self, asked: Asked, adapter: ReadAdapter) -> None:
-        """Serves what was read; between batches only.
-
-        Raises:
-            UserError: the name was taken meanwhile.
-        """
-        name = str(asked.name)
+    def put(self, entry: Entry, adapter: ReadAdapter) -> None:
+        """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
+        name = str(entry.name)
         self._refuse_taken(name)
         self.adapters.put(name, adapter)
-        self._asked[name] = asked
+        self._entries[name] = entry
 
     def drop(self, name: str) -> None:
         """Serves an adapter no longer; between batches only.
@@ -192,25 +187,26 @@ class ServedModel:
             UnknownModel: there is none of this name.
             UserError: it is the base.
         """
-        if self.asked(name).name is None:
+        if self.entry(name).name is None:
             raise UserError(f"{name} is the base, which stays; name an adapter")
-        del self._asked[name]
+        del self._entries[name]
         self.adapters.drop(name)
 
     # -- batches -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def rows(
-        self, asked: Sequence[Asked], pictures: Sequence[int], strengths: Sequence[float] | None = None
+        self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] | None = None
     ) -> Iterator[None]:
         """Meanwhile the model's batch has a row for each of these, with so many pictures each.
 
         Args:
             strengths: how much of its adapter is applied to each; None: all of it.
         """
-        shares = [one.share(strength) for one, strength in zip(asked, strengths or [1.0] * len(asked), strict=True)]
-        seeing = list(zip(asked, shares, pictures, strict=True))
-        alone = {share for one, share, count in seeing if count and one.alone and share}
+        strengths = strengths or [1.0] * len(entries)
+        shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
+        seeing = list(zip(entries, shares, pictures, strict=True))
+        alone = {share for item, share, count in seeing if count and item.alone and share}
         if alone or not self.by_picture:
             shown_by: list[Share | None] = [next(iter(alone), None)]
         else:
@@ -242,7 +238,7 @@ class ServedModel:
             raise UserError(
                 f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
             )
-        if name in self._asked:
+        if name in self._entries:
             raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
 
     def _layers(self) -> Layers:
@@ -298,15 +294,15 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
     source = find_source(wanted)
     stated = str(source.recipe.get("base_sha256") or "")
-    found = None if any_base or not stated else _sha256_of(served)
-    if found and found != stated:
+    own_hash = None if any_base or not stated else _sha256_of(served.place, served.revision)
+    if own_hash and own_hash != stated:
         raise UserError(
-            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {found[:12]}…; serve it "
+            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {own_hash[:12]}…; serve it "
             "with its own base, or start with --any-base to try it"
         )
     if source.kind != served.kind:
         raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
-    own, theirs = (one.recipe.get("quantisation") for one in (source, served))
+    own, theirs = (item.recipe.get("quantisation") for item in (source, served))
     if source.recipe and own != theirs and not any_base:
         raise UserError(
             f"{folder} was trained on a base with quantisation {own}, the served one has {theirs}; serve it apart, "
@@ -315,17 +311,13 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     return source
 
 
-def _sha256_of(served: ModelSource) -> str | None:
+@cache
+def _sha256_of(place: str, revision: str | None) -> str | None:
     """The hash of a base's content; None of one on the hub that is not here yet."""
     try:
-        return _content_hash(served.place, served.revision)
+        return content_hash(local_folder(place, revision))
     except OSError:
         return None
-
-
-@cache
-def _content_hash(place: str, revision: str | None) -> str:
-    return content_hash(local_folder(place, revision))
 
 
 def _template_of(adapter: Path, template: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """What happens on the page: pictures are shown, questions asked, a dial turned. Each is one call here.
 
-What a talk is stands in `side_by_side.py`, how it looks in `page_view.py`, the page's parts in `page_parts.py`.
+What a talk is stands in `side_by_side.py`, how it looks and the page's parts in `page_parts.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import re
 import socket
 import time
@@ -21,17 +20,19 @@ from typing import Any, no_type_check
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 import uvicorn
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Request
-from starlette.datastructures import MutableHeaders
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import Admission, Door, Refused, http_config
 from dora_vl.serving.page_parts import (
+    DIAL,
+    STYLE,
     TAKE_QUESTION,
     Column,
     ExampleQuestion,
@@ -41,8 +42,8 @@ from dora_vl.serving.page_parts import (
     lay_out,
     notice_view,
     shown_view,
+    theme,
 )
-from dora_vl.serving.requests import Intake, check_json
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
 
 # The page over HTTP: Gradio's application, kept from asking anybody else, and from giving or keeping any file.
@@ -61,27 +62,16 @@ ADDRESSES = {
     "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
 }
 """What the page asks for, by method."""
-LARGEST_EVENT = 2**20
-"""Bytes of what the page says to its program; pictures are uploaded."""
-SENT_AT_ONCE = 64
+LARGEST_EVENT, EVENTS_AT_ONCE = 2**20, 64
+"""Bytes of what the page says to its program, pictures being uploaded; and so many times that may be on its way."""
 BODY_SECONDS = 300.0
 FORGET_SECONDS, LOOK_SECONDS = BODY_SECONDS + 60, 20.0
 """How old uploads are that go unread, older than those that come with them; and how often that is looked for."""
 MOST_UPLOADS = 1000
-OWN = "'self'"
-POLICY = "; ".join(
-    f"{what} {' '.join(sources)}"
-    for what, sources in {
-        "default-src": (OWN,),
-        "script-src": (OWN, "'unsafe-inline'", "'unsafe-eval'"),
-        "style-src": (OWN, "'unsafe-inline'"),
-        "img-src": (OWN, "data:", "blob:"),
-        "media-src": (OWN, "data:", "blob:"),
-        "font-src": (OWN, "data:"),
-        "worker-src": (OWN, "blob:"),
-        "object-src": ("'none'",),
-        "frame-ancestors": (OWN,),
-    }.items()
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "object-src 'none'; frame-ancestors 'self'"
 )
 """A visitor's browser loads nothing from another host, whatever a page of Gradio's asks for."""
 
@@ -175,30 +165,22 @@ class OwnFilesAlone:
     def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
         self._app = app
         self._uploads = uploads
-        self._intake = Intake(LARGEST_EVENT, SENT_AT_ONCE * LARGEST_EVENT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request.
-
-        Raises:
-            UserError: it is refused.
-        """
+        """One request. Raises UserError: it is refused."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        addresses, request = ADDRESSES.get(scope["method"]), Request(scope, receive)
+        addresses = ADDRESSES.get(scope["method"])
         if addresses is None or not addresses.fullmatch(scope["path"]):
             raise Refused("the page has no such address")
         if scope["path"] == UPLOAD:
-            with self._uploads.coming(request.headers.get("content-length", "")):
+            with self._uploads.coming(Headers(scope=scope).get("content-length", "")):
                 await self._app(scope, receive, send)
-        elif scope["method"] == "POST":
-            check_json(request)
-            content = await self._intake.content(request)
-            self._check_files(content)
-            await self._app(scope, _said_again(content, receive), send)
-        else:
-            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "POST":
+            self._check_files(scope["content"])
+        await self._app(scope, receive, send)
 
     def _check_files(self, content: bytes) -> None:
         try:
@@ -213,16 +195,6 @@ class OwnFilesAlone:
                 values += value.values()
             elif isinstance(value, list):
                 values += value
-
-
-def _said_again(content: bytes, receive: Receive) -> Receive:
-    """The messages of a request whose content was read already."""
-    left = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def next_message() -> Message:
-        return left.pop() if left else await receive()
-
-    return next_message
 
 
 class OwnHostAlone:
@@ -242,16 +214,6 @@ class OwnHostAlone:
             await send(message)
 
         await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
-
-
-def keep_gradio_quiet(uploads: Path) -> None:
-    """Tells Gradio, before it is imported, where uploads go, and to report to nobody."""
-    os.environ |= {
-        "GRADIO_TEMP_DIR": str(uploads),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_SSR_MODE": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
 
 
 def serve_page(app: FastAPI, listener: socket.socket) -> None:
@@ -277,16 +239,13 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
         upload_bytes: largest file that is taken at all.
         waiting: most questions that wait for their turn.
     """
-    import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
-
-    from dora_vl.serving.page_parts import DIAL, STYLE, theme
-
     app = FastAPI(
         title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
     )
     app.add_middleware(OwnFilesAlone, uploads=page.uploads)
     app.add_middleware(OwnHostAlone)
-    app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS)
+    limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
+    app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS, **limits)
     page.blocks.queue(max_size=waiting, api_open=False)
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     return gr.mount_gradio_app(
@@ -371,9 +330,8 @@ class Page:
         again = [column.strength.release for column in parts.columns]
         gr.on(again, self.ask_again, parts.chosen, **answering)
         for column in parts.columns:
-            column.model.input(self._has_dial, [column.model], [column.strength], **quick).then(
-                self.ask_again, parts.chosen, **answering
-            )
+            chosen = column.model.input(self._dial_of, [column.model], [column.strength], **quick)
+            chosen.then(self.ask_again, parts.chosen, **answering)
         parts.stop.click(self.side.stop, [parts.person], **quick)
         self.blocks.load(_begin, None, [parts.person, parts.ask], **quick)
         self.blocks.unload(self.leave)
@@ -446,9 +404,8 @@ class Page:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _has_dial(self, model: str) -> Any:
-        """The base has no strength to choose."""
-        return gr.update(interactive=model != self._base)
+    def _dial_of(self, model: str) -> Any:
+        return gr.update(interactive=model != self._base)  # the base has no strength to choose
 
     def _begun(self, talk: Talk, person: str) -> Update:
         self.side.stop(person)
@@ -484,12 +441,14 @@ class Page:
             if speakers == before:
                 yield gr.skip()
                 return
-            sampling = _sampling(tokens, temperature)
+            if tokens is None or temperature is None:
+                raise UserError("the settings lack a number; type one")
+            sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
-            told = talk if remember else replace(talk, exchanges=())
+            label = talk if remember else replace(talk, exchanges=())
             yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, told, question, speakers, sampling):
+            for answered in self.side.ask(person, label, question, speakers, sampling):
                 whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 self.talks.keep(key, whole)
                 yield {parts.key: key, parts.notice: notice_view(""), **self._columns(whole)}
@@ -498,13 +457,8 @@ class Page:
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
 
     def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
-        """Who is asked, one a column; the base has no strength.
-
-        Raises:
-            UserError: a strength is none.
-        """
-        count = len(self.parts.columns)
-        both = zip(chosen[:count], chosen[count : 2 * count], strict=True)
+        """Who is asked, one a column; the base has no strength. Raises UserError: a strength is none."""
+        both = zip(chosen[:2], chosen[2:4], strict=True)
         return [
             Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
             for name, strength in both
@@ -517,17 +471,6 @@ class Page:
             part.talk: column_view(talk, number, named=name)
             for number, (part, name) in enumerate(zip(parts, names, strict=True))
         }
-
-
-def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sampling:
-    """How an answer is chosen.
-
-    Raises:
-        UserError: a field of the settings was emptied.
-    """
-    if tokens is None or temperature is None:
-        raise UserError("the settings lack a number; type one")
-    return Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
 
 
 def _begin(request: gr.Request) -> tuple[str, Any]:

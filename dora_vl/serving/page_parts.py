@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from itertools import zip_longest
@@ -19,11 +19,11 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import Shown
 from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.report.answers import PREDICTIONS
 from dora_vl.report.run_record import RunRecord, read_run
-from dora_vl.serving.side_by_side import NOTHING, Answer, Exchange, Talk
+from dora_vl.serving.side_by_side import NOTHING, Answer, Talk
 from dora_vl.training.watching import evenly
 
 # What the page shows of a talk as HTML: what the model sees, answers, what went wrong. All text is escaped.
@@ -32,7 +32,7 @@ from dora_vl.training.watching import evenly
 THUMB_PX = 320
 JPEG_QUALITY = 85
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
-EMPTY = "the model ended its answer at once"
+NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
 
 def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
@@ -41,14 +41,14 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
     Args:
         frames_are_pictures: the model takes no videos, and sees their frames as so many pictures.
     """
-    figures = [_figure(picture, _size(picture)) for picture in shown.pictures]
+    figures = [_figure(picture, f"{picture.width} × {picture.height}") for picture in shown.pictures]
     parts = [f'<div class="dv-pictures">{"".join(figures)}</div>'] if figures else []
     for video in shown.videos:
         times = zip(video.pictures, video.seconds, strict=True)
         frames = "".join(_figure(picture, f"{seconds:.1f} s") for picture, seconds in times)
-        told = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
-        told += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
-        parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{told}</p>')
+        heading = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
+        heading += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
+        parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{heading}</p>')
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 
 
@@ -60,7 +60,10 @@ def column_view(talk: Talk, column: int, *, named: str) -> str:
     """
     if not talk.exchanges:
         return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
-    turns = "".join(_exchange(one, column) for one in talk.exchanges)
+    turns = "".join(
+        f'<div class="dv-asked">{escape(exchange.question) or NO_WORDS}</div>{_answer_view(exchange.answers[column])}'
+        for exchange in talk.exchanges
+    )
     return f'<div class="dv-talk"><div class="dv-turns">{turns}</div></div>'
 
 
@@ -78,28 +81,15 @@ def heading_view(base: str, adapters: Sequence[str]) -> str:
     )
 
 
-def thumbnail_view(picture: Image.Image) -> str:
-    """A very small copy of a picture."""
-    return f'<img class="dv-thumbnail" alt="" src="{_data_url(picture)}">'
-
-
-def _exchange(exchange: Exchange, column: int) -> str:
-    answer = exchange.answers[column]
-    asked = escape(exchange.question) or '<span class="dv-faint">(no words)</span>'
-    return f'<div class="dv-asked">{asked}</div>{_answer(answer)}'
-
-
-def _answer(answer: Answer) -> str:
+def _answer_view(answer: Answer) -> str:
     words = escape(answer.text)
-    if answer.trouble and not answer.text:
-        words = ""
-    elif answer.over and not answer.text:
-        words = f'<span class="dv-faint">({EMPTY})</span>'
-    elif not answer.over:
+    if not answer.over:
         words += '<span class="dv-caret"></span>'
-    said = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
+    elif not answer.text and not answer.trouble:
+        words = '<span class="dv-faint">(the model ended its answer at once)</span>'
+    message = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
     trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
-    return said + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
+    return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
 
 
 def tally(answer: Answer) -> str:
@@ -113,13 +103,9 @@ def tally(answer: Answer) -> str:
     return f"{who} · {tokens} · {speed:.1f} tokens/s · prompt of {answer.prompt_tokens}{ended}"
 
 
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width} × {picture.height}"
-
-
 def _figure(picture: Image.Image, caption: str) -> str:
-    told = escape(caption)
-    return f'<figure><img alt="{told}" src="{_data_url(picture)}"><figcaption>{told}</figcaption></figure>'
+    heading = escape(caption)
+    return f'<figure><img alt="{heading}" src="{_data_url(picture)}"><figcaption>{heading}</figcaption></figure>'
 
 
 def _data_url(picture: Image.Image) -> str:
@@ -156,19 +142,16 @@ def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[Example
             run = read_run(folder, folder.name)
         except UserError:
             continue
-        return _first(_of_test(run, most), most) or _first(_watched(run), most)
+        for result in (_of_test(run, most), _watched(run)):
+            chosen: dict[str, ExampleQuestion] = {}
+            for example in result:  # each question once
+                chosen.setdefault(example.question, example)
+                if len(chosen) == most:
+                    break
+            if chosen:
+                return tuple(chosen.values())
+        return ()
     return ()
-
-
-def _first(found: Iterator[ExampleQuestion], most: int) -> tuple[ExampleQuestion, ...]:
-    """The first so many, each question once."""
-    chosen: dict[str, ExampleQuestion] = {}
-    for one in found:
-        if one.question not in chosen:
-            chosen[one.question] = one
-        if len(chosen) == most:
-            break
-    return tuple(chosen.values())
 
 
 def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
@@ -177,26 +160,22 @@ def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
     if folder is None or not path.is_file():
         return
     try:
-        asked = [one for one in read_predictions(path).values() if len(one.images) == 1]
+        asked = [item for item in read_predictions(path).values() if len(item.images) == 1]
     except UserError:
         return
-    for one in _kind_by_kind(asked, LOOKED_AT * most):
-        yield from _opened(run.path(folder), one.images, one.question, one.truth)
-
-
-def _kind_by_kind(asked: Sequence[Prediction], most: int) -> Iterator[Prediction]:
-    """One of each kind of question, then the next of each, evenly from the whole test."""
     kinds: dict[str | None, list[Prediction]] = {}
-    for one in asked:
-        kinds.setdefault(one.kind, []).append(one)
-    rounds = zip_longest(*(evenly(alike, most) for alike in kinds.values()))
-    return (one for of_each in rounds for one in of_each if one is not None)
+    for item in asked:
+        kinds.setdefault(item.kind, []).append(item)
+    # One of each kind of question, then the next of each, evenly from the whole test.
+    rounds = zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values()))
+    for item in (item for of_each in rounds for item in of_each if item is not None):
+        yield from _opened(run.path(folder), item.images, item.question, item.truth)
 
 
 def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:
-    for one in run.watched.questions if run.watched is not None else ():
-        if run.watched is not None and one.picture:
-            yield from _opened(run.watched.folder, [one.picture], one.question, one.truth)
+    for item in run.watched.questions if run.watched is not None else ():
+        if run.watched is not None and item.picture:
+            yield from _opened(run.watched.folder, [item.picture], item.question, item.truth)
 
 
 def _opened(folder: Path, images: Sequence[str], question: str, truth: str) -> Iterator[ExampleQuestion]:
@@ -258,32 +237,13 @@ class Parts:
     @property
     def changing(self) -> list[Any]:
         """All that something else may change."""
-        talks = [column.talk for column in self.columns]
-        own = [
-            self.key,
-            self.files,
-            self.webcam,
-            self.seen,
-            self.notice,
-            self.question,
-            self.answered,
-            self.ask,
-            self.stop,
-        ]
-        return [*own, *talks]
+        shown = [self.key, self.files, self.webcam, self.seen, self.notice, *(column.talk for column in self.columns)]
+        return [*shown, self.question, self.answered, self.ask, self.stop]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What the page starts with.
-
-    Attributes:
-        models: what can be asked, the base first.
-        place: where the base is from.
-        new_tokens: longest answer.
-        temperature: 0 takes the likeliest token.
-        examples: questions that a click takes.
-    """
+    """What the page starts with: models (the base first), where the base is from, settings, questions to click."""
 
     models: tuple[str, ...]
     place: str
@@ -307,83 +267,60 @@ def theme() -> gr.themes.Base:
 
 def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
     """The page without anything happening on it yet."""
-    found: dict[str, Any] = {}
+    base, *adapters = start.models
+    longest = max(LONGEST_ANSWER, start.new_tokens)
     with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(heading_view(start.place, start.models[1:]))
-        found |= {"person": gr.State(""), "key": gr.State("")}
+        gr.HTML(heading_view(start.place, adapters))
+        person, key, answered = gr.State(""), gr.State(""), gr.State("")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=300):
-                found |= _left(start)
-            with gr.Column(scale=9, min_width=480):
-                found |= _right(start)
-    return blocks, Parts(**{field.name: found[field.name] for field in fields(Parts)})
-
-
-def _left(start: Start) -> dict[str, Any]:
-    """What the models are shown, examples, settings."""
-    with gr.Tab("Pictures or a video"):
-        files = gr.File(
-            label="Pictures or a video", show_label=False, file_count="multiple", height=124, elem_id="dv-files"
-        )
-    with gr.Tab("Webcam"):
-        webcam = gr.Image(
-            label="Webcam",
-            show_label=False,
-            sources=["webcam"],
-            type="filepath",
-            image_mode=None,
-            height=220,
-            elem_id="dv-webcam",
-        )
-    seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
-    nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
-    examples = _examples(start.examples) if start.examples else None
-    with gr.Accordion("Settings", open=False):
-        tokens = gr.Slider(
-            1, max(LONGEST_ANSWER, start.new_tokens), start.new_tokens, step=1, label="Longest answer, in tokens"
-        )
-        temperature = gr.Slider(
-            0, 2, start.temperature, step=0.1, label="Temperature", info="0 takes the likeliest token each time"
-        )
-        remember = gr.Checkbox(True, label="Later questions see the earlier ones")
-    return {
-        "files": files, "webcam": webcam, "seen": seen, "nothing": nothing, "examples": examples, "tokens": tokens,
-        "temperature": temperature, "remember": remember,
-    }  # fmt: skip
+            with gr.Column(scale=4, min_width=300):  # what the models are shown, examples, settings
+                with gr.Tab("Pictures or a video"):
+                    files = gr.File(label="Pictures or a video", show_label=False, file_count="multiple", height=124,
+                                    elem_id="dv-files")  # fmt: skip
+                with gr.Tab("Webcam"):
+                    webcam = gr.Image(label="Webcam", show_label=False, sources=["webcam"], type="filepath",
+                                      image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
+                seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
+                nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
+                examples = _examples(start.examples) if start.examples else None
+                with gr.Accordion("Settings", open=False):
+                    tokens = gr.Slider(1, longest, start.new_tokens, step=1, label="Longest answer, in tokens")
+                    temperature = gr.Slider(0, 2, start.temperature, step=0.1, label="Temperature",
+                                            info="0 takes the likeliest token each time")  # fmt: skip
+                    remember = gr.Checkbox(True, label="Later questions see the earlier ones")
+            with gr.Column(scale=9, min_width=480):  # who answers, and what is asked and said
+                notice = gr.HTML(notice_view(""), elem_id="dv-notice")
+                with gr.Row(equal_height=True):
+                    columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
+                with gr.Row(equal_height=True, elem_id="dv-asking"):
+                    question = gr.Textbox(placeholder="Type a question, then Enter", show_label=False, container=False,
+                                          lines=1, scale=8, autofocus=True, elem_id="dv-question")  # fmt: skip
+                    ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False,
+                                    elem_id="dv-ask")  # fmt: skip
+                    stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False,
+                                     elem_id="dv-stop")  # fmt: skip
+                    anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
+                asked = gr.Textbox(visible="hidden")
+    return blocks, Parts(
+        person=person, key=key, files=files, webcam=webcam, seen=seen, nothing=nothing, examples=examples,
+        notice=notice, columns=columns, question=question, asked=asked, answered=answered, ask=ask, stop=stop,
+        anew=anew, tokens=tokens, temperature=temperature, remember=remember,
+    )  # fmt: skip
 
 
 def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
     """Rows of a small picture and its question."""
     return gr.Dataset(
         components=[gr.HTML(render=False), gr.Textbox(render=False)],
-        samples=[[thumbnail_view(one.picture), one.question] for one in examples],
+        samples=[
+            [f'<img class="dv-thumbnail" alt="" src="{_data_url(item.picture)}">', item.question] for item in examples
+        ],
         headers=["", "A question of the run's test"],
         type="index",
         samples_per_page=len(examples),
         label="Try one",
         elem_id="dv-examples",
     )
-
-
-def _right(start: Start) -> dict[str, Any]:
-    """Who answers, and what is asked and said."""
-    base, *adapters = start.models
-    notice = gr.HTML(notice_view(""), elem_id="dv-notice")
-    with gr.Row(equal_height=True):
-        columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
-    with gr.Row(equal_height=True, elem_id="dv-asking"):
-        question = gr.Textbox(
-            placeholder="Type a question, then Enter", show_label=False, container=False, lines=1, scale=8,
-            autofocus=True, elem_id="dv-question",
-        )  # fmt: skip
-        ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False, elem_id="dv-ask")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
-        anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
-    asked, answered = gr.Textbox(visible="hidden"), gr.State("")
-    return {
-        "notice": notice, "columns": columns, "question": question, "asked": asked, "answered": answered, "ask": ask,
-        "stop": stop, "anew": anew,
-    }  # fmt: skip
 
 
 def _column(start: Start, chosen: str, side: str) -> Column:
@@ -419,11 +356,7 @@ class Talks:
         return key
 
     def get(self, key: str) -> Talk:
-        """A talk as it was kept last; of no key an empty one.
-
-        Raises:
-            UserError: it is gone.
-        """
+        """A talk as it was kept last; of no key an empty one. Raises UserError: it is gone."""
         if not key:
             return Talk()
         with self._lock:

@@ -50,19 +50,15 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     """
     deadline = time.monotonic() + limits.seconds
     for _ in range(MOST_REDIRECTS + 1):
-        found = _get(_checked(url), limits.bytes, deadline)
-        if isinstance(found, bytes):
-            return found
-        url = urljoin(url, found)
+        content = _get(_checked(url), limits.bytes, deadline)
+        if isinstance(content, bytes):
+            return content
+        url = urljoin(url, content)
     raise NotFetched(f"{shown(url)}: more than {MOST_REDIRECTS} redirects")
 
 
 def _checked(url: str) -> SplitResult:
-    """The address in its parts.
-
-    Raises:
-        NotFetched: not http(s), without a host, or with a password.
-    """
+    """The address in its parts. Raises NotFetched: not http(s), without a host, or with a password."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -94,12 +90,12 @@ def public_addresses(host: str, port: int, seconds: float) -> list[str]:
     # The system's resolver knows no limit: whoever waits for it leaves it behind.
     threading.Thread(target=resolve, name="dora-vl resolver", daemon=True).start()
     try:
-        found = answer.result(seconds)
+        entries = answer.result(seconds)
     except FutureTimeoutError:
         raise _too_slow(host) from None
     except (OSError, UnicodeError) as error:
         raise NotFetched(f"{shown(host)} cannot be resolved ({error})") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     for address in addresses:
         if not is_public(address):
             raise NotFetched(f"{shown(host)} is at {address}, which is no public address, and those are not fetched")
@@ -140,11 +136,7 @@ class _Pinned(http.client.HTTPConnection):
                 socket.socket.shutdown(self._open, socket.SHUT_RDWR)  # TLS's own would change what is being read
 
     def connect(self) -> None:
-        """Connects, and proves with TLS that it is the named host.
-
-        Raises:
-            TimeoutError: it was aborted meanwhile.
-        """
+        """Connects, and proves with TLS that it is the named host. Raises TimeoutError: it was aborted meanwhile."""
         self.sock = self._open = socket.create_connection((self._address, self.port), self.timeout)
         if self._tls:
             context, name = ssl.create_default_context(), self.host

@@ -13,10 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import Request
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from starlette.requests import ClientDisconnect
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import MOST_STRENGTH
@@ -25,7 +23,6 @@ from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
-from dora_vl.serving.answering import Stopped, TooManyRequests
 from dora_vl.serving.remote_media import FetchLimits, NotFetched, fetch
 from dora_vl.training.run_media import VideoReading
 
@@ -50,19 +47,18 @@ class _Strict(BaseModel):
     """Refuses what it does not know: nothing that a client asks for is dropped in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, value: Any) -> Any:
-        return _few(value)
+    _few_fields = model_validator(mode="before")(_few)
 
 
-class Address(_Strict):
-    """Where a picture or a video is: a data: URL, or one on the web where those are allowed."""
+class _Url(_Strict):
+    """`detail` is accepted and not used: the model's own processor decides how a picture is seen."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
-    """Accepted and not used: the model's own processor decides how a picture is seen."""
+
+
+Address = Annotated[_Url, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
+"""Where a picture or a video is: a data: URL, or one on the web where those are allowed."""
 
 
 class TextPart(_Strict):
@@ -78,11 +74,6 @@ class PicturePart(_Strict):
     type: Literal["image_url"]
     image_url: Address
 
-    @field_validator("image_url", mode="before")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
-
 
 class VideoPart(_Strict):
     """A video, as vLLM and Qwen's clients write it."""
@@ -90,28 +81,26 @@ class VideoPart(_Strict):
     type: Literal["video_url"]
     video_url: Address
 
-    @field_validator("video_url", mode="before")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
-
 
 Part = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(_Strict):
-    """One turn of the talk."""
+    """One turn of the talk; clients send an earlier answer back as they got it, with a refusal that is null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     name: str | None = None
     refusal: None = None
-    """Clients send an earlier answer back as they got it, with this null."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """The content as parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     @model_validator(mode="after")
-    def _media_are_asked_about(self) -> Message:
-        parts = [] if isinstance(self.content, str) else self.content
-        if self.role != "user" and not all(isinstance(part, TextPart) for part in parts):
+    def _media_are_the_users(self) -> Message:
+        if self.role != "user" and not all(isinstance(part, TextPart) for part in self.parts):
             raise ValueError(f"a message of the {self.role} holds words alone; pictures belong to the user's")
         return self
 
@@ -128,8 +117,15 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
 class ChatRequest(_Strict):
-    """A request. Fields that would change the answer in a way that is not served may hold their neutral value alone."""
+    """A request.
+
+    Fields that would change the answer in a way that is not served may hold their neutral value alone; those from
+    `user` on are sent along by clients and change no answer. `strength` is ours: how much of the adapter is applied.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
@@ -137,12 +133,11 @@ class ChatRequest(_Strict):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     strength: Annotated[float, Field(ge=0, le=MOST_STRENGTH, allow_inf_nan=False)] | None = None
-    """Ours: how much of the adapter is applied; all of it where nothing is said."""
 
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
@@ -158,15 +153,6 @@ class ChatRequest(_Strict):
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    """With `user` and `metadata` of those that clients send along; without tools they change no answer."""
-
-    @field_validator("stop")
-    @classmethod
-    def _some_text(cls, value: str | list[str] | None) -> str | list[str] | None:
-        for one in [value] if isinstance(value, str) else value or []:
-            if not 0 < len(one) <= LONGEST_STOP:
-                raise ValueError(f"a stop text has 1 to {LONGEST_STOP} characters, not {len(one)}")
-        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -242,16 +228,6 @@ class Talk:
 
 
 @dataclass
-class _Seen:
-    """What a request has shown so far."""
-
-    go_on: Callable[[], object]
-    shows_videos: bool
-    pictures: list[Image.Image] = field(default_factory=list)
-    videos: list[Video] = field(default_factory=list)
-
-
-@dataclass
 class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
 
@@ -283,16 +259,33 @@ class RequestMedia:
             BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
             TooLarge: there are too many, or one is too large.
         """
-        parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]
+        parts = [part for message in messages for part in message.parts]
         shown_videos = sum(isinstance(part, VideoPart) for part in parts)
-        shown_pictures = sum(not isinstance(part, VideoPart | TextPart) for part in parts)
-        self.refuse_many(shown_pictures, shown_videos, "the request shows")
-        seen = _Seen(go_on, shown_videos > 0)
-        turns = [
-            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", seen))
-            for number, one in enumerate(messages)
-        ]
-        pictures, videos = seen.pictures, seen.videos
+        self.refuse_many(sum(isinstance(part, PicturePart) for part in parts), shown_videos, "the request shows")
+        pictures: list[Image.Image] = []
+        videos: list[Video] = []
+
+        def text_of(part: Part, where: str) -> str:
+            if isinstance(part, TextPart):
+                return words(part.text, where, shows_videos=shown_videos > 0)
+            go_on()
+            if isinstance(part, VideoPart):
+                where += ".video_url"
+                videos.append(self.video(self._content(part.video_url.url, where), where))
+                return f"{VIDEO_PLACEHOLDER}\n"
+            where += ".image_url"
+            pictures.append(self.picture(self._content(part.image_url.url, where), where))
+            return f"{IMAGE_PLACEHOLDER}\n"
+
+        turns: list[Turn] = []
+        for number, message in enumerate(messages):
+            where = f"messages[{number}].content"
+            is_text = isinstance(message.content, str)
+            text = "".join(
+                text_of(part, where if is_text else f"{where}[{place}]") for place, part in enumerate(message.parts)
+            )
+            ends_with_words = isinstance(message.parts[-1], TextPart)
+            turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
@@ -306,9 +299,10 @@ class RequestMedia:
         Raises:
             TooLarge: there are more.
         """
-        for found, most, what in ((pictures, self.limits.pictures, "pictures"), (videos, self.limits.videos, "videos")):
-            if found > most:
-                raise TooLarge(f"{who} {found} {what}, and {most} are allowed here")
+        limits = self.limits
+        for count, most, what in ((pictures, limits.pictures, "pictures"), (videos, limits.videos, "videos")):
+            if count > most:
+                raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
         """A picture's file as RGB, upright.
@@ -333,11 +327,7 @@ class RequestMedia:
             raise BadRequest(where, error.reason) from None
 
     def video(self, content: bytes, where: str) -> Video:
-        """The frames of a video's file that a model sees.
-
-        Raises:
-            BadRequest: it cannot be decoded, or not in time.
-        """
+        """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""
         limits = self.limits
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, self._decoding:
             (Path(folder) / "video").write_bytes(content)
@@ -349,29 +339,6 @@ class RequestMedia:
             except BadSample as error:
                 raise BadRequest(where, error.reason) from None
         return video
-
-    # -- inside ----------------------------------------------------------------------------------------------
-
-    def _text(self, message: Message, where: str, seen: _Seen) -> str:
-        """A message's words, with a line for each picture and video, which are put into `seen`."""
-        if isinstance(message.content, str):
-            return words(message.content, where, shows_videos=seen.shows_videos)
-        text = ""
-        for place, part in enumerate(message.content):
-            here = f"{where}[{place}]"
-            if isinstance(part, TextPart):
-                text += words(part.text, here, shows_videos=seen.shows_videos)
-                continue
-            seen.go_on()
-            if isinstance(part, VideoPart):
-                here += ".video_url"
-                seen.videos.append(self.video(self._content(part.video_url.url, here), here))
-                text += f"{VIDEO_PLACEHOLDER}\n"
-            else:
-                here += ".image_url"
-                seen.pictures.append(self.picture(self._content(part.image_url.url, here), here))
-                text += f"{IMAGE_PLACEHOLDER}\n"
-        return text if isinstance(message.content[-1], TextPart) else text.removesuffix("\n")
 
     def _content(self, url: str, where: str) -> bytes:
         if url[:5].lower() == "data:":
@@ -385,11 +352,7 @@ class RequestMedia:
 
 
 def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video.
-
-    Raises:
-        BadRequest: they do.
-    """
+    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
@@ -408,19 +371,14 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
         raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
 
 
-# The JSON that a request brings: of its declared type, of at most so many bytes and values, and checked.
-
+# -- the JSON that a request brings: of at most so many values, and checked --------------------------------------------
 
 Model = TypeVar("Model", bound=BaseModel)
-JSON_TYPE = "application/json"
 MOST_VALUES = 200_000
 """Commas and opening brackets of a request: each value has one before it, and may take a hundred times its bytes."""
 BEFORE_A_VALUE = (b",", b"[", b"{")
-TEXTS_OF_A_VALUE = 2
-"""Of a comma or bracket at most, in JSON that is right: a name and a text."""
 NO_MARKS = bytes(set(range(256)).difference(b'"', *BEFORE_A_VALUE))
 LONGEST_PLACE, LONGEST_REASON = 80, 300
-FORM = re.compile(r"str|list\[.*\]")
 REASONS = {
     "missing": "it is missing",
     "extra_forbidden": "there is no such field here",
@@ -430,6 +388,7 @@ REASONS = {
 WORDS = {
     "Input should be": "it must be",
     "List should have": "it must have",
+    "String should have": "it must have",
     " after validation": "",
     "a valid ": "a ",
     "a integer": "an integer",
@@ -437,62 +396,7 @@ WORDS = {
     "Value error, ": "",
     "Invalid JSON": "it is no JSON",
 }
-
-
-class NotJson(UserError):
-    """A request's content is not declared as JSON."""
-
-
-@dataclass
-class Intake:
-    """The content of requests while it comes: a client that sends slowly has no more of it than it has sent.
-
-    Attributes:
-        each: most bytes of a request.
-        together: of all that are on their way.
-    """
-
-    each: int
-    together: int
-    _coming: int = 0
-
-    async def content(self, request: Request) -> bytes:
-        """A request's content, whole.
-
-        Raises:
-            TooLarge: it has more bytes.
-            TooManyRequests: too many bytes of requests are on their way.
-            Stopped: the client has gone away.
-        """
-        stated = request.headers.get("content-length", "")
-        too_large = TooLarge(f"the request is larger than the {self.each:,} bytes allowed here")
-        if stated.isdecimal() and int(stated) > self.each:
-            raise too_large
-        content = bytearray()
-        try:
-            async for chunk in request.stream():
-                content.extend(chunk)
-                self._coming += len(chunk)
-                if len(content) > self.each:
-                    raise too_large
-                if self._coming > self.together:
-                    raise TooManyRequests("too many requests are being sent; try again later")
-        except ClientDisconnect:
-            raise Stopped("the client has gone away") from None
-        finally:
-            self._coming -= len(content)
-        return bytes(content)
-
-
-def check_json(request: Request) -> None:
-    """Refuses what is not declared as JSON: a browser lets any web page post other types to this machine unasked.
-
-    Raises:
-        NotJson: it is not.
-    """
-    declared = request.headers.get("content-type", "")
-    if declared.partition(";")[0].strip().lower() != JSON_TYPE:
-        raise NotJson(f"the request's Content-Type must be {JSON_TYPE}, not {shown(declared)}")
+"""Pydantic's words, and those for a person who knows OpenAI's fields."""
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:
@@ -510,11 +414,13 @@ def parsed(kind: type[Model], content: bytes) -> Model:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         # Of several forms of one place the one that came farthest: deepest, and beyond its type.
-        first = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-        places = [_place(one) for one in errors]
-        place, others = _place(first), {one for one in places if not _place(first).startswith(one)}
+        first = max(errors, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
+        place, reason = _place(first), REASONS.get(first["type"], first["msg"])
+        for theirs, ours in WORDS.items():
+            reason = reason.replace(theirs, ours)
+        others = {other for other in map(_place, errors) if not place.startswith(other)}
         more = f" (and {len(others)} more)" if others else ""
-        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(_reason(first), LONGEST_REASON) + more) from None
+        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(reason, LONGEST_REASON) + more) from None
 
 
 def _place(error: ErrorDetails) -> str:
@@ -524,19 +430,11 @@ def _place(error: ErrorDetails) -> str:
         named = error["type"] == "extra_forbidden" and number == len(error["loc"]) - 1
         if isinstance(piece, int):
             place += f"[{piece}]"
-        elif (form or FORM.fullmatch(piece)) and not named:
-            form = not form and piece != "str"  # an item's form comes after its number
+        elif (form or re.fullmatch(r"(constrained-)?str|list\[.*\]", piece)) and not named:
+            form = not form and not piece.endswith("str")  # an item's form comes after its number
         else:
             place += f".{piece}"
     return place.removeprefix(".") or "the request"
-
-
-def _reason(error: ErrorDetails) -> str:
-    """What is wrong, to a person who knows OpenAI's fields and not pydantic's."""
-    reason = REASONS.get(error["type"], error["msg"])
-    for theirs, ours in WORDS.items():
-        reason = reason.replace(theirs, ours)
-    return reason
 
 
 def _holds_too_many(content: bytes) -> bool:
@@ -544,14 +442,13 @@ def _holds_too_many(content: bytes) -> bool:
 
     Past the first place where it is no JSON the count may be wrong; the parser reads no further either.
     """
-    if _values(content) <= MOST_VALUES:  # nearly always, and its texts need not be told apart
+
+    def values(part: bytes) -> int:
+        return sum(map(part.count, BEFORE_A_VALUE))
+
+    if values(content) <= MOST_VALUES:  # nearly always, and its texts need not be told apart
         return False
-    unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    marks = unescaped.translate(None, NO_MARKS)
-    if marks.count(b'"') > 2 * TEXTS_OF_A_VALUE * (MOST_VALUES + 1):  # or there would be as many pieces
+    marks = content.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, NO_MARKS)
+    if marks.count(b'"') > 4 * (MOST_VALUES + 1):  # a value has a name and a text at most, or there are as many pieces
         return True
-    return _values(b"".join(marks.split(b'"')[::2])) > MOST_VALUES
-
-
-def _values(content: bytes) -> int:
-    return sum(map(content.count, BEFORE_A_VALUE))
+    return values(b"".join(marks.split(b'"')[::2])) > MOST_VALUES

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import UserError, positive, shown
-from dora_vl.serving.door import (
+from dora_vl.errors import UserError, positive
+from dora_vl.serving.options import (
+    ANSWERS,
+    MEDIA,
     MIB,
+    adapters_by_name,
     add_address,
-    add_answers,
-    add_media,
+    add_options,
     admission,
     engine_settings,
     listening,
@@ -49,10 +50,19 @@ served, and why.
 """
 
 
+REQUEST = (
+    ("--max-body-mib", positive, 64, "largest request (64)"),
+    ("--body-seconds", seconds, 30.0, "longest time to send one (30)"),
+    ("--fetch-seconds", seconds, 10.0, "longest time to fetch a picture or video from the web (10)"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
-    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="may be given several times")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times"
+    )
     parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")
     parser.add_argument("--template", help="prompt format of a LLaVA-1.5 or language model of which nothing says it")
@@ -60,20 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
     )
-    add_answers(parser.add_argument_group("answers"))
-    _add_request_limits(parser.add_argument_group("limits of a request"))
-
-
-def _add_request_limits(to: argparse._ArgumentGroup) -> None:
-    to.add_argument("--max-body-mib", type=positive, default=64, help="largest request (64)")
-    to.add_argument("--body-seconds", type=seconds, default=30.0, help="longest time to send one (30)")
-    add_media(to)
-    to.add_argument(
+    add_options(parser.add_argument_group("answers"), ANSWERS)
+    limits = parser.add_argument_group("limits of a request")
+    add_options(limits, REQUEST)
+    add_options(limits, MEDIA)
+    limits.add_argument(
         "--allow-remote-media",
         action="store_true",
         help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
     )
-    to.add_argument("--fetch-seconds", type=seconds, default=10.0, help="longest time to fetch one (10)")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -82,11 +87,11 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     Raises:
         UserError: an option, a folder or a package is wrong; nothing listens then.
     """
-    adapters = named_adapters(options.adapter)
+    adapters = adapters_by_name(options.adapter)
     if options.adapter_root is not None and not options.adapter_root.is_dir():
         raise UserError(f"--adapter-root {options.adapter_root} is not a folder")
     if options.model is None and not adapters:
-        raise UserError("give --adapter NAME=DIR, or --model BASE, or both")
+        raise UserError("give --adapter DIR, or --model BASE, or both")
     try:
         import uvicorn
 
@@ -109,33 +114,13 @@ def run(options: argparse.Namespace) -> Iterator[str]:
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
-    """NAME=DIR by name.
-
-    Raises:
-        UserError: one is not of that form, or two have one name.
-    """
-    adapters: dict[str, Path] = {}
-    for one in given:
-        name, sign, folder = one.partition("=")
-        if not sign or not name or not folder:
-            raise UserError(f"--adapter {shown(one)}: write NAME=DIR, such as shapes=runs/demo/adapter")
-        if name in adapters:
-            raise UserError(f"--adapter {name} is given twice; choose another name for one of them")
-        if not Path(folder).is_dir():
-            raise UserError(f"--adapter {name}: {folder} is not a folder")
-        adapters[name] = Path(folder)
-    return adapters
-
-
 def server_settings(options: argparse.Namespace) -> ServerSettings:
     """The options about requests."""
     from dora_vl.serving.server import ServerSettings
 
-    media = replace(media_limits(options), fetch_seconds=options.fetch_seconds, remote=options.allow_remote_media)
     return ServerSettings(
         admission=admission(options),
-        media=media,
+        media=media_limits(options),
         body_bytes=options.max_body_mib * MIB,
         body_seconds=options.body_seconds,
         held=options.waiting + options.batch,

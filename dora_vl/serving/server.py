@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,22 +38,20 @@ from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,
-    Intake,
     LoadRequest,
     MediaLimits,
     Model,
     RequestMedia,
     UnloadRequest,
-    check_json,
     parsed,
 )
 
-# Answers as OpenAI's objects: whole, or as a stream of server-sent events.
+# -- answers as OpenAI's objects: whole, or as a stream of server-sent events ------------------------------------------
 
 
-def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
-    made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
-    return {**made, "model": asked.model}
+def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    return {**head, "model": request.model}
 
 
 def _usage(finished: Finished) -> dict[str, int]:
@@ -62,23 +59,26 @@ def _usage(finished: Finished) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
+def completion(request: ChatRequest, finished: Finished) -> dict[str, Any]:
     """A whole answer."""
     message = {"role": "assistant", "content": finished.text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
-    return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
+    return {**_head(request, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
 
 
 async def chunks(
-    asked: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
+    request: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
-    head = _head(asked, "chat.completion.chunk")
-    told = asked.stream_options is not None and asked.stream_options.include_usage
+    head = _head(request, "chat.completion.chunk")
+    with_usage = request.stream_options is not None and request.stream_options.include_usage
+
+    def sent(content: Mapping[str, Any]) -> str:
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
     def chunk(delta: Mapping[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return _sent({**head, "choices": [choice], **({"usage": None} if told else {})})
+        return sent({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
@@ -87,21 +87,15 @@ async def chunks(
             yield chunk({"content": event.text})
             event = await events.get()
         if isinstance(event, Failed):
-            yield _sent(error_content(event.error))
+            yield sent(error_content(event.error))
             return
         yield chunk({}, event.reason)
-        if told:
-            yield _sent({**head, "choices": [], "usage": _usage(event)})
+        if with_usage:
+            yield sent({**head, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
     finally:
         answering.cancel()
 
-
-def _sent(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-log = logging.getLogger(__name__)
 
 PREPARED_AT_ONCE = 8
 """Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
@@ -148,7 +142,6 @@ class Server:
         self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
-        self._intake = Intake(settings.body_bytes, SENT_AT_ONCE * settings.body_bytes)
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
 
     def __enter__(self) -> Server:
@@ -162,10 +155,12 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         client = WaitingClient(request, self.engine.settings.answer_seconds)
-        async with self._read(request, ChatRequest) as asked:
-            self.engine.model.asked(asked.model)  # before any picture is decoded
-            with _still_served(asked.model):
-                return await self._answer(client, asked)
+        async with self._read(request, ChatRequest) as body:
+            self.engine.model.entry(body.model)  # before any picture is decoded
+            try:
+                return await self._answer(client, body)
+            except UnknownModel:  # it was unloaded meanwhile: nothing is wrong with the request
+                raise unloaded(body.model) from None
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base, and its adapters."""
@@ -176,7 +171,7 @@ class Server:
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
         name = str(request.path_params["name"])
-        self.engine.model.asked(name)
+        self.engine.model.entry(name)
         return JSONResponse(self._card(name))
 
     async def health(self, request: Request) -> Response:
@@ -185,63 +180,59 @@ class Server:
 
     async def load(self, request: Request) -> Response:
         """`POST /v1/load_lora_adapter`, as vLLM has it."""
-        async with self._read(request, LoadRequest) as asked:
-            folder = self._allowed(asked.lora_path)
-            await run_sync(partial(self.engine.load, asked.lora_name, folder))
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+        async with self._read(request, LoadRequest) as body:
+            folder = self._allowed(body.lora_path)
+            await run_sync(partial(self.engine.load, body.lora_name, folder))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         """`POST /v1/unload_lora_adapter`, as vLLM has it."""
-        async with self._read(request, UnloadRequest) as asked:
+        async with self._read(request, UnloadRequest) as body:
             self._adapter_root()
-            await run_sync(partial(self.engine.unload, asked.lora_name))
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+            await run_sync(partial(self.engine.unload, body.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     # -- reading a request -------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
         """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
-        check_json(request)
-        self._refuse_more()
-        content = await self._intake.content(request)
-        self._refuse_more()
+        if self._held >= self.settings.held:
+            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
-            asked = await run_sync(partial(parsed, kind, content))
-            del content  # its pictures are in what was asked
-            yield asked
+            yield await run_sync(partial(parsed, kind, request.scope.pop("content")))  # its pictures are in the result
         finally:
             self._held -= 1
 
-    def _refuse_more(self) -> None:
-        if self._held >= self.settings.held:
-            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
-
-    def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> Prepared:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
-        settings, positions = self.settings, self.engine.model.max_positions
-        talk = self.media.read(asked.messages, go_on)
-        sampling = Sampling(
-            max_new_tokens=asked.longest or settings.new_tokens,
-            temperature=settings.temperature if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            stop=asked.stops,
-            seed=asked.seed,
-        )
+        settings = self.settings
+        talk = self.media.read(body.messages, go_on)
         go_on()
-        shown_there = {"pictures": talk.pictures, "videos": talk.videos}
-        roomy = asked.longest is not None or positions is None
-        strength = 1.0 if asked.strength is None else asked.strength
-        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, strength=strength, **shown_there)
+        sampling = Sampling(
+            max_new_tokens=body.longest or settings.new_tokens,
+            temperature=settings.temperature if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            stop=body.stops,
+            seed=body.seed,
+        )
+        return self.engine.prepare(
+            body.model,
+            talk.turns,
+            sampling,
+            pictures=talk.pictures,
+            videos=talk.videos,
+            fill=body.longest is None and self.engine.model.max_positions is not None,
+            strength=1.0 if body.strength is None else body.strength,
+        )
 
     def _adapter_root(self) -> Path:
         """The folder below which clients may load adapters."""
-        root = self.settings.adapter_root
-        if root is None:
+        if self.settings.adapter_root is None:
             raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
-        return root
+        return self.settings.adapter_root
 
     def _allowed(self, path: str) -> Path:
         """An adapter's folder that a client may load."""
@@ -256,12 +247,13 @@ class Server:
             )
         return folder
 
-    # -- answering ---------------------------------------------------------------------------------------------
+    async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
+        """The answer, as long as the client waits for it.
 
-    async def _answer(self, client: WaitingClient, asked: ChatRequest) -> Response:
-        """The answer, as long as the client waits for it."""
+        What goes wrong before the first piece of a stream has its own status, as in a whole answer.
+        """
         async with client.watched(lambda: None):
-            prepared = await run_sync(partial(self._prepared, asked, client.check), limiter=self._preparing)
+            prepared = await run_sync(partial(self._prepared, body, client.check), limiter=self._preparing)
         client.check()
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -271,45 +263,31 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
-        answer = self._stream if asked.stream else self._whole
-        return await answer(client, asked, answering, events)
-
-    async def _whole(
-        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
-    ) -> Response:
         async with client.watched(answering.cancel):
-            while not isinstance(event := await events.get(), Finished):
-                if isinstance(event, Failed):
-                    raise event.error
-        return JSONResponse(completion(asked, event))
-
-    async def _stream(
-        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
-    ) -> Response:
-        """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
-        async with client.watched(answering.cancel):
-            first = await events.get()
-        if isinstance(first, Failed):
-            raise first.error
-        return StreamingResponse(chunks(asked, first, answering, events), media_type="text/event-stream")
+            event = await events.get()
+            while isinstance(event, Piece) and not body.stream:
+                event = await events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished) and not body.stream:
+            return JSONResponse(completion(body, event))
+        return StreamingResponse(chunks(body, event, answering, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
 
 
-@contextlib.contextmanager
-def _still_served(name: str) -> Iterator[None]:
-    """Meanwhile a model that is not there any more was unloaded: nothing is wrong with the request."""
-    try:
-        yield
-    except UnknownModel:
-        raise unloaded(name) from None
-
-
 def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Door, admission=server.settings.admission, body_seconds=server.settings.body_seconds)
+    settings = server.settings
+    app.add_middleware(
+        Door,
+        admission=settings.admission,
+        body_seconds=settings.body_seconds,
+        largest=settings.body_bytes,
+        at_once=SENT_AT_ONCE,
+    )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),
         ("GET", "/v1/models", server.models),

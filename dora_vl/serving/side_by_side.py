@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
@@ -105,12 +105,12 @@ class Talk:
         """What a column's model is told: the talk so far as it went there, then the question."""
         turns: list[Turn] = []
         for exchange in self.exchanges:
-            said = exchange.answers[column].text
-            if said:  # else that question was never answered
-                turns += [Turn("user", exchange.question), Turn("assistant", said)]
+            message = exchange.answers[column].text
+            if message:  # else that question was never answered
+                turns += [Turn("user", exchange.question), Turn("assistant", message)]
         turns.append(Turn("user", question))
         places = [IMAGE_PLACEHOLDER] * len(self.shown.pictures) + [VIDEO_PLACEHOLDER] * len(self.shown.videos)
-        first = "".join(f"{place}\n" for place in places) + turns[0].text
+        first = "".join(f"{index}\n" for index in places) + turns[0].text
         return [Turn("user", first), *turns[1:]]
 
     def with_last(self, exchange: Exchange) -> Talk:
@@ -150,7 +150,8 @@ class SideBySide:
         Raises:
             UserError: there are too many, or one is too large or broken; it names the file.
         """
-        videos = [file for file in files if is_video(file)]
+        # By their names; what a file really is shows when it is read.
+        videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
         self.media.refuse_many(len(pictures), len(videos), "you have chosen")
         return Shown(
@@ -182,11 +183,11 @@ class SideBySide:
         shown = {"pictures": talk.shown.pictures, "videos": talk.shown.videos}
         prepared = [
             self.engine.prepare(
-                one.name, talk.turns(column, question), sampling, fill=True, strength=one.strength, **shown
+                item.name, talk.turns(column, question), sampling, fill=True, strength=item.strength, **shown
             )
-            for column, one in enumerate(speakers)
+            for column, item in enumerate(speakers)
         ]
-        exchange = Exchange(question=question, answers=tuple(Answer(speaker=one) for one in speakers))
+        exchange = Exchange(question=question, answers=tuple(Answer(speaker=item) for item in speakers))
         talk = replace(talk, exchanges=(*talk.exchanges, exchange))
         with contextlib.closing(self._answers(person, exchange, prepared)) as growing:
             for exchange in growing:
@@ -206,8 +207,9 @@ class SideBySide:
     ) -> Generator[Exchange, None, None]:
         running, start = _Running(), time.monotonic()
         try:
-            for column, one in enumerate(prepared):
-                running.handed_in.append(self.engine.submit(one, partial(_put, running.events, column)))
+            for column, item in enumerate(prepared):
+                put = partial(lambda column, event: running.events.put((column, event)), column)
+                running.handed_in.append(self.engine.submit(item, put))
             with self._lock:
                 self._running[person] = running
             yield exchange
@@ -243,18 +245,9 @@ class _Running:
 
     def halt(self) -> None:
         """Ends all of it; whoever reads is told at once."""
-        for column, one in enumerate(self.handed_in):
-            one.cancel()
+        for column, item in enumerate(self.handed_in):
+            item.cancel()
             self.events.put((column, HALT))
-
-
-def is_video(file: Path) -> bool:
-    """Whether a file's name says that it is a video; what it really is shows when it is read."""
-    return str(mimetypes.guess_type(file.name)[0]).startswith("video/")
-
-
-def _put(events: Events, column: int, event: Event) -> None:
-    events.put((column, event))
 
 
 def _after(exchange: Exchange, events: Events, start: float) -> Exchange:

@@ -22,11 +22,7 @@ status 1 when something is missing that every run needs.
 
   dora-vl doctor
 """
-DISTRIBUTION = "dora-vl"
 SHOWN_FIRST = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "timm", "open_clip_torch")
-_REQUIREMENT = re.compile(r"^([\w.\-]+)\s*([^;]*?)\s*(?:;\s*(.*))?$")
-_EXTRA = re.compile(r"extra == ['\"]([\w\-]+)['\"]")
-FOR_DEVELOPERS = "dev"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the lines to print.
-
-    Raises:
-        SystemExit: with status 1 at the end, where a needed package is missing or nothing can be written.
-    """
-    needed, extras = declared(requires(DISTRIBUTION) if _installed(DISTRIBUTION) else [])
+    """Yields the lines to print; ends with status 1 where a needed package is missing or nothing can be written."""
+    needed, extras = declared(requires("dora-vl") if _installed("dora-vl") else [])
     yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
     yield from devices()
     yield from room()
     unwritable = [f"{place} ({reason})" for place in places() if (reason := why_not_writable(place))]
-    yield f"writing: {'; '.join(f'{one} cannot be written' for one in unwritable) or 'here and in the caches'}"
+    yield f"writing: {'; '.join(f'{place} cannot be written' for place in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():
         missing = [name for name in packages if not _installed(name)]
-        how = f"missing {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'" if missing else "installed"
+        how = f"missing {', '.join(missing)}: pip install 'dora-vl[{extra}]'" if missing else "installed"
         yield f"extra {extra}: {how}"
     yield from programs()
     missing = [name for name in needed if not _installed(name)]
@@ -63,14 +55,12 @@ def declared(lines: list[str] | None) -> tuple[list[str], Mapping[str, list[str]
     needed: list[str] = []
     extras: dict[str, list[str]] = {}
     for line in lines or ():
-        found = _REQUIREMENT.match(line)
-        if found is None:
-            continue
-        extra = _EXTRA.search(found[3] or "")
+        name = re.split(r"[^\w.\-]", line, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"]([\w\-]+)['\"]", line)
         if extra is None:
-            needed.append(found[1])
-        elif extra[1] != FOR_DEVELOPERS:
-            extras.setdefault(extra[1], []).append(found[1])
+            needed.append(name)
+        elif extra[1] != "dev":
+            extras.setdefault(extra[1], []).append(name)
     return needed, extras
 
 
@@ -88,9 +78,9 @@ def devices() -> Iterator[str]:
         yield f"devices: no GPU ({built}); {threads}"
         return
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        bfloat16 = "" if found.major >= 8 else ", no bfloat16: set model.dtype float16"
-        yield f"devices: GPU {number} {found.name}, {found.total_memory / 2**30:.0f} GiB{bfloat16}"
+        gpu = torch.cuda.get_device_properties(number)
+        bfloat16 = "" if gpu.major >= 8 else ", no bfloat16: set model.dtype float16"
+        yield f"devices: GPU {number} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB{bfloat16}"
     yield f"devices: {threads}"
 
 
@@ -112,9 +102,9 @@ def places() -> list[Path]:
 
 def why_not_writable(place: Path) -> str:
     """Why no file can be made below a folder, by trying it in the nearest one that is there; empty where one can."""
-    there = next((one for one in (place, *place.parents) if one.is_dir()), place)
+    nearest = next((folder for folder in (place, *place.parents) if folder.is_dir()), place)
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest):
             return ""
     except OSError as error:
         return str(error.strerror or error)
@@ -129,8 +119,8 @@ def programs() -> Iterator[str]:
     }
     for name, why in wanted.items():
         beside = Path(sys.executable).with_name(name)
-        found = shutil.which(name) or (str(beside) if beside.is_file() else "")
-        yield f"program {name}: {'there' if found else f'missing ({why})'}"
+        is_there = shutil.which(name) is not None or beside.is_file()
+        yield f"program {name}: {'there' if is_there else f'missing ({why})'}"
 
 
 def _installed(name: str) -> str:

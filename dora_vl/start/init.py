@@ -8,33 +8,38 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from os import getpid
 from pathlib import Path
 from shlex import quote
 from statistics import median
-from typing import TYPE_CHECKING
 
 from PIL import ExifTags
 from tqdm import tqdm
 
-from dora_vl.data.benchmarks.table import save_picture
 from dora_vl.data.check import FileCheck, Limits, MediaCheck, Sample, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import find_files
-from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside
-from dora_vl.data.readers import read_row, turns_of
-from dora_vl.data.samples import held_out_places
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
+from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
+from dora_vl.data.readers import read_row
+from dora_vl.data.table import held_out_places
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip
 from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.files import content_key
-from dora_vl.start.run_file import MOST_NAMES, picture_files, root_of_pictures
-
-if TYPE_CHECKING:
-    from dora_vl.start.run_file import Base, Data
-
+from dora_vl.start.run_file import (
+    HUB_BASE,
+    MOST_NAMES,
+    RUN_FILE,
+    Data,
+    base_of,
+    find_questions,
+    picture_files,
+    root_of_pictures,
+    written,
+)
 
 DESCRIPTION = """\
 Looks at a folder of pictures and questions, says what it saw, holds a test out, and writes the YAML of a first run:
@@ -47,8 +52,7 @@ questions are not touched; pictures that the questions file holds itself are wri
 Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
 lines, Parquet, Arrow, tar. No picture is in both halves.
 """
-TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", "run.yaml"
-MEDIA = "media"
+TRAIN, TEST, MEDIA = "train.jsonl", "test.jsonl", "media"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,36 +82,45 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
     if arguments.questions is not None and not arguments.questions.exists():
         raise UserError(f"--questions {arguments.questions}: no such file")
-    to: Path = arguments.to or Path("runs") / _name_of(folder)
-    _refuse_earlier(to, overwrite=arguments.overwrite)
-    from dora_vl.start.run_file import HUB_BASE, base_of, find_questions, written
-
-    base = base_of(arguments.model)
-    columns = columns_of(arguments)
+    name = re.sub(r"[^\w.\-]+", "_", folder.resolve().name).strip("._") or "my"
+    to: Path = arguments.to or Path("runs") / name
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to {to} is a file; name a folder")
+    there = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
+    if there and not arguments.overwrite:
+        raise UserError(
+            f"{to} holds an earlier {', '.join(there)}; --overwrite replaces what init wrote, --to DIR names another "
+            "folder"
+        )
+    base, columns = base_of(arguments.model), columns_of(arguments)
     questions = arguments.questions or find_questions(folder, columns)
     staging = to.with_name(f".{to.name}.writing-{getpid()}")
     try:
         look = look_at(folder, questions, media_to=staging, columns=columns)
         yield from look.lines()
-        if base.is_llava and any(row.conversation.videos for row in look.rows):
+        if base.is_llava and look.has_videos:
             raise UserError(
                 f"{folder} holds videos, and {base.name} is a LLaVA-1.5, which is not trained on them; --model names "
                 f"another base, such as {HUB_BASE}"
             )
-        share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
+        share = arguments.test_share
+        if share is None:  # a fifth, of large sets as many as tell a score to 3 %
+            share = min(0.2, 1_000 / max(1, len(look.rows)))
         train, test = split(look, share=share, seed=arguments.seed)
         yield (
             f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} {look.media}; to train on: "
             f"{len(train):,} rows about {_media(train):,}"
         )
-        start = f"{_command()} {quote(str(to / RUN))}"
-        text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=_on_gpu(), command=start)
+        on_gpu = _on_gpu()
+        command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
+        start = f"{command} {quote(str(to / RUN_FILE))}"
+        text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=on_gpu, command=start)
         _write(staging, to, train, test, text)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    yield f"{to}: {TRAIN}, {TEST} and {RUN} written, base {base.name}{_size(base)}"
-    yield ""
-    yield f"next:  {start}"
+    size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
+    yield f"{to}: {TRAIN}, {TEST} and {RUN_FILE} written, base {base.name}{size}"
+    yield f"\nnext:  {start}"
 
 
 def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], text: str) -> None:
@@ -116,32 +129,24 @@ def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], t
 
     staging.mkdir(parents=True, exist_ok=True)
     seen = Counter[str]()
-    write_rows(staging / TRAIN, train, seen)
-    write_rows(staging / TEST, test, seen)
-    (staging / RUN).write_text(text, encoding="utf-8")
-    read_run_file(staging / RUN)
+    for name, rows in ((TRAIN, train), (TEST, test)):
+        with (staging / name).open("w", encoding="utf-8") as file:
+            for row in rows:
+                seen[row.conversation.id] += 1
+                times = seen[row.conversation.id]
+                record = row.record(row.conversation.id if times == 1 else f"{row.conversation.id}#{times}")
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    (staging / RUN_FILE).write_text(text, encoding="utf-8")
+    read_run_file(staging / RUN_FILE)
     to.mkdir(parents=True, exist_ok=True)
     for path in sorted((staging / MEDIA).iterdir()) if (staging / MEDIA).is_dir() else ():
         (to / MEDIA).mkdir(exist_ok=True)
         path.replace(to / MEDIA / path.name)
-    for name in (TRAIN, TEST, RUN):
+    for name in (TRAIN, TEST, RUN_FILE):
         (staging / name).replace(to / name)
 
 
-def _refuse_earlier(to: Path, *, overwrite: bool) -> None:
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to {to} is a file; name a folder")
-    there = [name for name in (TRAIN, TEST, RUN) if (to / name).exists()]
-    if there and not overwrite:
-        raise UserError(
-            f"{to} holds an earlier {', '.join(there)}; --overwrite replaces what init wrote, --to DIR names another "
-            "folder"
-        )
-
-
 def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
-    from dora_vl.start.run_file import Data
-
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
@@ -152,13 +157,9 @@ def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
         answer_words=max(words),
         answer_characters=max(map(len, answers)),
         usual_answer_words=float(median(words)),
-        has_videos=any(row.conversation.videos for row in look.rows),
+        has_videos=look.has_videos,
         follow_links=look.links_out,
     )
-
-
-def _name_of(folder: Path) -> str:
-    return re.sub(r"[^\w.\-]+", "_", folder.resolve().name).strip("._") or "my"
 
 
 def _media(rows: Sequence[Row]) -> int:
@@ -171,15 +172,8 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _command() -> str:
-    """What starts a run, as a shell here finds it: on GPUs through the launcher."""
-    if _on_gpu():
-        return f"{_program('deepspeed')} --module dora_vl.cli train"
-    return f"{_program('dora-vl')} train"
-
-
 def _program(name: str) -> str:
-    """A program of this environment, which may be in no PATH."""
+    """A program of this environment, as a shell finds it: it may be in no PATH."""
     own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
     if own.exists() and not (in_path and own.samefile(in_path)):
         return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
@@ -187,18 +181,14 @@ def _program(name: str) -> str:
     return name if in_path else f"{quote(sys.executable)} -m {module}"
 
 
-def _size(base: Base) -> str:
-    return f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
-
-
-# What a person's questions and pictures are: read once, each row checked as `dora-vl check-data` does, and counted.
+# -- what a person's questions and pictures are: read once, each row checked as `dora-vl check-data` does ------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One usable sample."""
 
-    conversation: Conversation
+    conversation: Example
     kind: str | None = None
 
     @property
@@ -208,8 +198,8 @@ class Row:
 
     def texts(self, role: str) -> list[str]:
         """What the user, or the assistant, says, without placeholders."""
-        found = [turn.text for turn in self.conversation.turns if turn.role == role]
-        return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in found]
+        texts = [turn.text for turn in self.conversation.turns if turn.role == role]
+        return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in texts]
 
     def record(self, name: str) -> dict[str, object]:
         """Itself as LLaVA's JSON, under this id."""
@@ -274,11 +264,16 @@ class Look:
     trouble: Sequence[str]
 
     @property
+    def has_videos(self) -> bool:
+        """Whether any row shows one."""
+        return any(row.conversation.videos for row in self.rows)
+
+    @property
     def media(self) -> str:
         """What the rows are about, in a word: pictures, videos, or both."""
-        talks = [row.conversation for row in self.rows]
-        kinds = ("pictures", any(talk.images for talk in talks)), ("videos", any(talk.videos for talk in talks))
-        return " and ".join(name for name, are_there in kinds if are_there) or "pictures"
+        shows_pictures = any(row.conversation.images for row in self.rows)
+        names = [name for name, shown in (("pictures", shows_pictures), ("videos", self.has_videos)) if shown]
+        return " and ".join(names) or "pictures"
 
     @property
     def links_out(self) -> bool:
@@ -295,15 +290,15 @@ class Look:
         yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
         yield from self.columns
         yield from self._picture_lines()
-        asked, said = (
+        questions, answers = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )
         rounds = [len(row.texts("assistant")) for row in self.rows]
-        yield f"questions: {_spread(rounds)} a row, {_lengths(asked)}"
-        most, times = Counter(said).most_common(1)[0]
+        yield f"questions: {_spread(rounds)} a row, {_lengths(questions)}"
+        most, times = Counter(answers).most_common(1)[0]
         yield (
-            f"answers: {_lengths(said)}, {len(set(said)):,} different, most often "
-            f"{shown_text(most, 30)} ({times / len(said):.0%})"
+            f"answers: {_lengths(answers)}, {len(set(answers)):,} different, most often "
+            f"{shown_text(most, 30)} ({times / len(answers):.0%})"
         )
         if self.trouble:
             yield from ("left out, as check-data tells:", *self.trouble)
@@ -337,13 +332,17 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
         UserError: the file cannot be read to its end, no picture is found, or no row can be used.
     """
     records = find_files(questions)
-    limits = Limits(most=10**9, unit="words", length=_words, answers_needed=True)
-    held, names = _begin(records.rows(), FileCheck(questions, limits, None, columns=columns))
+    limits = Limits(most=10**9, unit="words", length=lambda text: len(text.split()), answers_needed=True)
+    first_check = FileCheck(questions, limits, None, columns=columns)
+    first = [first_check.read(row, number) for number, row in enumerate(islice(records.rows(), MOST_NAMES), start=1)]
+    held = any(sample.held for sample in first)
+    names = [name for sample in first for name in sample.media if name not in sample.held]
     root = media_to if held else root_of_pictures(folder, questions, names)
     check = FileCheck(questions, limits, MediaCheck(MediaFolder(root, follow_links=True), decode=True), columns=columns)
     forms: dict[str, None] = {}
     rows: list[Row] = []
-    with tqdm(total=_bytes(records.files), unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
+    size = sum(file.stat().st_size for file in records.files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         for number, record in enumerate(records.rows(bar.update), start=1):
             check.rows = number
             sample = check.read(record, number)
@@ -353,11 +352,14 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
                 forms[str(sample.format)] = None
     trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
     if not rows:
-        raise UserError(f"{questions}: not one of its {check.rows:,} rows can be used; {_first_problem(check)}")
+        worst = max(check.findings.values(), key=lambda finding: finding.count)
+        raise UserError(
+            f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
+            f"example {worst.ids[0]}: {shown_text(worst.example, 120)}"
+        )
     pictures = Pictures(root=root)
-    for name in tqdm(
-        list(dict.fromkeys(chain.from_iterable(row.media for row in rows))), "pictures", disable=None, leave=False
-    ):
+    named = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
+    for name in tqdm(named, "pictures", disable=None, leave=False):
         pictures.add(name)
     there = 0 if held else sum(1 for _ in picture_files(root))
     return Look(
@@ -374,16 +376,6 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
     )
 
 
-def _begin(records: Iterator[Mapping[str, object]], check: FileCheck) -> tuple[bool, list[str]]:
-    """Whether the first rows hold their pictures, and the names of media in them."""
-    held, names = False, list[str]()
-    for number, record in enumerate(islice(records, MOST_NAMES), start=1):
-        sample = check.read(record, number)
-        held = held or bool(sample.held)
-        names += [name for name in sample.media if name not in sample.held]
-    return held, names
-
-
 def _usable(
     check: FileCheck, record: Mapping[str, object], sample: Sample, media_to: Path | None, columns: Columns
 ) -> Row | None:
@@ -392,21 +384,16 @@ def _usable(
         return None
     try:
         example = read_row({**record, "id": sample.id}, columns=columns)
-        talk = as_conversation(example.id, example.images, turns_of(example), example.clips)
+        talk = as_conversation(example)
         if media_to is not None:
             names = {name: save_picture(data, media_to, example.id) for name, data in example.image_bytes.items()}
             images = tuple(names.get(name, name) for name in talk.images)
-            talk = Conversation(talk.id, images, talk.turns, talk.videos)
+            talk = replace(talk, images=images)
     except BadSample as error:
         check.check(Sample(id=sample.id, problem=error.reason, kind=error.kind))
         return None
     kind = record.get("kind")
     return Row(conversation=talk, kind=kind if isinstance(kind, str) and kind else None)
-
-
-def _first_problem(check: FileCheck) -> str:
-    found = max(check.findings.values(), key=lambda finding: finding.count)
-    return f"{found.count:,} times {found.problem}, for example {found.ids[0]}: {shown_text(found.example, 120)}"
 
 
 def _clip(clip: Clip) -> object:
@@ -415,44 +402,24 @@ def _clip(clip: Clip) -> object:
     return {"path": clip.path, **set_times} if set_times else clip.path
 
 
-def _bytes(files: Sequence[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
 def _lengths(texts: Sequence[str]) -> str:
     """How many words they have."""
-    words = _spread(map(_words, texts))
+    words = _spread(len(text.split()) for text in texts)
     return f"{words} word" if words == "1" else f"{words} words"
 
 
-def _spread(numbers: Iterator[int] | Sequence[int]) -> str:
-    """Such as `3 to 12, in the middle 5`."""
-    found = sorted(numbers)
-    if found[0] == found[-1]:
-        return f"{found[0]:,}"
-    return f"{found[0]:,} to {found[-1]:,} (in the middle {median(found):g})"
-
-
-# A person's rows in two halves, to train on and to test with: no picture in both, not even as a copy.
-
-
-TEST_SHARE, MOST_TESTED = 0.2, 1_000
-"""A fifth is held out, of large sets as many as tell a score to 3 %."""
-
-
-def usual_share(rows: int) -> float:
-    """The share that is held out where nobody says one."""
-    return min(TEST_SHARE, MOST_TESTED / max(1, rows))
+def _spread(numbers: Iterable[int]) -> str:
+    """Such as `3 to 12 (in the middle 5)`."""
+    ordered = sorted(numbers)
+    if ordered[0] == ordered[-1]:
+        return f"{ordered[0]:,}"
+    return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
 
 
 def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """The rows to train on and those to test with, each in the file's order.
 
-    Rows of one picture, by its content, stay together; see `training_rows.held_out_places`.
+    Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy.
 
     Raises:
         UserError: the share is none, or leaves one side empty.
@@ -469,19 +436,5 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
             f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
             f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
         ) from None
-    train = [row for place, row in enumerate(look.rows) if place not in held]
-    return train, [row for place, row in enumerate(look.rows) if place in held]
-
-
-def write_rows(path: Path, rows: Sequence[Row], seen: Counter[str]) -> None:
-    """Writes LLaVA JSON, a row a line.
-
-    Args:
-        seen: how often each id has been written; a repeated one gets a number behind it.
-    """
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            name = row.conversation.id
-            seen[name] += 1
-            unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-            file.write(json.dumps(row.record(unique), ensure_ascii=False) + "\n")
+    train = [row for index, row in enumerate(look.rows) if index not in held]
+    return train, [row for index, row in enumerate(look.rows) if index in held]

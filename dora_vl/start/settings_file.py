@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,39 +15,26 @@ from dora_vl.errors import UserError, one_line, shown, shown_names
 from dora_vl.training.settings_files import SECTIONS, TELLING, refuse_untranslated
 
 TOOLS = ("llama-factory", "trl", "ms-swift", "llava", "peft")
-"""Those with a table."""
 PROGRAM, LAUNCHER = "(program)", "(launcher)"
 """Keys under which a script's program stands, and what starts it."""
 LARGEST_FILE = 4 << 20
-"""Bytes; settings are short, and a file of weights given by mistake is not read."""
-CONFIG_OPTION = "config"
-
+"""Bytes; a file of weights given by mistake is not read."""
 PROGRAMS: Sequence[tuple[str, str, str]] = (
     ("llama-factory", "llamafactory-cli", "train"),
     ("llama-factory", "lmf", "train"),
     ("trl", "trl", "sft"),
     ("ms-swift", "swift", "sft"),
     ("ms-swift", "swift/cli/sft.py", ""),
-    *(("llava", f"llava/train/{name}.py", "") for name in ("train", "train_mem", "train_xformers")),
-    *(("llava", f"llava/train/{name}.py", "") for name in ("train_dora", "train_mem_dora")),
+    *(("llava", f"llava/train/train{kind}.py", "") for kind in ("", "_mem", "_xformers", "_dora", "_mem_dora")),
     ("trl", "sft.py", ""),
     ("trl", "sft_vlm.py", ""),
     ("llama-factory", "src/train.py", ""),
     ("llama-factory", "src/train_bash.py", ""),
 )
 """Tool, how the path of its program ends, and the verb behind it; the first that fits counts."""
-
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 _SUM = re.compile(r"\$\(\(?\s*(?:expr\s+)?(\d+)\s*\\?([-+*/])\s*(\d+)\s*\)?\)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Command:
-    """One command line, and what stands before it as NAME=VALUE."""
-
-    words: tuple[str, ...]
-    environment: Mapping[str, str]
 
 
 def read_settings(path: Path, tool: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -67,7 +52,16 @@ def read_settings(path: Path, tool: str | None = None) -> tuple[str, dict[str, A
         return _of_script(path, text, tool)
     if any(isinstance(settings.get(name), Mapping) for name in SECTIONS):
         raise UserError(f"{path}: a run of dora_vl already")
-    return tool or _likely_tool(path, settings), settings
+    if tool is None:
+        refuse_untranslated(path, settings)
+        tool = max(TOOLS, key=lambda name: len(TELLING[name] & settings.keys()))
+        if not TELLING[tool] & settings.keys():
+            names = shown_names(settings)
+            raise UserError(
+                f"{path}: its settings ({names}) are of no tool that is known here; --from says whose they are: "
+                f"{', '.join(TOOLS)}"
+            )
+    return tool, settings
 
 
 def _text(path: Path) -> str:
@@ -96,60 +90,46 @@ def _mapping(path: Path, text: str) -> dict[str, Any] | None:
     return None
 
 
-def _likely_tool(path: Path, settings: Mapping[str, Any]) -> str:
-    refuse_untranslated(path, settings)
-    likely = max(TOOLS, key=lambda name: len(TELLING[name] & settings.keys()))
-    if TELLING[likely] & settings.keys():
-        return likely
-    raise UserError(
-        f"{path}: its settings ({shown_names(settings)}) are of no tool that is known here; --from says whose they "
-        f"are: {', '.join(TOOLS)}"
-    )
-
-
 def _of_script(path: Path, text: str, tool: str | None) -> tuple[str, dict[str, Any]]:
-    """The one command of a script that trains, with the script's own variables filled in."""
+    """The settings of the one command of a script that trains."""
     try:
-        starts = [(command, *start) for command in _commands(text) if (start := _program(command.words)) is not None]
+        commands = list(_commands(text))
     except ValueError as error:
         raise UserError(f"{path}: no shell script: {error}") from None
-    if not starts:
+    starts = [(words, variables, *start) for words, variables in commands if (start := _program(words)) is not None]
+    if len(starts) != 1:
+        result = "; ".join(shlex.join(words[: at + 1])[:60] for words, _, at, _, _ in starts)
         raise UserError(
-            f"{path}: neither settings (YAML, JSON) nor a command that trains with a tool that is known here: "
+            f"{path}: {len(starts)} commands that train ({result}); keep one in a file"
+            if starts
+            else f"{path}: neither settings (YAML, JSON) nor a command that trains with a tool that is known here: "
             f"{', '.join(TOOLS)}"
         )
-    if len(starts) > 1:
-        lines = "; ".join(shlex.join(command.words[: at + 1])[:60] for command, at, _, _ in starts)
-        raise UserError(f"{path}: {len(starts)} commands that train ({lines}); keep one in a file")
-    command, at, rest, found_tool = starts[0]
-    settings = options(rest, path) if not rest or rest[0].startswith("--") else _positional(path, rest)
-    if (named := settings.pop(CONFIG_OPTION, None)) is not None:
+    words, variables, at, rest, tool_of_program = starts[0]
+    settings: dict[str, Any] = {}
+    if rest and not rest[0].startswith("--"):  # llamafactory-cli train FILE key=value --key value
+        settings = _file_of(path, rest.pop(0))
+        while rest and not rest[0].startswith("--"):
+            key, _, value = rest.pop(0).partition("=")
+            settings[key] = scalar(value)
+    settings |= options(rest, path)
+    if (named := settings.pop("config", None)) is not None:
         settings = {**_file_of(path, str(named)), **settings}
-    around = {**{name: scalar(value) for name, value in command.environment.items()}, PROGRAM: command.words[at]}
+    around = {**{name: scalar(value) for name, value in variables.items()}, PROGRAM: words[at]}
     if at:
-        around[LAUNCHER] = shlex.join(command.words[:at])
-    return tool or found_tool, {**around, **settings}
+        around[LAUNCHER] = shlex.join(words[:at])
+    return tool or tool_of_program, {**around, **settings}
 
 
 def _program(words: Sequence[str]) -> tuple[int, list[str], str] | None:
     """Where a command's program stands, the words behind it, and whose it is."""
     for at, word in enumerate(words):
         for tool, ending, verb in PROGRAMS:
-            fits = f"/{word}".endswith(f"/{ending}") if not verb else PurePosixPath(word).name == ending
-            if fits and (not verb or list(words[at + 1 : at + 2]) == [verb]):
-                return at, list(words[at + (2 if verb else 1) :]), tool
+            if not verb and f"/{word}".endswith(f"/{ending}"):
+                return at, list(words[at + 1 :]), tool
+            if verb and PurePosixPath(word).name == ending and words[at + 1 : at + 2] == [verb]:
+                return at, list(words[at + 2 :]), tool
     return None
-
-
-def _positional(path: Path, rest: Sequence[str]) -> dict[str, Any]:
-    """`llamafactory-cli train FILE key=value --key value`: the file's settings, and those behind it."""
-    settings = _file_of(path, rest[0])
-    for place, word in enumerate(rest[1:], start=1):
-        if word.startswith("--"):
-            return {**settings, **options(rest[place:], path)}
-        key, _, value = word.partition("=")
-        settings[key] = scalar(value)
-    return settings
 
 
 def _file_of(script: Path, name: str) -> dict[str, Any]:
@@ -164,8 +144,8 @@ def _file_of(script: Path, name: str) -> dict[str, Any]:
     return settings
 
 
-def _commands(text: str) -> Iterator[_Command]:
-    """Every command of a script, its lines joined and its variables filled in where the script sets them.
+def _commands(text: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The words of every command, with the script's variables filled in, and the NAME=VALUE before them.
 
     Raises: ValueError where a line's quotes do not close.
     """
@@ -175,53 +155,41 @@ def _commands(text: str) -> Iterator[_Command]:
         if words and all(assigned):
             variables |= {match[1]: match[2] for match in assigned if match}
             continue
-        for part in _parts(words):
-            before = next((at for at, word in enumerate(part) if not _ASSIGNED.fullmatch(word)), len(part))
-            environment = dict(word.split("=", 1) for word in part[:before])
-            if part[before:]:
-                yield _Command(words=tuple(part[before:]), environment=environment)
+        commands: list[list[str]] = [[]]
+        for word in words:
+            if word in ("&&", ";", "||", "|", "&"):
+                commands.append([])
+            else:
+                commands[-1].append(word)
+        for command in commands:
+            before = next((at for at, word in enumerate(command) if not _ASSIGNED.fullmatch(word)), len(command))
+            if command[before:]:
+                yield command[before:], dict(word.split("=", 1) for word in command[:before])
 
 
 def _lines(text: str, variables: Mapping[str, str]) -> Iterator[list[str]]:
     """The words of each line; one whose quotes are open goes on in the next."""
+
+    def filled(match: re.Match[str]) -> str:
+        return variables.get(match[1] or match[3], match[0] if match[2] is None else match[2])
+
+    def computed(match: re.Match[str]) -> str:
+        left, sign, right = int(match[1]), match[2], int(match[3])
+        if sign == "/":
+            return str(left // right) if right else match[0]
+        return str({"*": left * right, "+": left + right, "-": left - right}[sign])
+
     waiting, problem = "", None
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
         waiting = f"{waiting}\n{line}" if problem else line
-        filled = _VARIABLE.sub(partial(_filled, variables=variables), waiting)
         try:
-            words = shlex.split(_SUM.sub(_summed, filled), comments=True)
+            words, problem = shlex.split(_SUM.sub(computed, _VARIABLE.sub(filled, waiting)), comments=True), None
         except ValueError as error:
             problem = error
             continue
-        problem = None
         yield words
     if problem:
         raise problem
-
-
-def _summed(match: re.Match[str]) -> str:
-    """`$(expr 16 / 4)` and `$((16 / 4))`, as a shell counts."""
-    left, sign, right = int(match[1]), match[2], int(match[3])
-    if sign == "/":
-        return str(left // right) if right else match[0]
-    return str({"*": left * right, "+": left + right, "-": left - right}[sign])
-
-
-def _filled(match: re.Match[str], variables: Mapping[str, str]) -> str:
-    name, default = match[1] or match[3], match[2]
-    return variables.get(name, match[0] if default is None else default)
-
-
-def _parts(words: Sequence[str]) -> Iterator[list[str]]:
-    """The commands of one line."""
-    part: list[str] = []
-    for word in words:
-        if word in ("&&", ";", "||", "|", "&"):
-            yield part
-            part = []
-        else:
-            part.append(word)
-    yield part
 
 
 def options(words: Sequence[str], file: Path) -> dict[str, Any]:
@@ -244,9 +212,7 @@ def options(words: Sequence[str], file: Path) -> dict[str, Any]:
         else:
             values[name].append(word)
     read = {name: [scalar(word) for word in several] for name, several in values.items()}
-    return {
-        name: True if not several else several[0] if len(several) == 1 else several for name, several in read.items()
-    }
+    return {name: several if len(several) > 1 else several[0] if several else True for name, several in read.items()}
 
 
 def scalar(text: str) -> Any:
@@ -255,9 +221,6 @@ def scalar(text: str) -> Any:
         value = safe_load(text)
     except YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value) if re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value, re.IGNORECASE) else value
-        except ValueError:
-            return value
-    return value if value is not None else text
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE):
+        return float(value)
+    return text if value is None else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from dora_vl.errors import UserError
@@ -35,22 +35,22 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     file, target = arguments.file, arguments.write
     if target is not None and target.exists():
         raise UserError(f"--write {target} is there already; name a new file")
-    from dora_vl.start import llama_factory, llava_script, ms_swift, peft_config, trl
-    from dora_vl.start.rules import Tool, as_yaml, summary, table, translate
+    from dora_vl.start.rules import as_yaml, summary, table, translate
     from dora_vl.start.settings_file import read_settings
+    from dora_vl.start.tools import TOOLS
+    from dora_vl.training.command_line import read_run_file
 
-    tools: Mapping[str, Tool] = {
-        "llama-factory": llama_factory.LLAMA_FACTORY,
-        "trl": trl.TRL,
-        "ms-swift": ms_swift.MS_SWIFT,
-        "llava": llava_script.LLAVA,
-        "peft": peft_config.PEFT,
-    }
     name, settings = read_settings(file, arguments.tool)
-    translation = translate(tools[name], settings, file)
+    translation = translate(TOOLS[name], settings, file)
     text = as_yaml(translation.settings)
-    _check(file, text)
-    heading = [f"{tools[name].name}'s settings of {file}: {summary(translation)}", *table(translation)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            read_run_file(path)
+        except UserError as error:
+            raise UserError(f"{file}: what it says is no run here: {error}") from None
+    heading = [f"{TOOLS[name].name}'s settings of {file}: {summary(translation)}", *table(translation)]
     whole = "\n".join([*(f"# {line}".rstrip() for line in heading), "", text])
     if target is None:
         yield whole.removesuffix("\n")
@@ -61,20 +61,3 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--write {target}: {error.strerror}") from None
     yield from heading
     yield f"{target} written\n\nnext:  dora-vl show batch {target}"
-
-
-def _check(file: Path, text: str) -> None:
-    """Reads the settings as a run would.
-
-    Raises:
-        UserError: values that no run can have.
-    """
-    from dora_vl.training.command_line import read_run_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            read_run_file(path)
-        except UserError as error:
-            raise UserError(f"{file}: what it says is no run here: {error}") from None

@@ -242,10 +242,11 @@ def check_trackers(report_to: object) -> None:
             raise UserError(
                 f"training.report_to: no tracker {shown(name)}; there are {', '.join(INTEGRATION_TO_CALLBACK)} and none"
             )
-        if name not in get_available_reporting_integrations():
+        # transformers lists the first one without MLflow alone, the second never; it says itself that they are missing.
+        if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
             raise UserError(
-                f"training.report_to: {name} is not installed; install its package, or leave report_to out: log.jsonl "
-                "in the run folder has every number"
+                f"training.report_to: {name} is not installed; pip install {name.replace('_', '-')}, or leave it out: "
+                "log.jsonl in the run folder has every number"
             )
 
 

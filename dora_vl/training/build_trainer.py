@@ -26,7 +26,6 @@ from dora_vl.training.callbacks import (
     LossLog,
     NoteSteps,
     PlanFile,
-    ProgressLine,
     SaveAfterValidation,
     StopOnSignal,
     ValidateFirst,
@@ -47,7 +46,7 @@ from dora_vl.training.optim import (
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
-from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
+from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import Watch, WatchQuestions
 
@@ -87,7 +86,7 @@ def build_trainer(
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(pipeline, backbone.model, run_folder, writes=arguments.process_index == 0),
-        watched=Watched(statistics, faults, validation),
+        monitors=Monitors(statistics, faults, validation),
         labels_shift=pipeline.labels_shift,
     )
     if data.stream is not None and not arguments.ignore_data_skip:
@@ -123,10 +122,9 @@ def _ledger(data: TrainingData, arguments: TrainingArguments, *, max_bad_share: 
 
 
 def _order_callbacks(trainer: AdapterTrainer) -> None:
-    """Our log line first, since transformers puts its trackers there; its progress bar gives way to ours."""
+    """Our log line first, since transformers puts its trackers there, and in a file alone."""
     trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
 
 
 def _watch_and_show(trainer: AdapterTrainer, watch: Watch | None, run_folder: Path) -> None:
@@ -135,20 +133,16 @@ def _watch_and_show(trainer: AdapterTrainer, watch: Watch | None, run_folder: Pa
     watching = None if watch is None else WatchQuestions(watch, run_folder, lambda: callbacks)
     if watching is not None:
         trainer.add_callback(watching)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(_shown(run_folder, watching))
-
-
-def _shown(run_folder: Path, watching: WatchQuestions | None) -> LiveView | ProgressLine:
-    """The live view where the first rank has a terminal, else the line."""
-    if not (is_first_rank() and can_show(sys.stderr)):
-        return ProgressLine()
-    return LiveView(
-        Console(file=sys.stderr),
-        str(run_folder),
-        asked=lambda: () if watching is None else watching.newest,
-        steps_left_out=lambda: steps_left_out(run_folder / FAULTS),
-    )
+    if not trainer.args.disable_tqdm and is_first_rank() and can_show(sys.stderr):
+        trainer.remove_callback(ProgressCallback)  # without a terminal transformers' bar stays
+        trainer.add_callback(
+            LiveView(
+                Console(file=sys.stderr),
+                str(run_folder),
+                asked=lambda: () if watching is None else watching.newest,
+                steps_left_out=lambda: steps_left_out(run_folder / FAULTS),
+            )
+        )
 
 
 def plan_of(

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -118,54 +117,6 @@ class PlanFile(TrainerCallback):
         """On the first rank."""
         if state.is_world_process_zero:
             write_json(self._path, self._plan)
-
-
-class ProgressLine(TrainerCallback):
-    """One bar with loss, samples/s, padding and skipped samples; tqdm adds steps, time and the time left."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Opens it on the first rank."""
-        if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, desc="training"
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Moves on by a step."""
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Shows the newest numbers."""
-        if self._bar is None or logs is None:
-            return
-        if "loss" in logs:
-            speed, padding = logs.get("samples_per_second", 0), logs.get("padding_share", 0)
-            shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
-            self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
-        elif "eval_loss" in logs:
-            self._bar.write(validation_line(logs, state.global_step))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Closes the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def validation_line(logs: Mapping[str, Any], step: int) -> str:
-    """A validation's numbers in a line."""
-    return f"step {step}: validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
 
 
 class SaveAfterValidation(TrainerCallback):

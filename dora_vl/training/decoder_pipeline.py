@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +31,23 @@ from dora_vl.backbones.model import (
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, within_pixels
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
-from dora_vl.data.samples import ConversationDataset, Encoded, Labelled, Rows, Sample
-from dora_vl.data.turns import Conversation
+from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled, Sample
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, read_sets
+from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
+from dora_vl.evaluation.test import (
+    check_test,
+    evaluate_commonsense,
+    media_of_run,
+    pictures_of_test,
+    read_sets,
+    read_test,
+    run_test,
+)
 from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import check_model_folder
 from dora_vl.training.adapting import DECODER, check_quantisation, core_config, load_base, make_base
@@ -243,7 +250,7 @@ class DecoderPipeline(Pipeline):
         if held_out is None and config.evaluation.file is None:
             return None
         if held_out is not None:
-            questions = questions_of_rows(held_out.rows, config.watch)
+            questions = questions_of_rows(held_out, config.watch)
         else:
             questions = evenly(self._test_questions(), config.watch)
         media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
@@ -414,7 +421,7 @@ class CommonsensePipeline(DecoderPipeline):
         questions: Sequence[Question],
         stored: StoredPictures | None,
     ) -> MediaReader:
-        return no_media()
+        return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""
@@ -463,7 +470,7 @@ def _check_pixels(config: RunConfig, encoder: Encoder, arguments: TrainingArgume
 
 
 def encode_from_folder(
-    conversation: Conversation,
+    conversation: Example,
     *,
     encoder: Encoder,
     folder: MediaFolder,
@@ -483,16 +490,16 @@ def encode_from_folder(
     return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
 
 
-def _illustrated(rows: Rows, stored: HeldPictures, **reading: Any) -> ConversationDataset:
+def _illustrated(rows: Examples, stored: HeldPictures, **reading: Any) -> ConversationDataset:
     return ConversationDataset(rows, encode=partial(encode_from_folder, stored=stored, **reading))
 
 
-def _spoken(rows: Rows, stored: HeldPictures, *, encoder: Encoder) -> ConversationDataset:
+def _spoken(rows: Examples, stored: HeldPictures, *, encoder: Encoder) -> ConversationDataset:
     """Samples of words, whose pictures are not read: a language model refuses them."""
     return ConversationDataset(rows, encode=partial(_encode_words, encoder=encoder))
 
 
-def _encode_words(conversation: Conversation, *, encoder: Encoder) -> Encoded:
+def _encode_words(conversation: Example, *, encoder: Encoder) -> Encoded:
     if conversation.images or conversation.videos:
         raise BadSample(conversation.id, "it has pictures or videos, which a language model does not see")
     return encoder.encode(conversation)

@@ -47,8 +47,8 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 def asked_bytes(error: BaseException) -> int | None:
     """Bytes that the allocator was asked for, as its message says."""
-    found = _ASKED.search(str(error))
-    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+    match = _ASKED.search(str(error))
+    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
 
 
 def free_bytes(device: torch.device) -> int:
@@ -143,15 +143,15 @@ def smaller_micro_batch(step: int, *, at_most: int) -> int:
 
 def _smaller_samples(bounds: Mapping[SampleBound, int | None]) -> str:
     """Where a micro-batch of one sample is too large, with its activations recomputed."""
-    said = []
+    changes = []
     if "max_pixels_per_step" in bounds:
         now = bounds["max_pixels_per_step"]
         to = PIXELS_TO_START_WITH if now is None else now // 2
-        said.append(f"data.max_pixels_per_step to {to} (it is {'not set' if now is None else now})")
+        changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if now is None else now})")
     if (tokens := bounds.get("max_tokens") or 0) > SHORTEST:
-        said.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
-    said.append("training.deepspeed to zero3, which shares the weights out among ranks")
-    return "Set " + ", or ".join(said)
+        changes.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
+    changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
+    return "Set " + ", or ".join(changes)
 
 
 def smaller_model(config: RunSettings) -> str:

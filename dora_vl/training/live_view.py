@@ -23,7 +23,6 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import shown_text
-from dora_vl.training.callbacks import validation_line
 from dora_vl.training.progress import lines_above
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -269,7 +268,9 @@ class LiveView(TrainerCallback):
         self.run.take_log(logs or {}, state.global_step)
         self.run.steps_left_out = self._steps_left_out()
         if "eval_loss" in (logs or {}):
-            self._show_line(validation_line(logs or {}, state.global_step))
+            skipped = (logs or {}).get("eval_skipped", 0)
+            loss = (logs or {})["eval_loss"]
+            self._show_line(f"step {state.global_step}: validation loss {loss:.4f}, skipped {skipped}")
         self._draw_now_and_then()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -129,12 +129,13 @@ class RankWatch:
         namespace = Path("/proc/self/ns/pid")
         inside = str(namespace.readlink()) if namespace.exists() else ""
         self._own = Sign(rank, socket.gethostname(), os.getpid(), inside)
+        self._count = self._step = 0
         self._signs: dict[int, Sign] = {}
         self._heard: dict[int, float] = {}
         """When each rank's count last grew, by this process's clock."""
         self._answered = time.monotonic()
         self._progress: float | None = None
-        self._closed, self._ending = threading.Event(), threading.RLock()
+        self._closed, self._giving, self._ending = threading.Event(), threading.Lock(), threading.RLock()
         self._gives_up = False
         self._sigterm_before: Any = signal.SIG_DFL
 
@@ -145,7 +146,7 @@ class RankWatch:
 
     def note(self, step: int) -> None:
         """The run moves: a step, or a part of one, is done."""
-        self._own, self._progress = replace(self._own, step=step), time.monotonic()
+        self._step, self._progress = step, time.monotonic()
 
     def rest(self) -> None:
         """What follows takes as long as it takes."""
@@ -156,7 +157,6 @@ class RankWatch:
         self._closed.set()
         if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, self._sigterm_before)
-        self._own = replace(self._own, left=True)
         answer_within(STORE_SECONDS, self._give_sign)
 
     def announce(self, message: str, status: int = STATUS, *, rank: int | None = None) -> None:
@@ -208,7 +208,7 @@ class RankWatch:
             if STUCK in news or (self._progress is not None and now - self._progress > self._limit):
                 self._give_up()
 
-    def _exchange(self) -> Mapping[str, object]:
+    def _exchange(self) -> Mapping[str, Any]:
         """Gives a sign, reads those of the others; returns the news of a rank that ended, or that some are stuck."""
         self._give_sign()
         for rank in range(self._ranks):
@@ -220,18 +220,21 @@ class RankWatch:
         return self._read(NEWS) or ({STUCK: True} if self._store.check([STUCK]) else {})
 
     def _give_sign(self) -> None:
-        self._own = replace(self._own, count=self._own.count + 1, waits=waits_for_others())
-        self._store.set(f"sign/{self._own.rank}", json.dumps(asdict(self._own)))
+        with self._giving:  # or the last sign of a rank that leaves could come before another
+            self._count += 1
+            left = self._closed.is_set()
+            sign = replace(self._own, count=self._count, step=self._step, waits=waits_for_others(), left=left)
+            self._store.set(f"sign/{self._own.rank}", json.dumps(asdict(sign)))
 
-    def _read(self, key: str) -> dict[str, object] | None:
+    def _read(self, key: str) -> dict[str, Any] | None:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
-    def _end_after(self, news: Mapping[str, object]) -> None:
+    def _end_after(self, news: Mapping[str, Any]) -> None:
         """Ends this rank after another, whose last words go first; not where the run ends meanwhile by itself."""
         if not self._closed.wait(LOOK_SECONDS):
             printed_already = news["rank"] == 0 and news["status"] == USER_ERROR_STATUS
             speaks = not printed_already and self._is_first_here(gone=news["rank"])
-            self._leave(str(news["message"]), speaks=speaks, status=int(str(news["status"])))
+            self._leave(news["message"], speaks=speaks, status=news["status"])
 
     def _neighbours(self) -> list[Sign]:
         """The other ranks of this machine, as far as they are known."""
@@ -247,7 +250,7 @@ class RankWatch:
         """Every rank prints its stacks; the first that is there says which did not come."""
         self._ending.acquire()  # never released: another thread of this rank has nothing to add
         self._gives_up = True
-        _write_stacks(f"{self._own} waits at step {self._own.step}; its stack:\n")
+        _write_stacks(f"{self._own} waits at step {self._step}; its stack:\n")
         answer_within(STORE_SECONDS, lambda: self._store.set(STUCK, "1"))
         now = time.monotonic()
         silent = [

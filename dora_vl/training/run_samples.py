@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
     SamplingLengths,
@@ -23,25 +24,20 @@ from dora_vl.data.order import (
     train_name,
 )
 from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
-from dora_vl.data.samples import (
-    FIRST,
-    ConversationDataset,
-    Labelled,
-    Rows,
-    Sample,
-    SampleRows,
-    Skipped,
+from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
+from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
+from dora_vl.data.table import (
+    ExampleTable,
+    characters_of,
     check_weights,
     described,
     drawn_out,
     load_rows,
     load_training_rows,
-    look_ahead,
     overlap,
     overlap_warning,
 )
-from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
-from dora_vl.data.turns import Turn, read_conversation
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
@@ -50,7 +46,7 @@ from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.recipe import CommonsenseRunConfig, DataConfig, RunConfig, SamplesConfig
 from dora_vl.training.run_media import image_folder, video_folder
 
-MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
+MakeDataset = Callable[[Examples, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
 DecoderConfig = RunConfig | CommonsenseRunConfig
@@ -77,7 +73,7 @@ class RunSamples:
     def __init__(self, config: DecoderConfig, arguments: TrainingArguments) -> None:
         self._config = config
         self._arguments = arguments
-        self._train: SampleRows | None = None
+        self._train: ExampleTable | None = None
         self._stream: SampleStream | None = None
         if config.data.streaming:
             check_streaming(config.data)
@@ -110,7 +106,7 @@ class RunSamples:
         return StoredPictures.joined([table.stored for table in (self._train, self._held_out) if table is not None])
 
     @property
-    def held_out(self) -> SampleRows | None:
+    def held_out(self) -> ExampleTable | None:
         """Those whose loss is measured while training."""
         return self._held_out
 
@@ -118,10 +114,9 @@ class RunSamples:
         """What a training sample shows, as a question without words; of a stream its pictures alone."""
         images = sample.images if isinstance(sample, Sample) else ()
         turn = (Turn("user", ""),)
-        if self._train is None or isinstance(sample, Skipped):
-            return Question(id=sample.id, images=images, turns=turn, truth="")
-        clips = read_conversation(self._train.samples[sample.index]).videos
-        return Question(id=sample.id, images=images, turns=turn, truth="", videos=clips)
+        example = None if self._train is None or isinstance(sample, Skipped) else self._train[sample.index]
+        videos = example.videos if isinstance(example, Example) else ()
+        return Question(id=sample.id, images=images, turns=turn, truth="", videos=videos)
 
     def describe(self) -> None:
         """Says of each file what it holds, and what is held out."""
@@ -158,8 +153,7 @@ class RunSamples:
                 "set data.image_folder to the folder that their paths start from"
             )
         look_ahead(
-            self._train.samples,
-            self._train.stored,
+            self._train,
             pictures=pictures,
             videos=videos,
             max_bad_share=self._config.data.max_bad_share,
@@ -178,31 +172,31 @@ class RunSamples:
         """
         bad: list[Skipped] = []
         used = 0
-        for row, sample in self._first(make):
+        for example, sample in self._first(make):
             if isinstance(sample, Skipped):
                 bad.append(sample)
-                continue
-            used += 1
-            cut = len(sample.labels) == encoder.max_tokens
-            answers, tokenizer = encoder.answers(read_conversation(row)), encoder.tokenizer
-            yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
+            elif isinstance(example, Example):
+                used += 1
+                cut = len(sample.labels) == encoder.max_tokens
+                answers, tokenizer = encoder.answers(example), encoder.tokenizer
+                yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
                 f"{train_name(self._config.data.train)}: none of its first {len(bad)} samples can be used; for example "
                 f"{bad[0].id}: {bad[0].reason}"
             )
 
-    def _first(self, make: MakeDataset) -> Iterator[tuple[Mapping[str, object], Sample | Skipped]]:
+    def _first(self, make: MakeDataset) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
         if self._train is None:
             sources = () if self._stream is None else self._stream.sources
-            rows = [row for source in sources for row in source.first_rows if row.problem is None]
-            for row in (rows[place] for place in _places([row.images for row in rows])):
-                yield row.record(), make([row.record()], RowPictureBytes(row.held))[0]
+            examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+            for place in _places([example.images for example in examples]):
+                example = examples[place]
+                yield example, make([example], RowPictureBytes(example.image_bytes))[0]
             return
-        rows = self._train.samples
-        samples = make(rows, self._train.stored)
-        for place in _places(rows[:FIRST_ROWS]["images"]):
-            yield rows[place], samples[place]
+        samples = make(self._train, self._train.stored)
+        for place in _places(self._train.rows[:FIRST_ROWS]["images"]):
+            yield self._train[place], samples[place]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -237,14 +231,14 @@ class RunSamples:
             share_pictures: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
-        held_out = None if self._held_out is None else make(self._held_out.samples, self._held_out.stored)
+        held_out = None if self._held_out is None else make(self._held_out, self._held_out.stored)
         if self._train is None:
             return self._streamed(make, collate, held_out)
         data, train = self._config.data, self._train
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
         grouped = data.group_by_modality_length or share_pictures
         sampler = build_sampler(lengths, self._arguments, share_pictures=share_pictures) if grouped else None
-        samples = make(train.samples, train.stored)
+        samples = make(train, train.stored)
         pools = partial(_pools, samples, train, lengths, self._micro_batch, grouped=grouped, sized=sized_pictures)
         return TrainingData(
             train=samples,
@@ -264,15 +258,12 @@ class RunSamples:
         """What the files of some training samples hold, by name; one that the data file holds is named after it."""
         if self._train is None or not isinstance(self._config, RunConfig):
             return {}
-        rows, data, found = self._train.samples, self._config.data, dict[str, str]()
-        for place in range(0, len(rows), math.ceil(len(rows) / HASHED_ROWS)):
-            try:
-                row = read_conversation(rows[place])
-            except BadSample:
-                continue
-            found |= {name: _key(image_folder(data), name, self._train.stored) for name in row.images}
-            found |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in row.videos}
-        return found
+        data, keys = self._config.data, dict[str, str]()
+        for example in self._train.select(range(0, len(self._train), math.ceil(len(self._train) / HASHED_ROWS))):
+            if isinstance(example, Example):
+                keys |= {name: _key(image_folder(data), name, self._train.stored) for name in example.images}
+                keys |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in example.videos}
+        return keys
 
     @property
     def _micro_batch(self) -> int:
@@ -317,7 +308,7 @@ def _key(folder: MediaFolder, name: str, stored: HeldPictures) -> str:
 
 def _pools(
     samples: ConversationDataset,
-    train: SampleRows,
+    train: ExampleTable,
     lengths: SamplingLengths,
     count: int,
     *,
@@ -338,7 +329,7 @@ def _pools(
 def _of_first_rows(samples: StreamedDataset, sources: Sequence[StreamSource], count: int) -> list[Sample | Skipped]:
     """The largest of a stream's first rows, twice as many as a micro-batch holds."""
     rows = [row for source in sources for row in source.first_rows]
-    return [samples[row] for row in sorted(rows, key=lambda row: -row.size())[: 2 * count]]
+    return [samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]
 
 
 def build_sampler(
@@ -356,7 +347,7 @@ def build_sampler(
     )
 
 
-def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
     """The training samples and those whose loss is measured meanwhile, memory-mapped.
 
     Raises:
@@ -381,7 +372,7 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleR
     return train, held_out
 
 
-def read_validation(data: SamplesConfig) -> SampleRows | None:
+def read_validation(data: SamplesConfig) -> ExampleTable | None:
     """The samples of `data.validation`, where it names a file; they are never streamed."""
     if data.validation is None:
         return None

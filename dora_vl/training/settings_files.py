@@ -203,7 +203,7 @@ def explain(message: str, names: Sequence[str]) -> str:
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
     known = NAMES.get(unknown.rpartition(".")[2])
-    close = [known] if known in names else nearest(unknown, names)
+    close = [known] if known is not None and known in names else nearest(unknown, names)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
     return f"{unknown} is not a setting{hint}"
 

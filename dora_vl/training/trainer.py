@@ -55,7 +55,7 @@ class Persistence:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Monitors:
     """What keeps count of the batches and looks at the steps.
 
     `statistics` counts what the training batches held, `validation` the same of validation batches and their loss (None
@@ -75,7 +75,7 @@ class AdapterTrainer(Trainer):
         sampler: order of the training samples; None leaves it to the Trainer.
         parts: what trains, as `core.trained_parts` lists it.
         persistence: writes the adapter folder at every checkpoint, and reads it back.
-        watched: counts of what the batches held, of validation batches too, and what watches the steps.
+        monitors: counts of what the batches held, of validation batches too, and what watches the steps.
         labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
             leave it out then.
     """
@@ -90,7 +90,7 @@ class AdapterTrainer(Trainer):
         sampler: Sampler[Any] | None,
         parts: Sequence[TrainedPart],
         persistence: Persistence,
-        watched: Watched,
+        monitors: Monitors,
         labels_shift: bool = True,
         **options: Any,
     ) -> None:
@@ -99,7 +99,7 @@ class AdapterTrainer(Trainer):
         self.sampler = sampler
         self.parts = parts
         self.persistence = persistence
-        self.statistics, self.validation, self.faults = watched.statistics, watched.validation, watched.faults
+        self.statistics, self.validation, self.faults = monitors.statistics, monitors.validation, monitors.faults
         self.add_callback(self.faults)
         self.progress = Progress(self.statistics, None if self.validation is None else self.validation.statistics)
         self._checkpoint_parent = persistence.run_folder

@@ -38,9 +38,8 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import UserError
-from dora_vl.evaluation.seq2seq_check import check_tests, open_test
-from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
-from dora_vl.evaluation.seq2seq_watch import picture_of, watch_subtasks
+from dora_vl.evaluation.test import evaluate_subtasks
+from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
 from dora_vl.training.adapting import VLBART, core_config, make_base
 from dora_vl.training.arguments import order_seed
 from dora_vl.training.launch import loading_in

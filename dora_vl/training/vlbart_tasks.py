@@ -22,8 +22,6 @@ from dora_vl.data.example import Example, ExampleFile, right_choice
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, UserError, shown_names
 from dora_vl.evaluation.scores import caption, video, vqa
-from dora_vl.evaluation.scores import vqa as gqa
-from dora_vl.evaluation.scores import vqa as nlvr2
 from dora_vl.training.seq2seq_tasks import Search, Subtask, Target
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
@@ -72,8 +70,8 @@ def question_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Seque
 
 def statement_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Sequence[Subtask]:
     """Sentences that are true or false of a picture (NLVR) or of two (NLVR2)."""
-    nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=nlvr2.score_nlvr)
-    return replace(nlvr, name="nlvr2", batch_share=20 / 60, score=nlvr2.nlvr2_score, images=2), nlvr
+    nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
+    return replace(nlvr, name="nlvr2", batch_share=20 / 60, score=vqa.nlvr2_score, images=2), nlvr
 
 
 def image_caption_task(*, prefix: str) -> Subtask:
@@ -141,9 +139,9 @@ def score_vqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Sc
     return vqa.vqa_score(examples, answers, version="before_2021")
 
 
-def score_gqa(examples: Sequence[Example], answers: Mapping[str, str]) -> gqa.Scored:
+def score_gqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Scored:
     """As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
-    return gqa.gqa_score(examples, answers, conversion="vl_t5")
+    return vqa.gqa_score(examples, answers, conversion="vl_t5")
 
 
 # VL-BART's tasks on videos: TVQA, How2QA, TVC and YC2C of VALUE, questions and captions of one's own clips.

@@ -151,28 +151,28 @@ NAME = "watched"
 COLUMNS = ("picture", "question", "right", "answer")
 
 
-def track_answers(callbacks: Sequence[TrainerCallback], found: Watched, step: int) -> None:
+def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
     """Sends the answers of one step to each tracker among a Trainer's callbacks; for the first rank alone."""
-    answers = found.answers[step]
+    answers = watched.answers[step]
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
-            _to_tensorboard(callback.tb_writer, found, answers, step)
+            _to_tensorboard(callback.tb_writer, watched, answers, step)
         elif isinstance(callback, TrackioCallback):
-            _as_table(callback._trackio, found, answers, step)
+            _as_table(callback._trackio, watched, answers, step)
         elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            _as_table(callback._wandb, found, answers, step)
+            _as_table(callback._wandb, watched, answers, step)
 
 
-def _to_tensorboard(writer: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
+def _to_tensorboard(writer: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
     """A text for each question, which TensorBoard shows by step, and its picture once."""
     if writer is None:  # before training begins, or after its end
         return
-    first = step == min(found.answers)
-    for number, one in enumerate(found.questions):
+    first = step == min(watched.answers)
+    for number, one in enumerate(watched.questions):
         name = f"{NAME}/{number}"
         if one.id in answers:
             writer.add_text(name, "\n\n".join(map(_indented, (one.question, answers[one.id], one.truth))), step)
-        picture = _picture(found, one) if first else None
+        picture = _picture(watched, one) if first else None
         if picture is not None:
             writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
     writer.flush()
@@ -183,9 +183,9 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-def _as_table(tracker: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
+def _as_table(tracker: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
     """One table; trackio takes Weights & Biases' calls."""
-    asked = [(one, _picture(found, one)) for one in found.questions if one.id in answers]
+    asked = [(one, _picture(watched, one)) for one in watched.questions if one.id in answers]
     rows = [
         [None if picture is None else tracker.Image(picture), one.question, one.truth, answers[one.id]]
         for one, picture in asked
@@ -193,10 +193,10 @@ def _as_table(tracker: Any, found: Watched, answers: Mapping[str, str], step: in
     tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), "train/global_step": step})
 
 
-def _picture(found: Watched, one: WatchedQuestion) -> Image.Image | None:
+def _picture(watched: Watched, one: WatchedQuestion) -> Image.Image | None:
     if not one.picture:
         return None
-    with Image.open(found.folder / one.picture, formats=PICTURE_FORMATS) as picture:
+    with Image.open(watched.folder / one.picture, formats=PICTURE_FORMATS) as picture:
         return picture.convert("RGB")
 
 
@@ -259,8 +259,8 @@ class WatchQuestions(TrainerCallback):
         if not args.disable_tqdm:
             for one in self.newest:
                 tqdm.write(f"step {one.step}: {one}")
-        if (found := read_watched(self._folder)) is not None:
-            track_answers(self._trackers(), found, state.global_step)
+        if (watched := read_watched(self._folder)) is not None:
+            track_answers(self._trackers(), watched, state.global_step)
 
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:

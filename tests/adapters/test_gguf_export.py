@@ -172,7 +172,7 @@ def test_factors_of_llama_3s_positions() -> None:
     assert frequency_factors(AutoConfig.for_model("llama", **SIZES)) is None
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("kind", [pytest.param("f32", marks=pytest.mark.slow), "f16"])
 def test_a_llava_comes_back_from_both_files(tmp_path: Path, kind: str) -> None:
     """The language model by transformers, tower and projector by gguf's names; the projector was trained."""
     base = write_tiny_llava(tmp_path / "base", width=64)

@@ -87,7 +87,7 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
     yield from (("merge_dora", in_memory), ("merge", as_folder), ("gguf", as_gguf), ("analyze", as_measured))
 
 
-@pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("use_dora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dora", "lora"])
 @pytest.mark.parametrize(("tied", "name"), CASES)
 def test_all_give_pefts_logits_or_all_refuse(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool, name: str, use_dora: bool
@@ -135,7 +135,7 @@ def merged_by_verb(*words: str) -> list[str]:
     return list(merge_command.run(parser.parse_args(list(words))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_verb_compares_what_it_wrote(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:

@@ -231,7 +231,7 @@ def test_rows_are_those_of_every_call() -> None:
     assert found == {"", "rows"}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "hqq", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hqq", "int8"))])
 @torch.no_grad()
 def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
     """The gain comes from the layer's own product, so nothing is dequantised; base rows keep their bits."""

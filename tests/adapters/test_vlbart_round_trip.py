@@ -176,6 +176,7 @@ def trained_on(case: Case, start: Start, initial: Path, folder: Path) -> Path:
     return folder / "run" / "adapter"
 
 
+@pytest.mark.slow
 @every_case
 def test_a_converted_file_is_trained_on_merged_and_converted_back(start: Start, case: Case, tmp_path: Path) -> None:
     made = case.saved(start, tmp_path / "LAST.pth")

@@ -122,8 +122,8 @@ def refused(adapter: Adapter, base: Path, tmp_path: Path, head: str | None = Non
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"targets": ("*language_model*_proj", "*patch_embedding"), "kinds": ("linear", "conv")}, "is a convolution"),
-        ({"targets": ("*language_model*_proj", "*embed_tokens"), "kinds": ("linear", "embedding")}, "is an embedding"),
+        ({"targets": ("*language_model*_proj", "*patch_embedding"), "kinds": ("linear", "conv")}, "patch_embedding"),
+        ({"targets": ("*language_model*_proj", "*embed_tokens"), "kinds": ("linear", "embedding")}, "embed_tokens"),
         ({"magnitude_targets": ("*vision_tower*q_proj",)}, "has a magnitude alone"),
         ({"targets": ("*vision_tower*q_proj",)}, "no linear layer of the language model is adapted"),
         ({"method": "full"}, "a full adapter has none"),

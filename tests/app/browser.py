@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.door import Admission, http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -63,10 +64,8 @@ def page_of(
     admission: Admission | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
-    from dora_vl.serving.page import Uploads, build_page_app, keep_gradio_quiet
-
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, PageSettings
+    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app
 
     media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model, engine_settings) as engine, contextlib.closing(media):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.serving import demo_command
-from dora_vl.serving.demo_command import name_of
+from dora_vl.serving.options import run_name
 from tests.app.tiny_served import spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 from tests.tasks.test_start_of_tasks import in_a_process
@@ -61,18 +60,14 @@ def test_what_is_wrong_is_one_line_before_weights_are_read(tmp_path: Path, capsy
     assert "two was trained on a base with sha256 fffff" in refused(
         capsys, "--adapter", one, "--adapter", two, "--port", 0
     )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "choose others" in refused(capsys, "--adapter", one, "--port", taken.getsockname()[1])
-    assert "less than 1" in refused(capsys, "--adapter", one, "--batch", 0)
-    assert "is no port" in refused(capsys, "--adapter", one, "--port", 70000)
     monkeypatch.setattr(demo_command, "find_spec", lambda name: None)
     assert "the page needs gradio and uvicorn: pip install 'dora-vl[web]'" in refused(capsys, "--adapter", one)
 
 
 def test_adapters_are_called_as_their_runs(tmp_path: Path) -> None:
-    assert name_of(tmp_path / "runs" / "cats" / "adapter") == "cats"
-    assert name_of(tmp_path / "runs" / "cats" / "checkpoint-240" / "adapter") == "cats-240"
-    assert name_of(tmp_path / "some" / "peft") == "peft"
+    assert run_name(tmp_path / "runs" / "cats" / "adapter") == "cats"
+    assert run_name(tmp_path / "runs" / "cats" / "checkpoint-240" / "adapter") == "cats-240"
+    assert run_name(tmp_path / "some" / "peft") == "peft"
 
 
 def test_help_comes_soon() -> None:

@@ -20,28 +20,20 @@ from starlette.testclient import TestClient
 
 from dora_vl.cli import main
 from dora_vl.serving import door
-from dora_vl.serving import door as listening_options
+from dora_vl.serving import options as listening_options
+from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.door import Admission, NoKey, Refused
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.requests import MediaLimits, RequestMedia
 from dora_vl.serving.server import Server, ServerSettings, build_app
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.tiny_served import running, served, spread, write_adapter
-from tests.backbones.tiny_image_text import write_tiny
+from tests.app.tiny_served import running
 
 HERE = "http://localhost:7860"
 FOREIGN = {"a foreign host": {"Host": "evil.example"}, "a foreign origin": {"Origin": "http://evil.example"}}
 ENDLESS = {"{session_hash}", "data", "upload_progress"}
 SECRET = "0123456789 never shown"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    folder = tmp_path_factory.mktemp("served")
-    base = spread(write_tiny("qwen2_5_vl", folder / "base"))
-    adapter = write_adapter(base, folder / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
-    return served(base, {"one": adapter})
 
 
 # -- who may come in -----------------------------------------------------------------------------------------------
@@ -212,11 +204,9 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
-    from dora_vl.serving.page import Uploads, build_page_app, keep_gradio_quiet
-
     uploads.mkdir()
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, PageSettings
+    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app
 
     media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model) as engine, contextlib.closing(media):

@@ -15,7 +15,7 @@ from PIL import Image
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine
@@ -31,6 +31,7 @@ TALKS = [
     ([Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], Shown()),
 ]
 WORDS = [([Turn("user", text)], Shown()) for text in ("Say " * 12, "a", "What colour is it?", "the correct answer")]
+SELDOM = [pytest.param(family, marks=pytest.mark.slow) for family in ("internvl", "smolvlm")]
 LONG, SHORT = 40, 5
 PACE = 4
 """Steps of the model for each request handed in, until all are: a long answer is not over before others came."""
@@ -138,7 +139,15 @@ def language(folder: Path) -> Path:
     return spread(folder / "base")
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "qwen2_5_vl",
+        pytest.param("internvl", marks=pytest.mark.slow),
+        pytest.param("smolvlm", marks=pytest.mark.slow),
+    ],
+)
 def test_pictures_and_words_join_a_running_answer(family: str, tmp_path: Path, monkeypatch: Any) -> None:
     if family == "smolvlm":
         pytest.importorskip("num2words")

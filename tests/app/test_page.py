@@ -14,7 +14,7 @@ from PIL import Image
 from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.door import Admission
 from dora_vl.serving.engine import Engine
@@ -23,8 +23,7 @@ from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
-from tests.app.test_engine import answers
-from tests.app.tiny_served import ADAPTERS, served, spread, write_adapters
+from tests.app.tiny_served import ADAPTERS, answers, served, spread, write_adapters
 from tests.backbones.tiny_video import write_tiny_video
 from tests.vision.video_files import write_video
 
@@ -128,6 +127,7 @@ def test_a_picture_two_answers_and_a_second_turn(
     assert {url.split("/")[2] for url in visitor.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
 
 
+@pytest.mark.slow
 def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
     _, engine = opened
     batches: list[list[Any]] = []
@@ -150,6 +150,7 @@ def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
     assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
 
 
+@pytest.mark.slow
 def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
     visitor.show(pictures["wide"], pictures["red"])
     visitor.see(2)
@@ -159,6 +160,7 @@ def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: di
     assert printable(said[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
 
 
+@pytest.mark.slow
 def test_a_video_and_the_times_of_its_frames(
     visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_the_dial_from_the_base_to_the_adapter(
     assert len(set(found.values())) > 2
 
 
+@pytest.mark.slow
 def test_the_dial_by_keyboard(
     visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +217,7 @@ def test_the_dial_by_keyboard(
     assert asked == [1, 0.25, 0.3, 0.3]
 
 
+@pytest.mark.slow
 def test_on_a_telephone_the_question_is_at_hand(chromium: Any, opened: tuple[str, Engine]) -> None:
     context = chromium.new_context(viewport={"width": 390, "height": 844})
     visitor = Visitor(context, opened[0])
@@ -237,6 +241,7 @@ def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str
         context.close()
 
 
+@pytest.mark.slow
 def test_adapters_are_switched(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
     visitor.show(pictures["red"])
     visitor.see(1)
@@ -275,6 +280,7 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(
     visitor.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
 
 
+@pytest.mark.slow
 def test_two_people_at_once_each_have_their_own(
     chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
 ) -> None:
@@ -296,6 +302,7 @@ def test_two_people_at_once_each_have_their_own(
         context.close()
 
 
+@pytest.mark.slow
 def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
     visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
@@ -359,6 +366,7 @@ def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]
 CAPTURE = "#dv-webcam button[aria-label='capture photo']"
 
 
+@pytest.mark.slow
 def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
     photographer.page.locator(CAPTURE).click()
     photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
@@ -366,6 +374,7 @@ def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
     assert all(photographer.ask(QUESTION))  # nothing is on its way any more
 
 
+@pytest.mark.slow
 def test_a_question_waits_for_the_webcams_picture(
     photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +411,7 @@ def _slow_to_look(monkeypatch: pytest.MonkeyPatch, found: Shown | None = None) -
     monkeypatch.setattr(SideBySide, "look", slowly)
 
 
+@pytest.mark.slow
 def test_a_question_waits_for_the_picture_that_was_chosen(
     slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +429,7 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         assert printable(right) == expected(opened[1], "base", first(question), seen)
 
 
+@pytest.mark.slow
 def test_the_first_question_of_a_page_waits_too(
     chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
 ) -> None:
@@ -432,6 +443,7 @@ def test_the_first_question_of_a_page_waits_too(
         context.close()
 
 
+@pytest.mark.slow
 def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: dict[str, Path]) -> None:
     """Each is sent at the moment when Ask can be pressed again, while the page is still about the answer before."""
     slow.show(pictures["red"])
@@ -459,6 +471,7 @@ def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: di
     assert asked == [f"What is {number}?" for number in range(6)]
 
 
+@pytest.mark.slow
 def test_what_is_typed_during_an_answer_stays_typed(visitor: Visitor, opened: tuple[str, Engine]) -> None:
     """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
     with endless(opened[1]):

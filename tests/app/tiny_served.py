@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import queue
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from benchmarks.serve import running as running_app
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
-from dora_vl.serving.answering import EngineSettings
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.serving.answering import EngineSettings, Finished, Piece
+from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.server import Server, ServerSettings, build_app
@@ -81,7 +83,7 @@ def served(base: Path, adapters: Mapping[str, Path], *, template: str | None = N
 def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> Assistant:
     """The adapter by itself on its base, as everything else here asks it; without one, the base."""
     wanted = Wanted(adapter=adapter) if adapter else Wanted(model=str(base))
-    opened = open_asker(Wanted(**{**vars(wanted), "template": template})).adapted
+    opened = open_model(Wanted(**{**vars(wanted), "template": template})).adapted
     assert isinstance(opened, Assistant)
     return opened
 
@@ -90,6 +92,29 @@ def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTH
     """Its answer to one question, greedily."""
     batch = assistant.prompts.collate([assistant.prompts.sample(turns, seen)], "left")
     return assistant.answers(batch, max_new_tokens=tokens)[0]
+
+
+def answers(
+    engine: Engine, questions: list[tuple[str, list[Turn], Shown]], *, strength: float = 1.0, **sampling: Any
+) -> list[str]:
+    """The engine's answers to questions that are handed in all at once."""
+    settings = Sampling(**{"max_new_tokens": 8, **sampling})
+    prepared = [
+        engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
+        for name, turns, seen in questions
+    ]
+    queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in prepared]
+    for one, events in zip(prepared, queues, strict=True):
+        engine.submit(one, events.put)
+    said = []
+    for events in queues:
+        pieces = ""
+        while isinstance(event := events.get(timeout=120), Piece):
+            pieces += event.text
+        assert isinstance(event, Finished), event
+        assert event.text == pieces
+        said.append(event.text)
+    return said
 
 
 def data_url(picture: Image.Image) -> str:

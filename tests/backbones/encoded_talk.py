@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
+from dora_vl.data.example import Example
 from dora_vl.data.samples import Encoded
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.turns import Turn
 
 MakeEncoder = Callable[..., Encoder]
 NASTY = [
@@ -45,7 +46,7 @@ def piece_encoder(
     return Encoder(processor, prompts_of(processor, "test", template, pictures=True), max_tokens=max_tokens)
 
 
-def encode_talk(encoder: Encoder, conversation: Conversation) -> Encoded:
+def encode_talk(encoder: Encoder, conversation: Example) -> Encoded:
     return encoder.encode(conversation, [PICTURE] * len(conversation.images))
 
 
@@ -54,10 +55,10 @@ def prompt_ids(encoder: Encoder, *turns: Turn) -> list[int]:
     return encoder.encode_prompt(turns, pictures)["input_ids"][0].tolist()
 
 
-def talk(*texts: str, images: int = 0) -> Conversation:
+def talk(*texts: str, images: int = 0) -> Example:
     roles = ("user", "assistant")
     turns = tuple(Turn(roles[number % 2], text) for number, text in enumerate(texts))
-    return Conversation("sample-7", tuple(f"{n}.png" for n in range(images)), turns)
+    return Example("sample-7", tuple(f"{n}.png" for n in range(images)), turns)
 
 
 def answers_of(encoder: Encoder, labels: torch.Tensor, close: str) -> list[str]:

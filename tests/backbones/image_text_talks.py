@@ -15,8 +15,9 @@ from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.batches import Collator
+from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.turns import Turn
 from tests.backbones.tiny_families.table import FAMILIES
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
@@ -77,7 +78,7 @@ def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None
 
 def sample_of(encoder: Encoder, talk: Talk) -> Sample:
     turns, pictures = talk
-    encoded = encoder.encode(Conversation("talk", tuple("a.png" for _ in pictures), turns), pictures)
+    encoded = encoder.encode(Example("talk", tuple("a.png" for _ in pictures), turns), pictures)
     return Sample(
         index=0,
         id="talk",

@@ -17,14 +17,16 @@ HEAD = """\
 
 <!-- Written by `python -m tests.backbones.model_table` from tests/backbones/tiny_families/; change it there. -->
 
-`tasks/llava_instruct.py` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested with a
-tiny random model: ids equal to the processor's, the loss equal to transformers' within 1e-5 (float32), conversations without
-a picture, with one and with two, three training steps, the adapter opened again, merged and asked. By default every linear
-layer of the language model is adapted and the projector trains whole. Prompts are the base's chat template, conversations
-hold any number of pictures, and videos go as so many pictures, unless the table says otherwise.
+`tasks/llava_instruct.py` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested
+with a tiny random model: ids equal to the processor's, the loss equal to transformers' within 1e-5 (float32),
+conversations with no picture, with one and with two, three training steps, the adapter opened again, merged and asked.
+By default every linear layer of the language model is adapted and the projector trains whole. Prompts are the base's
+chat template, conversations hold any number of pictures, unless the table says otherwise.
 
-| `model_type` | videos | remarks |
-| --- | --- | --- |
+Videos as such: {video}. To the others a video is so many pictures: {still}.
+
+| `model_type` | remarks |
+| --- | --- |
 """
 PEFT = """
 PEFT opens their adapters with the same logits (within 1e-4), but for {refused}, whose layers it takes for those of an
@@ -69,7 +71,7 @@ def row(name: str, family: Family) -> str:
         family.remark,
         f"needs the package {family.needs}" if family.needs else "",
     )
-    return f"| {name} | {'yes' if family.video else ''} | {'; '.join(filter(None, remarks))} |"
+    return f"| {name} | {'; '.join(filter(None, remarks))} |"
 
 
 def refused() -> list[str]:
@@ -84,10 +86,14 @@ def page() -> str:
     """The whole page."""
     tried = set(FAMILIES) | set(NOT_TRAINED)
     untried = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - tried)
-    lines = [row(name, FAMILIES[name]) for name in sorted(FAMILIES)]
+    families = sorted(FAMILIES)
+    lines = [line for line in (row(name, FAMILIES[name]) for name in families) if not line.endswith("|  |")]
+    video, still = (
+        ", ".join(name for name in families if bool(FAMILIES[name].video) is kind) for kind in (True, False)
+    )
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
-        f"{HEAD}{chr(10).join(lines)}\n"
+        f"{HEAD.format(video=video, still=still)}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused())}\n"

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.prompts import usual_template
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, encode_talk, piece_encoder, prompt_ids, talk
 from tests.backbones.tiny_image_text import CHATML
@@ -138,7 +139,7 @@ class TestChatTemplate:
     ) -> None:
         turns = (Turn("system", "Be brief."), *talk("Why?", "It is", "How?", "So").turns)
         encoder = make_encoder(own, "tokenizer")
-        found = encode_talk(encoder, Conversation("a", (), turns))
+        found = encode_talk(encoder, Example("a", (), turns))
         labelled = [int(token) for token in found.labels if token != -100]
         plain = encode_talk(encoder, talk("Why?", "It is", "How?", "So")).labels
         assert labelled == plain[plain != -100].tolist()
@@ -148,11 +149,11 @@ class TestChatTemplate:
             + str(own.chat_template)
         )
         with pytest.raises(BadSample, match="refuses it: no system here"):
-            encode_talk(make_encoder(own, "tokenizer"), Conversation("a", (), turns))
+            encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
         with pytest.raises(BadSample, match="system turn"):
-            encode_talk(make_encoder(own, "tokenizer"), Conversation("a", (), turns))
+            encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         with pytest.raises(UserError, match="no chat template"):

@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, answers_of, encode_talk, prompt_ids, talk
 
@@ -20,7 +21,7 @@ FIRST_ROUND = "▁ <image> <image> <image> <image> ▁ <0x0A> Is ▁it ▁red? �
 SECOND_ROUND = "▁What ▁is ▁in ▁the ▁picture? ▁ASSISTANT: *▁A *▁red *▁circle *</s>"
 
 
-def written(encoder: Encoder, conversation: Conversation) -> str:
+def written(encoder: Encoder, conversation: Example) -> str:
     """Tokens, the supervised ones marked with a star."""
     encoded = encode_talk(encoder, conversation)
     tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
@@ -159,5 +160,7 @@ def test_a_template_of_another_model_is_refused(
     bare.add_tokens(["<image>"])
     for token in ("<|im_start|>", "<|im_end|>"):
         assert token in bare.get_vocab()
-    with pytest.raises(UserError, match=r"there are vicuna_v1, .*plain, .* and tokenizer"):
+    with pytest.raises(
+        UserError, match=r"there are vicuna_v1, .*, chatml, .*plain, question_answer, paligemma and tokenizer"
+    ):
         make_encoder(new_tokenizer, "vicuna")

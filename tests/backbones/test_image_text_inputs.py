@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
-from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
 from tests.backbones.image_text_talks import (
     TALKS,
@@ -57,7 +57,7 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
         space = " " if FAMILIES[family].format == "question_answer" else ""
         said = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
         assert encoder.tokenizer.decode(sample.labels[trained]) == said
-        meant = encoder.answers(Conversation("talk", (), turns))
+        meant = encoder.answers(Example("talk", (), turns))
         check_labels([labelled := Labelled(id="7", labels=sample.labels, answers=meant, tokenizer=encoder.tokenizer)])
         before = sample.labels.clone()
         first = int(trained.nonzero()[0])

@@ -13,17 +13,19 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.backbones.prompts import prompts_of
-from dora_vl.data.samples import ConversationDataset, Sample, load_rows
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_rows
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer
 
 QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
 
 
-def said(instruction: str, output: str, *, added: str = "") -> Conversation:
+def said(instruction: str, output: str, *, added: str = "") -> Example:
     asked = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
-    return Conversation("0", (), (asked, Turn("assistant", output)))
+    return Example("0", (), (asked, Turn("assistant", output)))
 
 
 TASK = said(QUESTION, "the correct answer is true")
@@ -140,13 +142,13 @@ def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
 @pytest.mark.parametrize(
     ("conversation", "reason"),
     [
-        (Conversation("0", (), (Turn("system", "s"), *TASK.turns)), "one question and its output"),
-        (Conversation("0", (), (*TASK.turns, *TASK.turns)), "one question and its output"),
+        (Example("0", (), (Turn("system", "s"), *TASK.turns)), "one question and its output"),
+        (Example("0", (), (*TASK.turns, *TASK.turns)), "one question and its output"),
         (said("  ", "hello"), "'instruction' is empty"),
         (said("", "hello", added="to this"), "'instruction' is empty"),
     ],
 )
-def test_what_is_no_single_instruction_is_named(conversation: Conversation, reason: str) -> None:
+def test_what_is_no_single_instruction_is_named(conversation: Example, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         encoder(train_on="all").encode(conversation)
 
@@ -163,9 +165,7 @@ def test_published_records_as_prompts(tmp_path: Path) -> None:
     }
     path = tmp_path / "train.json"
     path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
-    samples = ConversationDataset(
-        load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode
-    )
+    samples = ConversationDataset(load_rows(str(path), cache_folder=tmp_path), encode=encoder(max_tokens=900).encode)
     for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
         sample = samples[number]
         assert isinstance(sample, Sample)

@@ -13,7 +13,7 @@ from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.predict import Decoding
+from dora_vl.evaluation.ask import check_room
 from tests.backbones.tiny_vlbart import tiny
 
 WORDS = "hello there how are you [Subs] [Q] is it red?"
@@ -68,11 +68,11 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_with_both_number
     torch.manual_seed(0)
     config = GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=None)
     backbone = DecoderBackbone(GPT2LMHeadModel(config).eval())
-    decoding = Decoding(max_new_tokens=6, max_positions=max_positions(backbone.config))
+    positions = max_positions(backbone.config)
     ids = torch.arange(18)[None] + 2
-    decoding.check_room(18, "q1")
+    check_room(18, 6, positions, "q1")
     assert backbone.generate(ids, torch.ones_like(ids), max_new_tokens=6).shape == (1, 6)
     said = "q2: its prompt takes 19 tokens and its answer up to 6, but the model has 24 positions; shorten it"
     with pytest.raises(BadSample, match=said):
-        decoding.check_room(19, "q2")
-    Decoding(max_new_tokens=6).check_room(10**6, "q3")  # a model that states no number
+        check_room(19, 6, positions, "q2")
+    check_room(10**6, 6, None, "q3")  # a model that states no number

@@ -18,8 +18,9 @@ from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, pixels, repeated
 from dora_vl.data.batches import ALIGNED, Collator
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
-from dora_vl.data.turns import Clip, Conversation, Turn
+from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Frames
 from dora_vl.errors import BadSample
 from tests.backbones import tiny_image_text
@@ -105,7 +106,7 @@ def sample_of(encoder: Encoder, talk: Talk) -> Sample:
     turns, pictures, videos = talk
     names = tuple(f"{number}.png" for number in range(len(pictures)))
     clips = tuple(Clip(path=f"{number}.mp4") for number in range(len(videos)))
-    encoded = encoder.encode(Conversation("talk", names, turns, clips), pictures, videos)
+    encoded = encoder.encode(Example("talk", names, turns, clips), pictures, videos)
     return Sample(
         index=0, id="talk", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs,
         cut_tokens=encoded.cut_tokens,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,13 +82,6 @@ def lines(file: Path) -> dict[str, dict]:
     return {line["test"].removeprefix(f"{FILE}::"): line for line in found}
 
 
-def suite(peft: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.peft_suite", str(peft), "--only", "*variants*", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_plugin_selects_accelerates_and_goes_on(peft, tmp_path):
     """One test has a line from before, which stays as it is."""
     records = tmp_path / "accelerated.jsonl"
@@ -108,30 +100,3 @@ def ran_file(peft: Path, records: Path, *words: str) -> int:
     return subprocess.run(
         pytest_command(FILE, records, words), cwd=peft, env={**os.environ, "PYTHONPATH": folders}, check=False
     ).returncode
-
-
-@pytest.mark.slow
-def test_both_runs_are_counted_and_compared_and_one_that_was_cut_off_goes_on(peft, tmp_path):
-    records, figures = tmp_path / "records", tmp_path / "figures.json"
-    assert "not complete" in suite(peft, "--records", str(records), "--minutes", "0.001")
-    assert 0 < len(lines(records / "plain.jsonl")) < len(OUTCOMES)
-    assert "every file is complete" in suite(peft, "--records", str(records), "--json", str(figures))
-    for run, place in (("plain", 0), ("accelerated", 1)):
-        found = {test: (line["outcome"], line["layers"]) for test, line in lines(records / f"{run}.jsonl").items()}
-        assert found == {test: (row[place], row[2] * place) for test, row in OUTCOMES.items()}
-    content = json.loads(figures.read_text())
-    assert content["counts"] == {
-        "passed": [1, 2],
-        "failed": [2, 1],
-        "skipped": [1, 1],
-        "error": [1, 1],
-        "selected": [5, 5],
-        "with accelerated layers": [0, 3],
-    }
-    assert content["only_accelerated"] == [f"{FILE}::test_is_linear[Vanilla LoRA]"]
-    assert content["only_plain"] == [f"{FILE}::test_lora_injected", f"{FILE}::test_round_trip"]
-    assert content["passed_with_accelerated_layers"] == 2
-    assert content["not_complete"] == []
-    before = (records / "plain.jsonl").read_text()
-    assert "every file is complete" in suite(peft, "--records", str(records))
-    assert (records / "plain.jsonl").read_text() == before

@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora
 from tests.core.dense_dora import move
 
@@ -89,26 +88,3 @@ def test_without_dropout(method, rslora):
 def test_with_one_fixed_mask():
     model = ours("dora", dropout=0.4)
     assert_same(model, peft_of(model, "dora", dropout=0.4), 0.4)
-
-
-@pytest.mark.parametrize("method", ["dora", "lora"])
-def test_peft_opens_our_folder_and_we_open_theirs(method, tmp_path):
-    from peft import PeftModel
-
-    model = ours(method)
-    save_adapter(model, tmp_path / "ours")
-    x = torch.randn(2, 7, dtype=torch.float64)
-    peft = PeftModel.from_pretrained(pair(), tmp_path / "ours", autocast_adapter_dtype=False).eval()
-    torch.testing.assert_close(peft(x), model.eval()(x), rtol=1e-10, atol=1e-10)
-    peft.save_pretrained(tmp_path / "theirs")
-    again = pair()
-    load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(again.eval()(x), model(x), rtol=0, atol=0)
-    save_adapter(again, tmp_path / "back")
-    assert _bytes(tmp_path / "back") == _bytes(tmp_path / "theirs") == _bytes(tmp_path / "ours")
-
-
-def _bytes(folder) -> dict[str, bytes]:
-    from safetensors.torch import load_file
-
-    return {k: v.numpy().tobytes() for k, v in sorted(load_file(folder / "adapter_model.safetensors").items())}

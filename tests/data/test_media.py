@@ -19,7 +19,8 @@ from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Clip
 from dora_vl.data.order import places_of_largest_pictures
 from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.data.samples import load_rows, look_ahead
+from dora_vl.data.samples import look_ahead
+from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import BadSample, UserError
 from tests.vision.video_files import write_clip
@@ -233,7 +234,7 @@ def test_whatever_reads_files_follows_links_by_one_option(tmp_path: Path) -> Non
 
     def start(folder: MediaFolder) -> bool:
         try:
-            look_ahead(rows.rows, rows.stored, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
+            look_ahead(rows, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
         except UserError as error:
             return "data.follow_links" not in str(error)
         return True

@@ -18,8 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dora_vl.data import pictures
-from dora_vl.data.check import decoding_trouble
-from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.pictures import MediaFolder, decoding_trouble, open_image
 from dora_vl.errors import BadSample
 
 

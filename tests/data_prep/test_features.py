@@ -83,7 +83,10 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     assert "aspect 'squash', and 'square' is asked for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, None])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],
+)
 def test_an_interruption_loses_no_features(
     root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, request, how: int | None
 ) -> None:
@@ -126,7 +129,7 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
 
 def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: str, capsys) -> None:
     to, records = tmp_path / "features", tmp_path / "r.jsonl"
-    write_examples(records, [Example(id="1", video=Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0))])
+    write_examples(records, [Example(id="1", videos=(Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0),))])
     run(root, to, weights, "--records", str(records))
     assert open_features(to)["one"].part == (0.4, 1.0)
     with pytest.raises(SystemExit):
@@ -142,20 +145,21 @@ def test_too_many_broken_files_end_the_run(root: Path, tmp_path: Path, weights: 
 
 def test_records_name_what_is_read(tmp_path: Path) -> None:
     clip = Clip(path="a/x.mp4", start_seconds=1.0)
-    examples = [Example(id="1", images=("p/y.jpg",)), Example(id="2", video=clip), Example(id="3", video=clip)]
+    examples = [Example(id="1", images=("p/y.jpg",)), Example(id="2", videos=(clip,)), Example(id="3", videos=(clip,))]
     write_examples(tmp_path / "r.jsonl", examples)
     assert [(one.name, one.path) for one in media_in_records([tmp_path / "r.jsonl"])] == [
         ("y", "p/y.jpg"),
         ("x", "a/x.mp4"),
     ]
     asked = [
-        Example(id=str(n), video=replace(clip, start_seconds=float(n)), extra={"ts": f"{n}-9", "vid_name": "x"})
+        Example(id=str(n), videos=(replace(clip, start_seconds=float(n)),), extra={"ts": f"{n}-9", "vid_name": "x"})
         for n in (1, 2)
     ]
     write_examples(tmp_path / "tvqa.jsonl", asked)  # spans in the prompt: the features are of the whole file
     assert media_in_records([tmp_path / "tvqa.jsonl"]) == [Medium("x", "a/x.mp4", Clip(path="a/x.mp4"))]
     parts = [
-        Example(id=str(n), video=replace(clip, start_seconds=float(n)), extra={"vid_name": f"x_{n}"}) for n in (1, 2)
+        Example(id=str(n), videos=(replace(clip, start_seconds=float(n)),), extra={"vid_name": f"x_{n}"})
+        for n in (1, 2)
     ]
     write_examples(tmp_path / "yc2c.jsonl", parts)  # parts with names of their own
     assert media_in_records([tmp_path / "yc2c.jsonl"]) == [

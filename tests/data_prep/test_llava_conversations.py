@@ -44,7 +44,7 @@ def test_a_system_turn_is_the_first_one(tmp_path: Path) -> None:
     (tmp_path / "llava.jsonl").write_text(json.dumps(made) + "\n", encoding="utf-8")
     rows = load_table(tmp_path / "llava.jsonl", cache_folder=tmp_path / "cache")
     assert rows["problem"] == [None]
-    assert [turn["value"] for turn in rows["conversations"][0]] == [turn.text for turn in turns]
+    assert [turn["text"] for turn in rows["turns"][0]] == [turn.text for turn in turns]
 
 
 @pytest.mark.parametrize("name", CHOOSING)
@@ -93,7 +93,7 @@ def test_what_has_no_letter(example: Example, reason: str) -> None:
         (Example(id="1", question="?"), "no answer"),
         (Example(id="1", question="?", answers=(Answer(text=" "),)), "no answer"),
         (Example(id="1", turns=(Turn("user", "?"),)), "no answer"),
-        (Example(id="1", question="?", answers=(TRUE,), video=Clip(path="a.mp4")), "video"),
+        (Example(id="1", question="?", answers=(TRUE,), videos=(Clip(path="a.mp4"),)), "video"),
     ],
 )
 def test_what_cannot_be_trained_on(example: Example, reason: str) -> None:

@@ -12,14 +12,16 @@ import pytest
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.predictions import Joined, join
+from dora_vl.evaluation.predictions import Predictions, join
 from dora_vl.evaluation.scores import prompts
 from dora_vl.evaluation.scores.benchmark import read_answers, read_rows
 
 SHORT = prompts.SHORT
 
 
-def joined(name: str, examples: Sequence[Example], content: object, tmp_path: Path, file: str = "p.jsonl") -> Joined:
+def joined(
+    name: str, examples: Sequence[Example], content: object, tmp_path: Path, file: str = "p.jsonl"
+) -> Predictions:
     path = tmp_path / file
     if isinstance(content, str):
         path.write_text(content)
@@ -48,8 +50,8 @@ def test_textvqa_by_picture_and_question(tmp_path: Path) -> None:
         llava("ffff", f"What is the brand?\n{SHORT}", "none"),
     ]
     found = joined("textvqa", examples, rows, tmp_path)
-    assert found.answers == {"34604": "dakota", "34603": "1999", "34602": "nous"}
-    assert (found.by, found.strangers) == ("picture and question", {"ffff": "none"})
+    assert found.answers == {"ffff": "none", "34604": "dakota", "34603": "1999", "34602": "nous"}
+    assert (found.joined_by, found.strangers) == ("picture and question", ("ffff",))
     asked = [{"id": "003a8ae2ef43b901#2", "question": f"What year is it?\n{SHORT}", "prediction": "2000"}]
     assert joined("textvqa", examples, asked, tmp_path).answers == {"34603": "2000"}  # of `questions`
 
@@ -121,7 +123,7 @@ def test_pope_by_order_where_every_prompt_fits(tmp_path: Path) -> None:
     ]
     found = joined("pope", examples, rows, tmp_path)
     assert found.answers == {name: f"said {name}" for name, _ in POPE}
-    assert found.by == "order, each prompt being the question's"
+    assert found.joined_by == "order, each prompt being the question's"
     for wrong in (rows[:3], [*rows[:3], rows[0]], [rows[1], rows[0], *rows[2:]]):
         with pytest.raises(UserError, match=rf"\({len(wrong)} answers\) and records.jsonl \(4 questions\) have no id"):
             joined("pope", examples, wrong, tmp_path)

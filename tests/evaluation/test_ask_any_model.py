@@ -17,15 +17,16 @@ from torch import Tensor
 
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
+from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import MediaReader, Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant, MediaReader
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import model_inputs
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.test import evaluate_run
 from dora_vl.training.recipe import EvaluationConfig
 from dora_vl.training.run_media import VideoReading
 from tasks import image_qa
@@ -64,7 +65,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def opened(folder: Path) -> Assistant:
     template = "vicuna_v1" if is_language(folder) else None
-    assistant = open_asker(Wanted(model=str(folder), template=template)).adapted
+    assistant = open_model(Wanted(model=str(folder), template=template)).adapted
     assert isinstance(assistant, Assistant)
     return assistant
 
@@ -85,18 +86,21 @@ def conversations(name: str) -> Iterator[tuple[list[Turn], Shown]]:
     yield [Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(2),))
 
 
+def new_ids(assistant: Assistant, *samples: Sample) -> list[list[int]]:
+    return assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS).tolist()
+
+
+def assert_a_batch_is_each_alone(assistant: Assistant, samples: Sequence[Sample]) -> None:
+    assert len({len(sample.input_ids) for sample in samples}) > 1  # or nothing is padded
+    alone = [new_ids(assistant, sample)[0] for sample in samples]
+    assert len(set(map(tuple, alone))) > 1
+    assert [row[: len(own)] for own, row in zip(alone, new_ids(assistant, *samples), strict=True)] == alone
+
+
 def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
-    samples = [assistant.prompts.sample(*one) for one in conversations(name)]
-    assert len({len(sample.input_ids) for sample in samples}) > 1  # or nothing is padded
-    alone = [
-        assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples
-    ]
-    assert len({tuple(ids.tolist()) for ids in alone}) > 1
-    together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
-    for own, row in zip(alone, together, strict=True):
-        assert row[: len(own)].tolist() == own.tolist()
+    assert_a_batch_is_each_alone(assistant, [assistant.prompts.sample(*one) for one in conversations(name)])
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -119,7 +123,7 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     turns, seen = list(conversations(name))[1]
     assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
     with pytest.raises(UserError, match="the model's scores of the next word are no numbers"):
-        assistant.answer(turns, seen.pictures, max_new_tokens=NEW_TOKENS, write=lambda text: None)
+        assistant.answer(Question(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
@@ -135,13 +139,7 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
     assert assistant.prompts.videos_of_one_length is (name == "llava_onevision")
     assert not assistant.prompts.frames_are_pictures
-    together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
-    alone = [
-        assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples
-    ]
-    assert len({tuple(ids.tolist()) for ids in alone}) > 1
-    for own, row in zip(alone, together, strict=True):
-        assert row[: len(own)].tolist() == own.tolist()
+    assert_a_batch_is_each_alone(assistant, samples)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "internvl"])
@@ -157,8 +155,7 @@ def test_ids_are_those_of_transformers_own_generate(name: str, tmp_path: Path) -
     inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
     whole = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     sample = assistant.prompts.sample([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(picture,)))
-    ours = assistant.new_ids(assistant.prompts.collate([sample], "left"), max_new_tokens=NEW_TOKENS)
-    assert ours[0].tolist() == whole[0, inputs["input_ids"].shape[1] :].tolist()
+    assert new_ids(assistant, sample)[0] == whole[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple[str, Path]) -> None:
@@ -290,7 +287,7 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=use_dora)
     assert not (adapter / "recipe.json").exists()
     template = "vicuna_v1" if name == "language" else None
-    ours = open_asker(Wanted(adapter=adapter, with_base=True, template=template))
+    ours = open_model(Wanted(adapter=adapter, with_base=True, template=template))
     assert isinstance(ours.adapted, Assistant)
     assert isinstance(ours.base, Assistant)
     turns, seen = list(conversations(name))[-1]
@@ -331,76 +328,67 @@ def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path
 # -- what cannot be asked ------------------------------------------------------------------------------------
 
 
-def refused(capsys: Any, command: Any, arguments: Sequence[object]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        command([str(one) for one in arguments])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert len(said) <= 500
-    return said
+@pytest.fixture(scope="module")
+def places(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models without weights, adapters that cannot be opened, and folders that hold nothing."""
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("empty", "bare_adapter", "lora", "other_peft", "florence2", "blip-2", "bert", "vlbart"):
+        (folder / name).mkdir()
+    for name in ("florence2", "blip-2", "bert", "vlbart"):
+        (folder / name / "config.json").write_text(json.dumps({"model_type": name}))
+    for name, kind in (("bare_adapter", None), ("lora", "LORA"), ("other_peft", "IA3")):
+        save_file({"a": torch.zeros(1)}, folder / name / "adapter_model.safetensors")
+        if kind:
+            (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    models = {"bare": write_tiny("qwen2_5_vl", folder / "bare"), "silent": write_tiny("qwen2_5_vl", folder / "silent")}
+    models |= {"language": write_tiny_language(folder / "language"), "llava": write_tiny_llava(folder / "llava")}
+    for model in models.values():
+        (model / "model.safetensors").unlink()
+    (models["silent"] / "chat_template.jinja").unlink()
+    others = {path.name: path for path in folder.iterdir()}
+    return {**others, **models, "data": data, "own": data / "colours.yaml", "gone": folder / "gone"}
 
 
-def without_weights(folder: Path) -> Path:
-    (folder / "model.safetensors").unlink()
-    return folder
+EVALUATE = "evaluate --benchmarks {own} --to {gone}/to"
+ASK = "ask --question q"
 
 
-@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "bert", "vlbart"])
-def test_a_model_that_cannot_be_asked_is_named_before_its_weights(
-    model_type: str, data: Path, tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        *((f"{ASK} --model {{{name}}}", repr(name)) for name in ("florence2", "blip-2", "bert")),
+        *((f"{EVALUATE} --images {{data}} --model {{{name}}}", repr(name)) for name in ("florence2", "blip-2", "bert")),
+        (ASK + " --model {vlbart}", "VL-BART"),
+        (EVALUATE + " --model {bare} --images {gone}", "{gone}"),
+        (EVALUATE + " --model {bare} --images {empty}", "colours: "),
+        ("evaluate --benchmarks {own} --model {bare} --images {data}", "--to"),
+        ("evaluate --benchmarks pope={data}/colours.jsonl --to {gone} --model {bare} --answer-by likelihood", "pope"),
+        ("evaluate --benchmarks pope={gone}.jsonl --to {gone} --model {bare}", "{gone}.jsonl"),
+        (EVALUATE + " --model {silent} --images {data}", "chat template"),
+        (ASK + " --model {language}", "chat template"),
+        (ASK + " --model {llava} --template tokenizer", "chat template"),
+        (ASK + " --model {llava} --template odd", "vicuna_v1"),
+        (ASK, "--adapter"),
+        (ASK + " --model {bare} --adapter {lora}", "--adapter"),
+        (ASK + " --model {bare} --compare-base", "--compare-base"),
+        (ASK + " --model ./gone", "./gone"),
+        (ASK + " --model {bare_adapter}", "--adapter {bare_adapter}"),
+        (ASK + " --adapter {lora}", "--base"),
+        (ASK + " --adapter {other_peft}", "IA3"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
+    words: str, named: str, places: dict[str, Path], capsys: Any
 ) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
-    asked = ["--model", tmp_path / "model", "--question", "q"]
-    expected = "is a VL-BART" if model_type == "vlbart" else f"{model_type!r}, which cannot be asked here"
-    assert expected in refused(capsys, image_qa.main, asked)
-    options = ["evaluate", "--model", tmp_path / "model", "--benchmarks", data / "colours.yaml", "--images", data]
-    assert expected in refused(capsys, main, [*options, "--to", tmp_path / "to"])
-
-
-def test_what_is_missing_is_named_before_weights_are_read(data: Path, tmp_path: Path, capsys: Any) -> None:
-    bare = without_weights(write_tiny("qwen2_5_vl", tmp_path / "bare"))
-    evaluated = ["evaluate", "--model", bare, "--benchmarks", data / "colours.yaml"]
-    to = ["--to", tmp_path / "to"]
-    assert "picture folder" in refused(capsys, main, [*evaluated, *to, "--images", tmp_path / "gone"])
-    (tmp_path / "empty").mkdir()
-    said = refused(capsys, main, [*evaluated, *to, "--images", tmp_path / "empty"])
-    assert "colours: not one of 5 pictures is in" in said
-    assert "--to" in refused(capsys, main, [*evaluated, "--images", data])
-    pope = ["evaluate", "--model", bare, "--benchmarks", f"pope={data / 'colours.jsonl'}", *to, "--images", data]
-    assert "--answer-by likelihood" in refused(capsys, main, [*pope, "--answer-by", "likelihood"])
-    gone = ["evaluate", "--model", bare, "--benchmarks", f"pope={data / 'gone.jsonl'}", *to, "--images", data]
-    assert "gone.jsonl" in refused(capsys, main, gone)
-    (bare / "chat_template.jinja").unlink()
-    assert "has no chat template" in refused(capsys, main, [*evaluated, *to, "--images", data])
-    assert not (tmp_path / "to" / "metrics.json").exists()
-    language = without_weights(write_tiny_language(tmp_path / "language"))
-    assert "chat template" in refused(capsys, image_qa.main, ["--model", language, "--question", "q"])
-    llava = without_weights(write_tiny_llava(tmp_path / "llava"))
-    own = ["--model", llava, "--template", "tokenizer", "--question", "q"]
-    assert "has no chat template" in refused(capsys, image_qa.main, own)
-    assert "there are vicuna_v1" in refused(capsys, image_qa.main, [*own[:3], "odd", *own[4:]])
-    other = ["--model", bare, "--template", "vicuna_v1", "--question", "q"]
-    assert "its own chat template; leave it out" in refused(capsys, image_qa.main, other)
-
-
-def test_options_that_do_not_fit_are_named(data: Path, tmp_path: Path, capsys: Any) -> None:
-    base = write_tiny("qwen2_5_vl", tmp_path / "base")
-    asked = ["--question", "q"]
-    assert "--adapter DIR, or --model FOLDER" in refused(capsys, image_qa.main, asked)
-    both = ["--adapter", tmp_path, "--model", base, *asked]
-    assert "one of the two" in refused(capsys, image_qa.main, both)
-    assert "--compare-base" in refused(capsys, image_qa.main, ["--model", base, "--compare-base", *asked])
-    assert "no such folder" in refused(capsys, image_qa.main, ["--model", "./gone", *asked])
-    (tmp_path / "adapter").mkdir()
-    save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
-    assert "--adapter" in refused(capsys, image_qa.main, ["--model", tmp_path / "adapter", *asked])
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    assert "--base FOLDER" in refused(capsys, image_qa.main, ["--adapter", tmp_path / "adapter", *asked])
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    assert "peft_type is 'IA3'" in refused(capsys, image_qa.main, ["--adapter", tmp_path / "adapter", *asked])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(words.format(**places).split())
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert named.format(**places) in message
+    assert (message.count("\n"), message[:7]) == (1, "error: ")
+    assert len(message) <= 500
+    assert not places["gone"].exists()
 
 
 def test_a_language_model_is_asked_and_sees_no_pictures(tmp_path: Path, capsys: Any) -> None:
@@ -421,7 +409,7 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)
     clip = Clip(path="clips/test-00000.mp4")
     examples = [
-        Example(id=name, video=video, question="What moves?", answers=(Answer(text="red"),))
+        Example(id=name, videos=(video,), question="What moves?", answers=(Answer(text="red"),))
         for name, video in (("there", clip), ("gone", Clip(path="gone.mp4")))
     ]
     write_examples(tmp_path / "clips.jsonl", examples)

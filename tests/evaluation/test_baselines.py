@@ -96,7 +96,7 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     clips = [
         Example(
             id=f"c{n}",
-            video=Clip(path="v.mp4", start_seconds=float(n)),
+            videos=(Clip(path="v.mp4", start_seconds=float(n)),),
             extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n},
         )
         for n in range(3)
@@ -107,12 +107,12 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     assert sample.keys() == everything.keys() - {"words", "alone"}
     for name, one in sample.items():
         own = everything[name]
-        assert (one.images, one.clips) != (own.images, own.clips)
-        assert (len(one.images), len(one.clips)) == (len(own.images), len(own.clips))
+        assert (one.images, one.videos) != (own.images, own.videos)
+        assert (len(one.images), len(one.videos)) == (len(own.images), len(own.videos))
         assert (one.question, one.answers, one.extra.get("kind")) == (own.question, own.answers, own.extra.get("kind"))
     assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
     for n in range(3):
-        assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].clips[0].start_seconds}.png"
+        assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].videos[0].start_seconds}.png"
     assert exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"}) != [*sample.values()]
     assert "p3" not in {one.id for one in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.evaluation import commands
-from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
@@ -53,7 +53,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
     assert "Answers that differ" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     main(words(folders, tmp_path / "merged", "--check", 4))  # an earlier result with its certificate is replaced
-    assistant = open_asker(Wanted(adapter=folders / "adapter")).adapted
+    assistant = open_model(Wanted(adapter=folders / "adapter")).adapted
     assert isinstance(assistant, Assistant)
     for one in found["answers"]:
         assert one["unmerged"] == one["merged"]["answer"] == answer(assistant, folders, one["id"])
@@ -67,7 +67,7 @@ def answer(assistant: Assistant, folders: Path, name: str) -> str:
     questions, _ = read_questions(folders / "data" / "train.json")
     question = next(one for one in questions if one.id == name)
     pictures = [open_picture(folders / "data", path) for path in question.images]
-    return assistant.answer(question.turns, pictures, max_new_tokens=6).strip()
+    return assistant.answer(question, Shown(pictures=tuple(pictures)), max_new_tokens=6).strip()
 
 
 def broken_merge(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -161,9 +161,9 @@ def test_what_cannot_be_checked_is_said_before_anything_is_merged(folders: Path,
 
 
 def test_questions_are_spread_over_the_file() -> None:
-    questions = [Question(id=str(number), images=(), turns=(), truth="") for number in range(10)]
-    assert [one.id for one in commands._spread(questions, 3)] == ["0", "3", "6"]
-    assert commands._spread(questions, 30) == questions
+    questions = [Question(id=str(number), turns=()) for number in range(10)]
+    assert [one.id for one in commands.spread(questions, 3)] == ["0", "3", "6"]
+    assert commands.spread(questions, 30) == questions
 
 
 def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, capsys) -> None:

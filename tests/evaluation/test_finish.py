@@ -13,7 +13,8 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.evaluation.finish import Answers, finish
+from dora_vl.evaluation.finish import finish
+from dora_vl.evaluation.predictions import Prediction, Predictions
 from dora_vl.evaluation.questions import EvaluationSet, read_set
 
 CHOICES = ("red", "blue")
@@ -60,7 +61,7 @@ OPTIONS = argparse.Namespace(
 def test_the_other_benchmarks_keep_their_scores(tmp_path: Path) -> None:
     sets = several(tmp_path)
     said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
-    answered = {name: Answers(answers={"1": one}, failed={}, sha256={}) for name, one in said.items()}
+    answered = {name: Predictions(rows=[Prediction(id="1", prediction=one)]) for name, one in said.items()}
     lines: list[str] = []
     with pytest.raises(UserError, match=r"1 of 3 benchmarks not scored: mme; mme: MME picture a\.jpg of count has 1"):
         lines.extend(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
@@ -72,7 +73,7 @@ def test_the_other_benchmarks_keep_their_scores(tmp_path: Path) -> None:
 
 def test_what_was_true_of_a_failed_benchmark_stays(tmp_path: Path) -> None:
     sets = several(tmp_path)
-    answered = {one.name: Answers(answers={"1": "x"}, failed={}, sha256={}) for one in sets}
+    answered = {one.name: Predictions(rows=[Prediction(id="1", prediction="x")]) for one in sets}
     list(finish(sets[:1], answered, None, OPTIONS, tmp_path))
     before = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["exact_match"]
     broken = read_set(f"exact_match={tmp_path / 'first.jsonl'}", tmp_path, mode=None, limit=None)
@@ -108,7 +109,7 @@ def test_odd_extras_are_scored_or_one_line(
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     example = Example(
         id="dev-1-0-0",
-        video=Clip(path="v.mp4"),
+        videos=(Clip(path="v.mp4"),),
         question="?",
         choices=CHOICES,
         answers=(Answer(text="true"),),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predictions import Origin, file_sha256, refuse_anothers, write_metrics
+from dora_vl.evaluation.predictions import file_sha256, refuse_anothers, write_metrics
 
-ORIGIN = Origin(answers_of="run/adapter", answers_sha256={"adapter": "a", "base": "b"}, limit=4)
+ORIGIN: dict[str, Any] = {"answers_of": "run/adapter", "answers_sha256": {"adapter": "a", "base": "b"}, "limit": 4}
 
 
 def entry(folder: Path, name: str, value: float) -> dict[str, Any]:
@@ -23,10 +22,10 @@ def entry(folder: Path, name: str, value: float) -> dict[str, Any]:
     return {"file": str(file), "file_sha256": file_sha256(file), "metrics": {"accuracy": value}}
 
 
-def add(folder: Path, name: str, value: float, origin: Origin = ORIGIN) -> list[str]:
+def add(folder: Path, name: str, value: float, origin: dict[str, Any] = ORIGIN) -> list[str]:
     asked_with = {name: {"batch_size": value}}
     return write_metrics(
-        folder / "metrics.json", origin, {name: entry(folder, name, value)}, asked=[name], asked_with=asked_with
+        folder / "metrics.json", origin, {name: entry(folder, name, value)}, asked=[name], options=asked_with
     )
 
 
@@ -41,20 +40,19 @@ def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
     found = there(tmp_path)
     assert {name: one["metrics"]["accuracy"] for name, one in found["benchmarks"].items()} == {"gqa": 3.0, "pope": 2.0}
     assert found["asked_with"] == {"gqa": {"batch_size": 3.0}, "pope": {"batch_size": 2.0}}
-    assert {name: found[name] for name in vars(ORIGIN)} == vars(ORIGIN)
+    assert {name: found[name] for name in ORIGIN} == ORIGIN
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(ORIGIN, answers_sha256={"adapter": "c", "base": "b"}),
-        replace(ORIGIN, answers_sha256={"adapter": "a", "base": "c"}),
-        replace(ORIGIN, answers_of="other/adapter"),
-        replace(ORIGIN, against="other/adapter", against_sha256={"adapter": "c", "base": "b"}),
-        replace(ORIGIN, limit=None),
+        ORIGIN | {"answers_sha256": {"adapter": "c", "base": "b"}},
+        ORIGIN | {"answers_of": "other/adapter"},
+        ORIGIN | {"against": "other/adapter", "against_sha256": {"adapter": "c", "base": "b"}},
+        ORIGIN | {"limit": None},
     ],
 )
-def test_numbers_of_other_answers_go_and_it_is_said(tmp_path: Path, other: Origin) -> None:
+def test_numbers_of_other_answers_go_and_it_is_said(tmp_path: Path, other: dict[str, Any]) -> None:
     add(tmp_path, "gqa", 1.0)
     lines = add(tmp_path, "pope", 2.0, other)
     assert "no longer holds gqa" in lines[0]

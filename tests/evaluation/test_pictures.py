@@ -65,12 +65,13 @@ def test_the_average_of_a_logarithmic_axis_stays_among_the_losses() -> None:
 
 
 def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:
-    answers = ["red"] * 900 + ["blue"] * 100
-    fair, mistakes = chosen_for_sheet([prediction(number, answer) for number, answer in enumerate(answers)])
+    rows = [prediction(number) for number in range(1000)]
+    shares = {row.id: float(int(row.id) < 900) for row in rows}
+    fair, mistakes = chosen_for_sheet(rows, shares)
     assert (len(fair), len(mistakes)) == (SHEET_CELLS - COLUMNS, COLUMNS)
-    assert all(one.prediction == "blue" for one in mistakes)
+    assert all(int(one.id) >= 900 for one in mistakes)
     assert len({one.id for one in fair + mistakes}) == SHEET_CELLS
-    assert chosen_for_sheet([prediction(1), prediction(2)])[1] == []
+    assert chosen_for_sheet(rows[:2], {})[1] == []
 
 
 @pytest.mark.parametrize("count", [1, 7, 60])
@@ -81,19 +82,19 @@ def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Pat
         return Image.new("RGB", (64, 64 if path.startswith("1") else 500), "white")
 
     rows = [prediction(number, ("red", "", "a very long answer " * 20)[number % 3]) for number in range(count)]
-    write_contact_sheet(rows, picture, tmp_path / "sheet.png", title="one")
+    write_contact_sheet(rows, picture, tmp_path / "sheet.png", title="one", shares={})
     with Image.open(tmp_path / "sheet.png") as sheet:
         sheet.load()
         assert sheet.width > sheet.height / 3
     with pytest.raises(UserError, match="no predictions"):
-        write_contact_sheet([], picture, tmp_path / "sheet.png", title="one")
+        write_contact_sheet([], picture, tmp_path / "sheet.png", title="one", shares={})
 
 
 def test_what_is_said_stands_on_the_picture(tmp_path: Path) -> None:
     def drawn(name: str, said: dict[str, str]) -> bytes:
         rows = [prediction(number) for number in range(3)]
         write_contact_sheet(
-            rows, lambda _: Image.new("RGB", (64, 64), "white"), tmp_path / name, title="one", subtitles=said
+            rows, lambda _: Image.new("RGB", (64, 64), "white"), tmp_path / name, title="one", shares={}, subtitles=said
         )
         with Image.open(tmp_path / name) as sheet:
             return sheet.tobytes()
@@ -113,14 +114,14 @@ def test_text_is_drawn_as_it_stands_and_not_as_mathematics(tmp_path: Path, text:
         Prediction(id="1", images=["1.png"], question=text, truth=text, prediction=text),
         Prediction(id="2", images=["2.png"], question="what is it?", truth=text, prediction="red"),
     ]
-    write_contact_sheet(rows, white, tmp_path / "a.png", title=text, subtitles={"1": text})
+    write_contact_sheet(rows, white, tmp_path / "a.png", title=text, shares={}, subtitles={"1": text})
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_dollars_are_dollars_on_the_sheet(tmp_path: Path) -> None:
     def drawn(name: str, question: str) -> bytes:
         row = Prediction(id="1", images=["1.png"], question=question, truth="red", prediction="red")
-        write_contact_sheet([row], white, tmp_path / name, title="one")
+        write_contact_sheet([row], white, tmp_path / name, title="one", shares={})
         with Image.open(tmp_path / name) as sheet:
             return sheet.tobytes()
 
@@ -133,7 +134,7 @@ def test_dollars_are_dollars_on_the_sheet(tmp_path: Path) -> None:
 @given(st.text(max_size=40), st.text("$\\{}^_ab \n\0\ud800", max_size=20))
 def test_any_text_can_be_drawn(tmp_path: Path, text: str, marks: str) -> None:
     row = Prediction(id="1", images=["1.png"], question=text, truth=marks, prediction=marks + text)
-    write_contact_sheet([row], white, tmp_path / "a.png", title=marks, subtitles={"1": text + marks})
+    write_contact_sheet([row], white, tmp_path / "a.png", title=marks, shares={}, subtitles={"1": text + marks})
 
 
 def test_any_label_can_be_drawn_over_a_decomposition(tmp_path: Path) -> None:

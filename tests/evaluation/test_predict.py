@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from dora_vl.backbones.generation import NO_TOKEN
 from dora_vl.data.batches import Collator
@@ -19,11 +19,9 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import MediaReader, Shown
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.predict import Decoding, predict
-from dora_vl.evaluation.predictions import PredictionsFile
-from dora_vl.evaluation.prompt_inputs import Side
+from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
+from dora_vl.evaluation.predictions import Predictions
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.training.run_media import VideoReading
 
@@ -33,31 +31,30 @@ WITHOUT_NUMBERS = "N"
 """In a prompt: the model's scores are NaN."""
 
 
-class LetterPrompts:
+class LetterPrompts(EncoderPrompts):
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
 
-    tokenizer = PreTrainedTokenizerBase()
     videos_of_one_length = False
-    frames_are_pictures = False
+
+    def __init__(self) -> None: ...
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:
             raise BadSample("prompt", "a noncharacter")
         ids = torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
-        pixels = tuple(torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures)
-        return Sample(index=0, id="", input_ids=ids, labels=ids, pictures=pixels, features=seen.features)
+        pixels = [torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures]
+        stored = {"image_features": torch.stack(seen.features)} if seen.features else {}
+        inputs = stored or {"pixel_values": torch.stack(pixels)}
+        return Sample(index=0, id="", input_ids=ids, labels=ids, inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         raise NotImplementedError
 
-    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
+    def collate(self, samples: Sequence[Sample], side: str) -> Mapping[str, Any]:
         return {**Collator(0, pad_side=side)(samples)}
 
     def decode(self, ids: Tensor) -> str:
         return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
-
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        return lambda ids: self.decode(torch.tensor(ids))
 
 
 class LastWordModel(torch.nn.Module):
@@ -66,6 +63,7 @@ class LastWordModel(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = PretrainedConfig()
         self.batches: list[list[int]] = []
         self.stop_after: int | None = None
 
@@ -89,29 +87,28 @@ def question(number: int, text: str = "") -> Question:
     return Question(id=f"q{number}", images=(f"{number % 10}.png",), turns=(Turn("user", words),), truth="a0")
 
 
-def ask(folder: Path, questions: list[Question], model: LastWordModel, *, workers: int = 0, **settings: Any):
+def asked(
+    folder: Path, questions: list[Question], model: LastWordModel, *, workers: int = 0, **media: Any
+) -> Predictions:
     for number in range(10):
         Image.new("RGB", (number + 1, 2)).save(folder / f"{number}.png")
     (folder / "broken").write_bytes(b"no picture")
-    features, videos = settings.pop("features", None), VideoReading(folder=folder, sampling=Uniform(2))
-    with PredictionsFile(folder / "predictions.jsonl", {}) as file:
-        failed = predict(
-            Assistant(model, LetterPrompts()),
-            questions,
-            media=MediaReader(folder=folder, videos=videos, features=features),
-            file=file,
-            decoding=Decoding(batch_size=4, max_new_tokens=3, workers=workers, **settings),
-        )
-    return file.done, failed
+    videos = VideoReading(folder=folder, sampling=Uniform(2))
+    return ask(
+        Assistant(model, LetterPrompts()),
+        questions,
+        MediaReader(folder=folder, videos=videos, **media),
+        Decoding(batch_size=4, max_new_tokens=3),
+        path=folder / "predictions.jsonl",
+        settings={},
+    )
 
 
 def test_every_question_gets_its_own_answer_longest_prompts_first(tmp_path: Path) -> None:
     model, questions = LastWordModel(), [question(number) for number in range(11)]
-    done, failed = ask(tmp_path, questions, model)
-    assert failed == {}
-    assert {name: p.prediction for name, p in done.items()} == {
-        f"q{n}": f"{'abcdefghij'[n % 10]}{n % 10}" for n in range(11)
-    }
+    predictions = asked(tmp_path, questions, model)
+    assert predictions.failed == {}
+    assert predictions.answers == {f"q{n}": f"{'abcdefghij'[n % 10]}{n % 10}" for n in range(11)}
     lengths = [length for batch in model.batches for length in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in model.batches] == [4, 4, 3]
@@ -119,26 +116,26 @@ def test_every_question_gets_its_own_answer_longest_prompts_first(tmp_path: Path
 
 def test_stored_features_are_used_in_place_of_pixels(tmp_path: Path) -> None:
     features = lambda path: torch.full((5, 3), float(path[0]))  # noqa: E731
-    done, _ = ask(tmp_path, [question(4)], LastWordModel(), features=features)
-    assert done["q4"].prediction == "e4"
+    predictions = asked(tmp_path, [question(4)], LastWordModel(), features=features)
+    assert predictions.answers == {"q4": "e4"}
 
 
 def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     broken = Question(id="bad picture", images=("broken",), turns=(Turn("user", "b"),), truth="a")
     odd = question(3, text="\ufdd0")
-    done, failed = ask(tmp_path, [broken, odd, question(1)], LastWordModel())
-    assert list(done) == ["q1"]
-    assert failed.keys() == {"bad picture", "q3"}
-    assert failed["bad picture"].startswith("picture broken in ")
-    assert failed["q3"] == "a noncharacter"
+    predictions = asked(tmp_path, [broken, odd, question(1)], LastWordModel())
+    assert list(predictions.answers) == ["q1"]
+    assert predictions.failed.keys() == {"bad picture", "q3"}
+    assert predictions.failed["bad picture"].startswith("picture broken in ")
+    assert predictions.failed["q3"] == "a noncharacter"
     assert "question bad picture could not be asked: picture broken" in caplog.text
 
 
 def test_a_batch_in_which_nothing_can_be_asked_is_passed_over(tmp_path: Path) -> None:
     model = LastWordModel()
-    done, failed = ask(tmp_path, [question(3, text="\ufdd0")], model)
-    assert (done, list(failed), model.batches) == ({}, ["q3"], [])
+    predictions = asked(tmp_path, [question(3, text="\ufdd0")], model)
+    assert (predictions.rows, list(predictions.failed), model.batches) == ([], ["q3"], [])
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -146,20 +143,24 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     stopped, again = LastWordModel(), LastWordModel()
     stopped.stop_after = 1
     with pytest.raises(KeyboardInterrupt):
-        ask(tmp_path, questions, stopped)
-    done, _ = ask(tmp_path, questions, again)
+        asked(tmp_path, questions, stopped)
+    predictions = asked(tmp_path, questions, again)
     assert sum(map(len, again.batches)) == 7
-    assert len(done) == 11
-    ask(tmp_path, questions, third := LastWordModel())
+    assert len(predictions.rows) == 11
+    asked(tmp_path, questions, third := LastWordModel())
     assert third.batches == []
 
 
 def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_path: Path) -> None:
     questions = [question(1, "fits"), question(2, "x" * 18), question(3, "also")]
-    done, failed = ask(tmp_path, questions, LastWordModel(), max_positions=20)
-    assert failed.keys() == {"q2"}
-    assert failed["q2"].startswith("its prompt takes 18 tokens and its answer up to 3, but the model has 20 positions")
-    assert {name: one.prediction for name, one in done.items()} == {"q1": "s1", "q3": "o3"}
+    model = LastWordModel()
+    model.config = PretrainedConfig(max_position_embeddings=20)
+    predictions = asked(tmp_path, questions, model)
+    assert predictions.failed.keys() == {"q2"}
+    assert predictions.failed["q2"].startswith(
+        "its prompt takes 18 tokens and its answer up to 3, but the model has 20 positions"
+    )
+    assert predictions.answers == {"q1": "s1", "q3": "o3"}
 
 
 def test_a_question_whose_scores_are_no_numbers_is_named_at_the_end_and_costs_no_other_its_answer(
@@ -168,15 +169,15 @@ def test_a_question_whose_scores_are_no_numbers_is_named_at_the_end_and_costs_no
     model, questions = LastWordModel(), [question(number, "abcdefghi"[number:]) for number in range(9)]
     questions[2] = question(2, f"cdefgh{WITHOUT_NUMBERS}")
     with pytest.raises(UserError, match=r"^question q2: the model's scores of the next word are no numbers; ask with"):
-        ask(tmp_path, questions, model)
+        asked(tmp_path, questions, model)
     assert list(map(len, model.batches)) == [4, 4, 1]
-    done, _ = ask(tmp_path, [one for one in questions if one.id != "q2"], again := LastWordModel())
+    predictions = asked(tmp_path, [one for one in questions if one.id != "q2"], again := LastWordModel())
     assert again.batches == []
-    assert {name: one.prediction for name, one in done.items()} == {f"q{n}": f"i{n}" for n in range(9) if n != 2}
+    assert predictions.answers == {f"q{n}": f"i{n}" for n in range(9) if n != 2}
 
 
 def test_a_model_without_any_numbers_ends_at_its_first_batch(tmp_path: Path) -> None:
     model = LastWordModel()
     with pytest.raises(UserError, match=r"^question q0, q1, .*: the model's scores of"):
-        ask(tmp_path, [question(number, WITHOUT_NUMBERS) for number in range(9)], model)
+        asked(tmp_path, [question(number, WITHOUT_NUMBERS) for number in range(9)], model)
     assert list(map(len, model.batches)) == [4]

@@ -21,8 +21,8 @@ import pytest
 from dora_vl.backbones.prompt_table import PROMPTS, TEMPLATES
 from dora_vl.data import prepare
 from dora_vl.data.benchmarks.table import SOURCES
-from dora_vl.data.example import Example
-from dora_vl.data.turns import read_conversation
+from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.readers import read_row
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.questions import read_set
 from dora_vl.evaluation.scores import prompts
@@ -35,7 +35,7 @@ ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
 ]
 SUBTASKS: Mapping[str, Subtask] = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
-OF_ONES_OWN = {"hugging-face", "llava-json"}  # no publisher's form; test_hugging_face, test_prepare_split
+OF_ONES_OWN = {"hugging-face", "llava-json"}  # no publisher's form; test_hugging_face, test_prepare
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
@@ -95,5 +95,5 @@ def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
     """A conversation under a template, and the parts of it that carry labels."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     (record,) = (one for one in rows if one["id"] == name)
-    rendered = TEMPLATES[template].render(read_conversation(record).turns)
+    rendered = TEMPLATES[template].render(as_conversation(read_row(record)).turns)
     return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

@@ -11,7 +11,7 @@ import pytest
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.test import evaluate_run
 from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import RunConfig

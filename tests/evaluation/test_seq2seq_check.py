@@ -17,7 +17,7 @@ from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.seq2seq_check import check_tests
+from dora_vl.evaluation.watch import check_tests
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
@@ -88,41 +88,27 @@ def not_finite(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "tested", "overrides", "told"),
+    ("spoil", "tested", "overrides", "named"),
     [
-        (no_file, "gqa", (), r"gqa\.jsonl does not exist"),
-        (
-            no_record,
-            "gqa",
-            ("--evaluation.files.gqa={data}/odd.jsonl",),
-            r"sample odd: .*odd\.jsonl, line 8: 'images' must be a list",
-        ),
-        (unlabelled, "nlvr2", (), r"1 examples have no label, first dev-4-0-0"),
-        (
-            other_features,
-            "gqa",
-            ("--evaluation.features.gqa={data}/other",),
-            r"gqa\.jsonl: not one of 7 examples can be asked \(gqa-0, gqa-1, gqa-2, \.\.\.\); the first: .*p0",
-        ),
-        (gone, "gqa", (), r"gqa\.jsonl: 1 of 7 examples cannot be asked \(gqa-5\); the first: .* no features of p5"),
-        (cut_short, "tvqa", (), r"tvqa\.jsonl: 1 of 7 examples cannot be asked \(tvqa-5\); .*p5\.npz in .*be read"),
-        (
-            with_other_tokens,
-            "nlvr2",
-            (),
-            r"2 of 7 .* \(dev-4-0-0, dev-5-0-0\); the first: its pictures have 4 and 9 tokens; data\.feature_tok",
-        ),
-        (with_other_width, "gqa", (), r"1 of 7 .*\(gqa-5\); .* have 9 numbers a token; the model takes 8"),
-        (not_finite, "gqa", (), r"gqa\.jsonl: 1 of 7 whose features were read cannot be asked \(gqa-5\); .* hold NaN"),
+        (no_file, "gqa", (), ["gqa.jsonl"]),
+        (no_record, "gqa", ("--evaluation.files.gqa={data}/odd.jsonl",), ["odd.jsonl, line 8", "'images'"]),
+        (unlabelled, "nlvr2", (), ["dev-4-0-0"]),
+        (other_features, "gqa", ("--evaluation.features.gqa={data}/other",), ["gqa.jsonl", "7 examples", "gqa-0"]),
+        (gone, "gqa", (), ["gqa.jsonl", "1 of 7", "gqa-5", "p5"]),
+        (cut_short, "tvqa", (), ["tvqa.jsonl", "1 of 7", "tvqa-5", "p5.npz"]),
+        (with_other_tokens, "nlvr2", (), ["2 of 7", "dev-4-0-0, dev-5-0-0", "4 and 9 tokens"]),
+        (with_other_width, "gqa", (), ["1 of 7", "gqa-5", "9 numbers", "takes 8"]),
+        (not_finite, "gqa", (), ["gqa.jsonl", "1 of 7", "gqa-5", "NaN"]),
     ],
     ids=["file", "record", "label", "all features", "missing", "cut short", "tokens", "width", "content"],
 )
 def test_what_the_test_lacks_is_told_before_training(
-    data: Path, spoil: Callable[[Path], None], tested: str, overrides: tuple[str, ...], told: str
+    data: Path, spoil: Callable[[Path], None], tested: str, overrides: tuple[str, ...], named: list[str]
 ) -> None:
     spoil(data)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError) as refused:
         run(task(data, (tested,), *(one.format(data=data) for one in overrides)))
+    assert [name for name in named if name not in str(refused.value)] == []
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 

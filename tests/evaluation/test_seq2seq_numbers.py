@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation import seq2seq_run
+from dora_vl.evaluation import vlbart_assistant
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
@@ -34,7 +34,7 @@ def pipeline(folder: Path, task: str) -> VlBartPipeline:
 
 def break_row(number: int, patched: pytest.MonkeyPatch) -> None:
     """So many rows down, a batch has features of NaN, once they have been read."""
-    collate = seq2seq_run.Seq2SeqCollator.__call__
+    collate = vlbart_assistant.Seq2SeqCollator.__call__
 
     def broken(self: Any, parts: Any) -> dict[str, Any]:
         batch = collate(self, parts)
@@ -42,7 +42,7 @@ def break_row(number: int, patched: pytest.MonkeyPatch) -> None:
         features[number] = float("nan")
         return batch
 
-    patched.setattr(seq2seq_run.Seq2SeqCollator, "__call__", broken)
+    patched.setattr(vlbart_assistant.Seq2SeqCollator, "__call__", broken)
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -64,4 +64,4 @@ def test_the_others_of_a_batch_have_their_answers(task: str, tmp_path: Path, mon
 
 def answers_in(folder: Path, task: str) -> dict[str, str]:
     lines = (folder / "run" / "predictions" / f"{task}.jsonl").read_text().splitlines()
-    return {one["id"]: one["answer"] for one in map(json.loads, lines)}
+    return {one["id"]: one["prediction"] for one in map(json.loads, lines)}

@@ -23,20 +23,10 @@ from dora_vl.training.command_line import read_run_file
 from tests.training.tiny_run import write_run
 
 
-@pytest.mark.parametrize(
-    ("block", "said"),
-    [
-        ({"optimizer": {"type": "AdamW"}}, "one learning rate is used for every part"),
-        ({"scheduler": {"type": "WarmupLR"}}, "training.lr_scheduler_type and training.warmup_steps are not used"),
-        ({"bf16": {"enabled": True}}, "casts the trained float32 parameters"),
-        ({"fp16": {"enabled": True}}, "casts the trained float32 parameters"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
-    ],
-)
-def test_unsafe_blocks_are_refused(block: dict[str, Any], said: str) -> None:
-    config = {**read_deepspeed("zero2"), **block}
-    with pytest.raises(UserError, match=said):
-        check_deepspeed(config, method="dora", bf16=False)
+@pytest.mark.parametrize("name", ["optimizer", "scheduler", "bf16", "fp16", "torch_autocast"])
+def test_unsafe_blocks_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f'"{name}"'):
+        check_deepspeed({**read_deepspeed("zero2"), name: {"enabled": True}}, method="dora", bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +62,14 @@ def test_a_number_that_is_said_twice_must_agree() -> None:
     )
     check_agreement(read_deepspeed("zero2"), section)
     check_agreement({"gradient_accumulation_steps": 2, "gradient_clipping": 1.0, "train_batch_size": 24}, section)
-    with pytest.raises(UserError, match='"train_batch_size" is 8, but training says 24'):
-        check_agreement({"train_batch_size": 8}, section)
-    with pytest.raises(
-        UserError, match=r'"gradient_accumulation_steps" is 8, but training.gradient_accumulation_steps is 2'
-    ):
-        check_agreement({"gradient_accumulation_steps": 8}, section)
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        with pytest.raises(UserError, match=f'"{name}" is 8, .*(24|2)'):
+            check_agreement({name: 8}, section)
 
 
 def test_full_fine_tuning_may_use_bf16_with_masters() -> None:
     check_deepspeed({"bf16": {"enabled": True}}, method="full", bf16=True)
-    with pytest.raises(UserError, match='write "auto"'):
+    with pytest.raises(UserError, match='"bf16"'):
         check_deepspeed({"bf16": {"enabled": False}}, method="full", bf16=True)
 
 
@@ -92,30 +79,30 @@ def test_a_config_is_found_by_name_path_and_below_the_repository(tmp_path: Path)
     assert zero_stage(read_deepspeed(str(own))) == 1
     assert zero_stage(read_deepspeed("zero3")) == 3
     assert read_deepspeed("configs/deepspeed/zero3.json") == read_deepspeed("zero3")
-    with pytest.raises(UserError, match="neither a file nor one of zero0, zero2, zero3, zero3_offload"):
+    with pytest.raises(UserError, match=r"zero4 .*zero3_offload"):
         read_deepspeed("zero4")
     own.write_text("{")
-    with pytest.raises(UserError, match=r"own.json: not JSON"):
+    with pytest.raises(UserError, match=r"own.json"):
         read_deepspeed(str(own))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "named"),
     [
-        (["--training.bf16=true"], "training.bf16 is for adapter.method: full; with dora"),
-        (["--adapter.method=full", "--model.dtype=bfloat16"], "would train without float32 masters"),
-        (["--adapter.method=full", "--model.dtype=bfloat16", "--training.bf16=true"], "needs training.deepspeed"),
-        (["--training.eval_strategy=steps"], "data.validation names no file"),
+        (["--training.bf16=true"], "training.bf16 .*adapter.method: full"),
+        (["--adapter.method=full", "--model.dtype=bfloat16"], "model.dtype bfloat16"),
+        (["--adapter.method=full", "--model.dtype=bfloat16", "--training.bf16=true"], "training.deepspeed"),
+        (["--training.eval_strategy=steps"], "data.validation"),
     ],
 )
-def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[str], named: str) -> None:
     run_file = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=named):
         training_arguments(read_run_file(run_file, *overrides))
 
 
 def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
     config = read_run_file(write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json"))
     training = {key: value for key, value in config.training.items() if key != "output_dir"}
-    with pytest.raises(UserError, match=r"training.output_dir is missing"):
+    with pytest.raises(UserError, match=r"training.output_dir"):
         training_arguments(dataclasses.replace(config, training=training))

@@ -34,6 +34,7 @@ def page_faults(mode: str) -> list[str]:
     return finished.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library's allocator")
 def test_freed_memory_is_kept_for_the_next_step():
     (left_alone,) = page_faults("alone")

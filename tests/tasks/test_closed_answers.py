@@ -22,8 +22,7 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import VlBartRunConfig
@@ -139,7 +138,7 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(
         assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
         said = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
         best = by_hand(config_of(run_file), backbone, task).argmax(1)
-        assert [one["answer"] for one in said] == [answers[place] for place in best.tolist()]
+        assert [one["prediction"] for one in said] == [answers[place] for place in best.tolist()]
     shutil.copytree(trained, trained.with_name("again"))
     (trained.with_name("again") / "metrics.json").unlink()
     with caplog.at_level(logging.INFO):
@@ -399,8 +398,8 @@ def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(asked: Pat
     question = ["--question", "what color is it?", "--compare-base"]
     image_qa.main(["--adapter", str(adapter), *images, *question])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["answer"] for one in said]
-    base = open_asker(Wanted(adapter=adapter, with_base=True)).base
+    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["prediction"] for one in said]
+    base = open_model(Wanted(adapter=adapter, with_base=True)).base
     assert isinstance(base, VlBartAssistant)
     assert [one.answer_by for one in base.subtasks] == ["text"]
     options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={asked / 'gqa.jsonl'}"]

@@ -153,7 +153,7 @@ def test_the_references_validation_split(folder: Path) -> None:
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None
     for found, wanted in ((held_out, split["test"]), (rows, split["train"])):
-        assert [turns[0]["value"] for turns in found.rows["conversations"]] == wanted["instruction"][:]
+        assert [turns[0]["text"] for turns in found.rows["turns"]] == wanted["instruction"][:]
 
 
 def test_any_format_of_several_files_streamed(folder: Path) -> None:
@@ -186,7 +186,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
-    from dora_vl.evaluation.commonsense_run import read_sets
+    from dora_vl.evaluation.test import read_sets
     from dora_vl.training.recipe import CommonsenseEvaluationConfig
 
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}

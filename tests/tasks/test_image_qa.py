@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant, TextStreamer, open_picture
-from dora_vl.evaluation.open_model import open_asker
-from dora_vl.evaluation.prompt_inputs import model_inputs
+from dora_vl.evaluation.ask import Assistant, TextStreamer
+from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.questions import Question
 from dora_vl.serving.model import open_served
 from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -61,15 +62,17 @@ def test_every_question_is_put_to_every_picture(adapter: Path, pictures: list[st
 def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures: list[str], capsys: Any) -> None:
     ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.")
     printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_asker(Wanted(adapter=adapter)).adapted
+    assistant = open_model(Wanted(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\nSay the colour.")]
-    assert printed == assistant.answer(turns, [open_picture(Path(pictures[0]))], max_new_tokens=4)
+    assert printed == assistant.answer(
+        Question(id="q", turns=tuple(turns)), Shown(pictures=(open_picture(Path(pictures[0])),)), max_new_tokens=4
+    )
 
 
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
     from dora_vl.backbones.model import open_backbone
 
-    both = open_asker(Wanted(adapter=adapter, with_base=True))
+    both = open_model(Wanted(adapter=adapter, with_base=True))
     assert isinstance(both.base, Assistant)
     assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
@@ -93,18 +96,18 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     """Trained layers and the projector, from the base over the adapter and beyond."""
     model = open_served(None, {"one": adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
-    batch = model.assistant.prompts.collate([model.asked("one").prompts.sample(turns, seen)], "left")
+    batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
     inputs = model_inputs(batch, "cpu")
 
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        opened = open_asker(Wanted(adapter=adapter, strength=strength, with_base=with_base))
+        opened = open_model(Wanted(adapter=adapter, strength=strength, with_base=with_base))
         assistants = [one for one in (opened.adapted, opened.base) if isinstance(one, Assistant)]
         found = [one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits for one in assistants]
         return found[0], found[1] if with_base else None
 
     seen_logits = []
     for strength in (0.0, 0.4, 1.0, 1.7):
-        with model.rows([model.asked("one")], [1], [strength]):
+        with model.rows([model.entry("one")], [1], [strength]):
             expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits
         found, _ = logits(strength)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
@@ -131,11 +134,11 @@ def test_pictures_together_and_a_conversation(
 ) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
-    def answer(self: object, turns: list[Turn], shown: tuple, **_: object) -> str:
-        seen.append((turns, len(shown)))
+    def answer(self: object, question: Question, shown: Shown, **_: object) -> str:
+        seen.append(([*question.turns], len(shown.pictures)))
         return "red"
 
-    monkeypatch.setattr("dora_vl.evaluation.assistant.Assistant.answer", answer)
+    monkeypatch.setattr("dora_vl.evaluation.ask.Assistant.answer", answer)
     images = [part for path in pictures for part in ("--image", path)]
     options = ["--together", "--conversation", "--question", "first?", "--question", "second?"]
     ask("--adapter", str(adapter), *images, *options)

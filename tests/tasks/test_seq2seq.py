@@ -24,7 +24,7 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
 )
 from dora_vl.backbones.vlbart_compose import small_tokenizer
-from dora_vl.data.benchmarks.videos import convert_clip
+from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
@@ -63,7 +63,7 @@ def text(encoder: Seq2SeqEncoder, ids: Tensor) -> str:
 
 VIDEO = Example(
     id="7",
-    video=Clip(path="clip.mp4"),
+    videos=(Clip(path="clip.mp4"),),
     question="is it red?",
     choices=("red ", "blue.", "green . ", "a dog", "none"),
     subtitles=tuple(Subtitle(f"hello number {index}") for index in range(400)),
@@ -100,7 +100,7 @@ def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
         "coco_caption": "caption: ",
     }
     assert vlbart_tasks.image_subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
-    clip = Example(id="2", video=Clip(path="a.mp4"), subtitles=(Subtitle("hello"),), extra={"ts": [1.5, 2.0]})
+    clip = Example(id="2", videos=(Clip(path="a.mp4"),), subtitles=(Subtitle("hello"),), extra={"ts": [1.5, 2.0]})
     for name, expected in (("tvc", "[Subs] hello [TS] ([1.5, 2.0]) tvc: "), ("yc2c", "[Subs] hello yc2c: ")):
         prompt = videos[name].prompt(clip)
         assert prompt.subtitles_before + prompt.subtitles + prompt.text == expected
@@ -149,7 +149,7 @@ def test_video_texts_are_the_published_ones_to_the_last_space(
 def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     """TVC's descriptions as its files have them, some with a space before them."""
     row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
-    write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
+    write_examples(tmp_path / "tvc.jsonl", [clip_row(row, answered=True)])
     file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
     said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
     assert said == [" hello is it", "hello"]
@@ -191,10 +191,10 @@ def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path, {})
     writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
     writer.flush()
-    made = features_of(Example(id="1", video=Clip(path="a.mp4")), FeatureReader(open_features(tmp_path), 12, 3))
+    made = features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 12, 3))
     assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
     with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
-        features_of(Example(id="1", video=Clip(path="a.mp4")), FeatureReader(open_features(tmp_path), 10, 3))
+        features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 10, 3))
 
 
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
     reader = FeatureReader(open_features(tmp_path), 2, 3)
     part = {"start_seconds": 1.5, "end_seconds": 4.0}
     for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
-        assert features_of(Example(id="1", video=clip), reader).shape == (1, 2, 3)
-    stated = Example(id="1", video=Clip(path="whole.mp4", **part), extra={"ts": "1.5-4"})
+        assert features_of(Example(id="1", videos=(clip,)), reader).shape == (1, 2, 3)
+    stated = Example(id="1", videos=(Clip(path="whole.mp4", **part),), extra={"ts": "1.5-4"})
     assert features_of(stated, reader).shape == (1, 2, 3)  # the text says which part is meant
     for clip, told in (
         (
@@ -216,7 +216,7 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
         (Clip(path="some.mp4", start_seconds=2.0), r"about all from 2 s on of some\.mp4, .* are of 1\.5 to 4 s;"),
     ):
         with pytest.raises(BadSample, match=told):
-            features_of(Example(id="1", video=clip), reader)
+            features_of(Example(id="1", videos=(clip,)), reader)
 
 
 def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from dora_vl import cli
 from dora_vl.data.example import Answer, Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.evaluation import ask_command
-from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.training import vlbart_tasks
 from dora_vl.training.command_line import read_run_file, read_settings
@@ -127,10 +126,11 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     from dora_vl.data.example import Clip, Example
     from dora_vl.data.video import VideoReader
     from dora_vl.errors import UserError
-    from dora_vl.evaluation.asker import Shown
+    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.questions import as_question
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 
-    assistant = open_asker(Wanted(adapter=vlbart)).adapted
+    assistant = open_model(Wanted(adapter=vlbart)).adapted
     assert isinstance(assistant, VlBartAssistant)
     words = assistant.subtasks[0]
     with VideoReader() as reader:
@@ -139,22 +139,27 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
         frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question="which?"))).pictures
         caption_frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question=""))).pictures
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
-    captions = assistant.inputs(caption_frames, assistant.subtasks[1])[0, 0]
+    question = as_question(Example(id="1", question="which?"))
+
+    def features(model: VlBartAssistant, pictures: Any, subtask: Any) -> Any:
+        return model.sample(Example(id="1", question="which?"), subtask, pictures).features[0]
+
+    captions = features(assistant, caption_frames, assistant.subtasks[1])
     stored = open_features(place / "caption_features").read("test-00000")  # of two frames, by settings of their own
     torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
     assert not captions[2].any()
-    torch.testing.assert_close(assistant.inputs(frames, words)[0, 0], made)  # what a question typed in gets
-    halves = replace(assistant, feature_tokens=2).inputs(frames, words)[0, 0]
+    torch.testing.assert_close(features(assistant, frames, words), made)  # what a question typed in gets
+    halves = features(replace(assistant, feature_tokens=2), frames, words)
     torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
     labels_alone = replace(assistant, subtasks=(vlbart_tasks.video_subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
-        labels_alone.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
+        labels_alone.answer(question, Shown(pictures=tuple(frames)))
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     with pytest.raises(UserError, match=r"nothing says how the features of video_words .*; video_caption can"):
-        without.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
+        without.answer(question, Shown(pictures=tuple(frames)))
     with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
-        replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_tasks.video_subtasks()["tvc"])).answer_example(
-            Example(id="1", question="which?"), Shown(pictures=frames)
+        replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_tasks.video_subtasks()["tvc"])).answer(
+            question, Shown(pictures=tuple(frames))
         )
 
 
@@ -170,10 +175,10 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
 ) -> None:
-    from dora_vl.evaluation.asker import Opened
+    from dora_vl.evaluation.open_model import Opened
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 
-    trained = open_asker(Wanted(adapter=vlbart)).adapted
+    trained = open_model(Wanted(adapter=vlbart)).adapted
     assert isinstance(trained, VlBartAssistant)
     texts: list[str] = []
     encode = trained.encoder.encode
@@ -185,7 +190,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         subtasks=(vlbart_tasks.video_subtasks()[task],),
         features={task: trained.features["video_words"]},
     )
-    monkeypatch.setattr(ask_command, "open_model", lambda options: Opened(adapted=one))
+    monkeypatch.setattr(ask_command, "opened_by", lambda options: Opened(adapted=one))
     common = ["--adapter", str(vlbart), "--video", clip, *asked]
     video_qa.main([*common, "--start", "0.5", "--end", "2"])
     assert stated in texts[-1]
@@ -244,7 +249,7 @@ def own_benchmark(place: Path) -> Path:
     """A benchmark of one's own about clips, one of which is missing."""
     records = place / "data/records/moving_shapes/test.jsonl"
     first = next(iterate_examples(records))
-    missing = replace(first, id="gone", video=Clip(path="clips/gone.mp4"))
+    missing = replace(first, id="gone", videos=(Clip(path="clips/gone.mp4"),))
     write_examples(place / "own" / "clips.jsonl", [first, missing])
     (place / "own" / "moving.yaml").write_text(
         "name: moving\nscoring: choice\nfile: clips.jsonl\nprompt: video\nmax_new_tokens: 3\nframes: 3\n"
@@ -261,10 +266,10 @@ def evaluated(adapter: Path, benchmark: object, place: Path, to: Path, *more: ob
 def test_a_llava_is_evaluated_on_frames(
     llava: Path, own_benchmark: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_vl.evaluation import predict
+    from dora_vl.evaluation import ask
 
     shown: list[list[int]] = []
-    pictures = predict.QuestionSamples.__getitem__
+    pictures = ask.QuestionSamples.__getitem__
 
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
@@ -272,7 +277,7 @@ def test_a_llava_is_evaluated_on_frames(
             shown.append([len(sample.inputs["pixel_values"]), len(sample.input_ids)])
         return sample
 
-    monkeypatch.setattr(predict.QuestionSamples, "__getitem__", counted)
+    monkeypatch.setattr(ask.QuestionSamples, "__getitem__", counted)
     metrics = evaluated(llava, own_benchmark, place, tmp_path, "--batch-size", 2)
     entry = metrics["benchmarks"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
@@ -298,14 +303,14 @@ def test_a_vlbart_is_evaluated_as_it_was_trained(
     (line,) = read_predictions(tmp_path / "choice" / "moving" / "predictions.jsonl").values()
     example = next(iterate_examples(own_benchmark.parent / "clips.jsonl"))
     trained = json.loads((vlbart.parent / "predictions" / "video_words.jsonl").read_text().splitlines()[0])
-    assert f"a{ord(line.prediction) - ord('A')}" == trained["answer"]  # as the run's own test answered
+    assert f"a{ord(line.prediction) - ord('A')}" == trained["prediction"]  # as the run's own test answered
     right = line.prediction == "ABCDEFGH"[example.extra["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == 50.0 * right
     captions = place / "data/records/moving_shapes_caption/test.jsonl"
     entry = evaluated(vlbart, f"yc2c={captions}", place, tmp_path / "caption")["benchmarks"]["yc2c"]
     (line,) = read_predictions(tmp_path / "caption" / "yc2c" / "predictions.jsonl").values()
     trained = json.loads((vlbart.parent / "predictions" / "video_caption.jsonl").read_text().splitlines()[0])
-    assert line.prediction == trained["answer"]
+    assert line.prediction == trained["prediction"]
     assert entry["headline"] == "CIDEr"
 
 

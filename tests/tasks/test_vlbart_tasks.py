@@ -53,7 +53,7 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         "weight_decay_on": "matrices",
     }
     said = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
-    assert {one["answer"] for one in said} <= {"true", "false"}
+    assert {one["prediction"] for one in said} <= {"true", "false"}
     assert metrics["train_steps"] == 8
     assert metrics["skipped_samples"] > 0
     assert any("eval_loss" in line for line in read_log(folder / "log.jsonl"))

@@ -84,20 +84,9 @@ def check_bitwise(again: Path, whole: Path, since: int) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param(ONE, marks=pytest.mark.slow),
-        pytest.param(ONE_ZERO_0, marks=pytest.mark.slow),
-        pytest.param(ONE_ZERO_2, marks=pytest.mark.slow),
-        pytest.param(ONE_ZERO_3, marks=pytest.mark.slow),
-        pytest.param(TWO, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_2, marks=pytest.mark.slow),
-        pytest.param(TWO_ZERO_3, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", [ONE, ONE_ZERO_0, ONE_ZERO_2, ONE_ZERO_3, TWO, TWO_ZERO_2, TWO_ZERO_3], ids=str)
 def test_the_same_shape_goes_on_bitwise(run_file: Path, tmp_path: Path, shape: Shape) -> None:
     """With dropout, so the random states count too."""
     dropout = "--adapter.dropout=0.2"

@@ -19,12 +19,11 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
-from tests.app.test_engine import NEW_TOKENS, answers
-from tests.app.tiny_served import alone, answer_alone, served
+from tests.app.tiny_served import alone, answer_alone, answers, served
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -175,12 +174,10 @@ def test_where_sdpa_cannot_be_it_trains_answers_is_evaluated_and_served_without_
     shown = Shown(pictures=(Image.open(tmp_path / "data" / "0-0.png").convert("RGB"),)) if sees else Shown()
     opened = [alone(base, adapter), alone(base, None)]
     assert [attention_of(one.backbone.model) for one in opened] == [attention, attention]
-    expected = answer_alone(opened[0], turns, shown, tokens=NEW_TOKENS)
+    expected = answer_alone(opened[0], turns, shown, tokens=8)
     named = ["--image", str(tmp_path / "data" / "0-0.png")] if sees else []
     capsys.readouterr()
-    image_qa.main(
-        ["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(NEW_TOKENS)]
-    )
+    image_qa.main(["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(8)])
     assert expected in capsys.readouterr().out
     to = tmp_path / "scores"
     asked = ["--benchmarks", f"exact_match={records}", "--images", str(records.parent), "--to", str(to)]

@@ -18,10 +18,12 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant, open_picture
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.questions import Question
 from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
@@ -144,7 +146,7 @@ def test_a_merged_folder_is_the_adapted_model(there: Path, tmp_path: Path) -> No
     merge_command.add_arguments(parser)
     list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(tmp_path / "merged")])))
     Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
-    opened = open_asker(Wanted(adapter=adapter, with_base=True))
+    opened = open_model(Wanted(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = answer_of(opened.adapted, tmp_path / "red.png")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
@@ -165,9 +167,11 @@ def test_it_is_asked_from_the_command_line(there: Path, tmp_path: Path, capsys: 
     asked = ["--adapter", str(adapter), *images, "--together", "--question", "Say the colour.", "--max-new-tokens", "4"]
     image_qa.main(asked)
     printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_asker(Wanted(adapter=adapter)).adapted
+    assistant = open_model(Wanted(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\n<image>\nSay the colour.")]
-    assert printed == assistant.answer(turns, [open_picture(path) for path in pictures], max_new_tokens=4)
+    assert printed == assistant.answer(
+        Question(id="q", turns=tuple(turns)), Shown(pictures=tuple(map(open_picture, pictures))), max_new_tokens=4
+    )
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama4", "bert"])

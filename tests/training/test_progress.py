@@ -36,17 +36,9 @@ def run_file(tmp_path: Path, tiny_llava: Path) -> Path:
         tmp_path / "run.yaml",
         tiny_llava,
         data,
-        data={
-            "max_bad_share": 0.2,
-            "group_by_modality_length": False,
-            "validation": str(held_out),
-        },
+        data={"max_bad_share": 0.2, "group_by_modality_length": False, "validation": str(held_out)},
         training={
-            "max_steps": 12,
-            "save_strategy": "steps",
-            "save_steps": 6,
-            "eval_strategy": "steps",
-            "eval_steps": 6,
+            **{"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6},
             "train_sampling_strategy": "sequential",
         },
     )
@@ -76,19 +68,12 @@ def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None
     train(DecoderPipeline(read_run_file(run_file, "--training.use_cpu=true", *options)))
     check(whole, resumed)
     before = results(whole)
-    train(
-        DecoderPipeline(
-            read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
-        )
-    )
+    again = read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
+    train(DecoderPipeline(again))
     assert results(whole) == before
     (whole / "metrics.json").unlink()  # as if it had been stopped at its last step
     (whole / "skipped.jsonl").unlink()
-    train(
-        DecoderPipeline(
-            read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
-        )
-    )
+    train(DecoderPipeline(again))
     metrics, skipped = results(whole)
     assert {key: metrics[key] for key in SAME} == {key: before[0][key] for key in SAME}
     assert skipped == before[1]

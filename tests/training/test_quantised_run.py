@@ -21,9 +21,11 @@ from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant, open_picture
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.questions import Question
 from dora_vl.training import run as training_run
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.decoder_pipeline import CommonsensePipeline
@@ -113,7 +115,7 @@ def test_the_merged_plain_model_is_the_trained_one(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
-    opened = open_asker(Wanted(adapter=adapter, with_base=True))
+    opened = open_model(Wanted(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
@@ -201,13 +203,18 @@ def test_it_is_asked_from_the_command_line(there: Path, monkeypatch: pytest.Monk
     question = ["--image", str(there / "red.png"), "--question", "Say the colour.", "--max-new-tokens", "4"]
     image_qa.main(["--adapter", str(adapter), *question])
     printed = capsys.readouterr().out.split("\n")[1].strip()
-    assistant = open_asker(Wanted(adapter=adapter)).adapted
-    assert printed == assistant.answer(TURNS, [open_picture(there / "red.png")], max_new_tokens=4).strip()
+    assistant = open_model(Wanted(adapter=adapter)).adapted
+    assert (
+        printed
+        == assistant.answer(
+            Question(id="q", turns=tuple(TURNS)), Shown(pictures=(open_picture(there / "red.png"),)), max_new_tokens=4
+        ).strip()
+    )
 
 
 def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained(there, monkeypatch, "llava", "nf4")
-    ours = open_asker(Wanted(adapter=adapter)).adapted
+    ours = open_model(Wanted(adapter=adapter)).adapted
     assert isinstance(ours, Assistant)
     sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
     ids, pixels = sample.input_ids[None], sample.inputs["pixel_values"]

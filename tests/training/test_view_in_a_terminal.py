@@ -157,10 +157,3 @@ def test_ctrl_c_leaves_the_terminal_whole(run_file: Path) -> None:
     before, _, after = seen.whole.partition("╭─")
     assert "SIGINT: finishing the step and saving it first" in before
     assert "stopped by SIGINT; --resume last resumes from there" in after.rpartition("╰─")[2]
-
-
-def test_without_progress_there_is_no_view(run_file: Path) -> None:
-    with terminal_with(run_file, "--training.disable_tqdm=true", "--training.max_steps=3") as seen:
-        assert seen.end() == 0
-    assert "╭─" not in seen.whole
-    assert "gradient norm" not in seen.whole

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
@@ -67,7 +66,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
     for one in found.questions:
         question = by_id[one.id]
         picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
-        assert assistant.answer(question.turns, [picture], max_new_tokens=3) == found.answers[6][one.id]
+        assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == found.answers[6][one.id]
         assert (one.truth, one.question) == (question.truth, question.text)
         with Image.open(folder / "watched" / one.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
@@ -100,6 +99,7 @@ def test_a_resumed_run_has_the_answers_of_the_whole_one(run_file: Path) -> None:
     assert [line["step"] for line in expected] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> None:
     records = str(read_run_file(run_file).data.train)
     folder = trained(
@@ -121,12 +121,12 @@ def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, t
     found = read_watched(folder)
     assert found is not None
     assert [bool(one.picture) for one in found.questions] == [True, False, True]
-    assert "nowhere.png is missing" in found.questions[1].why_no_picture
+    assert "nowhere.png" in found.questions[1].why_no_picture
     assert all(set(one) == {"held-0", "held-2"} for one in found.answers.values())
 
 
 def test_a_negative_number_is_refused(run_file: Path) -> None:
-    with pytest.raises(UserError, match="watch is -1; 0 asks nothing"):
+    with pytest.raises(UserError, match=r"^watch is -1"):
         read_run_file(run_file, "--watch=-1")
 
 
@@ -139,7 +139,6 @@ def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
     assert 0.05 < line["memory_gib"] < 64
     plan = json.loads((run_file.parent / "run" / "plan.json").read_text())
     assert [row[0] for row in plan["trained"]["rows"]][:3] == ["dora.A", "dora.B", "dora.magnitude"]
-    assert plan["versions"]["torch"] == torch.__version__.split("+")[0] or plan["versions"]["torch"]
 
 
 def test_evenly_and_tiles() -> None:
@@ -177,23 +176,17 @@ class Tracker:
         self.logged.append(values)
 
 
-def test_weights_and_biases_get_a_table_with_pictures(tmp_path: Path) -> None:
-    callback, tracker = WandbCallback.__new__(WandbCallback), Tracker()
-    callback._wandb = tracker
-    track_answers([callback], watched_in(tmp_path), 0)
-    (sent,) = tracker.logged
-    assert sent["train/global_step"] == 0
-    assert sent["watched"]["columns"] == ["picture", "question", "right", "answer"]
-    assert sent["watched"]["data"] == [[(6, 5), "what?", "red", "blue"], [None, "where?", "there", "here"]]
-
-
-def test_trackio_gets_a_table_with_pictures(tmp_path: Path) -> None:
-    callback, tracker = TrackioCallback.__new__(TrackioCallback), Tracker()
-    callback._trackio = tracker
-    track_answers([callback], watched_in(tmp_path), 4)
-    (sent,) = tracker.logged
-    assert sent["train/global_step"] == 4
-    assert sent["watched"]["data"] == [[(6, 5), "what?", "red", "red"]]
+@pytest.mark.parametrize(("kind", "holds"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
+def test_wandb_and_trackio_get_a_table_with_pictures(tmp_path: Path, kind: type[Any], holds: str) -> None:
+    callback, tracker = kind.__new__(kind), Tracker()
+    setattr(callback, holds, tracker)
+    for step in (0, 4):
+        track_answers([callback], watched_in(tmp_path), step)
+    first, last = tracker.logged
+    assert (first["train/global_step"], last["train/global_step"]) == (0, 4)
+    assert first["watched"]["columns"] == ["picture", "question", "right", "answer"]
+    assert first["watched"]["data"] == [[(6, 5), "what?", "red", "blue"], [None, "where?", "there", "here"]]
+    assert last["watched"]["data"] == [[(6, 5), "what?", "red", "red"]]
 
 
 def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
@@ -213,6 +206,7 @@ def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
     assert sent == [("watched/0", "    what?\n\n    red\n\n    red", 4)]
 
 
+@pytest.mark.slow
 def test_a_run_with_tensorboard_sends_rates_and_answers(run_file: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -20,7 +20,6 @@ from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.live_view import LiveView, drawn
 from dora_vl.training.run import train
-from dora_vl.training.watching import WatchQuestions
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 WIDTH, AT_STEP, STEPS = 100, 340, 480
@@ -50,11 +49,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/images/terminal.svg"))
     options = parser.parse_args()
 
-    def shown(run_folder: Path, watching: WatchQuestions | None) -> AtAStep:
-        console = Console(file=io.StringIO(), force_terminal=True, width=WIDTH)
-        return AtAStep(console, "runs/my", asked=lambda: () if watching is None else watching.newest)
+    def shown(console: Console, title: str, **options: Any) -> AtAStep:
+        return AtAStep(Console(file=io.StringIO(), force_terminal=True, width=WIDTH), "runs/my", **options)
 
-    building._shown = shown
+    building.LiveView, building.can_show = shown, lambda stream: True
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base, records = write_tiny_llava(folder / "base"), write_tiny_data(folder / "data", samples=192)

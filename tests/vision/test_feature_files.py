@@ -103,7 +103,7 @@ def test_damaged_pages_of_a_shard_are_a_bad_sample_and_a_cut_shard_is_named(tmp_
     shard = tmp_path / "00001.parquet"
     group = parquet.ParquetFile(shard).metadata.row_group(0)
     column = next(c for c in (group.column(n) for n in range(group.num_columns)) if c.path_in_schema.startswith("feat"))
-    content, start = bytearray(shard.read_bytes()), column.data_page_offset
+    content, start = bytearray(shard.read_bytes()), column.dictionary_page_offset or column.data_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     shard.write_bytes(bytes(content))
     with pytest.raises(BadSample, match=shard.name):

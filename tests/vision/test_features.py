@@ -99,7 +99,7 @@ def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: object, path: Path) -> None:
+    def full(_: object, path: Path, *__: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -34,7 +34,7 @@ def test_import_is_light() -> None:
         "import dora_vl",
         pytest.param("import dora_vl; from transformers import PreTrainedModel", marks=pytest.mark.slow),
         pytest.param("import transformers, dora_vl", marks=pytest.mark.slow),
-        "import transformers.models.auto.modeling_auto, dora_vl",
+        pytest.param("import transformers.models.auto.modeling_auto, dora_vl", marks=pytest.mark.slow),
     ],
 )
 def test_any_import_order_opens_a_grid_tower(before: str) -> None:

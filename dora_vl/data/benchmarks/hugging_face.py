@@ -1,24 +1,4 @@
-"""Any Hugging Face data set, from the hub or from local parquet, arrow or webdataset (tar) shards, read as a stream.
-
-`--from` takes a folder or a file of shards, or with `--set hub=OWNER/NAME` the folder of the cache (any existing
-folder). Licence: the set's own; its card says so. Options:
-
-- `hub`, `config`, `revision`: what to load from the hub; `split`: which of the splits (default train), there or by
-  the names of files and folders; shards whose names say no split are all of one, and `split` is what to call it;
-- `columns`: what is what, `field:column,...`, such as `question:query,answers:label,images:img`. Fields are id,
-  images, question, answers, choices, correct, turns; a column may lead inside ("json.question"). What is not said
-  is looked for under the field's own name and the usual others (`image`, `answer`, `__key__`, `conversations`...).
-  `extra:a+b` keeps further columns;
-- `task`: the folder under records; default the set's or the folder's name.
-
-An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or of a choice what
-`data.right_choice` says. Pictures, whether bytes or paths, are taken undecoded and written once to
-`records/<task>/media`. Conversations are taken in LLaVA's form.
-
-Quirks: rows without an id are numbered. A row group, not a row, is what parquet reads at once: sets with pictures
-in one huge group need that much memory. A stream from the hub has no length beforehand, so progress shows rows
-without the time left.
-"""
+"""Any Hugging Face data set, from the hub or from local parquet, arrow or webdataset (tar) shards, read as a stream."""
 
 from __future__ import annotations
 
@@ -28,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Split, given, identifier, integer, soft_answers
-from dora_vl.data.benchmarks.table import save_picture
+from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Row, Split, soft_answers
 from dora_vl.data.columns import ROLES
 from dora_vl.data.containers import by_split, class_names, counted, meaning, of_the_set, with_class_names
-from dora_vl.data.example import JSON, Answer, Example, correct_choice, listed_choices
-from dora_vl.data.turns import Turn, read_conversation
+from dora_vl.data.example import JSON, Answer, Example, as_conversation, correct_choice, listed_choices
+from dora_vl.data.pictures import save_picture
+from dora_vl.data.readers import read_conversations
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -47,27 +27,41 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "turns": ("conversations", "json.conversations"),
 }
 """The columns that a field is looked for under, in this order."""
+ROW_NUMBER = "row number"
 
 
-def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
-    """The one split that was asked for."""
+def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
+    """The split that was asked for, of any data set.
+
+    `--from` takes a folder or a file of shards, or with `--set hub=OWNER/NAME` the folder of the cache (any existing
+    folder). Licence: the set's own; its card says so. Options:
+
+    - `hub`, `config`, `revision`: what to load from the hub; `split`: which of the splits (default train), there or by
+      the names of files and folders; shards whose names say no split are all of one, and `split` is what to call it;
+    - `columns`: what is what, `field:column,...`, such as `question:query,answers:label,images:img`. Fields are id,
+      images, question, answers, choices, correct, turns; a column may lead inside ("json.question"). What is not said
+      is looked for under the field's own name and the usual others (`image`, `answer`, `__key__`, `conversations`...).
+      `extra:a+b` keeps further columns;
+    - `task`: the folder under records; default the set's or the folder's name.
+
+    An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or of a choice what
+    `example.correct_choice` says. Pictures, whether bytes or paths, are taken undecoded and written once to
+    `records/<task>/media`. Conversations are taken in LLaVA's form.
+
+    Quirks: rows without an id are numbered. A row group, not a row, is what parquet reads at once: sets with pictures
+    in one huge group need that much memory. A stream from the hub has no length, so progress shows no time left.
+    """
     name = options.get("split", "train")
-    columns = read_columns(options.get("columns", ""))
     hub = options.get("hub")
     shards = () if hub else tuple(_of_split(folder, _shards(folder), name, asked="split" in options))
     task = options.get("task") or (hub.rpartition("/")[2] if hub else folder.stem)
-    source: dict[str, Any] = {
-        "path": hub,
-        "name": options.get("config"),
-        "revision": options.get("revision"),
-        "split": name,
-    }
+    source = {"path": hub, "name": options.get("config"), "revision": options.get("revision"), "split": name}
     yield Split(
-        task=task,
-        name=name,
-        inputs=shards,
-        rows=partial(_rows, source if hub else None, shards),
-        convert=partial(convert, columns=columns, task_folder=records / task),
+        task,
+        name,
+        shards,
+        partial(_rows, source if hub else None, shards),
+        partial(convert, columns=read_columns(options.get("columns", "")), task_folder=records / task),
         settings={"hub": hub, **{option: options.get(option) for option in ("config", "revision", "columns")}},
         ids_by_place=True,
         notes={"pictures": "paths are relative to this folder"},
@@ -75,18 +69,14 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def read_columns(wanted: str) -> dict[str, str]:
-    """`question:query,answers:label` as a map.
-
-    Raises:
-        UserError: not of that form, or a field that an example has not.
-    """
+    """`question:query,answers:label` as a map."""
     columns: dict[str, str] = {}
     for part in filter(None, wanted.split(",")):
-        field, colon, column = part.partition(":")
-        if not colon or not column or field not in {*NAMES, "extra"}:
+        field, _, column = part.partition(":")
+        if not column or field not in {*NAMES, "extra"}:
+            fields = ", ".join(NAMES)
             raise UserError(
-                f"--set columns={shown_text(wanted, 100)}: must be FIELD:COLUMN,... with the fields "
-                f"{', '.join(NAMES)}, extra"
+                f"--set columns={shown_text(wanted, 100)}: must be FIELD:COLUMN,... with the fields {fields}, extra"
             )
         columns[field] = column
     return columns
@@ -95,9 +85,9 @@ def read_columns(wanted: str) -> dict[str, str]:
 def _shards(folder: Path) -> list[Path]:
     below = () if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
     found = [folder] if folder.is_file() else of_the_set(below)
-    if not found or any(path.suffix not in BUILDERS for path in found):
-        raise UserError(f"{folder}: no {', '.join(BUILDERS)} shards; for a set of the hub add --set hub=OWNER/NAME")
     kinds = sorted({path.suffix for path in found})
+    if not found or not set(kinds) <= BUILDERS.keys():
+        raise UserError(f"{folder}: no {', '.join(BUILDERS)} shards; for a set of the hub add --set hub=OWNER/NAME")
     if len(kinds) > 1:
         raise UserError(f"{folder}: shards of several kinds ({', '.join(kinds)}); give a folder of one kind")
     return found
@@ -125,99 +115,75 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs comes as an exception too, and is said once
+    files = {"data_files": [str(shard) for shard in shards], "split": "train"}
     try:
-        if hub is not None:
-            stream = datasets.load_dataset(**hub, streaming=True)
-        else:
-            files = [str(shard) for shard in shards]
-            stream = datasets.load_dataset(BUILDERS[shards[0].suffix], data_files=files, split="train", streaming=True)
+        stream: Any = datasets.load_dataset(**(hub or {"path": BUILDERS[shards[0].suffix], **files}), streaming=True)
+        for column, kind in (stream.features or {}).items():  # decoding is the training's business
+            if isinstance(kind, datasets.Image):
+                stream = stream.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(getattr(kind, "feature", None), datasets.Image):
+                stream = stream.cast_column(column, datasets.List(datasets.Image(decode=False)))
         names = class_names(stream)
-        for number, row in enumerate(_undecoded(stream), start=1):
-            progress(_size(row))
-            yield {**with_class_names(row, names), "row number": number}
-    except (UserError, BadSample):
+        for number, row in enumerate(stream, start=1):
+            held = [value["bytes"] for value in row.values() if isinstance(value, dict) and value.get("bytes")]
+            progress(16 * len(row) + sum(map(len, held)))  # roughly how many bytes of the shards the row was
+            yield {**with_class_names(row, names), ROW_NUMBER: number}
+    except UserError:
         raise
     except Exception as error:
-        where = hub["path"] if hub is not None else shards[0].parent
+        where = hub["path"] if hub else shards[0].parent
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{where}: cannot be read by `datasets`: {reason}") from error
-
-
-def _undecoded(stream: Any) -> Any:
-    """The stream with its media as bytes or paths; decoding is the training's business."""
-    import datasets
-
-    for column, kind in (stream.features or {}).items():
-        if isinstance(kind, datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(kind, "feature", None), datasets.Image):
-            stream = stream.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    return stream
-
-
-def _size(row: Mapping[str, object]) -> int:
-    """Roughly how many bytes of the shards a row was."""
-    return sum(
-        len(value["bytes"]) if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else 16
-        for value in row.values()
-    )
 
 
 def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Example:
     """One row; writes its pictures."""
     found = {field: _column(raw, field, columns) for field in NAMES}
-    sample_id = str(integer(raw, "row number")) if found["id"] is None else identifier({"id": found["id"]}, "id")
-    images = tuple(_picture(value, task_folder, sample_id) for value in _listed(found["images"]))
-    extra = {name: value for name in _extras(columns) if (value := given(raw, name)) is not None}
+    row = Row({**raw, "id": found["id"]})
+    row.id = str(row.integer(ROW_NUMBER)) if found["id"] is None else row.identifier("id")
+    images = tuple(_picture(value, task_folder, row) for value in _listed(found["images"]))
+    kept = columns["extra"].split("+") if "extra" in columns else ()
+    extra = {name: raw[name] for name in kept if raw.get(name) is not None}
     if found["turns"] is not None:
-        return Example(id=sample_id, images=images, turns=_turns(found["turns"], images, sample_id), extra=extra)
-    choices = _choices(found["choices"], sample_id)
-    correct = _correct(found, choices, columns, sample_id) if choices else None
-    answers = _answers(found, sample_id) if not choices else () if correct is None else (Answer(text=choices[correct]),)
+        turns = as_conversation(
+            read_conversations({"images": list(images), "conversations": found["turns"]}, row.id)
+        ).turns
+        return Example(id=row.id, images=images, turns=turns, extra=extra)
+    choices = _choices(found["choices"], row)
+    correct = _correct(found, choices, columns, row) if choices else None
+    answers = () if correct is None else (Answer(text=choices[correct]),)
+    if not choices:
+        entries = found["answers"] if found["correct"] is None else found["correct"]
+        texts = [_text(entry, "answer", row) for entry in _entries(entries)]
+        several = len(set(texts)) < len(texts)
+        answers = soft_answers(texts) if several else tuple(Answer(text=text) for text in texts if text.strip())
     question = found["question"]
     if question is not None and not isinstance(question, str):
-        raise BadSample(sample_id, f"its question must be text, got {shown(question)}")
+        raise row.bad(f"its question must be text, got {shown(question)}")
     if not answers and not question:
-        raise BadSample(sample_id, f"it has neither question nor answer; its columns are {_names(raw)}")
-    return Example(
-        id=sample_id,
-        images=images,
-        question=question or "",
-        answers=answers,
-        choices=choices,
-        extra=extra | ({} if correct is None else {"correct": correct}),
-    )
-
-
-def _extras(columns: Mapping[str, str]) -> Sequence[str]:
-    return columns["extra"].split("+") if "extra" in columns else ()
-
-
-def _said(value: JSON, what: str, sample_id: str) -> str:
-    """Text, or a number as text."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadSample(sample_id, f"its {what} must be text, got {shown(value)}")
-    return str(value)
+        raise row.bad(f"it has neither question nor answer; its columns are {_names(raw)}")
+    extra |= {} if correct is None else {"correct": correct}
+    return Example(id=row.id, images=images, question=question or "", answers=answers, choices=choices, extra=extra)
 
 
 def _column(raw: Raw, field: str, columns: Mapping[str, str]) -> JSON:
-    if field in columns:
-        value = _inside(raw, columns[field])
-        if value is None and columns[field].partition(".")[0] not in raw:
-            raise BadSample(UNKNOWN_ID, f"no column {columns[field]!r}; the row has {_names(raw)}")
-        return value
-    return next((value for name in NAMES[field] if (value := _inside(raw, name)) is not None), None)
+    if field not in columns:
+        return next((value for name in NAMES[field] if (value := _inside(raw, name)) is not None), None)
+    value = _inside(raw, columns[field])
+    if value is None and columns[field].partition(".")[0] not in raw:
+        raise BadSample(UNKNOWN_ID, f"no column {columns[field]!r}; the row has {_names(raw)}")
+    return value
 
 
 def _names(raw: Raw) -> str:
-    return shown_names(name for name in raw if name != "row number")
+    return shown_names(name for name in raw if name != ROW_NUMBER)
 
 
 def _inside(raw: Raw, name: str) -> JSON:
     if name in raw:
-        return given(raw, name)
+        return raw[name]
     outer, dot, inner = name.partition(".")
-    around = given(raw, outer) if dot else None
+    around = raw.get(outer) if dot else None
     return _inside(around, inner) if isinstance(around, Mapping) else None
 
 
@@ -227,48 +193,39 @@ def _listed(value: JSON) -> Sequence[JSON]:
     return value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
 
 
-def _picture(value: JSON, task_folder: Path, sample_id: str) -> str:
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return save_picture(value["bytes"], task_folder, sample_id)
-    path = value.get("path") if isinstance(value, Mapping) else value
-    if isinstance(path, bytes):
-        return save_picture(path, task_folder, sample_id)
-    if not isinstance(path, str) or not path:
-        raise BadSample(sample_id, f"its picture is neither bytes nor a path: {shown(value)}")
-    return path
+def _entries(value: JSON) -> list[JSON]:
+    return [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
 
 
-def _turns(conversations: JSON, images: Sequence[str], sample_id: str) -> tuple[Turn, ...]:
-    record = {"id": sample_id, "image": list(images), "conversations": conversations}
-    return read_conversation(record).turns
+def _text(value: JSON, what: str, row: Row) -> str:
+    """Text, or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise row.bad(f"its {what} must be text, got {shown(value)}")
+    return str(value)
 
 
-def _choices(value: JSON, sample_id: str) -> tuple[str, ...]:
+def _picture(value: JSON, task_folder: Path, row: Row) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return save_picture(value, task_folder, row.id)
+    if not isinstance(value, str) or not value:
+        raise row.bad(f"its picture is neither bytes nor a path: {shown(value)}")
+    return value
+
+
+def _choices(value: JSON, row: Row) -> tuple[str, ...]:
     if isinstance(value, str):
-        return listed_choices(value, sample_id)
-    return tuple(_said(choice, "choice", sample_id) for choice in _listed(value))
+        return listed_choices(value, row.id)
+    return tuple(_text(choice, "choice", row) for choice in _listed(value))
 
 
-def _correct(
-    found: Mapping[str, JSON], choices: Sequence[str], columns: Mapping[str, str], sample_id: str
-) -> int | None:
+def _correct(found: Raw, choices: Sequence[str], columns: Mapping[str, str], row: Row) -> int | None:
     """The right choice; of several people's answers the one that all give."""
     numbered = found["correct"] is not None
     reading = "place" if numbered else "text" if "answers" in columns else "either"
     entries = _entries(found["correct"] if numbered else found["answers"])
-    given_by = {correct_choice(entry, choices, sample_id, reading) for entry in entries} - {None}
-    if len(given_by) > 1:
-        raise BadSample(sample_id, f"its {len(entries)} answers are {len(given_by)} of its choices; one may be right")
-    return next(iter(given_by), None)
-
-
-def _entries(value: JSON) -> list[JSON]:
-    return [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
-
-
-def _answers(found: Mapping[str, JSON], sample_id: str) -> tuple[Answer, ...]:
-    value = found["answers"] if found["correct"] is None else found["correct"]
-    answers = [_said(entry, "answer", sample_id) for entry in _entries(value)]
-    if len(answers) > 1 and len(set(answers)) < len(answers):
-        return soft_answers(answers)
-    return tuple(Answer(text=text) for text in answers if text.strip())
+    known = {correct_choice(entry, choices, row.id, reading) for entry in entries} - {None}
+    if len(known) > 1:
+        raise row.bad(f"its {len(entries)} answers are {len(known)} of its choices; one may be right")
+    return next(iter(known), None)

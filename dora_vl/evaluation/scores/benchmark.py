@@ -1,6 +1,6 @@
 """What a benchmark is: its question, its official score, its server's file, and how its files name its questions.
 
-Each benchmark's own is in the scorer's file, and one row of `evaluation.benchmarks` makes it known.
+Each benchmark's own stands in a scorer's file, and one row of `evaluation.benchmarks` makes it known.
 """
 
 from __future__ import annotations
@@ -16,53 +16,30 @@ from string import ascii_uppercase
 from typing import Protocol, runtime_checkable
 
 from dora_vl.data.example import Example, right_choice
-from dora_vl.data.readers import stream_values
-from dora_vl.data.text_file import opened, table_rows, text_lines
+from dora_vl.data.text_file import opened, stream_values, table_rows, text_lines
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError, number_of, shown, shown_names
 from dora_vl.evaluation.scores import prompts
 from dora_vl.evaluation.scores.prompts import Prompt, as_is
-from dora_vl.evaluation.scores.scored import Scored
-
-# The rows of a file of predictions: ours, LLaVA's answer files, and what the benchmarks' official scripts take.
-#
-# | form | whose |
-# | --- | --- |
-# | JSON lines or a list of objects with an id and an answer | this project; LLaVA; VQA, COCO captions, GQA, SEED-
-# Bench | | JSON lines with `clip_id` and `descs` | VALUE's captions |
-# | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
-# | `.csv` of an identifier and an answer, without a header | NLVR2 |
-# | `.csv` or `.tsv` whose first row names the columns | MMBench |
-#
-# Which question a row answers is `answer_joins`' matter.
-
+from dora_vl.evaluation.scores.scored import Answers, Scored
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
 """Where a row's id stands; of several the first is its own."""
 MODEL_ANSWERS = (
-    "prediction",
-    "pred",
-    "predict",
-    "pred_answer",
-    "predicted_answer",
-    "response",
-    "output",
-    "model_answer",
-    "model_output",
+    *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
+    *("response", "output", "model_answer", "model_output"),
 )
 """Keys of what a model said, whatever stands beside them: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and
 other tools'. An `answer` in such a row is the true one."""
 ANSWERS = ("answer", "text", "caption")
 """Where the answer stands in rows that hold none of those: VQA's; LLaVA's; COCO's."""
-PROMPTS = ("prompt", "question")
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRow:
-    """One answer.
+    """One answer of a file of predictions.
 
     Attributes:
         where: file and line.
@@ -84,112 +61,85 @@ class AnswerRow:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Answers by the rows' own ids; of two with one id the later stands, as in a run that was resumed.
-
-    Raises:
-        UserError: as `read_rows`.
-    """
+    """Answers by the rows' own ids; of two with one id the later stands, as in a run that was resumed."""
     return {row.id: row.answer for row in read_rows(path)}
 
 
 def read_rows(path: Path) -> list[AnswerRow]:
-    """Every answer of the file, in its order.
+    """Every answer of a file of predictions, in its order; which question a row answers is `Join`'s matter.
 
-    Raises:
-        UserError: no such file, none of the forms, or a row without an id or an answer, or with two that may be it; it
-            names the line.
+    | form | whose |
+    | --- | --- |
+    | JSON lines or a list of objects with an id and an answer | this project; LLaVA; VQA, COCO, GQA, SEED-Bench |
+    | JSON lines with `clip_id` and `descs` | VALUE's captions |
+    | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
+    | `.csv` of an identifier and an answer, without a header | NLVR2 |
+    | `.csv` or `.tsv` whose first row names the columns | MMBench |
     """
-    rows = list(_rows(path))
+    with opened(path, WANTED) as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    rows = list(_json(path) if delimiter is None else _table(path, delimiter))
     if not rows:
         raise UserError(f"{path}: holds no predictions")
     return rows
 
 
-def _rows(path: Path) -> Iterator[AnswerRow]:
-    with opened(path, WANTED) as file:
-        begins_as_zip = file.read(len(ZIP)) == ZIP
-    if begins_as_zip:
-        raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
-    if path.suffix.lower() in DELIMITERS:
-        return _table(path, DELIMITERS[path.suffix.lower()])
-    return _json(path)
-
-
 def _json(path: Path) -> Iterator[AnswerRow]:
     values = stream_values(path, WANTED)
-    line, first = next(values, (0, None))
-    if line == 0:
+    first = next(values, None)
+    second = next(values, None)
+    only = first[1] if first is not None and second is None else None
+    if isinstance(only, dict) and not any(key in only for key in (*IDS, *MODEL_ANSWERS, *ANSWERS)):
+        for name, answer in only.items():
+            if not _is_id(answer):
+                raise UserError(
+                    f"{path}: an object of answers by id must hold text or a choice's index, {shown(name)} has "
+                    f"{shown(answer)}"
+                )
+            where, is_number = f"{path}, {shown(name)}", not isinstance(answer, str)
+            yield AnswerRow(where=where, ids={"id": name}, answer=str(answer), is_number=is_number)
         return
-    if isinstance(first, dict) and not any(key in first for key in IDS):
-        second = next(values, None)
-        if second is None and _is_mapping(first):
-            yield from _members(path, first)
-            return
-    yield _row(first, f"{path}, line {line}")
-    for number, value in values:
-        yield _row(value, f"{path}, line {number}")
-
-
-def _is_mapping(record: Mapping[str, object]) -> bool:
-    """Whether an object without an id is one of answers by id, not a row that lacks its id."""
-    return not any(key in record for key in (*MODEL_ANSWERS, *ANSWERS))
-
-
-def _members(path: Path, answers: Mapping[str, object]) -> Iterator[AnswerRow]:
-    for name, answer in answers.items():
-        if not _names(answer):
-            raise UserError(
-                f"{path}: an object of answers by id must hold text or a choice's index, {shown(name)} has "
-                f"{shown(answer)}"
-            )
-        is_number = not isinstance(answer, str)
-        yield AnswerRow(where=f"{path}, {shown(name)}", ids={"id": name}, answer=str(answer), is_number=is_number)
+    for numbered in (first, second):
+        if numbered is not None:
+            yield _row(numbered[1], f"{path}, line {numbered[0]}")
+    yield from (_row(value, f"{path}, line {number}") for number, value in values)
 
 
 def _row(record: object, where: str) -> AnswerRow:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
-    ids = {key: str(record[key]) for key in IDS if _names(record.get(key))}
+    ids = {key: str(record[key]) for key in IDS if _is_id(record.get(key))}
     answer = _answer(record, where)
     first_id = next((key for key in IDS if key in record), None)
     if first_id not in ids or not isinstance(answer, str):
         wanted = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {wanted}; has {shown_names(record)}")
-    prompt = next((record[key] for key in PROMPTS if isinstance(record.get(key), str)), "")
-    return AnswerRow(where=where, ids=ids, answer=answer, prompt=str(prompt))
+    prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
+    return AnswerRow(where=where, ids=ids, answer=answer, prompt=prompt)
 
 
 def _answer(record: Mapping[str, object], where: str) -> object:
-    """What the model said; a true answer beside it is left alone.
-
-    Raises:
-        UserError: two keys that may hold it say different things.
-    """
+    """What the model said; a true answer beside it is left alone."""
     names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
-    said = [(key, record[key]) for key in names if record.get(key) is not None]
-    if not said:
-        return _caption(record)
-    (first, answer), *others = said
+    (first, answer), *others = [(key, record[key]) for key in names if record.get(key) is not None] or [("", None)]
     for other, value in others:
         if value != answer:
             raise UserError(
                 f"{where}: {first} is {shown(answer)} and {other} is {shown(value)}, and either may be the model's "
                 "answer; leave out or rename the one that is not"
             )
+    descriptions = record.get("descs")  # VALUE's, of which there is one for a clip
+    if answer is None and isinstance(descriptions, list) and len(descriptions) == 1:
+        return descriptions[0].get("desc") if isinstance(descriptions[0], Mapping) else None
     return answer
 
 
-def _names(value: object) -> bool:
-    """Whether a value can be an id: text, or a whole number of no more digits than one has."""
+def _is_id(value: object) -> bool:
+    """Text, or a whole number of no more digits than an id has."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
     return isinstance(value, str) or is_number
-
-
-def _caption(record: Mapping[str, object]) -> object:
-    """VALUE's only description of a clip."""
-    several = record.get("descs")
-    only = several[0] if isinstance(several, list) and len(several) == 1 else None
-    return only.get("desc") if isinstance(only, Mapping) else None
 
 
 def _table(path: Path, delimiter: str) -> Iterator[AnswerRow]:
@@ -215,7 +165,6 @@ def _table(path: Path, delimiter: str) -> Iterator[AnswerRow]:
 
 
 Key = Hashable | None
-MOST_CATEGORIES = 4  # whose orders are tried
 REPEATED = re.compile(r"#\d+$")
 """How `questions` tells questions of one id apart."""
 _SUFFIXES = (prompts.SHORT, prompts.LETTER, prompts.LETTER_CN, prompts.UNANSWERABLE, prompts.YES_OR_NO)
@@ -261,8 +210,7 @@ class ByKey:
         named.pop(None, None)
         keys = [self.of_row(row) for row in rows]
         counts = Counter(keys)
-        shared = [key for key in named if len(named[key]) > 1 and counts[key]]
-        unequal = [key for key in shared if counts[key] != len(named[key])]
+        unequal = [key for key, ids in named.items() if len(ids) > 1 and counts[key] not in (0, len(ids))]
         if unequal:
             key = unequal[0]
             raise UserError(
@@ -290,18 +238,18 @@ class ByOrder:
         categories: defaultdict[str, list[Example]] = defaultdict(list)
         for example in examples:
             categories[str(example.extra.get("category"))].append(example)
-        if len(rows) != len(examples) or not all(asked) or len(categories) > MOST_CATEGORIES:
+        if len(rows) != len(examples) or not all(asked) or len(categories) > 4:  # 24 orders are tried
             return [None] * len(rows)
-        orders = [[one for name in names for one in categories[name]] for names in permutations(categories)]
-        fitting = [order for order in orders if [plain(one.question) for one in order] == asked]
+        orders = [[example for name in names for example in categories[name]] for names in permutations(categories)]
+        fitting = [order for order in orders if [plain(example.question) for example in order] == asked]
         if len(fitting) > 1:
             raise UserError(f"the answers fit the questions in {len(fitting)} orders of their categories; give ids")
-        return [one.id for one in fitting[0]] if fitting else [None] * len(rows)
+        return [example.id for example in fitting[0]] if fitting else [None] * len(rows)
 
 
 def question_in(prompt: str) -> str:
     """A prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
-    for suffix in _SUFFIXES:
+    for suffix in _SUFFIXES:  # before the line of tokens, which they end
         prompt = prompt.replace(suffix, " ")
     return plain(_OCR.sub(" ", prompt.replace(IMAGE_PLACEHOLDER, " ")))
 
@@ -336,16 +284,12 @@ def has_answer(example: Example) -> bool:
     """Whether any right answer is there that is not blank."""
     people = example.extra.get("human_answers")
     texts = [answer.text for answer in example.answers]
-    texts += [str(one) for one in people] if isinstance(people, list | tuple) else []
+    texts += [str(answer) for answer in people] if isinstance(people, list | tuple) else []
     return "correct" in example.extra or any(text.strip() for text in texts)
 
 
 def right_answer(example: Example) -> str:
-    """The first right answer's text.
-
-    Raises:
-        UserError: the record has none.
-    """
+    """The first right answer's text."""
     if not example.answers:
         raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
     return example.answers[0].text
@@ -371,12 +315,12 @@ def not_scored(
         together: examples with equal values are scored as one (rotations of a question, items of a sentence).
         shared: one answer serves all of a group (captions of a clip); else each example needs its own.
     """
-    bare = {one.id for one in examples if one.id not in unreadable and not known(one)}
+    bare = {example.id for example in examples if example.id not in unreadable and not known(example)}
     if together is None or not bare or len(bare) == len(examples):
-        return {one.id: NO_ANSWER for one in examples if one.id in bare}
+        return {example.id: NO_ANSWER for example in examples if example.id in bare}
     groups: defaultdict[Hashable, list[str]] = defaultdict(list)
-    for one in examples:
-        groups[together(one)].append(one.id)
+    for example in examples:
+        groups[together(example)].append(example.id)
     reasons: dict[str, str] = {}
     for members in groups.values():
         without = [name for name in members if name in bare]
@@ -385,8 +329,8 @@ def not_scored(
     return reasons
 
 
-Scorer = Callable[[Sequence[Example], Mapping[str, str]], Scored]
-Submission = Callable[[Sequence[Example], Mapping[str, str]], tuple[str, str]]
+Scorer = Callable[[Sequence[Example], Answers], Scored]
+Submission = Callable[[Sequence[Example], Answers], tuple[str, str]]
 
 SHORT_ANSWER_TOKENS, LONG_ANSWER_TOKENS = 128, 1024  # LLaVA-1.5's own
 FRAMES = 4  # 2,304 of LLaVA-1.5's 4,096 positions
@@ -442,20 +386,13 @@ def published_id(name: str) -> int | str:
     return name if number is None else number
 
 
-# The letters of multiple-choice questions, and where an example says which one is right.
-
-
 def letters(example: Example) -> str:
     """The letters of the example's choices: "ABCD" for four."""
     return ascii_uppercase[: len(example.choices)]
 
 
 def correct_index(example: Example) -> int:
-    """Which choice is right.
-
-    Raises:
-        UserError: the example does not say, or says one that is not there.
-    """
+    """Which choice is right."""
     if "correct" not in example.extra:
         raise UserError(
             f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
@@ -474,23 +411,18 @@ def check_choices(
     Args:
         most: choices that a question may have; the letters end with Z.
         all_known: where some questions say which choice is right, all must.
-
-    Raises:
-        UserError: a question has no choices or too many, or some questions say which is right and others do not.
     """
-    count, known = 0, False
-    bare, crowded, unsaid = [], [], []
-    for example in examples:
-        count += 1
-        known = known or bool(example.answers) or "correct" in example.extra
-        bare += [] if example.choices else [example.id]
-        crowded += [] if most is None or len(example.choices) <= most else [example.id]
-        unsaid += [] if "correct" in example.extra else [example.id]
-    wrong = {"no choices": bare, f"more than {most} choices": crowded}
-    if known and all_known:
-        wrong["no extra.correct, the right choice's index"] = unsaid
+    examples = list(examples)
+    known = all_known and any(example.answers or "correct" in example.extra for example in examples)
+    wrong = {
+        "no choices": [example.id for example in examples if not example.choices],
+        f"more than {most} choices": [example.id for example in examples if len(example.choices) > (most or 10**9)],
+        "no extra.correct, the right choice's index": [
+            example.id for example in examples if known and "correct" not in example.extra
+        ],
+    }
     for what, ids in wrong.items():
         if ids:
             raise UserError(
-                f"{file}: {len(ids)} of {count} questions have {what}, first {shown(ids[0])}; repair the file"
+                f"{file}: {len(ids)} of {len(examples)} questions have {what}, first {shown(ids[0])}; repair the file"
             )

@@ -23,7 +23,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.scores import prompts
 from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Key, Submission, json_lines, published_id
 from dora_vl.evaluation.scores.prompts import Prompt
-from dora_vl.evaluation.scores.scored import PERCENT, Formula, Numbers, Ratio, Scored, Sums, Tally
+from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers, Ratio, Scored, Sums, Tally
 
 # Captions as the words that caption metrics count.
 #
@@ -57,19 +57,8 @@ DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SYMBOLS = str.maketrans(
-    {
-        "£": "#",
-        "€": "$",
-        "½": "1/2",
-        "¼": "1/4",
-        "¾": "3/4",
-        "’": "'",
-        "‘": "`",
-        "“": '"',
-        "”": '"',
-        "–": "--",
-        "—": "--",
-    }
+    {"£": "#", "€": "$", "½": "1/2", "¼": "1/4", "¾": "3/4", "’": "'", "‘": "`", "“": '"', "”": '"'}
+    | dict.fromkeys("–—", "--")
 )
 _CLITICS = re.compile(r"(?<=[a-z])(n't|'(?:s|m|d|re|ve|ll))(?![a-z])")
 _SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me"}
@@ -83,11 +72,6 @@ _TOKEN = re.compile(
 )
 
 
-def tokenizer_here() -> Tokenizer:
-    """The official tokenizer where there is a Java to run it."""
-    return "ptb" if shutil.which("java") else "fallback"
-
-
 def one_line(caption: str) -> str:
     """The caption without line breaks of any kind, single spaces in their place."""
     return " ".join(caption.splitlines()).replace("\x00", " ")
@@ -98,9 +82,6 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 
     Args:
         captions: the captions of each clip.
-
-    Raises:
-        UserError: pycocoevalcap or Java is not there.
     """
     clean = {clip: [one_line(caption) for caption in several] for clip, several in captions.items()}
     if tokenizer == "fallback":
@@ -144,7 +125,6 @@ log = logging.getLogger(__name__)
 
 Style = Literal["coco", "value"]
 ORDERS = (1, 2, 3, 4)
-VALUE_DECIMALS = 2
 _ALMOST_ZERO, _SMALL = 1e-15, 1e-9  # the official code's guards against division by zero
 
 
@@ -179,15 +159,9 @@ class Meteor:
         return _rounded(PERCENT * self.whole * moved, self.decimals)
 
 
-@dataclass
-class _Clip:
-    references: list[str] = field(default_factory=list)
-    prediction: str | None = None
-
-
 def score(
     examples: Sequence[Example],
-    answers: Mapping[str, str],
+    answers: Answers,
     *,
     style: Style = "coco",
     tokenizer: Tokenizer | None = None,
@@ -198,26 +172,23 @@ def score(
     Args:
         tokenizer: None takes the official one where Java is, else the fallback.
         with_meteor: None computes it where the official tokenizer is used.
-
-    Raises:
-        UserError: pycocoevalcap is missing, or a clip has no reference.
     """
-    tokenizer = tokenizer or tokenizer_here()
-    clips = _clips(examples, answers)
+    tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
+    truth, answered = _references(examples), _predictions(examples, answers)
     text = _ascii if style == "value" else str
-    references = tokenized({clip: [text(one) for one in it.references] for clip, it in clips.items()}, tokenizer)
-    predictions = tokenized({clip: [text(it.prediction or "")] for clip, it in clips.items()}, tokenizer)
-    cider, rouge = _cider_and_rouge(references, predictions)
+    references = tokenized({clip: [text(caption) for caption in several] for clip, several in truth.items()}, tokenizer)
+    predictions = tokenized({clip: [text(caption or "")] for clip, caption in answered.items()}, tokenizer)
+    cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in _scorers())
     meteor = None
     if with_meteor or (with_meteor is None and tokenizer == "ptb"):
         meteor = _meteor(references, predictions)
     tally = Tally()
-    for place, (clip, it) in enumerate(clips.items()):
-        columns = {"clips": 1.0, "cider": cider[place], "rouge": rouge[place]}
+    for number, (clip, caption) in enumerate(answered.items()):
+        columns = {"clips": 1.0, "cider": cider[number], "rouge": rouge[number]}
         columns |= bleu_counts(predictions[clip][0], references[clip])
-        columns |= {"meteor": meteor[1][place]} if meteor else {}
-        tally.add(clip, PERCENT * cider[place], columns, failed=it.prediction is None)
-    decimals = VALUE_DECIMALS if style == "value" else None
+        columns |= {"meteor": meteor[1][number]} if meteor else {}
+        tally.add(clip, PERCENT * cider[number], columns, failed=caption is None)
+    decimals = 2 if style == "value" else None
     formulas: dict[str, Formula] = {"CIDEr": Ratio("cider", "clips", decimals=decimals)}
     formulas |= {f"BLEU-{order}": Bleu(order, decimals) for order in ORDERS}
     formulas["ROUGE-L"] = Ratio("rouge", "clips", decimals=decimals)
@@ -232,18 +203,14 @@ _TOKENIZER_NAMES: Mapping[Tokenizer, str] = {
 }
 
 
-def score_value(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def score_value(examples: Sequence[Example], answers: Answers) -> Scored:
     """TVC and YC2C as VALUE's server scores them."""
     return score(examples, answers, style="value")
 
 
 def check_scoring(examples: Sequence[Example]) -> None:
-    """Tells what `score` would miss, without starting its Java programs.
-
-    Raises:
-        UserError: as `score`.
-    """
-    _clips(examples, {})
+    """Tells what `score` would miss, without starting its Java programs."""
+    _references(examples)
     _scorers()
 
 
@@ -270,26 +237,22 @@ def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
 
 
-def _clips(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, _Clip]:
-    clips: dict[str, _Clip] = {}
-    predictions = _predictions(examples, answers)
+def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
+    references: dict[str, list[str]] = {}
     for example in examples:
-        clip = clips.setdefault(clip_of(example), _Clip(prediction=predictions[clip_of(example)]))
-        clip.references += [answer.text for answer in example.answers]
-    without = [name for name, clip in clips.items() if not clip.references]
-    if without:
+        references.setdefault(clip_of(example), []).extend(answer.text for answer in example.answers)
+    if without := [clip for clip, captions in references.items() if not captions]:
         raise UserError(
             f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
         )
-    return clips
+    return references
 
 
-def _predictions(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str | None]:
+def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str | None]:
     """The first answer of each clip's examples, None where none has one: what is scored and what is uploaded."""
     predictions: dict[str, str | None] = {}
     for example in examples:
-        clip = clip_of(example)
-        if predictions.get(clip) is None:
+        if predictions.get(clip := clip_of(example)) is None:
             predictions[clip] = answers.get(example.id)
     return predictions
 
@@ -308,16 +271,6 @@ def _scorers() -> tuple[Any, Any]:
     return Cider(), Rouge()
 
 
-def _cider_and_rouge(
-    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
-) -> tuple[list[float], list[float]]:
-    cider, rouge = _scorers()
-    return (
-        list(cider.compute_score(references, predictions)[1]),
-        list(rouge.compute_score(references, predictions)[1]),
-    )
-
-
 def _meteor(
     references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
 ) -> tuple[float, list[float]] | None:
@@ -325,7 +278,7 @@ def _meteor(
     from pycocoevalcap.meteor.meteor import Meteor as Official
 
     separator = "|||"  # of its protocol
-    safe = {clip: [one.replace(separator, "") for one in several] for clip, several in references.items()}
+    safe = {clip: [caption.replace(separator, "") for caption in several] for clip, several in references.items()}
     official = Official()
     try:
         whole, each = official.compute_score(safe, predictions)
@@ -344,34 +297,29 @@ def _rounded(values: Numbers, decimals: int | None) -> Numbers:
     return values if decimals is None else np.round(values, decimals)
 
 
-def coco_caption(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """COCO's caption server: a caption for each image."""
     predictions = _predictions(examples, answers)
     rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
     return "captions_results.json", json.dumps(rows, ensure_ascii=False)
 
 
-def tvc(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """VALUE: one caption for each clip, in the references' order."""
-    return "tvc_test_predictions.jsonl", _described(examples, answers)
-
-
-def yc2c(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """VALUE: one caption for each clip, in the references' order; the video's name is `video_id` there."""
-    return "yc2c_test_predictions.jsonl", _described(examples, answers, video_name="video_id")
-
-
-def _described(examples: Sequence[Example], answers: Mapping[str, str], video_name: str = "vid_name") -> str:
+def value_captions(
+    examples: Sequence[Example], answers: Answers, *, file: str, video_name: str = "vid_name"
+) -> tuple[str, str]:
+    """VALUE: one caption for each clip, in the references' order; `video_name` is what YC2C calls otherwise."""
     rows: dict[str, dict[str, object]] = {}
     predictions = _predictions(examples, answers)
     for example in examples:
-        clip = clip_of(example)
-        if clip not in rows:
-            extra = example.extra
-            row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
-            row |= {"ts": extra["ts"]} if "ts" in extra else {}
-            rows[clip] = {**row, "descs": [{"desc": predictions[clip] or ""}]}
-    return json_lines(list(rows.values()))
+        clip, extra = clip_of(example), example.extra
+        row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
+        row |= {"ts": extra["ts"]} if "ts" in extra else {}
+        rows.setdefault(clip, {**row, "descs": [{"desc": predictions[clip] or ""}]})
+    return file, json_lines(list(rows.values()))
+
+
+tvc = partial(value_captions, file="tvc_test_predictions.jsonl")
+yc2c = partial(value_captions, file="yc2c_test_predictions.jsonl", video_name="video_id")
 
 
 def _own_clip(example: Example) -> Key:

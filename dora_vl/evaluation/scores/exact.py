@@ -7,8 +7,8 @@ from string import ascii_uppercase
 
 from dora_vl.data.example import Example
 from dora_vl.evaluation.scores import caption, llava
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, only, right_answer
-from dora_vl.evaluation.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, correct_index, only, right_answer
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Scored, score_points
 
 
 def normalised(answer: str) -> str:
@@ -26,7 +26,7 @@ def is_match(truth: str, prediction: str | None) -> bool:
     return prediction is not None and normalised(prediction) == normalised(truth)
 
 
-def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_after: str | None = None) -> Scored:
+def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
     """Accuracy in percent: all, and by `extra["kind"]`. A question without an answer counts as wrong.
 
     Args:
@@ -35,16 +35,17 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_aft
     Raises:
         ValueError: there is nothing to score.
     """
-    tally, kinds = Tally(), []
-    for example in examples:
-        prediction = final_answer(answers.get(example.id), answer_after)
+
+    def points(example: Example, answer: str) -> float:
         truth = final_answer(right_answer(example), answer_after) or ""
-        right = float(is_match(truth, prediction))
-        kind = [str(example.extra["kind"])] if "kind" in example.extra else []
-        kinds += kind
-        tally.add(example.id, right, kind_columns(right, *kind), unit=unit_of(example), failed=prediction is None)
+        return float(is_match(truth, final_answer(answer, answer_after)))
+
     settings = {"answer_after": answer_after} if answer_after else {}
-    return tally.scored({"accuracy": ACCURACY, **by_kind("kind", kinds)}, settings=settings)
+    return score_points(examples, answers, points, kinds=_kind, settings=settings)
+
+
+def _kind(example: Example) -> list[str]:
+    return [f"kind/{example.extra['kind']}"] if "kind" in example.extra else []
 
 
 BENCHMARK = Benchmark(modes=only(score))
@@ -62,60 +63,28 @@ BENCHMARK = Benchmark(modes=only(score))
 # - `caption`: CIDEr, BLEU, ROUGE-L and METEOR, in `caption`.
 
 
-LEAST_SIMILARITY = 0.5
-TOLERANCE = 0.05
-_EPSILON = 1e-9  # 105 against 100 is five percent, whatever float division makes of it
+def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
+    """A score that is the best of an answer's points, from 0 to 1, against each right answer."""
 
-Points = Callable[[str, str], float]
-"""An answer and a right one -> points from 0 to 1."""
+    def scorer(examples: Sequence[Example], answers: Answers) -> Scored:
+        """Over all, and by `extra["kind"]`."""
+
+        def best(example: Example, answer: str) -> float:
+            return max((float(points(answer, right.text)) for right in example.answers), default=0.0)
+
+        return score_points(examples, answers, best, metrics={headline: ACCURACY}, kinds=_kind)
+
+    return scorer
 
 
-def exact(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def choice(examples: Sequence[Example], answers: Answers) -> Scored:
     """Accuracy over all, and by `extra["kind"]`."""
-    return _best(examples, answers, lambda said, true: float(normalised(said) == normalised(true)), "accuracy")
 
+    def right(example: Example, answer: str) -> float:
+        choices = dict(zip(ascii_uppercase, example.choices, strict=False))
+        return float(_chosen(answer, choices) == ascii_uppercase[correct_index(example)])
 
-def anls(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """ANLS over all, and by `extra["kind"]`."""
-    return _best(examples, answers, similarity, "anls")
-
-
-def relaxed(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """Relaxed accuracy over all, and by `extra["kind"]`."""
-    return _best(examples, answers, lambda said, true: float(is_close(said, true)), "relaxed accuracy")
-
-
-def choice(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """Accuracy over all, and by `extra["kind"]`."""
-    return _tally(examples, answers, _right_choice, "accuracy")
-
-
-def _best(examples: Sequence[Example], answers: Mapping[str, str], points: Points, headline: str) -> Scored:
-    def of_example(example: Example, said: str) -> float:
-        return max((points(said, answer.text) for answer in example.answers), default=0.0)
-
-    return _tally(examples, answers, of_example, headline)
-
-
-def _tally(
-    examples: Sequence[Example],
-    answers: Mapping[str, str],
-    points: Callable[[Example, str], float],
-    headline: str,
-) -> Scored:
-    tally, kinds = Tally(), []
-    for example in examples:
-        said = answers.get(example.id)
-        share = 0.0 if said is None else points(example, said)
-        kind = [str(example.extra["kind"])] if "kind" in example.extra else []
-        kinds += kind
-        tally.add(example.id, share, kind_columns(share, *kind), unit=unit_of(example), failed=said is None)
-    return tally.scored({headline: ACCURACY, **by_kind("kind", kinds)})
-
-
-def _right_choice(example: Example, said: str) -> float:
-    choices = dict(zip(ascii_uppercase, example.choices, strict=False))
-    return float(_chosen(said, choices) == ascii_uppercase[correct_index(example)])
+    return score_points(examples, answers, right, kinds=_kind)
 
 
 def _chosen(said: str, choices: Mapping[str, str]) -> str | None:
@@ -141,14 +110,14 @@ def similarity(said: str, true: str) -> float:
     if abs(len(said) - len(true)) * 2 > longer:  # at least so many insertions
         return 0.0
     share = 1.0 - _edits(said, true) / longer if longer else 1.0
-    return share if share > LEAST_SIMILARITY else 0.0
+    return share if share > 0.5 else 0.0
 
 
 def _edits(first: str, second: str) -> int:
     """Levenshtein's distance, a row of its table at a time."""
     row = list(range(len(second) + 1))
-    for place, letter in enumerate(first, start=1):
-        corner, row[0] = row[0], place
+    for number, letter in enumerate(first, start=1):
+        corner, row[0] = row[0], number
         for column, other in enumerate(second, start=1):
             changed = corner + (letter != other)
             corner = row[column]
@@ -161,7 +130,7 @@ def is_close(said: str, true: str) -> bool:
     found, wanted = _number(said), _number(true)
     if found is None or not wanted:
         return said.strip().lower() == true.strip().lower()
-    return abs(found - wanted) <= (TOLERANCE + _EPSILON) * abs(wanted)
+    return abs(found - wanted) <= (0.05 + 1e-9) * abs(wanted)  # 105 is within, whatever float division makes of it
 
 
 def _number(text: str) -> float | None:
@@ -172,11 +141,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-SCORINGS: Mapping[str, Callable[[Sequence[Example], Mapping[str, str]], Scored]] = {
-    "exact": exact,
+SCORINGS: Mapping[str, Scorer] = {
+    "exact": best_of(is_match, "accuracy"),
     "choice": choice,
-    "anls": anls,
-    "relaxed": relaxed,
+    "anls": best_of(similarity, "anls"),
+    "relaxed": best_of(is_close, "relaxed accuracy"),
     "caption": caption.score,
 }
 """What `scoring:` may say in a benchmark's YAML."""

@@ -21,6 +21,7 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Literal
 
+from dora_vl.data.benchmarks.llava import MME_COGNITION, MME_PERCEPTION, POPE_CATEGORIES, POPE_VERSIONS
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.scores.benchmark import (
@@ -43,22 +44,21 @@ from dora_vl.evaluation.scores.benchmark import (
 from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, Prompt, letter, lettered, short
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
+    Answers,
     Formula,
     Mean,
     Ratio,
     Scored,
     Tally,
     Total,
-    by_kind,
-    kind_columns,
+    score_points,
+    share_of,
     unit_of,
 )
 
-REFERENCE, MODEL = "Assistant 1", "Assistant 2"
-
 
 def judge_requests(
-    examples: Sequence[Example], answers: Mapping[str, str], rules: Mapping[str, str] | None = None
+    examples: Sequence[Example], answers: Answers, rules: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
     """One request for each question: its id, category and the text to put to the judge.
 
@@ -66,32 +66,21 @@ def judge_requests(
         rules: category -> the instruction that ends the text (`prompt` of `llava_bench_<category>` in LLaVA's
             rule.json); without them that part is left to the judge's system prompt.
     """
-    requests = []
+    requests: list[dict[str, str]] = []
     for example in examples:
         category = str(example.extra.get("category", ""))
-        parts = [
-            ("Context", str(example.extra.get("context", ""))),
-            ("Question", example.question),
-            (REFERENCE, example.answers[0].text if example.answers else ""),
-            (MODEL, answers.get(example.id, "")),
-        ]
-        text = "\n\n".join(f"[{title}]\n{body}" + _end(title) for title, body in parts)
+        reference = example.answers[0].text if example.answers else ""
+        text = f"[Context]\n{example.extra.get('context', '')}\n\n[Question]\n{example.question}"
+        for title, answer in (("Assistant 1", reference), ("Assistant 2", answers.get(example.id, ""))):
+            text += f"\n\n[{title}]\n{answer}\n\n[End of {title}]"
         if rules and category in rules:
             text += f"\n\n[System]\n{rules[category]}\n\n"
         requests.append({"id": example.id, "category": category, "text": text})
     return requests
 
 
-def _end(title: str) -> str:
-    return f"\n\n[End of {title}]" if title in {REFERENCE, MODEL} else ""
-
-
 def scores_of(review: str) -> tuple[float, float]:
-    """The reference's and the model's score in a review's first line, separated by a space or a comma.
-
-    Raises:
-        UserError: there are not two numbers.
-    """
+    """The reference's and the model's score in a review's first line, separated by a space or a comma."""
     first, *_ = review.strip().split("\n", maxsplit=1)
     words = first.replace(",", " ").split()
     try:
@@ -102,11 +91,7 @@ def scores_of(review: str) -> tuple[float, float]:
 
 
 def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
-    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10).
-
-    Raises:
-        UserError: a question has no review, or one without two numbers.
-    """
+    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10)."""
     tally, categories = Tally(), []
     for example in examples:
         if example.id not in reviews:
@@ -118,12 +103,12 @@ def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Sc
         columns |= {f"reference {category}": reference, f"model {category}": model}
         tally.add(example.id, model / reference if reference else 0.0, columns, unit=unit_of(example))
     formulas: dict[str, Formula] = {"relative score": Ratio("model", "reference")}
-    formulas |= {f"category/{one}": Ratio(f"model {one}", f"reference {one}") for one in sorted(set(categories))}
-    formulas |= {f"mean/{one}": Ratio(one, "asked", scale=1.0) for one in ("model", "reference")}
+    formulas |= {f"category/{kind}": Ratio(f"model {kind}", f"reference {kind}") for kind in sorted(set(categories))}
+    formulas |= {f"mean/{name}": Ratio(name, "asked", scale=1.0) for name in ("model", "reference")}
     return tally.scored(formulas, settings={"judge": "external"})
 
 
-def llava_bench_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def llava_bench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """One request to the judge a line."""
     return "llava_bench_judge.jsonl", json_lines(judge_requests(examples, answers))
 
@@ -137,15 +122,12 @@ LLAVA_BENCH = Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=
 # of an evaluation tool, of which there were several; two are here, and the one used is in the settings:
 #
 # - `opencompass_2023` (an older script in OpenCompass, of LLaVA-1.5's days; VLMEvalKit's of that time read other
-#   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a
-#   word (not
-# where
-#   "A" is among more than three words: it may be an article), then with one of eleven decorations such as "A." or
-#   "(A)"; exactly one letter must fit.
+#   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a word
+#   (not where "A" is among more than three words: it may be an article), then with one of eleven decorations such as
+#   "A." or "(A)"; exactly one letter must fit.
 # - `2025` (VLMEvalKit today): marks .()[],:;!*#{} become spaces; the one letter of the question's choices among the
 #   words counts if it is one of the last four; four phrases of refusal, and a word "Z", are Z, which is never right.
-#   Answers
-#   longer than twice all choices together are not searched for a choice's text.
+#   Answers longer than twice all choices together are not searched for a choice's text.
 #
 # In both, an answer without such a letter counts for the one choice whose text is in it, letter case aside. Where
 # neither gives a letter the tool asks GPT, or with `exact_matching` gives Z; here it is wrong, as with
@@ -185,44 +167,39 @@ def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | N
     return _only([letter for letter, text in choices.items() if text.lower() in said])
 
 
-def mmbench_score(examples: Sequence[Example], answers: Mapping[str, str], *, matcher: Matcher = "2025") -> Scored:
-    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations.
-
-    Raises:
-        UserError: an example has no whole number as `extra["index"]`.
-    """
+def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:
+    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations."""
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[question_of(example)].append(example)
-    tally, coarse, fine = Tally(), [], []
+    tally, kinds = Tally(), set[str]()
     for question, rotations in groups.items():
-        hits = [_is_right(one, answers, matcher) for one in rotations]
-        first = min(rotations, key=lambda one: one.extra["index"])
-        wide, narrow = (str(first.extra.get(name, "")) for name in ("l2_category", "category"))
-        coarse += [wide] if wide else []
-        fine += [narrow] if narrow else []
-        for one, hit in zip(rotations, hits, strict=True):
-            whole = kind_columns(float(all(hits)), *(kind for kind in {wide, narrow} if kind)) if one is first else {}
-            columns = {**whole, "rotation right": float(hit), "rotations": 1.0}
-            tally.add(one.id, float(hit), columns, unit=str(question), failed=one.id not in answers)
-    vanilla = Ratio("rotation right", "rotations")
-    formulas = {"accuracy": ACCURACY, "vanilla": vanilla, **by_kind("l2", coarse), **by_kind("category", fine)}
+        hits = [_is_right(example, answers, matcher) for example in rotations]
+        first = min(rotations, key=lambda example: example.extra["index"])
+        named = {"l2": first.extra.get("l2_category"), "category": first.extra.get("category")}
+        of_question = {f"{prefix}/{kind}" for prefix, kind in named.items() if kind}
+        kinds |= of_question
+        whole = {"right": float(all(hits)), "asked": 1.0}
+        for kind in of_question:
+            whole |= {f"right {kind}": float(all(hits)), f"asked {kind}": 1.0}
+        for example, hit in zip(rotations, hits, strict=True):
+            columns = (whole if example is first else {}) | {"rotation right": float(hit), "rotations": 1.0}
+            failed = example.id not in answers
+            tally.add(example.id, float(hit), columns, unit=str(question), failed=failed)
+    formulas: dict[str, Formula] = {"accuracy": ACCURACY, "vanilla": Ratio("rotation right", "rotations")}
+    formulas |= {kind: share_of(kind) for kind in sorted(kinds, key=lambda kind: (kind[0] != "l", kind))}
     return tally.scored(formulas, settings={"matcher": matcher, "without a letter": "wrong (exact_matching)"})
 
 
 def question_of(example: Example) -> int:
-    """What all rotations of one question share.
-
-    Raises:
-        UserError: the example has no whole number as `extra["index"]`.
-    """
+    """What all rotations of one question share."""
     index = example.extra.get("index")
     if not isinstance(index, int):
         raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
     return index % ROTATION
 
 
-def _is_right(example: Example, answers: Mapping[str, str], matcher: Matcher) -> bool:
+def _is_right(example: Example, answers: Answers, matcher: Matcher) -> bool:
     if example.id not in answers:
         return False
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
@@ -264,7 +241,7 @@ def letter_cn(example: Example) -> str:
     return f"{lettered(example)}\n{LETTER_CN}"
 
 
-def mmbench_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
     widest = max(len(example.choices) for example in examples)
     letters = ascii_uppercase[:widest]
@@ -305,19 +282,6 @@ CHINESE = _benchmark(letter_cn)
 # percent. Reads `answers[0]` (Yes or No), `images[0]` and `extra["category"]`, the subtask.
 
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 PREFIX_CHARACTERS = 4
 
 
@@ -329,15 +293,12 @@ def said(answer: str) -> Literal["yes", "no", "other"]:
     return "no" if "no" in beginning else "other"
 
 
-def mme_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """Perception, cognition and every subtask's score from 0 to 200.
-
-    Raises:
-        UserError: a picture of a subtask has not two questions.
-    """
-    right = {one.id: one.id in answers and said(answers[one.id]) == right_answer(one).lower() for one in examples}
-    pictures = Counter(picture_of(one) for one in examples)
-    both = Counter(picture_of(one) for one in examples if right[one.id])
+def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
+    """Perception, cognition and every subtask's score from 0 to 200."""
+    read = {example.id: said(answers[example.id]) for example in examples if example.id in answers}
+    right = {example.id: read.get(example.id) == right_answer(example).lower() for example in examples}
+    pictures = Counter(picture_of(example) for example in examples)
+    both = Counter(picture_of(example) for example in examples if right[example.id])
     odd = [name for name, count in pictures.items() if count != 2]
     if odd:
         raise UserError(f"MME picture {odd[0][1]} of {odd[0][0]} has {pictures[odd[0]]} questions, not two")
@@ -348,35 +309,23 @@ def mme_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored
         columns |= {f"both {task}": (both[task, picture] == 2) / 2, f"pictures {task}": 0.5}
         failed = example.id not in answers
         tally.add(example.id, float(right[example.id]), columns, unit=f"{task}\n{picture}", failed=failed)
-    return tally.scored(_mme_formulas({task for task, _ in pictures}))
+    known, found = (*MME_PERCEPTION, *MME_COGNITION), {task for task, _ in pictures}
+    tasks: dict[str, Formula] = {
+        task: Total((share_of(task), Ratio(f"both {task}", f"pictures {task}")))
+        for task in [*(task for task in known if task in found), *sorted(found.difference(known))]
+    }
+    sums: dict[str, Formula] = {}
+    for name, members in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
+        if there := tuple(tasks[task] for task in members if task in tasks):
+            sums[name] = Total(there)
+    return tally.scored({**sums, **tasks})
 
 
 def picture_of(example: Example) -> tuple[str, str]:
-    """Its subtask and its picture, which both of a picture's questions share.
-
-    Raises:
-        UserError: it has not one picture.
-    """
+    """Its subtask and its picture, which both of a picture's questions share."""
     if len(example.images) != 1:
         raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
     return str(example.extra.get("category", "")), example.images[0]
-
-
-def _mme_formulas(found: set[str]) -> dict[str, Formula]:
-    """The two sums over the subtasks that are there, then the subtasks."""
-    tasks: dict[str, Formula] = {
-        task: Total((Ratio(f"right {task}", f"asked {task}"), Ratio(f"both {task}", f"pictures {task}")))
-        for task in [
-            *(one for one in (*PERCEPTION, *COGNITION) if one in found),
-            *sorted(found - {*PERCEPTION, *COGNITION}),
-        ]
-    }
-    sums: dict[str, Formula] = {}
-    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        there = tuple(tasks[task] for task in members if task in tasks)
-        if there:
-            sums[name] = Total(there)
-    return {**sums, **tasks}
 
 
 def mme_prompt(example: Example) -> str:
@@ -384,12 +333,12 @@ def mme_prompt(example: Example) -> str:
     return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
 
 
-def _row_key(row: AnswerRow) -> Key:
+def _mme_row(row: AnswerRow) -> Key:
     path, question = REPEATED.sub("", row.id), question_in(row.prompt)
     return (path.partition("/")[0], picture_stem(path), question) if question else None
 
 
-def _example_key(example: Example) -> Key:
+def _mme_example(example: Example) -> Key:
     if not example.images:
         return None
     return str(example.extra.get("category")), picture_stem(example.images[0]), plain(example.question)
@@ -399,7 +348,7 @@ MME = Benchmark(
     modes=only(mme_score),
     prompt=mme_prompt,
     together=picture_of,
-    joins=(ByKey("subtask, picture and question", _row_key, _example_key),),
+    joins=(ByKey("subtask, picture and question", _mme_row, _mme_example),),
 )
 
 
@@ -407,12 +356,11 @@ MME = Benchmark(
 #
 # Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1; the online grader takes one JSON
 # object `{"v1_0": answer, ...}`. No judge is called here. `score_grades` averages the grades, times 100, over all and
-# over
-# the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
+# over the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
 # several).
 
 
-def judge_file(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str]:
+def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
     """What the grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
     names = {
         example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
@@ -421,25 +369,21 @@ def judge_file(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[
 
 
 def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """The total and each capability, from 0 to 100; a missing grade counts as 0.
-
-    Raises:
-        UserError: a grade is not between 0 and 1.
-    """
-    tally, found = Tally(), []
-    for example in examples:
-        grade = grades.get(example.id)
-        if grade is not None and not 0 <= grade <= 1:
-            raise UserError(f"MM-Vet grade of {example.id} is {grade}; grades go from 0 to 1")
-        capabilities = [str(one) for one in example.extra.get("capability", ())]
-        found += capabilities
-        columns = kind_columns(grade or 0.0, *capabilities)
-        tally.add(example.id, grade or 0.0, columns, unit=unit_of(example), failed=grade is None)
-    formulas: dict[str, Formula] = {"total": ACCURACY, **by_kind("capability", found)}
-    return tally.scored(formulas, settings={"judge": "external"})
+    """The total and each capability, from 0 to 100; a missing grade counts as 0."""
+    for name, grade in grades.items():
+        if not 0 <= grade <= 1:
+            raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
+    return score_points(
+        examples,
+        dict.fromkeys(grades, ""),
+        lambda example, _: grades[example.id],
+        metrics={"total": ACCURACY},
+        kinds=lambda example: [f"capability/{kind}" for kind in example.extra.get("capability", ())],
+        settings={"judge": "external"},
+    )
 
 
-def mmvet_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def mmvet_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """The grader's file."""
     return "mmvet.json", json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1)
 
@@ -466,24 +410,16 @@ MMVET = Benchmark(
 # `extra["category"]`.
 
 
-CATEGORIES = ("random", "popular", "adversarial")
-VERSIONS: Mapping[tuple[int, ...], str] = {(2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)", (3000, 3000, 3000): "current"}
-"""Label files by their questions in each of `CATEGORIES`."""
-
-
 def says_no(answer: str) -> bool:
     """How the script reads an answer; whatever is not no is yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return any(word in words for word in ("No", "not", "no"))
 
 
-def pope_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """F1 and its parts in percent.
 
     A missing answer counts as the wrong one of the two.
-
-    Raises:
-        UserError: an answer belongs to no question, so that another label version is likely.
     """
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:
@@ -491,47 +427,39 @@ def pope_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Score
             f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
             "come in two versions, so prepare the one that the questions were asked from"
         )
-    tally, categories = Tally(), [str(example.extra.get("category", "all")) for example in examples]
-    for example, category in zip(examples, categories, strict=True):
-        truth, answer = _is_yes(example), answers.get(example.id)
+    tally, categories = Tally(), Counter[str]()
+    for example in examples:
+        category = str(example.extra.get("category", "all"))
+        categories[category] += 1
+        truth, answer = right_answer(example) == "yes", answers.get(example.id)
+        if not truth and right_answer(example) != "no":
+            raise UserError(
+                f"POPE example {example.id} has the label {shown(right_answer(example))}; it must be yes or no"
+            )
         said = (not truth) if answer is None else not says_no(answer)
         cell = {(True, True): "tp", (True, False): "fp", (False, False): "tn", (False, True): "fn"}[said, truth]
         columns = {f"{cell} {category}": 1.0, f"asked {category}": 1.0}
         columns |= {f"right {category}": float(said == truth), f"yes {category}": float(said)}
         tally.add(example.id, float(said == truth), columns, unit=unit_of(example), failed=answer is None)
-    return tally.scored(_pope_formulas(sorted(set(categories))), settings={"labels": _version(categories)})
+    own = {category: _of_category(category) for category in sorted(categories)}
+    formulas: dict[str, Formula] = {
+        name: Mean(tuple(of_category[name] for of_category in own.values())) for name in _of_category("")
+    }
+    formulas |= {f"{kind}/{name}": formula for kind, metrics in own.items() for name, formula in metrics.items()}
+    counts = tuple(categories[category] for category in POPE_CATEGORIES)
+    described = ", ".join(f"{count} {category}" for category, count in sorted(categories.items()))
+    return tally.scored(formulas, settings={"labels": POPE_VERSIONS.get(counts, described)})
 
 
-def _is_yes(example: Example) -> bool:
-    label = right_answer(example)
-    if label not in {"yes", "no"}:
-        raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
-    return label == "yes"
-
-
-def _pope_formulas(categories: Sequence[str]) -> dict[str, Formula]:
-    """Each number's mean over the categories, then each category's own."""
-    own = {one: _of_category(one) for one in categories}
-    names = _of_category("").keys()
-    means: dict[str, Formula] = {name: Mean(tuple(of_one[name] for of_one in own.values())) for name in names}
-    return means | {f"{one}/{name}": formula for one, of_one in own.items() for name, formula in of_one.items()}
-
-
-def _of_category(one: str) -> dict[str, Formula]:
-    tp, fp, fn = (f"{cell} {one}" for cell in ("tp", "fp", "fn"))
+def _of_category(category: str) -> dict[str, Formula]:
+    tp, fp, fn = (f"{cell} {category}" for cell in ("tp", "fp", "fn"))
     return {
         "f1": Ratio(tp, (tp, tp, fp, fn), scale=200.0),  # 2 tp / (2 tp + fp + fn) is 2 P R / (P + R)
-        "accuracy": Ratio(f"right {one}", f"asked {one}"),
+        "accuracy": share_of(category),
         "precision": Ratio(tp, (tp, fp)),
         "recall": Ratio(tp, (tp, fn)),
-        "yes share": Ratio(f"yes {one}", f"asked {one}"),
+        "yes share": Ratio(f"yes {category}", f"asked {category}"),
     }
-
-
-def _version(categories: Sequence[str]) -> str:
-    counts = Counter(categories)
-    of_each = tuple(counts[one] for one in CATEGORIES)
-    return VERSIONS.get(of_each, ", ".join(f"{counts[one]} {one}" for one in sorted(counts)))
 
 
 POPE = Benchmark(modes=only(pope_score), prompt=short, joins=(ByOrder("order, each prompt being the question's"),))
@@ -565,17 +493,16 @@ def parsed(answer: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def scienceqa_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Image accuracy first where any question has a picture, then accuracy, in percent."""
-    tally = Tally()
-    for example in examples:
-        answer = answers.get(example.id)
-        right = answer is not None and parsed(answer) == letters(example)[correct_index(example)]
-        kinds = ["with picture"] if example.images else []
-        columns = kind_columns(float(right), *kinds)
-        tally.add(example.id, float(right), columns, unit=unit_of(example), failed=answer is None)
-    image = {"image accuracy": Ratio("right with picture", "asked with picture")}
-    return tally.scored({**(image if any(example.images for example in examples) else {}), "accuracy": ACCURACY})
+    image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
+    return score_points(
+        examples,
+        answers,
+        lambda example, answer: float(parsed(answer) == letters(example)[correct_index(example)]),
+        metrics={**image, "accuracy": ACCURACY},
+        kinds=lambda example: ["image accuracy"] if example.images else [],
+    )
 
 
 def scienceqa_prompt(example: Example) -> str:
@@ -597,21 +524,19 @@ SCIENCEQA = Benchmark(
 # `extra["question_type"]`.
 
 
-def seed_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Accuracies in percent."""
-    tally, data, types = Tally(), [], []
-    for example in examples:
-        answer = answers.get(example.id)
-        right = answer == letters(example)[correct_index(example)]
-        medium = str(example.extra.get("data_type", "image"))
-        kind = str(example.extra.get("question_type", ""))
-        data.append(medium)
-        types += [kind] if kind else []
-        columns = kind_columns(float(right), medium, *([f"type {kind}"] if kind else []))
-        tally.add(example.id, float(right), columns, unit=unit_of(example), failed=answer is None)
-    by_type = by_kind("type", [f"type {kind}" for kind in types])
-    named = {name.replace("type/type ", "type/"): formula for name, formula in by_type.items()}
-    return tally.scored({"accuracy": ACCURACY, **by_kind("accuracy", data), **named})
+
+    def kinds(example: Example) -> list[str]:
+        kind = example.extra.get("question_type")
+        return [f"accuracy/{example.extra.get('data_type', 'image')}", *([f"type/{kind}"] if kind else [])]
+
+    return score_points(
+        examples,
+        answers,
+        lambda example, answer: float(answer == letters(example)[correct_index(example)]),
+        kinds=kinds,
+    )
 
 
 SEED = Benchmark(modes=only(seed_score), prompt=letter, chooses=True)

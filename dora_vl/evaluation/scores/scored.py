@@ -1,13 +1,14 @@
-"""What every scorer returns: the metrics, and the sums over items that they are functions of.
+"""What every scorer returns: metrics, which are formulas over column sums, and their bootstrap intervals.
 
-A metric is a formula over column sums (right answers, questions asked, n-grams matched...), so that one bootstrap
-serves them all: it draws items again, adds the columns up and applies the same formula.
+A scorer is a function of a row: it gives each example's columns (right answers, questions asked, n-grams matched...);
+a metric is a ratio of their sums. So one bootstrap serves them all: it draws items again, adds the columns up and
+applies the same formula.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Protocol, runtime_checkable
@@ -21,10 +22,9 @@ from dora_vl.errors import UserError
 Numbers = NDArray[np.float64]
 Sums = Mapping[str, Numbers]
 """A column's name -> its sum over the drawn items, one number for each draw."""
-
+Answers = Mapping[str, str]
+"""By the examples' ids; one that is not there is missing."""
 PERCENT = 100.0
-ASKED = "asked"
-"""Begins the name of a column that counts items: all, or those of a kind."""
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Formula(Protocol):
 
 @dataclass(frozen=True)
 class Ratio:
-    """`scale` times one sum over another, or over several added up.
+    """`scale` times one sum over another, or over several added up, rounded where the official script rounds.
 
     Where there is nothing to divide by: 0, as the official scripts have it; NaN for a draw of a set that has something.
     """
@@ -52,19 +52,19 @@ class Ratio:
     bottom: str | tuple[str, ...]
     scale: float = PERCENT
     decimals: int | None = None
-    """Rounded to so many decimals, where the official script does."""
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The ratio of each draw."""
-        bottom = self._bottom(sums)
-        of_nothing = 0.0 if whole is None or not self._bottom(whole).any() else np.nan
-        empty = np.full_like(bottom, of_nothing)
-        value = self.scale * np.divide(_column(sums, self.top), bottom, out=empty, where=bottom != 0)
+        top, bottom = self.sides(sums)
+        of_nothing = 0.0 if whole is None or not self.sides(whole)[1].any() else np.nan
+        value = self.scale * np.divide(top, bottom, out=np.full_like(bottom, of_nothing), where=bottom != 0)
         return value if self.decimals is None else np.round(value, self.decimals)
 
-    def _bottom(self, sums: Sums) -> Numbers:
+    def sides(self, sums: Sums) -> tuple[Numbers, Numbers]:
+        """What is divided, and by what."""
+        nothing = np.zeros_like(next(iter(sums.values())))
         below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
-        return np.sum([_column(sums, name) for name in below], axis=0)
+        return sums.get(self.top, nothing), np.sum([sums.get(name, nothing) for name in below], axis=0)
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,19 @@ class Total:
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The sum of each draw."""
-        return np.sum([part(sums, whole) for part in self.parts], axis=0)
+        return self.joined([part(sums, whole) for part in self.parts])
+
+    def joined(self, values: Sequence[Numbers] | Sequence[Limits]) -> Numbers:
+        """The parts' values together."""
+        return np.sum(values, axis=0)
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(Total):
     """The unweighted mean of other metrics; NaN for a draw where one of them is."""
 
-    parts: tuple[Formula, ...]
-
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The mean of each draw."""
-        return np.mean([part(sums, whole) for part in self.parts], axis=0)
-
-
-def _column(sums: Sums, name: str) -> Numbers:
-    return sums[name] if name in sums else np.zeros_like(next(iter(sums.values())))
+    def joined(self, values: Sequence[Numbers] | Sequence[Limits]) -> Numbers:
+        """The parts' values together."""
+        return np.mean(values, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +109,7 @@ class Table:
         return {name: float(formula(whole)[0]) for name, formula in self.formulas.items()}
 
     def drawn(self, counts: Numbers) -> dict[str, Numbers]:
-        """Every metric of each draw, NaN where the draw has none of its items.
-
-        Args:
-            counts: `[draws, units]`, how often a unit was drawn.
-        """
+        """Every metric of each draw, NaN where the draw has none of its items; counts: `[draws, units]`."""
         sums, whole = self._sums(counts), self._sums(np.ones((1, len(self.units))))
         return {name: formula(sums, whole) for name, formula in self.formulas.items()}
 
@@ -148,11 +141,10 @@ class Scored:
         """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
         formula = self.table.formulas.get(metric)
         bottom = formula.bottom if isinstance(formula, Ratio) else None
-        if not isinstance(bottom, str) or not bottom.startswith(ASKED):
+        if not isinstance(bottom, str) or not bottom.startswith("asked"):
             return self.n
-        if bottom not in self.table.names:
-            return 0
-        return round(float(self.table.columns[:, self.table.names.index(bottom)].sum()))
+        names = self.table.names
+        return round(float(self.table.columns[:, names.index(bottom)].sum())) if bottom in names else 0
 
 
 class Tally:
@@ -180,18 +172,8 @@ class Tally:
         if failed:
             self._failed.append(item)
 
-    def scored(
-        self,
-        formulas: Mapping[str, Formula],
-        *,
-        settings: Mapping[str, str] | None = None,
-        fixed: Mapping[str, float] | None = None,
-    ) -> Scored:
-        """The result of everything added.
-
-        Args:
-            formulas: the metrics, the headline first.
-            fixed: metrics that no bootstrap can draw again; they get no interval.
+    def scored(self, formulas: Mapping[str, Formula], *, settings: Mapping[str, str] | None = None) -> Scored:
+        """The result of everything added; of the formulas the headline stands first.
 
         Raises:
             ValueError: nothing was added.
@@ -202,7 +184,7 @@ class Tally:
         columns = np.array([[sums.get(name, 0.0) for name in names] for sums in self._columns.values()])
         table = Table(units=tuple(self._columns), names=names, columns=columns, formulas=dict(formulas))
         return Scored(
-            metrics={**table.values(), **(fixed or {})},
+            metrics=table.values(),
             per_item=dict(self._items),
             n=len(self._items),
             settings=dict(settings or {}),
@@ -218,25 +200,53 @@ def unit_of(example: Example) -> str:
     return "" if example.video is None else example.video.path
 
 
-def by_kind(prefix: str, kinds: Sequence[str]) -> dict[str, Formula]:
-    """Accuracies by kind from the columns that `kind_columns` gives, in the kinds' alphabetical order."""
-    return {f"{prefix}/{kind}": Ratio(f"right {kind}", f"asked {kind}") for kind in sorted(set(kinds))}
-
-
-def kind_columns(right: float, *kinds: str) -> dict[str, float]:
-    """One question's columns: all questions, and for each kind it belongs to."""
-    columns = {"right": right, "asked": 1.0}
-    for kind in kinds:
-        columns |= {f"right {kind}": right, f"asked {kind}": 1.0}
-    return columns
-
-
 ACCURACY = Ratio("right", "asked")
 
 
-# Limits where all units agree, as where every answer is right: percentiles of equal draws would call that certain.
-#
-# Forty of forty right may be 91 % of all such questions; the bootstrap of forty equal units says 100 % to 100 %.
+def share_of(kind: str) -> Ratio:
+    """The accuracy over the items of one kind."""
+    return Ratio(f"right {kind}", f"asked {kind}")
+
+
+def score_points(
+    examples: Sequence[Example],
+    answers: Answers,
+    points: Callable[[Example, str], float],
+    *,
+    metrics: Mapping[str, Formula] | None = None,
+    kinds: Callable[[Example], Iterable[str]] = lambda _: (),
+    more: Callable[[Example], Mapping[str, float]] = lambda _: {},
+    settings: Mapping[str, str] | None = None,
+) -> Scored:
+    """The mean of each example's points, over all and over each kind, in percent.
+
+    Args:
+        points: from 0 to 1, for an example and its answer; a missing answer has none.
+        metrics: the first metrics; accuracy alone without them.
+        kinds: the metrics' names of the kinds that an example belongs to, such as "answer type/number".
+        more: further columns of an example, for `metrics`.
+
+    Raises:
+        ValueError: there is nothing to score.
+    """
+    tally, found = Tally(), dict[str, None]()
+    for example in examples:
+        answer = answers.get(example.id)
+        share = 0.0 if answer is None else points(example, answer)
+        columns = {"right": share, "asked": 1.0}
+        for kind in kinds(example):
+            found[kind] = None
+            columns |= {f"right {kind}": share, f"asked {kind}": 1.0}
+        tally.add(example.id, share, columns | dict(more(example)), unit=unit_of(example), failed=answer is None)
+    prefixes = list(dict.fromkeys(kind.partition("/")[0] for kind in found))
+    ordered = sorted(found, key=lambda kind: (prefixes.index(kind.partition("/")[0]), kind))
+    formulas: dict[str, Formula] = {**(metrics or {"accuracy": ACCURACY})}
+    formulas |= {kind: share_of(kind) for kind in ordered if kind not in formulas}
+    return tally.scored(formulas, settings=settings)
+
+
+# Wilson's limits where all units agree, as where every answer is right: percentiles of equal draws would call that
+# certain. Forty of forty right may be 91 % of all such questions; the bootstrap of forty equal units says 100 %.
 
 
 Z = 1.959963984540054
@@ -252,68 +262,47 @@ def wilson(share: float, units: int) -> Limits:
     return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
 
 
-def limits_of(formula: Formula, table: Table) -> Limits | None:
-    """Wilson's limits of a metric that is a share, over the units that have any of it; None for other metrics.
+def limits_of(formula: Formula, ours: Table, theirs: Table | None = None) -> Limits | None:
+    """Limits of a metric that is a share, or of the difference of two tables' that is the same in every unit.
 
-    A mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow.
+    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
+    a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of
+    them, and each of these anything from -1 to 1.
     """
-    if isinstance(formula, Mean | Total):
-        return _joined(formula, [limits_of(part, table) for part in formula.parts])
-    found = _shares(formula, table)
-    if found is None or not isinstance(formula, Ratio):
+    if isinstance(formula, Total):
+        known = [limits for part in formula.parts if (limits := limits_of(part, ours, theirs)) is not None]
+        if len(known) < len(formula.parts) or not known:
+            return None
+        low, high = formula.joined(known)
+        return float(low), float(high)
+    shares = [_shares(formula, table) for table in (ours, theirs) if table is not None]
+    if not isinstance(formula, Ratio) or None in shares:
         return None
-    top, bottom = found
-    low, high = wilson(float(top.sum() / bottom.sum()), len(bottom))
+    (value, units), *others = [share for share in shares if share is not None]
+    if not others:
+        low, high = wilson(value, units)
+    else:
+        value -= others[0][0]
+        other = wilson(0.0, units)[1]
+        low, high = value - other * (value + 1), value + other * (1 - value)
     return formula.scale * low, formula.scale * high
 
 
-def difference_limits(formula: Formula, ours: Table, theirs: Table) -> Limits | None:
-    """Limits of the difference of two shares that is the same in every unit; None for other metrics.
-
-    The units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of them, and
-    each of these anything from -1 to 1.
-    """
-    if isinstance(formula, Mean | Total):
-        return _joined(formula, [difference_limits(part, ours, theirs) for part in formula.parts])
-    first, second = _shares(formula, ours), _shares(formula, theirs)
-    if first is None or second is None or not isinstance(formula, Ratio):
-        return None
-    value = float(first[0].sum() / first[1].sum() - second[0].sum() / second[1].sum())
-    other = wilson(0.0, len(first[1]))[1]
-    return formula.scale * (value - other * (value + 1)), formula.scale * (value + other * (1 - value))
-
-
-def _joined(formula: Mean | Total, parts: Sequence[Limits | None]) -> Limits | None:
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or not known:
-        return None
-    low, high = np.sum(known, axis=0) / (len(known) if isinstance(formula, Mean) else 1)
-    return float(low), float(high)
-
-
-def _shares(formula: Formula, table: Table) -> tuple[Numbers, Numbers] | None:
-    """Both sides of a ratio in each unit that has any of it, where the one is a part of the other."""
+def _shares(formula: Formula, table: Table) -> tuple[float, int] | None:
+    """A ratio without its scale, and the units that have any of it; None where its top is no part of its bottom."""
     if not isinstance(formula, Ratio):
         return None
-    columns = dict(zip(table.names, table.columns.T, strict=True))
-    nothing = np.zeros(len(table.units))
-    below = (formula.bottom,) if isinstance(formula.bottom, str) else formula.bottom
-    top, bottom = columns.get(formula.top, nothing), np.sum([columns.get(one, nothing) for one in below], axis=0)
+    top, bottom = formula.sides(dict(zip(table.names, table.columns.T, strict=True)))
     asked = bottom > 0
     if not asked.any() or (top < 0).any() or (top > bottom).any():
         return None
-    return top[asked], bottom[asked]
-
-
-# Intervals: how much a score, or the difference of two, would move with another draw of the same test set.
+    return float(top[asked].sum() / bottom[asked].sum()), int(asked.sum())
 
 
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
 LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
-EQUAL = 1e-9
-"""Draws of equal units differ by rounding alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +314,7 @@ class Difference:
     high: float
 
 
-def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, tuple[float, float]]:
+def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Limits]:
     """The 95 % percentile interval of every metric that is a formula.
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
@@ -334,26 +323,21 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
 
-    Where all draws are the same, which says nothing, a share has Wilson's interval (`agreeing_units`).
+    Where all draws are the same, which says nothing, a share has Wilson's interval.
     """
     (drawn,) = _drawn([scored], seed, resamples)
-    table = scored.table
-    found = {name: _interval(values) for name, values in drawn.items()}
-    return {
-        name: (limits_of(table.formulas[name], table) or limits) if _equal(limits) else limits
-        for name, limits in found.items()
-        if limits is not None
-    }
+    found: dict[str, Limits] = {}
+    for name, values in drawn.items():
+        if limits := _interval(values):
+            agreed = limits_of(scored.table.formulas[name], scored.table) if _equal(limits) else None
+            found[name] = agreed or limits
+    return found
 
 
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """The difference of each metric that has an interval, both scored on the same draws of units.
-
-    Raises:
-        UserError: the two were not scored on the same items.
-    """
+    """The difference of each metric that has an interval, both scored on the same draws of units."""
     if set(ours.per_item) != set(theirs.per_item) or ours.table.units != theirs.table.units:
         alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
         raise UserError(
@@ -361,15 +345,14 @@ def paired_differences(
             f"first in one alone: {alone[:3]}"
         )
     first, second = _drawn([ours, theirs], seed, resamples)
-    differences = {}
-    for name in first.keys() & second.keys():
-        limits = _interval(first[name] - second[name])
-        if limits is not None:
+    differences: dict[str, Difference] = {}
+    for name in ours.metrics:
+        if name in first and name in second and (limits := _interval(first[name] - second[name])):
             if _equal(limits):
-                limits = difference_limits(ours.table.formulas[name], ours.table, theirs.table) or limits
+                limits = limits_of(ours.table.formulas[name], ours.table, theirs.table) or limits
             value = ours.metrics[name] - theirs.metrics[name]
             differences[name] = Difference(value=value, low=limits[0], high=limits[1])
-    return {name: differences[name] for name in ours.metrics if name in differences}
+    return differences
 
 
 def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
@@ -388,11 +371,12 @@ def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[st
     for counts in draws(len(several[0].table.units), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
             part.append(scored.table.drawn(counts))
-    return [{name: np.concatenate([one[name] for one in part]) for name in part[0]} for part in parts]
+    return [{name: np.concatenate([drawn[name] for drawn in part]) for name in part[0]} for part in parts]
 
 
 def _equal(limits: Limits) -> bool:
-    return limits[1] - limits[0] <= EQUAL * max(1.0, abs(limits[1]))
+    """Draws of equal units differ by rounding alone."""
+    return limits[1] - limits[0] <= 1e-9 * max(1.0, abs(limits[1]))
 
 
 def _interval(values: Numbers) -> Limits | None:

@@ -13,17 +13,15 @@ server stops). Source: github.com/VALUE-Leaderboard/EvaluationTools. Reads `choi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, Submission, correct_index, letters, only
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, only
 from dora_vl.evaluation.scores.prompts import about_video
-from dora_vl.evaluation.scores.scored import ACCURACY, Ratio, Scored, Tally, unit_of
-
-SERVER_DECIMALS = 2
-NO_CHOICE = -1
-"""What a file holds for a missing answer: the server stops where a question lacks, and no choice has this index."""
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Ratio, Scored, score_points
 
 
 def label_of(example: Example, answer: str) -> str:
@@ -38,61 +36,48 @@ def submitted_index(answer: str) -> int:
     return int(digit) if digit.isascii() and digit.isdigit() else 0
 
 
-def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Both accuracies in percent, extra answers ignored (TVQA)."""
-    tally = Tally()
-    for example in examples:
-        answer, correct = answers.get(example.id), correct_index(example)
-        answer = None if answer is None else label_of(example, answer)
-        right = float(answer == f"a{correct}")
-        parsed = float(answer is not None and submitted_index(answer) == correct)
-        columns = {"right": right, "asked": 1.0, "parsed right": parsed}
-        tally.add(example.id, right, columns, unit=unit_of(example), failed=answer is None)
-    return tally.scored(
-        {"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=SERVER_DECIMALS)}
-    )
+
+    def points(example: Example, answer: str) -> float:
+        return float(label_of(example, answer) == f"a{correct_index(example)}")
+
+    def parsed(example: Example) -> dict[str, float]:
+        return {"parsed right": float(_submitted(example, answers) == correct_index(example))}
+
+    metrics = {"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=2)}
+    return score_points(examples, answers, points, metrics=metrics, more=parsed)
 
 
-def score_how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """The same, extra answers refused.
-
-    Raises:
-        UserError: an answer belongs to no question.
-    """
+def score_how2qa(examples: Sequence[Example], answers: Answers) -> Scored:
+    """The same, extra answers refused."""
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:
         raise UserError(f"How2QA's server rejects extra answers: {len(strangers)} here, first {shown(strangers[0])}")
     return score(examples, answers)
 
 
-def tvqa(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def _submitted(example: Example, answers: Answers) -> int:
+    """What the server's file holds; for a missing answer -1, as it stops where a question lacks."""
+    answer = answers.get(example.id)
+    return -1 if answer is None else submitted_index(label_of(example, answer))
+
+
+def submission(examples: Sequence[Example], answers: Answers, *, file: str) -> tuple[str, str]:
     """VALUE: choice indices by question id."""
-    return "tvqa_test_predictions.json", _indices(examples, answers)
+    return file, json.dumps({example.id: _submitted(example, answers) for example in examples})
 
 
-def how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """VALUE: choice indices by question id."""
-    return "how2qa_test_public_predictions.json", _indices(examples, answers)
-
-
-def _indices(examples: Sequence[Example], answers: Mapping[str, str]) -> str:
-    indices: dict[str, int] = {}
-    for example in examples:
-        answer = answers.get(example.id)
-        indices[example.id] = NO_CHOICE if answer is None else submitted_index(label_of(example, answer))
-    return json.dumps(indices)
-
-
-def _benchmark(scorer: Scorer, submission: Submission) -> Benchmark:
-    return Benchmark(
-        modes=only(scorer),
-        prompt=about_video,
-        splits=("validation", "test"),
-        submission=submission,
-        chooses=True,
-        labels_choices=True,
-    )
-
-
-TVQA = _benchmark(score, tvqa)
-HOW2QA = _benchmark(score_how2qa, how2qa)
+TVQA = Benchmark(
+    modes=only(score),
+    prompt=about_video,
+    splits=("validation", "test"),
+    submission=partial(submission, file="tvqa_test_predictions.json"),
+    chooses=True,
+    labels_choices=True,
+)
+HOW2QA = replace(
+    TVQA,
+    modes=only(score_how2qa),
+    submission=partial(submission, file="how2qa_test_public_predictions.json"),
+)

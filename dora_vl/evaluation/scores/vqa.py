@@ -21,10 +21,12 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Literal
 
+from dora_vl.data.benchmarks.fields import PEOPLE
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.scores.benchmark import (
@@ -41,7 +43,16 @@ from dora_vl.evaluation.scores.benchmark import (
     right_answer,
 )
 from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE, short, true_or_false
-from dora_vl.evaluation.scores.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.evaluation.scores.scored import (
+    ACCURACY,
+    Answers,
+    Formula,
+    Ratio,
+    Scored,
+    Tally,
+    score_points,
+    share_of,
+)
 
 # How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
 #
@@ -115,23 +126,12 @@ def map_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-# Soft accuracy against ten people's answers: VQAv2, VizWiz and TextVQA.
-
-
-PEOPLE = 10
-AGREEING_FOR_ALL_POINTS = 3
-
-
 def human_answers(example: Example) -> list[str]:
-    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers.
-
-    Raises:
-        UserError: they are not ten.
-    """
+    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
     given = example.extra.get("human_answers")
     if not isinstance(given, list | tuple | None):
         raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(given)}")
-    answers = [str(one) for one in given] if given is not None else [answer.text for answer in example.answers]
+    answers = [answer.text for answer in example.answers] if given is None else [str(answer) for answer in given]
     if len(answers) != PEOPLE:
         raise UserError(
             f"example {shown(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
@@ -142,9 +142,8 @@ def human_answers(example: Example) -> list[str]:
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     """The mean over the people of min(1, others who said the prediction / 3), by exact comparison."""
-    said = sum(answer == prediction for answer in answers)
-    without_one = [min(1.0, (said - (answer == prediction)) / AGREEING_FOR_ALL_POINTS) for answer in answers]
-    return sum(without_one) / len(answers)
+    same = sum(answer == prediction for answer in answers)
+    return sum(min(1.0, (same - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
 # How EvalAI's VQA server and TextVQA's m4c evaluator rewrite an answer before they compare.
@@ -152,7 +151,7 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 # The steps of `vqa_normaliser` with three differences, which change about a tenth of tricky strings:
 #
 # - Lower case first, then "," and "?" go, so that the rule for a comma between digits never applies ("1,2/3" -> "12
-# 3").
+#   3").
 # - "'s" is split off before numbers and contractions are looked up: "two's" -> "2 's", "she's" -> "she 's".
 # - Line breaks become spaces after the ends were stripped, not before.
 #
@@ -168,37 +167,36 @@ def normalise_evalai(answer: str) -> str:
 Version = Literal["after_2021", "before_2021"]
 
 
-UPLOAD = {"upload accuracy": Ratio("uploaded right", "asked")}
-
-
-def vqa_score(examples: Sequence[Example], answers: Mapping[str, str], *, version: Version = "after_2021") -> Scored:
+def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version = "after_2021") -> Scored:
     """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one."""
-    tally, kinds = Tally(), []
-    for example in examples:
-        answer = answers.get(example.id)
-        points = 0.0 if answer is None else accuracy(answer, human_answers(example), version)
-        kind = str(example.extra.get("answer_type", ""))
-        kinds += [kind] if kind else []
-        columns = kind_columns(points, *([kind] if kind else []))
-        uploaded = normalise_evalai(answer or "")
-        columns["uploaded right"] = accuracy(uploaded, human_answers(example), version)
-        tally.add(example.id, points, columns, unit=unit_of(example), failed=answer is None)
-    formulas = {"accuracy": ACCURACY, **UPLOAD, **by_kind("answer type", kinds)}
-    return tally.scored(formulas, settings={"vqa_version": version})
+
+    def uploaded(example: Example) -> Mapping[str, float]:
+        upload = normalise_evalai(answers.get(example.id, ""))
+        return {"uploaded right": accuracy(upload, human_answers(example), version)}
+
+    return score_points(
+        examples,
+        answers,
+        lambda example, answer: accuracy(answer, human_answers(example), version),
+        metrics={"accuracy": ACCURACY, "upload accuracy": Ratio("uploaded right", "asked")},
+        kinds=lambda example: [f"answer type/{kind}"] if (kind := example.extra.get("answer_type")) else [],
+        more=uploaded,
+        settings={"vqa_version": version},
+    )
 
 
 def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
     """One question's points, from 0 to 1."""
     if version == "before_2021":
-        references = [strip_punctuation(one) for one in people] if len(set(people)) > 1 else people
+        references = [strip_punctuation(answer) for answer in people] if len(set(people)) > 1 else people
         return leave_one_out(normalise(prediction), references)
-    stripped = [one_line(one) for one in people]
+    stripped = [one_line(answer) for answer in people]
     if len(set(stripped)) > 1:
-        return leave_one_out(normalise(prediction), [normalise(one) for one in stripped])
+        return leave_one_out(normalise(prediction), [normalise(answer) for answer in stripped])
     return leave_one_out(one_line(prediction), stripped)
 
 
-def vqa_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def vqa_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
     rows = [
         {"question_id": published_id(example.id), "answer": normalise_evalai(answers.get(example.id, ""))}
@@ -222,23 +220,24 @@ KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, promp
 #
 # Both sides go through `evalai_normaliser`; the points are those of VQA, leaving each of exactly ten people out in
 # turn. LLaVA finds the question again by (image id, lower-cased question) parsed out of the prompt; here the id does
-# that.
-# A question without an answer counts as wrong.
+# that. A question without an answer counts as wrong.
 
 
-def textvqa_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Mean soft accuracy in percent."""
-    tally = Tally()
-    for example in examples:
-        answer = answers.get(example.id)
-        points = 0.0 if answer is None else soft_accuracy(answer, human_answers(example))
-        tally.add(example.id, points, kind_columns(points), unit=unit_of(example), failed=answer is None)
-    return tally.scored({"accuracy": ACCURACY}, settings={"normaliser": "evalai (m4c)"})
+    return score_points(examples, answers, _soft_points, settings=EVALAI)
+
+
+EVALAI = {"normaliser": "evalai (m4c)"}
+
+
+def _soft_points(example: Example, answer: str) -> float:
+    return soft_accuracy(answer, human_answers(example))
 
 
 def soft_accuracy(prediction: str, people: Sequence[str]) -> float:
     """One question's points, from 0 to 1."""
-    return leave_one_out(normalise_evalai(prediction), [normalise_evalai(one) for one in people])
+    return leave_one_out(normalise_evalai(prediction), [normalise_evalai(answer) for answer in people])
 
 
 def textvqa_prompt(example: Example) -> str:
@@ -248,12 +247,12 @@ def textvqa_prompt(example: Example) -> str:
     return f"{example.question}\n{line}{SHORT}"
 
 
-def _row_key(row: AnswerRow) -> Key:
+def _textvqa_row(row: AnswerRow) -> Key:
     question = question_in(row.prompt)
     return (REPEATED.sub("", row.id), question) if question else None
 
 
-def _example_key(example: Example) -> Key:
+def _textvqa_example(example: Example) -> Key:
     return str(example.extra.get("image_id")), plain(example.question)
 
 
@@ -261,7 +260,7 @@ TEXTVQA = Benchmark(
     modes=only(textvqa_score),
     prompt=textvqa_prompt,
     splits=("validation",),
-    joins=(ByKey("picture and question", _row_key, _example_key),),
+    joins=(ByKey("picture and question", _textvqa_row, _textvqa_example),),
 )
 
 
@@ -272,22 +271,17 @@ TEXTVQA = Benchmark(
 # Questions that the publisher marks as unanswerable (`extra["answerable"]` false) are also counted on their own.
 
 
-def vizwiz_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Mean soft accuracy in percent, a missing answer scored as the empty one that the file holds."""
-    tally, kinds = Tally(), []
-    for example in examples:
-        answer = answers.get(example.id)
-        points = soft_accuracy(answer or "", human_answers(example))
-        kind = _kind(example)
-        kinds += kind
-        tally.add(example.id, points, kind_columns(points, *kind), unit=unit_of(example), failed=answer is None)
-    return tally.scored({"accuracy": ACCURACY, **by_kind("accuracy", kinds)}, settings={"normaliser": "evalai (m4c)"})
 
+    def kinds(example: Example) -> list[str]:
+        if "answerable" not in example.extra:
+            return []
+        return ["accuracy/answerable" if example.extra["answerable"] else "accuracy/unanswerable"]
 
-def _kind(example: Example) -> list[str]:
-    if "answerable" not in example.extra:
-        return []
-    return ["answerable" if example.extra["answerable"] else "unanswerable"]
+    held = {example.id: answers.get(example.id, "") for example in examples}
+    scored = score_points(examples, held, _soft_points, kinds=kinds, settings=EVALAI)
+    return replace(scored, failed=tuple(name for name in held if name not in answers))
 
 
 def vizwiz_prompt(example: Example) -> str:
@@ -295,15 +289,10 @@ def vizwiz_prompt(example: Example) -> str:
     return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
 
 
-def vizwiz_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def vizwiz_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """EvalAI's file: normalised answers by picture."""
-    rows = [
-        {
-            "image": (example.images or (example.id,))[0].rsplit("/", 1)[-1],
-            "answer": normalise_evalai(answers.get(example.id, "")),
-        }
-        for example in examples
-    ]
+    pictures = {example.id: (example.images or (example.id,))[0].rsplit("/", 1)[-1] for example in examples}
+    rows = [{"image": picture, "answer": normalise_evalai(answers.get(name, ""))} for name, picture in pictures.items()]
     return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
 
 
@@ -340,18 +329,17 @@ VIZWIZ = Benchmark(
 # GQA as its eval.py gives it, on answers converted the way LLaVA does.
 #
 # Quirks kept: the conversion takes the periods off the end *before* lower-casing and strips no white space, so " yes"
-# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without
-# the
+# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without the
 # publisher's choices file validity and plausibility are 0 and are not listed here. Consistency is the mean over
 # *rightly answered* questions that entail others (`extra["entailed"]`) of how many of those are right; an entailed
-# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms
-# of true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
+# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms of
+# true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
 #
 # `vl_t5` (so the paper's VL-BART numbers) compares the generated text as it is, and gives an answer's weight where a
 # question has several.
 #
-# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
-# balanced questions are scored; absent means balanced).
+# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only balanced
+# questions are scored; absent means balanced).
 
 
 Conversion = Literal["llava", "vl_t5"]
@@ -362,38 +350,44 @@ def converted(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-def gqa_score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava") -> Scored:
-    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
-
-    Raises:
-        UserError: a question's types, entailed questions or group are of another kind, or it has no right answer.
-    """
+def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava") -> Scored:
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
     said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
     right = {example.id: points(example, said) for example in examples}
-    tally, structural, semantic, entails = Tally(), [], [], False
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
-    for example in balanced:
-        shape, meaning = _types(example)
-        structural += [shape] if shape else []
-        semantic += [meaning] if meaning else []
-        kinds = [kind for kind in (shape, meaning) if kind]
-        if shape:
-            kinds.append("open" if shape == "query" else "binary")
-        hit = right[example.id]
-        columns = kind_columns(hit, *kinds)
-        entailed = [one for one in _entailed(example) if one != example.id]
-        if entailed:
-            entails = True
-            share = sum(right.get(one, 0.0) for one in entailed) / len(entailed)
-            columns |= {"consistent": hit * share, "entailing": hit}
-        tally.add(example.id, hit, columns, unit=unit_of(example), failed=example.id not in answers)
-    formulas: dict[str, Formula] = {"accuracy": ACCURACY}
-    if structural:
-        formulas |= by_kind("accuracy", ["open", "binary"])
-    formulas |= by_kind("structural", structural) | by_kind("semantic", semantic)
-    if entails:
-        formulas["consistency"] = Ratio("consistent", "entailing")
-    return tally.scored(formulas, settings={"conversion": conversion}, fixed=_distribution(balanced, said))
+
+    def entailed(example: Example) -> list[str]:
+        found = example.extra.get("entailed", [])
+        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+            raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(found)}")
+        return [name for name in found if name != example.id]
+
+    def consistency(example: Example) -> Mapping[str, float]:
+        names, hit = entailed(example), right[example.id]
+        share = sum(right.get(name, 0.0) for name in names) / max(1, len(names))
+        return {"consistent": hit * share, "entailing": hit} if names else {}
+
+    metrics: dict[str, Formula] = {"accuracy": ACCURACY}
+    if any(_types(example)[0] for example in balanced):
+        metrics |= {kind: share_of(kind) for kind in ("accuracy/binary", "accuracy/open")}
+    if any(map(entailed, balanced)):
+        metrics["consistency"] = Ratio("consistent", "entailing")
+    scored = score_points(
+        balanced,
+        answers,
+        lambda example, _: right[example.id],
+        metrics=metrics,
+        kinds=_gqa_kinds,
+        more=consistency,
+        settings={"conversion": conversion},
+    )
+    return replace(scored, metrics={**scored.metrics, **_distribution(balanced, said)})  # no bootstrap can draw it
+
+
+def _gqa_kinds(example: Example) -> list[str]:
+    shape, meaning = _types(example)
+    kinds = [f"accuracy/{'open' if shape == 'query' else 'binary'}", f"structural/{shape}"] if shape else []
+    return [*kinds, f"semantic/{meaning}"] if meaning else kinds
 
 
 def _types(example: Example) -> tuple[str, str]:
@@ -403,13 +397,6 @@ def _types(example: Example) -> tuple[str, str]:
         raise UserError(f"question {shown(example.id)}: extra.types must be an object, it is {shown(types)}")
     shape, meaning = (_text(example, f"types.{name}", (types or {}).get(name)) for name in ("structural", "semantic"))
     return shape, meaning
-
-
-def _entailed(example: Example) -> list[str]:
-    entailed = example.extra.get("entailed", [])
-    if not isinstance(entailed, list | tuple) or not all(isinstance(one, str) for one in entailed):
-        raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(entailed)}")
-    return list(entailed)
 
 
 def _text(example: Example, name: str, value: object) -> str:
@@ -443,7 +430,7 @@ def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[
 
 
 def gqa_submission(
-    examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava"
+    examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava"
 ) -> tuple[str, str]:
     """The file of GQA's eval.py and server, which compare letter by letter: answers as the mode converts them."""
     as_held = converted if conversion == "llava" else str
@@ -467,19 +454,13 @@ GQA = Benchmark(
 #
 # Quirks kept: the script strips a line of its CSV, parts it at commas and takes the second field; letter case aside
 # that must be the label exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right. The script
-# ends
-# when
-# an id is missing; here a missing answer is wrong.
+# ends when an id is missing; here a missing answer is wrong.
 #
 # Reads `id` and `answers[0]`.
 
 
 def sentence_of_nlvr2(identifier: str) -> str:
-    """What all examples of one sentence share.
-
-    Raises:
-        UserError: the identifier has not four fields.
-    """
+    """What all examples of one sentence share."""
     fields = identifier.split("-")
     if len(fields) != 4:
         raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
@@ -498,20 +479,17 @@ def as_read(answer: str) -> str:
 
 def nlvr2_score(
     examples: Sequence[Example],
-    answers: Mapping[str, str],
+    answers: Answers,
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy and consistency in percent; an interval draws sentences.
-
-    Raises:
-        UserError: an example has no label.
-    """
-    if without := [one.id for one in examples if not one.answers]:
+    """Accuracy and consistency in percent; an interval draws sentences."""
+    if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
-    right = {one.id: as_read(answers.get(one.id, "")).lower() == right_answer(one).lower() for one in examples}
-    of_sentence = Counter(sentence_of(one.id) for one in examples)
-    wrong = {sentence_of(one.id) for one in examples if not right[one.id]}
+    read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
+    right = {example.id: read[example.id] == right_answer(example).lower() for example in examples}
+    of_sentence = Counter(sentence_of(example.id) for example in examples)
+    wrong = {sentence_of(name) for name, hit in right.items() if not hit}
     tally = Tally()
     for example in examples:
         sentence, hit = sentence_of(example.id), float(right[example.id])
@@ -521,12 +499,12 @@ def nlvr2_score(
     return tally.scored({"accuracy": ACCURACY, "consistency": Ratio("consistent", "sentences")})
 
 
-def score_nlvr(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def score_nlvr(examples: Sequence[Example], answers: Answers) -> Scored:
     """NLVR's own grouping of sentences."""
     return nlvr2_score(examples, answers, sentence_of=sentence_of_nlvr)
 
 
-def nlvr2_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+def nlvr2_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """The script's CSV of identifier and answer; a missing one stays empty, which is wrong there as it is here."""
     rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
     return "nlvr2.csv", "\n".join(rows) + "\n"
@@ -538,5 +516,5 @@ NLVR2 = Benchmark(
     prompt=true_or_false,
     submission=nlvr2_submission,
     together=lambda example: sentence_of_nlvr2(example.id),
-    joins=(ByKey("identifier without .png", lambda row: row.id.removesuffix(".png"), lambda one: one.id),),
+    joins=(ByKey("identifier without .png", lambda row: row.id.removesuffix(".png"), lambda example: example.id),),
 )

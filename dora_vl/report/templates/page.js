@@ -1,36 +1,38 @@
-// The values of all lines at the pointer's step, beside the pointer. Without this script the page shows the same charts.
+// Beside the pointer: of lines their values at its step, of points the name of the nearest. The charts stand without it.
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
-  const data = JSON.parse(figure.dataset.chart);
-  const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor"), tip = figure.querySelector(".tip");
-  if (!data.series.length) continue;
-  const [left, right] = [Number(svg.dataset.left), Number(svg.dataset.right)];
-  const hide = () => { cursor.style.visibility = tip.style.visibility = "hidden"; };
+  const data = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg"), tip = figure.querySelector(".tip");
+  const [left, right, top, bottom] = data.box;
+  const of_x = (x) => left + (x - data.x[0]) / (data.x[1] - data.x[0]) * (right - left);
+  const scale_y = data.log ? Math.log10 : (y) => y;
+  const of_y = (y) => bottom - (scale_y(y) - scale_y(data.y[0])) / (scale_y(data.y[1]) - scale_y(data.y[0])) * (bottom - top);
+  const points = data.series.flatMap((one) => one.names.map((name, at) => ({ name, x: of_x(one.x[at]), y: of_y(one.y[at]) })));
+  const lines = data.series.filter((one) => !one.names.length);
+  const row = (text, colour) => {
+    const line = document.createElement("div"), dot = document.createElement("span");
+    if (colour !== undefined) { dot.className = `dot c${colour}`; line.append(dot); }
+    line.append(text);
+    return line;
+  };
+  const nearest = (items, distance) => items.reduce((best, item) => distance(item) < distance(best) ? item : best, items[0]);
+  const rows = (x, y) => {
+    if (points.length) {
+      const point = nearest(points, (one) => Math.hypot(one.x - x, one.y - y));
+      return Math.hypot(point.x - x, point.y - y) < 12 ? [row(point.name)] : [];
+    }
+    if (!lines.length || x < left - 8 || x > right + 8) return [];
+    const shown = lines.map((one) => ({ one, at: nearest([...one.x.keys()], (at) => Math.abs(of_x(one.x[at]) - x)) }));
+    const step = nearest(shown.map(({ one, at }) => one.x[at]), (value) => Math.abs(of_x(value) - x));
+    return [row(`${data.label} ${step}`), ...shown.map(({ one, at }) => row(`${one.name}: ${one.y[at]}`, one.colour))];
+  };
   const show = (event) => {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
-    const place = (event.clientX - box.left) * scale;
-    if (place < left - 8 || place > right + 8) return hide();
-    const x = data.x[0] + (place - left) / (right - left) * (data.x[1] - data.x[0]);
-    const nearest = (one) => one.x.reduce((best, value, at) => Math.abs(value - x) < Math.abs(one.x[best] - x) ? at : best, 0);
-    const found = data.series.map((one) => ({ name: one.name, colour: one.colour, at: nearest(one), one }));
-    const shown = found.reduce((best, row) => Math.abs(row.one.x[row.at] - x) < Math.abs(best - x) ? row.one.x[row.at] : best, found[0].one.x[found[0].at]);
-    const at = left + (shown - data.x[0]) / (data.x[1] - data.x[0]) * (right - left);
-    cursor.setAttribute("x1", at); cursor.setAttribute("x2", at);
-    tip.replaceChildren();
-    const head = document.createElement("div");
-    head.textContent = `${data.label} ${shown}`;
-    tip.append(head);
-    for (const row of found) {
-      const line = document.createElement("div"), dot = document.createElement("span");
-      dot.className = `dot c${row.colour}`;
-      line.append(dot, `${row.name}: ${row.one.y[row.at]}`);
-      tip.append(line);
-    }
-    cursor.style.visibility = tip.style.visibility = "visible";
-    const inside = figure.getBoundingClientRect(), x0 = event.clientX - inside.left;
-    tip.style.left = `${Math.max(0, Math.min(x0 + 14, inside.width - tip.offsetWidth - 4))}px`;
+    tip.replaceChildren(...rows((event.clientX - box.left) * scale, (event.clientY - box.top) * scale));
+    tip.style.visibility = tip.childElementCount ? "visible" : "hidden";
+    const inside = figure.getBoundingClientRect(), place = event.clientX - inside.left + 14;
+    tip.style.left = `${Math.max(0, Math.min(place, inside.width - tip.offsetWidth - 4))}px`;
     tip.style.top = `${event.clientY - inside.top + 14}px`;
   };
   svg.addEventListener("pointermove", show);
   svg.addEventListener("pointerdown", show);
-  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("pointerleave", () => { tip.style.visibility = "hidden"; });
 }

@@ -24,20 +24,20 @@ Lookup = Callable[[str], Any]
 
 def magnitudes_in(weights: Any) -> list[Tensor]:
     """The magnitudes of a layer's weights: one, or those of the parts that were packed into one."""
-    found = getattr(weights, "magnitude", None)
-    return [one for one in (found if isinstance(found, list) else [found]) if one is not None]
+    result = getattr(weights, "magnitude", None)
+    return [item for item in (result if isinstance(result, list) else [result]) if item is not None]
 
 
 def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
     """What packed weights keep of their parts; a part that is not adapted, or has no magnitude, leaves a gap."""
-    found = [getattr(one, "magnitude", None) for one in parts]
-    return found if any(one is not None for one in found) else None
+    result = [getattr(item, "magnitude", None) for item in parts]
+    return result if any(item is not None for item in result) else None
 
 
 def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
     """The magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
-    found = {name: magnitudes_in(weights) for name, weights in adapter.loras.items()}
-    return {name: magnitudes for name, magnitudes in found.items() if magnitudes}
+    result = {name: magnitudes_in(weights) for name, weights in adapter.loras.items()}
+    return {name: magnitudes for name, magnitudes in result.items() if magnitudes}
 
 
 def compute_gains(
@@ -62,8 +62,8 @@ def compute_gains(
     """
     layers = {name: module for name, module in modules.items() if isinstance(module, DoRALayer)}
     served = {name: weights for name in layers if magnitudes_in(weights := lookup(name))}
-    kept = {id(one) for weights in served.values() for one in magnitudes_in(weights)}
-    lost = [name for name, ones in before.items() if not {id(one) for one in ones} <= kept and not elsewhere(name)]
+    kept = {id(item) for weights in served.values() for item in magnitudes_in(weights)}
+    lost = [name for name, ones in before.items() if not {id(item) for item in ones} <= kept and not elsewhere(name)]
     if lost:
         raise UnservableAdapter(
             f"vLLM applies no magnitudes to {len(lost)} of the adapter's layers: {shown_names(sorted(lost))} "
@@ -77,7 +77,7 @@ def compute_gains(
 
 def _refuse_ranks(name: str, weights: Any, max_rank: int) -> None:
     factors = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
-    highest = max(len(one) for one in factors if one is not None)
+    highest = max(len(item) for item in factors if item is not None)
     if highest > max_rank:
         raise UnservableAdapter(
             f"{name} has rank {highest}, above --max-lora-rank {max_rank}; start vLLM with a higher one"
@@ -234,12 +234,12 @@ def difference(places: Iterable[Place] = PLACES) -> str | None:
     for place in places:
         where = f"{place.module}.{place.name}"
         try:
-            found = attribute(place.module, place.name)
+            result = attribute(place.module, place.name)
         except (ImportError, AttributeError):
             return f"{where} is not there"
-        if place.parameters is not None and (names := parameters_of(found)) != place.parameters:
+        if place.parameters is not None and (names := parameters_of(result)) != place.parameters:
             return f"{where} takes ({', '.join(names)}), not ({', '.join(place.parameters)})"
-        if missing := set(place.reads) - set(code_names(found)):
+        if missing := set(place.reads) - set(code_names(result)):
             return f"{where} does without {', '.join(sorted(missing))}"
     return None
 
@@ -251,10 +251,10 @@ def attribute(module: str, name: str) -> Any:
         ImportError: the module is not there, or lacks something itself.
         AttributeError: it has no such member.
     """
-    found: Any = import_module(module)
+    result: Any = import_module(module)
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        result = getattr(result, part)
+    return result
 
 
 def parameters_of(function: Any) -> tuple[str, ...]:

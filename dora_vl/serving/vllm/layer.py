@@ -118,11 +118,11 @@ def frozen_layer(
     expected = product(probes).float()
     if weight is not None and _multiplies_by(weight, probes, expected):
         return replace(layer, weight=weight)
-    squared, found = torch.zeros_like(expected[0]), torch.zeros_like(expected)
+    squared, computed = torch.zeros_like(expected[0]), torch.zeros_like(expected)
     for start, columns in columns_by_product(product, in_features, dtype, device):
         squared += columns.float().square().sum(dim=0)
-        found += probes[:, start : start + len(columns)].float() @ columns.float()
-    off = _share_off(found, expected)
+        computed += probes[:, start : start + len(columns)].float() @ columns.float()
+    off = _share_off(computed, expected)
     if not off <= MOST_OFF:
         raise ValueError(
             f"DoRA: {name} multiplies by no weight that its product tells ({off:.1%} off): a layer that rounds its "
@@ -140,8 +140,8 @@ def _multiplies_by(weight: Tensor, probes: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _share_off(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+def _share_off(computed: Tensor, expected: Tensor) -> float:
+    return float((computed - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 @torch.no_grad()
@@ -153,24 +153,26 @@ def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: S
         sizes: their outputs.
     """
     result = torch.zeros(sum(sizes), device=layer.device)
-    present = [one for one in slices if one is not None]
+    present = [item for item in slices if item is not None]
     if not present:
         return result
     frozen = layer.norms_squared()
-    on_A = iter(layer.on_rows(torch.cat([one.lora_A for one in present])).split([len(one.lora_A) for one in present]))
+    on_A = iter(
+        layer.on_rows(torch.cat([item.lora_A for item in present])).split([len(item.lora_A) for item in present])
+    )
     start = 0
-    for one, size in zip(slices, sizes, strict=True):
-        if one is not None:
+    for item, size in zip(slices, sizes, strict=True):
+        if item is not None:
             rows = torch.arange(start, start + size, device=layer.device)
-            norms = _norms(layer, one, rows, frozen[rows], next(on_A)[:, rows])
-            result[rows] = functional.gain(one.magnitude.to(norms), norms) - 1
+            norms = _norms(layer, item, rows, frozen[rows], next(on_A)[:, rows])
+            result[rows] = functional.gain(item.magnitude.to(norms), norms) - 1
         start += size
     return result
 
 
-def _norms(layer: FrozenLayer, one: Slice, rows: Tensor, frozen: Tensor, on_A: Tensor) -> Float[Tensor, " out"]:
+def _norms(layer: FrozenLayer, item: Slice, rows: Tensor, frozen: Tensor, on_A: Tensor) -> Float[Tensor, " out"]:
     """n of a slice's rows, those that cancel from the dense direction."""
-    a, b = one.lora_A.to(layer.device), one.lora_B.to(layer.device)
+    a, b = item.lora_A.to(layer.device), item.lora_B.to(layer.device)
     squared = layer.total(functional.factored_norms_squared(frozen, a, b, on_A, 1.0))
     norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
     if cancelled.numel():
@@ -302,9 +304,9 @@ class DoRALayer(Wrapper):
         """
         sizes = tuple(self.output_slices) if self.n_slices > 1 else (self.output_size,)
         slices = self._slices(name, weights)
-        for one, size in zip(slices, sizes, strict=True):
-            if one is not None:
-                _refuse_other_sizes(name, one, self.input_size, size)
+        for item, size in zip(slices, sizes, strict=True):
+            if item is not None:
+                _refuse_other_sizes(name, item, self.input_size, size)
         frozen = self._recovered or self._look_at_weight(name)
         if frozen.weight is None:
             self._recovered = frozen
@@ -313,11 +315,11 @@ class DoRALayer(Wrapper):
     def _slices(self, name: str, weights: Any) -> list[Slice | None]:
         """What an adapter changes in each slice, as far as this rank holds it."""
         a, b, m = (
-            one if isinstance(one, list) else [one] for one in (weights.lora_a, weights.lora_b, weights.magnitude)
+            item if isinstance(item, list) else [item] for item in (weights.lora_a, weights.lora_b, weights.magnitude)
         )
         if len(m) != self.n_slices:
             raise UnservableAdapter(f"{name} is {self.n_slices} layers in one, and the adapter has {len(m)}")
-        m = [None if one is None else one.view(-1, 1) for one in m]
+        m = [None if item is None else item.view(-1, 1) for item in m]
         if self.tp_size > 1 and self.shards_inputs:
             a = [self.slice_lora_a(a[0])]
         elif self.tp_size > 1:
@@ -350,9 +352,9 @@ def _slice(lora_A: Tensor | None, lora_B: Tensor | None, magnitude: Tensor | Non
 
 
 def _refuse_other_sizes(name: str, part: Slice, inputs: int, outputs: int) -> None:
-    found = tuple(part.lora_B.shape[:1]) + tuple(part.lora_A.shape[1:])
-    if found != (outputs, inputs) or part.magnitude.numel() != outputs:
+    sizes = tuple(part.lora_B.shape[:1]) + tuple(part.lora_A.shape[1:])
+    if sizes != (outputs, inputs) or part.magnitude.numel() != outputs:
         raise UnservableAdapter(
-            f"{name} is {outputs} x {inputs} here, and the adapter's layer {found[0]} x {found[1]}; it was trained on "
+            f"{name} is {outputs} x {inputs} here, and the adapter's layer {sizes[0]} x {sizes[1]}; it was trained on "
             "another base"
         )

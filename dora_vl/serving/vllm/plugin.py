@@ -77,7 +77,7 @@ def takes_dora() -> bool:
 
 def reason_against(version: str) -> str | None:
     """Why this vLLM is not to be changed; None where nothing speaks against it."""
-    known = {minor_of(one) for one in TESTED}
+    known = {minor_of(item) for item in TESTED}
     if minor_of(version) not in known and os.environ.get(UNTESTED) != "1":
         return f"version {version} was never tried; {UNTESTED}=1 tries it"
     return difference()
@@ -113,9 +113,9 @@ def accept_configs(helper: Any) -> None:
     def _validate_features(self: Any) -> list[str]:
         seen = copy.copy(self)
         seen.use_dora = False
-        said = refused(seen)
+        text = refused(seen)
         seen.modules_to_save = None
-        return [*said, WHOLE_MODULES] if len(refused(seen)) < len(said) else said
+        return [*text, WHOLE_MODULES] if len(refused(seen)) < len(text) else text
 
     helper._validate_features = _validate_features
 
@@ -209,7 +209,7 @@ def wrap_layers(module: Any, layers: Any) -> None:
             own |= {"shards_inputs": True, "sum_of_ranks": staticmethod(sum_over_ranks)}
         return type(wrapper.__name__, (DoRALayer, wrapper), own)
 
-    module._all_lora_classes = tuple(with_gains(one) for one in module._all_lora_classes)
+    module._all_lora_classes = tuple(with_gains(item) for item in module._all_lora_classes)
 
 
 def sum_over_ranks(part: Tensor) -> Tensor:

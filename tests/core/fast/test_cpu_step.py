@@ -91,6 +91,7 @@ assert compiled_operations() is not None
 """
 
 
+@pytest.mark.slow
 def test_a_finished_library_is_loaded_without_the_builder():
     """The builder compiles anew for each checkout that shares the cache, since it compares paths and times."""
     assert cpu_step.compiled_operations() is not None

@@ -13,11 +13,11 @@ import torch
 from dora_vl.core.fast import products
 from dora_vl.core.fast.products import SWITCH, triton_kernels
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LOWEST = "3.9"
 """Version whose interpreter and compiler take these checks; 3.2 and 3.4 do not, nor 3.5 beside numpy 2.4."""
-DROPOUT = "triton_dropout_checks.py"
-CHECKS = ("triton_checks.py", DROPOUT, "triton_norm_checks.py", "triton_layer_checks.py")
+QUICK, SLOW = ("triton_checks.py", "triton_layer_checks.py"), ("triton_dropout_checks.py", "triton_norm_checks.py")
+CHECKS = (*QUICK, *SLOW)
 
 
 def run_checks(file: str, *more: str, **environment: str) -> None:
@@ -44,9 +44,7 @@ def undecided():
     products.decided.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "file", [pytest.param(one, marks=pytest.mark.slow) if one == DROPOUT else one for one in CHECKS]
-)
+@pytest.mark.parametrize("file", [*QUICK, *(pytest.param(file, marks=pytest.mark.slow) for file in SLOW)])
 def test_kernels_equal_torch_in_the_interpreter(file):
     run_checks(file, TRITON_INTERPRET="1")
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.readers import SampleRowReader
-from dora_vl.data.samples import ConversationDataset, Skipped, load_rows
-from dora_vl.data.turns import Conversation, Turn, read_conversation
+from dora_vl.data.example import Example
+from dora_vl.data.samples import ConversationDataset, Skipped
+from dora_vl.data.table import load_rows
+from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions
-from tests.shared_data import shared
 
 ROW = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
 WITH_INPUT = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
@@ -27,9 +27,8 @@ def write(path: Path, rows: list[Any], *, lines: bool = False) -> Path:
     return path
 
 
-def read(path: Path) -> list[Conversation]:
-    rows = load_rows(str(path), cache_folder=path.parent / "cache").rows
-    return [read_conversation(rows[number]) for number in range(len(rows))]
+def read(path: Path) -> list[Example]:
+    return [row for row in load_rows(str(path), cache_folder=path.parent / "cache") if isinstance(row, Example)]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
@@ -61,12 +60,6 @@ def test_rows_as_published_and_in_other_containers(tmp_path: Path, kind: str) ->
     assert [one.id for one in read_questions(path, limit=1)[0]] == ["record 0"]
 
 
-def test_a_streamed_row_is_that_of_the_table(tmp_path: Path) -> None:
-    row = SampleRowReader("a.json").read(WITH_INPUT, 0).record()
-    assert read_conversation(row) == read(write(tmp_path / "a.json", [WITH_INPUT]))[0]
-    assert read_conversation(row).turns[0].input == WITH_INPUT["input"]
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -82,11 +75,12 @@ def test_a_streamed_row_is_that_of_the_table(tmp_path: Path) -> None:
 )
 def test_an_unusable_row_is_named_and_the_others_stay(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = write(tmp_path / "train.json", [ROW, {**ROW, **change}])
-    rows = load_rows(str(path), cache_folder=tmp_path).rows
+    rows = load_rows(str(path), cache_folder=tmp_path)
     skipped = ConversationDataset(rows, encode=lambda _: pytest.fail("an unusable row is not encoded"))[1]
     assert isinstance(skipped, Skipped)
     assert (skipped.id, reason in skipped.reason) == ("record 1", True)
-    assert read_conversation(rows[0]).turns[0].text == "Is it so?"
+    (kept,) = read(path)
+    assert kept.turns[0].text == "Is it so?"
     if "surrogate" in reason:
         with pytest.raises(UserError, match=r"train\.json, line 8: .*half of a surrogate pair"):
             read_questions(path)
@@ -95,23 +89,10 @@ def test_an_unusable_row_is_named_and_the_others_stay(tmp_path: Path, change: di
 
 
 def test_what_ends_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nope\.json: no such file; give a file of samples"):
-        load_rows(str(tmp_path / "nope.json"))
     with pytest.raises(UserError, match=r"none of its 1 records is a sample.* fit no format .*instruction and output"):
         load_rows(str(write(tmp_path / "other.json", [{"id": "1", "output": "x"}])), cache_folder=tmp_path)
-    with pytest.raises(UserError, match=r"holds no records"):
-        load_rows(str(write(tmp_path / "none.json", [])), cache_folder=tmp_path)
     with pytest.raises(UserError, match=r"two questions have the id 'a', in lines 2 and 9"):
         read_questions(write(tmp_path / "twice.json", [{**ROW, "id": "a"}, {**ROW, "id": "a"}]))
     (tmp_path / "broken.json").write_text('[{"instruction": "x", ')
     with pytest.raises(UserError, match=r"broken\.json, line 1: .* ends too early"):
         load_rows(str(tmp_path / "broken.json"), cache_folder=tmp_path)
-
-
-def test_the_published_files_convert_whole(tmp_path: Path) -> None:
-    folder = shared("commonsense")
-    counts = {"openbookqa": 4957, "ARC-Easy": 2251, "ARC-Challenge": 1119}
-    for name, count in counts.items():
-        rows = load_rows(str(folder / name / "train.json"), cache_folder=tmp_path).rows
-        assert len(rows) == count
-        assert set(rows["problem"]) == {None}

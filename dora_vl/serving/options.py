@@ -1,0 +1,181 @@
+"""What the command lines of the server and of the page share: where they listen, to whom, batches, limits, adapters.
+
+Light: a command's help is there before torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_vl.errors import UserError, positive, shown
+
+if TYPE_CHECKING:
+    from dora_vl.serving.answering import EngineSettings
+    from dora_vl.serving.door import Admission
+    from dora_vl.serving.requests import MediaLimits
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+MIB = 2**20
+KEY_VARIABLE = "DORA_VL_API_KEY"
+
+
+def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) -> Callable[[str], Any]:
+    """A type of argparse: a number in these limits."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+seconds = between(float, 1e-6)
+
+
+def name_of(place: str) -> str | None:
+    """The host of `host[:port]`; None where it is none."""
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", place)
+    return match and (match["v6"] or match["name"].removesuffix("."))
+
+
+def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
+    """Where it listens, and to whom."""
+    to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    to.add_argument(
+        "--port", type=between(int, 0, 2**16 - 1), default=port, help=f"0 takes a free one (default: {port})"
+    )
+    to.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that it is reached by, beside localhost and --host; may be given several times",
+    )
+    to.add_argument("--api-key", metavar="KEY", help=f"what clients must know (default: {KEY_VARIABLE}; else nothing)")
+
+
+Options = Iterable[tuple[str, Callable[[str], Any], Any, str]]
+ANSWERS: Options = (
+    ("--max-new-tokens", positive, 256, "longest answer where none is asked for (256)"),
+    ("--temperature", between(float, 0, 2), 0.0, "likewise (0: the likeliest token)"),
+    ("--batch", positive, 16, "most requests answered together (16)"),
+    ("--batch-tokens", positive, 32768, "most tokens of a batch, answers too (32768)"),
+    ("--window-ms", seconds, 5.0, "how long a batch waits for more requests (5)"),
+    ("--waiting", positive, 64, "most requests that wait; more are refused (64)"),
+    ("--answer-seconds", seconds, 300.0, "from request to end of its answer (300)"),
+    ("--max-prompt-tokens", positive, None, "longest prompt (what the model has positions for)"),
+)
+"""How questions are answered, where they do not say it themselves, and how they become batches."""
+MEDIA: Options = (
+    ("--max-pictures", between(int, 0), 8, "of a request (8)"),
+    ("--max-picture-mpx", positive, 40, "megapixels of a picture (40)"),
+    ("--max-videos", between(int, 0), 1, "of a request (1)"),
+    ("--max-media-mib", positive, 32, "of one picture or video (32)"),
+    ("--frames", positive, 8, "frames of a video that the model sees (8)"),
+    ("--video-seconds", seconds, 20.0, "longest time to decode a video (20)"),
+)
+"""What a request may show."""
+
+
+def add_options(to: argparse._ArgumentGroup, options: Options) -> None:
+    """Adds options of a table."""
+    for flag, kind, default, text in options:
+        to.add_argument(flag, type=kind, default=default, help=text)
+
+
+def admission(options: argparse.Namespace) -> Admission:
+    """The options about who may come in. Raises UserError where a name or the key is none."""
+    from dora_vl.serving.door import Admission
+
+    names = {given: name_of(given.lower()) for given in options.allow_host}
+    for given, name in names.items():
+        if name is None:
+            raise UserError(f"--allow-host {shown(given)}: give a name or an address, such as gpu.example.org")
+    key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+        raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
+    allowed = frozenset(name for name in names.values() if name)
+    own = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
+    return Admission(hosts=allowed | own | {*LOCAL}, origins=allowed, key=key)
+
+
+def engine_settings(options: argparse.Namespace) -> EngineSettings:
+    """The options about batches."""
+    from dora_vl.serving.answering import EngineSettings
+
+    return EngineSettings(
+        batch_rows=options.batch,
+        batch_tokens=options.batch_tokens,
+        window_seconds=options.window_ms / 1000,
+        waiting=options.waiting,
+        answer_seconds=options.answer_seconds,
+        prompt_tokens=options.max_prompt_tokens,
+    )
+
+
+def media_limits(options: argparse.Namespace) -> MediaLimits:
+    """The options about what is shown; from the web only where the command has options for it."""
+    from dora_vl.serving.requests import MediaLimits
+
+    return MediaLimits(
+        pictures=options.max_pictures,
+        videos=options.max_videos,
+        picture_pixels=options.max_picture_mpx * 1_000_000,
+        bytes=options.max_media_mib * MIB,
+        frames=options.frames,
+        video_seconds=options.video_seconds,
+        fetch_seconds=getattr(options, "fetch_seconds", 10.0),
+        remote=getattr(options, "allow_remote_media", False),
+    )
+
+
+def adapters_by_name(given: Sequence[str]) -> dict[str, Path]:
+    """The adapters' folders by name: as `NAME=DIR` states, else as their run is called.
+
+    Raises:
+        UserError: one is no folder, or two have one name.
+    """
+    adapters: dict[str, Path] = {}
+    for text in given:
+        stated, sign, rest = text.partition("=")
+        is_named = bool(sign and stated and rest) and not Path(text).is_dir()
+        folder = Path(rest if is_named else text)
+        if not folder.is_dir():
+            raise UserError(f"--adapter {shown(text)}: {folder} is not a folder; give the adapter folder of a run")
+        name = stated if is_named else run_name(folder)
+        if name in adapters:
+            raise UserError(f"two adapters are called {shown(name)}; write --adapter NAME={folder}")
+        adapters[name] = folder
+    return adapters
+
+
+def run_name(folder: Path) -> str:
+    """What an adapter is called: as its run's folder, with the checkpoint where it is one's."""
+    parts = list(folder.resolve().parts)
+    parts = parts[:-1] if parts[-1] == "adapter" else parts
+    if re.fullmatch(r"checkpoint-\d+", parts[-1]) and len(parts) > 1:
+        return f"{parts[-2]}-{parts[-1].removeprefix('checkpoint-')}"
+    return parts[-1]
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket on this address, taken before the weights are read.
+
+    Raises:
+        UserError: there is no such address here, or another program has it.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose others") from error

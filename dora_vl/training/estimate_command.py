@@ -1,0 +1,139 @@
+"""`dora-vl estimate`: memory, traffic and time of a run, before it is started and without its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_vl.errors import UserError, positive
+
+if TYPE_CHECKING:
+    from dora_vl.training.estimate import Cluster, Estimate
+
+DESCRIPTION = """\
+Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
+the GPUs' peak and the links' speed. The model is made from its config alone, on torch's meta device: no weight is read.
+
+  dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
+  dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
+
+What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
+says what is counted and how.
+"""
+TAKES_SETTINGS = True
+GPUS_A_MACHINE = 8
+WAYS = {True: "recomputed (gradient_checkpointing)", False: "without recomputing"}
+STAGES = ("zero0", "zero2", "zero3")
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options; a run's own settings may stand between them."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--machines", type=positive, metavar="M", help="that hold them (default: 8 GPUs in each)")
+    parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
+    parser.add_argument("--tokens", type=positive, metavar="T", help="of a sample (default: data.max_tokens)")
+    parser.add_argument("--labelled", type=positive, metavar="T", help="of these (default: all but the picture's)")
+    parser.add_argument("--mfu", type=_share, default=0.4, metavar="F", help="share of the peak (default: 0.4)")
+    parser.add_argument("--tflops", type=_amount, default=312.0, help="a GPU's peak (default: 312, an A100's)")
+    parser.add_argument("--bandwidth", type=_amount, default=230.0, metavar="GB/s", help="between GPUs (default: 230)")
+    parser.add_argument("--network", type=_amount, default=100.0, metavar="GB/s", help="of a machine (default: 100)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the numbers to this file")
+
+
+def _amount(text: str, most: float = 1e9) -> float:
+    number = float(text)
+    if not 0 < number <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most:g}")
+    return number
+
+
+def _share(text: str) -> float:
+    return _amount(text, 1.0)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Makes the estimate; yields the lines to print.
+
+    Raises:
+        UserError: a setting or the base's config is wrong, or the GPUs cannot be spread over the machines.
+    """
+    from dora_vl.training.run_settings import pipeline_of, settings_and_task  # jsonargparse: not for --help
+
+    gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
+    if gpus % machines:
+        raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
+    words = [f"--config={arguments.config}", *arguments.settings]
+    config, task = settings_and_task(words, None, program="dora-vl estimate")
+    if task.startswith("vlbart"):
+        raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
+    from dora_vl.training.estimate import Cluster, as_record, imagine_run, with_shape
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = with_shape(config, arguments.shape, Path(folder))
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        imagined = imagine_run(pipeline_of(config, task), tokens=arguments.tokens, labelled=arguments.labelled)
+    estimate = imagined.on(gpus)
+    yield from memory_lines(estimate)
+    by_engine = ", ".join(f"{stage} {gib(imagined.on(gpus, stage).total)}" for stage in STAGES)
+    yield f"GiB at the fullest moment by engine: {by_engine}"
+    bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
+    yield from step_lines(estimate, Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network))
+    if arguments.json is not None:
+        try:
+            arguments.json.write_text(json.dumps(as_record(estimate), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
+        yield f"{arguments.json}"
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f}"
+
+
+def memory_lines(estimate: Estimate) -> Iterator[str]:
+    """Bytes of one GPU by part, the fullest moment of the run, and that with checkpointing the other way."""
+    from dora_vl.training.memory import Table
+
+    held, step, samples = estimate.held, estimate.step, estimate.samples
+    parts = {f"frozen weights, {name}": size for name, size in held.weights.items()}
+    parts |= {
+        "trained weights": held.trained,
+        "gradients": held.gradients,
+        "optimizer's state": held.optimizer,
+        "float32 copy of what trains": held.masters,
+        "buffers for gradients": held.buckets,
+        "weights gathered (ZeRO-3)": held.gathered,
+        f"activations kept, {WAYS[estimate.checkpointing]}": step.kept,
+        "logits and their loss": step.logits,
+        "working memory of the passes": step.working,
+        "moved to the host": -held.on_host,
+    }
+    rows = [(name, gib(size)) for name, size in parts.items() if size]
+    rows.append((f"at the fullest moment, {WAYS[estimate.checkpointing]}", gib(estimate.total)))
+    rows.append((f"activations kept, {WAYS[not estimate.checkpointing]}", gib(estimate.other.kept)))
+    rows.append((f"at the fullest moment, {WAYS[not estimate.checkpointing]}", gib(estimate.peak(estimate.other))))
+    yield str(Table((f"a GPU of {estimate.engine}", "GiB"), tuple(rows)))
+    yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
+
+
+def step_lines(estimate: Estimate, cluster: Cluster) -> Iterator[str]:
+    """An optimizer step: what a GPU sends, what it computes, how long it takes."""
+    sent = estimate.traffic
+    compute, wire = cluster.seconds(sent, estimate.flop)
+    yield (
+        f"a step sends {gib(sent.total)} GiB from each GPU: gradients {gib(sent.gradients)}, what trains "
+        f"{gib(sent.trained)}, weights {gib(sent.weights)}"
+    )
+    yield (
+        f"a step computes {estimate.flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
+        f"{cluster.flop_per_second / TERA:g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
+        f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
+    )

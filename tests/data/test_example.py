@@ -1,0 +1,232 @@
+"""Examples come back from disk as they were written; what is broken is named by file and line, never half there."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_vl.data.example import (
+    Answer,
+    Clip,
+    Example,
+    ExampleFile,
+    Subtitle,
+    from_record,
+    iterate_examples,
+    to_record,
+    whole_file,
+    write_examples,
+)
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+SECONDS = st.none() | st.floats(0, 1e6)
+VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 40), 1 << 40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+CLIP = st.builds(Clip, path=TEXT, start_seconds=SECONDS, end_seconds=SECONDS)
+EXAMPLE = st.builds(
+    Example,
+    id=TEXT.filter(bool),
+    images=st.lists(TEXT, max_size=3).map(tuple),
+    videos=st.lists(CLIP, max_size=2).map(tuple),
+    question=TEXT,
+    turns=st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXT), max_size=3).map(tuple),
+    answers=st.lists(st.builds(Answer, text=TEXT, weight=st.floats(0, 1)), max_size=3).map(tuple),
+    choices=st.lists(TEXT, max_size=3).map(tuple),
+    subtitles=st.lists(st.builds(Subtitle, TEXT, SECONDS, SECONDS), max_size=3).map(tuple),
+    extra=st.dictionaries(TEXT, VALUE, max_size=3),
+)
+
+FULL = Example(
+    id="q1",
+    images=("a/b.jpg",),
+    videos=(Clip(path="v.mp4", start_seconds=1.5, end_seconds=3.0),),
+    question="What?",
+    answers=(Answer(text="cat"), Answer(text="kitten", weight=0.3)),
+    choices=("cat", "dog"),
+    subtitles=(Subtitle("Meow.", 0.0, 1.0),),
+    extra={"correct": 0},
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(EXAMPLE, max_size=5, unique_by=lambda example: example.id))
+def test_what_is_written_is_read_again(tmp_path: Path, examples: list[Example]) -> None:
+    path = tmp_path / "new" / "any.jsonl"
+    assert write_examples(path, iter(examples)) == len(examples)
+    assert list(iterate_examples(path)) == examples
+    assert path.read_bytes().count(b"\n") == len(examples)
+
+
+def test_the_form_on_disk() -> None:
+    assert to_record(Example(id="1", question="a cat")) == {"id": "1", "question": "a cat"}
+    assert to_record(FULL) == {
+        "id": "q1",
+        "images": ["a/b.jpg"],
+        "video": {"path": "v.mp4", "start_seconds": 1.5, "end_seconds": 3.0},
+        "question": "What?",
+        "answers": [{"text": "cat"}, {"text": "kitten", "weight": 0.3}],
+        "choices": ["cat", "dog"],
+        "subtitles": [{"text": "Meow.", "start_seconds": 0.0, "end_seconds": 1.0}],
+        "extra": {"correct": 0},
+    }
+    several = to_record(Example(id="1", videos=(Clip(path="a.mp4", start_seconds=1.5), Clip(path="b.mp4"))))
+    assert several["videos"] == [{"path": "a.mp4", "start_seconds": 1.5}, {"path": "b.mp4"}]
+    with pytest.raises(BadSample):
+        from_record({**several, "video": {"path": "c.mp4"}})
+    with pytest.raises(UserError):
+        to_record(Example(id="a", images=("bytes:1",), image_bytes={"bytes:1": b"x"}))
+
+
+def stopped() -> Iterator[Example]:
+    yield Example(id="new")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("examples", "named"),
+    [
+        ([Example(id="x"), Example(id="y"), Example(id="x")], "id 'x' in lines 1 and 3"),
+        ([Example(id="a"), Example(id="b", extra={"value": float("nan")})], "line 2, id 'b'"),
+        ([Example(id="a"), Example(id="b", extra={"value": "\ud83d"})], "line 2, id 'b'"),
+        ([Example(id="a"), Example(id="b", extra={"value": {1, 2}})], "line 2, id 'b'"),
+        (stopped(), ""),
+    ],
+)
+def test_a_writing_that_fails_leaves_the_old_file(
+    tmp_path: Path, examples: list[Example] | Iterator[Example], named: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_examples(path, [FULL])
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+        write_examples(path, examples)
+    assert named in str(caught.value)
+    assert list(iterate_examples(path)) == [FULL]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_and_a_folder_that_is_a_file_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError), whole_file(tmp_path / "taken" / "a.jsonl"):
+        pass
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"a\.jsonl: .*No space left on device"):
+        write_examples(tmp_path / "a.jsonl", [FULL])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    with whole_file(path) as first:
+        first.write("one")
+        with whole_file(path) as second:
+            second.write("two")
+        assert path.read_text() == "two"
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+BROKEN: list[tuple[bytes, str]] = [
+    (b"{'id': 1}", "JSON"),
+    (b'{"id":"b","ans', "JSON"),
+    (b"[1]", "list"),
+    (b'{"id":"caf\xe9"}', "UTF-8"),
+    (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+    (b'{"id": 7}', "'id'"),
+    (b'{"question": "x"}', "'id'"),
+    (b'{"id": "b", "answer": "x"}', "'answer'"),
+    (b'{"id": "b", "images": "x.jpg"}', "'images'"),
+    (b'{"id": "b", "images": [1]}', "'images'"),
+    (b'{"id": "b", "question": null}', "'question'"),
+    (b'{"id": "b", "video": "v.mp4"}', "'video'"),
+    (b'{"id": "b", "video": {"path": "v", "start_seconds": "1"}}', "'video start_seconds'"),
+    (b'{"id": "b", "video": {"path": "v", "start_seconds": ' + b"9" * 400 + b"}}", "'video start_seconds'"),
+    (b'{"id": "b", "answers": ["x"]}', "'answers'"),
+    (b'{"id": "b", "answers": null}', "'answers'"),
+    (b'{"id": "b", "answers": {"text": "red"}}', "'answers'"),
+    (b'{"id": "b", "answers": [{"text": "x", "weight": NaN}]}', "'answers weight'"),
+    (b'{"id": "b", "turns": [{"role": "human", "text": "x"}]}', "'turns role'"),
+    (b'{"id": "b", "subtitles": [{"start_seconds": 1}]}', "'subtitles text'"),
+    (b'{"id": "b", "extra": []}', "'extra'"),
+    (b'{"id": "b", "choices": ["x"], "extra": {"correct": 1}}', "extra.correct"),
+]
+GOOD = b'{"id":"a","answers":[{"text":"red"},{"text":"blue"}]}\n'
+
+
+@pytest.mark.parametrize(("line", "named"), BROKEN)
+def test_a_broken_line_is_named_with_its_file(tmp_path: Path, line: bytes, named: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(UserError) as caught:
+        list(iterate_examples(path))
+    errors = [str(caught.value)]
+    for each_answer in (False, True):
+        file = ExampleFile(path, each_answer=each_answer)
+        broken = 2 if each_answer else 1
+        if len(file) == (5 if each_answer else 3):
+            with pytest.raises(BadSample) as bad:
+                file[broken]
+            errors.append(str(bad.value))
+            assert file[broken + 1].id == "a"  # what follows is read as before
+    assert len(errors) == 3
+    assert all(f"{path}, line 3: " in error and named in error and "\n" not in error for error in errors)
+
+
+@settings(max_examples=80)
+@given(st.binary(max_size=60), st.integers(0, len(GOOD)), st.booleans())
+def test_any_bytes_are_examples_or_bad_samples(tmp_path: Path, inserted: bytes, at: int, each_answer: bool) -> None:
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(GOOD[:at] + inserted + GOOD[at:])
+    file = ExampleFile(path, each_answer=each_answer)
+    for index in range(len(file)):
+        reason = ""
+        try:
+            file[index]
+        except BadSample as error:
+            reason = error.reason
+        assert not reason or f"{path}, line " in reason
+
+
+@given(st.dictionaries(st.sampled_from(["id", "images", "video", "turns", "answers", "extra", "other"]), VALUE))
+def test_any_object_is_an_example_or_a_bad_sample(record: dict[str, object]) -> None:
+    try:
+        example = from_record({"id": "x", **record})
+    except BadSample:
+        return
+    assert from_record(to_record(example)) == example
+
+
+def test_ids_and_limits_of_several_files(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_bytes(GOOD + b'{"id":"b","ans\n' + GOOD.replace(b'"a"', b'"c"'))
+    other.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b'"a"', b'"d"') + b"\n" + GOOD)
+    answers = ExampleFile([one, other], each_answer=True, limit=7)
+    assert list(answers.ids()) == ["a", "a", "", "c", "c", "d", "d"]
+    assert [answers.answer_of(index) for index in range(7)] == [0, 1, 0, 0, 1, 0, 1]
+    assert list(ExampleFile([one, other], limit=4).ids()) == ["a", "", "c", "d"]
+    for limit in (0, -2):
+        with pytest.raises(UserError, match=r"one\.jsonl"):
+            ExampleFile(one, limit=limit)
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        ExampleFile(tmp_path / "none.jsonl")
+    other.write_text(json.dumps(to_record(FULL)) + "\n\n" + json.dumps(to_record(FULL)))
+    with pytest.raises(UserError, match="id 'q1' in lines 1 and 3"):
+        list(iterate_examples(other))

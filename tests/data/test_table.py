@@ -1,0 +1,251 @@
+"""Files as tables: converted once whatever happens meanwhile, examples as they were read, weights, splits, overlap."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_vl.data import table as table_module
+from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.order import TrainFile
+from dora_vl.data.pictures import StoredPictures
+from dora_vl.data.readers import read_row
+from dora_vl.data.table import described, held_out_places, load_rows, load_table, load_training_rows, overlap
+from dora_vl.data.turns import Clip
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.questions import question_of
+from tests.shared_data import shared
+from tests.training.own_data import items, write_parquet
+
+GOOD = {
+    "id": "a",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "x"}],
+}
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps({"answer": "a", "question": "q", **row}) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
+    rows = [
+        {"id": "one", "image": "a.png"},
+        {"id": "two", "question": "<image2> or <image1>?", "images": ["a.png", "b.png"]},
+        {"id": "clip", "video": {"path": "a.mp4", "start_seconds": 1.5}},
+        {"id": "system", "system": "Be brief."},
+        {"id": "empty", "answer": " "},
+        {"image": 3},
+        {"id": "half \ud83d"},
+        {"id": "no \ud83d", "answer": ""},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    table = load_rows(path, cache_folder=tmp_path / "cache")
+    for number, found in enumerate(table):
+        row = {"question": "q", "answer": "a", **rows[number]}
+        if isinstance(found, Example):
+            assert found == table[number] == as_conversation(read_row(row, number=number))
+            continue
+        with pytest.raises(BadSample) as caught:
+            as_conversation(read_row(row, number=number))
+        assert found.reason == caught.value.reason
+    assert [isinstance(found, Example) for found in table] == [True] * 4 + [False] * 4
+    assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "record 5", r"half \ud83d", r"no \ud83d"]
+    assert table.rows["length"][:2] == [3, 4]
+    assert described(TrainFile(path=path), table.rows)[0] == "a.jsonl: question/answer, 8 rows, 4 of them unusable"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "holds no records"),
+        ("[]", "holds no records"),
+        (f"[{json.dumps(GOOD)},\n", "line 2: "),
+        ('{"data": [1, 2]}', "none of its 1 records"),
+        (json.dumps([GOOD, {"id": "b", "question": "q", "answer": "a"}]), r"row 1 \(a\).*row 2 \(b\)"),
+    ],
+)
+def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=named) as caught:
+        load_table(path, cache_folder=tmp_path / "cache")
+    assert str(path) in str(caught.value)
+    assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
+    with pytest.raises(UserError, match=r"none\.json"):
+        load_table(tmp_path / "none.json")
+
+
+def test_a_picture_of_several_rows_is_kept_once_in_batches_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 3)
+    made = [item for item in items(2) for _ in range(4)]
+    table = load_table(write_parquet(tmp_path, made), cache_folder=tmp_path / "cache")
+    assert [len(held or ()) for held in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert table.data.column("held_pictures").num_chunks == 3
+    monkeypatch.setattr(table_module, "CHARACTERS_A_BATCH", 500)
+    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 300)
+    table = load_table(write_parquet(tmp_path, items(9)), cache_folder=tmp_path / "cache")
+    assert table.data.column("held_pictures").num_chunks > 1
+    stored = StoredPictures([table])
+    assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in items(9)]
+
+
+def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    path.write_text(json.dumps([GOOD]))
+    assert len(load_table(path, cache_folder=cache)) == len(load_table(path, cache_folder=cache)) == 1
+    assert len(list(cache.glob("*.arrow"))) == 1
+    path.write_text(json.dumps([GOOD, GOOD]))
+    assert len(load_table(path, cache_folder=cache)) == 2
+
+
+def test_a_killed_conversion_is_not_taken_for_whole_and_ranks_convert_once(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    path.write_text(json.dumps([GOOD] * 100))
+    killed = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from dora_vl.data import table
+        table.ROWS_A_BATCH = 10
+        read = table.RowReader.read
+        def read_or_die(self, record, number):
+            return os.kill(os.getpid(), signal.SIGKILL) if number == 55 else read(self, record, number)
+        table.RowReader.read = read_or_die
+        table.load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))
+    """)
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert len(list(cache.glob("*.partial"))) == 1
+    rank = textwrap.dedent(f"""
+        import logging
+        from pathlib import Path
+        from dora_vl.data.table import load_table
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        assert len(load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))) == 100
+    """)
+    ranks = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    logged = "".join(process.communicate()[1] for process in ranks)
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert logged.count("records converted") == 1
+    assert list(cache.glob("*.partial")) == []
+
+
+def test_the_published_files_convert_whole(tmp_path: Path) -> None:
+    folder = shared("commonsense")
+    counts = {"openbookqa": 4957, "ARC-Easy": 2251, "ARC-Challenge": 1119}
+    for name, count in counts.items():
+        rows = load_rows(str(folder / name / "train.json"), cache_folder=tmp_path).rows
+        assert len(rows) == count
+        assert set(rows["problem"]) == {None}
+
+
+PICTURES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_size=6, max_size=40)
+
+
+@given(PICTURES, st.floats(0.1, 0.5), st.integers(0, 5))
+def test_no_picture_is_on_both_sides(images: list[list[str]], share: float, seed: int) -> None:
+    ids = [str(place) for place in range(len(images))]
+    try:
+        held = held_out_places(ids, images, share=share, seed=seed)
+    except UserError:
+        return
+    inside = set(held.tolist())
+    trained = {name for place, names in enumerate(images) if place not in inside for name in names}
+    assert not trained & {name for place in inside for name in images[place]}
+    assert 0 < len(inside) <= max(1, round(share * len(images)))
+    back = held_out_places(ids[::-1], images[::-1], share=share, seed=seed)
+    assert sorted(len(images) - 1 - back) == held.tolist()
+
+
+def test_the_seed_chooses_and_the_share_is_met() -> None:
+    ids, images = [str(number) for number in range(300)], [[f"{number // 3}.png"] for number in range(300)]
+    first, second = (held_out_places(ids, images, share=0.1, seed=seed).tolist() for seed in (0, 1))
+    assert len(first) == len(second) == 30
+    assert first != second
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(UserError, match=r"data\.validation_share"):
+            held_out_places(ids, images, share=share, seed=0)
+    with pytest.raises(UserError, match="smallest group has 3"):
+        held_out_places(ids[:6], images[:6], share=0.2, seed=0)
+
+
+def test_weights_repeat_and_leave_out(tmp_path: Path) -> None:
+    names = {"a": 1.0, "b": 2.5, "c": 0.5}
+    files = [
+        TrainFile(path=write(tmp_path / f"{name}.jsonl", [{"id": f"{name}{row}"} for row in range(8)]), weight=weight)
+        for name, weight in names.items()
+    ]
+    train, held = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
+    assert held is None
+    counts = Counter(train.ids())
+    assert list(train.ids()) == list(train.rows["id"])
+    assert [counts[f"a{row}"] for row in range(8)] == [1] * 8
+    assert sorted(counts[f"b{row}"] for row in range(8)) == [2] * 4 + [3] * 4
+    assert sorted(counts[f"c{row}"] for row in range(8)) == [0] * 4 + [1] * 4
+    again, _ = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
+    other, _ = load_training_rows(files, seed=2, cache_folder=tmp_path / "cache")
+    assert list(train.ids()) == list(again.ids()) != list(other.ids())
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=r"a\.jsonl"):
+            load_training_rows([TrainFile(path=files[0].path, weight=weight)])
+    with pytest.raises(UserError, match=r"data\.train"):
+        load_training_rows([])
+
+
+def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> None:
+    files = [
+        TrainFile(
+            path=write(tmp_path / f"{name}.jsonl", [{"id": f"{name}{row}", "image": f"{row}.png"} for row in range(8)]),
+            weight=weight,
+        )
+        for name, weight in (("a", 1.0), ("b", 3.0))
+    ]
+    train, held = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    assert held is not None
+    assert len(held) == 4
+    assert not set(train.pictures) & set(held.pictures)
+    assert Counter(train.ids()).most_common(1)[0][1] == 3
+    assert len(train) == 6 + 18
+
+
+def test_no_video_stands_on_both_sides(tmp_path: Path) -> None:
+    """Twelve samples, three parts of each of four files."""
+    rows: list[dict[str, object]] = [
+        {"id": f"a{row}", "video": {"path": f"{row % 4}.mp4", "start_seconds": row}} for row in range(12)
+    ]
+    files = [TrainFile(path=write(tmp_path / "a.jsonl", rows))]
+    train, held = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    assert held is not None
+    paths = [{clip["path"] for clips in one.rows["videos"] for clip in clips} for one in (train, held)]
+    assert (len(train), len(held), paths[0] & paths[1]) == (9, 3, set())
+    assert [(one.has_videos, one.has_pictures) for one in (train, held)] == [(True, False)] * 2
+    found = train[0]
+    assert isinstance(found, Example)
+    assert found.videos == (Clip(path=found.videos[0].path, start_seconds=float(found.id[1:])),)
+
+
+def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": "same", "image": "a.png", "question": "Is  it\nred?"},
+        {"id": "other question", "image": "a.png", "question": "Is it blue?"},
+        {"id": "other picture", "image": "b.png", "question": "Is it red?"},
+        {"id": "no picture", "question": "Is it red?"},
+    ]
+    table = load_rows(write(tmp_path / "a.jsonl", rows), cache_folder=tmp_path / "cache").rows
+    asked = [
+        question_of({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
+        question_of({"id": "u", "question": "Is it red?", "answer": "no"}),
+    ]
+    assert overlap(table, asked) == [("same", "t")]
+    assert overlap(table, asked[1:]) == []
+    assert overlap(table.select([3]), asked) == []

@@ -1,0 +1,80 @@
+"""The contact sheet of an encoder-decoder's test says and colours what the task's own score says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from PIL import Image
+
+from dora_vl.data.example import Answer, Example
+from dora_vl.evaluation import test
+from dora_vl.evaluation.pictures import RIGHT, WRONG
+from dora_vl.evaluation.predictions import Prediction, Predictions
+from dora_vl.evaluation.scores import caption, video, vqa
+from dora_vl.evaluation.scores.scored import Scored
+from tests.evaluation.test_pictures import colors_in
+
+
+def people(name: str, *said: str) -> Example:
+    extra = {"human_answers": [text for text in said for _ in range(10 // len(said))]}
+    return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=said[0]),), extra=extra)
+
+
+def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> Any:
+    rows = [Prediction(id=one, prediction=text) for one, text in answers.items()]
+    return name, examples, Predictions(rows=rows), scored
+
+
+def drawn(folder: Path, *tasks: Any) -> tuple[Any, ...]:
+    """What the sheet is drawn of: predictions, title and shares."""
+    with mock.patch.object(test, "draw") as draw:
+        test.draw_tasks(tasks, run_folder=folder, image_folder=str(folder))
+    rows, _, title, shares = draw.call_args.args
+    return rows, title, shares
+
+
+def test_the_title_and_the_marks_are_the_scores(tmp_path: Path) -> None:
+    said = {"first": "cat", "second": "the kitten", "third": "dog", "fourth": "Kitten"}
+    examples = [people(name, "cat", "kitten") for name in said]
+    scored = vqa.vqa_score(examples, said, version="before_2021")
+    rows, title, shares = drawn(tmp_path, task("vqav2", examples, said, scored))
+    assert title == "vqav2: 75.0% of 4 right"
+    assert shares == {"vqav2/first": 1, "vqav2/second": 1, "vqav2/third": 0, "vqav2/fourth": 1}
+    assert [row.id for row in rows] == list(shares)
+
+
+def test_what_could_not_be_asked_counts_as_wrong_in_the_title_too(tmp_path: Path) -> None:
+    truth = (Answer(text="true"),)
+    examples = [Example(id=f"dev-{n}-0-0", images=("a.png",), question="?", answers=truth) for n in range(4)]
+    answers = {"dev-0-0-0": "True", "dev-1-0-0": "false"}
+    rows, title, _ = drawn(tmp_path, task("nlvr2", examples, answers, vqa.nlvr2_score(examples, answers)))
+    assert (title, len(rows)) == ("nlvr2: 25.0% of 4 right", 2)
+
+
+def test_a_label_stands_in_its_words_and_other_scores_are_no_share(tmp_path: Path) -> None:
+    choice = Example(id="1", images=("a.png",), choices=("red", "blue"), extra={"correct": 1})
+    clips = [Example(id=n, images=("a.png",), answers=(Answer(text=f"a man {n} runs"),)) for n in ("one", "two")]
+    said = {"one": "a man one runs", "two": "a dog"}
+    rows, title, shares = drawn(
+        tmp_path,
+        task("tvqa", [choice], {"1": "a1"}, video.score([choice], {"1": "a1"})),
+        task("coco_caption", clips, said, caption.score(clips, said)),
+    )
+    assert (rows[0].prediction, rows[0].truth) == ("blue", "blue")
+    assert "coco_caption: CIDEr " in title
+    assert shares == {"tvqa/1": 1.0}
+    assert drawn(tmp_path, task("tvc", clips, said, None))[1] == "tvc: 2 answers, not scored"
+
+
+@pytest.mark.parametrize("answer", ["the kitten", "dog", ""])
+def test_the_sheet_is_green_where_the_score_says_so(tmp_path: Path, answer: str) -> None:
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "a.png")
+    examples = [people("one", "cat", "kitten")]
+    scored = vqa.vqa_score(examples, {"one": answer}, version="before_2021") if answer else None
+    test.draw_tasks([task("x", examples, {"one": answer}, scored)], run_folder=tmp_path, image_folder=str(tmp_path))
+    expected = {"the kitten": {RIGHT}, "dog": {WRONG}, "": set[str]()}[answer]
+    assert {RIGHT, WRONG} & colors_in(tmp_path / "contact_sheet.png") == expected

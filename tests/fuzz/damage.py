@@ -1,0 +1,151 @@
+"""Ways in which a file goes wrong, drawn by a seed: bytes, JSON values, table cells, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+from typing import Any
+
+DEPTH = 100_000
+"""Brackets of the deepest nesting: far beyond what Python reads."""
+HUGE = 60_000
+"""Characters of the longest value."""
+MARK = "\x01"
+"""Stands in a document for a value that is written as JSON text, such as a number that Python writes otherwise."""
+VALUES = (
+    *("null", "true", "0", "-1", "0.5", '""', '" \\t\\n"', '"a"', '"a\\r\\nb\\u2028c\\u0085d"', '"a\\u0000b"'),
+    *(f'"{"x" * HUGE}"', '"../../../x"', f'"{"a" * 300}/{"b" * 300}"', '"\\ud83d"', '"٣"', '"²"', f'"{"1" * 5_000}"'),
+    *("[]", '[1, "a", null]', '[[[1]], {"a": [2]}]', "{}", '{"text": "a", "answer": "b", "a": {"b": 1}}'),
+    *(f"[{'0,' * 5_000}0]", "[" * 900 + "]" * 900, "[" * DEPTH + "]" * DEPTH),
+    *("1e999", "NaN", "-Infinity", "9223372036854775808", "9" * 4_000, "9" * 5_000, "1e-999"),
+)
+"""What stands for a value in JSON."""
+SETTINGS = (
+    *("", "null", "true", "0", "-1", "1.5", "1e999", ".nan", "9" * 5_000, "x" * HUGE, "[" * 2_000),
+    *("[1, [2]]", "{a: 1}", "2024-13-45", "&a [*a]", "!!python/object:os.system x", "!!binary x"),
+    *("../../x", "/", '"\\ud83d"', '"a\\0b"'),
+)
+"""What stands for a setting in YAML."""
+NAMES = ("", "id", "answer", "row", "x" * HUGE, "a\nb", "\ud83d")
+
+
+def damage(content: bytes, name: str, draw: Random) -> tuple[bytes, str]:
+    """One change of a file, and its description; of JSON, YAML and tables mostly one that leaves them so."""
+    ending = name.rpartition(".")[2]
+    change = {"json": _json, "jsonl": _json, "csv": _cell, "tsv": _cell, "yaml": _setting}.get(ending)
+    if change is not None and draw.random() < 0.65:
+        changed = change(content, draw)
+        if changed is not None:
+            return changed
+    kind = draw.choice(list(BYTE_CHANGES))
+    return BYTE_CHANGES[kind](content, draw), kind
+
+
+def _json(content: bytes, draw: Random) -> tuple[bytes, str] | None:
+    """A value, a name or an entry is another one; None for a file that is no JSON."""
+    try:
+        text, lines = content.decode(), False
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document, lines = [json.loads(line) for line in text.splitlines() if line.strip()], True
+        inside, key = draw.choice(list(_places(document)))
+        kind = draw.choice(["value", "value", "removed", "renamed", "twice", "neighbour"])
+        value = draw.choice(VALUES)
+        if kind == "value":
+            inside[key] = MARK
+        elif kind == "removed":
+            del inside[key]
+        elif kind == "renamed" and isinstance(inside, dict):
+            inside[draw.choice([f"{key}_", str(key).upper(), *NAMES])] = inside.pop(key)
+        elif kind == "twice" and isinstance(inside, list):
+            inside.insert(draw.randrange(len(inside) + 1), inside[key])
+        else:
+            inside[key] = inside[draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))]
+        parts = document if lines else [document]
+        written = "\n".join(json.dumps(part).replace(json.dumps(MARK), value) for part in parts)
+    except (ValueError, RecursionError, IndexError):  # no JSON, an empty one, or nested deeply by an earlier change
+        return None
+    return written.encode(), f"{kind} at {str(key)[:40]!r}: {value[:20] if kind == 'value' else ''}"
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Lists and objects, each with the index or name of one of its values."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inside in entries:
+        yield value, key
+        yield from _places(inside)
+
+
+def _cell(content: bytes, draw: Random) -> tuple[bytes, str]:
+    """One cell of one line is another."""
+    lines = content.split(b"\n")
+    row = draw.randrange(len(lines))
+    delimiter = b"\t" if b"\t" in content else b","
+    cells = lines[row].split(delimiter)
+    column = draw.randrange(len(cells))
+    cell = cells[column]
+    others = [b"", b'"', b'"' + cell, cell + b'"', cell[: len(cell) // 2], cell + delimiter + cell, cell * 2]
+    others += [b"x" * HUGE, "ä".encode(), b"\xff\xfe", b"\x00", b"nan", b"-1", b"9" * 5_000, b"\r", b"a\nb"]
+    cells[column] = draw.choice(others)
+    lines[row] = delimiter.join(cells)
+    return b"\n".join(lines), f"cell {column} of line {row + 1}: {cells[column][:20]!r}"
+
+
+def _setting(content: bytes, draw: Random) -> tuple[bytes, str]:
+    """A setting's value or name is another one."""
+    lines = content.decode("utf-8", "replace").split("\n")
+    row = draw.randrange(len(lines))
+    name, _, value = lines[row].partition(":")
+    setting = draw.choice(SETTINGS)
+    lines[row] = draw.choice((f"{name}: {setting}", f"{name}: {setting}", f"{name}_:{value}", f"{setting}:{value}", ""))
+    return "\n".join(lines).encode(), f"setting {name[:20]!r}: {lines[row][:30]!r}"
+
+
+def flip(content: bytes, draw: Random) -> bytes:
+    """One to eight bits are others."""
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 8) if changed else 0):
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def _insert(piece: bytes) -> Callable[[bytes, Random], bytes]:
+    def change(content: bytes, draw: Random) -> bytes:
+        place = draw.randrange(len(content) + 1)
+        return content[:place] + piece + content[place:]
+
+    return change
+
+
+def _leave_out(content: bytes, draw: Random) -> bytes:
+    first, second = sorted(draw.randrange(len(content) + 1) for _ in range(2))
+    return content[:first] + content[second:]
+
+
+def _encoded(encoding: str) -> Callable[[bytes, Random], bytes]:
+    return lambda content, draw: content.decode("utf-8", "replace").encode(encoding, "replace")
+
+
+BYTE_CHANGES: Mapping[str, Callable[[bytes, Random], bytes]] = {
+    "bits flipped": flip,
+    "more bits flipped": flip,
+    "cut": lambda content, draw: content[: draw.randrange(len(content) + 1)],
+    "a part left out": _leave_out,
+    "doubled": lambda content, draw: content + content,
+    "doubled on a new line": lambda content, draw: content + b"\n" + content,
+    "lines mixed": lambda content, draw: b"\n".join(draw.sample(lines := content.split(b"\n"), len(lines))),
+    "empty": lambda content, draw: b"",
+    "white space": lambda content, draw: b" \r\n\t\n",
+    "byte order mark": lambda content, draw: b"\xef\xbb\xbf" + content,
+    "two byte order marks": lambda content, draw: b"\xef\xbb\xbf" * 2 + content,
+    **{name: _encoded(name) for name in ("utf-16", "utf-32", "latin-1")},
+    "CRLF": lambda content, draw: content.replace(b"\n", b"\r\n"),
+    "CR": lambda content, draw: content.replace(b"\n", b"\r"),
+    "many NULs": lambda content, draw: content + b"\x00" * 4_096,
+    **{f"{piece!r} inserted": _insert(piece) for piece in (b"\x00", b'"', b"]", b",", b"\n", b"\xff\xfe\xfa")},
+    "a huge piece inserted": _insert(b"y" * HUGE),
+    "nested deeply": lambda content, draw: b"[" * DEPTH + content,
+    "objects nested deeply": lambda content, draw: b'{"a":' * DEPTH + content,
+}

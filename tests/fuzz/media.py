@@ -1,0 +1,104 @@
+"""Small whole pictures and videos of every format that is read."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, features
+
+STREAMS = ("parts.mp4", "live.webm", "plain.ts", "plain.mpg")
+"""Containers that need state no length: of those a cut cannot always be told."""
+CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "plain.mp4": ("libx264", {}),
+    "index_first.mp4": ("libx264", {"movflags": "faststart"}),
+    "plain.mov": ("libx264", {}),
+    "plain.webm": ("libvpx", {}),
+    "plain.mkv": ("libx264", {}),
+    "plain.avi": ("mpeg4", {}),
+    "frames.avi": ("mjpeg", {}),
+    "clip.gif": ("gif", {}),
+    "plain.flv": ("flv1", {}),
+    "plain.wmv": ("wmv2", {}),
+    "plain.mxf": ("mpeg2video", {}),
+    "parts.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
+    "live.webm": ("libvpx", {"live": "1"}),
+    "plain.ts": ("libx264", {}),
+    "plain.mpg": ("mpeg2video", {}),
+}
+PIXELS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
+
+
+def pictures() -> dict[str, bytes]:
+    """Content by name; the same bytes every time, as far as the encoders' versions are."""
+    rgb, rgba = _noise(3), _noise(4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    moving = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
+    deep = Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13)
+    saved: list[tuple[str, Image.Image, str, dict[str, object]]] = [
+        ("rgb.png", rgb, "PNG", {}),
+        ("rgba.png", rgba, "PNG", {}),
+        ("palette.png", rgb.quantize(32), "PNG", {"transparency": 3}),
+        ("deep.png", deep, "PNG", {}),
+        ("moving.png", rgb, "PNG", moving),
+        ("noted.png", rgb, "PNG", {"icc_profile": bytes(2**21)}),
+        ("plain.jpg", rgb, "JPEG", {"exif": exif}),
+        ("progressive.jpg", rgb, "JPEG", {"progressive": True}),
+        ("cmyk.jpg", rgb.convert("CMYK"), "JPEG", {}),
+        ("several.jpg", rgb, "MPO", moving),
+        ("lossy.webp", rgb, "WEBP", {}),
+        ("lossless.webp", rgba, "WEBP", {"lossless": True}),
+        ("moving.webp", rgb, "WEBP", moving),
+        ("still.gif", rgb, "GIF", {}),
+        ("moving.gif", rgb, "GIF", moving),
+        ("rgb.bmp", rgb, "BMP", {}),
+        ("palette.bmp", rgb.quantize(16), "BMP", {}),
+        ("raw.tiff", rgb, "TIFF", {}),
+        ("lzw.tiff", rgba, "TIFF", {"compression": "tiff_lzw"}),
+        ("jpeg.tiff", rgb, "TIFF", {"compression": "jpeg"}),
+        ("several.tiff", rgb, "TIFF", moving),
+        ("colours.tiff", rgb.convert("YCbCr"), "TIFF", {}),
+        ("plain.jp2", rgb, "JPEG2000", {}),
+        *([("plain.avif", rgb, "AVIF", {})] if features.check("avif") else []),
+    ]
+    content = {}
+    for name, image, form, options in saved:
+        stream = io.BytesIO()
+        copies = {
+            key: [each.copy() for each in value] if isinstance(value, list) else value for key, value in options.items()
+        }
+        image.copy().save(stream, form, **copies)  # what a save sets on a picture stays on it
+        content[name] = stream.getvalue()
+    return content
+
+
+def _noise(channels: int) -> Image.Image:
+    pixels = np.random.default_rng(channels).integers(0, 256, (15, 20, channels), np.uint8)
+    return Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+def videos() -> dict[str, bytes]:
+    """Likewise."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: write_clip(Path(folder) / name, *how).read_bytes() for name, how in CLIPS.items()}
+
+
+def write_clip(
+    path: Path, codec: str, options: Mapping[str, str], *, size: tuple[int, int] = (64, 48), frames: int = 24
+) -> Path:
+    """A clip of coloured noise that brightens."""
+    import av
+
+    with av.open(str(path), "w", options=dict(options)) as container:
+        video = container.add_stream(codec, rate=25)
+        video.width, video.height, video.pix_fmt = *size, PIXELS.get(codec, "yuv420p")
+        for number in range(frames):
+            pixels = np.full((size[1], size[0], 3), number * 10 % 256, np.uint8)
+            pixels[:, :8] = np.random.default_rng(number).integers(0, 256, (size[1], 8, 3), np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+    return path

@@ -1,0 +1,382 @@
+"""Kills training runs at any moment, resumes them, and compares them with the run that was never killed.
+
+Processes are forked from this one, which has imported everything and computed nothing, so that a run costs what it
+trains. Each is a whole run: pipeline, process group, files. File operations are counted by an audit hook (PEP 578),
+called before each is done; what libraries write in C++ and Rust in between is met by kills that come a little later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed"), ("none", "zero2", "zero3"), (1, 2)
+STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
+"""SAMPLES are an epoch's, so that a run is two epochs."""
+SECONDS = 240.0
+"""A run that takes longer hangs."""
+LATER = 0.03
+"""Seconds after a file operation within which a kill may come."""
+WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.move")
+REMOVES = ("os.remove", "os.rmdir", "shutil.rmtree")
+OF_TIME = ("train_seconds", "samples_per_second")
+
+
+class Case(NamedTuple):
+    """A kind of run on so many ranks of an engine."""
+
+    kind: str
+    engine: str
+    ranks: int
+
+
+CASES = [Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for kind in KINDS]
+
+
+class Operation(NamedTuple):
+    """A file operation inside a run's folder; its phase is save, removal (of a checkpoint) or steps."""
+
+    rank: int
+    number: int
+    phase: str
+
+
+class Kill(NamedTuple):
+    """Before the file operation `number` on `rank` and so many seconds more; without a number after the start."""
+
+    rank: int
+    seconds: float
+    number: int | None = None
+
+
+class Ended(NamedTuple):
+    """`killed` where the kill came in time; `error` says what went wrong by itself."""
+
+    killed: bool
+    error: str
+    seconds: float
+    operations: Sequence[Operation]
+
+
+def write_material(folder: Path) -> None:
+    """The tiny models and data of every kind."""
+    from tests.training.tiny_run import write_tiny_data, write_tiny_llava
+    from tests.training.tiny_vlbart_run import write_vlbart_data
+
+    write_tiny_llava(folder / "llava")
+    write_tiny_data(folder / "talk", samples=SAMPLES)
+    write_vlbart_data(folder / "vlbart")
+
+
+def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: float) -> Path:
+    """The YAML of a case, beside its run's folder."""
+    from tests.training.tiny_run import write_run
+    from tests.training.tiny_vlbart_run import write_vlbart_run
+
+    training: dict[str, Any] = {
+        "output_dir": str(run_folder),
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "gradient_accumulation_steps": 2 // case.ranks,
+        "report_to": "none",
+        **({} if case.engine == "none" else {"deepspeed": case.engine}),
+    }
+    path, adapter = run_folder.with_suffix(".yaml"), {"dropout": dropout}
+    if case.kind == "vlbart":
+        training |= {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "learning_rate": 0.01}
+        data = {"batch_size": STEP_SAMPLES, "workers": 0}
+        return write_vlbart_run(
+            path, material / "vlbart", ("vqav2", "tvc"), training=training, adapter=adapter, data=data
+        )
+    training |= {"per_device_train_batch_size": STEP_SAMPLES // 2}
+    streamed = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 6}
+    data = streamed if case.kind == "streamed" else {}
+    records = material / "talk" / "train.json"
+    return write_run(path, material / "llava", records, training=training, adapter=adapter, data=data)
+
+
+def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, resume: Sequence[str] = ()) -> Ended:
+    """A run to its end, or to where one rank is killed; the others then die as a launcher ends them."""
+    notes.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    begun, (reads, writes) = time.monotonic(), os.pipe()
+
+    def work(rank: int) -> None:
+        log = os.open(notes / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        stop = kill.number if kill is not None and kill.rank == rank else None
+        _watch_operations(settings.with_suffix(""), notes / f"operations-{rank}", stop, writes)
+        if case.ranks > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_SIZE": case.ranks}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": 0, "CROSS_SIZE": 1}
+            os.environ.update({name: str(value) for name, value in names.items()})
+        _note_samples(notes / f"samples-{rank}.jsonl")
+        _train(case, settings, resume)
+
+    processes = [_fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)]
+    os.close(writes)
+    killed = _wait_and_kill(reads, processes, kill, begun)
+    os.close(reads)
+    statuses = [os.waitpid(process, 0)[1] for process in processes]
+    operations = [
+        Operation(rank, number, phase)
+        for rank in range(case.ranks)
+        for number, phase in enumerate((notes / f"operations-{rank}").read_text().splitlines())
+    ]
+    error = ""
+    if not killed and any(statuses):
+        error = f"status {statuses}: {(notes / 'rank-0.log').read_text(errors='replace')[-400:]}"
+    return Ended(killed, error, time.monotonic() - begun, operations)
+
+
+def _fork(work: Callable[[], None]) -> int:
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:  # noqa: BLE001 - whatever ends a run is in its log
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _alone(work: Callable[[], None]) -> None:
+    """In a process of its own, so that this one computes nothing."""
+    if os.waitpid(_fork(work), 0)[1]:
+        raise RuntimeError("what a kill needs could not be written")
+
+
+def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begun: float) -> bool:
+    """Kills at the kill's time, and everything that hangs; returns whether the kill found a process to kill."""
+    moment = begun + (kill.seconds if kill is not None and kill.number is None else SECONDS)
+    ready = select.select([reads], [], [], max(0.0, moment - time.monotonic()))[0]
+    if ready and os.read(reads, 1) == b"":  # every process has closed it, so all have ended
+        return False
+    if ready and kill is not None:  # the operation was reached
+        time.sleep(kill.seconds)
+    for process in processes if kill is None else [processes[kill.rank], *processes]:
+        os.kill(process, signal.SIGKILL)
+    return kill is not None and time.monotonic() - begun < SECONDS
+
+
+def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
+    from dora_vl.training.command_line import read_run, read_settings
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
+    from dora_vl.training.launch import log_to_stderr
+    from dora_vl.training.recipe import VlBartRunConfig
+    from dora_vl.training.run import run
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
+    from tests.training.tiny_vlbart_run import all_subtasks
+
+    log_to_stderr()
+    options = ["--config", str(settings), *resume]
+    if case.kind == "vlbart":
+        run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
+    else:
+        run(DecoderPipeline(read_run(options)))
+
+
+def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, writes: int) -> None:
+    """Notes the phase of each file operation in the run's folder, and stops this process before one of them."""
+    count, file = 0, os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "open":
+            mode, flags = arguments[1] or "", arguments[2] or 0
+            if not set(mode) & set("wax+") and not flags & (os.O_WRONLY | os.O_RDWR):
+                return
+        elif event not in WRITES:
+            return
+        path = str(arguments[0])
+        in_a_tree = event in REMOVES and "/" not in path  # by rmtree, which names what is in a folder it has open
+        if not path.startswith(str(run_folder)) and not in_a_tree:
+            return
+        saves = any(part in path for part in ("checkpoint-", ".writing", "adapter"))
+        os.write(file, b"removal\n" if event in REMOVES else b"save\n" if saves else b"steps\n")
+        count += 1
+        if stop_before is not None and count > stop_before:
+            os.write(writes, b"x")
+            time.sleep(SECONDS)
+
+    sys.addaudithook(hook)
+
+
+def _note_samples(record: Path) -> None:
+    """Has every step write the ids of its samples."""
+    from dora_vl.training.trainer import AdapterTrainer
+
+    original = AdapterTrainer.get_batch_samples
+
+    def noted(self: Any, *options: Any, **named: Any) -> Any:
+        batches = original(self, *options, **named)
+        ids = [sample for batch in self.faults._ids for sample in batch]
+        with record.open("a") as file:
+            file.write(json.dumps({"step": self.state.global_step + 1, "ids": ids}) + "\n")
+        return batches
+
+    AdapterTrainer.get_batch_samples = noted
+
+
+# ---- how two runs differ; "" where they do not
+
+
+def exactly(reference: Path, folder: Path) -> str:
+    """Two runs that should be the same to the bit, with nothing left behind."""
+    from safetensors.numpy import load_file
+
+    for name in ("log.jsonl", "metrics.json"):
+        ours, theirs = (numbers(run / name) for run in (reference, folder))
+        if ours != theirs:
+            return f"{name} differs: {ours} and {theirs}"
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (reference, folder))
+    if ours.keys() != theirs.keys() or any(ours[name].tobytes() != theirs[name].tobytes() for name in ours):
+        return "the adapters differ"
+    left = [path.name for path in folder.iterdir() if "writing" in path.name or "old" in path.name]
+    return f"left behind: {', '.join(left)}" if left else ""
+
+
+def numbers(path: Path) -> Any:
+    """Each logged step's loss, or a run's metrics but for those of time."""
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in metrics.items() if name not in OF_TIME}
+
+
+def closely(reference: Path, folder: Path) -> str:
+    """Losses that may differ by rounding."""
+    ours, theirs = (numbers(run / "log.jsonl") for run in (reference, folder))
+    if [step for step, _ in ours] != [step for step, _ in theirs]:
+        return f"steps differ: {ours} and {theirs}"
+    far = max(abs(loss - other) for (_, loss), (_, other) in zip(ours, theirs, strict=True))
+    return f"losses differ by {far:.2g}" if far > 1e-4 else ""
+
+
+def once_an_epoch(notes: Path) -> str:
+    """Samples that were not trained on exactly once in each epoch, by what the killed and the resumed run noted."""
+    steps: dict[int, list[str]] = {}
+    for part in ("killed", "resumed"):
+        rows = [json.loads(line) for path in (notes / part).glob("samples-*") for line in path.open()]
+        first = min((row["step"] for row in rows), default=STEPS + 1)
+        steps = {step: ids for step, ids in steps.items() if step < first}
+        for row in rows:
+            steps.setdefault(row["step"], []).extend(row["ids"])
+    size = SAMPLES // STEP_SAMPLES
+    for epoch in range(STEPS // size):
+        seen = Counter(sample for step in range(size) for sample in steps[1 + epoch * size + step])
+        if len(seen) != SAMPLES or set(seen.values()) != {1}:
+            return f"epoch {epoch}: samples seen {dict(seen)}"
+    return ""
+
+
+# ---- the kills
+
+
+class Killer:
+    """Kills and resumes runs; the one that is never killed is trained once for each case."""
+
+    def __init__(self, folder: Path, *, changes: bool) -> None:
+        self._folder, self._changes = folder, changes
+        self._whole: dict[Case, Ended] = {}
+        _alone(lambda: write_material(folder / "material"))
+
+    def kill(self, case: Case, draws: Random, *, in_files: bool) -> str:
+        """One kill, the resume and the comparison: "" where the run ended as the one that was never killed."""
+        reference, folder = (self._folder / f"{'-'.join(map(str, case))}-{part}" for part in ("whole", "killed"))
+        notes = folder.with_name(f"{folder.name}-notes")
+        if case not in self._whole:
+            self._whole[case] = self._start(case, reference, reference.with_name("whole-notes"))
+        whole = self._whole[case]
+        for _ in range(10):  # a run that ended before the kill came is drawn again
+            for path in (folder, notes):
+                shutil.rmtree(path, ignore_errors=True)
+            ended = self._start(case, folder, notes / "killed", kill=_draw(whole, draws, in_files=in_files))
+            if ended.killed or ended.error:
+                break
+        if whole.error or ended.error or not ended.killed:
+            return f"before the kill: {whole.error or ended.error or 'it ended ten times'}"
+        then, resume = case, ["--resume", "if_stopped"]
+        if self._changes:
+            others = [(engine, ranks) for engine in ENGINES for ranks in RANKS if (engine, ranks) != case[1:]]
+            then = Case(case.kind, *draws.choice(others))
+            resume = ["--resume", "last"] if any(folder.glob("checkpoint-*/")) else ["--overwrite", "true"]
+        resumed = self._start(then, folder, notes / "resumed", resume=resume)
+        if resumed.error or not self._changes:
+            return resumed.error or exactly(reference, folder)
+        counted = "" if case.kind == "vlbart" else once_an_epoch(notes)  # a VL-BART's samples repeat by its plan
+        return closely(reference, folder) or counted
+
+    def _start(self, case: Case, folder: Path, notes: Path, **how: Any) -> Ended:
+        dropout = 0.0 if self._changes else 0.2
+        return start(case, settings_file(case, self._folder / "material", folder, dropout=dropout), notes, **how)
+
+
+def _draw(whole: Ended, draws: Random, *, in_files: bool) -> Kill:
+    inside = [operation for operation in whole.operations if operation.phase != "steps" and operation.number > 0]
+    if in_files and inside:
+        operation = draws.choice(inside)
+        return Kill(operation.rank, draws.choice((0.0, draws.uniform(0, LATER))), operation.number)
+    rank = draws.randrange(1 + max(operation.rank for operation in whole.operations))
+    return Kill(rank, draws.uniform(0.05, 0.95) * whole.seconds)
+
+
+def _import_everything() -> None:
+    """What every run needs, once."""
+    for name in ("accelerate", "datasets", "deepspeed", "transformers", "tests.training.tiny_vlbart_run"):
+        __import__(name)
+    for name in ("run", "decoder_pipeline", "vlbart_pipeline"):
+        __import__(f"dora_vl.training.{name}")
+
+
+def main() -> None:
+    """Prints a line for each kill whose run ended otherwise, and ends with status 1 where there is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], help="llava, zero3, 2...: what a case must have")
+    parser.add_argument("--change", action="store_true", help="resume on other ranks or another engine")
+    options = parser.parse_args()
+    cases = [case for case in CASES if set(options.only) <= set(map(str, case))]
+    _import_everything()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        killer = Killer(Path(folder), changes=options.change)
+        for number in range(options.count):
+            case = cases[number % len(cases)]
+            failure = killer.kill(case, Random(f"{options.seed}/{number}"), in_files=number % 5 < 2)
+            failed += bool(failure)
+            if failure:
+                print(f"kill {number} of {case}: {failure}", flush=True)
+    print(f"{options.count - failed} of {options.count} ended as the run that was never killed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

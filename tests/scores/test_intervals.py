@@ -1,0 +1,221 @@
+"""Intervals: as wide as theory says, the same at every run, by whole units, paired, and Wilson's where all agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dora_vl.data.example import Answer, Example
+from dora_vl.errors import UserError
+from dora_vl.evaluation.scores import exact, llava, vqa
+from dora_vl.evaluation.scores import scored as bootstrap
+from dora_vl.evaluation.scores.scored import (
+    Mean,
+    Ratio,
+    Scored,
+    Tally,
+    Total,
+    draws,
+    intervals,
+    paired_differences,
+    wilson,
+)
+
+
+def questions(hits: list[int], per_unit: int = 1) -> Scored:
+    tally = Tally()
+    for number, hit in enumerate(hits):
+        tally.add(str(number), float(hit), {"right": float(hit), "asked": 1.0}, unit=f"picture {number // per_unit}")
+    return tally.scored({"accuracy": Ratio("right", "asked")})
+
+
+def test_the_interval_is_as_wide_as_the_normal_approximation_says() -> None:
+    low, high = intervals(questions([1] * 300 + [0] * 100), resamples=4000)["accuracy"]
+    width = 1.96 * 100 * np.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == (pytest.approx(75 - width, abs=0.35), pytest.approx(75 + width, abs=0.35))
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    alone, together = questions([1, 1, 1, 1, 0, 0, 0, 0] * 25), questions([1, 1, 1, 1, 0, 0, 0, 0] * 25, per_unit=4)
+    assert alone.metrics == together.metrics
+    narrow, wide = (np.diff(intervals(one)["accuracy"])[0] for one in (alone, together))
+    assert wide / narrow == pytest.approx(2.0, rel=0.15)  # four equal answers are one observation
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another() -> None:
+    scored = questions([1, 0, 0, 1, 1] * 20)
+    assert intervals(scored) == intervals(scored)
+    assert intervals(scored) != intervals(scored, seed=1)
+
+
+def test_every_draw_has_as_many_units() -> None:
+    (counts,) = draws(17, 0, 50)
+    assert counts.shape == (50, 17)
+    assert (counts.sum(1) == 17).all()
+
+
+def test_many_units_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = questions([1, 0, 0, 1, 1] * 20)
+    whole = intervals(scored)
+    monkeypatch.setattr(bootstrap, "COUNTS_AT_ONCE", 730)
+    assert [len(counts) for counts in draws(100, 0, 17)] == [7, 7, 3]
+    assert intervals(scored) == whole
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
+    random = np.random.default_rng(3)
+    base = (random.random(400) < 0.7).astype(int)
+    better = base.copy()
+    better[np.flatnonzero(base == 0)[:12]] = 1  # the same but for twelve questions more
+    ours, theirs = questions(better.tolist()), questions(base.tolist())
+    difference = paired_differences(ours, theirs)["accuracy"]
+    assert difference.value == pytest.approx(3.0)
+    assert 1.0 < difference.low < 3.0 < difference.high < 5.0
+    assert intervals(ours)["accuracy"][0] < theirs.metrics["accuracy"] < intervals(ours)["accuracy"][1]
+    turned = paired_differences(theirs, ours)["accuracy"]
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-3.0, -difference.high, -difference.low))
+
+
+def test_a_difference_needs_the_same_items() -> None:
+    with pytest.raises(UserError, match=r"needs the same items: 3 against 4, first in one alone: \['3'\]"):
+        paired_differences(questions([1, 0, 1]), questions([1, 0, 1, 1]))
+
+
+def test_formulas_over_sums() -> None:
+    sums = {"a": np.array([1.0, 2.0]), "b": np.array([4.0, 0.0]), "c": np.array([0.0, 3.0])}
+    assert Ratio("a", "b")(sums).tolist() == [25.0, 0.0]
+    assert Ratio("a", ("b", "c"), scale=1.0)(sums).tolist() == [0.25, 2 / 3]
+    assert Ratio("absent", "b")(sums).tolist() == [0.0, 0.0]
+    assert Ratio("a", ("b", "c"), decimals=1)(sums).tolist() == [25.0, 66.7]
+    parts = (Ratio("a", "b"), Ratio("c", "b", scale=1.0))
+    assert Total(parts)(sums).tolist() == [25.0, 0.0]
+    assert Mean(parts)(sums).tolist() == [12.5, 0.0]
+
+
+def of_kinds(kinds: list[str], right: set[int]) -> Scored:
+    answers = {str(n): "yes" if n in right else "no" for n in range(len(kinds))}
+    yes = (Answer(text="yes"),)
+    return exact.score([Example(id=str(n), answers=yes, extra={"kind": kind}) for n, kind in enumerate(kinds)], answers)
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_without_a_rare_kind_are_left_out_of_its_interval_and_of_its_difference() -> None:
+    kinds = ["usual"] * 39 + ["rare"]
+    ours, theirs = of_kinds(kinds, {*range(20), 39}), of_kinds(kinds, set(range(20)))
+    one_unit = 100 / (1 + 1.96**2)  # Wilson of one of one; other draws say nothing of it
+    assert intervals(ours)["kind/rare"] == (pytest.approx(one_unit, abs=0.01), 100.0)
+    assert intervals(theirs)["kind/rare"] == (0.0, pytest.approx(100 - one_unit, abs=0.01))
+    difference = paired_differences(ours, theirs)["kind/rare"]
+    assert (difference.value, difference.high) == (100.0, 100.0)
+    assert difference.low == pytest.approx(100 - 2 * (100 - one_unit), abs=0.02)
+    low, high = intervals(ours)["accuracy"]
+    assert low < 100 * 21 / 40 < high  # every draw counts where every draw has items
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_draw_without_one_part_is_no_draw_of_a_mean_or_a_sum() -> None:
+    sums = {"right a": np.array([1.0, 0.0]), "asked a": np.array([2.0, 0.0]), "right b": np.array([1.0, 2.0])}
+    sums["asked b"] = np.array([2.0, 2.0])
+    whole = {name: column.sum(keepdims=True) for name, column in sums.items()}
+    parts = tuple(Ratio(f"right {one}", f"asked {one}") for one in "ab")
+    for formula, first in ((parts[0], 50.0), (Mean(parts), 50.0), (Total(parts), 100.0)):
+        value = formula(sums, whole)
+        assert value[0] == first
+        assert np.isnan(value[1])
+    asked_nothing = Ratio("right c", "asked c")
+    assert asked_nothing(sums, whole).tolist() == [0.0, 0.0]  # as the official scripts: the whole set has none
+    assert Mean((*parts, asked_nothing))(sums, whole)[0] == pytest.approx(100 / 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_hardly_any_draw_has_gets_no_interval() -> None:
+    tally, kinds = Tally(), "abcdefgh"
+    for kind in kinds:
+        tally.add(kind, 1.0, {f"right {kind}": 1.0, f"asked {kind}": 1.0})
+    parts = {kind: Ratio(f"right {kind}", f"asked {kind}") for kind in kinds}
+    scored = tally.scored({"average": Mean(tuple(parts.values())), **parts})
+    assert scored.metrics["average"] == 100.0
+    assert set(intervals(scored)) == set(kinds)  # a draw of eight has all eight in 0.24 % of the cases
+    assert set(paired_differences(scored, scored)) == set(kinds)
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to score"):
+        Tally().scored({"accuracy": Ratio("right", "asked")})
+
+
+def test_metrics_that_are_no_means_get_intervals_around_their_value() -> None:
+    def answered(task: str, number: int, yes: str, no: str) -> Example:
+        answer, extra = Answer(text=no if number % 2 else yes), {"category": task}
+        return Example(id=f"{task}-{number}", images=(f"{number // 2}.jpg",), answers=(answer,), extra=extra)
+
+    rows = [(task, number) for task in ("existence", "OCR", "code_reasoning") for number in range(60)]
+    answers = {f"{task}-{number}": "yes" if number % 3 else "no" for task, number in rows}
+    for scored in (
+        llava.mme_score([answered(*row, "Yes", "No") for row in rows], answers),
+        llava.pope_score([answered(*row, "yes", "no") for row in rows], answers),
+    ):
+        ranges = intervals(scored)
+        assert set(ranges) == set(scored.metrics)
+        for name, (low, high) in ranges.items():
+            assert low < scored.metrics[name] < high, name
+
+
+def test_a_metric_of_the_whole_set_alone_has_no_interval() -> None:
+    examples = [Example(id=str(n), answers=(Answer(text="yes"),), extra={"global_group": "colour"}) for n in range(5)]
+    scored = vqa.gqa_score(examples, {"0": "yes"})
+    assert "distribution" in scored.metrics
+    assert "distribution" not in intervals(scored)
+
+
+def agreeing(hits: list[int], per_unit: int = 1) -> Scored:
+    tally = Tally()
+    for number, hit in enumerate(hits):
+        columns = {"right": float(hit), "asked": 1.0, "right late": float(hit), "asked late": float(number > 9)}
+        tally.add(str(number), float(hit), columns, unit=f"picture {number // per_unit}")
+    whole, late = Ratio("right", "asked"), Ratio("right", "asked late")
+    return tally.scored({"accuracy": whole, "sum": Total((whole, whole)), "mean": Mean((whole, whole)), "odd": late})
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_limits_are_those_of_newcombe_s_table(right: int, of: int, low: float, high: float) -> None:
+    """Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3."""
+    assert wilson(right / of, of) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_forty_of_forty_right_are_no_certainty() -> None:
+    assert intervals(agreeing([1] * 40))["accuracy"] == (pytest.approx(91.24, abs=5e-3), 100.0)
+    assert intervals(agreeing([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.24, abs=5e-3))
+
+
+def test_questions_of_one_picture_count_as_one() -> None:
+    alone, together = agreeing([1] * 40), agreeing([1] * 40, per_unit=10)
+    assert intervals(alone)["accuracy"][0] == pytest.approx(91.24, abs=5e-3)
+    assert intervals(together)["accuracy"][0] == pytest.approx(100 * wilson(1.0, 4)[0])
+
+
+def test_sums_and_means_of_shares_have_theirs_and_what_is_no_share_stays() -> None:
+    found = intervals(agreeing([1] * 40))
+    low = found["accuracy"][0]
+    assert found["mean"] == pytest.approx((low, 100.0))
+    assert found["sum"] == pytest.approx((2 * low, 200.0))
+    assert found["odd"][0] < 100 * 40 / 30 < found["odd"][1]  # more than is below it: drawn, as before
+
+
+def test_one_wrong_answer_is_left_to_the_draws() -> None:
+    low, high = intervals(agreeing([1] * 39 + [0]))["accuracy"]
+    assert (low, high) == (92.5, 100.0)
+
+
+def test_two_that_agree_everywhere_may_still_differ() -> None:
+    same = paired_differences(agreeing([1] * 40), agreeing([1] * 40))["accuracy"]
+    other = 100 * wilson(0.0, 40)[1]
+    assert (same.value, same.low, same.high) == (0.0, pytest.approx(-other), pytest.approx(other))
+    mixed = agreeing([1, 0, 0] * 20)
+    assert paired_differences(mixed, mixed)["accuracy"].high == pytest.approx(100 * wilson(0.0, 60)[1])
+    apart = paired_differences(agreeing([1] * 40), agreeing([0] * 40))["accuracy"]
+    assert (apart.value, apart.high) == (100.0, pytest.approx(100.0))
+    assert apart.low == pytest.approx(100 - 2 * other)

@@ -1,0 +1,268 @@
+"""Files for servers and judges hold what each takes; read back by the official rule they give the score as shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from dora_vl.data.example import Answer, Example
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.evaluation.scores import caption, llava, vqa
+from dora_vl.evaluation.scores.benchmark import Benchmark
+from dora_vl.evaluation.scores.llava import chosen
+from dora_vl.evaluation.scores.vqa import accuracy, leave_one_out, normalise_evalai
+from tests.shared_data import shared
+
+TEXTS = (
+    "True",
+    "False",
+    " true",
+    "True,0.9",
+    "",
+    "a dog.",
+    "The Dog",
+    "1,2/3",
+    "two's",
+    "Yes.",
+    "no",
+    "NO..",
+    "a0",
+    "a1",
+)
+TEXTS += (
+    "a3",
+    "B",
+    "B.",
+    "(C)",
+    "x\ny",
+    "tab\there",
+    '"quoted", twice',
+    "dont",
+    "none",
+    "3. 4.",
+    "it's a man's hat",
+    "ü",
+)
+Rule = Callable[[Sequence[Example], str], float]
+
+
+def percent(points: Sequence[float]) -> float:
+    return 100 * sum(points) / len(points)
+
+
+def nlvr2(examples: Sequence[Example], text: str) -> float:
+    """metrics.py: `line.strip().split(",")`, the second field against the label, letter case aside."""
+    lines = [line.strip().split(",") for line in text.splitlines()]
+    given = {fields[0]: fields[1] for fields in lines}
+    return percent([given[example.id].lower() == example.answers[0].text.lower() for example in examples])
+
+
+def people(example: Example) -> list[str]:
+    return list(example.extra["human_answers"])
+
+
+def vqav2(version: str) -> Rule:
+    def rule(examples: Sequence[Example], text: str) -> float:
+        given = {str(row["question_id"]): row["answer"] for row in json.loads(text)}
+        return percent([accuracy(given[example.id], people(example), version) for example in examples])
+
+    return rule
+
+
+def vizwiz(examples: Sequence[Example], text: str) -> float:
+    given = {row["image"]: normalise_evalai(row["answer"]) for row in json.loads(text)}
+    points = []
+    for example in examples:
+        points.append(leave_one_out(given[example.images[0]], [normalise_evalai(answer) for answer in people(example)]))
+    return percent(points)
+
+
+def gqa(examples: Sequence[Example], text: str) -> float:
+    """eval.py: letter by letter."""
+    given = {row["questionId"]: row["prediction"] for row in json.loads(text)}
+    return percent([given[example.id] == example.answers[0].text for example in examples])
+
+
+def mmbench(examples: Sequence[Example], text: str) -> float:
+    given = {row["index"]: row for row in csv.DictReader(io.StringIO(text), delimiter="\t")}
+    right = []
+    for example in examples:
+        row = given[str(example.extra["index"])]
+        choices = {letter: row[letter] for letter in "ABCD" if row[letter]}
+        right.append(chosen(row["prediction"], choices, "2025") == "ABCD"[example.extra["correct"]])
+    return percent(right)
+
+
+def value_choice(examples: Sequence[Example], text: str) -> float:
+    given = {name: int(index) for name, index in json.loads(text).items()}
+    return round(percent([given[example.id] == example.extra["correct"] for example in examples]), 2)
+
+
+def captions(rows: Callable[[str], Mapping[str, str]], style: str) -> Rule:
+    def rule(examples: Sequence[Example], text: str) -> float:
+        given = rows(text)
+        answers = {example.id: given[caption.clip_of(example)] for example in examples}
+        return caption.score(examples, answers, style=style, tokenizer="fallback").metrics["CIDEr"]
+
+    return rule
+
+
+def coco_rows(text: str) -> dict[str, str]:
+    return {str(row["image_id"]): row["caption"] for row in json.loads(text)}
+
+
+def value_rows(text: str) -> dict[str, str]:
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {str(row["clip_id"]): row["descs"][0]["desc"] for row in rows}
+
+
+OFFICIAL: Mapping[tuple[str, str], tuple[str, Rule]] = {
+    ("nlvr2", ""): ("accuracy", nlvr2),
+    ("vqav2", "after_2021"): ("upload accuracy", vqav2("after_2021")),
+    ("vqav2", "before_2021"): ("upload accuracy", vqav2("before_2021")),
+    ("vizwiz", ""): ("accuracy", vizwiz),
+    ("gqa", "llava"): ("accuracy", gqa),
+    ("gqa", "vl_t5"): ("accuracy", gqa),
+    ("mmbench", "2025"): ("accuracy", mmbench),
+    ("tvqa", ""): ("value_accuracy", value_choice),
+    ("how2qa", ""): ("value_accuracy", value_choice),
+    ("coco_caption", "coco"): ("CIDEr", captions(coco_rows, "coco")),
+    ("tvc", "value"): ("CIDEr", captions(value_rows, "value")),
+    ("yc2c", "value"): ("CIDEr", captions(value_rows, "value")),
+}
+"""Benchmark and version -> the metric of the official script, and the script's rule over the file."""
+JUDGED = {"llava_bench", "mmvet"}
+
+
+def made(number: int, rng: random.Random) -> Example:
+    """An example that any of the benchmarks could hold."""
+    correct = rng.randrange(4)
+    extra = {"human_answers": rng.choices(TEXTS, k=10), "index": number, "correct": correct, "clip_id": number // 2}
+    return Example(
+        id=f"dev-{number}-0-0",
+        images=(f"{number}.jpg",),
+        question="which?",
+        answers=(Answer(text=rng.choice(("True", "False", "yes", "a dog"))),),
+        choices=("dog", "a cat", "x y", "none"),
+        extra=extra,
+    )
+
+
+def test_every_upload_has_its_rule() -> None:
+    uploaded = {name for name, benchmark in BENCHMARKS.items() if benchmark.submission}
+    assert uploaded - JUDGED - {"mmbench_cn"} == {name for name, _ in OFFICIAL}
+
+
+@pytest.mark.parametrize(("name", "mode"), OFFICIAL)
+def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
+    benchmark: Benchmark = BENCHMARKS[name]
+    metric, rule = OFFICIAL[name, mode]
+    rng = random.Random(7)
+    examples = [made(number, rng) for number in range(400)]
+    answers = {example.id: rng.choice(TEXTS) for example in examples if rng.random() < 0.8}
+    write = benchmark.submissions.get(mode, benchmark.submission)
+    assert write is not None
+    options = {"tokenizer": "fallback"} if metric == "CIDEr" else {}
+    scored = benchmark.modes[mode](examples, answers, **options)
+    assert 0 < scored.metrics[metric] < 100 or metric == "CIDEr"
+    assert rule(examples, write(examples, answers)[1]) == pytest.approx(scored.metrics[metric], abs=1e-9)
+
+
+def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The file's name and text."""
+    write = BENCHMARKS[name].submission
+    assert write is not None
+    return write(examples, answers)
+
+
+def test_vqa_family() -> None:
+    examples = [Example(id="7", images=("val/a.jpg",)), Example(id="8", images=("val/b.jpg",))]
+    name, text = written("vqav2", examples, {"7": "A dog."})
+    rows = [{"question_id": 7, "answer": "dog"}, {"question_id": 8, "answer": ""}]
+    assert (name, json.loads(text)) == ("vqav2.json", rows)
+    _, text = written("vizwiz", examples, {"8": "two's"})
+    assert json.loads(text) == [{"image": "a.jpg", "answer": ""}, {"image": "b.jpg", "answer": "2 's"}]
+    _, text = written("gqa", examples, {"7": "Yes."})
+    assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("7", 7),
+        ("9" * 18, int("9" * 18)),
+        ("9" * 19, "9" * 19),
+        ("9" * 5_000, "9" * 5_000),
+        ("²", "²"),
+        ("٣", "٣"),
+        ("-1", "-1"),
+    ],
+)
+def test_an_id_that_is_no_number_stays_text(name: str, held: object) -> None:
+    example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
+    assert json.loads(vqa.vqa_submission([example], {})[1]) == [{"question_id": held, "answer": ""}]
+    assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": held, "caption": ""}]
+    assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == held
+    assert list(llava.judge_file([example], {})) == [f"v1_{name}" if isinstance(held, int) else name]
+
+
+def test_mmbench_columns() -> None:
+    rows = [
+        Example(
+            id="1", question="which\tone?", choices=("x", "y"), extra={"index": 1, "hint": "a\nb", "category": "c"}
+        ),
+        Example(id="2", question="q", choices=("x", "y", "z"), extra={"index": 2}),
+    ]
+    _, text = llava.mmbench_submission(rows, {"1": "A", "2": "tab\there"})
+    header, first, second = csv.reader(io.StringIO(text), delimiter="\t")
+    assert header == ["index", "question", "A", "B", "C", "hint", "category", "prediction"]
+    assert first == ["1", "which\tone?", "x", "y", "", "a\nb", "c", "A"]
+    assert second == ["2", "q", "x", "y", "z", "", "", "tab\there"]
+
+
+def test_value_files_have_the_published_form() -> None:
+    qa = [Example(id=name, choices=("a", "b", "c", "d")) for name in ("11", "12", "13")]
+    name, text = written("how2qa", qa, {"11": "a3", "12": "nonsense"})
+    assert (name, json.loads(text)) == ("how2qa_test_public_predictions.json", {"11": 3, "12": 0, "13": -1})
+    with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
+        published = [json.loads(line) for line in file]
+    examples, answers = [], {}
+    for row in published:
+        name = str(row["clip_id"])
+        extra = {"clip_id": row["clip_id"], "vid_name": row["video_id"]}
+        examples.append(Example(id=name, answers=(Answer(text="x"),), extra=extra))
+        answers[name] = row["descs"][0]["desc"]
+    name, text = caption.yc2c(examples, answers)
+    assert name == "yc2c_test_predictions.jsonl"
+    assert [json.loads(line) for line in text.splitlines()] == published
+
+
+def test_tvc_file_has_the_published_form() -> None:
+    with shared("value/tvc_val_predictions_sample.jsonl").open() as file:
+        published = [json.loads(line) for line in file]
+    examples = [
+        Example(id=str(row["clip_id"]), extra={name: row[name] for name in ("clip_id", "vid_name", "ts")})
+        for row in published
+    ]
+    answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in published}
+    assert [json.loads(line) for line in caption.tvc(examples, answers)[1].splitlines()] == published
+
+
+def test_coco_captions_come_once_an_image() -> None:
+    examples = [Example(id=f"{image}-{n}", extra={"image_id": image}) for image in (3, 4) for n in range(2)]
+    rows = json.loads(caption.coco_caption(examples, {"3-0": "a", "3-1": "a", "4-1": "b"})[1])
+    assert rows == [{"image_id": 3, "caption": "a"}, {"image_id": 4, "caption": "b"}]
+
+
+def test_a_judges_request_holds_all_it_needs() -> None:
+    extra = {"category": "conv", "context": "a cat"}
+    asked = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
+    (first,) = llava.judge_requests([asked], {"0": "mine"}, {"conv": "Rate them."})
+    assert first["category"] == "conv"
+    places = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
+    assert places == sorted(places)

@@ -1,0 +1,306 @@
+"""A split is made once, in the publisher's order, whatever the number of workers; what stops it never looks whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from dora_vl.cli import main
+from dora_vl.data import prepare as prepare_module
+from dora_vl.data.benchmarks.fields import Progress, Raw, Split
+from dora_vl.data.example import Answer, Example, iterate_examples
+from dora_vl.errors import BadSample, UserError
+from tests.sources.published import FIXTURES, manifest, prepared
+
+
+def row(number: int, **changes: object) -> dict[str, object]:
+    conversations = [{"from": "human", "value": f"Question {number}?"}, {"from": "gpt", "value": f"Answer {number}."}]
+    return {"id": f"r{number}", "conversations": conversations, **changes}
+
+
+def published(path: Path, count: int, **changed: dict[str, object]) -> Path:
+    rows = [row(number, **changed.get(f"r{number}", {})) for number in range(count)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def prepare(file: Path, to: Path, *options: str) -> list[str]:
+    return prepared("llava-json", file, to, *options)
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".prepare.lock")
+
+
+def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
+    no_answer = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": " "}]}
+    file = published(tmp_path / "a.json", 9, r3=no_answer, r5={"id": "r1"}, r7=no_answer)
+    said = prepare(file, tmp_path / "records")
+    made = manifest(tmp_path / "records" / "llava", "a")
+    assert ids(tmp_path / "records" / "llava" / "a.jsonl") == ["r0", "r1", "r2", "r4", "r1#2", "r6", "r8"]
+    assert (made["rows"], made["written"], made["renamed_ids"], made["dropped"]) == (9, 7, 1, 2)
+    assert made["reasons"] == {"answer 1 of 1 is empty": 2}
+    assert made["dropped_rows"] == [
+        {"row": 4, "id": "r3", "reason": "answer 1 of 1 is empty"},
+        {"row": 8, "id": "r7", "reason": "answer 1 of 1 is empty"},
+    ]
+    assert made["inputs"][0]["file"] == "a.json"
+    assert made["inputs"][0]["bytes"] == file.stat().st_size
+    assert said[0].endswith("7 records of 9 rows, written")
+
+
+def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    file = published(tmp_path / "a.json", 3000, r1500={"conversations": []}, r2000={"id": "r1999"})
+    for workers in ("0", "2"):
+        prepare(file, tmp_path / workers, "--workers", workers)
+    first, second = (tmp_path / workers / "llava" / "a.jsonl" for workers in ("0", "2"))
+    assert first.read_bytes() == second.read_bytes()
+    assert (
+        manifest(tmp_path / "0" / "llava", "a")["dropped_rows"]
+        == manifest(tmp_path / "2" / "llava", "a")["dropped_rows"]
+    )
+
+
+def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) -> None:
+    file = published(tmp_path / "a.json", 5)
+    records = tmp_path / "records"
+    prepare(file, records)
+    made = records / "llava" / "a.jsonl"
+    before = made.stat().st_mtime_ns
+    assert prepare(file, records) == [f"{made}: 5 records of 5 rows, already there"]
+    os.utime(file)  # another time, the same content
+    assert "already there" in prepare(file, records)[0]
+    assert made.stat().st_mtime_ns == before
+    made.write_text(made.read_text()[:-10])
+    assert prepare(file, records)[0].endswith("written")
+    assert prepare(file, records, "--limit", "3")[0].endswith("3 records of 3 rows, written")
+    published(file, 6)
+    assert prepare(file, records)[0].endswith("6 records of 6 rows, written")
+
+
+@pytest.fixture
+def notes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "SECONDS_BETWEEN_NOTES", 0.0)
+
+
+@pytest.mark.usefixtures("notes_at_once")
+def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = published(tmp_path / "a.json", 2000)
+    written = 0
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self._real = file
+
+        def write(self, data: bytes) -> int:
+            nonlocal written
+            written += 1
+            if written == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self._real.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+    enter = prepare_module.Partial.__enter__
+
+    def entered(partial: prepare_module.Partial) -> prepare_module.Partial:
+        enter(partial)
+        partial._file = Full(partial._file)  # pyright: ignore[reportAttributeAccessIssue]
+        return partial
+
+    monkeypatch.setattr(prepare_module.Partial, "__enter__", entered)
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be written \(No space left on device\)") as caught:
+        prepare(file, tmp_path / "records")
+    assert "\n" not in str(caught.value)
+    assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
+    monkeypatch.undo()
+    said = prepare(file, tmp_path / "records")
+    assert said[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
+    assert ids(tmp_path / "records" / "llava" / "a.jsonl") == [f"r{number}" for number in range(2000)]
+    assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
+
+
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    folder = tmp_path / "records" / "llava"
+    folder.mkdir(parents=True)
+    (folder / ".a.jsonl.partial").symlink_to(full)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(published(tmp_path / "a.json", 3), tmp_path / "records")
+    assert not (folder / "a.jsonl").exists()
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: Path) -> None:
+    file = published(tmp_path / "a.json", 4000, r10={"conversations": []}, r3000={"id": "r2"})
+    prepare(file, tmp_path / "whole")
+    killed = textwrap.dedent(f"""
+        import itertools, os, signal
+        from pathlib import Path
+        from dora_vl.data import prepare
+        from tests.sources.published import prepared
+        prepare.SECONDS_BETWEEN_NOTES = 0.0
+        write, count = prepare.Partial.write, itertools.count()
+        def write_or_death(partial):
+            if next(count) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(partial)
+        prepare.Partial.write = write_or_death
+        prepared("llava-json", Path({str(file)!r}), Path({str(tmp_path / "cut")!r}))
+    """)
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert left_over(tmp_path / "cut" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
+    assert "resumed after row 2,048" in prepare(file, tmp_path / "cut")[0]
+    whole, cut = tmp_path / "whole" / "llava", tmp_path / "cut" / "llava"
+    assert (whole / "a.jsonl").read_bytes() == (cut / "a.jsonl").read_bytes()
+    for key in ("rows", "written", "renamed_ids", "dropped_rows", "sha256"):
+        assert manifest(whole, "a")[key] == manifest(cut, "a")[key]
+
+
+@pytest.mark.usefixtures("notes_at_once")
+def test_a_partial_file_of_other_input_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = published(tmp_path / "a.json", 2000)
+
+    def stopped(partial: prepare_module.Partial) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module.Partial, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(file, tmp_path / "records")
+    monkeypatch.undo()
+    published(file, 2001)
+    assert prepare(file, tmp_path / "records")[0].endswith("2,001 records of 2,001 rows, written")
+
+
+def test_malformed_json_in_the_middle_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    file = published(tmp_path / "a.json", 5000)
+    file.write_text(file.read_text()[:-20])
+    for workers in ("0", "1"):
+        with pytest.raises(UserError, match=r"a\.json, line 1"):
+            prepare(file, tmp_path / "records", "--workers", workers)
+        assert left_over(tmp_path / "records" / "llava") == []
+
+
+def test_a_wrong_column_is_one_line_that_names_the_columns(tmp_path: Path) -> None:
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    line = json.dumps({"question_id": 1, "image": "a.jpg", "question": "Is it?", "label": "yes"})
+    (folder / "coco_pope_random.json").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"'text'.*question_id, image"):
+        prepared("pope", folder, tmp_path / "records")
+    assert left_over(tmp_path / "records" / "pope") == []
+
+
+def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(error: Exception) -> Callable[..., None]:
+        def broken(*_: object, **__: object) -> None:
+            raise error
+
+        return broken
+
+    monkeypatch.setattr(prepare_module, "file_sha256", raises(PermissionError(13, "Permission denied", "dev.json")))
+    with pytest.raises(UserError, match=r"dev\.json"):
+        prepared("nlvr2", FIXTURES / "nlvr2", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("dora_vl.data.benchmarks.llava.pope_row", raises(TypeError("unhashable type: 'list'")))
+    with pytest.raises(TypeError):
+        prepared("pope", FIXTURES / "pope", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".prepare.lock"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["popee", "--from", "."], "'pope'"),
+        (["pope", "--from", "nowhere"], "nowhere"),
+        (["pope", "--from", ".", "--set", "seed=1"], "seed=1"),
+        (["nlvr", "--from", ".", "--set", "share=1"], "shares, seed"),
+        (["pope", "--from", ".", "--limit", "0"], "--limit"),
+        (["pope", "--from", ".", "--workers", "-1"], "--workers"),
+        (["llava-json", "--from", "a.json", "--splits", "a,test"], "--splits test"),
+        (["llava-json", "--from", "a.json", "--to", "a.json"], "a.json"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published(Path("a.json"), 2)
+    with pytest.raises(SystemExit) as left:
+        main(["prepare", *words])
+    errors = capsys.readouterr().err
+    assert (left.value.code, errors.count("\n")) == (2, 1)
+    assert named in errors
+
+
+def split_of(rows: Callable[[Progress], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
+    return Split(task="t", name="s", inputs=(), rows=rows, convert=convert)
+
+
+def numbers(progress: Progress) -> Iterator[Raw]:
+    yield from ({"n": number} for number in range(3))
+
+
+def run(split: Split, folder: Path) -> prepare_module.Prepared:
+    return prepare_module.prepare_split(split, folder, source="own", workers=0, limit=None, progress=lambda _: None)
+
+
+def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:
+    split = split_of(numbers, lambda raw: Example(id=str(raw["n"] % 2), question="q", answers=(Answer(text="a"),)))
+    with pytest.raises(UserError, match=r"id '0' would be in lines 1 and 3"):
+        run(split, tmp_path)
+    assert left_over(tmp_path) == []
+
+
+def test_a_row_that_json_cannot_hold_is_dropped_with_its_reason(tmp_path: Path) -> None:
+    split = split_of(numbers, lambda raw: Example(id=str(raw["n"]), question="half \ud83d" if raw["n"] == 1 else "q"))
+    prepared = run(split, tmp_path)
+    assert [example.id for example in iterate_examples(prepared.path)] == ["0", "2"]
+    assert prepared.entry["dropped_rows"][0]["id"] == "1"
+    assert "surrogates not allowed" in prepared.entry["dropped_rows"][0]["reason"]
+
+
+def test_a_file_of_other_rows_is_refused_long_before_its_end(tmp_path: Path) -> None:
+    read = 0
+
+    def endless(progress: Progress) -> Iterator[Raw]:
+        nonlocal read
+        while True:
+            read += 1
+            yield {"n": read}
+
+    def unusable(raw: Raw) -> Example:
+        raise BadSample(str(raw["n"]), "it is no question")
+
+    with pytest.raises(UserError, match=r"row 1, id 1: it is no"):
+        run(split_of(endless, unusable), tmp_path)
+    assert read < 3000
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "records" / "llava"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".prepare.lock"), pytest.raises(UserError, match=str(folder)):
+        prepare(published(tmp_path / "a.json", 2), tmp_path / "records")
