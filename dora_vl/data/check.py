@@ -83,14 +83,14 @@ class MediaCheck:
             return Trouble("missing media", str(error.strerror))
         return None
 
-    def _picture(self, file: BinaryIO, source: Path | BytesIO) -> Trouble | None:
+    def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
         """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
         quick = ends_trouble(file)
         found = decoding_trouble(source) if self._decode or quick else None
         return quick if found and quick and quick.kind == TRUNCATED else found
 
 
-def ends_trouble(file: BinaryIO) -> Trouble | None:
+def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
     """What a picture's first and last bytes say."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 4096))

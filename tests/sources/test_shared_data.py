@@ -15,6 +15,8 @@ from dora_vl.data.example import iterate_examples
 from tests.shared_data import shared
 from tests.sources.published import prepared
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {
     ("commonsense", "commonsense"): {
         "ARC-Challenge/test": 1172,

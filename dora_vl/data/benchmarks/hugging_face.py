@@ -52,6 +52,7 @@ def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Ite
     in one huge group need that much memory. A stream from the hub has no length, so progress shows no time left.
     """
     name = options.get("split", "train")
+    columns = read_columns(options.get("columns", ""))
     hub = options.get("hub")
     shards = () if hub else tuple(_of_split(folder, _shards(folder), name, asked="split" in options))
     task = options.get("task") or (hub.rpartition("/")[2] if hub else folder.stem)
@@ -61,7 +62,7 @@ def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Ite
         name,
         shards,
         partial(_rows, source if hub else None, shards),
-        partial(convert, columns=read_columns(options.get("columns", "")), task_folder=records / task),
+        partial(convert, columns=columns, task_folder=records / task),
         settings={"hub": hub, **{option: options.get(option) for option in ("config", "revision", "columns")}},
         ids_by_place=True,
         notes={"pictures": "paths are relative to this folder"},
