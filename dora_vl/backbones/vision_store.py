@@ -207,7 +207,7 @@ def clip_of_features(example: Example) -> tuple[str, Clip] | None:
     VALUE's are; any other span is all that the features see. `extra["vid_name"]` is the name of such a part, where
     one file has several (YouCook2's segments).
     """
-    if example.videos:
+    if len(example.videos) > 1:
         raise BadSample(example.id, f"it has {len(example.videos)} videos; this task reads one")
     video = example.video
     if video is None:

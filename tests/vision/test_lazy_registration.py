@@ -41,10 +41,8 @@ def test_any_import_order_opens_a_grid_tower(before: str) -> None:
     assert run(f"{before}; {OPENS}") == "GridTowerConfig GridTower"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("tower_pictures", "tower_sources")), "towers"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["tower_pictures", "tower_sources", "towers"])
 def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -> None:
     """The hook must not ask a module for its registration while that module is still being imported."""
     done = subprocess.run(
