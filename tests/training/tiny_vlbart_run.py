@@ -49,7 +49,7 @@ def video_examples(task: str) -> list[Example]:
     for index in range(ITEMS):
         shared: dict[str, Any] = {
             "id": f"{task}-{index}",
-            "video": Clip(path=f"p{index % FEATURES}.mp4"),
+            "videos": (Clip(path=f"p{index % FEATURES}.mp4"),),
             "subtitles": tuple(Subtitle(f"line {number}") for number in range(index)),
         }
         if task in ("tvqa", "how2qa", "video_choice"):
