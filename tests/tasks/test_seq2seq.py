@@ -127,7 +127,7 @@ def test_video_texts_are_the_published_ones_to_the_last_space(
     encoder: Seq2SeqEncoder, lines: tuple[str, ...], heard: str
 ) -> None:
     """VL-Adapter joins `[Subs] `, the stripped lines, the stripped question, the times and the choices by spaces."""
-    shared = {"id": "1", "video": Clip(path="a.mp4"), "subtitles": tuple(Subtitle(line) for line in lines)}
+    shared = {"id": "1", "videos": (Clip(path="a.mp4"),), "subtitles": tuple(Subtitle(line) for line in lines)}
     question = Example(
         **shared, question=" who comes in?\n", choices=(" ann. ", "ben"), extra={"ts": "1.5-2.5", "correct": 0}
     )
