@@ -262,7 +262,7 @@ def test_asking(person: Person) -> None:
         "--image notes.txt": "picture notes.txt in . is no picture of PNG",
         "--image none/*.png": "no picture matches none/*.png",
         f"--adapter {run}": f"{run} is a run's folder or a checkpoint; its adapter is {run}/adapter",
-        "--adapter base": "base is a model's folder and has no adapter_model.safetensors",
+        "--adapter base": "base is a model and has no adapter_model.safetensors",
         "--adapter none": "none is not a folder; give the adapter folder of a run",
         "": "give --adapter DIR, or --model FOLDER",
         "--model base --max-new-tokens 0": "--max-new-tokens is 0",

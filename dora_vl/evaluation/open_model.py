@@ -327,7 +327,7 @@ def prompts_of(source: ModelSource) -> EncoderPrompts:
     model = _model_config(source)
     encoder = open_encoder(
         model.base,
-        template=model.template,
+        template=source.recipe.get("template") or source.wanted.template,
         aspect=model.image_aspect,
         max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
         revision=model.revision,
@@ -341,14 +341,12 @@ def load_decoder(source: ModelSource) -> Backbone[Any]:
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
-    recipe, stated = source.recipe, source.recipe.get("template") or source.wanted.template
-    template: Any = stated or ModelConfig.template
+    recipe = source.recipe
     dtype: Any = source.dtype
     attention: Any = source.attention
     return ModelConfig(
         base=source.place,
         revision=source.revision,
-        template=template,
         image_aspect=recipe.get("image_aspect") or "pad",
         dtype=dtype,
         attn_implementation=attention,

@@ -25,7 +25,6 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
 from dora_vl.data.readers import read_row
-from dora_vl.data.table import held_out_places
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip
 from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.files import content_key
@@ -429,6 +428,8 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
     media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
     ids = [f"{number}" for number in range(len(look.rows))]
     try:
+        from dora_vl.data.table import held_out_places  # torch: not for --help
+
         held = set(held_out_places(ids, media, share=share, seed=seed).tolist())
     except UserError:
         groups = len({key for keys in media for key in keys}) or len(ids)

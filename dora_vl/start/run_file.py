@@ -17,7 +17,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from dora_vl.backbones.families import LLAVA, check_trained, model_type_of
 from dora_vl.backbones.loading import SETTINGS_FILE as MADE_HERE
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
@@ -81,6 +80,8 @@ def base_of(model: str | None) -> Base:
         return Base(name=name, is_llava="llava-1.5" in name.lower(), parameters=parameters)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
+    from dora_vl.backbones.families import LLAVA, check_trained, model_type_of  # transformers: not for --help
+
     kind = model_type_of(name)
     if kind != LLAVA:
         check_trained(name, kind)

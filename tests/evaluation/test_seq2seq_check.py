@@ -197,4 +197,4 @@ def test_each_score_is_written_at_once_and_missing_features_are_named(
     assert set(metrics["tasks"]) == {"gqa"}
     assert list(metrics["tasks"]["gqa"]["failed"]) == ["gqa-5"]
     assert metrics["train_steps"] > 0
-    assert "gqa: gqa-5 could not be asked: " in caplog.text
+    assert "question gqa-5 could not be asked: " in caplog.text

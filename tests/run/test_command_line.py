@@ -79,13 +79,6 @@ def test_what_validation_measures_can_choose_the_best(run_file: Path, metric: st
     assert training["metric_for_best_model"] == metric
 
 
-BOMB = "\n".join(
-    ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
-    + [f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 10)}]" for n in range(12)]
-    + ["model:", "  base: *l12"]
-)
-
-
 @pytest.mark.parametrize(
     ("content", "facts"),
     [
@@ -98,8 +91,6 @@ BOMB = "\n".join(
         ("variants:\n  a:\n    config: {secret}\nvariant: a", ("config",)),
         ("a list\nof words", ("run.yaml",)),
         ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", ("llama-factory", "adapter.rank")),
-        (BOMB, ("aliases",)),
-        ("model: &m\n  base: *m", ("aliases",)),
     ],
 )
 def test_what_yaml_reads_otherwise_than_a_person_is_refused(

@@ -145,21 +145,22 @@ def test_what_the_test_asks_again_is_counted_and_named(
     ],
 )
 def test_what_cannot_be_read_is_one_line_before_weights_are_loaded(
-    tmp_path: Path, name: str, content: bytes, said: str
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
 ) -> None:
+    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
     (tmp_path / name).write_bytes(content)
-    settings = run_file(tmp_path, tmp_path / "no base there", tmp_path / name)
+    settings = run_file(tmp_path, base, tmp_path / name)
     with pytest.raises(UserError) as caught:
         train(DecoderPipeline(read_run_file(settings)))
     assert said in str(caught.value)
     assert name in str(caught.value)
 
 
-def test_two_ways_of_validation_are_refused(tmp_path: Path) -> None:
+def test_two_ways_of_validation_are_refused(tmp_path: Path, base: Path) -> None:
     made = items(4)
     write_pictures(tmp_path, made)
     records = write_llava(tmp_path, made)
-    settings = run_file(tmp_path, tmp_path / "none", records, validation=str(records), validation_share=0.5)
+    settings = run_file(tmp_path, base, records, validation=str(records), validation_share=0.5)
     with pytest.raises(UserError, match=r"set one of data\.validation, data\.validation_share and"):
         train(DecoderPipeline(read_run_file(settings)))
 

@@ -94,7 +94,7 @@ def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet"):
         (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
         assert row["images"] == ["a.png"]
-        assert [turn["text"] for turn in row["turns"]] == ['q, "r"', "a"]
+        assert [turn["text"] for turn in row["turns"]] == ['<image>\nq, "r"', "a"]
 
 
 def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
