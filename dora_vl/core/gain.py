@@ -128,7 +128,7 @@ class Snapshot:
 
 def _edits(tensor: Tensor) -> int | tuple[int, int]:
     if type(tensor) is WatchedParameter:
-        return tensor._version, tensor.data_replaced
+        return version_of(tensor), tensor.data_replaced
     return version_of(tensor)
 
 
