@@ -32,7 +32,6 @@ from dora_vl.heads.answer import AnswerHead
 
 VisualNorm = Literal["each", "sum", "none"]
 PUBLISHED_DROPOUT = 0.1
-FEATURE_WIDTHS = {"clip_rn101": 2048, "clip_rn50": 2048, "clip_rn50x4": 2560, "clip_vit_b32": 512, "faster_rcnn": 2048}
 
 
 class VlBartConfig(BartConfig):
