@@ -219,7 +219,7 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
     unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
     hub = hub_names(model, found, read_as, lambda key: unjoined(key)[0])
-    return Layout(names, transposed, pieces, hub, tuple(map(frozenset, tied_names(model).values())))
+    return Layout(names, transposed, pieces, hub, tuple(tied_names(model)))
 
 
 def _is_reversed(stored: tuple[int, ...], own: Tensor) -> bool:
@@ -237,17 +237,12 @@ def _piece(key: str, name: str, pattern: str | None, sources: list[list[str]], *
 
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The folder's model class on the meta device, or None where transformers has no such class."""
-    # The auto tables first: `import dora_vl` registers our towers while transformers fills them, and importing the
-    # towers themselves before that would be a circle.
     import transformers
 
-    import_module("transformers.models.auto.modeling_auto")
-    from dora_vl.backbones.towers import register_towers
-
+    import_module("transformers.models.auto.modeling_auto")  # with it `dora_vl` registers our towers
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):
         return None
-    register_towers()
     kind = getattr(transformers, architecture)
     settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
     settings.quantization_config = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter
-from dora_vl.adapters.folder import PEFT_PREFIX
+from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.settings import new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
@@ -291,12 +291,12 @@ def to_adapter(
     ranks = {name: len(own[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in scales}
     extras = _trained_extras(others, layout, renames, source)
     new = new_config(
-        ranks=ranks,
-        scales=scales,
+        ranks,
+        scales,
+        lora_dropout=float(config.get("lora_dropout", 0.0)),
+        base_model_name_or_path=base_model,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in extras if name.endswith(".weight")}) or None,
         use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
-        whole_modules={name.rpartition(".")[0] for name in extras if name.endswith(".weight")},
-        base_model=base_model,
-        dropout=float(config.get("lora_dropout", 0.0)),
     )
     own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
