@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
-from dora_vl.adapters.base_weights import SINGLE_FILE, BaseWeights, stem_in
+from dora_vl.adapters.base_weights import STEMS, SUFFIX, BaseWeights, stem_in
 from dora_vl.adapters.files import CONFIG_FILE, complete_checkpoints, step_of
 from dora_vl.adapters.folder import INNER
 from dora_vl.adapters.merge import planned_factors
@@ -61,7 +61,7 @@ def _weights_folder(folder: Path) -> Path:
         return folder
     there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(
-        f"{folder} is no model folder ({SINGLE_FILE}), adapter folder ({CONFIG_FILE}) or run with complete "
+        f"{folder} is no model folder ({STEMS[0]}{SUFFIX}), adapter folder ({CONFIG_FILE}) or run with complete "
         f"checkpoints: {there}"
     )
 

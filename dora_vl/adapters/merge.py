@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
-from dora_vl.adapters.base_weights import STEMS, BaseWeights, StoredTensor, index_file, single_file
+from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
 from dora_vl.adapters.files import (
     DTYPES,
     byte_size,
@@ -37,7 +37,9 @@ MANIFEST = "dora_vl_merge.json"
 """Names what a merge wrote, so that a later one knows that it may replace the folder."""
 CERTIFICATES = ("certificate.json", "certificate.md")
 """What `--check` writes beside the weights."""
-NOT_COPIED = frozenset({"pytorch_model.bin.index.json", MANIFEST, *CERTIFICATES, *map(index_file, STEMS)})
+NOT_COPIED = frozenset(
+    {"pytorch_model.bin.index.json", MANIFEST, *CERTIFICATES, *(f"{stem}{INDEX_SUFFIX}" for stem in STEMS)}
+)
 
 
 class MergedWeights:
@@ -211,7 +213,7 @@ def merge_to_folder(
             if len(shards) > 1:
                 weight_map = dict(sorted((key, file) for file, entries in shards.items() for key in entries))
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_json(staging / index_file(base.stem), index)
+                write_json(staging / f"{base.stem}{INDEX_SUFFIX}", index)
             names = sorted(path.name for path in staging.iterdir())
             write_json(staging / MANIFEST, {"written_by": "dora-vl merge", "files": names})
     return Merged(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
@@ -277,5 +279,5 @@ def _plan(weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int) -
         groups[-1][base.hub_keys.get(stored.key, stored.key)] = entry
         size += entry.bytes
     if len(groups) == 1:
-        return {single_file(base.stem): groups[0]}
-    return {f"{base.stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+        return {f"{base.stem}{SUFFIX}": groups[0]}
+    return {f"{base.stem}-{i:05d}-of-{len(groups):05d}{SUFFIX}": group for i, group in enumerate(groups, start=1)}
