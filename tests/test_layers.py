@@ -22,7 +22,6 @@ LAYERS = (
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""
 UP = {
-    ("adapters", "backbones"),
     ("evaluation", "training"),
     ("serving", "report"),
     ("training", "report"),

@@ -118,8 +118,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from tqdm import tqdm
 
     from dora_vl.adapters.base_weights import BaseWeights  # seconds, so not for --help
-    from dora_vl.adapters.decomposition import layers_to_compare, measured
-    from dora_vl.adapters.merge import refuse_saved_on_another_base
+    from dora_vl.adapters.decomposition import layers_to_compare, measured, refuse_saved_on_another_base
 
     requests = _requests(arguments.tuned, arguments.label)
     if not arguments.to.resolve().parent.is_dir():
@@ -143,8 +142,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 def _requests(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Request]:
     if labels is not None and len(labels) != len(paths):
         raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
-    from dora_vl.adapters.decomposition import Request
-    from dora_vl.adapters.merge import saved_in
+    from dora_vl.adapters.decomposition import Request, saved_in
 
     named = zip(labels or [str(path) for path in paths], paths, strict=True)
     return [Request(label, path, saved_in(path)) for label, path in named]
