@@ -91,11 +91,7 @@ ZIP_START = b"PK"
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files that are loaded, by name; where no known name is there, all of one kind.
-
-    Raises:
-        UserError: the list of shards is broken, or names one that is not there or outside the folder.
-    """
+    """The weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
         if (folder / name).is_file():
             return (folder / name,)
@@ -134,11 +130,7 @@ def why_not_read(error: Exception, most: int = 300) -> str:
 
 
 def check_place(folder_or_id: str | Path) -> None:
-    """Refuses what is no folder here and cannot be a hub id.
-
-    Raises:
-        UserError: it names the working directory.
-    """
+    """Refuses what is no folder here and cannot be a hub id."""
     name = str(folder_or_id)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
         raise UserError(
@@ -150,9 +142,6 @@ def check_place(folder_or_id: str | Path) -> None:
 def check_model_folder(folder_or_id: str | Path) -> None:
     """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
     own cache.
-
-    Raises:
-        UserError: it names the file and the sizes.
     """
     check_place(folder_or_id)
     if Path(folder_or_id).is_dir():
@@ -176,11 +165,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def check_whole(path: Path) -> None:
-    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes.
-
-    Raises:
-        UserError: it is empty, shorter or longer than its header says, or has lost its end; it names the sizes.
-    """
+    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes."""
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         _check_safetensors(path, size)
@@ -231,11 +216,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file says.
-
-    Raises:
-        UserError: it cannot be read, is no YAML, or holds a key twice or a number that YAML takes for another.
-    """
+    """What a file says."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         _check(yaml.compose(text, Loader=_Loader), set())
@@ -254,11 +235,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def refuse_other_number(text: str) -> None:
-    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8.
-
-    Raises:
-        UserError: it is such text.
-    """
+    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8."""
     if _OTHER_NUMBER.fullmatch(text):
         raise UserError(f"{text} is {yaml.safe_load(text)} in YAML; write the number that is meant")
 

@@ -644,11 +644,7 @@ class RowPictures:
     held: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, value: object, key: str) -> None:
-        """Takes a path, bytes, an object with `bytes`, `path` or `url`, or a data URL.
-
-        Raises:
-            BadSample: anything else, or an address on the web.
-        """
+        """Takes a path, bytes, an object with `bytes`, `path` or `url`, or a data URL."""
         if isinstance(value, Mapping):
             value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
         if isinstance(value, bytes | bytearray) and value:

@@ -226,11 +226,7 @@ class BadSampleLedger:
                 _log.warning("skipped sample %s: %s", shown_text(sample_id, LONGEST_ID), one_line(reason))
 
     def judge(self, counts: BadSampleCounts | None = None) -> None:
-        """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step.
-
-        Raises:
-            UserError: one of the two rules is broken.
-        """
+        """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step."""
         seen, bad = counts or self._counts
         if bad and (bad > self._allowed(seen) or self._clearly_broken(seen, bad)):
             raise UserError(self._message(seen, bad))
@@ -287,9 +283,6 @@ def look_ahead(
         pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
         videos: likewise of videos.
         source: the set's name.
-
-    Raises:
-        UserError: as `BadSampleLedger.judge`, with the first sample's reason.
     """
     bad: dict[str, str] = {}
     places = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
@@ -340,9 +333,6 @@ def check_labels(samples: Iterable[Labelled]) -> None:
     """Refuses a run whose labels are not the answers and what closes them.
 
     They are read back as text. White space is not compared: tokenizers put some before a text and take some off it.
-
-    Raises:
-        UserError: with the sample's id and both texts.
     """
     for sample in samples:
         labels = sample.labels[sample.labels != IGNORED_LABEL]

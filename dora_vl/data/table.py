@@ -72,10 +72,6 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
         path: what `containers.find_files` takes; of JSON the first character decides between list and lines.
         columns: what the file's columns are.
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
-
-    Raises:
-        UserError: no such file, one that cannot be read to its end (with the place), no record in it, none of a known
-            format, or records of several.
     """
     data = find_files(path)
     folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
@@ -228,11 +224,7 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
 def load_rows(
     path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
 ) -> ExampleTable:
-    """The samples of one path, the first `limit` of them.
-
-    Raises:
-        UserError: see `load_table`.
-    """
+    """The samples of one path, the first `limit` of them."""
     table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
@@ -254,9 +246,6 @@ def load_training_rows(
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
         seed: of the split, and of what a weight below 1 leaves out.
         columns: what the files' columns are.
-
-    Raises:
-        UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
     """
     check_weights(files)
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
@@ -285,9 +274,6 @@ def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTabl
     """What is left of the samples, in a random order, and `size` of them for validation.
 
     As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
-
-    Raises:
-        UserError: nothing would be left.
     """
     if size >= len(train):
         raise UserError(f"data.validation_size {size} leaves none of {len(train)} samples")
@@ -317,9 +303,6 @@ def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, shar
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
-
-    Raises:
-        UserError: the share is not between 0 and 1, or no group is small enough, or nothing is left to train on.
     """
     if not 0 < share < 1:
         raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
