@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -203,6 +204,8 @@ def _check_safetensors(path: Path, size: int) -> None:
 # YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
 
 
+MOST_VALUES = 100_000
+"""What aliases may make of a file: ten lines of them can stand for more values than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -219,7 +222,9 @@ def read_yaml(path: Path) -> Any:
     """What a file says."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        _check(yaml.compose(text, Loader=_Loader), set())
+        sizes: dict[int, float] = {}
+        if _check(yaml.compose(text, Loader=_Loader), sizes) > max(MOST_VALUES, len(sizes)):
+            raise UserError(f"its aliases (*NAME) stand for more than {MOST_VALUES:,} values, or for themselves")
         return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -240,16 +245,19 @@ def refuse_other_number(text: str) -> None:
         raise UserError(f"{text} is {yaml.safe_load(text)} in YAML; write the number that is meant")
 
 
-def _check(node: Node | None, seen: set[int]) -> None:
-    """Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
+def _check(node: Node | None, sizes: dict[int, float]) -> float:
+    """How many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
+
+    Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word.
+    """
+    if node is None or id(node) in sizes:  # an alias
+        return sizes.get(id(node), 0.0)
+    sizes[id(node)] = math.inf  # while it is looked through: what holds itself has no end
+    size = 1.0
     if isinstance(node, ScalarNode) and not node.style:  # not in quotes
         refuse_other_number(node.value)
     elif isinstance(node, SequenceNode):
-        for inside in node.value:
-            _check(inside, seen)
+        size += sum(_check(inside, sizes) for inside in node.value)
     elif isinstance(node, MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -260,4 +268,6 @@ def _check(node: Node | None, seen: set[int]) -> None:
                         f"{shown_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
                     )
                 lines[name] = line
-            _check(value, seen)
+            size += _check(value, sizes)
+    sizes[id(node)] = size
+    return size

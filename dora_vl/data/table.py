@@ -28,6 +28,7 @@ from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import StoredPictures
+from dora_vl.data.plain_lines import NotPlain, plain_batches
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, one_line
@@ -118,38 +119,73 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
 
 def _write(name: str, data: DataFiles, file: BinaryIO, columns: Columns) -> int:
     """Writes an Arrow stream and returns the number of its rows."""
-    reader, held = RowReader(data.name, columns), set[str]()
-    number = usable = size = 0
+    if data.is_json:
+        with contextlib.suppress(NotPlain):
+            return _write_batches(name, file, plain_batches(data.files[0], _SCHEMA, columns, _Rows(data.name, columns)))
+        file.seek(0)
+        file.truncate()
+    return _write_batches(name, file, _batches(data, columns))
+
+
+def _write_batches(name: str, file: BinaryIO, batches: Iterable[pa.RecordBatch | pa.Table]) -> int:
+    rows = bad = 0
     first_problem: str | None = None
-    batch: list[dict[str, Any]] = []
     with pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for number, record in enumerate(data.rows(), 1):
-            known = len(reader.uses)
-            found = reader.read(record, number - 1)
-            row: dict[str, Any] = {
-                "format": reader.format,
-                "columns": json.dumps(reader.uses[-1]) if len(reader.uses) > known else None,
-            }
-            if isinstance(found, BadSample):
-                first_problem = first_problem or found.reason
-                row |= {"id": found.sample_id, "images": (), "videos": (), "turns": (), "problem": found.reason}
-            else:
-                usable += 1
-                new = {name: content for name, content in found.image_bytes.items() if name not in held}
-                held |= new.keys()
-                row |= {"id": found.id, "images": found.images, "videos": [asdict(clip) for clip in found.videos]}
-                row["turns"] = [vars(turn) for turn in found.turns]
-                row["held_pictures"] = [{"name": name, "content": content} for name, content in new.items()]
-            size += characters_of(found)
-            row["length"] = sum(len(turn["text"].split()) for turn in row["turns"])
-            batch.append(row)
-            if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
-                batch, size = [], 0
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
-    check_usable(name, number, usable, first_problem)
-    return number
+        for batch in batches:
+            writer.write(batch)
+            problems = batch["problem"].drop_null()
+            first_problem = first_problem or next((problem.as_py() for problem in problems), None)
+            rows, bad = rows + len(batch), bad + len(problems)
+    check_usable(name, rows, rows - bad, first_problem)
+    return rows
+
+
+def _batches(data: DataFiles, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """The rows of files, each read by itself, in batches of bounded size."""
+    read, batch, size = _Rows(data.name, columns), [], 0
+    for number, record in enumerate(data.rows()):
+        batch.append(read.row(number, record))
+        size += read.size
+        if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
+            yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
+            batch, size = [], 0
+    if batch:
+        yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
+
+
+class _Rows:
+    """Makes a table's rows of a file's records; a picture and the columns' roles stand in the first row alone."""
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self._reader = RowReader(name, columns)
+        self._pictures: set[str] = set()
+        self.size = 0
+        """Of the last row, see `characters_of`."""
+
+    def __call__(self, records: Iterable[tuple[int, Mapping[str, object]]]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist([self.row(number, record) for number, record in records], _SCHEMA)
+
+    def row(self, number: int, record: Mapping[str, object]) -> dict[str, Any]:
+        """The row `number`, from 0."""
+        reader = self._reader
+        kinds = len(reader.uses)
+        example = reader.read(record, number)
+        self.size = characters_of(example)
+        columns = json.dumps(reader.uses[-1]) if len(reader.uses) > kinds else None
+        row: dict[str, Any] = {"format": reader.format, "columns": columns}
+        if isinstance(example, BadSample):
+            problem = {"id": example.sample_id, "problem": example.reason, "length": 0}
+            return row | problem | {"images": (), "videos": (), "turns": ()}
+        new = {name: content for name, content in example.image_bytes.items() if name not in self._pictures}
+        self._pictures |= new.keys()
+        return row | {
+            "id": example.id,
+            "images": example.images,
+            "videos": [asdict(clip) for clip in example.videos],
+            "turns": [vars(turn) for turn in example.turns],
+            "length": sum(len(turn.text.split()) for turn in example.turns),
+            "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
+        }
 
 
 def characters_of(found: Example | BadSample) -> int:
