@@ -26,7 +26,7 @@ from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
 from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
-from dora_vl.data.pictures import HeldPictures, RowPictureBytes
+from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped
 from dora_vl.data.table import characters_of
@@ -309,4 +309,4 @@ class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         return self._length
 
     def __getitem__(self, row: Read) -> Sample | Skipped:
-        return self._make([row], RowPictureBytes(row.image_bytes if isinstance(row, Example) else {}))[0]
+        return self._make([row], row.image_bytes if isinstance(row, Example) else {})[0]

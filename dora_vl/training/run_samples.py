@@ -23,7 +23,7 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
@@ -192,7 +192,7 @@ class RunSamples:
             examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
             for place in _places([example.images for example in examples]):
                 example = examples[place]
-                yield example, make([example], RowPictureBytes(example.image_bytes))[0]
+                yield example, make([example], example.image_bytes)[0]
             return
         samples = make(self._train, self._train.stored)
         for place in _places(self._train.rows[:FIRST_ROWS]["images"]):

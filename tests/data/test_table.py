@@ -100,7 +100,7 @@ def test_a_picture_of_several_rows_is_kept_once_in_batches_of_bounded_size(
     table = load_table(write_parquet(tmp_path, items(9)), cache_folder=tmp_path / "cache")
     assert table.data.column("held_pictures").num_chunks > 1
     stored = StoredPictures([table])
-    assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in items(9)]
+    assert [stored[names[0]] for names in table["images"]] == [item.content for item in items(9)]
 
 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
