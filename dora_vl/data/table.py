@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import datasets
 import datasets.config
@@ -31,7 +31,7 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.plain_lines import NotPlain, plain_batches
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
-from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.errors import BadSample, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -223,13 +223,9 @@ class ExampleTable:
         """The rows at these places."""
         return ExampleTable(self.rows.select(places), self.stored)
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return self.rows.select_columns([name]).with_format("arrow")[:][name]
-
     def ids(self) -> Iterator[str]:
         """Yields each row's id, in order."""
-        for part in self._column("id").chunks:
-            yield from map(str, part.to_pylist())
+        yield from map(str, _column(self.rows, "id").to_pylist())
 
     @property
     def pictures(self) -> list[str]:
@@ -239,12 +235,21 @@ class ExampleTable:
     @property
     def has_pictures(self) -> bool:
         """Whether any row has a picture."""
-        return any(len(chunk.flatten()) for chunk in self._column("images").chunks)
+        return any(_counts(self.rows, "images"))
 
     @property
     def has_videos(self) -> bool:
         """Whether any row names a video."""
-        return any(len(chunk.flatten()) for chunk in self._column("videos").chunks)
+        return any(_counts(self.rows, "videos"))
+
+
+def _column(rows: datasets.Dataset, name: str) -> pa.Array:
+    return rows.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+
+
+def _counts(rows: datasets.Dataset, name: str) -> Counter[int]:
+    """How many rows have so many `images` or `videos`."""
+    return Counter(_column(rows, name).value_lengths().to_pylist())
 
 
 def _example(row: Mapping[str, Any]) -> Example | BadSample:
@@ -252,9 +257,6 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
         return BadSample(row["id"], row["problem"])
     turns, videos = (Turn(**turn) for turn in row["turns"]), (Clip(**clip) for clip in row["videos"])
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos))
-
-
-# The rows that a run trains on and those held out of them: several files, their weights, the split by picture.
 
 
 def load_rows(
@@ -287,22 +289,28 @@ def load_training_rows(
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([table.rows for table in tables]) if len(tables) > 1 else tables[0].rows
     stored = StoredPictures.joined([table.stored for table in tables])
-    media = (
-        [*images, *(f"video/{clip['path']}" for clip in clips)]
-        for images, clips in zip(rows["images"], rows["videos"], strict=True)
-    )
-    held = held_out_places(rows["id"], media, share=share, seed=seed) if share else np.zeros(0, np.int64)
+    held = np.zeros(0, np.int64)
+    if share:
+        media = (
+            [*images, *(f"video/{clip['path']}" for clip in clips)]
+            for images, clips in zip(rows["images"], rows["videos"], strict=True)
+        )
+        held = held_out_places(rows["id"], media, share=share, seed=seed)
     kept = np.setdiff1d(np.arange(len(rows)), held)
     edges = np.cumsum([0, *map(len, tables)])
-    places = [
-        weighted(kept[(kept >= start) & (kept < end)], file, seed=seed)
-        for file, start, end in zip(files, edges[:-1], edges[1:], strict=True)
-    ]
+    places: list[np.ndarray] = []
+    for file, start, end in zip(files, edges[:-1], edges[1:], strict=True):
+        of_file = kept[(kept >= start) & (kept < end)]
+        times, fraction = divmod(file.weight, 1)
+        # Which rows the fraction takes is a function of (seed, path); drawn of all, it changes with no other file.
+        digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
+        drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(of_file)
+        places.append(np.sort(np.concatenate([*[of_file] * int(times), drawn[: round(fraction * len(of_file))]])))
     trained = np.concatenate(places)
     if not len(trained):
         raise UserError("data.train: its weights leave no sample")
-    whole = len(trained) == len(rows) and len(files) == 1 and not share
-    train = ExampleTable(rows if whole else rows.select(trained), stored)
+    is_all = len(trained) == len(rows) and len(files) == 1 and not share
+    train = ExampleTable(rows if is_all else rows.select(trained), stored)
     return train, ExampleTable(rows.select(held), stored) if share else None
 
 
@@ -326,14 +334,6 @@ def check_weights(files: Sequence[TrainFile]) -> None:
             raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
-def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:
-    """The places of one file as often as its weight says, in order; the fraction is chosen by (seed, path)."""
-    times, fraction = divmod(file.weight, 1)
-    digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
-    drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(places)
-    return np.sort(np.concatenate([*[places] * int(times), drawn[: round(fraction * len(places))]]))
-
-
 def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
     """Places of the samples held out: about `share` of all, and no picture or video on both sides.
 
@@ -342,38 +342,35 @@ def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, shar
     """
     if not 0 < share < 1:
         raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
-    groups = _groups(
-        [tuple(f"picture/{name}" for name in names) or (f"id/{own}",) for own, names in zip(ids, images, strict=True)]
-    )
-    sizes = Counter(groups)
-    wanted, taken, chosen = max(1, round(share * len(groups))), 0, set[str]()
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
-        if taken + sizes[group] <= wanted:
-            chosen.add(group)
-            taken += sizes[group]
-    if not chosen or taken == len(groups):
-        smallest = min(sizes.values())
-        raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
-            f"together, and the smallest group has {smallest}; set another share, or name a data.validation file"
-        )
-    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
-
-
-def _groups(members: Sequence[tuple[str, ...]]) -> list[str]:
-    """For each sample the name of its group, which is the least of all names in it."""
     parent: dict[str, str] = {}
 
-    def root(name: str) -> str:
+    def group_of(name: str) -> str:
+        """The least of all names that stand with this one, directly or through others."""
         while parent.setdefault(name, name) != name:
             parent[name] = name = parent[parent[name]]
         return name
 
-    for names in members:
-        for name in names[1:]:
-            first, second = sorted((root(names[0]), root(name)))
-            parent[second] = first
-    return [root(names[0]) for names in members]
+    firsts: list[str] = []
+    for sample_id, names in zip(ids, images, strict=True):
+        first, *others = [f"picture/{name}" for name in names] or [f"id/{sample_id}"]
+        firsts.append(first)
+        for other in others:
+            least, greatest = sorted((group_of(first), group_of(other)))
+            parent[greatest] = least
+    groups = [group_of(first) for first in firsts]
+    sizes = Counter(groups)
+    size, chosen = max(1, round(share * len(groups))), set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
+        if sizes[group] <= size:
+            chosen.add(group)
+            size -= sizes[group]
+    if not chosen or len(chosen) == len(sizes):
+        raise UserError(
+            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
+            f"together, and the smallest group has {min(sizes.values())}; set another share, or name a "
+            "data.validation file"
+        )
+    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
 
 
 def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
@@ -384,55 +381,33 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
     weight = "" if file.weight == 1 else f", weight {file.weight:g}"
     first = f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows"
     lines = [f"{first}{trouble}{weight}", *column_lines(map(json.loads, filter(None, rows.unique("columns"))))]
-    table = rows.select_columns(["images", "videos"]).with_format("arrow")[:]
     for name, kind in (("images", "pictures"), ("videos", "videos")):
-        counts = Counter(pc.call_function("list_value_length", [table[name]]).to_pylist())
-        if name == "images" or set(counts) != {0}:
-            lines.append(
-                f"  {kind}: " + ", ".join(f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts))
-            )
+        counts = _counts(rows, name)
+        if name == "images" or any(counts):
+            numbers = [f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts)]
+            lines.append(f"  {kind}: {', '.join(numbers)}")
     return lines
 
 
-@runtime_checkable
-class QuestionAboutPictures(Protocol):
-    """What is read of a test's question."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-
-    @property
-    def images(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def text(self) -> str: ...  # noqa: D102
-
-
-def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) -> list[tuple[str, str]]:
+def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
         rows: of `load_table`; any of a talk's questions counts.
-        questions: pictures named as in `rows`. Those without pictures are left out.
+        questions: id, pictures named as in `rows`, and text of each. Those without pictures are left out.
     """
-    asked = {(question.images, _words(question.text)): question.id for question in questions if question.images}
+
+    def words(text: str) -> str:
+        return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
+
+    asked = {(images, words(text)): question for question, images, text in questions if images}
     pictures = pa.array(sorted({name for names, _ in asked for name in names}), pa.string())
-    names = rows.select_columns(["images"]).with_format("arrow")[:]["images"].combine_chunks()
-    known = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # without making objects of it
-    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(known, bool)]
+    names = _column(rows, "images")
+    is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # before they are objects
+    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
     about = rows.select(np.unique(places))
     pairs: list[tuple[str, str]] = []
-    for own, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
-        keys = [(tuple(images), _words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
-        pairs += [(own, asked[key]) for key in dict.fromkeys(keys) if key in asked][:1]
+    for sample, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
+        keys = [(tuple(images), words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
+        pairs += [(sample, asked[key]) for key in keys if key in asked][:1]
     return pairs
-
-
-def _words(text: str) -> str:
-    return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
-
-
-def overlap_warning(pairs: Sequence[tuple[str, str]], train: str, test: str) -> str:
-    """One line that counts and names them."""
-    examples = "; ".join(f"{ours} is {theirs} there" for ours, theirs in pairs[:3])
-    return one_line(f"{len(pairs):,} training samples of {train} are asked again in {test}: {examples}")
