@@ -23,7 +23,7 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
@@ -35,10 +35,9 @@ from dora_vl.data.table import (
     load_rows,
     load_training_rows,
     overlap,
-    overlap_warning,
 )
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
 from dora_vl.training.arguments import order_seed
@@ -192,7 +191,7 @@ class RunSamples:
             examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
             for place in _places([example.images for example in examples]):
                 example = examples[place]
-                yield example, make([example], RowPictureBytes(example.image_bytes))[0]
+                yield example, make([example], example.image_bytes)[0]
             return
         samples = make(self._train, self._train.stored)
         for place in _places(self._train.rows[:FIRST_ROWS]["images"]):
@@ -209,8 +208,12 @@ class RunSamples:
                 "`dora-vl check-data` on both files tells it",
                 evaluation.file,
             )
-        elif found := overlap(self._train.rows, questions):
-            logger.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
+        elif pairs := overlap(
+            self._train.rows, ((question.id, question.images, question.text) for question in questions)
+        ):
+            examples = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
+            where = f"{len(pairs):,} training samples of {train_name(data.train)} are asked again in {evaluation.file}"
+            logger.warning("%s", one_line(f"{where}: {examples}"))
 
     def training_data(
         self,
