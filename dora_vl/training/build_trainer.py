@@ -24,7 +24,6 @@ from dora_vl.data.samples import BadSampleLedger
 from dora_vl.training.callbacks import (
     EpochCallback,
     LossLog,
-    NoteSteps,
     PlanFile,
     SaveAfterValidation,
     StopOnSignal,
@@ -45,6 +44,7 @@ from dora_vl.training.optim import (
 )
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
+from dora_vl.training.ranks import NoteSteps
 from dora_vl.training.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
 from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation

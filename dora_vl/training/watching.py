@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +31,7 @@ EXACT_PX = 128
 """Pictures up to this side are kept to the pixel, as PNG; larger ones are photographs, as JPEG."""
 JPEG_QUALITY = 82
 SIDE, GAP_PX, PAPER = 2, 2, (255, 255, 255)
+TIMES_WITHOUT_VALIDATION = 5
 Item = TypeVar("Item")
 
 
@@ -48,10 +48,9 @@ class WatchedQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What a pipeline has asked while it trains.
+    """What a pipeline has asked while it trains, in the order in which it is shown.
 
     Attributes:
-        questions: in the order in which they are shown.
         pictures: by question's id, what opens its picture; raises BadSample where it cannot be read.
         ask: the answers by id with the weights of now; every rank must call it. What cannot be asked is left out.
         source: where the questions are from, for messages.
@@ -65,11 +64,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What a run's folder holds of it.
-
-    Attributes:
-        answers: by step, the answers by id.
-    """
+    """What a run's folder holds of it; `answers` are by step and id."""
 
     folder: Path
     questions: tuple[WatchedQuestion, ...] = ()
@@ -82,20 +77,25 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def begin(folder: Path, watch: Watch, *, step: int) -> None:
-    """Writes the questions and their pictures into a run's folder; of a resumed run the answers up to `step` stay."""
-    inside = folder / WATCHED
-    inside.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_log(inside / ANSWERS) if line["step"] <= step] if step else []
-    named = [_with_picture(one, number, watch, inside) for number, one in enumerate(watch.questions)]
-    write_json(inside / QUESTIONS, {"source": watch.source, "questions": [asdict(one) for one in named]})
-    write_log(inside / ANSWERS, kept)
-
-
-def add_answers(folder: Path, step: int, answers: Mapping[str, str]) -> None:
-    """Appends the answers of one step."""
-    with (folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "answers": dict(answers)}) + "\n")
+def _begin(run_folder: Path, watch: Watch, *, step: int) -> None:
+    """Writes the questions and their pictures; of a resumed run the answers up to `step` stay."""
+    folder = run_folder / WATCHED
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [line for line in read_log(folder / ANSWERS) if line["step"] <= step] if step else []
+    questions = []
+    for number, question in enumerate(watch.questions):
+        if question.id in watch.pictures:
+            try:
+                picture = small_picture(watch.pictures[question.id]().convert("RGB"))
+            except BadSample as error:
+                question = replace(question, why_no_picture=error.reason)
+            else:
+                name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
+                picture.save(folder / name, quality=JPEG_QUALITY)
+                question = replace(question, picture=name)
+        questions.append(asdict(question))
+    write_json(folder / QUESTIONS, {"source": watch.source, "questions": questions})
+    write_log(folder / ANSWERS, earlier)
 
 
 def read_watched(run_folder: Path) -> Watched | None:
@@ -103,12 +103,11 @@ def read_watched(run_folder: Path) -> Watched | None:
     folder = run_folder / WATCHED
     try:
         content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-        questions = tuple(WatchedQuestion(**one) for one in content["questions"])
+        questions = tuple(WatchedQuestion(**question) for question in content["questions"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    lines = read_log(folder / ANSWERS)
-    answers = {one["step"]: one["answers"] for one in lines if isinstance(one.get("answers"), dict) and "step" in one}
-    return Watched(folder=folder, questions=questions, answers=answers)
+    lines = (line for line in read_log(folder / ANSWERS) if isinstance(line.get("answers"), dict) and "step" in line)
+    return Watched(folder=folder, questions=questions, answers={line["step"]: line["answers"] for line in lines})
 
 
 def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
@@ -131,87 +130,60 @@ def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
     return tile
 
 
-def _with_picture(one: WatchedQuestion, number: int, watch: Watch, folder: Path) -> WatchedQuestion:
-    """The question with its picture's name; the picture is in the folder then."""
-    if one.id not in watch.pictures:
-        return one
-    fields = asdict(one)
-    try:
-        picture = small_picture(watch.pictures[one.id]().convert("RGB"))
-    except BadSample as error:
-        return WatchedQuestion(**{**fields, "why_no_picture": error.reason})
-    name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
-    picture.save(folder / name, quality=JPEG_QUALITY)
-    return WatchedQuestion(**{**fields, "picture": name})
-
-
-# The same in TensorBoard, trackio and Weights & Biases: transformers' own reporters know nothing of pictures.
-
-NAME = "watched"
-COLUMNS = ("picture", "question", "right", "answer")
-
-
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
-    """Sends the answers of one step to each tracker among a Trainer's callbacks; for the first rank alone."""
-    answers = watched.answers[step]
+    """Sends the answers of one step to TensorBoard, trackio and Weights & Biases, whose reporters know no pictures."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
-            _to_tensorboard(callback.tb_writer, watched, answers, step)
+            _to_tensorboard(callback.tb_writer, watched, step)
         elif isinstance(callback, TrackioCallback):
-            _as_table(callback._trackio, watched, answers, step)
+            _as_table(callback._trackio, watched, step)
         elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            _as_table(callback._wandb, watched, answers, step)
+            _as_table(callback._wandb, watched, step)
 
 
-def _to_tensorboard(writer: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
+def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
     """A text for each question, which TensorBoard shows by step, and its picture once."""
     if writer is None:  # before training begins, or after its end
         return
-    first = step == min(watched.answers)
-    for number, one in enumerate(watched.questions):
-        name = f"{NAME}/{number}"
-        if one.id in answers:
-            writer.add_text(name, "\n\n".join(map(_indented, (one.question, answers[one.id], one.truth))), step)
-        picture = _picture(watched, one) if first else None
-        if picture is not None:
+
+    def indented(text: str) -> str:  # as a block of code in Markdown: a model's answer is shown, not followed
+        return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+    answers = watched.answers[step]
+    for number, question in enumerate(watched.questions):
+        name = f"{WATCHED}/{number}"
+        if question.id in answers:
+            texts = question.question, answers[question.id], question.truth
+            writer.add_text(name, "\n\n".join(map(indented, texts)), step)
+        if step == min(watched.answers) and (picture := _picture(watched, question)) is not None:
             writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
     writer.flush()
 
 
-def _indented(text: str) -> str:
-    """As a block of code in Markdown: a model's answer is shown, not followed."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-
-def _as_table(tracker: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
+def _as_table(tracker: Any, watched: Watched, step: int) -> None:
     """One table; trackio takes Weights & Biases' calls."""
-    asked = [(one, _picture(watched, one)) for one in watched.questions if one.id in answers]
-    rows = [
-        [None if picture is None else tracker.Image(picture), one.question, one.truth, answers[one.id]]
-        for one, picture in asked
-    ]
-    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), "train/global_step": step})
+    answers, rows = watched.answers[step], []
+    for question in watched.questions:
+        if question.id in answers:
+            picture = _picture(watched, question)
+            shown = None if picture is None else tracker.Image(picture)
+            rows.append([shown, question.question, question.truth, answers[question.id]])
+    columns = ["picture", "question", "right", "answer"]
+    tracker.log({WATCHED: tracker.Table(columns=columns, data=rows), "train/global_step": step})
 
 
-def _picture(watched: Watched, one: WatchedQuestion) -> Image.Image | None:
-    if not one.picture:
+def _picture(watched: Watched, question: WatchedQuestion) -> Image.Image | None:
+    if not question.picture:
         return None
-    with Image.open(watched.folder / one.picture, formats=PICTURE_FORMATS) as picture:
+    with Image.open(watched.folder / question.picture, formats=PICTURE_FORMATS) as picture:
         return picture.convert("RGB")
-
-
-TIMES_WITHOUT_VALIDATION = 5
 
 
 class WatchQuestions(TrainerCallback):
     """Has the questions answered before the first step, at every validation, or now and then where there is none.
 
     Every rank answers, since under ZeRO-3 they only can together; the first writes. Nothing that is drawn at random
-    afterwards, dropout say, is changed by it.
-
-    Args:
-        folder: the run's.
-        trackers: what else hears of the answers, looked up when there are some.
+    afterwards, dropout say, is changed by it. `trackers` also hear of the answers.
     """
 
     def __init__(self, watch: Watch, folder: Path, trackers: Callable[[], Sequence[TrainerCallback]]) -> None:
@@ -220,12 +192,10 @@ class WatchQuestions(TrainerCallback):
         self.newest: tuple[Asked, ...] = ()
         """The questions with their last answers, on the first rank."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
         if state.is_world_process_zero:
-            begin(self._folder, self._watch, step=state.global_step)
+            _begin(self._folder, self._watch, step=state.global_step)
         if state.global_step == 0:
             self._ask(args, state, more["model"])
 
@@ -241,41 +211,34 @@ class WatchQuestions(TrainerCallback):
     def _ask(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         if self._failed:
             return
+        training = model.training
+        model.eval()
         try:
-            with random_state_kept(args.device), evaluating(model):
+            with random_state_kept(args.device):
                 answers = self._watch.ask()
         except UserError as error:  # of every rank, so that none waits for another
             self._failed = True
             logger.warning("the watched questions are not asked any more, watch: 0 leaves them out: %s", error)
             return
+        finally:
+            model.train(training)
         if not state.is_world_process_zero:
             return
-        add_answers(self._folder, state.global_step, answers)
+        with (self._folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": dict(answers)}) + "\n")
         self.newest = tuple(
-            Asked(state.global_step, one.question, answers[one.id], one.truth)
-            for one in self._watch.questions
-            if one.id in answers
+            Asked(state.global_step, question.question, answers[question.id], question.truth)
+            for question in self._watch.questions
+            if question.id in answers
         )
         if not args.disable_tqdm:
-            for one in self.newest:
-                tqdm.write(f"step {one.step}: {one}")
+            for asked in self.newest:
+                tqdm.write(f"step {asked.step}: {asked}")
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers(), watched, state.global_step)
 
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:
     """At which steps of a run without validation; the last is one of them."""
-    return frozenset(
-        -(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in range(1, TIMES_WITHOUT_VALIDATION + 1)
-    )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards in the one that it was in."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
+    parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
+    return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)
