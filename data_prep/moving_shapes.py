@@ -229,7 +229,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dora_vl.training.launch import available_cores
+    from dora_vl.run.launch import available_cores
 
     usual = Settings()
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -30,7 +30,7 @@ import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from dora_vl.errors import USER_ERROR_STATUS, UserError, is_communication, one_line
-from dora_vl.training.launch import rank_and_ranks, several_ranks, wait_for_everyone
+from dora_vl.run.launch import rank_and_ranks, several_ranks, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 

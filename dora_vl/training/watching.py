@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,131 +17,12 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.pictures import PICTURE_FORMATS
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
+from dora_vl.run.watched import Watch, Watched, WatchedQuestion, add_answers, begin, read_watched
 from dora_vl.training.live_view import Asked
-from dora_vl.training.run_folder import WATCHED, read_log, write_json, write_log
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)
-
-QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
-SMALL_PX = 224
-EXACT_PX = 128
-"""Pictures up to this side are kept to the pixel, as PNG; larger ones are photographs, as JPEG."""
-JPEG_QUALITY = 82
-SIDE, GAP_PX, PAPER = 2, 2, (255, 255, 255)
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedQuestion:
-    """One question; `picture` is the name of its small picture in the folder, "" where there is none."""
-
-    id: str
-    question: str
-    truth: str
-    picture: str = ""
-    why_no_picture: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What a pipeline has asked while it trains.
-
-    Attributes:
-        questions: in the order in which they are shown.
-        pictures: by question's id, what opens its picture; raises BadSample where it cannot be read.
-        ask: the answers by id with the weights of now; every rank must call it. What cannot be asked is left out.
-        source: where the questions are from, for messages.
-    """
-
-    questions: tuple[WatchedQuestion, ...]
-    pictures: Mapping[str, Callable[[], Image.Image]]
-    ask: Callable[[], Mapping[str, str]]
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """What a run's folder holds of it.
-
-    Attributes:
-        answers: by step, the answers by id.
-    """
-
-    folder: Path
-    questions: tuple[WatchedQuestion, ...] = ()
-    answers: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-
-
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of them, evenly from the first on; all where there are fewer."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
-
-
-def begin(folder: Path, watch: Watch, *, step: int) -> None:
-    """Writes the questions and their pictures into a run's folder; of a resumed run the answers up to `step` stay."""
-    inside = folder / WATCHED
-    inside.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_log(inside / ANSWERS) if line["step"] <= step] if step else []
-    named = [_with_picture(one, number, watch, inside) for number, one in enumerate(watch.questions)]
-    write_json(inside / QUESTIONS, {"source": watch.source, "questions": [asdict(one) for one in named]})
-    write_log(inside / ANSWERS, kept)
-
-
-def add_answers(folder: Path, step: int, answers: Mapping[str, str]) -> None:
-    """Appends the answers of one step."""
-    with (folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "answers": dict(answers)}) + "\n")
-
-
-def read_watched(run_folder: Path) -> Watched | None:
-    """What a run's folder holds; None where nothing was asked, or its files cannot be read."""
-    folder = run_folder / WATCHED
-    try:
-        content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-        questions = tuple(WatchedQuestion(**one) for one in content["questions"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    lines = read_log(folder / ANSWERS)
-    answers = {one["step"]: one["answers"] for one in lines if isinstance(one.get("answers"), dict) and "step" in one}
-    return Watched(folder=folder, questions=questions, answers=answers)
-
-
-def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
-    """The picture, at most so many pixels wide and high."""
-    return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
-
-
-def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Up to four pictures as one, two by two, each in the size of the first; one alone as it is."""
-    first, *others = pictures[: SIDE**2]
-    if not others:
-        return first
-    width, height = first.size
-    rows = -(-(1 + len(others)) // SIDE)
-    tile = Image.new("RGB", (SIDE * width + GAP_PX, rows * height + (rows - 1) * GAP_PX), PAPER)
-    for number, picture in enumerate([first, *others]):
-        row, column = divmod(number, SIDE)
-        fitted = picture if picture.size == first.size else ImageOps.pad(picture, first.size, color=PAPER)
-        tile.paste(fitted, (column * (width + GAP_PX), row * (height + GAP_PX)))
-    return tile
-
-
-def _with_picture(one: WatchedQuestion, number: int, watch: Watch, folder: Path) -> WatchedQuestion:
-    """The question with its picture's name; the picture is in the folder then."""
-    if one.id not in watch.pictures:
-        return one
-    fields = asdict(one)
-    try:
-        picture = small_picture(watch.pictures[one.id]().convert("RGB"))
-    except BadSample as error:
-        return WatchedQuestion(**{**fields, "why_no_picture": error.reason})
-    name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
-    picture.save(folder / name, quality=JPEG_QUALITY)
-    return WatchedQuestion(**{**fields, "picture": name})
-
 
 # The same in TensorBoard, trackio and Weights & Biases: transformers' own reporters know nothing of pictures.
 

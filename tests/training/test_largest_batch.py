@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training import largest_batch
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.command_line import read_run_file, read_settings
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
     asked_bytes,
@@ -29,7 +30,6 @@ from dora_vl.training.largest_batch import (
 )
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import launch
@@ -222,7 +222,7 @@ def test_the_validation_has_its_own_setting(run_file: Path, monkeypatch: pytest.
 
 
 def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
-    from dora_vl.training.arguments import training_arguments
+    from dora_vl.run.arguments import training_arguments
 
     def said(*overrides: str, fits: int | None = None) -> str:
         config = read_run_file(run_file, *overrides)
@@ -238,7 +238,7 @@ def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
 
 
 def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
-    from dora_vl.training.arguments import training_arguments
+    from dora_vl.run.arguments import training_arguments
 
     data = write_vlbart_data(tmp_path / "data")
     path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})
