@@ -35,7 +35,7 @@ from benchmarks.contenders import (
     tokens_of,
 )
 from benchmarks.report import median, table, write_json
-from dora_vl.training.launch import keep_freed_memory
+from dora_vl.run.launch import keep_freed_memory
 
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -24,10 +24,10 @@ from dora_vl.data.order import train_files
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_training_rows
 from dora_vl.errors import positive
-from dora_vl.training.command_line import read_run
+from dora_vl.run.media import VideoReading, image_folder, video_folder, video_sampling
+from dora_vl.run.reading import read_run
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline, encode_from_folder
-from dora_vl.training.recipe import RunConfig
-from dora_vl.training.run_media import VideoReading, image_folder, video_folder, video_sampling
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")

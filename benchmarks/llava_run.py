@@ -28,7 +28,7 @@ from typing import Any
 from report import median, table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.training.command_line import read_run
+from dora_vl.run.reading import read_run
 
 PEERS = ("peft_dora", "peft_lora")
 OURS = {"ours": "false", "ours_shared": "true"}

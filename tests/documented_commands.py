@@ -266,7 +266,7 @@ CHECKS: dict[str, Callable[[Sequence[str], bool], Any]] = {
 
 def settings_of_tasks() -> dict[str, type[Any]]:
     """The scripts of tasks/ that train -> the dataclass of their settings."""
-    from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+    from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
     return {
         "llava_instruct": RunConfig,
@@ -281,7 +281,7 @@ def check_settings(task: str, words: Sequence[str], *, is_whole: bool = True) ->
 
     A reader's own file stands for whatever a run needs.
     """
-    from dora_vl.training.command_line import read_settings
+    from dora_vl.run.reading import read_settings
 
     kind = settings_of_tasks()[task]
     given = [word for word in words if word not in ("--help", "--print_config")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dora_vl.training.command_line import setting_names
+from dora_vl.run.reading import setting_names
 from tests.documented_commands import (
     CHECKS,
     ROOT,

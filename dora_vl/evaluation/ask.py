@@ -44,15 +44,15 @@ from dora_vl.evaluation.predictions import (
 )
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown, model_inputs
 from dora_vl.evaluation.questions import Question, outputs_of
-from dora_vl.training.launch import (
+from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
     rank_and_ranks,
     threads_of_this_rank,
     wait_for_everyone,
 )
-from dora_vl.training.run_media import VideoReading
-from dora_vl.training.watching import SIDE, tiled
+from dora_vl.run.media import VideoReading
+from dora_vl.run.watched import SIDE, tiled
 
 log = logging.getLogger(__name__)
 

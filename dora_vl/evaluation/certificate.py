@@ -17,7 +17,7 @@ from dora_vl.adapters.merge import CERTIFICATES
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asker, Decoding, MediaReader, ask
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.run_folder import write_json
+from dora_vl.run.folder import write_json
 
 Open = Callable[[], Asker]
 

@@ -117,7 +117,7 @@ def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
     """All processes of a launch ask; the first scores."""
     from dora_vl.adapters.folder import WEIGHTS_FILE
     from dora_vl.evaluation.ask import check_pictures, joined_launch
-    from dora_vl.training.launch import first_rank_speaks, is_first_rank
+    from dora_vl.run.launch import first_rank_speaks, is_first_rank
 
     with first_rank_speaks(), joined_launch():
         sets = _sets(options)
@@ -203,7 +203,7 @@ def _asked(
     """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import find_source, hashes, open_model
-    from dora_vl.training.adapting import VLBART
+    from dora_vl.run.base import VLBART
 
     source = find_source(wanted)
     shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
@@ -374,7 +374,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
     from dora_vl.evaluation.ask import check_pictures
     from dora_vl.evaluation.open_model import read_recipe
-    from dora_vl.training.adapting import VLBART
+    from dora_vl.run.base import VLBART
 
     run = _settings_of_run(adapter)
     data, evaluation = run.get("data") or {}, run.get("evaluation") or {}
@@ -402,7 +402,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
 
 def _settings_of_run(adapter: Path) -> Mapping[str, Any]:
     """The settings of the run that an adapter folder, or a checkpoint's, lies in; empty where there is none."""
-    from dora_vl.training.run_folder import SETTINGS
+    from dora_vl.run.folder import SETTINGS
 
     for folder in adapter.resolve().parents[:2]:
         if (folder / SETTINGS).is_file():
@@ -501,7 +501,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
     """
     from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import Wanted, find_source
-    from dora_vl.training.adapting import VLBART
+    from dora_vl.run.base import VLBART
 
     source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
@@ -524,7 +524,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """A model's folder, asked just as the adapter that it was made from."""
     from dora_vl.evaluation.open_model import Wanted
-    from dora_vl.training.adapting import VLBART
+    from dora_vl.run.base import VLBART
 
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
     wanted = Wanted(model=str(folder), template=source.wanted.template)

@@ -40,8 +40,8 @@ from dora_vl.evaluation.ask import Asker, Assistant
 from dora_vl.evaluation.predictions import file_sha256
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.files import HUB_ID
-from dora_vl.training.adapting import DECODER, VLBART, load_base
-from dora_vl.training.recipe import ModelConfig
+from dora_vl.run.base import DECODER, VLBART, load_base
+from dora_vl.run.settings import ModelConfig
 
 # Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
 
@@ -394,9 +394,9 @@ def _open_vlbart(source: ModelSource) -> Opened:
     from dora_vl.backbones.pieces import Seq2SeqEncoder
     from dora_vl.backbones.published_features import open_encoders
     from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
+    from dora_vl.evaluation.subtask import Subtask, with_input_tokens
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
-    from dora_vl.training.seq2seq_tasks import Subtask, with_input_tokens
-    from dora_vl.training.vlbart_tasks import closed
+    from dora_vl.evaluation.vlbart_tasks import closed
 
     wanted, recipe, place = source.wanted, source.recipe, source.place
     adapter, is_merged = Path(str(wanted.adapter)), wanted.model is not None

@@ -61,12 +61,12 @@ from dora_vl.evaluation.scores.commonsense import score as commonsense_score
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
+from dora_vl.evaluation.subtask import Subtask
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.watch import Tested
-from dora_vl.training.recipe import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig, VlBartEvaluationConfig
-from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
-from dora_vl.training.run_media import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.training.seq2seq_tasks import Subtask
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
+from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig, VlBartEvaluationConfig
 
 log = logging.getLogger(__name__)
 

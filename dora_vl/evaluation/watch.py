@@ -34,9 +34,9 @@ from dora_vl.evaluation.questions import (
     question_of_turns,
 )
 from dora_vl.evaluation.scores.benchmark import check_choices
+from dora_vl.evaluation.subtask import Subtask, check_sample, make_sample
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.training.seq2seq_tasks import Subtask, check_sample, make_sample
-from dora_vl.training.watching import Watch, WatchedQuestion, evenly
+from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 
 log = logging.getLogger(__name__)
 

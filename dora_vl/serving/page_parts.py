@@ -23,8 +23,8 @@ from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.report.answers import PREDICTIONS
 from dora_vl.report.run_record import RunRecord, read_run
+from dora_vl.run.watched import evenly
 from dora_vl.serving.side_by_side import NOTHING, Answer, Talk
-from dora_vl.training.watching import evenly
 
 # What the page shows of a talk as HTML: what the model sees, answers, what went wrong. All text is escaped.
 

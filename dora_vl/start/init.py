@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], text: str) -> None:
     """Writes all files under other names, reads the settings as a run would, and moves them into place."""
-    from dora_vl.training.command_line import read_run_file
+    from dora_vl.run.reading import read_run_file
 
     staging.mkdir(parents=True, exist_ok=True)
     seen = Counter[str]()

@@ -16,7 +16,7 @@ import yaml
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown, shown_text
-from dora_vl.training.settings_files import SECTIONS
+from dora_vl.run.reading import SECTIONS
 
 NOT_READ_BY_FULL = frozenset(
     f"adapter.{name}" for name in ("rank", "alpha", "rank_scaling", "dropout", "dropout_mode", "init")

@@ -27,8 +27,8 @@ from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
-from dora_vl.training.recipe import EvaluationConfig
-from dora_vl.training.run_media import VideoReading
+from dora_vl.run.media import VideoReading
+from dora_vl.run.settings import EvaluationConfig
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language

@@ -18,7 +18,7 @@ from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import Wanted, find_source
-from dora_vl.training.adapting import DECODER, VLBART
+from dora_vl.run.base import DECODER, VLBART
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
 

@@ -23,7 +23,7 @@ from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.run_media import VideoReading
+from dora_vl.run.media import VideoReading
 
 END = 1
 FIRST_LETTER = 10

@@ -12,9 +12,9 @@ import pytest
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.test import evaluate_run
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

@@ -18,8 +18,8 @@ from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.watch import check_tests
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.recipe import VlBartRunConfig
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run

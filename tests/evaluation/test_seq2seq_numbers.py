@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation import vlbart_assistant
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.recipe import VlBartRunConfig
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run

@@ -185,10 +185,10 @@ def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begu
 
 
 def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
-    from dora_vl.training.command_line import read_run, read_settings
+    from dora_vl.run.launch import log_to_stderr
+    from dora_vl.run.reading import read_run, read_settings
+    from dora_vl.run.settings import VlBartRunConfig
     from dora_vl.training.decoder_pipeline import DecoderPipeline
-    from dora_vl.training.launch import log_to_stderr
-    from dora_vl.training.recipe import VlBartRunConfig
     from dora_vl.training.run import run
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
     from tests.training.tiny_vlbart_run import all_subtasks

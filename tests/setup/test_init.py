@@ -19,9 +19,9 @@ from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, Limits, MediaCheck
+from dora_vl.run.reading import read_run_file
 from dora_vl.start import init
 from dora_vl.start.run_file import Base, Data, base_of, written
-from dora_vl.training.command_line import read_run_file
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.setup.people import picture, write_folder, write_table

@@ -15,13 +15,12 @@ from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
 from dora_vl.data.example import Answer, Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
-from dora_vl.evaluation import ask_command
+from dora_vl.evaluation import ask_command, vlbart_tasks
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.training import vlbart_tasks
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.run_settings import pipeline_of
 from tasks import image_qa, video_qa

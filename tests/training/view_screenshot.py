@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from dora_vl.run.reading import read_run_file
 from dora_vl.training import build_trainer as building
-from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.live_view import LiveView, drawn
 from dora_vl.training.run import train

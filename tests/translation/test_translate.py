@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dora_vl.cli import main
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.recipe import RunConfig
+from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings import RunConfig
 from tests.translation import peer_files
 
 
@@ -240,7 +240,7 @@ def test_llava(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def read_run_file_of_the_recipe(variant: str) -> RunConfig:
-    from dora_vl.training.command_line import read_run
+    from dora_vl.run.reading import read_run
 
     return read_run(["--config=llava/llava15", f"--variant={variant}"])
 
