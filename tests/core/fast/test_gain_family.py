@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, functional, merge_dora
-from dora_vl.core.gain import Gain, scaled_with_sums
+from dora_vl.core.gain import Gain
 from dora_vl.core.linear import DoRALinear
 
 
@@ -109,7 +109,7 @@ def test_copies_found_a_family_of_their_own():
 
 
 def test_wide_layers_are_taken_in_batches(monkeypatch):
-    monkeypatch.setattr("dora_vl.core.fast.change.LARGEST_BATCH_BYTES", 1)
+    monkeypatch.setattr("dora_vl.core.linear.LARGEST_BATCH_BYTES", 1)
     seen = []
     computed = functional.with_growth
     monkeypatch.setattr(
@@ -132,7 +132,8 @@ def test_scaled_gradient_and_sums_are_those_written_out(dtype, layout):
     if layout == "expanded":
         gradient = torch.tensor(0.3, dtype=dtype).expand(9, 5)
     full = 1 + 0.3 * torch.randn(5, dtype=wide)
-    scaled, products, sums = scaled_with_sums(gradient, output, Gain(full, (full - 1).to(dtype), 1 / full))
+    gain = Gain(full, (full - 1).to(dtype), torch.ones_like(full))
+    scaled, _, products, sums = functional.backward_pass(gradient, output, None, None, gain, 1.0, with_bias_sum=True)
     assert scaled.dtype == dtype
     torch.testing.assert_close(scaled, (gradient.double() * full.double()).to(dtype))
     torch.testing.assert_close(products, (gradient.double() * output.double()).sum(0).to(wide))
