@@ -11,11 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
-from dora_vl.evaluation import commands
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.evaluation.questions import Question
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
 from tests.training.tiny_run import write_tiny_data, write_tiny_llava
@@ -158,12 +156,6 @@ def test_what_cannot_be_checked_is_said_before_anything_is_merged(folders: Path,
     said = refused(capsys, *words, "--images", folders / "data", "--template", "vicuna_v1")
     assert "is a language model, which takes none" in said
     assert not (tmp_path / "merged").exists()
-
-
-def test_questions_are_spread_over_the_file() -> None:
-    questions = [Question(id=str(number), turns=()) for number in range(10)]
-    assert [one.id for one in commands.spread(questions, 3)] == ["0", "3", "6"]
-    assert commands.spread(questions, 30) == questions
 
 
 def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, capsys) -> None:

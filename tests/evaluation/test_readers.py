@@ -16,14 +16,13 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, iterate_examples, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.predictions import read_predictions, read_rows
 from dora_vl.evaluation.questions import read_question_file, read_questions, read_set
-from dora_vl.evaluation.scores.benchmark import read_answers
 
 Reader = Callable[[Path], object]
 
 READERS: Mapping[str, Reader] = {
-    "answers": read_answers,
+    "answers": read_rows,
     "records": lambda path: list(iterate_examples(path)),
     "records by place": lambda path: list(ExampleFile(path)),
     "predictions": read_predictions,
@@ -149,4 +148,4 @@ def test_a_byte_order_mark_is_accepted_everywhere(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "1", "answer": "x"}\r\n')
     assert len(list(iterate_examples(tmp_path / "q.jsonl"))) == len(ExampleFile(tmp_path / "q.jsonl")) == 1
     assert ExampleFile(tmp_path / "q.jsonl")[0].id == "1"
-    assert read_answers(tmp_path / "p.jsonl") == {"1": "x"}
+    assert [(row.id, row.prediction) for row in read_rows(tmp_path / "p.jsonl")] == [("1", "x")]

@@ -252,7 +252,7 @@ def test_mmbench(matcher: llava.Matcher, right: int) -> None:
         "l2/logic": 50.0 * (right - 1),
     }
     assert scored.metrics == pytest.approx(expected)
-    assert (scored.settings["matcher"], len(scored.table.units)) == (matcher, 3)
+    assert (scored.settings["matcher"], len(scored.units)) == (matcher, 3)
 
 
 def test_video_questions() -> None:
@@ -287,7 +287,7 @@ def test_nlvr2() -> None:
     assert list(scored.per_item.values()) == [row[-1] for row in rows]
     # sentences: 1-0 both right, 1-1 one wrong, 2-0 one wrong, 3-0 wrong, 3-1 right, 4-0 and 4-1 wrong
     assert scored.metrics == pytest.approx({"accuracy": 50.0, "consistency": 100 * 2 / 7})
-    assert len(scored.table.units) == 7
+    assert len(scored.units) == 7
     with pytest.raises(UserError, match="'12-3'"):
         vqa.nlvr2_score([example("12-3", "true")], {})
 
@@ -458,7 +458,7 @@ def test_nlvr2_and_nlvr_as_published() -> None:
     boxes = [example(row["identifier"], row["label"]) for row in rows]
     scored = vqa.score_nlvr(boxes, {row["identifier"]: row["label"] for row in rows})
     assert (scored.n, scored.metrics) == (989, {"accuracy": 100.0, "consistency": 100.0})
-    assert len(scored.table.units) == len({row["identifier"].split("-")[0] for row in rows})
+    assert len(scored.units) == len({row["identifier"].split("-")[0] for row in rows})
 
 
 def test_pope_as_published_by_hand_written_rules() -> None:
