@@ -206,8 +206,8 @@ class VlBartAssistant:
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
                 for row, example in enumerate(examples):
-                    inputs = (tensor[row : row + 1] for tensor in (ids, mask, features))
-                    scores = self.backbone.likelihoods(*inputs, self._labels(example.choices))
+                    own, labels = slice(row, row + 1), self._labels(example.choices)
+                    scores = self.backbone.likelihoods(ids[own], mask[own], features[own], labels)
                     texts += with_numbers([f"a{int(likeliest(scores))}"], scores)
                 return texts
             search = subtask.search
