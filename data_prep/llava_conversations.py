@@ -22,7 +22,7 @@ from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, has_right_choice, letters
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters
 from dora_vl.evaluation.scores.prompts import turns_of
 
 NAMED = 5
@@ -54,7 +54,7 @@ def reply_of(example: Example) -> str:
 
 def right_letter(example: Example) -> str:
     """The letter that the prompt puts before the right choice."""
-    if not has_right_choice(example):
+    if "correct" not in example.extra:
         raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
     correct, known = correct_index(example), letters(example)
     if len(example.choices) > len(known):
