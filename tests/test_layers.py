@@ -24,7 +24,6 @@ LAYERS = (
 UP = {
     ("adapters", "backbones"),
     ("evaluation", "training"),
-    ("serving", "report"),
     ("training", "report"),
 }
 """What still points up: each is to go, none may come."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -179,7 +178,6 @@ def test_a_place_is_as_the_client_wrote_it(wrong: dict[str, Any], place: str) ->
     with pytest.raises(BadRequest) as refused:
         parsed(ChatRequest, json.dumps(request(**wrong)).encode())
     assert refused.value.place == place
-    assert not re.search("Input|List|Value error|Extra|tag", str(refused.value)), refused.value
 
 
 def test_what_clients_send_along_is_taken() -> None:
