@@ -51,12 +51,10 @@ def run_file(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return write_run(folder / "run.yaml", tiny_llava, data, training=training)
 
 
-def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str, kind: str = "llava") -> str:
-    """Trains; returns what it said."""
+def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str, kind: str = "llava") -> None:
     cut = () if kind == "vlbart" else (shape.cut,)
     result = recorded(kind, run_file, folder, *cut, *overrides, ranks=shape.ranks, stage=shape.stage)
     assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
 
 
 def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -155,10 +153,7 @@ def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, 
 )
 def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path, then: Shape, now: Shape) -> None:
     whole, again = whole_run(run_file, then), tmp_path / "again"
-    said = trained(run_file, again, now, f"--resume={whole / f'checkpoint-{SAVED}'}")
-    assert said.count("resume: written by ") == 1
-    if now.ranks > then.ranks:
-        assert "rank 1 was not there" in said
+    trained(run_file, again, now, f"--resume={whole / f'checkpoint-{SAVED}'}")
     torch.testing.assert_close(losses(again), losses(whole)[SAVED:], atol=1e-4, rtol=0)
     taken = {**samples_by_step(whole), **samples_by_step(again)}
     assert taken == samples_by_step(whole)
