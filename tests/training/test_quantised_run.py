@@ -187,19 +187,6 @@ def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
 
 
-def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = trained(there, monkeypatch, "llava", "nf4")
-    ours = open_model(Wanted(adapter=adapter)).adapted
-    assert isinstance(ours, Assistant)
-    sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
-    ids, pixels = sample.input_ids[None], sample.inputs["pixel_values"]
-    model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
-    with torch.no_grad():
-        expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits
-        found = model(input_ids=ids, pixel_values=pixels).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
 def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     write_tiny_language(tmp_path / "base", hidden_size=64, intermediate_size=128)

@@ -1,10 +1,4 @@
-"""Two ranks under the deepspeed launcher on a CPU train what one rank with the same global batch trains.
-
-The same for any run, such as the demo's, in float32:
-
-    deepspeed --num_accelerators 2 tasks/llava_instruct.py --config configs/llava/easyvqa_smollm2_dora.yaml \
-        --training.deepspeed zero3 --model.dtype float32 --training.max_steps 20
-"""
+"""Two ranks under the deepspeed launcher on a CPU train what one rank with the same global batch trains."""
 
 from __future__ import annotations
 
