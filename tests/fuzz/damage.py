@@ -133,22 +133,19 @@ def _encoded(encoding: str) -> Callable[[bytes, Random], bytes]:
 
 BYTE_CHANGES: Mapping[str, Callable[[bytes, Random], bytes]] = {
     "bits flipped": flip,
-    "more bits flipped": flip,
     "cut": lambda content, draw: content[: draw.randrange(len(content) + 1)],
     "a part left out": _leave_out,
     "doubled": lambda content, draw: content + content,
     "doubled on a new line": lambda content, draw: content + b"\n" + content,
     "lines mixed": lambda content, draw: b"\n".join(draw.sample(lines := content.split(b"\n"), len(lines))),
     "empty": lambda content, draw: b"",
-    "white space": lambda content, draw: b" \r\n\t\n",
-    "byte order mark": lambda content, draw: b"\xef\xbb\xbf" + content,
     "two byte order marks": lambda content, draw: b"\xef\xbb\xbf" * 2 + content,
-    **{name: _encoded(name) for name in ("utf-16", "utf-32", "latin-1")},
-    "CRLF": lambda content, draw: content.replace(b"\n", b"\r\n"),
+    **{name: _encoded(name) for name in ("utf-16", "latin-1")},
     "CR": lambda content, draw: content.replace(b"\n", b"\r"),
-    "many NULs": lambda content, draw: content + b"\x00" * 4_096,
-    **{f"{piece!r} inserted": _insert(piece) for piece in (b"\x00", b'"', b"]", b",", b"\n", b"\xff\xfe\xfa")},
-    "a huge piece inserted": _insert(b"y" * HUGE),
+    **{
+        f"{piece[:9]!r} inserted": _insert(piece)
+        for piece in (b"\x00", b'"', b"]", b",", b"\n", b"\xff\xfe", b"y" * HUGE)
+    },
     "nested deeply": lambda content, draw: b"[" * DEPTH + content,
     "objects nested deeply": lambda content, draw: b'{"a":' * DEPTH + content,
 }
