@@ -111,33 +111,6 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     assert len([line for line in again.stderr.splitlines() if "error: " in line]) == 1
 
 
-@pytest.mark.slow
-def test_ranks_share_one_random_order_and_load_the_best_checkpoint(
-    tiny_llava: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
-        adapter={"dropout": 0.0},
-        data={"group_by_modality_length": False, "validation": str(tiny_data)},
-        training={"max_steps": 6, "per_device_train_batch_size": 2, "load_best_model_at_end": True, **often},
-    )
-    for ranks, settings in ((1, ("zero0", 2)), (2, ("zero2", 1))):
-        stage, accumulated = settings
-        launch(
-            run_file,
-            f"--training.output_dir={tmp_path / stage}",
-            f"--training.deepspeed={stage}",
-            f"--training.gradient_accumulation_steps={accumulated}",
-            ranks=ranks,
-            port=29615 + ranks,
-        )
-        assert (tmp_path / stage / "adapter" / "adapter_model.safetensors").is_file()
-    torch.testing.assert_close(losses(tmp_path / "zero2"), losses(tmp_path / "zero0"), atol=1e-4, rtol=0)
-
-
 def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_llava: Path, tmp_path: Path) -> None:
     """Ten samples, two bad, one allowed: two ranks read twelve in an epoch, which is no second pass."""
     data = write_tiny_data(tmp_path / "data", samples=10)
@@ -161,19 +134,10 @@ def test_two_ranks_without_deepspeeds_engine_are_one_run(
     mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
 ) -> None:
     """On a CPU they would otherwise be two runs that write to one folder."""
-    options = (f"--training.output_dir={tmp_path}/run", "--training.save_strategy=steps", "--training.save_steps=10")
-    launch(mixed_run, *options, ranks=2, port=29681, launcher=launcher)
+    launch(mixed_run, f"--training.output_dir={tmp_path}/run", ranks=2, port=29681, launcher=launcher)
     torch.testing.assert_close(losses(tmp_path / "run"), losses(one_rank), atol=1e-4, rtol=0)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_samples"] == STEPS * 4
     weights = Path("adapter") / "adapter_model.safetensors"
-    found, expected = load_file(tmp_path / "run" / weights), load_file(one_rank / weights)
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
-    checkpoint = tmp_path / "run" / "checkpoint-10"
-    states = sorted(path.name for path in checkpoint.glob("state/random*"))
-    assert states == ["random-0.json", "random-1.json"]
-    again = (f"--training.output_dir={tmp_path}/again", f"--resume={checkpoint}")
-    launch(mixed_run, *again, ranks=2, port=29683, launcher="torchrun")
-    assert torch.equal(losses(tmp_path / "again"), losses(tmp_path / "run")[10:])
-    resumed = load_file(tmp_path / "again" / weights)
-    assert all(torch.equal(resumed[name], found[name]) for name in found)
+    ours, theirs = load_file(tmp_path / "run" / weights), load_file(one_rank / weights)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=0)

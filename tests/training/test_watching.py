@@ -192,18 +192,3 @@ def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
     sent.clear()
     track_answers([callback], found, 4)
     assert sent == [("watched/0", "    what?\n\n    red\n\n    red", 4)]
-
-
-@pytest.mark.slow
-def test_a_run_with_tensorboard_sends_rates_and_answers(run_file: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = trained(run_file, "run", *validated(run_file), "--training.report_to=tensorboard")
-    (events,) = {path.parent for path in folder.glob("runs/**/events*")}
-    found = EventAccumulator(str(events)).Reload()
-    assert {"train/learning_rate/dora.A", "train/samples_per_second", "train/memory_gib"} <= set(
-        found.Tags()["scalars"]
-    )
-    assert "watched/0" in found.Tags()["images"]
-    assert [one.step for one in found.Tensors("watched/0/text_summary")] == [0, 3, 6]
