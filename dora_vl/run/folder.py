@@ -24,7 +24,7 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.adapters.folder import refuse_to_replace_adapter
-from dora_vl.errors import UNWRITABLE, UserError
+from dora_vl.errors import UNWRITABLE, SettingError, UserError
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ TRAINING_NUMBERS = (
 def run_folder_of(config: RunSettings) -> Path:
     """Where a run writes: `training.output_dir`, which every run names."""
     if "output_dir" not in config.training:
-        raise UserError("training.output_dir is missing: name the folder for checkpoints, adapter and logs")
+        raise SettingError("training.output_dir", " is missing: name the folder for checkpoints, adapter and logs")
     return Path(config.training["output_dir"])
 
 
