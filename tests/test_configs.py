@@ -179,7 +179,7 @@ def adapted(config: Any) -> Any:
     """The model of these settings on the meta device, adapted as they say."""
     if isinstance(config, VlBartRunConfig):
         model = meta_vlbart(config)
-        adapt(model, vlbart_dora_config(config, model))
+        adapt(model, vlbart_dora_config(config.adapter, model, heads=bool(config.data.closed_answers)))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
         adapt(model, CommonsensePipeline(config).dora_config(DecoderBackbone(model)))

@@ -302,7 +302,7 @@ def explained(message: str, names: Sequence[str]) -> UserError:
         return wrong_value(line)
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
-    same = NAMES.get(unknown.rpartition(".")[2])
+    same = NAMES.get(unknown.rpartition(".")[2], "")
     close = [same] if same in names else nearest(unknown, names)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
     return SettingError(unknown, f" is not a setting{hint}", nearest=close)

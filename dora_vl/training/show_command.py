@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dora_vl.errors import UserError
-from dora_vl.training.run_settings import TASKS, pipeline_of, settings_and_task
+from dora_vl.training.train_command import TASKS, pipeline_of, settings_and_task
 
 DESCRIPTION = """\
 Shows the first micro-batch that training would see: every token, whether it is trained on, read only, the place of a

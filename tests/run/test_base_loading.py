@@ -11,15 +11,15 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.loading import LanguageSource, written_base
 from dora_vl.errors import UserError
+from dora_vl.run import base as run_base
 from dora_vl.run.base import load_base, make_base
 from dora_vl.run.settings import LanguageModelConfig, ModelConfig
-from dora_vl.training import adapting
 
 
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
 def test_every_setting_reaches_the_loader(section, monkeypatch):
     tried = []
-    monkeypatch.setattr(adapting, "check_runs_here", lambda *given: tried.append(given))
+    monkeypatch.setattr(run_base, "check_runs_here", lambda *given: tried.append(given))
     model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8")
     given: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
     assert given == {

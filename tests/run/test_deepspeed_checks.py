@@ -75,10 +75,6 @@ def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[st
     run_file = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
     for name, field in {"batch": "train_batch_size", "steps": "gradient_accumulation_steps"}.items():
         (tmp_path / name).write_text(json.dumps({**read_deepspeed("zero2"), field: 7}))
-    words = [
-        word.replace("{batch}", str(tmp_path / "batch")).replace("{steps}", str(tmp_path / "steps"))
-        for word in overrides
-    ]
     with pytest.raises(SettingError) as error:
         training_arguments(read_run_file(run_file, *(word.format(folder=tmp_path) for word in overrides)))
     assert error.value.key == key

@@ -17,7 +17,7 @@ from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_settings
 from dora_vl.run.settings import CommonsenseRunConfig
-from dora_vl.training.run_settings import pipeline_of
+from dora_vl.training.train_command import pipeline_of
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
 

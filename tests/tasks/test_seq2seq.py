@@ -24,6 +24,7 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
 )
 from dora_vl.backbones.vlbart_compose import small_tokenizer
+from dora_vl.data.batches import over_step
 from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.data.order import MixturePlan, Source
@@ -31,7 +32,7 @@ from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.subtask import Seq2SeqCollator
-from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource, over_step
+from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"

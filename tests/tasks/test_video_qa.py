@@ -22,7 +22,7 @@ from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
-from dora_vl.training.run_settings import pipeline_of
+from dora_vl.training.train_command import pipeline_of
 from tasks import image_qa, video_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
