@@ -11,7 +11,7 @@ from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import DataConfig
 
 LEAST_FRAMES = 2
@@ -60,11 +60,11 @@ def video_sampling(data: DataConfig) -> Sampling:
         UserError: they mean none.
     """
     if data.video_frames < 1:
-        raise UserError(f"data.video_frames is {data.video_frames}; at least 1 frame of a video is needed")
+        raise SettingError("data.video_frames", f" is {data.video_frames}; at least 1 frame of a video is needed")
     if data.video_fps is None:
         return Uniform(data.video_frames)
     if not 0 < data.video_fps < float("inf"):
-        raise UserError(f"data.video_fps is {data.video_fps}; it must be above 0")
+        raise SettingError("data.video_fps", f" is {data.video_fps}; it must be above 0")
     least = min(LEAST_FRAMES, data.video_frames)
     return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
 

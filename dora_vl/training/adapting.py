@@ -1,4 +1,4 @@
-"""The base that a run adapts, loaded as its model section says, and the adapter put into it."""
+"""The adapter put into a run's base, and the folder that it may start from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_vl.backbones.places import names_experts, resolved_targets, resolved_w
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.launch import gather_to_read, gather_to_write
 from dora_vl.run.settings import AdapterConfig
 
@@ -76,7 +76,7 @@ def check_initial(initial: str | None) -> None:
         UserError: it does not; it says what is there.
     """
     if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
-        raise UserError(f"adapter.initial: {no_adapter(Path(initial))}")
+        raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
@@ -122,7 +122,9 @@ def _take_over(folder: Path, name: str, place: Tensor, tensor: Tensor) -> None:
     with gather_to_write([place] if isinstance(place, nn.Parameter) else []):
         own = kept_rows(name, place)
         if own.numel() != tensor.numel():
-            raise UserError(f"adapter.initial: {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}")
+            raise SettingError(
+                "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}"
+            )
         own.copy_(tensor.view(own.shape))
 
 
@@ -130,7 +132,9 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
     """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
     here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
-        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+        raise SettingError(
+            "adapter.initial", f": {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}"
+        )
     other = []
     for name, tensor in frozen.items():
         place = here[split_rows(name)[0]]
@@ -139,9 +143,10 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
             if own.shape != tensor.shape or not torch.equal(tensor.to(own), own):
                 other.append(name)
     if other:
-        raise UserError(
-            f"adapter.initial: {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
-            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)"
+        raise SettingError(
+            "adapter.initial",
+            f": {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)",
         )
 
 
@@ -160,7 +165,8 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, 
         difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
         if difference is not None:
             field, there, here = difference
-            raise UserError(
-                f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
-                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
+            raise SettingError(
+                "adapter.initial",
+                f": {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
             )
