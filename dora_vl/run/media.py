@@ -11,7 +11,7 @@ from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.settings import DataConfig
 
 LEAST_FRAMES = 2
@@ -77,7 +77,7 @@ def check_videos(data: DataConfig) -> None:
     """
     video_sampling(data)
     if not video_folder(data).root.is_dir():
-        raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
+        raise SettingError("data.video_folder", f": video folder {video_folder(data)} does not exist")
     reasons: dict[str, Exception] = {}
     for backend in BACKENDS:
         try:
