@@ -91,11 +91,7 @@ def training_fields() -> list[str]:
 
 
 def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with each value in its field's type.
-
-    Raises:
-        UserError: unknown, renamed or refused fields, values of the wrong type, or some that fail late.
-    """
+    """The section with each value in its field's type."""
     section = {_accepted_name(key): value for key, value in section.items()}
     # YAML reads an unquoted `no` as false.
     section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
@@ -143,11 +139,7 @@ def _accepted_name(key: str) -> str:
 
 
 def check_trackers(report_to: object) -> None:
-    """Refuses a tracker that transformers does not know, or whose package is not installed, before weights are read.
-
-    Raises:
-        UserError: of `training.report_to`, a name or a list of names.
-    """
+    """Refuses a tracker that transformers does not know, or whose package is not installed, before weights are read."""
     names = [report_to] if isinstance(report_to, str) else report_to
     for name in names if isinstance(names, Sequence) else ():
         if name in ("none", "all"):
@@ -268,13 +260,7 @@ def zero_stage(config: Mapping[str, Any] | None) -> int:
 
 
 def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
-    """Reads a config as DeepSpeed will, and refuses blocks that override the recipe.
-
-    Raises:
-        SettingError: a block or a value that DeepSpeed does not take, which it says itself after the model was loaded;
-            `optimizer` or `scheduler` (per-part learning rates and the schedule would be dropped without a word), or
-            half precision of the trained float32 parameters.
-    """
+    """Reads a config as DeepSpeed will, and refuses blocks that override the recipe."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     stated = {name: value for name, value in _without_auto(config).items() if name not in FROM_SECTION}

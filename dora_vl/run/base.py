@@ -32,9 +32,6 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
     Args:
         make: writes a folder by such settings.
         spec: the settings; None is a run whose base is there.
-
-    Raises:
-        UserError: the base is there and says that it was made with other settings.
     """
     if spec is None:
         return
@@ -46,11 +43,7 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
 
 
 def check_quantisation(model: LoadedModelConfig) -> None:
-    """Refuses `model.quantisation` where it cannot work, before any weight is read.
-
-    Raises:
-        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
-    """
+    """Refuses `model.quantisation` where it cannot work, before any weight is read."""
     if model.quantisation is None:
         return
     if is_deepspeed_zero3_enabled():
@@ -69,9 +62,6 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: A
         load: the backbone's own loader.
         model: the run's model section.
         more: what that loader takes besides.
-
-    Raises:
-        UserError: the attention kernel or the quantisation does not run on this machine.
     """
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")

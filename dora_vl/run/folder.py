@@ -71,11 +71,7 @@ def _took_work(folder: Path) -> list[Path]:
 
 
 def checkpoint_of(config: RunSettings) -> Path | None:
-    """The checkpoint that a run resumes from; None: it starts anew.
-
-    Raises:
-        UserError: `resume` names one that is not there.
-    """
+    """The checkpoint that a run resumes from; None: it starts anew."""
     folder = run_folder_of(config)
     checkpoints = complete_checkpoints(folder)
     if config.resume == LAST and not checkpoints:
@@ -88,11 +84,7 @@ def checkpoint_of(config: RunSettings) -> Path | None:
 
 
 def finished_already(config: RunSettings) -> bool:
-    """Whether a run that `resume: if_stopped` starts again has nothing left to do.
-
-    Raises:
-        UserError: the finished run in its folder had other settings.
-    """
+    """Whether a run that `resume: if_stopped` starts again has nothing left to do."""
     folder = run_folder_of(config)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
@@ -124,12 +116,7 @@ def _json_of(path: Path) -> dict[str, Any]:
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Sees before anything is written whether a run may write there.
-
-    Raises:
-        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
-            folder holds somebody else's files.
-    """
+    """Sees before anything is written whether a run may write there."""
     if resume and overwrite:
         raise SettingError("overwrite", " and resume exclude each other: one goes on, the other starts anew")
     results = _took_work(folder)
@@ -147,9 +134,6 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
 
     Args:
         checkpoint: what the run resumes from.
-
-    Raises:
-        UserError: as `check_run_folder`.
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,9 +213,6 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
     inherit it, and network file systems keep it on the server.
-
-    Raises:
-        UserError: another process holds it, or the folder cannot be written to.
     """
     path, made = folder / LOCK, not folder.exists()
     try:

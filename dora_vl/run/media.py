@@ -54,11 +54,7 @@ def video_folder(data: DataConfig) -> MediaFolder:
 
 
 def video_sampling(data: DataConfig) -> Sampling:
-    """Which frames `data.video_frames` and `data.video_fps` mean.
-
-    Raises:
-        UserError: they mean none.
-    """
+    """Which frames `data.video_frames` and `data.video_fps` mean."""
     if data.video_frames < 1:
         raise SettingError("data.video_frames", f" is {data.video_frames}; at least 1 frame of a video is needed")
     if data.video_fps is None:
@@ -70,11 +66,7 @@ def video_sampling(data: DataConfig) -> Sampling:
 
 
 def check_videos(data: DataConfig) -> None:
-    """Refuses what would make every video a bad sample.
-
-    Raises:
-        UserError: no library that decodes videos can be imported, or the folder is not there.
-    """
+    """Refuses what would make every video a bad sample."""
     video_sampling(data)
     if not video_folder(data).root.is_dir():
         raise SettingError("data.video_folder", f": video folder {video_folder(data)} does not exist")

@@ -50,11 +50,7 @@ def read_run(arguments: Sequence[str]) -> RunConfig:
 def read_settings(
     arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
 ) -> Settings:
-    """Settings of a run's dataclass from command-line arguments, which win over the file's.
-
-    Raises:
-        UserError: a key that is not a setting (with the nearest one), a value of the wrong type, or a count below 1.
-    """
+    """Settings of a run's dataclass from command-line arguments, which win over the file's."""
     parser = run_parser(program, description, settings)
     kind: Any = settings
     try:
@@ -138,11 +134,7 @@ def shipped_folder() -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a path or a recipe's name (`llava/llava15`) stands for; a file that is there comes first.
-
-    Raises:
-        UserError: neither; it lists the recipes.
-    """
+    """The file that a path or a recipe's name (`llava/llava15`) stands for; a file that is there comes first."""
     folder = shipped_folder()
     shipped = folder / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
     path = next((path for path in (Path(name), shipped) if path.is_file()), None)
@@ -159,9 +151,6 @@ def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[st
 
     Args:
         variant: what `--variant` says; None: each file's own choice, its key `variant`, or the file as it stands.
-
-    Raises:
-        UserError: a file is not there or cannot be used, has not the variant, or none of them has any.
     """
     paths = [find_recipe(name) for name in names]
     if variant is not None and not any(map(variants_of, paths)):
@@ -262,9 +251,6 @@ def refuse_other_tools(path: Path, settings: Mapping[str, object], *, untranslat
 
     Args:
         untranslated: only a file of a tool that is known, but has no table, is refused.
-
-    Raises:
-        UserError: names of other tools are at its top level.
     """
     theirs = [name for name in settings if name in NAMES]
     likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))

@@ -46,9 +46,6 @@ def core_config(
         also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
             section's.
         also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
-
-    Raises:
-        UserError: a preset that the model has no place for.
     """
     own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
     default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
@@ -70,21 +67,13 @@ def core_config(
 
 
 def check_initial(initial: str | None) -> None:
-    """Sees before any weight is read that the folder to start from holds an adapter.
-
-    Raises:
-        UserError: it does not; it says what is there.
-    """
+    """Sees before any weight is read that the folder to start from holds an adapter."""
     if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
         raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
-    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names.
-
-    Raises:
-        UserError: the adapter does not fit the model, or a quantised layer passes on a wrong gradient.
-    """
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
     names = apply_dora(model, config, gather=gather_to_write)
     check_gradients(model)
     if initial is not None:
@@ -97,11 +86,6 @@ def load_initial(model: nn.Module, folder: Path) -> None:
 
     Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
     over as well. Other frozen tensors of the folder must be the base's.
-
-    Raises:
-        UserError: the folder holds a tensor that this model does not have, or of another shape, or one that is frozen
-            here and has other values, or A and B that another method, rank, alpha or start than this run's gives
-            another meaning.
     """
     found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
     trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}

@@ -25,11 +25,7 @@ OUTSIDE = "outside"
 def check_closed(
     lists: Mapping[str, str | int], subtasks: Mapping[str, Subtask], trained: Mapping[str, object]
 ) -> None:
-    """Refuses a closed list for a task that does not train, or is not a question answered in words.
-
-    Raises:
-        UserError: it names the task, and those that can have one.
-    """
+    """Refuses a closed list for a task that does not train, or is not a question answered in words."""
     able = [name for name, task in subtasks.items() if task.answer_by == "text" and task.reads_question]
     for task in lists:
         if task not in able:
@@ -50,10 +46,6 @@ def make_lists(
         choices: by task a file of answers, or how many of the training answers to take, the most frequent first.
         files: each task's training records.
         same_as: by the setting that names a head's weights, what says which answers its scores mean.
-
-    Raises:
-        UserError: the file cannot be read, its answers are fewer than two or named twice, no training sample has one
-            of them, or the list is another than one of `same_as`.
     """
     lists, outside = {}, {}
     for task, choice in choices.items():
@@ -91,11 +83,7 @@ def make_lists(
 
 
 def lists_in(path: Path) -> dict[str, list[str]]:
-    """The answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`; none where it has none.
-
-    Raises:
-        UserError: no such file, or no lists of answers by task in it.
-    """
+    """The answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`; none where it has none."""
     lists = json_object(path, SETTING).get(CLOSED_ANSWERS, {})
     if not isinstance(lists, dict) or not all(isinstance(answers, list) for answers in lists.values()):
         raise UserError(f"{path}: {CLOSED_ANSWERS} is no object of lists by task; copy the file again")

@@ -138,11 +138,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         return load_base(open_backbone, self.config.model)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
-        """Every linear of the decoder and the projector, unless the settings say otherwise.
-
-        Raises:
-            UserError: full training without saying of what.
-        """
+        """Every linear of the decoder and the projector, unless the settings say otherwise."""
         adapter, model = self.config.adapter, backbone.model
         if adapter.method == "full":
             if adapter.targets is None:

@@ -41,11 +41,7 @@ def shown_settings(config: Any, folder: Path) -> Any:
 
 
 def first_batch(pipeline: Pipeline) -> BatchView:
-    """The batch that one process would see first.
-
-    Raises:
-        UserError: as training's preparation does.
-    """
+    """The batch that one process would see first."""
     arguments = training_arguments(pipeline.config)
     pipeline.prepare(arguments)
     backbone = pipeline.skeleton()

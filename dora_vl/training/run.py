@@ -191,11 +191,7 @@ def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
 
 
 def test_again(pipeline: Pipeline) -> None:
-    """Tests the adapter in the run folder; what `metrics.json` says of its training stays.
-
-    Raises:
-        UserError: no adapter is there, nothing says what to test on, or the settings ask for training too.
-    """
+    """Tests the adapter in the run folder; what `metrics.json` says of its training stays."""
     config, folder = pipeline.config, run_folder_of(pipeline.config)
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:

@@ -71,9 +71,6 @@ class RunSamples:
     Args:
         data: the run's section.
         arguments: the run's; their seed is that of every order.
-
-    Raises:
-        UserError: data that cannot be read, and settings that do not go together.
     """
 
     def __init__(self, data: SamplesConfig, arguments: TrainingArguments) -> None:
@@ -163,9 +160,6 @@ class RunSamples:
         Args:
             make: samples of rows.
             encoder: what makes their labels.
-
-        Raises:
-            UserError: none of them can be used; with the first one's reason.
         """
         bad: list[Skipped] = []
         used = 0
@@ -325,11 +319,7 @@ def _pool_of_first_rows(
 
 
 def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
-    """The training samples and those whose loss is measured meanwhile, memory-mapped.
-
-    Raises:
-        UserError: a file that cannot be read, or two ways of validation.
-    """
+    """The training samples and those whose loss is measured meanwhile, memory-mapped."""
     if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
         raise SettingError("data.validation", ": set one of it, data.validation_share and data.validation_size")
     files = train_files(data.train)
@@ -349,12 +339,7 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, Examp
 
 
 def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
-    """The training samples as a stream; the first rows of each file have been read.
-
-    Raises:
-        UserError: a setting that needs all samples before the first, a file that cannot be read, or none of whose first
-            rows is a sample.
-    """
+    """The training samples as a stream; the first rows of each file have been read."""
     if data.shuffle_buffer < 1:
         raise SettingError(
             "data.shuffle_buffer", f" is {data.shuffle_buffer}; it must be at least 1, which shuffles nothing"
@@ -378,11 +363,7 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
 
 
 def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: TrainingArguments) -> int:
-    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it.
-
-    Raises:
-        UserError: neither the steps are set nor the number of samples known.
-    """
+    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it."""
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if arguments.max_steps <= 0 and stream.samples is None:
         raise SettingError(
@@ -409,9 +390,6 @@ def stored_features(
     Args:
         folder: the root of the pictures' paths.
         stored: those that the data file holds itself.
-
-    Raises:
-        UserError: there is no such folder, or the tower trains.
     """
     if not config.data.cache_features:
         return None

@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Makes the batch and shows it; yields the lines to print.
-
-    Raises:
-        UserError: a setting, the data or the base is wrong, as training would say it.
-    """
+    """Makes the batch and shows it; yields the lines to print."""
     options, settings = own_options(arguments.settings)
     if options.to is not None and options.to.suffix not in (".html", ".png"):
         raise UserError(f"--to {options.to}: give the name of an .html or a .png file")

@@ -60,9 +60,6 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     Args:
         task: whose settings the words are; None: seen by them.
         program: for --help, as is `description`.
-
-    Raises:
-        UserError: something in the settings or the data cannot be used.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
     from dora_vl.run.launch import first_rank_speaks, log_to_stderr

@@ -69,9 +69,6 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         subtasks: every task that the task file knows, by name.
         name: the task file's.
         is_video: a sample's pictures are the frames of one video, not inputs of their own.
-
-    Raises:
-        UserError: the settings name a task that it does not know, or no features for one, or a batch size elsewhere.
     """
 
     labels_shift = False
@@ -372,9 +369,6 @@ def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -
 
     Args:
         trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
-
-    Raises:
-        UserError: a setting differs; both folders and values are named.
     """
     for task, folder in tested.items():
         before = read_settings(Path(trained[task])) if task in trained else None
