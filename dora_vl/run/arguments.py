@@ -108,15 +108,11 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingError(f"training.{name}", f" is {value:g}; it must be a number of at least {least:g}")
     if (strategy := values.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
         raise SettingError(
-            "training.train_sampling_strategy",
-            f": {strategy} cannot read the lengths of these samples; set data.group_by_modality_length: true (LLaVA) "
-            "or data.packing: true (commonsense) instead",
+            "training.train_sampling_strategy", f": {strategy} is data.group_by_modality_length or data.packing"
         )
     if (metric := values.get("metric_for_best_model")) not in (None, "loss", "eval_loss"):
         raise SettingError(
-            "training.metric_for_best_model",
-            f" is {metric}, but validation measures the loss alone; write loss, or compare checkpoints' adapters by "
-            "another metric afterwards",
+            "training.metric_for_best_model", f" is {metric}, but validation measures the loss alone; write loss"
         )
     check_trackers(values.get("report_to"))
     return values
@@ -151,8 +147,7 @@ def check_trackers(report_to: object) -> None:
         if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
             raise SettingError(
                 "training.report_to",
-                f": {name} is not installed; pip install {name.replace('_', '-')}, or leave it out: log.jsonl in the "
-                "run folder has every number",
+                f": {name} is not installed; pip install {name.replace('_', '-')}, or leave it out",
             )
 
 
@@ -174,9 +169,7 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         check_deepspeed(values["deepspeed"], method=config.adapter.method)
         if values.get("use_cpu") and on_cuda:
             raise SettingError(
-                "training.use_cpu",
-                " does not work with training.deepspeed where there is CUDA; remove it and start with "
-                "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU",
+                "training.use_cpu", " with training.deepspeed and a GPU: start with CUDA_VISIBLE_DEVICES= instead"
             )
         values["use_cpu"] = not on_cuda  # or accelerate would not count DeepSpeed's ranks rightly on a CPU
         stand_alone_environment()
@@ -194,8 +187,7 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
     engine: Any = vars(arguments).get("hf_deepspeed_config")
     if engine is not None and engine.mismatches:  # transformers itself says so after the model was loaded
         raise SettingError(
-            "training.deepspeed",
-            f' contradicts the training section: {"; ".join(engine.mismatches)}; write "auto" and set training\'s',
+            "training.deepspeed", f' contradicts the training section, write "auto": {"; ".join(engine.mismatches)}'
         )
     if arguments.n_gpu > 1:  # one process that sees several GPUs: torch's DataParallel would take them all
         arguments._n_gpu = 1
@@ -209,15 +201,11 @@ def _check_precision(section: Mapping[str, Any], *, method: str, dtype: str) -> 
     flag = next((flag for flag in ("bf16", "fp16") if section.get(flag)), None)
     if method != "full" and flag:
         raise SettingError(
-            f"training.{flag}",
-            f" is for adapter.method: full; with {method} the frozen weights take model.dtype and what trains stays "
-            f"float32: remove training.{flag} and set model.dtype",
+            f"training.{flag}", " is for adapter.method: full; set model.dtype, what an adapter trains is float32"
         )
     if method == "full" and dtype != "float32" and not flag:
         raise SettingError(
-            "adapter.method",
-            f": full with model.dtype {dtype} would train without float32 masters: set training.bf16: true (with "
-            "training.deepspeed), or model.dtype: float32",
+            "adapter.method", ": full needs training.bf16 and training.deepspeed, or model.dtype: float32"
         )
     if method == "full" and flag == "bf16" and section.get("deepspeed") is None:
         raise SettingError(

@@ -143,7 +143,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         if adapter.method == "full":
             if adapter.targets is None:
                 raise SettingError(
-                    "adapter.targets", " is needed by adapter.method: full, the modules whose weights train"
+                    "adapter.targets", " must name the modules whose weights train with adapter.method: full"
                 )
             return core_config(adapter, model, targets=())
         targets, also_train = self._places(model)
@@ -469,17 +469,10 @@ def _check_pixels(config: RunConfig, encoder: Encoder, arguments: TrainingArgume
     if share is None:
         return
     if not encoder.pixels_count:
-        raise SettingError(
-            key,
-            f": {config.model.base} makes the same of a small picture and of a large one, so there is nothing to save; "
-            "leave it out",
-        )
+        raise SettingError(key, f": {config.model.base} makes the same of a small and of a large picture; leave it out")
     if share < LEAST_PIXELS:
         raise SettingError(
-            key,
-            f": {config.data.max_pixels_per_step} leaves {share} pixels for each of "
-            f"{arguments.per_device_train_batch_size} samples, and at least {LEAST_PIXELS} are needed; raise it, or "
-            "lower training.per_device_train_batch_size",
+            key, f" leaves a sample {share} pixels of at least {LEAST_PIXELS}; raise it, or lower the micro-batch"
         )
 
 
@@ -489,15 +482,10 @@ def _check_videos(config: RunConfig, encoder: Encoder, *, pictures: bool) -> Non
     if encoder.why_no_videos:
         logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
     elif encoder.videos_of_one_length and config.data.video_fps is not None:
-        raise SettingError(
-            "data.video_fps",
-            f": {base} takes videos of equally many frames in a batch; leave it out, data.video_frames says how many",
-        )
+        raise SettingError("data.video_fps", f": {base} takes videos of one length; set data.video_frames alone")
     elif encoder.one_kind_in_a_batch and pictures:
         raise SettingError(
-            "data.train",
-            f" (or data.validation) holds pictures and videos, and {base} cannot tell them apart in one batch; train "
-            "on one kind",
+            "data.train", f" holds pictures and videos, which {base} cannot tell apart in a batch; train on one kind"
         )
     try:
         encoder.dummy_video(config.data.video_frames)

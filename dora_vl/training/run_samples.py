@@ -148,8 +148,7 @@ class RunSamples:
         if pictures is not None and named and not any_is_there(named, pictures.root):
             raise SettingError(
                 "data.image_folder",
-                f": of {self._name}, not one of its first {len(named):,} pictures is in {pictures}, such as "
-                f"{shown(named[0])}; name the folder that their paths start from",
+                f": not one of the first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}",
             )
         share = self._data.max_bad_share
         look_ahead(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
@@ -173,8 +172,7 @@ class RunSamples:
                 yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
-                f"{self._name}: none of its first {len(bad)} samples can be used; for example {bad[0].id}: "
-                f"{bad[0].reason}"
+                f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
             )
 
     def _first(self, make: MakeDataset) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
@@ -342,7 +340,7 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     """The training samples as a stream; the first rows of each file have been read."""
     if data.shuffle_buffer < 1:
         raise SettingError(
-            "data.shuffle_buffer", f" is {data.shuffle_buffer}; it must be at least 1, which shuffles nothing"
+            "data.shuffle_buffer", f" is {data.shuffle_buffer}; at least 1 is needed, which shuffles nothing"
         )
     refused = {
         "group_by_modality_length": "sorts by the lengths of all samples; set it false",
@@ -367,9 +365,7 @@ def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: Train
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if arguments.max_steps <= 0 and stream.samples is None:
         raise SettingError(
-            "training.max_steps",
-            f" is needed with data.streaming: how many samples {train_name(data.train)} has is known only after "
-            f"reading it (a step takes {together})",
+            "training.max_steps", f" is needed: data.streaming cannot count samples; a step takes {together}"
         )
     return max(0, arguments.max_steps) * together
 
@@ -395,13 +391,9 @@ def stored_features(
         return None
     tower, model = LlavaTower(backbone.model), config.model
     if not folder.root.is_dir():
-        raise SettingError(
-            "data.image_folder", f" (or evaluation.image_folder): picture folder {folder} does not exist"
-        )
+        raise SettingError("data.image_folder", f" (or the test's): picture folder {folder} does not exist")
     if tower.trains:
-        raise SettingError(
-            "data.cache_features", " needs a frozen vision tower, but adapter.targets trains it; set it false"
-        )
+        raise SettingError("data.cache_features", " needs a frozen vision tower, but adapter.targets trains it")
     preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
     cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
     # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
