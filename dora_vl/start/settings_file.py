@@ -12,7 +12,7 @@ from typing import Any
 from yaml import YAMLError, safe_load
 
 from dora_vl.errors import UserError, one_line, shown, shown_names
-from dora_vl.run.reading import SECTIONS, TELLING, refuse_untranslated
+from dora_vl.run.reading import SECTIONS, TELLING, refuse_other_tools
 
 TOOLS = ("llama-factory", "trl", "ms-swift", "llava", "peft")
 PROGRAM, LAUNCHER = "(program)", "(launcher)"
@@ -53,7 +53,7 @@ def read_settings(path: Path, tool: str | None = None) -> tuple[str, dict[str, A
     if any(isinstance(settings.get(name), Mapping) for name in SECTIONS):
         raise UserError(f"{path}: a run of dora_vl already")
     if tool is None:
-        refuse_untranslated(path, settings)
+        refuse_other_tools(path, settings, untranslated=True)
         tool = max(TOOLS, key=lambda name: len(TELLING[name] & settings.keys()))
         if not TELLING[tool] & settings.keys():
             names = shown_names(settings)
