@@ -12,13 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRALinear, functional
+from dora_vl.core import DoRALinear
 from dora_vl.core import rows as rows_module
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.other_layers import DoRAConv2d, DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
-from dora_vl.core.strength import MOST_STRENGTH, GainByStrength, Share, checked_strength, layer_between
+from dora_vl.core.strength import (
+    MOST_STRENGTH,
+    GainByStrength,
+    Share,
+    checked_strength,
+    layer_between,
+    magnitude_between,
+)
 from dora_vl.errors import UserError
 from tests.core.dense_dora import at_strength, config, move_layer
 from tests.core.test_layers import Sealed
@@ -185,9 +192,9 @@ def test_norms_on_the_line_hold_where_a_row_nearly_vanishes():
 
 def test_a_magnitude_falls_silent_and_does_not_turn_round():
     base, trained = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, -1.0])
-    assert functional.magnitude_between(base, trained, 3.0).tolist() == [0.0, 5.0, -7.0]
-    assert torch.equal(functional.magnitude_between(base, trained, 1.0), trained)
-    assert torch.equal(functional.magnitude_between(base, trained, 0.0), base)
+    assert magnitude_between(base, trained, 3.0).tolist() == [0.0, 5.0, -7.0]
+    assert torch.equal(magnitude_between(base, trained, 1.0), trained)
+    assert torch.equal(magnitude_between(base, trained, 0.0), base)
 
 
 def biased(linear: nn.Linear) -> AdaptedLayer:
