@@ -22,7 +22,7 @@ from dora_vl.errors import UserError
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language
-from tests.core.test_strength import written_out
+from tests.core.dense_dora import at_strength
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"targets": ("*.q_proj", "*.down_proj"), "rank": 2, "alpha": 5.0},
@@ -122,7 +122,7 @@ def mixed(folder: Path, strength: float) -> Any:
             tensor.lerp_(own[name].to(tensor.dtype), strength)
     for name, layer in layers.items():
         matrix = layer.as_matrix(layer.weight)
-        rows = written_out(layer, matrix, None, torch.eye(matrix.shape[1]), strength).t()
+        rows = at_strength(layer, matrix, None, torch.eye(matrix.shape[1]), strength).t()
         plain.get_submodule(name).weight.copy_(layer.from_matrix(rows))
     return plain.eval()
 
