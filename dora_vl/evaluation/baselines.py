@@ -113,10 +113,6 @@ def compared(
     """The baselines of a model's score.
 
     Args:
-        scored: the model's.
-        examples: those that the score is over.
-        answers: the model's, to these.
-        score: the test's scorer.
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
     """

@@ -84,8 +84,6 @@ class Check:
     Attributes:
         questions: of a VL-BART as its tasks have them.
         file: where they come from.
-        images: root of their pictures.
-        frames: of each video that are shown.
         task: a VL-BART's that they belong to; "" where nothing says it.
     """
 
@@ -211,8 +209,6 @@ def checked(
     """Asks, writes the certificate into the folder, and yields the lines to print; one model is in memory at a time.
 
     Args:
-        name: of the other model in the certificate.
-        find: gives the other model.
         about: what the certificate says was compared.
 
     Raises:

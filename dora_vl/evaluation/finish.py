@@ -108,10 +108,6 @@ def finish(
     A benchmark that cannot be scored is refused at the end, when what the others have is written.
 
     Args:
-        predictions: by benchmark.
-        against: another model's, to compare with.
-        options: the command's.
-        to: the folder of results.
         exchanges: answers about exchanged pictures, by benchmark, where some were asked for.
     """
     finished: dict[str, tuple[EvaluationSet, Result | None]] = {}

@@ -93,7 +93,6 @@ class Plan:
     Attributes:
         adapters: as they were given.
         adapter: the one that is merged: the given one, or their combination.
-        base: the base's folder.
         open_base: gives the values that are merged into.
     """
 

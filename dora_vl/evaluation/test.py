@@ -90,8 +90,6 @@ def evaluate_run(
 
     Args:
         run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
-        media: reads the questions' pictures and videos; the contact sheet draws from its folder.
-        columns: what the columns of `evaluation.file` are.
         numbers: more entries for `metrics.json`, such as `train_seconds`.
 
     Returns:

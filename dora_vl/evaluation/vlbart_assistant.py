@@ -54,7 +54,6 @@ class VlBartAssistant:
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
     Attributes:
-        subtasks: those it was trained for, in the recipe's order.
         stored: the features of what questions show; None computes them.
         features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         feature_tokens: tokens of one picture, or of a whole video.
