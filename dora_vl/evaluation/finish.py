@@ -52,7 +52,7 @@ class Result:
             }
             for name, value in scored.metrics.items()
         }
-        differences = {name: asdict(one) for name, one in self.differences.items()}
+        differences = {name: asdict(difference) for name, difference in self.differences.items()}
         return {
             "file": str(self.set.file),
             "file_sha256": file_sha256(self.set.file),
@@ -113,22 +113,22 @@ def finish(
     finished: dict[str, tuple[EvaluationSet, Result | None]] = {}
     submissions: dict[str, tuple[str, str]] = {}
     reasons: dict[str, str] = {}
-    for one in sets:
-        mine = predictions[one.name]
+    for dataset in sets:
+        mine = predictions[dataset.name]
         try:
-            theirs = None if against is None else against[one.name]
-            finished[one.name] = one, _result(one, mine, theirs, options, exchanges.get(one.name))
-            with _named_failures(one):
-                write = one.benchmark.submissions.get(one.mode, one.benchmark.submission)
-                if write and (submission := write(one.examples, mine.answers)):
-                    submissions[one.name] = submission
+            theirs = None if against is None else against[dataset.name]
+            finished[dataset.name] = dataset, _result(dataset, mine, theirs, options, exchanges.get(dataset.name))
+            with _named_failures(dataset):
+                write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
+                if write and (submission := write(dataset.examples, mine.answers)):
+                    submissions[dataset.name] = submission
         except UserError as error:
             if len(sets) == 1:
                 raise
-            finished.pop(one.name, None)
-            reasons[one.name] = one_line(str(error), LONGEST_REASON)
-    for one, result in finished.values():
-        yield from _write(one, result, predictions[one.name], submissions.get(one.name), to / one.name)
+            finished.pop(dataset.name, None)
+            reasons[dataset.name] = one_line(str(error), LONGEST_REASON)
+    for dataset, result in finished.values():
+        yield from _write(dataset, result, predictions[dataset.name], submissions.get(dataset.name), to / dataset.name)
     results = [result for _, result in finished.values() if result is not None]
     if results:
         yield from table(results, details=options.all_metrics)
@@ -155,32 +155,32 @@ def finish(
 
 
 def _result(
-    one: EvaluationSet,
+    dataset: EvaluationSet,
     mine: Predictions,
     theirs: Predictions | None,
     options: argparse.Namespace,
     exchange: Exchange | None,
 ) -> Result | None:
     """None where a judge or a server scores."""
-    if one.scorer is None:
+    if dataset.scorer is None:
         return None
-    scorer, after = one.scorer, options.answer_after
-    if one.name == "exact_match" and after:
+    scorer, after = dataset.scorer, options.answer_after
+    if dataset.name == "exact_match" and after:
         scorer = partial(exact_match, answer_after=after)
-    scored = _score(one, mine, scorer)
+    scored = _score(dataset, mine, scorer)
 
     def says(example: Example) -> str:
         """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
-        if not one.benchmark.chooses and not one.benchmark.labels_choices:
+        if not dataset.benchmark.chooses and not dataset.benchmark.labels_choices:
             return final_answer(right_text(example), after) or ""
         index = correct_index(example)
-        return f"a{index}" if one.benchmark.labels_choices else ascii_uppercase[index]
+        return f"a{index}" if dataset.benchmark.labels_choices else ascii_uppercase[index]
 
-    differences = {} if theirs is None else paired_differences(scored, _score(one, theirs, scorer))
-    with _named_failures(one):
-        baselines = compared(scored, one.scored, mine.answers, scorer, says=says, exchange=exchange)
+    differences = {} if theirs is None else paired_differences(scored, _score(dataset, theirs, scorer))
+    with _named_failures(dataset):
+        baselines = compared(scored, dataset.scored, mine.answers, scorer, says=says, exchange=exchange)
     return Result(
-        set=one,
+        set=dataset,
         scored=scored,
         failed=mine.failed,
         ranges=intervals(scored),
@@ -189,50 +189,51 @@ def _result(
     )
 
 
-def _score(one: EvaluationSet, predictions: Predictions, scorer: Scorer) -> Scored:
-    answers = {name: answer for name, answer in predictions.answers.items() if name not in one.not_scored}
-    with _named_failures(one):
-        scored = scorer(one.scored, answers)
-    if one.mode:
-        scored.settings.setdefault("mode", one.mode)
+def _score(dataset: EvaluationSet, predictions: Predictions, scorer: Scorer) -> Scored:
+    answers = {name: answer for name, answer in predictions.answers.items() if name not in dataset.not_scored}
+    with _named_failures(dataset):
+        scored = scorer(dataset.scored, answers)
+    if dataset.mode:
+        scored.settings.setdefault("mode", dataset.mode)
     if predictions.joined_by:
         scored.settings.setdefault("answers found by", predictions.joined_by)
     return scored
 
 
 @contextlib.contextmanager
-def _named_failures(one: EvaluationSet) -> Iterator[None]:
+def _named_failures(dataset: EvaluationSet) -> Iterator[None]:
     """What a scorer trips over in a record becomes a line; of an installed package's scorer as well."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{one.file}: a record holds something that the scorer of {one.name} cannot read "
+            f"{dataset.file}: a record holds something that the scorer of {dataset.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
         ) from error
 
 
 def _write(
-    one: EvaluationSet, result: Result | None, mine: Predictions, submission: tuple[str, str] | None, folder: Path
+    dataset: EvaluationSet, result: Result | None, mine: Predictions, submission: tuple[str, str] | None, folder: Path
 ) -> Iterator[str]:
     if mine.strangers:
         yield (
-            f"{one.name}: {len(mine.strangers)} answers belong to none of its questions and are left out, first "
+            f"{dataset.name}: {len(mine.strangers)} answers belong to none of its questions and are left out, first "
             f"{shown(mine.strangers[0])}"
         )
     if submission is not None:
         name, text = submission
         with whole_file(folder / name) as stream:
             stream.write(text)
-        yield f"{folder / name}: for {one.name}'s server or judge"
+        yield f"{folder / name}: for {dataset.name}'s server or judge"
     if result is None:
         (folder / SCORES).unlink(missing_ok=True)  # of another split, asked before
-        yield f"{one.name}: {one.file} holds no answers, or a judge scores it; no score here"
+        yield f"{dataset.name}: {dataset.file} holds no answers, or a judge scores it; no score here"
         return
-    if one.not_scored:
+    if dataset.not_scored:
+        bare = list(dataset.not_scored)
         yield (
-            f"{one.name}: {len(one.not_scored)} of {len(one.examples)} records hold no right answer and are in no "
-            f"score, first {shown(next(iter(one.not_scored)))}; metrics.json names all"
+            f"{dataset.name}: {len(bare)} of {len(dataset.examples)} records hold no right answer and are in no "
+            f"score, first {shown(bare[0])}; metrics.json names all"
         )
     with whole_file(folder / SCORES) as stream:
         for name, share in result.scored.per_item.items():

@@ -26,13 +26,7 @@ from dora_vl.evaluation.ask import Decoding, MediaReader, View, Write, predictio
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.seq2seq_tasks import (
-    MicroBatch,
-    Seq2SeqCollator,
-    Seq2SeqSample,
-    Subtask,
-    make_sample,
-)
+from dora_vl.training.seq2seq_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.training.vlbart_tasks import image_subtasks, video_subtasks
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,7 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.data.samples import Examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import (
-    Asker,
-    Assistant,
-    Decoding,
-    MediaReader,
-    media_reader,
-)
+from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, media_reader
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
