@@ -27,7 +27,7 @@ from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, ask, check_pictures, media_reader
-from dora_vl.evaluation.baselines import Baselines, Exchange, compared, digest, exchanged, right_text
+from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
@@ -135,7 +135,7 @@ def evaluate_run(
         path = run_folder / EXCHANGED
         answers = ask(model, others, media, decoding, path=path, settings=again).answers if sample else {}
         exchange = Exchange(examples=sample, answers=answers)
-    baselines = compared(
+    metrics["baselines"], lines = compared(
         scored,
         examples,
         predictions.answers,
@@ -143,7 +143,8 @@ def evaluate_run(
         says=lambda example: final_answer(right_text(example), after) or "",
         exchange=exchange,
     )
-    metrics["baselines"] = _told(baselines)
+    for line in lines:
+        log.info("%s", line)
     write_json(run_folder / METRICS, metrics)
     return metrics
 
@@ -154,12 +155,6 @@ def adapter_sha256(run_folder: Path) -> str:
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
     return file_sha256(weights)
-
-
-def _told(baselines: Baselines, prefix: str = "") -> dict[str, Any]:
-    for line in baselines.lines():
-        log.info("%s%s", prefix, line)
-    return baselines.entry()
 
 
 def run_test(
@@ -289,8 +284,12 @@ def evaluate_subtasks(
         if evaluation.exchange_pictures:
             sample = exchanged(examples, predictions.answers)
             exchange = Exchange(examples=sample, answers=ask_task([*map(as_question, sample)]).answers)
-        baselines = compared(scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange)
-        tasks[subtask.name]["baselines"] = _told(baselines, f"{subtask.name}: ")
+        baselines, lines = compared(
+            scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange
+        )
+        tasks[subtask.name]["baselines"] = baselines
+        for line in lines:
+            log.info("%s: %s", subtask.name, line)
     write_json(run_folder / METRICS, metrics)
     return metrics
 
