@@ -64,9 +64,9 @@ def compared(
     if exchange is None or not exchange.examples:
         return entry, lines
     by_id = {example.id: example for example in examples}
-    sample = [by_id[one.id] for one in exchange.examples]
+    sample = [by_id[example.id] for example in exchange.examples]
     own, others = (
-        score(sample, {one.id: texts[one.id] for one in sample if one.id in texts})
+        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
         for texts in (answers, exchange.answers)
     )
     apart = paired_differences(own, others).get(metric)
@@ -147,7 +147,7 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
 
 def digest(examples: Sequence[Example]) -> str:
     """Tells one exchanged sample from another."""
-    pairs = [(one.id, one.images, [repr(clip) for clip in one.videos]) for one in examples]
+    pairs = [(example.id, example.images, [repr(clip) for clip in example.videos]) for example in examples]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 

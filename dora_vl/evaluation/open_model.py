@@ -425,7 +425,7 @@ def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
     """The tower's and the projector's tensors by the model's own names."""
     import gguf
 
-    keys = {one.name: base.hub_keys.get(one.key, one.key) for one in base.tensors.values()}
+    keys = {tensor.name: base.hub_keys.get(tensor.key, tensor.key) for tensor in base.tensors.values()}
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     found: dict[str, Tensor] = {}
     for name, own in vision_names(keys, config).items():

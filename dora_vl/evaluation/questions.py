@@ -358,7 +358,7 @@ def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> P
     folder = records / name
     there = sorted(path.stem for path in folder.glob("*.jsonl"))
     names = (split,) if split else benchmark.splits
-    matching = [one for one in names if one in there]
+    matching = [name for name in names if name in there]
     if not matching and not split and len(there) == 1:
         matching = there
     if not matching:

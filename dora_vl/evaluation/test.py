@@ -130,7 +130,7 @@ def evaluate_run(
     exchange = None
     if evaluation.exchange_pictures:
         sample, by_id = exchanged(examples, predictions.answers), {question.id: question for question in questions}
-        others = [replace(by_id[one.id], images=one.images, videos=one.videos) for one in sample]
+        others = [replace(by_id[example.id], images=example.images, videos=example.videos) for example in sample]
         again = {**settings, "exchanged": digest(sample)}
         path = run_folder / EXCHANGED
         answers = ask(model, others, media, decoding, path=path, settings=again).answers if sample else {}
@@ -350,7 +350,8 @@ def evaluate_commonsense(
     """
     questions, unreadable = read_sets(evaluation)
     examples = [
-        Example(id=one.id, answers=(Answer(text=one.answer),), extra={"task": str(one.kind)}) for one in questions
+        Example(id=question.id, answers=(Answer(text=question.answer),), extra={"task": str(question.kind)})
+        for question in questions
     ]
     backbone.eval()
     model = Assistant(backbone, EncoderPrompts(encoder))
@@ -460,7 +461,12 @@ def draw_tasks(
             titles.append(f"{task}: {name} {value:.1f} of {scored.n:,}")
         if scored is not None and ACCURACY in scored.metrics:
             shares |= {f"{task}/{name}": share for name, share in scored.per_item.items()}
-    clips = {one.video.path: one.video for _, examples, _, _ in tasks for one in examples if one.video is not None}
+    clips = {
+        example.video.path: example.video
+        for _, examples, _, _ in tasks
+        for example in examples
+        if example.video is not None
+    }
     title = "\n".join(textwrap.wrap(", ".join(titles), TITLE_CHARACTERS, max_lines=2))
     media = media_reader(Path(image_folder or "."), frames=1)
 
