@@ -38,7 +38,7 @@ def main(stage: int) -> None:
     from torch import nn
 
     from dora_vl.core import apply_dora, functional
-    from dora_vl.training.launch import leave_process_group, start_cpu_communication
+    from dora_vl.run.launch import leave_process_group, start_cpu_communication
     from tests.core.dense_dora import config, dense_dora
 
     class Stack(nn.Module):
