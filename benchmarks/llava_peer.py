@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files
@@ -107,7 +106,7 @@ def time_tower(model: LlavaForConditionalGeneration, samples: ConversationDatase
     started = time.perf_counter()
     read = [samples[index] for index in range(count)]
     pictures = torch.cat([one.inputs["pixel_values"] for one in read if isinstance(one, Sample) and one.images])
-    LlavaTower(model).picture_features(pictures)
+    model.model.vision_tower(pictures)
     return (time.perf_counter() - started) / max(1, len(pictures))
 
 

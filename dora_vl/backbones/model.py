@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -42,6 +42,7 @@ from dora_vl.backbones.families import (
     model_type_of,
     sees_pictures,
 )
+from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs
 from dora_vl.backbones.loading import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.inject import adaptable
@@ -65,6 +66,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         super().__init__()
         self.model = model
         self.generation = dict(generation or {})
+        self.frozen_parts: FrozenParts | None = None
+        """What gives a sample's `stored` outputs again; set where a run keeps some."""
         # Padding on the right is then seen by no token, so it needs no mask, and a row may hold several samples.
         self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
@@ -93,7 +96,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"] | None = None,
         layout: Int[Tensor, "batch 3 seq"] | None = None,
-        image_features: Float[Tensor, "images tokens channels"] | None = None,
+        stored: Sequence[Outputs] = (),
         **inputs: Any,
     ) -> Features:
         """Hidden states and logits at the positions that predict a label.
@@ -101,16 +104,16 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         Args:
             labels: the token at each place, or -100; the shift by one happens here.
             layout: what each token sees where rows hold several samples (`data.batches`).
-            image_features: a LLaVA's pictures as its frozen tower gave them.
+            stored: what frozen parts gave for the pictures of each sample that has some.
             inputs: what else the processor gave, by its own names.
         """
         rows, places, targets = labelled_positions(labels, attention_mask)
         inputs = {**self._in_own_dtype(inputs), **self._attention(attention_mask, layout)}
-        with self._differentiable_embeddings(), output_layer_sees(self.model, rows, places) as seen:
-            tokens: dict[str, Any] = {"input_ids": input_ids}
-            if image_features is not None:
-                tokens = {"inputs_embeds": self._embeds(input_ids, image_features)}
-            logits = self.model(**tokens, use_cache=False, **inputs).logits
+        replayed = contextlib.nullcontext()
+        if self.frozen_parts is not None and stored:
+            replayed = self.frozen_parts.replaying(self.model, stored)
+        with replayed, self._differentiable_embeddings(), output_layer_sees(self.model, rows, places) as seen:
+            logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         return Features(seen[0], logits.squeeze(0), targets, rows)
 
     def generate(
@@ -121,12 +124,9 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
-        image_features: Float[Tensor, "images tokens channels"] | None = None,
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
         """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
-        if image_features is not None:
-            inputs["inputs_embeds"] = self._embeds(input_ids, image_features)
         return new_tokens(
             self.model,
             input_ids,
@@ -136,16 +136,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             options={**self.generation, **(options or {})},
             **self._in_own_dtype(inputs),
         )
-
-    def _embeds(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
-        """Token embeddings with projected features at the picture tokens."""
-        llava: Any = self.model.base_model
-        projected = llava.multi_modal_projector(image_features.to(self.model.dtype))
-        places = input_ids == self.config.image_token_id
-        if int(places.sum()) != projected.shape[:2].numel():
-            raise UserError(f"{int(places.sum())} picture tokens in the batch, but features for {projected.shape[:2]}")
-        embeds: Tensor = self.model.get_input_embeddings()(input_ids)
-        return embeds.masked_scatter(places.unsqueeze(-1), projected.to(embeds.dtype))
 
     def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> dict[str, Tensor | None]:
         """Mask, and positions where the model would take others."""

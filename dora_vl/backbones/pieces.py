@@ -180,6 +180,7 @@ class PieceProcessor:
         pixels: of one picture; None: a language model, which sees none.
         tokens_per_image: how often the picture token stands for one picture.
         image_token_id: id of the picture token.
+        preparation: names all that decides the pixels.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -191,11 +192,13 @@ class PieceProcessor:
         pixels: Callable[[Image.Image], Tensor] | None = None,
         tokens_per_image: int = 0,
         image_token_id: int = -1,
+        preparation: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.tokens_per_image = tokens_per_image
         self.image_token_id = image_token_id
+        self.preparation = preparation
         if pixels is not None:
             self.image_token = IMAGE_PLACEHOLDER
         self._words = ControlTokenizer(tokenizer)
@@ -211,6 +214,10 @@ class PieceProcessor:
         template: Any = self.tokenizer.chat_template
         return template
 
+    def to_json_string(self) -> str:
+        """As a processor's: what decides its pixels."""
+        return self.preparation
+
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """As a processor's."""
         return self.tokenizer.apply_chat_template(conversation, **options)
@@ -219,16 +226,16 @@ class PieceProcessor:
         self,
         *,
         text: Sequence[str],
-        images: Sequence[Sequence[Image.Image | Tensor]] | None = None,
+        images: Sequence[Sequence[Image.Image]] | None = None,
         controls: Sequence[Span] = (),
         **_: Any,
     ) -> dict[str, Any]:
-        """As a processor's; a picture may also be its features, which a frozen tower gave.
+        """As a processor's.
 
         Args:
             controls: where special tokens of the format stand; everywhere else they are text.
 
-        Raises: ValueError if the text has places for more or fewer pictures, or only some are features.
+        Raises: ValueError if the text has places for more or fewer pictures.
         """
         pictures = images[0] if images else ()
         pieces = [text[0]] if self.pixels is None else text[0].split(IMAGE_PLACEHOLDER)
@@ -256,14 +263,8 @@ class PieceProcessor:
             ids, offsets = begin + ids, [(0, 1)] * len(begin) + offsets
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
         batch["text_replacement_offsets"] = [places]
-        features = [picture for picture in pictures if isinstance(picture, Tensor)]
-        if 0 < len(features) < len(pictures):
-            raise ValueError("it has a video, whose features are not stored; set data.cache_features: false")
-        if features:
-            batch["image_features"] = torch.stack(features)
-        elif self.pixels is not None and pictures:
-            opened = [picture for picture in pictures if isinstance(picture, Image.Image)]
-            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in opened])
+        if self.pixels is not None and pictures:
+            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch
 
 

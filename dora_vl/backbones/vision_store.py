@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from dora_vl.backbones.tower_pictures import ImagePreparation
 from dora_vl.data.example import Clip, Example, whole_file
-from dora_vl.data.pictures import AS_PUBLISHED, HeldPictures, MediaFolder, open_picture
+from dora_vl.data.pictures import HeldPictures, MediaFolder, open_picture
 from dora_vl.data.video import Sampling, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import check_whole
@@ -556,106 +555,3 @@ def computed(
             for row, one in batch:
                 yield row if one is None else replace(row, features=next(features))
             bar.update(len(batch))
-
-
-@runtime_checkable
-class FrozenTower(Protocol):
-    """The part of a backbone that a cache of its pictures' features needs."""
-
-    @property
-    def tower(self) -> nn.Module:
-        """The network whose weights name the store."""
-        ...
-
-    @property
-    def tower_settings(self) -> dict[str, object]:
-        """What else decides its features."""
-        ...
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """Tokens and width of one picture's features."""
-        ...
-
-    @property
-    def feature_dtype(self) -> torch.dtype:
-        """The dtype of its features."""
-        ...
-
-    def picture_features(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images tokens channels"]:
-        """The tower's output, without gradients."""
-        ...
-
-
-class FeatureCache:
-    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation."""
-
-    def __init__(
-        self,
-        cache: Path,
-        *,
-        tower: FrozenTower,
-        preparation: ImagePreparation,
-        root: Path | MediaFolder,
-        held: HeldPictures | None = None,
-    ) -> None:
-        folder = MediaFolder.of(root)
-        settings = {
-            **tower.tower_settings,
-            "preparation": preparation.fingerprint(),
-            "pictures": str(
-                folder.root.resolve()
-            ),  # another folder may have pictures of the same names, sizes and times
-            **({"reading": AS_PUBLISHED} if folder.as_published else {}),
-        }
-        self._settings = {**settings, HASH: store_key(tower.tower, settings)}
-        self._tower, self._preparation, self._folder, self._held = tower, preparation, folder, held
-        self.folder = cache / self._settings[HASH]
-        self._rows = shard_rows(self.folder)
-
-    def open(self) -> FeatureStore:
-        """What the folder holds by now, whichever process computed it."""
-        self._rows = shard_rows(self.folder)
-        return FeatureStore(self.folder, self._rows)
-
-    def fill(
-        self, pictures: Iterable[str], *, batch_size: int = 32, workers: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> None:
-        """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
-
-        Those that could not be read are tried again: a file may be mended, or a disk have come back.
-        """
-        missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
-        shape, dtype = self._tower.feature_shape, self._tower.feature_dtype
-        picture_bytes = shape[0] * shape[1] * dtype.itemsize
-        own = [Medium(one, one) for one in missing[part[0] :: part[1]]]
-        with FeatureWriter(self.folder, self._settings, dtype=None) as writer:
-            check_disk(self.folder, needed=len(missing) * picture_bytes)
-            if not own:
-                return
-            megabytes = len(own) * picture_bytes / 2**20
-            log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), megabytes, self.folder)
-            media = Media(media=own, root=self._folder, preparation=self._preparation, held=self._held)
-            rows = computed(media, self._encode, at_once=batch_size, workers=workers, progress=part[0] == 0)
-            for row in rows:
-                writer.add(row)
-
-    def _is_current(self, picture: str) -> bool:
-        """Whether it need not be computed; what could not be read is tried again by every run that comes."""
-        row = self._rows.get(picture)
-        return row is not None and not row.broken and row.state == file_state(self._folder.root, picture)
-
-    def _encode(self, pixels: list[Tensor]) -> Tensor:
-        return self._tower.picture_features(torch.cat(pixels)).cpu()
-
-
-def check_disk(folder: Path, *, needed: int) -> None:
-    """Refuses what would fill the disk; `needed` in bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"cached features need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; set "
-            "data.feature_cache to a larger disk, pool the grid, or set data.cache_features to false"
-        )

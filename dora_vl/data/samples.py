@@ -42,7 +42,7 @@ class Encoded:
     """An example in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
 
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
-    pictures; `inputs` are a processor's further tensors.
+    pictures; `inputs` are a processor's further tensors, and `stored` what frozen vision parts gave for its pictures.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -50,6 +50,7 @@ class Encoded:
     cut_tokens: int = 0
     inputs: Mapping[str, Any] = field(default_factory=dict)
     lost_pixels: int = 0
+    stored: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Sample:
     images: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     lost_pixels: int = 0
+    stored: tuple[Any, ...] = ()
+    """Outputs of frozen vision parts for its pictures (`backbones.frozen_outputs`), where they are kept."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
             images=example.images,
             inputs=encoded.inputs,
             lost_pixels=encoded.lost_pixels,
+            stored=encoded.stored,
         )
 
 

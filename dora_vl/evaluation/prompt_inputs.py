@@ -33,12 +33,10 @@ class Shown:
 
     Attributes:
         pictures: RGB, in the order of the prompt's `<image>`.
-        features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
         videos: frames with their times, in the order of the prompt's `<video>`.
     """
 
     pictures: tuple[Image.Image, ...] = ()
-    features: tuple[Tensor, ...] = ()
     videos: tuple[Video, ...] = ()
 
     @property
@@ -82,7 +80,7 @@ class EncoderPrompts:
 
         Raises: BadSample where they cannot be put to the model.
         """
-        inputs = self.encoder.encode_prompt(turns, seen.features or seen.pictures, seen.videos)
+        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
         return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
@@ -91,7 +89,7 @@ class EncoderPrompts:
 
         Raises: BadSample likewise.
         """
-        encoded = self.encoder.encode_choice(turns, answer, seen.features or seen.pictures, seen.videos)
+        encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
         return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:

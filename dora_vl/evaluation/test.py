@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
@@ -197,20 +197,10 @@ def _report(scored: Scored, empty: int, run_folder: Path) -> None:
         )
 
 
-def run_test(
-    assistant: Assistant,
-    config: RunConfig,
-    *,
-    numbers: Mapping[str, object],
-    features: Callable[[str], Tensor] | None = None,
-) -> dict[str, Any]:
-    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`.
-
-    Args:
-        features: a picture's stored features by its path, where the run keeps some.
-    """
+def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object]) -> dict[str, Any]:
+    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
     with VideoReader() as reader:
-        media = replace(media_of_run(config, assistant, of_test=True, reader=reader), features=features)
+        media = media_of_run(config, assistant, of_test=True, reader=reader)
         return evaluate_run(
             assistant,
             config.evaluation,

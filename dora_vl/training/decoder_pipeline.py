@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava, write_language_model
-from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.encoder import GREY, Encoder, open_encoder
 from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
-from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader, hollowed
 from dora_vl.backbones.model import (
     DecoderBackbone,
     language_targets,
@@ -43,7 +41,6 @@ from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
     media_of_run,
-    pictures_of_test,
     read_sets,
     read_test,
     run_test,
@@ -59,7 +56,7 @@ from dora_vl.training.run_media import (
     VideoReading,
     check_videos,
     image_folder,
-    stored_features,
+    stored_outputs,
     video_folder,
     video_sampling,
 )
@@ -120,6 +117,8 @@ class DecoderPipeline(Pipeline):
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         if samples.has_videos:
+            if config.data.cache_features:
+                raise UserError("data.cache_features stores outputs of pictures, and there are videos; set it false")
             check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
@@ -135,7 +134,6 @@ class DecoderPipeline(Pipeline):
         if model_type == LLAVA:
             return
         refused = {
-            "data.cache_features": (config.data.cache_features, "pictures go through the model whole"),
             "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
             "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         }
@@ -196,21 +194,21 @@ class DecoderPipeline(Pipeline):
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
         data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
-        features, dummy, dummy_video = None, *_dummies(samples, encoder)
-        if data.cache_features:
-            features = stored_features(
-                self.config,
-                backbone,
-                samples.pictures,
+        outputs, dummy, dummy_video = None, *_dummies(samples, encoder)
+        if data.cache_features and samples.has_pictures:
+            if not encoder.sees_pictures:
+                raise UserError(f"data.cache_features: {self.config.model.base} sees no pictures; set it false")
+            decoder = cast(DecoderBackbone, backbone)
+            reader = PictureReader(
+                encoder=encoder,
                 folder=image_folder(data),
-                device=arguments.device,
-                stored=samples.stored,
+                held=samples.stored,
+                most_pixels=pixels_of_a_sample(self.config, arguments),
             )
-            shape = LlavaTower(backbone.model).feature_shape
-            dummy = None if dummy is None else encoder.dummy(features=torch.zeros(shape, dtype=backbone.model.dtype))
+            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, device=arguments.device)
         seen_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
-            self._make(arguments, features),
+            self._make(arguments, outputs),
             collate=Collator(
                 encoder.pad_token_id,
                 dummy=dummy,
@@ -223,7 +221,7 @@ class DecoderPipeline(Pipeline):
             sized_pictures=image_folder(data) if encoder.pixels_count else None,
         )
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
         """What makes samples of rows, their pictures and videos read."""
         data, samples = self.config.data, self.samples(arguments)
         exactly = data.video_frames if samples.has_videos and self.encoder.videos_of_one_length else None
@@ -233,7 +231,7 @@ class DecoderPipeline(Pipeline):
             folder=image_folder(data),
             videos=VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly),
             most_pixels=pixels_of_a_sample(self.config, arguments),
-            features=features,
+            outputs=outputs,
         )
 
     def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
@@ -253,7 +251,7 @@ class DecoderPipeline(Pipeline):
             questions = questions_of_rows(held_out, config.watch)
         else:
             questions = evenly(self._test_questions(), config.watch)
-        media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
+        media = self._media(backbone, None if held_out is None else held_out.stored)
         return watch_assistant(
             self._assistant(backbone),
             questions,
@@ -269,24 +267,13 @@ class DecoderPipeline(Pipeline):
     def _test_questions(self) -> list[Question]:
         return read_test(self.config.evaluation, self.config.data.contract)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show.
 
         Args:
             stored: the pictures that the samples' own files hold; None: the questions are of the test.
         """
-        config = self.config
-        media = media_of_run(config, self._assistant(backbone), of_test=stored is None)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        folder = pictures_of_test(config) if stored is None else image_folder(config.data)
-        features = stored_features(config, backbone, names, folder=folder, device=arguments.device, stored=stored)
-        return replace(media, stored=stored, features=features)
+        return replace(media_of_run(self.config, self._assistant(backbone), of_test=stored is None), stored=stored)
 
     def reading(self, backbone: Backbone[Any]) -> Reading:
         """Its encoder's tokenizer."""
@@ -303,7 +290,7 @@ class DecoderPipeline(Pipeline):
         """The samples' own."""
         samples = self.samples(arguments)
         shown = [samples.shown_in(item) for item in items]
-        media = self._media(backbone, arguments, shown, samples.stored)
+        media = self._media(backbone, samples.stored)
         return [partial(media.picture, one) if one.images or one.videos else None for one in shown]
 
     def recipe(self) -> dict[str, Any]:
@@ -340,13 +327,8 @@ class DecoderPipeline(Pipeline):
         The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
         ZeRO stage it was trained under.
         """
-        config = self.config
-        questions = check_test(config)
-        backbone, _ = with_adapter(self.load(), run_folder_of(config) / ADAPTER)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        device = next(backbone.parameters()).device
-        features = stored_features(config, backbone, names, folder=pictures_of_test(config), device=device)
-        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), config, numbers=numbers, features=features)
+        backbone, _ = with_adapter(self.load(), run_folder_of(self.config) / ADAPTER)
+        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), self.config, numbers=numbers)
 
 
 class CommonsensePipeline(DecoderPipeline):
@@ -408,19 +390,13 @@ class CommonsensePipeline(DecoderPipeline):
         )
         return replace(training, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
         return partial(_spoken, encoder=self.encoder)
 
     def _test_questions(self) -> list[Question]:
         return read_sets(self._run.evaluation)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
@@ -477,17 +453,23 @@ def encode_from_folder(
     stored: HeldPictures,
     videos: VideoReading,
     most_pixels: int | None = None,
-    features: Callable[[str], Tensor] | None = None,
+    outputs: OutputStore | None = None,
 ) -> Encoded:
-    """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
-    clips = videos.read(conversation.videos)
-    if features is not None:
-        return encoder.encode(conversation, [features(name) for name in conversation.images], clips)
-    pictures = [open_picture(folder, name, stored) for name in conversation.images]
-    if most_pixels is None:
-        return encoder.encode(conversation, pictures, clips)
-    pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
-    return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it.
+
+    Of pictures with stored outputs the size alone counts, so grey ones stand for them.
+    """
+    clips, row = videos.read(conversation.videos), None
+    if outputs is not None and conversation.images:
+        row = outputs.read(PictureReader(encoder=encoder, folder=folder, held=stored), conversation.images)
+        pictures = [Image.new("RGB", size, GREY) for size in row.sizes]
+    else:
+        pictures = [open_picture(folder, name, stored) for name in conversation.images]
+    lost = 0
+    if most_pixels is not None:
+        pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
+    encoded = replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    return encoded if row is None else hollowed(encoded, row.outputs)
 
 
 def _illustrated(rows: Examples, stored: HeldPictures, **reading: Any) -> ConversationDataset:

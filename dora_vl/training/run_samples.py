@@ -95,10 +95,10 @@ class RunSamples:
         return any(tables) or (self._stream is not None and self._stream.has_videos)
 
     @property
-    def pictures(self) -> list[str]:
-        """All that tables name, each once."""
+    def pictures(self) -> list[tuple[str, ...]]:
+        """Those of each sample that tables name, each combination once."""
         tables = [table for table in (self._train, self._held_out) if table is not None]
-        return list(dict.fromkeys(name for table in tables for name in table.pictures))
+        return list(dict.fromkeys(tuple(names) for table in tables for names in table.rows["images"] if names))
 
     @property
     def stored(self) -> StoredPictures:

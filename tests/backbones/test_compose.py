@@ -21,7 +21,6 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
-from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.loading import load_language_model, load_tokenizer
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
@@ -151,8 +150,6 @@ def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], t
     inputs = processor(text="a <image> b", images=torch.zeros(3, 60, 40).numpy(), return_tensors="pt")
     assert int((inputs["input_ids"] == backbone.config.image_token_id).sum()) == 4
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
-    tower = LlavaTower(backbone.model)
-    assert tower.picture_features(inputs["pixel_values"]).shape == (1, *tower.feature_shape)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
     assert torch.isfinite(loaded(**inputs).logits).all()
 

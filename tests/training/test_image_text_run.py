@@ -77,6 +77,14 @@ def test_it_trains_decoder_and_projector(there: Path) -> None:
     assert (recipe["backbone"], recipe["template"]) == ("decoder", "tokenizer")
 
 
+def test_stored_outputs_train_like_pixels(there: Path) -> None:
+    trained(there, "whole")
+    path = settings(there, "stored", data={"cache_features": True}, training={"max_steps": 4})
+    run(DecoderPipeline(read_run_file(path)))
+    assert losses(there / "stored") == pytest.approx(losses(there / "whole"), abs=1e-5)
+    assert list((there / "stored" / "features").rglob("outputs-*.safetensors"))
+
+
 def rows_with_system(there: Path, form: str) -> Path:
     """The data once more, each row with a system text, as messages or beside ShareGPT's talk."""
     rows = json.loads((there / "data" / "train.json").read_text())
@@ -202,7 +210,6 @@ def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tm
 @pytest.mark.parametrize(
     ("section", "setting", "value"),
     [
-        ("data", "cache_features", True),
         ("data", "share_pictures", True),
         ("model", "template", "plain"),
         ("model", "image_aspect", "square"),
