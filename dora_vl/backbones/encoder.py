@@ -75,9 +75,6 @@ def open_encoder(
         train_on: of a published prompt of instructions.
         aspect: how a LLaVA-1.5's pictures become squares.
         max_tokens: of a sample; what the model has no positions for is cut likewise.
-
-    Raises: UserError if there is no processor or tokenizer, it needs a package that is not installed, or the template
-        does not fit.
     """
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
@@ -87,11 +84,7 @@ def open_encoder(
 
 
 def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revision: str | None = None) -> Any:
-    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer.
-
-    Raises: UserError if there is none, a package that it needs is not installed, or a LLaVA's makes pictures of
-        another size than its tower takes.
-    """
+    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer."""
     if not sees_pictures(base, revision):
         return PieceProcessor(load_tokenizer(base, revision=revision))
     if model_type_of(base, revision) == LLAVA:

@@ -394,9 +394,6 @@ def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# The store: a folder named after all that decides the outputs, in it the samples' pictures by names and file states.
-
-
 def hollowed(sample: Any, outputs: Outputs) -> Any:
     """A `Sample` or `Encoded` with stored outputs in the place of its pixels."""
     return replace(sample, inputs=without_pixels(sample.inputs), stored=(outputs,))
@@ -453,8 +450,6 @@ class OutputStore:
         """Computes a process's part of what is missing; may be stopped and goes on with what is on the disk.
 
         Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
-
-        Raises: UserError if they do not fit on the disk.
         """
         mine = missing[part[0] :: part[1]]
         if not mine:
@@ -478,10 +473,7 @@ class OutputStore:
         self.flush()
 
     def refresh(self) -> None:
-        """Looks again at what the folder holds, whichever process wrote it.
-
-        Raises: UserError for a shard that is no whole one; it says to delete it.
-        """
+        """Looks again at what the folder holds, whichever process wrote it."""
         for path in sorted(self.folder.glob("outputs-*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as shard:

@@ -89,9 +89,6 @@ def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(prefix)))
 
 
-# A processor made of a tokenizer and a picture preparation, as LLaVA's own code and language models need it.
-
-
 _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
 _STAND_INS = 31
 
@@ -134,10 +131,7 @@ class ControlTokenizer:
         self.start_ids = _ids_before_text(self._tokenizer)
 
     def encode(self, text: str, controls: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself.
-
-        Raises: UserError if the template's control text is no special token of this tokenizer.
-        """
+        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself."""
         for start, end in controls:
             token = text[start:end]
             if token not in self._stand_in:
@@ -266,9 +260,6 @@ class PieceProcessor:
         if self.pixels is not None and pictures:
             batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch
-
-
-# Text of an encoder-decoder's inputs and labels as tokens; what does not fit is taken from the subtitles first.
 
 
 class Seq2SeqEncoder:

@@ -77,8 +77,6 @@ class ProcessorChat(Prompts):
     Args:
         name: of the model, for messages.
         pictures: whether the model sees any; a template that leaves them out is refused.
-
-    Raises: UserError for such a template, or where there is none.
     """
 
     name = "tokenizer"
@@ -305,9 +303,6 @@ def special_tokens(processor: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-# Prompts of models whose processor has no chat template, by a name of `model.template`.
-
-
 FormatName = Literal["question_answer", "paligemma"]
 USUAL = ("vicuna_v1", "chatml")
 
@@ -316,9 +311,6 @@ class QuestionAnswer(Prompts):
     """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
 
     An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
-
-    Raises: UserError if the tokenizer has no end token, or the processor no token for a picture, or if it puts
-        something behind every text.
     """
 
     name = "question_answer"
@@ -433,10 +425,7 @@ def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def prompts_of(
     processor: Any, name: str, template: str | None, *, pictures: bool, train_on: TrainOn = "all"
 ) -> Prompts:
-    """How turns are put to this processor: by the format `template`, or else by its chat template.
-
-    Raises: UserError if there is neither, or it cannot be trained on.
-    """
+    """How turns are put to this processor: by the format `template`, or else by its chat template."""
     own = OWN_FORMAT.get(type(processor).__name__)
     pieces = isinstance(processor, PieceProcessor)
     if template is None and pieces and pictures:

@@ -31,13 +31,10 @@ from tqdm import tqdm
 
 from dora_vl.backbones.tower_pictures import ImagePreparation
 from dora_vl.data.example import Clip, Example, whole_file
-from dora_vl.data.pictures import HeldPictures, MediaFolder, open_picture
+from dora_vl.data.pictures import MediaFolder, open_picture
 from dora_vl.data.video import Sampling, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import check_whole
-
-# Stored features of an example's pictures or video, as many tokens for each as the model reads.
-
 
 Part = tuple[float, float | None]
 """From so many seconds to so many; None is the video's end."""
@@ -327,7 +324,14 @@ class FeatureWriter:
         if not self._rows:
             return
         named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
-        index = json.dumps({"written": time.time_ns(), "rows": list(_index_rows(self._rows))}).encode()
+        rows: list[dict[str, Any]] = []
+        start = 0
+        for row in self._rows:
+            count = 0 if row.features is None else len(row.features)
+            described = {name: value for name, value in vars(row).items() if name != FEATURES}
+            rows.append({**described, "start": start, "tokens": count})
+            start += count
+        index = json.dumps({"written": time.time_ns(), "rows": rows}).encode()
         tokens = [row.features for row in self._rows if row.features is not None]
         tensors = {
             FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
@@ -335,15 +339,6 @@ class FeatureWriter:
         }
         save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
         self._rows, self._bytes = [], 0
-
-
-def _index_rows(rows: list[FeatureRow]) -> Iterator[dict[str, Any]]:
-    start = 0
-    for row in rows:
-        tokens = 0 if row.features is None else len(row.features)
-        said = {name: value for name, value in vars(row).items() if name != FEATURES}
-        yield {**said, "start": start, "tokens": tokens}
-        start += tokens
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -482,9 +477,6 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
 
 
-# Runs a frozen tower over pictures and clips: workers read and prepare them, what it makes goes into a store.
-
-
 log = logging.getLogger(__name__)
 
 PICTURE_BACKEND = "pillow"
@@ -510,14 +502,12 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
 
     Attributes:
         root: the folder of their paths.
-        held: pictures that the data file itself holds.
         sampling: which frames of a clip; `reader` decodes it.
     """
 
     media: Sequence[Medium]
     root: MediaFolder
     preparation: ImagePreparation
-    held: HeldPictures | None = None
     sampling: Sampling | None = None
     reader: VideoReader | None = None
 
@@ -527,20 +517,18 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
     def __getitem__(self, index: int) -> tuple[FeatureRow, Tensor | None]:
         medium = self.media[index]
         row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root.root, medium.path))
+        prepare = self.preparation.prepare
         try:
-            return self._read(medium, row)
+            if medium.clip is None:
+                picture = prepare(open_picture(self.root, medium.path))
+                return replace(row, backend=PICTURE_BACKEND), picture[None]
+            if self.reader is None or self.sampling is None:
+                raise ValueError("clips need a reader and a sampling")
+            frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
+            row = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
+            return row, torch.stack(frames.pictures)
         except BadSample as error:
             return replace(row, broken=error.reason), None
-
-    def _read(self, medium: Medium, row: FeatureRow) -> tuple[FeatureRow, Tensor]:
-        prepare = self.preparation.prepare
-        if medium.clip is None:
-            return replace(row, backend=PICTURE_BACKEND), prepare(open_picture(self.root, medium.path, self.held))[None]
-        if self.reader is None or self.sampling is None:
-            raise ValueError("clips need a reader and a sampling")
-        frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
-        read = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
-        return read, torch.stack(frames.pictures)
 
 
 def computed(
