@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -49,13 +49,11 @@ GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
 
-@dataclass(frozen=True)
-class _Processed:
-    """One sample as the processor gives it, and what its tokens are."""
+class _Processed(NamedTuple):
+    """One sample as the processor gives it: ids, everything else by the processor's own names, what its tokens are."""
 
     ids: Int[Tensor, " seq"]
     inputs: dict[str, Any]
-    """Everything but the ids, by the processor's own names."""
     roles: TokenRoles
 
 
@@ -136,8 +134,8 @@ class Encoder:
     @property
     def pad_token_id(self) -> int:
         """What fills short rows; masked, so any id does where the tokenizer names none."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(one for one in known if one is not None))
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in ids if token is not None))
 
     @functools.cached_property
     def tokens_per_image(self) -> int:
@@ -266,8 +264,11 @@ class Encoder:
         """Whether a larger picture becomes more than a small one: more tokens, or more pixels for the model."""
         if not self.sees_pictures:
             return False
-        small, large = self.dummy(), self.dummy(LARGE_SIDE)
-        return len(small.input_ids) != len(large.input_ids) or _numbers(small) != _numbers(large)
+        sizes: set[tuple[int, int]] = set()
+        for row in (self.dummy(), self.dummy(LARGE_SIDE)):
+            tensors = [value for name, value in row.inputs.items() if name not in ALIGNED and isinstance(value, Tensor)]
+            sizes.add((len(row.input_ids), sum(tensor.numel() for tensor in tensors)))
+        return len(sizes) > 1
 
     def dummy_video(self, frames: int = 2) -> Sample:
         """Likewise with a small video."""
@@ -369,8 +370,3 @@ class Encoder:
             return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
 
         return from_prefixes(chat, ids, ids_of, picture=token)
-
-
-def _numbers(sample: Sample) -> int:
-    """How many there are in a sample's inputs beside those that have one for each token."""
-    return sum(one.numel() for name, one in sample.inputs.items() if name not in ALIGNED and isinstance(one, Tensor))

@@ -127,21 +127,24 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     """Features of an example's pictures, or of its video."""
     paths = feature_paths(example)
     read = [reader.read(path) for path in paths]
-    _check_part(example, reader)
-    _check_pictures(example, [len(one) for one in read], reader)
+    _check(example, reader, [len(features) for features in read])
+    fitted: list[Tensor] = []
     try:
-        return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
+        for path, features in zip(paths, read, strict=True):
+            # What is stored is asked only where frames count: a file of its own is looked into again.
+            frames = reader.stored(path).frames if len(features) > reader.tokens else 1
+            fitted.append(fixed_length(features, reader.tokens, frames=frames))
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
+    return torch.stack(fitted)
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
     """Refuses what `features_of` would, as far as it can be known without reading features."""
-    found = [reader.stored(path) for path in feature_paths(example)]
-    _check_part(example, reader)
-    _check_pictures(example, [one.tokens for one in found], reader)
+    stored = [reader.stored(path) for path in feature_paths(example)]
+    _check(example, reader, [one.tokens for one in stored])
     try:
-        for one in found:
+        for one in stored:
             pooled_frames(one.tokens, reader.tokens, frames=one.frames)
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
@@ -156,25 +159,21 @@ def feature_paths(example: Example) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
-    if example.video is None and any(one != reader.tokens for one in tokens):
-        have = "its picture has" if len(tokens) == 1 else "its pictures have"
-        counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
-        raise BadSample(example.id, f"{have} {counts} tokens; data.feature_tokens is {reader.tokens}")
-
-
 def part_of(clip: Clip) -> Part:
     """Where a clip begins and ends."""
     return clip.start_seconds or 0.0, clip.end_seconds
 
 
-def _check_part(example: Example, reader: FeatureReader) -> None:
-    """Refuses features of another part of the video than the example means: they were found by their name alone."""
+def _check(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> None:
+    """Refuses another number of a picture's tokens, and features of another part of a video than the example means."""
     clip = clip_of_features(example)
+    if clip is None and any(count != reader.tokens for count in tokens):
+        counts = " and ".join(str(count) for count in dict.fromkeys(tokens))
+        raise BadSample(example.id, f"its pictures have {counts} tokens; data.feature_tokens is {reader.tokens}")
     if example.images or clip is None:
         return
     stored, meant = reader.part(clip[0]), part_of(clip[1])
-    if stored is not None and stored != meant:
+    if stored is not None and stored != meant:  # they were found by their name alone
         raise BadSample(
             example.id,
             f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(stored)}; compute "
@@ -188,12 +187,6 @@ def in_words(part: Part) -> str:
     if end is None:
         return f"all from {start:g} s on" if start else "the whole"
     return f"{start:g} to {end:g} s"
-
-
-def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
-    # What is stored is asked only where frames count: a file of its own is looked into again.
-    frames = reader.stored(path).frames if len(features) > reader.tokens else 1
-    return fixed_length(features, reader.tokens, frames=frames)
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:
