@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dora_vl.backbones.llava_tower import LlavaTower
 from peft import LoraConfig, get_peft_model
 from report import median, table, write_json
 from torch import nn
@@ -216,7 +215,7 @@ def time_tower(model: LlavaForConditionalGeneration, samples: ConversationDatase
     started = time.perf_counter()
     read = [samples[index] for index in range(count)]
     pictures = torch.cat([one.inputs["pixel_values"] for one in read if isinstance(one, Sample) and one.images])
-    LlavaTower(model).picture_features(pictures)
+    model.get_image_features(pixel_values=pictures)
     return (time.perf_counter() - started) / max(1, len(pictures))
 
 
