@@ -100,15 +100,15 @@ def combine(
     active = {name: share for name, share in shares.items() if share != 0}
     if list(active.values()) == [1]:
         return Combination(adapters[next(iter(active))], {})
-    found = {name: planned_factors(base, adapters[name]) for name in active}
+    factors_of = {name: planned_factors(base, adapters[name]) for name in active}
     for adapter in (adapters[name] for name in active):
         if others := adapter.not_linear | adapter.input_axis:
             raise UserError(f"{adapter.source}: {min(others)} is no linear layer with a magnitude a row; merge instead")
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
-    for layer in sorted({layer for factors in found.values() for layer in factors}):
+    for layer in sorted({layer for factors in factors_of.values() for layer in factors}):
         weight = base.weight_of(layer)
-        parts = [(share, found[name][layer]) for name, share in active.items() if layer in found[name]]
+        parts = [(share, factors_of[name][layer]) for name, share in active.items() if layer in factors_of[name]]
         results[layer] = exact = combine_factors(weight, parts)
         if rank is not None:
             results[layer] = reduce_rank(exact, weight, rank)
@@ -152,6 +152,6 @@ def _as_adapter(
         fan_in_fan_out=adapters[0].config.get("fan_in_fan_out", False),
         use_dora=with_magnitude and bool(adapted),
     )
-    kept = {name for one in adapters for name in one.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
+    kept = {name for adapter in adapters for name in adapter.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
     recipe = own_recipe(config, extras, kept, results.keys() - adapted.keys())
     return Adapter(tensors, config, recipe, source="combination")

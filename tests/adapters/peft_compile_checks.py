@@ -51,9 +51,9 @@ def compiled(model: nn.Module):
 
 
 def assert_equal_to_peft(plain: nn.Module, fast: nn.Module, graph) -> None:
-    wanted, found = plain(X), graph(X)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    for model, y in ((plain, wanted), (fast, found)):
+    expected, output = plain(X), graph(X)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    for model, y in ((plain, expected), (fast, output)):
         model.zero_grad()
         y.square().sum().backward()
     gradients = dict(fast.named_parameters())

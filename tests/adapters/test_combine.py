@@ -44,8 +44,8 @@ def test_smaller_rank_states_its_error(folders):
         exact = combine(adapters, shares, opened).adapter
         for layer, error in fewer.errors.items():
             weight = opened.read(f"{layer}.weight")
-            wanted, found = (side.factors[layer].merged(weight) for side in (exact, fewer.adapter))
-            assert error == pytest.approx(float((found - wanted).norm() / (wanted - weight).norm()), rel=1e-3)
+            expected, result = (side.factors[layer].merged(weight) for side in (exact, fewer.adapter))
+            assert error == pytest.approx(float((result - expected).norm() / (expected - weight).norm()), rel=1e-3)
     assert max(enough.errors.values()) < 1e-5
     assert min(fewer.errors.values()) > 0.01
 
@@ -55,8 +55,8 @@ def test_a_row_whose_gain_vanishes_is_still_close():
     weight = torch.randn(8, 6)
     a, b, _ = factors(weight)
     magnitude = (weight + 2 * b @ a).norm(dim=1) * torch.linspace(0, 2, 8)  # g = 0 in row 0
-    found = Factors(lora_A=a, lora_B=b, magnitude=magnitude, scale=2.0)
+    result = Factors(lora_A=a, lora_B=b, magnitude=magnitude, scale=2.0)
     plain = Factors(lora_A=a * 0.5, lora_B=b, magnitude=None, scale=1.0)
-    combined = combine_factors(weight, [(1.0, found), (0.5, plain)])
+    combined = combine_factors(weight, [(1.0, result), (0.5, plain)])
     expected = dora(weight, a, b, magnitude, 2.0) + 0.5 * b @ a * 0.5
     torch.testing.assert_close(combined.merged(weight), expected, rtol=1e-4, atol=1e-4)

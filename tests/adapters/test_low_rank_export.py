@@ -24,20 +24,20 @@ def base_and_adapter(tmp_path):
 
 def test_error_is_the_tail_of_the_spectrum_and_is_refused_above_the_bound(base_and_adapter):
     base, adapter, wrapped = base_and_adapter
-    found = read_adapter(adapter)
+    read = read_adapter(adapter)
     merged = dict(wrapped.merge_and_unload().named_parameters())
     start = dict(tiny_llama().named_parameters())
     with BaseWeights(base) as opened:
-        exports = list(export_layers(found, opened, 4))
+        exports = list(export_layers(read, opened, 4))
     for export in exports:
         change = (merged[f"{export.layer}.weight"] - start[f"{export.layer}.weight"]).detach()
         spectrum = torch.linalg.svdvals(change).square()
         expected = float((spectrum[4:].sum() / spectrum.sum()).sqrt())
         assert export.relative_error == pytest.approx(expected, rel=1e-3)
         assert expected > 0.05
-    as_lora(found, exports, 1.0)
+    as_lora(read, exports, 1.0)
     with pytest.raises(UserError):
-        as_lora(found, exports, 0.01)
+        as_lora(read, exports, 0.01)
 
 
 def test_large_matrices_take_the_leading_part_without_touching_the_generator():

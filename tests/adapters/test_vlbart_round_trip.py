@@ -98,9 +98,9 @@ class Case:
         return TASK_LISTS[start.medium] if self.method == "lora" else ()
 
     def saved(self, start: Start, file: Path) -> Original:
-        made = original(start.weights, tasks=self.tasks(start), norms=self.norms(start), prefix="module.")
-        torch.save(made.file, file)
-        return made
+        saved = original(start.weights, tasks=self.tasks(start), norms=self.norms(start), prefix="module.")
+        torch.save(saved.file, file)
+        return saved
 
 
 every_case = pytest.mark.parametrize("case", [Case("lora"), Case("dora")], ids=["lora", "dora"])
@@ -128,24 +128,24 @@ def unmerged(start: Start, adapter: Path) -> Tensor:
     return start.logits(model)
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name, tensor in found.items() if not torch.equal(tensor, wanted[name])] == []
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
 
 
 @every_case
 def test_a_converted_file_means_what_the_original_does_and_goes_back(start: Start, case: Case, tmp_path: Path) -> None:
-    made = case.saved(start, tmp_path / "LAST.pth")
+    saved = case.saved(start, tmp_path / "LAST.pth")
     adapter = converted(case, tmp_path / "LAST.pth", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
-    assert torch.equal(tensors[ROWS], made.whole["model.shared.weight"][-200:])
+    assert torch.equal(tensors[ROWS], saved.whole["model.shared.weight"][-200:])
     assert not [name for name in tensors if any(name.endswith(token) for token in TOKEN_NAMES)]
     dense = load_vlbart(start.base)
-    dense.model.load_state_dict(made.whole, strict=True)
+    dense.model.load_state_dict(saved.whole, strict=True)
     expected = start.logits(dense)
     torch.testing.assert_close(unmerged(start, adapter), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(merged(start, adapter, tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
-    plain = {name.removeprefix("module."): tensor for name, tensor in made.file.items()}
+    plain = {name.removeprefix("module."): tensor for name, tensor in saved.file.items()}
     assert_same(back(case, start, adapter, tmp_path / "BACK.pth"), plain)
 
 
@@ -175,7 +175,7 @@ def trained_on(case: Case, start: Start, initial: Path, folder: Path) -> Path:
 @pytest.mark.slow
 @every_case
 def test_a_converted_file_is_trained_on_merged_and_converted_back(start: Start, case: Case, tmp_path: Path) -> None:
-    made = case.saved(start, tmp_path / "LAST.pth")
+    saved = case.saved(start, tmp_path / "LAST.pth")
     initial = converted(case, tmp_path / "LAST.pth", tmp_path / "adapter")
     adapter = trained_on(case, start, initial, tmp_path)
     before, after = load_file(initial / WEIGHTS), load_file(adapter / WEIGHTS)
@@ -191,7 +191,7 @@ def test_a_converted_file_is_trained_on_merged_and_converted_back(start: Start, 
     )
     returned = back(case, start, adapter, tmp_path / "BACK.pth")
     assert {name: tensor.shape for name, tensor in returned.items()} == {
-        name.removeprefix("module."): tensor.shape for name, tensor in made.file.items()
+        name.removeprefix("module."): tensor.shape for name, tensor in saved.file.items()
     }
     again = load_file(converted(case, tmp_path / "BACK.pth", tmp_path / "again") / WEIGHTS)
     assert_same({name: tensor for name, tensor in again.items() if name not in left}, after)
