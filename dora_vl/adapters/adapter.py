@@ -89,6 +89,11 @@ class Factors:
             new = functional.merged_weight(wide, a, b, self.magnitude, self.scale)
         return new.t().contiguous() if self.transposed else new.view(weight.shape)
 
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """A, B and magnitude under PEFT's keys, as a linear layer's."""
+        parts = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": self.magnitude}
+        return {f"{PEFT_PREFIX}{layer}.{leaf}": part for leaf, part in parts.items() if part is not None}
+
     def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
         """g = m / ||W + s B A|| of each output row; ones without a magnitude."""
         matrix = self.as_matrix(weight.detach())
