@@ -15,7 +15,7 @@ from dora_vl.adapters.adapter import Factors, read_adapter
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.core.active_adapters import ActiveAdapters
+from dora_vl.core.active_adapters import ActiveAdapters, Place
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
@@ -346,7 +346,8 @@ class RowAdapters:
         layer = self.model.get_submodule(name)
         if isinstance(layer, RowLayer):
             return layer
-        row_layer = RowLayer(layer, self.batch, "rows" if name in self._layers.by_row else "pictures")
+        place: Place = "rows" if name in self._layers.by_row else "pictures"
+        row_layer = RowLayer(layer, self.batch, place)
         put_in_place(self.model, layer, row_layer)
         return row_layer
 
