@@ -19,22 +19,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
 from dora_vl.adapters.agreement import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
-from dora_vl.adapters.files import (
-    CONFIG_FILE,
-    RECIPE_FILE,
-    read_peft_config,
-    read_recipe,
-    read_tensors,
-    refuse_not_finite,
-    write_json,
-    written_whole,
-)
-from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, refuse_to_replace_adapter
+from dora_vl.adapters.files import CONFIG_FILE, read_peft_config, read_recipe, read_tensors, refuse_not_finite
+from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, write_folder
 from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contradiction, scale_of, type_of
 from dora_vl.core import functional
 from dora_vl.core.inject import SHARED_NAME
@@ -98,6 +88,11 @@ class Factors:
         else:
             new = functional.merged_weight(wide, a, b, self.magnitude, self.scale)
         return new.t().contiguous() if self.transposed else new.view(weight.shape)
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """A, B and magnitude under PEFT's keys, as a linear layer's."""
+        parts = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": self.magnitude}
+        return {f"{PEFT_PREFIX}{layer}.{leaf}": part for leaf, part in parts.items() if part is not None}
 
     def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
         """g = m / ||W + s B A|| of each output row; ones without a magnitude."""
@@ -322,16 +317,10 @@ def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
             "an input column; an adapter folder holds one an output row, so this would lose them. Merge it into its "
             "base (dora-vl merge) or export a LoRA with its error stated (dora-vl convert --as lora)"
         )
-    refuse_to_replace_adapter(Path(folder))
-    tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
     kind = adapter.config.get("peft_type", "LORA")
     if kind == "LORA":
-        kind = type_of(by_own_name(adapter.source, tensors)[0], adapter.config)
-    with written_whole(Path(folder)) as staging:
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(staging / CONFIG_FILE, {**adapter.config, "peft_type": kind})
-        if adapter.recipe:
-            write_json(staging / RECIPE_FILE, adapter.recipe)
+        kind = type_of(by_own_name(adapter.source, adapter.tensors)[0], adapter.config)
+    write_folder(Path(folder), adapter.tensors, {**adapter.config, "peft_type": kind}, adapter.recipe)
 
 
 PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
@@ -374,11 +363,11 @@ def file_hash(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of what a run depends on; packages that are not there are left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def base_of(adapter: Adapter) -> Path:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +52,21 @@ class StoredTensor:
     """safetensors' word for it, e.g. BF16."""
 
 
+@dataclass(frozen=True)
+class ExpertPiece:
+    """Where a stored tensor stands in the weight of experts that are one tensor in the model."""
+
+    layer: str
+    """Full name of that weight, `...experts.gate_up_proj`."""
+    expert: int | None
+    """Whose it is; None: all experts'."""
+    part: int
+    parts: int
+    """Of the output rows it holds the `part`-th of `parts` (gate and up)."""
+    in_out: bool
+    """It is stored as [in, out]."""
+
+
 def stem_in(folder: Path) -> str | None:
     """The one of `STEMS` whose files a folder holds; None: it is no model folder in safetensors."""
     return next(
@@ -82,20 +97,18 @@ class BaseWeights:
             )
         self.stem = stem
         """How its weight files begin."""
-        stored = list(self._stored())
-        layout = layout_of(self.config, {key: shape for key, _, shape, _ in stored})
-        self.tensors = {
-            name: StoredTensor(key, name, file, shape, dtype)
-            for key, file, shape, dtype in stored
-            for name in [layout.names.get(key, key)]
-        }
-        self.transposed_layers = layout.transposed
+        self.transposed_layers: frozenset[str] = frozenset()
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
-        self.expert_pieces = layout.pieces
+        self.expert_pieces: dict[str, ExpertPiece] = {}
         """Stored tensors that are, or are a piece of, the weight of experts that are one tensor in the model."""
-        self._tied = layout.tied
-        self.hub_keys = layout.hub
+        self.hub_keys: dict[str, str] = {}
         """The name that published folders have for a key; a class that transformers does not have has none."""
+        self._tied: list[frozenset[str]] = []
+        stored = list(self._stored())
+        names = self._model_names({key: shape for key, _, shape, _ in stored})
+        self.tensors = {
+            names[key]: StoredTensor(key, names[key], file, shape, dtype) for key, file, shape, dtype in stored
+        }
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -113,6 +126,50 @@ class BaseWeights:
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 part = handle.get_slice(key)
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
+
+    def _model_names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The model's own names of the files' keys; finds out what is stored otherwise than it is in the model.
+
+        The model is built from its configuration without memory. A folder whose class transformers does not have
+        keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for
+        each expert): under the joined name only the last would be left.
+        """
+        model = skeleton(self.config)
+        if model is None:
+            return {key: key for key in shapes}
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.pytorch_utils import Conv1D
+
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        own, modules = dict(model.state_dict()), dict(model.named_modules())
+        renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
+        read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
+        unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
+        read = {key: read_as(key) for key in shapes}
+        experts = {
+            f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in modules.items() for leaf in expert_projections(m)
+        }
+        for key, (name, pattern) in read.items():
+            if name in experts:
+                joined = next((c.source_patterns for c in converters if pattern in c.source_patterns), [pattern])
+                # All experts may be stored in the other of the two layouts than the model has them in.
+                is_reversed = len(shapes[key]) == own[name].ndim and shapes[key] != tuple(own[name].shape)
+                number = re.search(r"experts\.(\d+)\.", key)
+                self.expert_pieces[key] = ExpertPiece(
+                    layer=name,
+                    expert=None if number is None else int(number[1]),
+                    part=list(joined).index(pattern),
+                    parts=len(joined),
+                    in_out=experts[name] != is_reversed,
+                )
+        self.transposed_layers = frozenset(n for n, m in modules.items() if isinstance(m, Conv1D | nn.Embedding))
+        self.hub_keys = hub_names(model, read, read_as, lambda key: unjoined(key)[0])
+        self._tied = tied_names(model)
+        keys_of = Counter(name for name, _ in read.values())
+        return {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()}
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -147,80 +204,6 @@ class BaseWeights:
     def module_names(self) -> list[str]:
         """Full names of the modules that own a weight."""
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
-
-
-@dataclass(frozen=True)
-class ExpertPiece:
-    """Where a stored tensor stands in the weight of experts that are one tensor in the model."""
-
-    layer: str
-    """Full name of that weight, `...experts.gate_up_proj`."""
-    expert: int | None
-    """Whose it is; None: all experts'."""
-    part: int
-    parts: int
-    """Of the output rows it holds the `part`-th of `parts` (gate and up)."""
-    in_out: bool
-    """It is stored as [in, out]."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a folder's keys are in the model."""
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    """The model's own name of each key; of one of several pieces of a weight, the key."""
-    transposed: frozenset[str] = frozenset()
-    pieces: Mapping[str, ExpertPiece] = field(default_factory=dict)
-    hub: Mapping[str, str] = field(default_factory=dict)
-    """The published name of each key."""
-    tied: tuple[frozenset[str], ...] = ()
-    """Names of one tensor each."""
-
-
-def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The model's own names of the keys in its files, and what is stored otherwise than it is in the model.
-
-    The model is built from its configuration without memory. A folder whose class transformers does not have
-    keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
-    expert): under the joined name only the last would be left.
-    """
-    model = skeleton(config)
-    if model is None:
-        return Layout()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.pytorch_utils import Conv1D
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    own = dict(model.state_dict())
-    renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
-    read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
-    read = {key: read_as(key) for key in shapes}
-    keys_of = Counter(name for name, _ in read.values())
-    experts = {
-        f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in model.named_modules() for leaf in expert_projections(m)
-    }
-    pieces: dict[str, ExpertPiece] = {}
-    for key, (name, pattern) in read.items():
-        if name in experts:
-            joined = next((c.source_patterns for c in converters if pattern in c.source_patterns), [pattern])
-            # All experts may be stored in the other of the two layouts than the model has them in.
-            is_reversed = len(shapes[key]) == own[name].ndim and shapes[key] != tuple(own[name].shape)
-            number = re.search(r"experts\.(\d+)\.", key)
-            expert = None if number is None else int(number[1])
-            in_out = experts[name] != is_reversed
-            pieces[key] = ExpertPiece(name, expert, list(joined).index(pattern), len(joined), in_out)
-    unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
-    return Layout(
-        names={key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()},
-        transposed=frozenset(n for n, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding)),
-        pieces=pieces,
-        hub=hub_names(model, read, read_as, lambda key: unjoined(key)[0]),
-        tied=tuple(tied_names(model)),
-    )
 
 
 def hub_conversions(model: Any) -> list[Any]:

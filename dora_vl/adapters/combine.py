@@ -100,16 +100,18 @@ def combine(
     active = {name: share for name, share in shares.items() if share != 0}
     if list(active.values()) == [1]:
         return Combination(adapters[next(iter(active))], {})
-    found = {name: planned_factors(base, adapters[name]) for name in active}
+    factors_of = {name: planned_factors(base, adapters[name]) for name in active}
     for adapter in (adapters[name] for name in active):
         if others := adapter.not_linear | adapter.input_axis:
             raise UserError(f"{adapter.source}: {min(others)} is no linear layer with a magnitude a row; merge instead")
+    # PEFT has one method an adapter: a layer that only LoRA adapters touch gets the magnitude that changes nothing.
+    as_dora = any(part.magnitude is not None for factors in factors_of.values() for part in factors.values())
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
-    for layer in sorted({layer for factors in found.values() for layer in factors}):
+    for layer in sorted({layer for factors in factors_of.values() for layer in factors}):
         weight = base.weight_of(layer)
-        parts = [(share, found[name][layer]) for name, share in active.items() if layer in found[name]]
-        results[layer] = exact = combine_factors(weight, parts)
+        parts = [(share, factors_of[name][layer]) for name, share in active.items() if layer in factors_of[name]]
+        results[layer] = exact = combine_factors(weight, parts, as_dora=as_dora)
         if rank is not None:
             results[layer] = reduce_rank(exact, weight, rank)
             merged = exact.merged(weight)
@@ -123,25 +125,13 @@ def combine(
         for key, share in active.items():
             if name in adapters[key].extras:
                 extras[name] = extras[name] + share * (adapters[key].extras[name].to(start.dtype) - start)
-    return Combination(_as_adapter(results, extras, [adapters[name] for name in active], base), errors)
+    return Combination(_as_adapter(results, extras, [adapters[name] for name in active]), errors)
 
 
-def _as_adapter(
-    results: Mapping[str, Factors], extras: Mapping[str, Tensor], adapters: Sequence[Adapter], base: BaseWeights
-) -> Adapter:
+def _as_adapter(results: Mapping[str, Factors], extras: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> Adapter:
     tensors: dict[str, Tensor] = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()}
-    # PEFT has one method an adapter: a layer that only LoRA adapters touch gets the magnitude that changes nothing.
-    with_magnitude = any(factors.magnitude is not None for factors in results.values())
     for layer, factors in results.items():
-        if factors.lora_A is not None and factors.lora_B is not None:
-            tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = factors.lora_A
-            tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = factors.lora_B
-        if with_magnitude:
-            magnitude = factors.magnitude
-            if magnitude is None:
-                weight = base.weight_of(layer)
-                magnitude = _magnitude(factors, weight, torch.ones(len(factors.as_matrix(weight))))
-            tensors[f"{PEFT_PREFIX}{layer}.lora_magnitude_vector"] = magnitude
+        tensors |= factors.tensors(layer)
     adapted = {layer: factors for layer, factors in results.items() if factors.rank}
     whole = {module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()}
     config = new_config(
@@ -150,8 +140,8 @@ def _as_adapter(
         base_model_name_or_path=str(adapters[0].config.get("base_model_name_or_path") or ""),
         modules_to_save=sorted(whole) or None,
         fan_in_fan_out=adapters[0].config.get("fan_in_fan_out", False),
-        use_dora=with_magnitude and bool(adapted),
+        use_dora=any(factors.magnitude is not None for factors in adapted.values()),
     )
-    kept = {name for one in adapters for name in one.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
+    kept = {name for adapter in adapters for name in adapter.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
     recipe = own_recipe(config, extras, kept, results.keys() - adapted.keys())
     return Adapter(tensors, config, recipe, source="combination")

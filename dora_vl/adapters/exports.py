@@ -222,15 +222,11 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
     scale = Counter(factors.scale for factors in served.values()).most_common(1)[0][0]
     ranks = {name: factors.rank for name, factors in served.items()}
     highest, use_dora = max(ranks.values()), bool(adapter.config.get("use_dora"))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, factors in served.items():
-        assert factors.lora_A is not None  # refused before
-        assert factors.lora_B is not None
+        assert factors.lora_B is not None  # refused before
         share = factors.scale / scale
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.lora_A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.lora_B if share == 1 else share * factors.lora_B
-        if factors.magnitude is not None:
-            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude
+        tensors |= replace(factors, lora_B=factors.lora_B if share == 1 else share * factors.lora_B).tensors(name)
     others = {name: rank for name, rank in ranks.items() if rank != highest}
     config = peft_fields(
         ranks,

@@ -85,13 +85,23 @@ def save_adapter(
                 # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
                 whole = kept_rows(name, tensor.detach()).to("cpu", copy=True)
                 tensors[file_name(model, name)] = _in_file(model, name, whole)
-    if not write:
-        return
-    refuse_to_replace_adapter(Path(folder))
-    with written_whole(Path(folder)) as staging:
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(staging / CONFIG_FILE, peft_config(model, base_model))
-        write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": own_settings(model)})
+    if write:
+        own = {**(recipe or {}), "adapter": own_settings(model)}
+        write_folder(Path(folder), tensors, peft_config(model, base_model), own)
+
+
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> None:
+    """Writes the files of an adapter folder, whole or not at all, in place of an older one."""
+    refuse_to_replace_adapter(folder)
+    with written_whole(folder) as staging:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, staging / WEIGHTS_FILE, {"format": "pt"}
+        )
+        write_json(staging / CONFIG_FILE, config)
+        if recipe:
+            write_json(staging / RECIPE_FILE, recipe)
 
 
 def refuse_to_replace_adapter(target: Path) -> None:

@@ -383,11 +383,12 @@ def blocks_run(config: Any) -> int:
 def add_vision(writer: Any, config: Any, folder: Path) -> None:
     """Writes the settings of a tower and its projector, llama.cpp's `mmproj` file."""
     tower, blocks = config.vision_config, blocks_run(config)
-    contents = [json.loads((folder / n).read_text("utf-8")) for n in PICTURE_FILES if (folder / n).is_file()]
-    colours = [content.get("image_processor", content) for content in contents]
-    stated = next(
-        (one for one in colours if isinstance(one, Mapping) and {"image_mean", "image_std"} <= one.keys()), None
-    )
+    files = [folder / name for name in PICTURE_FILES if (folder / name).is_file()]
+    sections = [
+        content.get("image_processor", content) for content in (json.loads(f.read_text("utf-8")) for f in files)
+    ]
+    colours = (part for part in sections if isinstance(part, Mapping) and {"image_mean", "image_std"} <= part.keys())
+    stated = next(colours, None)
     if stated is None:
         raise UserError(f"{folder}: neither {' nor '.join(PICTURE_FILES)} says image_mean and image_std")
     writer.add_type("mmproj")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -200,15 +199,16 @@ def merge_to_folder(
         with written_whole(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe.get(CLOSED_ANSWERS))
             shards = _plan(weights, dtype, shard_bytes)
-            total = sum(entry.bytes for entries in shards.values() for entry in entries.values())
+            total = sum(byte_size(t.shape, kind) for entries in shards.values() for t, kind in entries.values())
             with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as progress:
                 for file, entries in shards.items():
 
-                    def read(key: str, entries: Mapping[str, _Entry] = entries) -> Tensor:
-                        progress.update(entries[key].bytes)
-                        return weights.read(entries[key].stored).to(entries[key].dtype)
+                    def read(key: str, entries: Mapping[str, tuple[StoredTensor, torch.dtype]] = entries) -> Tensor:
+                        stored, kind = entries[key]
+                        progress.update(byte_size(stored.shape, kind))
+                        return weights.read(stored).to(kind)
 
-                    announced = {key: (entry.stored.shape, entry.dtype) for key, entry in entries.items()}
+                    announced = {key: (stored.shape, kind) for key, (stored, kind) in entries.items()}
                     write_safetensors(staging / file, announced, read)
             if len(shards) > 1:
                 weight_map = dict(sorted((key, file) for file, entries in shards.items() for key in entries))
@@ -253,31 +253,23 @@ def _state_dtype(config: dict[str, object], dtype: str) -> None:
             _state_dtype(part, dtype)
 
 
-class _Entry(NamedTuple):
-    """One tensor of the result."""
-
-    stored: StoredTensor
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return byte_size(self.stored.shape, self.dtype)
-
-
-def _plan(weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, dict[str, _Entry]]:
+def _plan(
+    weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int
+) -> dict[str, dict[str, tuple[StoredTensor, torch.dtype]]]:
     """The output files and what goes where by its name there, known from the base's headers and what is added."""
-    base, size = weights.base, 0
-    groups: list[dict[str, _Entry]] = [{}]
+    base, filled = weights.base, 0
+    groups: list[dict[str, tuple[StoredTensor, torch.dtype]]] = [{}]
     for stored in weights.stored:
         if stored.dtype not in DTYPES:
             raise UserError(f"{base.folder}: {stored.key} is stored as {stored.dtype}, which is not read")
         own = DTYPES[stored.dtype]
-        entry = _Entry(stored, own if dtype is None or not own.is_floating_point else dtype)
-        if groups[-1] and size + entry.bytes > shard_bytes:
+        kind = own if dtype is None or not own.is_floating_point else dtype
+        size = byte_size(stored.shape, kind)
+        if groups[-1] and filled + size > shard_bytes:
             groups.append({})
-            size = 0
-        groups[-1][base.hub_keys.get(stored.key, stored.key)] = entry
-        size += entry.bytes
+            filled = 0
+        groups[-1][base.hub_keys.get(stored.key, stored.key)] = (stored, kind)
+        filled += size
     if len(groups) == 1:
         return {f"{base.stem}{SUFFIX}": groups[0]}
     return {f"{base.stem}-{i:05d}-of-{len(groups):05d}{SUFFIX}": group for i, group in enumerate(groups, start=1)}

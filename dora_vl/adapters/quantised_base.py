@@ -145,7 +145,7 @@ def share_off(layer: Any, dtype: torch.dtype) -> float:
     dx = torch.autograd.grad(y, x, dy)[0] if y.requires_grad else torch.zeros_like(x)
     bias = None if layer.bias is None else layer.bias.detach().float()
     pairs = ((y.detach(), F.linear(x.detach().float(), weight, bias)), (dx, dy.float() @ weight))
-    return max(float((found.float() - right).norm() / right.norm().clamp_min(1e-30)) for found, right in pairs)
+    return max(float((quantised.float() - right).norm() / right.norm().clamp_min(1e-30)) for quantised, right in pairs)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> Quant
             f"{source}: none of its language model's {len(fits)} linear layers can be quantised by {kind} (widths that "
             f"are multiples of {SCHEMES[kind].width}); set model.quantisation to another kind, or null"
         )
-    names = {fit: tuple(name for name, one in fits.items() if one == fit) for fit in (True, False)}
+    names = {fit: tuple(name for name, layer_fits in fits.items() if layer_fits == fit) for fit in (True, False)}
     return QuantisedLayers(quantised=names[True], whole=names[False])
 
 
@@ -194,13 +194,13 @@ def kept_whole(config: Mapping[str, Any], layers: tuple[str, ...], source: str) 
     from transformers.pytorch_utils import Conv1D
 
     parts = [name.split(".") for name in layers]
-    above = {".".join(one[:count]) for one in parts for count in range(len(one) + 1)}
+    above = {".".join(part[:count]) for part in parts for count in range(len(part) + 1)}
     return [
         name
         for name, module in _language_skeleton(config, source).named_modules()
         if name not in above
         and name.rpartition(".")[0] in above
-        and any(isinstance(one, nn.Linear | Conv1D) for one in module.modules())
+        and any(isinstance(layer, nn.Linear | Conv1D) for layer in module.modules())
     ]
 
 
@@ -229,7 +229,7 @@ class QuantisedWeights(BaseWeights):
 
 def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
     """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so."""
-    stated = {name: (one.get("quantisation"), one.get("dtype")) for name, one in recipes.items()}
+    stated = {name: (recipe.get("quantisation"), recipe.get("dtype")) for name, recipe in recipes.items()}
     kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
     if len(kinds) > 1:
         raise UserError(

@@ -134,8 +134,8 @@ def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any]
         elif output:
             name, leaf = "lm_head", output[1]
         else:
-            known = list(TORCHTUNE_MODULES)
-            raise UserError(f"{source}: {key} is no adapter tensor of a torchtune decoder; {known} are read")
+            modules = list(TORCHTUNE_MODULES)
+            raise UserError(f"{source}: {key} is no adapter tensor of a torchtune decoder; {modules} are read")
         projection = name[-len(".q_proj") :]
         if ROTARY_ORDER[model_type] and leaf != "lora_a.weight" and projection in heads:
             # Each head's rows from (even, odd, even, odd...) to all even ones, then all odd ones.

@@ -17,7 +17,6 @@ from typing import Any
 import regex
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
@@ -211,6 +210,8 @@ def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
 
 def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
     """Whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         return False
     from peft import LoraConfig

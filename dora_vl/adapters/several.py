@@ -345,7 +345,8 @@ class RowAdapters:
         layer = self.model.get_submodule(name)
         if isinstance(layer, RowLayer):
             return layer
-        row_layer = RowLayer(layer, self.batch, "rows" if name in self._layers.by_row else "pictures")
+        place: Place = "rows" if name in self._layers.by_row else "pictures"
+        row_layer = RowLayer(layer, self.batch, place)
         put_in_place(self.model, layer, row_layer)
         return row_layer
 

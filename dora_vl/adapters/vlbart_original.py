@@ -77,8 +77,8 @@ def _one_of(by_layer: Mapping[str, float], what: str, advice: str = "") -> float
     """The one value that all layers have."""
     layers = {value: name for name, value in by_layer.items()}
     if len(layers) > 1:
-        (first, one), (second, other) = list(layers.items())[:2]
-        raise UserError(f"{what} is {first:g} in {one} and {second:g} in {other}; the original has one{advice}")
+        (value, name), (other, other_name) = list(layers.items())[:2]
+        raise UserError(f"{what} is {value:g} in {name} and {other:g} in {other_name}; the original has one{advice}")
     return next(iter(layers))
 
 

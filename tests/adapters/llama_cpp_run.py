@@ -23,16 +23,16 @@ def posted(address: str, path: str, body: object) -> Any:
 
 def server(folder: Path) -> Any:
     """llama.cpp's own server over an export's files, in float32 where it has the choice."""
-    wanted = xllamacpp.CommonParams()
-    wanted.model.path = str(folder / "model.gguf")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / "model.gguf")
     if (folder / "mmproj.gguf").is_file():
-        wanted.mmproj.path = str(folder / "mmproj.gguf")
-    wanted.hostnames, wanted.port, wanted.verbosity = ["127.0.0.1"], 0, -1
-    wanted.n_ctx, wanted.n_parallel, wanted.warmup, wanted.fit_params = 512, 1, False, False
-    wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = 1
-    return xllamacpp.Server(wanted)
+        params.mmproj.path = str(folder / "mmproj.gguf")
+    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, -1
+    params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 512, 1, False, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    return xllamacpp.Server(params)
 
 
 def asked(case: dict[str, Any]) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def asked(case: dict[str, Any]) -> dict[str, Any]:
         picture = base64.b64encode(Path(case["picture"]).read_bytes()).decode()
         prompt = {"prompt_string": prompt.replace("<image>", mark), "multimodal_data": [picture]}
     body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 5, "samplers": ["temperature"]}
-    said = posted(address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+    likely = posted(address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
     split = {"parse_special": True}
     return {
-        "next": {one["id"]: one["logprob"] for one in said},
+        "next": {one["id"]: one["logprob"] for one in likely},
         "tokens": [posted(address, "/tokenize", {"content": text, **split})["tokens"] for text in case["texts"]],
     }
 

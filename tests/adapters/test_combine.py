@@ -1,4 +1,4 @@
-"""Weighted combinations: W + sum w_i (W'_i - W), as one adapter, and exactly the adapter for a single weight of 1."""
+"""Adapters made of others: weighted combinations, and the nearest LoRA of a DoRA, whose stated error is the error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from dora_vl.adapters.adapter import Adapter, Factors, read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine, combine_factors
+from dora_vl.adapters.exports import as_lora, export_layers, truncated
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
@@ -44,8 +45,8 @@ def test_smaller_rank_states_its_error(folders):
         exact = combine(adapters, shares, opened).adapter
         for layer, error in fewer.errors.items():
             weight = opened.read(f"{layer}.weight")
-            wanted, found = (side.factors[layer].merged(weight) for side in (exact, fewer.adapter))
-            assert error == pytest.approx(float((found - wanted).norm() / (wanted - weight).norm()), rel=1e-3)
+            expected, result = (side.factors[layer].merged(weight) for side in (exact, fewer.adapter))
+            assert error == pytest.approx(float((result - expected).norm() / (expected - weight).norm()), rel=1e-3)
     assert max(enough.errors.values()) < 1e-5
     assert min(fewer.errors.values()) > 0.01
 
@@ -55,8 +56,39 @@ def test_a_row_whose_gain_vanishes_is_still_close():
     weight = torch.randn(8, 6)
     a, b, _ = factors(weight)
     magnitude = (weight + 2 * b @ a).norm(dim=1) * torch.linspace(0, 2, 8)  # g = 0 in row 0
-    found = Factors(lora_A=a, lora_B=b, magnitude=magnitude, scale=2.0)
+    result = Factors(lora_A=a, lora_B=b, magnitude=magnitude, scale=2.0)
     plain = Factors(lora_A=a * 0.5, lora_B=b, magnitude=None, scale=1.0)
-    combined = combine_factors(weight, [(1.0, found), (0.5, plain)])
+    combined = combine_factors(weight, [(1.0, result), (0.5, plain)])
     expected = dora(weight, a, b, magnitude, 2.0) + 0.5 * b @ a * 0.5
     torch.testing.assert_close(combined.merged(weight), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_error_is_the_tail_of_the_spectrum_and_is_refused_above_the_bound(tmp_path):
+    model = tiny_llama()
+    base = saved(model, tmp_path / "base")
+    wrapped = moved_peft(model).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    read = read_adapter(tmp_path / "adapter")
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    start = dict(tiny_llama().named_parameters())
+    with BaseWeights(base) as opened:
+        exports = list(export_layers(read, opened, 4))
+    for export in exports:
+        change = (merged[f"{export.layer}.weight"] - start[f"{export.layer}.weight"]).detach()
+        spectrum = torch.linalg.svdvals(change).square()
+        expected = float((spectrum[4:].sum() / spectrum.sum()).sqrt())
+        assert export.relative_error == pytest.approx(expected, rel=1e-3)
+        assert expected > 0.05
+    as_lora(read, exports, 1.0)
+    with pytest.raises(UserError):
+        as_lora(read, exports, 0.01)
+
+
+def test_large_matrices_take_the_leading_part_without_touching_the_generator():
+    torch.manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(1300, 8)).Q, torch.linalg.qr(torch.randn(1100, 8)).Q
+    change = left @ torch.diag(torch.logspace(0, -4, 8)) @ right.t()
+    state = torch.get_rng_state()
+    a, b = truncated(change, 5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert float((change - b @ a).norm()) == pytest.approx(float(torch.logspace(0, -4, 8)[5:].norm()), rel=0.02)

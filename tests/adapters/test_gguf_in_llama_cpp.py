@@ -55,10 +55,10 @@ def likeliest(logits: torch.Tensor, count: int = 5) -> dict[int, float]:
     return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def difference(said: dict[str, float], expected: dict[int, float]) -> float:
+def difference(answer: dict[str, float], expected: dict[int, float]) -> float:
     """Largest, of log probabilities; the tokens must be the same."""
-    assert {int(name) for name in said} == set(expected)
-    return max(abs(said[str(name)] - value) for name, value in expected.items())
+    assert {int(name) for name in answer} == set(expected)
+    return max(abs(answer[str(name)] - value) for name, value in expected.items())
 
 
 @torch.no_grad()
@@ -83,10 +83,10 @@ def test_language_models_run_alike(tmp_path: Path) -> None:
         cases.append({"folder": str(folder / "to"), "prompt": ids, "texts": TEXTS})
         expected[name] = likeliest(model(torch.tensor([ids])).logits[0, -1])
         splits[name] = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
-    for name, said in zip(CASES, run(cases), strict=True):
+    for name, answer in zip(CASES, run(cases), strict=True):
         limit = 2e-3 if name.startswith("gemma") else 1e-5  # llama.cpp's gelu reads a table of half precision
-        assert difference(said["next"], expected[name]) < limit, name
-        assert said["tokens"] == splits[name], name
+        assert difference(answer["next"], expected[name]) < limit, name
+        assert answer["tokens"] == splits[name], name
 
 
 def with_siglip(base: Path) -> Path:
@@ -132,5 +132,5 @@ def test_a_llava_sees_alike(tmp_path: Path) -> None:
         for one in (shown, -shown)
     )
     assert max(abs(seen[name] - other.get(name, -9.0)) for name in seen) > 0.1  # it looks at the picture
-    (said,) = run([{**case, "texts": []}])
-    assert difference(said["next"], seen) < 5e-3
+    (answer,) = run([{**case, "texts": []}])
+    assert difference(answer["next"], seen) < 5e-3

@@ -1,14 +1,17 @@
-"""The merged folder: opens with plain transformers, answers as the unmerged model does, and is written in one go."""
+"""The merged folder: opens with plain transformers, answers as the unmerged model does, and is written in one go.
+
+Experts too, whose files hold each by itself and whose models hold them as one tensor.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -22,6 +25,7 @@ from dora_vl.errors import UserError
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.adapters.test_hub_names import adapter_on, published_llava
+from tests.core.test_experts import moved, tiny_mixtral, tiny_qwen
 
 
 def test_half_precision_rounds_once(tmp_path):
@@ -128,68 +132,67 @@ def test_a_diffusers_folder_keeps_its_names(tmp_path, shard_bytes):
     (tmp_path / "wrong").mkdir()
     with pytest.raises(UserError):
         merge_to_folder(adapter, tmp_path / "wrong", tmp_path / "x")
-    with BaseWeights(tmp_path / "unet-merged") as found:
+    with BaseWeights(tmp_path / "unet-merged") as merged_weights:
         expected = weights["down_blocks.3.to_q.weight"] + b @ a
-        torch.testing.assert_close(found.read("down_blocks.3.to_q.weight"), expected)
+        torch.testing.assert_close(merged_weights.read("down_blocks.3.to_q.weight"), expected)
 
 
-MEASURE = """
-import sys, threading, time
-from pathlib import Path
-from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.merge import merge_to_folder
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, llava, monkeypatch):
+    base, adapter = llava
+    read, tensors, alive = BaseWeights.read, [], []
 
-def anonymous() -> int:
-    # Not the resident size: pages of a memory-mapped file count there, and the system takes them back at will.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    def counted(self, name):
+        tensor = read(self, name)
+        tensors.append(weakref.ref(tensor))
+        alive.append(sum(reference() is not None for reference in tensors))
+        return tensor
 
-def watch() -> None:
-    while True:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-
-base, adapter, target = map(Path, sys.argv[1:])
-read = read_adapter(adapter)
-with BaseWeights(base) as opened:
-    read.factors["l0"].merged(opened.read("l0.weight"))
-start = anonymous()
-peak = [start]
-threading.Thread(target=watch, daemon=True).start()
-merge_to_folder(read, base, target)
-print(peak[0] - start)
-"""
+    monkeypatch.setattr(BaseWeights, "read", counted)
+    merge_to_folder(adapter, base, tmp_path / "merged")
+    assert len(alive) > 40
+    assert max(alive) <= 2
 
 
-@pytest.mark.slow
-def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
-    """12 layers of 16 MB, 192 MB in all, merged within the memory of a few."""
-    side, layers = 2048, 12
-    (tmp_path / "base").mkdir()
-    weights = {f"l{i}.weight": torch.randn(side, side) * 0.02 for i in range(layers)}
-    save_file(weights, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "adapter").mkdir()
-    prefix = "base_model.model."
-    tensors = {}
-    for i in range(layers):
-        tensors |= {
-            f"{prefix}l{i}.lora_A.weight": torch.randn(4, side),
-            f"{prefix}l{i}.lora_B.weight": torch.randn(side, 4),
-        }
-        tensors[f"{prefix}l{i}.lora_magnitude_vector"] = torch.rand(side) + 0.5
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("base", "adapter", "merged"))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    layer_bytes = side * side * 4
-    # V, B A and V squared are in memory at once; the model would be 12 layers.
-    assert int(run.stdout.split()[-1]) < 5 * layer_bytes
-    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
-        assert len(file.keys()) == layers
+LINEAR = DoRAConfig(targets=("*.q_proj",), rank=3, alpha=7.0)
+EXPERTS = DoRAConfig(
+    targets=("*.q_proj", "*.mlp.experts.*"), kinds=("linear", "experts"), rank=3, alpha=7.0,
+    rank_pattern={"*.1.mlp.experts.down_proj": 2},
+)  # fmt: skip
+IDS = torch.arange(24).view(2, 12) % 40
+
+
+@pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
+@pytest.mark.parametrize("config", [LINEAR, EXPERTS], ids=["linear", "experts"])
+@torch.no_grad()
+def test_merged_experts_answer_as_the_adapted_model(
+    tiny: Callable[[], Any], config: DoRAConfig, tmp_path: Path
+) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert sum(".experts." in key for key in stored) == 2 * 4 * 3
+    apply_dora(model, config)
+    moved(model, 0.1)
+    save_adapter(model, tmp_path / "adapter")
+    merged = merge_to_folder(read_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "merged")
+    assert merged.layers == len(config.targets) * 2 + (2 if config is EXPERTS else 0)
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert written.keys() == stored.keys()
+    moved_keys = {key for key in stored if not torch.equal(written[key], stored[key])}
+    assert sum(".experts." in key for key in moved_keys) == (24 if config is EXPERTS else 0)
+    again = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_refused_by_what_takes_matrices_alone_and_by_another_base(tmp_path: Path) -> None:
+    model = tiny_qwen()
+    apply_dora(model, EXPERTS)
+    save_adapter(model, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    assert adapter.experts
+    with pytest.raises(UserError):
+        _ = adapter.factors
+    tiny_mixtral().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError):
+        merge_to_folder(adapter, tmp_path / "other", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -78,9 +78,9 @@ def adapted(conv: nn.Module, method: str, alpha: float = 4.0) -> nn.Module:
     return model.eval()
 
 
-def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    error = {torch.float64: 1e-10, torch.float32: 1e-6}[wanted.dtype] * max(1.0, float(wanted.abs().max()))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=error)
+def assert_same(output: torch.Tensor, expected: torch.Tensor) -> None:
+    error = {torch.float64: 1e-10, torch.float32: 1e-6}[expected.dtype] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(output, expected, rtol=0, atol=error)
 
 
 def peft_type(folder) -> str:

@@ -98,16 +98,16 @@ def test_every_kind_of_adapter_in_one_batch(folders: dict[str, Path]) -> None:
     assert len(names) == len(IDS)
     plain = tiny_llama()
     base = plain(IDS).logits
-    found = logits(row_adapters(tiny_llama(), folders), names)
+    outputs = logits(row_adapters(tiny_llama(), folders), names)
     for number, name in enumerate(names):
         if name is None:
-            assert torch.equal(found[number], base[number])
+            assert torch.equal(outputs[number], base[number])
             continue
         model = tiny_llama()
         load_adapter(model, folders[name], change_base=False)
         expected = model.eval()(IDS).logits[number]
         assert (expected - base[number]).abs().max() > 1e-2, name
-        torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-3, msg=name)
+        torch.testing.assert_close(outputs[number], expected, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @torch.no_grad()
@@ -130,14 +130,14 @@ def mixed(folder: Path, strength: float) -> Any:
 @torch.no_grad()
 def test_every_kind_of_adapter_at_a_strength_of_its_own_in_one_batch(folders: dict[str, Path]) -> None:
     rows = [Share(name, 0.3 + 0.1 * number) for number, name in enumerate(folders)]  # 1.3 of the last
-    found = logits(row_adapters(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
+    outputs = logits(row_adapters(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
     base = tiny_llama()(IDS).logits
-    assert torch.equal(found[0], base[0])
-    assert torch.equal(found[-1], base[len(rows) + 1])
+    assert torch.equal(outputs[0], base[0])
+    assert torch.equal(outputs[-1], base[len(rows) + 1])
     for number, share in enumerate(rows, 1):
         expected = mixed(folders[share.key], share.strength)(IDS).logits[number]
         assert (expected - base[number]).abs().max() > 1e-2, share
-        torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-3, msg=str(share))
+        torch.testing.assert_close(outputs[number], expected, rtol=1e-3, atol=1e-3, msg=str(share))
 
 
 @torch.no_grad()
@@ -225,8 +225,8 @@ def test_rows_are_those_of_every_call() -> None:
             return self.flat(y.flatten(0, 1)) + self.sometimes(y.flatten(0, 1))
 
     model = Odd()
-    found = rows_seen(model, lambda: model(torch.zeros(2, 5, 3)), rows=2, tokens=5)
-    assert found == {"", "rows"}
+    seen = rows_seen(model, lambda: model(torch.zeros(2, 5, 3)), rows=2, tokens=5)
+    assert seen == {"", "rows"}
 
 
 @pytest.mark.parametrize("kind", ["nf4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hqq", "int8"))])
@@ -247,17 +247,17 @@ def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
         save_adapter(adapted, tmp_path / name)
         folders[name] = tmp_path / name
     adapters = row_adapters(model(), folders)
-    found = logits(adapters, (None, "one", "two", None)).float()
+    outputs = logits(adapters, (None, "one", "two", None)).float()
     plain = model()(IDS[:4]).logits.float()
     if kind != "int8":  # which takes its outliers from all rows together
-        assert torch.equal(found[0], plain[0])
+        assert torch.equal(outputs[0], plain[0])
     for number, name in ((1, "one"), (2, "two")):
         alone = model()
         load_adapter(alone, folders[name], change_base=False)
         expected = alone.eval()(IDS[:4]).logits[number].float()
         spread = expected.abs().max()
         assert (expected - plain[number]).abs().max() > 0.2 * spread
-        assert (found[number] - expected).abs().max() < 0.05 * spread
+        assert (outputs[number] - expected).abs().max() < 0.05 * spread
 
 
 def test_half_precision_extras_stay_float32(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_half_precision_extras_stay_float32(tmp_path: Path) -> None:
     adapters = row_adapters(tiny_llama().bfloat16(), {"norms": tmp_path / "norms"})
     with torch.no_grad():
         expected = model.eval()(IDS[:2]).logits
-        found = logits(adapters, (None, "norms"))
-        assert torch.equal(found[0], tiny_llama().bfloat16()(IDS[:2]).logits[0])
-    torch.testing.assert_close(found[1].float(), expected[1].float(), rtol=2e-2, atol=2e-2)
+        outputs = logits(adapters, (None, "norms"))
+        assert torch.equal(outputs[0], tiny_llama().bfloat16()(IDS[:2]).logits[0])
+    torch.testing.assert_close(outputs[1].float(), expected[1].float(), rtol=2e-2, atol=2e-2)
     assert [name for name, _ in adapted_layers(adapters.model)] == []

@@ -52,9 +52,9 @@ def written(folder: Path, base: Path, form: str, **options: Any) -> dict[str, Te
 
 
 def test_b_takes_a_scale_that_the_form_does_not_have(tmp_path: Path, base: Path) -> None:
-    found, own = read_adapter(adapter(tmp_path / "a")), tiny(seed=2).get_parameter(f"{Q}.weight").detach()
+    source, own = read_adapter(adapter(tmp_path / "a")), tiny(seed=2).get_parameter(f"{Q}.weight").detach()
     state = written(tmp_path / "a", base, "nvlabs-vlbart")
-    factors = found.factors[Q]
+    factors = source.factors[Q]
     assert factors.magnitude is not None
     assert factors.lora_A is not None
     assert factors.lora_B is not None
@@ -68,12 +68,12 @@ def test_layers_of_two_alphas_need_one_for_vl_adapter(tmp_path: Path, base: Path
     folder = adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})
     with pytest.raises(UserError):
         written(folder, base, "vl-adapter", tasks=("vqa",))
-    state, found = written(folder, base, "vl-adapter", tasks=("vqa", "gqa"), alpha=4.0), read_adapter(folder)
+    state, source = written(folder, base, "vl-adapter", tasks=("vqa", "gqa"), alpha=4.0), read_adapter(folder)
     for name, ratio in ((Q, 1.0), (V, 9.0 / 4.0)):
-        b = found.factors[name].lora_B
+        b = source.factors[name].lora_B
         assert b is not None
         assert torch.equal(state[f"{name}.lora_Bs.gqa"], b * ratio)
-        assert torch.equal(state[f"{name}.lora_As.vqa"], found.factors[name].lora_A)  # type: ignore[arg-type]
+        assert torch.equal(state[f"{name}.lora_As.vqa"], source.factors[name].lora_A)  # type: ignore[arg-type]
 
 
 def test_alpha_is_the_result_s_where_the_adapter_states_its_own(tmp_path: Path, base: Path) -> None:

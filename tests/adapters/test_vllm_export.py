@@ -66,7 +66,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+SLOW = {"projector", "one bias", "rsLoRA"}
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run in SLOW)) for run in RUNS])
 def test_base_and_adapter_are_the_trained_model(tmp_path: Path, run: str) -> None:
     base, adapter = trained(tmp_path, **RUNS[run])
     expected, before = logits(base, adapter), logits(base)
@@ -84,12 +87,12 @@ def test_base_and_adapter_are_the_trained_model(tmp_path: Path, run: str) -> Non
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
     assert config["peft_type"] == "LORA"
-    found = read_adapter(folder / "adapter")
-    scales = {factors.scale for factors in found.factors.values()}
+    served = read_adapter(folder / "adapter")
+    scales = {factors.scale for factors in served.factors.values()}
     assert scales == {config["lora_alpha"] / config["r"]}  # all that vLLM reads
     assert exported.max_lora_rank == 8
-    assert found.recipe["base"] == str(folder / "base")
-    assert found.recipe["template"] == "plain"
+    assert served.recipe["base"] == str(folder / "base")
+    assert served.recipe["template"] == "plain"
 
 
 def test_a_base_that_needs_nothing_is_not_copied(tmp_path: Path) -> None:

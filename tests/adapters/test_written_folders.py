@@ -160,8 +160,8 @@ def combined(*parts: dict[str, Any]) -> Callable[[Path], Tensor]:
                 for key, parameter in model.named_parameters():
                     parameter.add_(share * (merged.get_parameter(key) - start[key]))
         with BaseWeights(folder / "base") as base:
-            found = combine({name: read_adapter(folder / name) for name in shares}, shares, base)
-        write_adapter(found.adapter, folder / "adapter")
+            combination = combine({name: read_adapter(folder / name) for name in shares}, shares, base)
+        write_adapter(combination.adapter, folder / "adapter")
         return logits(model)
 
     return write
