@@ -22,7 +22,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +41,7 @@ KINDS = ("color", "shape", "direction", "order", "count", "spoken")
 NUMBERS = ("one", "two", "three", "four")
 SPEAKERS = ("anna", "ben", "carla", "david")
 CLIPS_A_CHUNK = 16
+SPLITS = ("pretrain", "adapt", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, count in self.sizes().items():
-            if count < 1:
+        for name in SPLITS:
+            if (count := getattr(self, name)) < 1:
                 raise UserError(f"--{name} is {count}; a split needs at least 1 clip")
-
-    def sizes(self) -> dict[str, int]:
-        """Clips by split."""
-        return {"pretrain": self.pretrain, "adapt": self.adapt, "test": self.test}
 
 
 @dataclass(frozen=True)
@@ -179,31 +176,23 @@ def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
     return len(numbered)
 
 
-def split_examples(task: str, split: str, clips: int, seed: int) -> Iterator[Example]:
-    """A split's questions or captions; questions about one clip stand together, a training run shuffles them."""
-    every = chain.from_iterable(examples_of(split, number, seed)[1] for number in range(clips))
-    return (example for example in every if bool(example.choices) == (task == QUESTIONS))
-
-
 def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
     """Writes every split of both tasks; returns what each holds."""
     splits: dict[str, JSON] = {}
-    for split, count in settings.sizes().items():
-        kinds: Counter[str] = Counter()
+    for split in SPLITS:
+        count, kinds = getattr(settings, split), Counter[str]()
         for task in (QUESTIONS, CAPTIONS):
             path = to / "records" / task / f"{split}.jsonl"
-            write_examples(path, split_examples(task, split, count, settings.seed))
+            # Questions about one clip stand together; a training run shuffles them.
+            examples = chain.from_iterable(examples_of(split, number, settings.seed)[1] for number in range(count))
+            write_examples(path, (one for one in examples if bool(one.choices) == (task == QUESTIONS)))
             kinds.update(str(example.extra["kind"]) for example in iterate_examples(path))
         splits[split] = {"clips": count, "by_kind": dict(sorted(kinds.items()))}
     return splits
 
 
 def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
-    """Draws all clips and writes all records; what an earlier call made with the same settings is kept.
-
-    Returns:
-        What the manifest holds.
-    """
+    """Draws all clips and writes all records, unless an earlier call did; returns what the manifest holds."""
     manifest_path = to / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -211,7 +200,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
             return manifest
         manifest_path.unlink()
     (to / "clips").mkdir(parents=True, exist_ok=True)
-    numbered = [(split, number) for split, count in settings.sizes().items() for number in range(count)]
+    numbered = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
     chunks = [numbered[start : start + CLIPS_A_CHUNK] for start in range(0, len(numbered), CLIPS_A_CHUNK)]
     started = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -227,28 +216,22 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
     return manifest
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    from dora_vl.training.launch import available_cores
-
-    usual = Settings()
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--to", type=Path, default=Path("runs/demo-video/data"), help="folder that gets clips and records"
-    )
-    for split, count in usual.sizes().items():
-        made.add_argument(f"--{split}", type=int, default=count, help=f"clips of the {split} split")
-    made.add_argument("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
-    made.add_argument("--workers", type=int, default=available_cores(), help="processes that draw")
-    return made
-
-
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     """Makes the clips and the records, and prints what each split holds."""
-    given = vars(parser().parse_args(arguments))
-    to, workers = given.pop("to"), given.pop("workers")
-    print(json.dumps(make(to, Settings(**given), workers=workers)["splits"], indent=1))
+    from dora_vl.training.launch import available_cores
+
+    usual = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, folder = parser.add_argument, Path("runs/demo-video/data")
+    add("--to", type=Path, default=folder, help="folder that gets clips and records")
+    for split in SPLITS:
+        add(f"--{split}", type=int, default=getattr(usual, split), help=f"clips of the {split} split")
+    add("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
+    add("--workers", type=int, default=available_cores(), help="processes that draw")
+    options = vars(parser.parse_args(arguments))
+    to, workers = options.pop("to"), options.pop("workers")
+    print(json.dumps(make(to, Settings(**options), workers=workers)["splits"], indent=1))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,7 @@ ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"
 class MediaCheck:
     """Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
 
-    Args:
-        root: what the paths of samples are relative to; with `follow_links` they may be links out of it.
-        decode: pictures are decoded whole too, which finds damage inside; their size, beginning and end are looked
-            at in any case.
+    Size, beginning and end of pictures are looked at in any case; `decode` finds damage inside too.
     """
 
     def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
@@ -212,9 +209,10 @@ class FileCheck:
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             if form in (None, "records") and record.keys() <= FIELDS:
-                example = from_record({**record, "id": sample_id})
-                return _example(example, answers_needed=self._limits.answers_needed)
-            return _talk(read_row({**record, "id": sample_id}, columns=self._columns), form)
+                example, form = from_record({**record, "id": sample_id}), "records"
+            else:
+                example = as_conversation(read_row({**record, "id": sample_id}, columns=self._columns))
+            return _sample(example, form, answers_needed=self._limits.answers_needed)
         except ColumnsError as error:
             return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
         except BadSample as error:
@@ -251,47 +249,29 @@ class FileCheck:
         self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
 
 
-def _talk(example: Example, form: str | None) -> Sample:
-    conversation = as_conversation(example)
-    asked = [turn.text for turn in conversation.turns if turn.role == "user"]
-    videos = tuple(clip.path for clip in example.videos)
-    return Sample(
-        id=example.id,
-        media=conversation.images + videos,
-        videos=videos,
-        asked="\n".join([*asked, *_spans(example)]),
-        answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
-        text="\n".join(turn.text for turn in conversation.turns),
-        held=example.image_bytes,
-        format=form,
-    )
-
-
-def _example(example: Example, *, answers_needed: bool) -> Sample:
-    said = tuple(turn.text for turn in example.turns if turn.role == "assistant")
-    answers = tuple(answer.text for answer in example.answers) + said
-    asked = "\n".join(
-        [example.question, *(turn.text for turn in example.turns if turn.role == "user"), *example.choices]
-    )
-    subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
-    if answers_needed and not answers:
+def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Sample:
+    turns = [turn.text for turn in example.turns if turn.role != "assistant"]
+    said = [turn.text for turn in example.turns if turn.role == "assistant"]
+    answers = [answer.text for answer in example.answers]
+    if answers_needed and not answers and not said:
         raise BadSample(example.id, "it has no answer", NO_ANSWER)
-    videos = tuple(clip.path for clip in example.videos)
+    asked = [turn.text for turn in example.turns if turn.role == "user"]
+    # The same question about another part of a video, or another order of pictures, is another one.
+    spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
     order = str(example.extra.get("order", ""))
+    subtitles = [subtitle.text for subtitle in example.subtitles]
+    videos = tuple(clip.path for clip in example.videos)
+    text = [*subtitles, example.question, *turns, *example.choices, *said, max(answers, key=len, default="")]
     return Sample(
         id=example.id,
         media=example.images + videos,
         videos=videos,
-        asked="\n".join(part for part in (asked, *_spans(example), order) if part.strip()),
-        answers=answers,
-        text="\n".join(part for part in (subtitles, asked, max(answers, key=len, default="")) if part),
-        format="records",
+        asked="\n".join(filter(str.strip, [example.question, *asked, *example.choices, *spans, order])),
+        answers=(*answers, *said),
+        text="\n".join(filter(None, text)),
+        held=example.image_bytes,
+        format=form,
     )
-
-
-def _spans(example: Example) -> list[str]:
-    """Which part of each video is meant: the same question about another part is another one."""
-    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
 
 
 def overlap(first: FileCheck, second: FileCheck) -> Finding | None:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row, is_nothing
@@ -23,9 +24,6 @@ from dora_vl.data.example import (
 from dora_vl.data.pictures import RowPictures, row_pictures
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn
 from dora_vl.errors import EMPTY_ANSWER, ON_THE_WEB, BadSample, UserError, shown
-
-# Turns of LLaVA's and of messages: who speaks, what is said, pictures and videos in parts and beside them.
-
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -54,16 +52,15 @@ def _refuse_marked(turn: Mapping[str, object], number: int, sample_id: str) -> N
         reason = "which would not be trained; write it into the answer's text, or leave out the row"
         raise BadSample(sample_id, f"turn {number} has {unsaid!r}, {reason}")
     speaker = turn.get("from") if turn.get("role") is None else turn["role"]
-    mark = next((name for name in MARKS if _is_untrained(name, turn.get(name))), None)
-    if mark is not None and ROLES.get(str(speaker)) == "assistant":
-        reason = "but every answer is trained; leave out the mark, or the row"
-        raise BadSample(sample_id, f"turn {number} has {mark!r} {shown(turn[mark])}, {reason}")
-
-
-def _is_untrained(name: str, mark: object) -> bool:
-    if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
-        return False
-    return mark == 0 if name == "loss" else mark != 1
+    if ROLES.get(str(speaker)) != "assistant":
+        return
+    for name in MARKS:
+        mark = turn.get(name)
+        if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
+            continue
+        if mark == 0 if name == "loss" else mark != 1:
+            reason = "but every answer is trained; leave out the mark, or the row"
+            raise BadSample(sample_id, f"turn {number} has {name!r} {shown(mark)}, {reason}")
 
 
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
@@ -92,16 +89,6 @@ def _with_tagged_pictures(example: Example) -> Example:
         turns=tuple(replace(turn, text=_TAGS.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in example.turns),
         images=tuple(pictures.names),
         image_bytes=pictures.held,
-    )
-
-
-def row_clips(row: Row, sample_id: str) -> tuple[Clip, ...]:
-    """The videos of a row; one that is no list counts as a list of one."""
-    value = row.get("videos")
-    if value is None or value in ("", []):
-        return ()
-    return tuple(
-        _read_clip(clip, "videos", sample_id) for clip in (value if isinstance(value, list | tuple) else [value])
     )
 
 
@@ -145,7 +132,9 @@ class MessageReader:
         self._left = [*range(len(self._beside.names))]
         self._pictures = RowPictures(sample_id)
         self._videos: list[Clip] = []
-        self._videos_left = [*row_clips(row, sample_id)]
+        videos = row.get("videos")
+        listed = [] if videos in (None, "", []) else videos if isinstance(videos, list | tuple) else [videos]
+        self._videos_left = [_read_clip(video, "videos", sample_id) for video in listed]
 
     def turns(self, messages: object, key: str = "messages") -> tuple[Turn, ...]:
         """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video."""
@@ -245,19 +234,10 @@ def _earlier_rounds(row: Row, sample_id: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-# The formats: each by its own columns.
-
-
-def read_conversations(row: Row, sample_id: str) -> Example:
-    """LLaVA's and ShareGPT's `from` and `value`, or roles; the pictures in `image` or `images`."""
+def read_conversations(row: Row, sample_id: str, key: str = "conversations") -> Example:
+    """LLaVA's and ShareGPT's `from` and `value`, or roles; pictures in parts, or in `image` or `images` beside them."""
     reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row.get("conversations"), "conversations"))
-
-
-def _read_messages(row: Row, sample_id: str) -> Example:
-    """`messages`; pictures in parts, or in `images` beside them."""
-    reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row["messages"]))
+    return reader.example(reader.turns(row.get(key), key))
 
 
 def _read_prompt_completion(row: Row, sample_id: str) -> Example:
@@ -289,7 +269,7 @@ def _read_instructions(row: Row, sample_id: str) -> Example:
 
     `answer`, the part of the output that is scored, is the example's answer where it is text (LLM-Adapters).
     """
-    instruction, added, output = (_text_or_none(row, name, sample_id) for name in ("instruction", "input", "output"))
+    instruction, added, output = (_text(row.get(name), name, sample_id) for name in ("instruction", "input", "output"))
     if not output.strip():
         raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
     if not is_nothing(row.get("history")):
@@ -309,7 +289,7 @@ def _read_columns(row: Row, sample_id: str) -> Example:
     if not is_nothing(row.get("choices")) and said.strip():
         labels, choices = _choices(row["choices"], sample_id)
         asked, said = _written_choices(asked, choices, said, sample_id, labels) if choices else (asked, said)
-    hint = _text_or_none(row, "hint", sample_id).strip()
+    hint = _text(row.get("hint"), "hint", sample_id).strip()
     if not _says(asked, [hint]):
         asked = f"{hint}\n{asked}"
     return _question(row, sample_id, asked, said, _earlier_rounds(row, sample_id))
@@ -392,7 +372,7 @@ def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
         labels, value = [*kept], [*kept.values()]
     if not isinstance(value, list | tuple) or not isinstance(labels, list) or len(labels) not in (0, len(value)):
         raise BadSample(sample_id, f"its choices must be a list of text, got {shown(value)}")
-    texts = [_text_or_none({"choices": text}, "choices", sample_id) for text in value]
+    texts = [_text(text, "choices", sample_id) for text in value]
     return [_text(label, "choices", sample_id) for label in labels], texts
 
 
@@ -405,7 +385,7 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
     """The most frequent of several answers, each text or an object with one; SQuAD's are a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    texts = [_text_or_none({name: _in_object(entry)}, name, sample_id) for entry in listed]
+    texts = [_text(_in_object(entry), name, sample_id) for entry in listed]
     counted = Counter(text for text in texts if text.strip())
     return counted.most_common(1)[0][0] if counted else ""
 
@@ -417,16 +397,10 @@ def _in_object(value: object) -> object:
     return next((said for key in ("answer", "text") if (said := value.get(key)) is not None), value)
 
 
-def _text_or_none(row: Mapping[str, object], name: str, sample_id: str) -> str:
-    """A field's text; empty where the row has none."""
-    value = row.get(name)
-    return "" if value is None else _text(value, name, sample_id)
-
-
 def _text(value: object, name: str, sample_id: str) -> str:
-    """Text, or a number as text."""
-    if isinstance(value, str):
-        return value
+    """Text, or a number as text; nothing is empty text."""
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
         raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
     try:
@@ -437,7 +411,7 @@ def _text(value: object, name: str, sample_id: str) -> str:
 
 READERS: Mapping[str, Callable[[Row, str], Example]] = {
     "conversations": read_conversations,
-    "messages": _read_messages,
+    "messages": partial(read_conversations, key="messages"),
     "texts": _read_texts,
     "prompt/completion": _read_prompt_completion,
     "instructions": _read_instructions,
@@ -459,11 +433,6 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
     """One row of any format as an example.
 
-    Args:
-        row: what a container gives: JSON's values, and bytes where a table or an archive holds pictures.
-        number: its place in the file, which is the id of one that has none.
-        columns: what its columns are.
-
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
         ColumnsError: it holds something that its format would leave out.
@@ -484,10 +453,6 @@ def _read(resolved: Resolved, sample_id: str) -> Example:
 
 class RowReader:
     """Reads the rows of one file or folder as conversations, and remembers what it has met.
-
-    Args:
-        name: of the file, for messages.
-        columns: what its columns are.
 
     Attributes:
         format: of its rows, once one of a known format has been read.

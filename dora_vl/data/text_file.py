@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -209,15 +210,18 @@ def table_rows(
 
     Args:
         columns: their names where the file has no line for them.
-        required: those of its line that must be there.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    reader = csv.reader(_with_end(path, wanted, progress, encoding), delimiter=delimiter)
+    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress, encoding))
+    reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
         if heads == [_END]:
             return  # an empty file
-        _check_columns(path, heads, required)
+        if missing := [column for column in required if column not in heads]:
+            raise UserError(f"{path}: no column {missing[0]!r}; it has {shown_names(heads)}")
+        if twice := [name for name in heads if heads.count(name) > 1]:
+            raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
         for values in filter(None, reader):
             if values == [_END]:
@@ -239,23 +243,6 @@ def table_rows(
     )
 
 
-def _with_end(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[str]:
-    yield from (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress, encoding))
-    yield _END
-
-
-def _check_columns(path: Path, heads: Sequence[str], required: Sequence[str]) -> None:
-    for column in required:
-        if column not in heads:
-            raise UserError(f"{path}: no column {column!r}; it has {shown_names(heads)}")
-    if len(set(heads)) < len(heads):
-        twice = next(name for name in heads if heads.count(name) > 1)
-        raise UserError(f"{path}: two columns are called {shown_text(twice)!r}; fetch or write the file again")
-
-
-# JSON of any size, a value at a time: a list, lines, or one object that holds the list.
-
-
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26
 """A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
@@ -263,15 +250,11 @@ _ROWS_IN_AN_OBJECT = re.compile(r'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s
 _WHITESPACE = " \t\r\n"
 
 
-def stream_records(
-    path: Path, *, key: str | None = None, progress: Progress | None = None
-) -> Iterator[dict[str, object]]:
+def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
     """Yields the objects of a JSON list, or of JSON lines, in order.
 
     Args:
-        path: the file.
         key: the file is one object, and the list is what it holds under this name.
-        progress: called with the number of bytes at each piece that is read.
     """
     with opened(path, "records") as file:
         stream = _JsonStream(path, file, progress)
@@ -282,8 +265,7 @@ def stream_records(
 def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
     """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, with the line of each.
 
-    Args:
-        wanted: what the file should be, for the message.
+    A text with half of a surrogate pair is refused; `wanted` is what the file should be, for the message.
     """
     with opened(path, wanted) as file:
         stream = _JsonStream(path, file)
@@ -323,32 +305,30 @@ class _JsonStream:
 
     def values(self, key: str | None = None) -> Iterator[int]:
         """Yields the line of each value; who asks takes the value before the next one."""
-        if key is not None:
-            yield from self._entries_under(key, alone=False)
+        self._next()
+        rows = _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)
+        if key is not None or rows:
+            yield from self._under(key or (rows[1] if rows else ""), alone=key is None)
         elif self._next() == "[":
             yield from self._entries()
-            self._expect_end("list")
-        elif (found := _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)) is not None:
-            yield from self._entries_under(found[1], alone=True)
+            if self._next():
+                self._fail("there is text after the end of the list")
         else:
             while self._next():
                 yield self._current_line()
 
-    def _entries_under(self, key: str, *, alone: bool) -> Iterator[int]:
+    def _under(self, key: str, *, alone: bool) -> Iterator[int]:
         """Of the list in an object; where it must stand `alone`, other lists and objects are not passed over."""
         names: list[str] = []
         for name in self.names():
             names.append(name)
-            if name != key:
-                value = self.take()
-                if alone and value and isinstance(value, list | dict):
-                    self._fail(
-                        f"beside {key!r} stands {shown(name)}; write the rows that are meant as a list of their own"
-                    )
-            elif self._next() != "[":
+            if name == key and self._next() != "[":
                 self._fail(f"{key!r} must hold a list")
-            else:
+            elif name == key:
                 yield from self._entries()
+            elif (value := self.take()) and alone and isinstance(value, list | dict):
+                beside = f"beside {key!r} stands {shown(name)}"
+                self._fail(f"{beside}; write the rows that are meant as a list of their own")
         if key not in names:
             self._fail(f"there is no {key!r}, only {', '.join(map(shown, names[:8])) or 'nothing'}")
 
@@ -365,7 +345,8 @@ class _JsonStream:
             closed = self._next() != ","
             self._position += not closed
         self._expect("}", "',' or '}' after a member of the object")
-        self._expect_end("object")
+        if self._next():
+            self._fail("there is text after the end of the object")
 
     def _entries(self) -> Iterator[int]:
         self._position += 1
@@ -420,10 +401,6 @@ class _JsonStream:
         if self._next() != character:
             self._fail(f"expected {what}")
         self._position += 1
-
-    def _expect_end(self, what: str) -> None:
-        if self._next():
-            self._fail(f"there is text after the end of the {what}")
 
     def _current_line(self) -> int:
         self._line += self._buffer.count("\n", self._counted, self._position)

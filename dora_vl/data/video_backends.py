@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ class Unreadable(Exception):
 
 
 class OverLimit(Exception):
-    """The file asks for more than `media_limits` allows, whichever library reads it."""
+    """The file asks for more than the limits of `pictures` allow, whichever library reads it."""
 
 
 def refuse_size(width: int, height: int) -> None:
@@ -306,19 +306,14 @@ def import_backend(backend: str) -> Any:
         raise BackendMissing(_one_line(error)) from None
 
 
-@contextmanager
-def open_video(backend: str, path: str) -> Iterator[OpenVideo]:
+def open_video(backend: str, path: str) -> closing[OpenVideo]:
     """The video, opened with one library.
 
     Raises:
         BackendMissing: the library cannot be imported.
         Unreadable: it cannot read the file; here, or while frames are taken.
     """
-    video = BACKENDS[backend](path)
-    try:
-        yield video
-    finally:
-        video.close()
+    return closing(BACKENDS[backend](path))
 
 
 @contextmanager

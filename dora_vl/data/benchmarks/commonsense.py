@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from dora_vl.data.benchmarks.fields import Progress, Raw, Row, Split, json_rows
+from dora_vl.data.benchmarks.fields import Progress, Raw, Row, Split
 from dora_vl.data.example import Answer, Example
+from dora_vl.data.text_file import stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 SIZES = {
@@ -57,7 +58,7 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
 
 
 def _rows(path: Path, progress: Progress) -> Iterator[Raw]:
-    for number, row in enumerate(json_rows(path, progress), start=1):
+    for number, row in enumerate(stream_records(path, progress), start=1):
         yield {**row, "row": number}
 
 

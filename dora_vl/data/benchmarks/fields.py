@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.text_file import Progress, stream_members, stream_records
+from dora_vl.data.text_file import Progress, stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]
@@ -234,11 +234,6 @@ def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -
 def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Those of the files that are there."""
     return {name: folder / name for name in names if (folder / name).is_file()}
-
-
-def json_rows(path: Path, progress: Progress, key: str | None = None) -> Iterator[Raw]:
-    """The objects of a JSON list or of JSON lines, or of the list under `key`."""
-    return stream_records(path, key=key, progress=progress)
 
 
 def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> Iterator[Raw]:

@@ -17,7 +17,6 @@ from dora_vl.data.benchmarks.fields import (
     Split,
     by_id,
     files_in,
-    json_rows,
     key,
     member_rows,
     numbered,
@@ -25,7 +24,7 @@ from dora_vl.data.benchmarks.fields import (
     soft_answers,
 )
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.text_file import json_object
+from dora_vl.data.text_file import json_object, stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
@@ -51,7 +50,7 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
 
 def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
     """The pictures of one of our splits; one of no known part counts as one of each, to be dropped with its reason."""
-    for row in json_rows(file, progress, "images"):
+    for row in stream_records(file, progress, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
 
@@ -113,7 +112,7 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     for file, path in {} if splits else found.items():
         name, size = GQA_VLT5[file]
         notes = {"form": "VL-T5's files"}
-        yield Split("gqa", name, (path,), partial(json_rows, path), gqa_vlt5_row, size, notes=notes)
+        yield Split("gqa", name, (path,), partial(stream_records, path), gqa_vlt5_row, size, notes=notes)
 
 
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
@@ -236,7 +235,7 @@ def _shared_rows(
 
 def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Iterator[Raw]:
     for part, (path, pictures) in files.items():
-        for row in json_rows(path, progress):
+        for row in stream_records(path, progress):
             yield {**row, "part": part, "pictures": pictures}
 
 
@@ -283,7 +282,7 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     for file, path in found.items():
         if file in table:
             name, size = table[file]
-            yield Split("nlvr2", name, (path,), partial(json_rows, path), nlvr2_row, size)
+            yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
 
 
 def nlvr2_row(raw: Raw) -> Example:
@@ -333,16 +332,20 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
             answers = folder / ANNOTATIONS.format(part)
             if not test and not answers.is_file():
                 raise UserError(f"{answers}: the answers of the {part} questions are missing; fetch them too")
-            rows = partial(json_rows, questions, key="questions") if test else partial(_joined_rows, questions, answers)
+            rows = (
+                partial(stream_records, questions, key="questions")
+                if test
+                else partial(_joined_rows, questions, answers)
+            )
             convert = partial(vqav2_row, pictures="test2015" if test else part, answered=not test)
             yield Split("vqav2", name, (questions,) if test else (questions, answers), rows, convert, size)
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
     """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
-    known = by_id(questions, json_rows(questions, progress, "questions"), "question_id", "question", "image_id")
+    known = by_id(questions, stream_records(questions, progress, "questions"), "question_id", "question", "image_id")
     answered: set[str] = set()
-    for where, row in numbered(annotations, json_rows(annotations, progress, "annotations")):
+    for where, row in numbered(annotations, stream_records(annotations, progress, "annotations")):
         name = key(row, "question_id")
         if name and name not in known:
             raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
@@ -405,7 +408,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
         rows: Callable[[Progress], Iterator[Raw]] = partial(_official_rows, folder, name)
         convert, inputs = vqav2_karpathy_row, [folder / name for name in names]
         if own:
-            rows, convert, inputs = partial(json_rows, own[file]), vqav2_vlt5_row, [own[file]]
+            rows, convert, inputs = partial(stream_records, own[file]), vqav2_vlt5_row, [own[file]]
         yield Split(
             "vqav2_karpathy",
             name,
@@ -422,7 +425,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
     """The questions about the split's pictures; one about a picture of no part is in each, to be dropped there."""
-    pictures = by_id(folder / KARPATHY, json_rows(folder / KARPATHY, progress, "images"), "cocoid", "split")
+    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
             picture = pictures.get(key(row, "image_id"), {})

@@ -17,13 +17,12 @@ from dora_vl.data.benchmarks.fields import (
     Split,
     by_id,
     files_in,
-    json_rows,
     key,
     present,
     refusing,
 )
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle
-from dora_vl.data.text_file import NotUtf8, json_object, opened, table_rows, whole_text
+from dora_vl.data.text_file import NotUtf8, json_object, opened, stream_records, table_rows, whole_text
 from dora_vl.errors import shown
 
 _TIMES = re.compile(r"\s*{0}\s*-->\s*{0}".format(r"([0-9]{1,3}):([0-9]{1,2}):([0-9]{1,2})[,.]([0-9]{1,9})"))
@@ -53,12 +52,12 @@ class Subtitles:
             file = path / f"{video}.srt"
             return read_srt(file) if video and file.is_file() else []
         if self._known is None:
-            self._known = by_id(path, json_rows(path, progress), "vid_name", "sub")
+            self._known = by_id(path, stream_records(path, progress), "vid_name", "sub")
         return self._known.get(video, {"sub": []})["sub"]
 
     def rows(self, file: Path, solution: Mapping[str, int], progress: Progress) -> Iterator[Raw]:
         """The file's rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
-        rows = json_rows(file, progress)
+        rows = stream_records(file, progress)
         if solution:
             rows = ({"answer_idx": solution.get(key(row, "qid")), **_given(row)} for row in rows)
         return self.joined(rows, progress)
