@@ -54,27 +54,27 @@ PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
     """Every picture and clip that the records name, each once."""
-    found: list[Medium] = []
+    media: list[Medium] = []
     for file in files:
         for example in iterate_examples(file):
-            found += [Medium(Path(path).stem, path) for path in example.images]
+            media += [Medium(Path(path).stem, path) for path in example.images]
             if (clip := clip_of_features(example)) is not None:
-                found.append(Medium(Path(clip[0]).stem, clip[1].path, clip[1]))
-    return _unique(found)
+                media.append(Medium(Path(clip[0]).stem, clip[1].path, clip[1]))
+    return _unique(media)
 
 
 def media_under(root: Path) -> list[Medium]:
     """Every picture and video in a folder and the folders in it."""
-    found: list[Medium] = []
+    media: list[Medium] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         relative = path.relative_to(root).as_posix()
         if path.suffix.lower() in PICTURES:
-            found.append(Medium(path.stem, relative))
+            media.append(Medium(path.stem, relative))
         elif path.suffix.lower() in VIDEOS:
-            found.append(Medium(path.stem, relative, Clip(path=relative)))
-    if not found:
+            media.append(Medium(path.stem, relative, Clip(path=relative)))
+    if not media:
         raise UserError(f"{root} holds no picture and no video")
-    return _unique(found)
+    return _unique(media)
 
 
 def _unique(media: Iterable[Medium]) -> list[Medium]:

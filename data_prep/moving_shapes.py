@@ -94,22 +94,24 @@ def caption(shown: Sequence[Mover]) -> str:
 def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
     """Every question of a kind that a clip has an answer to."""
     if kind == "color":
-        return [ShapeQuestion(f"what color is the {one.shape}?", one.color, tuple(COLORS), one) for one in shown]
+        return [
+            ShapeQuestion(f"what color is the {mover.shape}?", mover.color, tuple(COLORS), mover) for mover in shown
+        ]
     if kind == "shape":
-        return [ShapeQuestion(f"what shape is {one.color}?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion(f"what shape is {mover.color}?", mover.shape, SHAPES, mover) for mover in shown]
     if kind == "direction":
         return [
-            ShapeQuestion(f"which way does the {one.color} shape move?", one.direction, tuple(DIRECTIONS), one)
-            for one in shown
+            ShapeQuestion(f"which way does the {mover.color} shape move?", mover.direction, tuple(DIRECTIONS), mover)
+            for mover in shown
         ]
     if kind == "count":
         return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "spoken":
-        return [ShapeQuestion("what shape is the one they talk about?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion("what shape is the one they talk about?", mover.shape, SHAPES, mover) for mover in shown]
     if len(shown) == 1:
         return []
     ends = (("first", shown[0]), ("last", shown[-1]))
-    return [ShapeQuestion(f"which color comes {place}?", one.color, tuple(COLORS), one) for place, one in ends]
+    return [ShapeQuestion(f"which color comes {place}?", mover.color, tuple(COLORS), mover) for place, mover in ends]
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
@@ -138,31 +140,31 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     shown = movers(order)
     name = f"{split}-{number:05d}"
     clip = Clip(path=f"clips/{name}.mp4")
-    told = Example(
+    captioned = Example(
         id=f"{name}-{CAPTION}",
         videos=(clip,),
         subtitles=(said(order.choice(shown), order),),
         answers=(Answer(text=caption(shown)),),
         extra={"kind": CAPTION, "clip_id": name},
     )
-    made = [told]
+    examples = [captioned]
     for kind in LEARNED_FIRST if split == "pretrain" else KINDS:
         asked = questions_of(kind, shown)
-        for place, one in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
-            choices = four_choices(one.answer, one.possible, shown, order)
-            talked_about = one.about if kind == "spoken" and one.about is not None else order.choice(shown)
-            made.append(
+        for index, question in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
+            choices = four_choices(question.answer, question.possible, shown, order)
+            talked_about = question.about if kind == "spoken" and question.about is not None else order.choice(shown)
+            examples.append(
                 Example(
-                    id=f"{name}-{kind}-{place}",
+                    id=f"{name}-{kind}-{index}",
                     videos=(clip,),
                     subtitles=(said(talked_about, order),),
-                    question=one.question,
-                    answers=(Answer(text=one.answer),),
+                    question=question.question,
+                    answers=(Answer(text=question.answer),),
                     choices=choices,
-                    extra={"kind": kind, "clip_id": name, "correct": choices.index(one.answer)},
+                    extra={"kind": kind, "clip_id": name, "correct": choices.index(question.answer)},
                 )
             )
-    return shown, made
+    return shown, examples
 
 
 def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:

@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         [path for path in sorted(folder.iterdir()) if path.suffix == suffix and path.is_file()]
         for suffix in WEIGHT_SUFFIXES
     )
-    return tuple(next((found for found in kinds if found), []))
+    return tuple(next((files for files in kinds if files), []))
 
 
 @contextmanager
@@ -229,8 +229,8 @@ def read_yaml(path: Path) -> Any:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except YAMLError as error:
-        said = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
-        raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
+        reason = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
+        raise UserError(f"{path}: no YAML: {reason}; indent with spaces alone") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # no UTF-8, or a day that no month has

@@ -73,8 +73,8 @@ def _tree(group: list[Sample], shared: int) -> SharedRow:
     prefix = torch.stack([torch.arange(shared), torch.ones(shared).long(), torch.zeros(shared).long()])
     layout = [prefix]
     for number, places in enumerate(branches, start=1):
-        own = places[shared:]
-        layout.append(torch.stack([own, torch.ones_like(own), torch.full_like(own, number)]))
+        rest = places[shared:]
+        layout.append(torch.stack([rest, torch.ones_like(rest), torch.full_like(rest, number)]))
     return SharedRow(
         torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
         torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
@@ -262,9 +262,9 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
     sizes = [max(tensor.shape[place] for tensor in tensors) for place in range(1, tensors[0].dim())]
-    whole = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
+    filled = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
     start = 0
     for tensor in tensors:
-        whole[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        filled[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
         start += len(tensor)
-    return whole
+    return filled

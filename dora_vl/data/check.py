@@ -83,8 +83,8 @@ class MediaCheck:
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
         """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
         quick = ends_trouble(file)
-        found = decoding_trouble(source) if self._decode or quick else None
-        return quick if found and quick and quick.kind == TRUNCATED else found
+        trouble = decoding_trouble(source) if self._decode or quick else None
+        return quick if trouble and quick and quick.kind == TRUNCATED else trouble
 
 
 def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
@@ -251,9 +251,9 @@ class FileCheck:
 
 def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Sample:
     turns = [turn.text for turn in example.turns if turn.role != "assistant"]
-    said = [turn.text for turn in example.turns if turn.role == "assistant"]
+    replies = [turn.text for turn in example.turns if turn.role == "assistant"]
     answers = [answer.text for answer in example.answers]
-    if answers_needed and not answers and not said:
+    if answers_needed and not answers and not replies:
         raise BadSample(example.id, "it has no answer", NO_ANSWER)
     asked = [turn.text for turn in example.turns if turn.role == "user"]
     # The same question about another part of a video, or another order of pictures, is another one.
@@ -261,13 +261,13 @@ def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Samp
     order = str(example.extra.get("order", ""))
     subtitles = [subtitle.text for subtitle in example.subtitles]
     videos = tuple(clip.path for clip in example.videos)
-    text = [*subtitles, example.question, *turns, *example.choices, *said, max(answers, key=len, default="")]
+    text = [*subtitles, example.question, *turns, *example.choices, *replies, max(answers, key=len, default="")]
     return Sample(
         id=example.id,
         media=example.images + videos,
         videos=videos,
         asked="\n".join(filter(str.strip, [example.question, *asked, *example.choices, *spans, order])),
-        answers=(*answers, *said),
+        answers=(*answers, *replies),
         text="\n".join(filter(None, text)),
         held=example.image_bytes,
         format=form,
@@ -353,20 +353,20 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
-    found = [(check.path, finding) for check in checks for finding in check.findings.values()]
+    findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):
         if shared := overlap(first, second):
-            found.append((first.path, shared))
+            findings.append((first.path, shared))
     looked_at = sum(len(root.known) for root in roots if root is not None)
     looked = f", {looked_at:,} media files" if any(roots) else ""
     summary = f"{len(files)} files, {sum(check.rows for check in checks):,} samples{looked}"
-    if not found:
+    if not findings:
         yield f"{summary}: nothing found"
         return
-    yield from table(found)
-    if any(finding.problem == LEFT_OUT for _, finding in found):
+    yield from table(findings)
+    if any(finding.problem == LEFT_OUT for _, finding in findings):
         yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
-    yield f"{summary}: {sum(finding.count for _, finding in found):,} problems"
+    yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
 
 
@@ -376,8 +376,8 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
-            inside = [file for file in found if file.name not in NO_DATA and not file.name.startswith(".")]
+            below = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
+            inside = [file for file in below if file.name not in NO_DATA and not file.name.startswith(".")]
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
@@ -397,10 +397,10 @@ def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
     )
 
 
-def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
+def table(findings: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
     """One line for each kind of problem in each file, the most frequent first."""
     rows = [("file", "problem", "samples", "ids", "for example")]
-    for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
+    for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
         ids = ", ".join(map(shown_text, finding.ids)) + (", ..." if finding.count > len(finding.ids) else "")
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
         problem, example = shown_text(finding.problem, 120), shown_text(finding.example, 100)

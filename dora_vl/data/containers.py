@@ -320,13 +320,13 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _value(name: str, cell: str, where: str) -> object:
-    known = plain_name(name)
-    if known in LISTS or known in OBJECTS:
-        opening = "[" if known in LISTS else "{"
+    column = plain_name(name)
+    if column in LISTS or column in OBJECTS:
+        opening = "[" if column in LISTS else "{"
         if cell.lstrip().startswith(opening):
             return json_of(cell, where)
         return cell or None
-    return None if known == "id" and not cell else cell
+    return None if column == "id" and not cell else cell
 
 
 def hub_files(name: str) -> tuple[Path, ...]:

@@ -380,8 +380,10 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
     if isinstance(correct, bool) or not isinstance(correct, int):
         raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not 0 <= correct < len(choices):
-        known = f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {known}")
+        choices_there_are = (
+            f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
+        )
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {choices_there_are}")
     return correct
 
 
@@ -403,37 +405,37 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def correct_choice(said: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
+def correct_choice(answer: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
     """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
 
     A column says it by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also "(B)" or "B."), or by
     its text. Where the text of one choice reads as the letter or number of another, such as "2" among "1", "2" and "3",
     it could mean either: it is taken only where the columns that were named say which way to read it.
     """
-    if said is None or (isinstance(said, str) and not said.strip()):
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
         return None
-    if isinstance(said, int) and not isinstance(said, bool):
-        if not 0 <= said < len(choices):
-            raise BadSample(sample_id, f"its answer is {said}, but there are {len(choices)} choices")
-        return said
-    if not isinstance(said, str):
-        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(said)}")
-    word = said.strip()
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise BadSample(sample_id, f"its answer is {answer}, but there are {len(choices)} choices")
+        return answer
+    if not isinstance(answer, str):
+        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(answer)}")
+    word = answer.strip()
     by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
     if len(by_text) > 1:
-        raise BadSample(sample_id, f"its answer {shown(said)} is the text of {len(by_text)} of its choices")
+        raise BadSample(sample_id, f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
     place = ascii_uppercase.index(letter[1].upper()) if letter else number
     by_place = [place] if place < len(choices) and reading != "only text" else []
-    known = by_place + by_text if reading == "place" else by_text + by_place
-    if not known:
+    indices = by_place + by_text if reading == "place" else by_text + by_place
+    if not indices:
         ways = "text" if reading == "only text" else "letter, number from 0 or text"
-        raise BadSample(sample_id, f"its answer {shown(said)} is no {ways} of its {len(choices)} choices")
-    if reading == "either" and len(set(known)) > 1:
+        raise BadSample(sample_id, f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
+    if reading == "either" and len(set(indices)) > 1:
         raise BadSample(
             sample_id,
-            f"its answer {shown(said)} is the text of one choice and the letter or number of another; with "
+            f"its answer {shown(answer)} is the text of one choice and the letter or number of another; with "
             "columns=correct:COLUMN it is the latter, with columns=answers:COLUMN the text",
         )
-    return known[0]
+    return indices[0]

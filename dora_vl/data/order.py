@@ -235,26 +235,26 @@ class TrainFile:
     """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
 
 
-def train_files(given: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
+def train_files(train: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
     """What `data.train` names, one path or several files, as a list."""
-    files = (given,) if isinstance(given, str) else given
+    files = (train,) if isinstance(train, str) else train
     return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
 
 
-def train_name(given: str | Sequence[str | TrainFile]) -> str:
+def train_name(train: str | Sequence[str | TrainFile]) -> str:
     """The files' names, for messages."""
-    return ", ".join(file.path for file in train_files(given))
+    return ", ".join(file.path for file in train_files(train))
 
 
 HEADERS = 1_000
 """Rows whose pictures' sizes are read, less than a second's worth; of more, so many at even distances."""
 
 
-def longest_places(known: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
+def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
     """The places of the `count` longest samples, or of those of one kind."""
-    order = known.lengths.argsort(descending=True, stable=True)
-    kept = order if among is None else order[among[order]]
-    return kept[:count].tolist()
+    order = sizes.lengths.argsort(descending=True, stable=True)
+    of_kind = order if among is None else order[among[order]]
+    return of_kind[:count].tolist()
 
 
 def places_of_largest_pictures(

@@ -95,18 +95,18 @@ def converted_rows(
 
 def convert_chunk(convert: Callable[[Raw], Converted], chunk: list[tuple[int, Raw]]) -> list[ConvertedRow]:
     """Converts numbered rows; one that cannot be used keeps its reason."""
-    found: list[ConvertedRow] = []
+    converted: list[ConvertedRow] = []
     for number, row in chunk:
         try:
             result = convert(row)
             several = result if not isinstance(result, Example | Mapping) else [cast(Example, result)]
-            found.append(ConvertedRow(number, tuple(_line(one) for one in several)))
+            converted.append(ConvertedRow(number, tuple(_line(one) for one in several)))
         except BadSample as error:
             name, reason = shown_text(error.sample_id, 80), shown_text(error.reason, 200)
-            found.append(ConvertedRow(number, id=name, problem=reason))
+            converted.append(ConvertedRow(number, id=name, problem=reason))
         except RecursionError:
-            found.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
-    return found
+            converted.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
+    return converted
 
 
 def _line(result: Example | Mapping[str, JSON]) -> tuple[str, bytes, bool]:
@@ -458,11 +458,11 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
             raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {arguments.source} {has}")
         options[name] = value
     splits = list(source.splits(arguments.folder, options, arguments.to))
-    wanted = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
-    if unknown := set(wanted) - {split.name for split in splits}:
-        found = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {found}")
-    return [split for split in splits if split.name in wanted]
+    names = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
+    if unknown := set(names) - {split.name for split in splits}:
+        known_names = ", ".join(sorted({split.name for split in splits}))
+        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {known_names}")
+    return [split for split in splits if split.name in names]
 
 
 def summary(prepared: Prepared) -> Iterator[str]:

@@ -186,12 +186,12 @@ class _Rows:
         }
 
 
-def characters_of(found: Example | BadSample) -> int:
+def characters_of(row: Example | BadSample) -> int:
     """Characters and bytes that a row holds."""
-    if isinstance(found, BadSample):
-        return len(found.reason)
-    texts = (found.id, *found.images, *(clip.path for clip in found.videos), *(turn.text for turn in found.turns))
-    return sum(map(len, texts)) + sum(map(len, found.image_bytes.values()))
+    if isinstance(row, BadSample):
+        return len(row.reason)
+    texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text for turn in row.turns))
+    return sum(map(len, texts)) + sum(map(len, row.image_bytes.values()))
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,15 @@ Progress = Callable[[int], object]
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str) -> Iterator[io.BufferedIOBase]:
+def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, those inside of one that gzip packed.
 
     Args:
-        wanted: what the file should be, such as "predictions; give JSON lines", for the message.
+        kind: what the file should be, such as "predictions; give JSON lines", for the message.
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path}: no such file of {wanted}")
+            raise UserError(f"{path}: no such file of {kind}")
         with gzip.GzipFile(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # of gzip: cut, or damaged
@@ -92,31 +92,31 @@ def refuse_half_pairs(value: object, where: str) -> None:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
 
 
-def json_object(path: Path, wanted: str) -> dict[str, object]:
+def json_object(path: Path, kind: str) -> dict[str, object]:
     """A small file that is one JSON object, at once; half of a surrogate pair may be in it."""
-    text = whole_text(path, wanted)
-    found = _parsed(text, f"{path}", _unique_names)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold one JSON object, found {type(found).__name__}")
-    return found
+    text = whole_text(path, kind)
+    value = _parsed(text, f"{path}", _unique_names)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold one JSON object, found {type(value).__name__}")
+    return value
 
 
 def _unique_names(members: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(members)
-    if len(found) < len(members):
+    members_by_name = dict(members)
+    if len(members_by_name) < len(members):
         names: set[str] = set()
         twice = next(name for name, _ in members if name in names or names.add(name))
         raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
-    return found
+    return members_by_name
 
 
-def whole_text(path: Path, wanted: str) -> str:
+def whole_text(path: Path, kind: str) -> str:
     """A small file's text, line breaks as they are.
 
     Raises:
         UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
     """
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
 
@@ -124,9 +124,9 @@ UTF_8, WITHOUT_A_MARK = "utf-8", "cp1252"
 MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
-def encoding_of(path: Path, wanted: str) -> str:
+def encoding_of(path: Path, kind: str) -> str:
     """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         beginning = file.read(2)
         if beginning in MARKS:
             return MARKS[beginning]
@@ -148,17 +148,17 @@ def _say_encoding(path: Path) -> None:
     _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
 
-def text_lines(path: Path, wanted: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
     """Yields each line with its number, from 1, without its line break."""
-    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None, encoding))
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, lambda size: None, encoding))
 
 
-def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     """Yields each line as it is, with its number."""
     if encoding != UTF_8:
-        yield from _recoded_lines(path, wanted, progress, encoding)
+        yield from _recoded_lines(path, kind, progress, encoding)
         return
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         number = 0
         while line := file.readline(LONGEST_LINE_BYTES + 1):
             number += 1
@@ -169,9 +169,9 @@ def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterat
             yield number, text_of(line, f"{path}, line {number}")
 
 
-def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+def _recoded_lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     try:
-        with opened(path, wanted) as file:
+        with opened(path, kind) as file:
             for number, line in enumerate(io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""), 1):
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
@@ -181,9 +181,9 @@ def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -
         raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
 
 
-def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]]]:
+def json_lines(path: Path, kind: str) -> Iterator[tuple[int, dict[str, object]]]:
     """Yields the object of each line that is not blank, with the line's number."""
-    for number, line in text_lines(path, wanted):
+    for number, line in text_lines(path, kind):
         if line.strip():
             value = json_of(line, f"{path}, line {number}")
             if not isinstance(value, dict):
@@ -198,7 +198,7 @@ and end as if nothing were wrong (its strict form would refuse marks in the midd
 
 def table_rows(
     path: Path,
-    wanted: str,
+    kind: str,
     *,
     delimiter: str,
     columns: Sequence[str] = (),
@@ -212,7 +212,7 @@ def table_rows(
         columns: their names where the file has no line for them.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress, encoding))
+    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, progress, encoding))
     reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
@@ -262,12 +262,12 @@ def stream_records(path: Path, progress: Progress | None = None, key: str | None
             yield stream.take_object()
 
 
-def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
+def stream_values(path: Path, kind: str) -> Iterator[tuple[int, object]]:
     """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, with the line of each.
 
-    A text with half of a surrogate pair is refused; `wanted` is what the file should be, for the message.
+    A text with half of a surrogate pair is refused; `kind` is what the file should be, for the message.
     """
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         stream = _JsonStream(path, file)
         for line in stream.values():
             value = stream.take()

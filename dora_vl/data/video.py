@@ -208,12 +208,12 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
 
 def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
     """What to raise when every backend has given its reason: the file's fault, or that none is installed."""
-    told = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
+    listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
         return UserError(
-            f"no library that decodes videos can be used: {told}. Install one: pip install 'dora-vl[video]'"
+            f"no library that decodes videos can be used: {listed}. Install one: pip install 'dora-vl[video]'"
         )
-    return BadSample(clip.path, f"video {clip.path} cannot be read: {told}")
+    return BadSample(clip.path, f"video {clip.path} cannot be read: {listed}")
 
 
 def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
@@ -417,8 +417,8 @@ def limit_memory(more: int) -> None:
     except (OSError, ValueError, IndexError):
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    most = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def serve_descriptor(descriptor: int) -> None:

@@ -141,12 +141,12 @@ class Row:
     def number(self, column: str, value: JSON) -> float:
         """A finite number, or text that spells one, somewhere in a column."""
         try:
-            found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+            result = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
         except (ValueError, OverflowError):
-            found = math.nan
-        if not math.isfinite(found):
+            result = math.nan
+        if not math.isfinite(result):
             raise self._wrong(column, "a number", value)
-        return found
+        return result
 
     def span(self, column: str, value: JSON) -> tuple[float, float]:
         """Start and end in seconds: two numbers, the second not before the first."""
@@ -259,17 +259,17 @@ def numbered(file: Path, rows: Iterable[Raw]) -> Iterator[tuple[str, Raw]]:
 
 def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dict[str, Raw]:
     """Columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
-    found: dict[str, Raw] = {}
+    rows_by_id: dict[str, Raw] = {}
     for where, row in numbered(file, rows):
         with refusing(where):
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
-        if not _same(found.setdefault(name, values), values):
+        if not _same(rows_by_id.setdefault(name, values), values):
             raise UserError(
                 f"{where}: {id_column} {shown(name)} stands in an earlier row with another {' or '.join(columns)}; "
                 "which is right? fetch the file again"
             )
-    return found
+    return rows_by_id
 
 
 def _same(first: Raw, second: Raw) -> bool:

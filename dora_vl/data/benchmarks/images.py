@@ -100,16 +100,16 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     LLaVA-1.5 reports testdev_balanced, VL-BART trains on train + val and reports testdev. The official script needs
     `types`, `entailed`, `groups` and `isBalanced` for all of its figures, so they stay in `extra`.
     """
-    found = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
+    files = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
     splits: list[tuple[str, int, tuple[Path, ...]]] = [
-        (*GQA_FILES[file], (path,)) for file, path in found.items() if file in GQA_FILES
+        (*GQA_FILES[file], (path,)) for file, path in files.items() if file in GQA_FILES
     ]
-    if parts := tuple(path for file, path in found.items() if file in GQA_ALL_TRAIN):
+    if parts := tuple(path for file, path in files.items() if file in GQA_ALL_TRAIN):
         splits.append(("train_all", 14_305_356, parts))
     for name, size, paths in splits:
         rows, convert = partial(member_rows, paths, "question_id"), partial(gqa_row, answered=name != "test")
         yield Split("gqa", name, paths, rows, convert, size)
-    for file, path in {} if splits else found.items():
+    for file, path in {} if splits else files.items():
         name, size = GQA_VLT5[file]
         notes = {"form": "VL-T5's files"}
         yield Split("gqa", name, (path,), partial(stream_records, path), gqa_vlt5_row, size, notes=notes)
@@ -181,19 +181,19 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
         yield split(name, inputs, rows, settings={"shares": dict(shares), "seed": seed})
 
 
-def read_shares(wanted: str) -> dict[str, float]:
+def read_shares(option: str) -> dict[str, float]:
     """`train:0.8,test:0.2` as numbers that make 1."""
     shares: dict[str, float] = {}
-    for part in wanted.split(","):
+    for part in option.split(","):
         name, _, value = part.partition(":")
         try:
             shares[name] = float(value)
         except ValueError:
             shares[name] = math.nan
     if not all(name.isidentifier() and 0 < share <= 1 for name, share in shares.items()):
-        raise UserError(f"--set shares={shown_text(wanted, 100)}: must be like train:0.8,validation:0.1,test:0.1")
+        raise UserError(f"--set shares={shown_text(option, 100)}: must be like train:0.8,validation:0.1,test:0.1")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"--set shares={shown_text(wanted, 100)}: the shares make {sum(shares.values()):g}, not 1")
+        raise UserError(f"--set shares={shown_text(option, 100)}: the shares make {sum(shares.values()):g}, not 1")
     return shares
 
 
@@ -277,9 +277,9 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     Quirks: labels are "True" and "False" here and "true"/"false" in NLVR; consistency counts a sentence (the identifier
     without its last field) when all of its rows are right; the submission is "identifier,True".
     """
-    found = present(folder, [*NLVR2_FILES, *NLVR2_VLT5], inside=["data"])
-    table = NLVR2_VLT5 if "valid.json" in found else NLVR2_FILES | NLVR2_VLT5
-    for file, path in found.items():
+    files = present(folder, [*NLVR2_FILES, *NLVR2_VLT5], inside=["data"])
+    table = NLVR2_VLT5 if "valid.json" in files else NLVR2_FILES | NLVR2_VLT5
+    for file, path in files.items():
         if file in table:
             name, size = table[file]
             yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
@@ -325,9 +325,9 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     answers stay raw in `extra["human_answers"]`, as the official normaliser needs them; `answers` are the distinct ones
     with LXMERT's weights, for training.
     """
-    found = present(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
+    files = present(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
     for part, (name, size) in VQAV2_PARTS.items():
-        if questions := found.get(QUESTIONS.format(part)):
+        if questions := files.get(QUESTIONS.format(part)):
             test = part.startswith("test")
             answers = folder / ANNOTATIONS.format(part)
             if not test and not answers.is_file():

@@ -121,13 +121,13 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
 
 
 def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
-    known = {
+    additions = {
         name: by_id(files[file], stream_records(files[file], progress), join, column) if file in files else {}
         for name, (file, join, column) in LLAVA_BENCH_FILES.items()
     }
     for row in stream_records(files["questions.jsonl"], progress):
         added = {
-            name: known[name].get(key(row, join), {}).get(column)
+            name: additions[name].get(key(row, join), {}).get(column)
             for name, (_, join, column) in LLAVA_BENCH_FILES.items()
         }
         yield {**row, **added}
@@ -273,11 +273,11 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 
 
 def _mme_texts(root: Path) -> list[Path]:
-    found: list[Path] = []
+    texts: list[Path] = []
     for category in (*MME_PERCEPTION, *MME_COGNITION):
         apart = root / category / MME_QUESTIONS
-        found += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
-    return found
+        texts += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
+    return texts
 
 
 def _mme_rows(root: Path, progress: Progress) -> Iterator[Raw]:
@@ -373,9 +373,9 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     "<category>-<question_id>" because the three files count from 1 each.
     """
     names = [f"{pictures}_pope_{category}.json" for pictures in POPE_SETS for category in POPE_CATEGORIES]
-    found = present(folder, names, inside=["coco", "output/coco"])
+    paths = present(folder, names, inside=["coco", "output/coco"])
     for pictures, (task, picture_folder) in POPE_SETS.items():
-        files = {part: found[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in found}
+        files = {part: paths[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in paths}
         if files:
             counts = tuple(sum(1 for _ in stream_records(path, lambda _: None)) for path in files.values())
             version = POPE_VERSIONS.get(counts, f"unknown: {counts} rows")
@@ -425,10 +425,10 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
     paper, so both stay in `extra`.
     """
     names = ["problems.json", "pid_splits.json"]
-    found = present(folder, names, inside=["data/scienceqa"])
-    if missing := [name for name in names if name not in found]:
+    paths = present(folder, names, inside=["data/scienceqa"])
+    if missing := [name for name in names if name not in paths]:
         raise UserError(f"{folder}: {missing[0]} is missing; fetch both {' and '.join(names)}")
-    problems, parts = found.values()
+    problems, parts = paths.values()
     with refusing(f"{parts}: not the map of splits to ids expected"):
         ids = Row(json_object(parts, WANTED))
         members = {part: frozenset(ids.texts(part)) for part in SCIENCEQA_PARTS}
@@ -437,14 +437,14 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
         yield Split("scienceqa", name, (problems, parts), rows, partial(scienceqa_row, part=part), size)
 
 
-def _scienceqa_rows(problems: Path, wanted: frozenset[str], progress: Progress) -> Iterator[Raw]:
+def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
     """The problems of one split; one that the split names but nobody has comes last, to be dropped with that reason."""
-    found: set[str] = set()
+    seen: set[str] = set()
     for name, row in stream_members(problems, progress=progress):
-        if name in wanted:
-            found.add(name)
+        if name in members:
+            seen.add(name)
             yield {**row, "pid": name}
-    yield from ({"pid": name} for name in sorted(wanted - found))
+    yield from ({"pid": name} for name in sorted(members - seen))
 
 
 def scienceqa_row(raw: Raw, *, part: str) -> Example:
@@ -528,9 +528,9 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
     Quirks: `question_id` counts on through the three splits; LLaVA's file has the picture's id as `question_id`, which
     is not unique, so its rows are matched by picture and question in lower case, as LLaVA's own scorer does.
     """
-    found = present(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
+    files = present(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
     for part, (name, size) in TEXTVQA_PARTS.items():
-        if questions := found.get(f"TextVQA_0.5.1_{part}.json"):
+        if questions := files.get(f"TextVQA_0.5.1_{part}.json"):
             names = [f"TextVQA_Rosetta_OCR_v0.2_{part}.json", *([TEXTVQA_LLAVA] if part == "val" else [])]
             ocr = files_in(folder, names)
             rows, convert = partial(_textvqa_rows, questions, ocr), partial(textvqa_row, answered=part != "test")
