@@ -43,7 +43,9 @@ def open_regular(path: Path) -> BinaryIO:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        refuse_no_file(os.fstat(descriptor).st_mode)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise NoRegularFile(f"it is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -66,16 +68,6 @@ def content_key(path: Path) -> str:
         beginning = file.read(HASHED_BYTES)
         file.seek(max(0, size - HASHED_BYTES))
         return hashlib.sha256(b"%d " % size + beginning + file.read(HASHED_BYTES)).hexdigest()
-
-
-def refuse_no_file(mode: int) -> None:
-    """Raises `NoRegularFile` for the mode of anything but a file."""
-    if not stat.S_ISREG(mode):
-        raise NoRegularFile(f"it is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
-
-
-# A model's folder: which weight files are loaded, in transformers' order, whether they are whole, and what is said of
-# files that transformers cannot read.
 
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
@@ -199,9 +191,6 @@ def _check_safetensors(path: Path, size: int) -> None:
             f"{path} is not a whole safetensors file: it has {size:,} bytes, and its header says {whole:,}; "
             "copy or fetch it again"
         )
-
-
-# YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
 
 
 MOST_VALUES = 100_000
