@@ -43,11 +43,6 @@ def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[Sha
     return [_join(row) for row in _fill_rows(trees)]
 
 
-def packed_rows(samples: Sequence[Sample]) -> list[SharedRow]:
-    """A micro-batch's samples as few full rows, nothing shared: each sees itself alone, from position 0."""
-    return [_join(row) for row in _fill_rows([_tree([sample], len(sample.input_ids)) for sample in samples])]
-
-
 def _trees(group: list[Sample], picture_token_id: int) -> list[SharedRow]:
     """One tree where all pictures stand in the common prefix, else each sample by itself."""
     shared = _shared_tokens(group)
@@ -167,7 +162,9 @@ class Collator:
         if samples and self.share_pictures_by is not None:
             rows = [_as_sample(row) for row in shared_rows(samples, picture_token_id=self.share_pictures_by)]
         elif samples and self.pack:
-            rows = [_as_sample(row) for row in packed_rows(samples)]
+            # Nothing is shared: each sees itself alone, from position 0.
+            trees = [_tree([sample], len(sample.input_ids)) for sample in samples]
+            rows = [_as_sample(_join(row)) for row in _fill_rows(trees)]
         tokens = sum(len(row.input_ids) for row in rows)
         for dummy in (self.dummy, self.dummy_video):
             if dummy is not None and not any(_media(dummy) <= _media(row) for row in rows):

@@ -16,6 +16,7 @@ from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.turns import Turn
 from dora_vl.errors import EMPTY_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError
+from dora_vl.evaluation.questions import read_questions
 
 ROOT = Path(__file__).parents[3]
 ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
@@ -208,6 +209,26 @@ def test_what_belongs_to_a_question_is_asked_with_it(beside: dict[str, object], 
         assert talk({**ASKING, **notes, "choices": nothing}).turns == talk(ASKING).turns
 
 
+def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
+    scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    asked = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
+    first, second = talk(scored).turns[0], talk(asked).turns[0]
+    assert (first.text, first.input) == ("Is it so?", "")
+    assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
+    assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
+    (tmp_path / "a.json").write_text(json.dumps([scored, {**asked, "id": "b"}, {"instruction": "q", "output": ""}]))
+    questions, skipped = read_questions(tmp_path / "a.json")
+    assert [(one.id, one.answer, one.truth) for one in questions] == [
+        ("record 0", "true", "the correct answer is true"),
+        ("b", "", "it"),
+    ]
+    assert [*skipped] == ["record 2"]
+    assert [one.id for one in read_questions(tmp_path / "a.json", limit=1)[0]] == ["record 0"]
+    (tmp_path / "twice.json").write_text(json.dumps([{**scored, "id": "a"}] * 2))
+    with pytest.raises(UserError):
+        read_questions(tmp_path / "twice.json")
+
+
 @pytest.mark.parametrize("place", ["<image{}>", "<image {}>", "<image_{}>", "<|image_{}|>"])
 def test_numbered_places_keep_the_order_of_their_pictures(place: str) -> None:
     first, second = place.format(1), place.format(2)
@@ -290,6 +311,9 @@ def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], 
         {"texts": [{"user": "q"}]},
         {"instruction": "q", "output": ["x"]},
         {"instruction": "q", "output": "x", "history": [["a", "b"]]},
+        {"instruction": ["x"], "output": "a"},
+        {"instruction": "half \ud83d", "output": "a"},
+        {"instruction": "q", "input": "half \ud83d", "output": "a"},
         {"messages": SAID, "system": {"a": 1}},
         {"question": True, "answer": "x"},
         {"question": "q", "answer": float("nan")},
@@ -315,6 +339,8 @@ def test_what_is_wrong_is_a_bad_sample(row: dict[str, object]) -> None:
     ("row", "kind"),
     [
         ({"question": "q", "answer": " "}, EMPTY_ANSWER),
+        ({"instruction": "q", "output": None}, EMPTY_ANSWER),
+        ({"instruction": "q", "output": "\n "}, EMPTY_ANSWER),
         ({"question": "q", "answer": "a", "image": "https://a.b/c.png"}, ON_THE_WEB),
         ({"question": "see <image 2>", "answer": "a", "image_1": "a.png"}, "placeholders differ from pictures"),
     ],
