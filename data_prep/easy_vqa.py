@@ -34,6 +34,7 @@ from data_prep.easy_vqa_package import (
     read_questions,
     shows,
 )
+from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError, exit_on_user_error
 
 Record = dict[str, object]
@@ -98,18 +99,13 @@ def split_pictures(questions: Sequence[Question], settings: Settings) -> tuple[l
     return train, [question for question in questions if question.picture in held]
 
 
-def conversation(rounds: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+def conversation(questions: Iterable[Question]) -> list[dict[str, str]]:
     """Questions and answers in LLaVA's form; the picture's placeholder stands in the first turn."""
     turns: list[dict[str, str]] = []
-    for number, (question, answer) in enumerate(rounds):
-        text = f"{PLACEHOLDER}\n{question}" if number == 0 else question
-        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    for question in questions:
+        text = question.text if turns else f"{PLACEHOLDER}\n{question.text}"
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
     return turns
-
-
-def question_rounds(questions: Iterable[Question]) -> list[tuple[str, str]]:
-    """Each question's text and answer."""
-    return [(question.text, question.answer) for question in questions]
 
 
 def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
@@ -135,29 +131,11 @@ def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Que
     recipe ended at 99.7 % and at 63.6 %, since which answer follows is an exclusive or that gives no slope to begin on.
     """
     return [
-        replace(question, answer=f"{seen[question.picture]}{presence(question)}{SO}{question.answer}")
+        replace(question, answer=f"{seen[question.picture]}{presence}{SO}{question.answer}")
         for question in questions
         if question.picture in seen
+        for presence in ["" if question.answer not in YES_NO else ", present" if shows(question) else ", absent"]
     ]
-
-
-def presence(question: Question) -> str:
-    """Whether what a yes/no question asks for is there, as it is said in an answer; nothing for other questions."""
-    if question.answer not in YES_NO:
-        return ""
-    return ", present" if shows(question) else ", absent"
-
-
-def rounds_of(questions: Sequence[Question], *, most: int, order: random.Random) -> list[list[Question]]:
-    """Shuffles one picture's questions and cuts them into groups of nearly equal size, at most `most` each.
-
-    The order matters: a round can be guessed from the rounds before it ("is it blue? no"), so every kind of
-    question has to come first, with only the picture to go by, equally often.
-    """
-    shuffled = list(questions)
-    order.shuffle(shuffled)
-    groups = -(-len(shuffled) // most)
-    return [shuffled[start::groups] for start in range(groups)]
 
 
 def training_records(questions: Sequence[Question], settings: Settings) -> list[Record]:
@@ -167,9 +145,13 @@ def training_records(questions: Sequence[Question], settings: Settings) -> list[
         by_picture[question.picture].append(question)
     records: list[Record] = []
     for number in sorted(by_picture):
-        order = random.Random(f"{settings.seed}/{number}")
-        for part, group in enumerate(rounds_of(by_picture[number], most=settings.rounds, order=order)):
-            turns = conversation(question_rounds(group))
+        # The order matters: a round can be guessed from the rounds before it ("is it blue? no"), so every kind of
+        # question has to come first, with only the picture to go by, equally often.
+        shuffled = by_picture[number]
+        random.Random(f"{settings.seed}/{number}").shuffle(shuffled)
+        groups = -(-len(shuffled) // settings.rounds)  # of nearly equal size
+        for part in range(groups):
+            turns = conversation(shuffled[part::groups])
             name = f"easyvqa-train-{number:04d}-{part}"
             records.append({"id": name, "image": picture_path("train", number), "conversations": turns})
     random.Random(f"{settings.seed}/train").shuffle(records)
@@ -183,7 +165,7 @@ def single_records(questions: Iterable[Question], *, name: str, split: str, seed
             "id": f"easyvqa-{name}-{question.index:05d}",
             "image": picture_path(split, question.picture),
             "kind": kind_of(question),
-            "conversations": conversation(question_rounds([question])),
+            "conversations": conversation([question]),
         }
         for question in questions
     ]
@@ -191,17 +173,11 @@ def single_records(questions: Iterable[Question], *, name: str, split: str, seed
     return records
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes under a temporary name, then renames, so that a file under its own name is a whole one."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
 def write_split(path: Path, records: Sequence[Record], questions: Sequence[Question]) -> Record:
     """Writes one split, a record a line inside one JSON list; returns its entry in the manifest."""
     text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
-    write_whole(path, text)
+    with whole_file(path) as file:
+        file.write(text)
     return {
         "samples": len(records),
         "questions": len(questions),
@@ -223,7 +199,6 @@ def convert(source: Path, to: Path, settings: Settings) -> Record:
         train, validation = reasoned(train, seen), reasoned(validation, seen)
         left_out = before - len(train) - len(validation)
     test = read_questions(source, "test", answers)
-    to.mkdir(parents=True, exist_ok=True)
     held = single_records(validation, name="validation", split="train", seed=seed)
     splits = {
         "train": write_split(to / "train.json", training_records(train, settings), train),
@@ -237,46 +212,30 @@ def convert(source: Path, to: Path, settings: Settings) -> Record:
         "left_out_undescribed": left_out,
         "splits": splits,
     }
-    write_whole(to / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    with whole_file(to / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    package, usual = Path("runs/demo/assets/easy_vqa"), Settings()
-    made.add_argument("--from", dest="source", type=Path, default=package, help="the package's data folder")
-    made.add_argument("--to", type=Path, default=Path("runs/demo/data"), help="folder that gets the JSON files")
-    made.add_argument("--rounds", type=int, default=usual.rounds, help="most questions in a training conversation")
-    made.add_argument(
-        "--reasons",
-        action=argparse.BooleanOptionalAction,
-        default=usual.reasons,
-        help="training answers say what they see first",
-    )
-    made.add_argument(
-        "--balanced",
-        action=argparse.BooleanOptionalAction,
-        default=usual.balanced,
-        help="as many training questions about what a picture shows as about what it does not",
-    )
-    made.add_argument("--train-pictures", type=int, help="how many pictures to train on; default: all not held out")
-    made.add_argument(
-        "--validation-pictures",
-        type=int,
-        default=usual.validation_pictures,
-        help="training pictures held out for validation",
-    )
-    made.add_argument("--seed", type=int, default=usual.seed, help="fixes the choice of pictures and every order")
-    return made
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     """Converts the unpacked package and prints what each split holds."""
-    given = vars(parser().parse_args(arguments))
-    source, to = given.pop("source"), given.pop("to")
-    manifest = convert(source, to, Settings(**given))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    package, usual, switch = Path("runs/demo/assets/easy_vqa"), Settings(), argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, default=package, help="the package's data folder")
+    add("--to", type=Path, default=Path("runs/demo/data"), help="folder that gets the JSON files")
+    add("--rounds", type=int, default=usual.rounds, help="most questions in a training conversation")
+    add("--reasons", action=switch, default=usual.reasons, help="training answers say what they see first")
+    balance = "as many training questions about what a picture shows as about what it does not"
+    add("--balanced", action=switch, default=usual.balanced, help=balance)
+    add("--train-pictures", type=int, help="how many pictures to train on; default: all not held out")
+    held_out = "training pictures held out for validation"
+    add("--validation-pictures", type=int, default=usual.validation_pictures, help=held_out)
+    add("--seed", type=int, default=usual.seed, help="fixes the choice of pictures and every order")
+    options = vars(parser.parse_args(arguments))
+    source, to = options.pop("source"), options.pop("to")
+    manifest = convert(source, to, Settings(**options))
     print(json.dumps(manifest["splits"], indent=1))
 
 

@@ -41,11 +41,6 @@ def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Ex
     return made
 
 
-def is_pretraining(question: Question) -> bool:
-    """Whether its kind belongs to the half that is learned first."""
-    return question.answer in YES_NO
-
-
 def convert(source: Path, to: Path, *, seed: int) -> dict[str, object]:
     """Writes the three files and the manifest; returns the manifest."""
     answers = read_answers(source)
@@ -53,9 +48,9 @@ def convert(source: Path, to: Path, *, seed: int) -> dict[str, object]:
     pictures = sorted({question.picture for question in asked})
     random.Random(f"{seed}/halves").shuffle(pictures)
     first = set(pictures[: len(pictures) // 2])
-    pretrain = [question for question in asked if question.picture in first and is_pretraining(question)]
-    adapt = [question for question in asked if question.picture not in first and not is_pretraining(question)]
-    test = [question for question in read_questions(source, "test", answers) if not is_pretraining(question)]
+    pretrain = [question for question in asked if question.picture in first and question.answer in YES_NO]
+    adapt = [question for question in asked if question.picture not in first and question.answer not in YES_NO]
+    test = [question for question in read_questions(source, "test", answers) if question.answer not in YES_NO]
     splits = {
         "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(asked)), "train"),
         "adapt": (adapt, "train"),

@@ -33,37 +33,27 @@ def read_answers(folder: Path) -> frozenset[str]:
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
     """The questions of one of the package's splits, in its own order."""
     path = folder / split / "questions.json"
+    questions: list[Question] = []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        questions = [_question(index, text, answer, picture) for index, (text, answer, picture) in enumerate(rows)]
+        for index, (text, answer, picture) in enumerate(json.loads(path.read_text(encoding="utf-8-sig"))):
+            if not isinstance(text, str) or not isinstance(answer, str) or type(picture) is not int:
+                raise TypeError(f"question {index} is {shown([text, answer, picture])}")
+            questions.append(Question(index=index, text=text, answer=answer, picture=picture))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = shown_text(str(error), 200)
         raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({reason})") from error
-    check_questions(folder, split, questions, answers)
-    return questions
-
-
-def _question(index: int, text: object, answer: object, picture: object) -> Question:
-    if not isinstance(text, str) or not isinstance(answer, str) or type(picture) is not int:
-        raise TypeError(f"question {index} is {shown([text, answer, picture])}")
-    return Question(index=index, text=text, answer=answer, picture=picture)
-
-
-def check_questions(folder: Path, split: str, questions: list[Question], answers: frozenset[str]) -> None:
-    """Refuses a split with an answer outside the package's list or of another kind, or with a picture missing."""
     for question in questions:
+        where = f"{split}: question {question.index}"
         if question.answer not in answers:
-            raise UserError(
-                f"{split}: question {question.index}: answer {shown(question.answer)} is not in answers.txt"
-            )
+            raise UserError(f"{where}: answer {shown(question.answer)} is not in answers.txt")
         if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
             asked = f"{shown(question.text)} does not ask for {shown(question.answer)}"
-            raise UserError(f"{split}: question {question.index}: {asked}; the package's questions changed")
+            raise UserError(f"{where}: {asked}; the package's questions changed")
     pictures = sorted({question.picture for question in questions})
-    missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
+    missing = [name for name in (picture_path(split, number) for number in pictures) if not (folder / name).is_file()]
     if missing:
-        first = picture_path(split, missing[0])
-        raise UserError(f"{folder}: {len(missing)} of {len(pictures)} pictures are missing, first {first}")
+        raise UserError(f"{folder}: {len(missing)} of {len(pictures)} pictures are missing, first {missing[0]}")
+    return questions
 
 
 def picture_path(split: str, number: int) -> str:

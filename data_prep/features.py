@@ -54,27 +54,27 @@ PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
     """Every picture and clip that the records name, each once."""
-    found: list[Medium] = []
+    media: list[Medium] = []
     for file in files:
         for example in iterate_examples(file):
-            found += [Medium(Path(path).stem, path) for path in example.images]
+            media += [Medium(Path(path).stem, path) for path in example.images]
             if (clip := clip_of_features(example)) is not None:
-                found.append(Medium(Path(clip[0]).stem, clip[1].path, clip[1]))
-    return _unique(found)
+                media.append(Medium(Path(clip[0]).stem, clip[1].path, clip[1]))
+    return _unique(media)
 
 
 def media_under(root: Path) -> list[Medium]:
     """Every picture and video in a folder and the folders in it."""
-    found: list[Medium] = []
+    media: list[Medium] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         relative = path.relative_to(root).as_posix()
         if path.suffix.lower() in PICTURES:
-            found.append(Medium(path.stem, relative))
+            media.append(Medium(path.stem, relative))
         elif path.suffix.lower() in VIDEOS:
-            found.append(Medium(path.stem, relative, Clip(path=relative)))
-    if not found:
+            media.append(Medium(path.stem, relative, Clip(path=relative)))
+    if not media:
         raise UserError(f"{root} holds no picture and no video")
-    return _unique(found)
+    return _unique(media)
 
 
 def _unique(media: Iterable[Medium]) -> list[Medium]:
@@ -124,9 +124,9 @@ def compute(
         FeatureWriter(to, {**encoder.settings.to_record(), HASH: encoder.fingerprint()}) as writer,
         VideoReader(limit_seconds=options.limit_seconds) as reader,
     ):
-        own = missing(media[part::parts], to)
+        todo = missing(media[part::parts], to)
         files = Media(
-            media=own,
+            media=todo,
             root=MediaFolder(root, options.follow_links),
             preparation=encoder.preparation,
             sampling=encoder.settings.sampling,
@@ -134,7 +134,7 @@ def compute(
         )
         rows = computed(files, encode, at_once=1, workers=options.workers, progress=part == 0)
         try:
-            for medium, row in zip(own, rows, strict=True):
+            for medium, row in zip(todo, rows, strict=True):
                 ledger.record(samples=int(not row.broken), skipped=[(medium.path, row.broken)] if row.broken else [])
                 ledger.judge()
                 if not row.broken:
@@ -156,23 +156,6 @@ def ended_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def feature_settings(options: argparse.Namespace) -> FeatureSettings:
-    """The settings that the command line names."""
-    names = ("library", "name", "weights", "weights_in_order", "layer", "grid_pool", "image_size")
-    given = {name: getattr(options, name) for name in names}
-    if Path(given["weights"]).is_file():
-        given["weights"] = str(Path(given["weights"]))
-    return FeatureSettings(
-        tower=TowerSpec(**given),
-        kept=options.kept,
-        merge=options.merge,
-        changes=options.changes,
-        aspect=options.aspect,
-        every_seconds=options.every_seconds,
-        frames=options.frames,
-    )
 
 
 def which_part(text: str) -> tuple[int, int]:
@@ -221,7 +204,15 @@ def main(arguments: list[str] | None = None) -> None:
     media = media_in_records(options.records) if options.records else media_under(options.root)
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
-    encoder = FeatureEncoder(feature_settings(options), device=device)
+    if Path(options.weights).is_file():
+        options.weights = str(Path(options.weights))
+    tower = ("library", "name", "weights", "weights_in_order", "layer", "grid_pool", "image_size")
+    of_features = ("kept", "merge", "changes", "aspect", "every_seconds", "frames")
+    settings = FeatureSettings(
+        tower=TowerSpec(**{name: getattr(options, name) for name in tower}),
+        **{name: getattr(options, name) for name in of_features},
+    )
+    encoder = FeatureEncoder(settings, device=device)
     with ended_in_order():
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts

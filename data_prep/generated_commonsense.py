@@ -14,6 +14,7 @@ import json
 import random
 from pathlib import Path
 
+from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError, exit_on_user_error
 
 RANKED = {
@@ -49,15 +50,6 @@ def generate(rows: int, *, seed: int) -> list[dict[str, str]]:
     return records
 
 
-def write(folder: Path, rows: int, *, seed: int) -> None:
-    """`train.json` and `test.json`, each written whole or not at all; the test's questions are drawn apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(("train.json", "test.json")):
-        partial = folder / f".{name}.part"
-        partial.write_text(json.dumps(generate(rows, seed=2 * seed + number), indent=1), encoding="utf-8")
-        partial.replace(folder / name)
-
-
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     """Writes the two files."""
@@ -68,7 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rows < 1:
         raise UserError(f"--rows is {options.rows}; a file needs at least 1")
-    write(options.to, options.rows, seed=options.seed)
+    for number, name in enumerate(("train.json", "test.json")):  # the test's questions are drawn apart
+        with whole_file(options.to / name) as file:
+            json.dump(generate(options.rows, seed=2 * options.seed + number), file, indent=1)
     print(f"{options.rows} questions each in {options.to / 'train.json'} and {options.to / 'test.json'}")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
@@ -34,22 +33,18 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, benchmark.prompt)]
-    asks_for_letter = benchmark.chooses and not example.turns  # a whole talk is asked and answered as it stands
-    reply = right_letter(example) if asks_for_letter else reply_of(example)
+    if benchmark.chooses and not example.turns:  # a whole talk is asked and answered as it stands
+        reply = right_letter(example)
+    else:  # the last turn of a conversation, or the first answer to a question
+        texts = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
+        reply = next(iter(texts if example.turns else [answer.text for answer in example.answers]), "")
+        if not reply.strip():
+            raise BadSample(example.id, "it has no answer to train on")
     answer = {"from": SPEAKERS["assistant"], "value": reply}
     record: dict[str, JSON] = {"id": example.id, "conversations": [*turns, answer]}
     if pictures := list(example.images):
         record["image"] = pictures if len(pictures) > 1 else pictures[0]
     return record
-
-
-def reply_of(example: Example) -> str:
-    """The last turn of a conversation, or the first answer to a question."""
-    replies = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
-    known = replies if example.turns else [answer.text for answer in example.answers]
-    if not known or not known[0].strip():
-        raise BadSample(example.id, "it has no answer to train on")
-    return known[0]
 
 
 def right_letter(example: Example) -> str:
@@ -60,20 +55,6 @@ def right_letter(example: Example) -> str:
     if len(example.choices) > len(known):
         raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(known)}")
     return known[correct]
-
-
-def conversations(
-    examples: Iterable[Example], benchmark: Benchmark, *, seed: int, dropped: Callable[[BadSample], object]
-) -> list[dict[str, JSON]]:
-    """Every record that can be trained on, in an order shuffled by the seed; the others go to `dropped`."""
-    made: list[dict[str, JSON]] = []
-    for example in examples:
-        try:
-            made.append(conversation_of(example, benchmark))
-        except BadSample as problem:
-            dropped(problem)
-    random.Random(seed).shuffle(made)
-    return made
 
 
 @exit_on_user_error
@@ -87,13 +68,14 @@ def main() -> None:
     options = parser.parse_args()
     if not options.records.is_file():
         raise UserError(f"{options.records}: no such file; `dora-vl prepare` writes records")
+    made: list[dict[str, JSON]] = []
     dropped: list[BadSample] = []
-    made = conversations(
-        iterate_examples(options.records),
-        BENCHMARKS[options.benchmark],
-        seed=options.seed,
-        dropped=dropped.append,
-    )
+    for example in iterate_examples(options.records):
+        try:
+            made.append(conversation_of(example, BENCHMARKS[options.benchmark]))
+        except BadSample as problem:
+            dropped.append(problem)
+    random.Random(options.seed).shuffle(made)
     if not made:
         raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
     with whole_file(options.to) as file:

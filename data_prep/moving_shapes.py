@@ -23,7 +23,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +42,7 @@ KINDS = ("color", "shape", "direction", "order", "count", "spoken")
 NUMBERS = ("one", "two", "three", "four")
 SPEAKERS = ("anna", "ben", "carla", "david")
 CLIPS_A_CHUNK = 16
+SPLITS = ("pretrain", "adapt", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, count in self.sizes().items():
-            if count < 1:
+        for name in SPLITS:
+            if (count := getattr(self, name)) < 1:
                 raise UserError(f"--{name} is {count}; a split needs at least 1 clip")
-
-    def sizes(self) -> dict[str, int]:
-        """Clips by split."""
-        return {"pretrain": self.pretrain, "adapt": self.adapt, "test": self.test}
 
 
 @dataclass(frozen=True)
@@ -98,22 +95,24 @@ def caption(shown: Sequence[Mover]) -> str:
 def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
     """Every question of a kind that a clip has an answer to."""
     if kind == "color":
-        return [ShapeQuestion(f"what color is the {one.shape}?", one.color, tuple(COLORS), one) for one in shown]
+        return [
+            ShapeQuestion(f"what color is the {mover.shape}?", mover.color, tuple(COLORS), mover) for mover in shown
+        ]
     if kind == "shape":
-        return [ShapeQuestion(f"what shape is {one.color}?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion(f"what shape is {mover.color}?", mover.shape, SHAPES, mover) for mover in shown]
     if kind == "direction":
         return [
-            ShapeQuestion(f"which way does the {one.color} shape move?", one.direction, tuple(DIRECTIONS), one)
-            for one in shown
+            ShapeQuestion(f"which way does the {mover.color} shape move?", mover.direction, tuple(DIRECTIONS), mover)
+            for mover in shown
         ]
     if kind == "count":
         return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "spoken":
-        return [ShapeQuestion("what shape is the one they talk about?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion("what shape is the one they talk about?", mover.shape, SHAPES, mover) for mover in shown]
     if len(shown) == 1:
         return []
     ends = (("first", shown[0]), ("last", shown[-1]))
-    return [ShapeQuestion(f"which color comes {place}?", one.color, tuple(COLORS), one) for place, one in ends]
+    return [ShapeQuestion(f"which color comes {place}?", mover.color, tuple(COLORS), mover) for place, mover in ends]
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
@@ -142,31 +141,31 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     shown = movers(order)
     name = f"{split}-{number:05d}"
     clip = Clip(path=f"clips/{name}.mp4")
-    told = Example(
+    captioned = Example(
         id=f"{name}-{CAPTION}",
         videos=(clip,),
         subtitles=(said(order.choice(shown), order),),
         answers=(Answer(text=caption(shown)),),
         extra={"kind": CAPTION, "clip_id": name},
     )
-    made = [told]
+    examples = [captioned]
     for kind in LEARNED_FIRST if split == "pretrain" else KINDS:
         asked = questions_of(kind, shown)
-        for place, one in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
-            choices = four_choices(one.answer, one.possible, shown, order)
-            talked_about = one.about if kind == "spoken" and one.about is not None else order.choice(shown)
-            made.append(
+        for index, question in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
+            choices = four_choices(question.answer, question.possible, shown, order)
+            talked_about = question.about if kind == "spoken" and question.about is not None else order.choice(shown)
+            examples.append(
                 Example(
-                    id=f"{name}-{kind}-{place}",
+                    id=f"{name}-{kind}-{index}",
                     videos=(clip,),
                     subtitles=(said(talked_about, order),),
-                    question=one.question,
-                    answers=(Answer(text=one.answer),),
+                    question=question.question,
+                    answers=(Answer(text=question.answer),),
                     choices=choices,
-                    extra={"kind": kind, "clip_id": name, "correct": choices.index(one.answer)},
+                    extra={"kind": kind, "clip_id": name, "correct": choices.index(question.answer)},
                 )
             )
-    return shown, made
+    return shown, examples
 
 
 def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
@@ -180,31 +179,23 @@ def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
     return len(numbered)
 
 
-def split_examples(task: str, split: str, clips: int, seed: int) -> Iterator[Example]:
-    """A split's questions or captions; questions about one clip stand together, a training run shuffles them."""
-    every = chain.from_iterable(examples_of(split, number, seed)[1] for number in range(clips))
-    return (example for example in every if bool(example.choices) == (task == QUESTIONS))
-
-
 def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
     """Writes every split of both tasks; returns what each holds."""
     splits: dict[str, JSON] = {}
-    for split, count in settings.sizes().items():
-        kinds: Counter[str] = Counter()
+    for split in SPLITS:
+        count, kinds = getattr(settings, split), Counter[str]()
         for task in (QUESTIONS, CAPTIONS):
             path = to / "records" / task / f"{split}.jsonl"
-            write_examples(path, split_examples(task, split, count, settings.seed))
+            # Questions about one clip stand together; a training run shuffles them.
+            examples = chain.from_iterable(examples_of(split, number, settings.seed)[1] for number in range(count))
+            write_examples(path, (one for one in examples if bool(one.choices) == (task == QUESTIONS)))
             kinds.update(str(example.extra["kind"]) for example in iterate_examples(path))
         splits[split] = {"clips": count, "by_kind": dict(sorted(kinds.items()))}
     return splits
 
 
 def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
-    """Draws all clips and writes all records; what an earlier call made with the same settings is kept.
-
-    Returns:
-        What the manifest holds.
-    """
+    """Draws all clips and writes all records, unless an earlier call did; returns what the manifest holds."""
     manifest_path = to / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -212,7 +203,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
             return manifest
         manifest_path.unlink()
     (to / "clips").mkdir(parents=True, exist_ok=True)
-    numbered = [(split, number) for split, count in settings.sizes().items() for number in range(count)]
+    numbered = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
     chunks = [numbered[start : start + CLIPS_A_CHUNK] for start in range(0, len(numbered), CLIPS_A_CHUNK)]
     started = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -228,26 +219,20 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
     return manifest
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    usual = Settings()
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--to", type=Path, default=Path("runs/demo-video/data"), help="folder that gets clips and records"
-    )
-    for split, count in usual.sizes().items():
-        made.add_argument(f"--{split}", type=int, default=count, help=f"clips of the {split} split")
-    made.add_argument("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
-    made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    return made
-
-
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     """Makes the clips and the records, and prints what each split holds."""
-    given = vars(parser().parse_args(arguments))
-    to, workers = given.pop("to"), given.pop("workers")
-    print(json.dumps(make(to, Settings(**given), workers=workers)["splits"], indent=1))
+    usual = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, folder = parser.add_argument, Path("runs/demo-video/data")
+    add("--to", type=Path, default=folder, help="folder that gets clips and records")
+    for split in SPLITS:
+        add(f"--{split}", type=int, default=getattr(usual, split), help=f"clips of the {split} split")
+    add("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    options = vars(parser.parse_args(arguments))
+    to, workers = options.pop("to"), options.pop("workers")
+    print(json.dumps(make(to, Settings(**options), workers=workers)["splits"], indent=1))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def open_regular(path: Path) -> BinaryIO:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        refuse_no_file(os.fstat(descriptor).st_mode)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise NoRegularFile(f"it is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -66,16 +68,6 @@ def content_key(path: Path) -> str:
         beginning = file.read(HASHED_BYTES)
         file.seek(max(0, size - HASHED_BYTES))
         return hashlib.sha256(b"%d " % size + beginning + file.read(HASHED_BYTES)).hexdigest()
-
-
-def refuse_no_file(mode: int) -> None:
-    """Raises `NoRegularFile` for the mode of anything but a file."""
-    if not stat.S_ISREG(mode):
-        raise NoRegularFile(f"it is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
-
-
-# A model's folder: which weight files are loaded, in transformers' order, whether they are whole, and what is said of
-# files that transformers cannot read.
 
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
@@ -102,7 +94,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         [path for path in sorted(folder.iterdir()) if path.suffix == suffix and path.is_file()]
         for suffix in WEIGHT_SUFFIXES
     )
-    return tuple(next((found for found in kinds if found), []))
+    return tuple(next((files for files in kinds if files), []))
 
 
 @contextmanager
@@ -201,9 +193,6 @@ def _check_safetensors(path: Path, size: int) -> None:
         )
 
 
-# YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
-
-
 MOST_VALUES = 100_000
 """What aliases may make of a file: ten lines of them can stand for more values than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
@@ -229,8 +218,8 @@ def read_yaml(path: Path) -> Any:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except YAMLError as error:
-        said = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
-        raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
+        reason = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
+        raise UserError(f"{path}: no YAML: {reason}; indent with spaces alone") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # no UTF-8, or a day that no month has

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -35,20 +36,11 @@ def visible(layout: Int[Tensor, "batch 3 seq"]) -> Bool[Tensor, "batch 1 seq seq
 
 def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[SharedRow]:
     """A micro-batch's samples as few full rows; samples of the same pictures share them where their text allows it."""
-    trees = [tree for group in _by_pictures(samples) for tree in _trees(group, picture_token_id)]
-    return [_join(row) for row in _fill_rows(trees)]
-
-
-def packed_rows(samples: Sequence[Sample]) -> list[SharedRow]:
-    """A micro-batch's samples as few full rows, nothing shared: each sees itself alone, from position 0."""
-    return [_join(row) for row in _fill_rows([_tree([sample], len(sample.input_ids)) for sample in samples])]
-
-
-def _by_pictures(samples: Iterable[Sample]) -> list[list[Sample]]:
     groups: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.images or (sample.index, sample.id), []).append(sample)
-    return list(groups.values())
+    trees = [tree for group in groups.values() for tree in _trees(group, picture_token_id)]
+    return [_join(row) for row in _fill_rows(trees)]
 
 
 def _trees(group: list[Sample], picture_token_id: int) -> list[SharedRow]:
@@ -76,8 +68,8 @@ def _tree(group: list[Sample], shared: int) -> SharedRow:
     prefix = torch.stack([torch.arange(shared), torch.ones(shared).long(), torch.zeros(shared).long()])
     layout = [prefix]
     for number, places in enumerate(branches, start=1):
-        own = places[shared:]
-        layout.append(torch.stack([own, torch.ones_like(own), torch.full_like(own, number)]))
+        rest = places[shared:]
+        layout.append(torch.stack([rest, torch.ones_like(rest), torch.full_like(rest, number)]))
     return SharedRow(
         torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
         torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
@@ -91,7 +83,7 @@ def _fill_rows(trees: Sequence[SharedRow]) -> list[list[SharedRow]]:
     rows: list[list[SharedRow]] = []
     free: list[int] = []
     longest = max((len(tree.input_ids) for tree in trees), default=0)
-    for tree in sorted(trees, key=lambda one: -len(one.input_ids)):
+    for tree in sorted(trees, key=lambda tree: -len(tree.input_ids)):
         length = len(tree.input_ids)
         place = next((number for number, room in enumerate(free) if room >= length), None)
         if place is None:
@@ -109,17 +101,14 @@ def _join(trees: Sequence[SharedRow]) -> SharedRow:
     for number, layout in enumerate(layouts, start=1):
         layout[1] = number
     labels = [tree.labels.clone() for tree in trees]
-    for one in labels:
-        one[0] = IGNORED_LABEL
+    for row in labels:
+        row[0] = IGNORED_LABEL
     return SharedRow(
         torch.cat([tree.input_ids for tree in trees]),
         torch.cat(labels),
         torch.cat(layouts, dim=1),
         tuple(sample for tree in trees for sample in tree.pictures_of),
     )
-
-
-# A processor's inputs of several samples as one batch, as the processor itself would have batched them.
 
 
 ALIGNED = (
@@ -132,12 +121,8 @@ ALIGNED = (
 """A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
-
-
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
 """Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
-
-
 FIRST_TILE = "aspect_ratio_mask"
 """Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
@@ -177,15 +162,18 @@ class Collator:
         if samples and self.share_pictures_by is not None:
             rows = [_as_sample(row) for row in shared_rows(samples, picture_token_id=self.share_pictures_by)]
         elif samples and self.pack:
-            rows = [_as_sample(row) for row in packed_rows(samples)]
+            # Nothing is shared: each sees itself alone, from position 0.
+            trees = [_tree([sample], len(sample.input_ids)) for sample in samples]
+            rows = [_as_sample(_join(row)) for row in _fill_rows(trees)]
         tokens = sum(len(row.input_ids) for row in rows)
         for dummy in (self.dummy, self.dummy_video):
-            if dummy is not None and not any(self._media(dummy) <= self._media(row) for row in rows):
+            if dummy is not None and not any(_media(dummy) <= _media(row) for row in rows):
                 rows.append(
                     _as_sample(_tree([dummy], len(dummy.input_ids))) if rows and "layout" in rows[0].inputs else dummy
                 )
         if not rows:
-            rows = [self._nothing()]
+            nothing = torch.tensor([self.pad_token_id])
+            rows = [Sample(index=-1, id="", input_ids=nothing, labels=torch.tensor([IGNORED_LABEL]))]
         batch = self._joined(rows)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
         stored = [outputs for row in rows for outputs in row.stored]
@@ -200,19 +188,14 @@ class Collator:
             **({"stored": stored} if stored else {}),
         }
 
-    def _media(self, row: Sample) -> frozenset[str]:
-        """Names of a row's inputs for pictures and videos."""
-        return frozenset(row.inputs).difference(ALIGNED)
-
-    def _nothing(self) -> Sample:
-        ids = torch.tensor([self.pad_token_id])
-        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]))
-
     def _joined(self, rows: Sequence[Sample]) -> dict[str, Any]:
         joined: dict[str, Any] = {
             "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
             "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
-            "attention_mask": self._tokens([_mask(row) for row in rows], 0),
+            # By length, not by ids: an unknown word may share the padding's id.
+            "attention_mask": self._tokens(
+                [row.inputs.get("attention_mask", torch.ones_like(row.input_ids)[None]) for row in rows], 0
+            ),
         }
         crossing = any(BY_ROW in row.inputs for row in rows)
         for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
@@ -220,12 +203,24 @@ class Collator:
             if crossing and name not in ALIGNED:
                 values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
             if name in ALIGNED:
-                joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
+                like = values[0]  # zeros where a sample has none (words alone beside pictures)
+                joined[name] = self._tokens(
+                    [
+                        row.inputs.get(name, torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype))
+                        for row in rows
+                    ],
+                    0,
+                )
             elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
                 joined[name] = torch.cat(values, dim=-1)
             elif name in POINTING:
                 pixels = [row.inputs[POINTING[name]] for row in rows if name in row.inputs]
-                joined[name] = stacked(_further_on(values, [one.shape[0] * one.shape[1] for one in pixels]), -1)
+                starts = accumulate((patches.shape[0] * patches.shape[1] for patches in pixels), initial=0)
+                moved = [
+                    torch.where(places >= 0, places + start, places)
+                    for places, start in zip(values, starts, strict=False)
+                ]
+                joined[name] = stacked(moved, -1)
             else:
                 joined[name] = joined_values(values)
         if crossing and FIRST_TILE in joined:
@@ -236,6 +231,11 @@ class Collator:
         if self.pad_side == "left":
             return stacked([row.flip(1) for row in rows], value).flip(1)
         return stacked(rows, value)
+
+
+def _media(row: Sample) -> frozenset[str]:
+    """Names of a row's inputs for pictures and videos."""
+    return frozenset(row.inputs).difference(ALIGNED)
 
 
 def _as_sample(row: SharedRow) -> Sample:
@@ -250,31 +250,11 @@ def _as_sample(row: SharedRow) -> Sample:
     return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs, stored=stored)
 
 
-def _mask(row: Sample) -> Tensor:
-    """By length, not by ids: an unknown word may share the padding's id."""
-    found: Mapping[str, Any] = row.inputs
-    return found.get("attention_mask", torch.ones_like(row.input_ids)[None])
-
-
-def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:
-    """A row's entry for each token; zeros where its sample has none (words alone beside pictures)."""
-    found: Mapping[str, Any] = row.inputs
-    if name in found:
-        return found[name]
-    return torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype)
-
-
-def _further_on(places: Sequence[Tensor], patches: Sequence[int]) -> list[Tensor]:
-    """Each sample's places behind the patches of those before it."""
-    starts = [sum(patches[:number]) for number in range(len(patches))]
-    return [torch.where(one >= 0, one + start, one) for one, start in zip(places, starts, strict=True)]
-
-
 def joined_values(values: Sequence[Any]) -> Any:
     """Tensors one after another along the first dimension; lists as one list."""
     if all(isinstance(value, Tensor) for value in values):
         return stacked(values, 0)
-    return [one for value in values for one in value]
+    return [entry for value in values for entry in value]
 
 
 def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
@@ -282,12 +262,12 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
     sizes = [max(tensor.shape[place] for tensor in tensors) for place in range(1, tensors[0].dim())]
-    whole = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
+    filled = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
     start = 0
     for tensor in tensors:
-        whole[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        filled[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
         start += len(tensor)
-    return whole
+    return filled
 
 
 SAMPLES, WEIGHTS = "samples", "sample_weights"

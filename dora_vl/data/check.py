@@ -38,10 +38,7 @@ ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"
 class MediaCheck:
     """Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
 
-    Args:
-        root: what the paths of samples are relative to; with `follow_links` they may be links out of it.
-        decode: pictures are decoded whole too, which finds damage inside; their size, beginning and end are looked
-            at in any case.
+    Size, beginning and end of pictures are looked at in any case; `decode` finds damage inside too.
     """
 
     def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
@@ -86,8 +83,8 @@ class MediaCheck:
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
         """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
         quick = ends_trouble(file)
-        found = decoding_trouble(source) if self._decode or quick else None
-        return quick if found and quick and quick.kind == TRUNCATED else found
+        trouble = decoding_trouble(source) if self._decode or quick else None
+        return quick if trouble and quick and quick.kind == TRUNCATED else trouble
 
 
 def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
@@ -212,9 +209,10 @@ class FileCheck:
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             if form in (None, "records") and record.keys() <= FIELDS:
-                example = from_record({**record, "id": sample_id})
-                return _example(example, answers_needed=self._limits.answers_needed)
-            return _talk(read_row({**record, "id": sample_id}, columns=self._columns), form)
+                example, form = from_record({**record, "id": sample_id}), "records"
+            else:
+                example = as_conversation(read_row({**record, "id": sample_id}, columns=self._columns))
+            return _sample(example, form, answers_needed=self._limits.answers_needed)
         except ColumnsError as error:
             return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
         except BadSample as error:
@@ -251,47 +249,29 @@ class FileCheck:
         self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
 
 
-def _talk(example: Example, form: str | None) -> Sample:
-    conversation = as_conversation(example)
-    asked = [turn.text for turn in conversation.turns if turn.role == "user"]
-    videos = tuple(clip.path for clip in example.videos)
-    return Sample(
-        id=example.id,
-        media=conversation.images + videos,
-        videos=videos,
-        asked="\n".join([*asked, *_spans(example)]),
-        answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
-        text="\n".join(turn.text for turn in conversation.turns),
-        held=example.image_bytes,
-        format=form,
-    )
-
-
-def _example(example: Example, *, answers_needed: bool) -> Sample:
-    said = tuple(turn.text for turn in example.turns if turn.role == "assistant")
-    answers = tuple(answer.text for answer in example.answers) + said
-    asked = "\n".join(
-        [example.question, *(turn.text for turn in example.turns if turn.role == "user"), *example.choices]
-    )
-    subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
-    if answers_needed and not answers:
+def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Sample:
+    turns = [turn.text for turn in example.turns if turn.role != "assistant"]
+    replies = [turn.text for turn in example.turns if turn.role == "assistant"]
+    answers = [answer.text for answer in example.answers]
+    if answers_needed and not answers and not replies:
         raise BadSample(example.id, "it has no answer", NO_ANSWER)
-    videos = tuple(clip.path for clip in example.videos)
+    asked = [turn.text for turn in example.turns if turn.role == "user"]
+    # The same question about another part of a video, or another order of pictures, is another one.
+    spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
     order = str(example.extra.get("order", ""))
+    subtitles = [subtitle.text for subtitle in example.subtitles]
+    videos = tuple(clip.path for clip in example.videos)
+    text = [*subtitles, example.question, *turns, *example.choices, *replies, max(answers, key=len, default="")]
     return Sample(
         id=example.id,
         media=example.images + videos,
         videos=videos,
-        asked="\n".join(part for part in (asked, *_spans(example), order) if part.strip()),
-        answers=answers,
-        text="\n".join(part for part in (subtitles, asked, max(answers, key=len, default="")) if part),
-        format="records",
+        asked="\n".join(filter(str.strip, [example.question, *asked, *example.choices, *spans, order])),
+        answers=(*answers, *replies),
+        text="\n".join(filter(None, text)),
+        held=example.image_bytes,
+        format=form,
     )
-
-
-def _spans(example: Example) -> list[str]:
-    """Which part of each video is meant: the same question about another part is another one."""
-    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
 
 
 def overlap(first: FileCheck, second: FileCheck) -> Finding | None:
@@ -373,20 +353,20 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
-    found = [(check.path, finding) for check in checks for finding in check.findings.values()]
+    findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):
         if shared := overlap(first, second):
-            found.append((first.path, shared))
+            findings.append((first.path, shared))
     looked_at = sum(len(root.known) for root in roots if root is not None)
     looked = f", {looked_at:,} media files" if any(roots) else ""
     summary = f"{len(files)} files, {sum(check.rows for check in checks):,} samples{looked}"
-    if not found:
+    if not findings:
         yield f"{summary}: nothing found"
         return
-    yield from table(found)
-    if any(finding.problem == LEFT_OUT for _, finding in found):
+    yield from table(findings)
+    if any(finding.problem == LEFT_OUT for _, finding in findings):
         yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
-    yield f"{summary}: {sum(finding.count for _, finding in found):,} problems"
+    yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
 
 
@@ -396,8 +376,8 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
-            inside = [file for file in found if file.name not in NO_DATA and not file.name.startswith(".")]
+            below = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
+            inside = [file for file in below if file.name not in NO_DATA and not file.name.startswith(".")]
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
@@ -417,10 +397,10 @@ def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
     )
 
 
-def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
+def table(findings: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
     """One line for each kind of problem in each file, the most frequent first."""
     rows = [("file", "problem", "samples", "ids", "for example")]
-    for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
+    for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
         ids = ", ".join(map(shown_text, finding.ids)) + (", ..." if finding.count > len(finding.ids) else "")
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
         problem, example = shown_text(finding.problem, 120), shown_text(finding.example, 100)

@@ -202,11 +202,13 @@ class Columns:
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
-        said = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
-        joined = role in _JOINED and bool(said)
-        alternatives: list[Candidate] = [dict.fromkeys(said, "")] if joined else [{name: ""} for name in said]
+        named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
+        joined = role in _JOINED and bool(named)
+        alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
         free = {name: plain_name(name) for name in names if name not in self.roles}
-        alternatives += [{name: ""} for known in ROLES[role] for name, plain in free.items() if plain == known]
+        alternatives += [
+            {name: ""} for usual_name in ROLES[role] for name, plain in free.items() if plain == usual_name
+        ]
         for pattern in _JOINED.get(role, ()):
             matches = {name: match[1] for name, plain in free.items() if (match := pattern.fullmatch(plain))}
             together = sorted(matches, key=lambda name: (len(matches[name]), matches[name]))

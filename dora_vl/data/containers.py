@@ -2,6 +2,10 @@
 
 JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
 WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME:SPLIT`.
+
+Which split a file of a folder is of its name says as `datasets` reads it: by words such as `train` or `val` in it or in
+its folder's, and by what stands before `-00000-of-00002`. But different words are never one split here: `dev` and
+`validation` of MMMU are not.
 """
 
 from __future__ import annotations
@@ -39,13 +43,6 @@ from dora_vl.errors import UserError, one_line, shown, shown_names
 
 if TYPE_CHECKING:
     import datasets
-
-# Which files of a folder hold its rows: of those that `datasets` saved, and of which split each is by its name.
-#
-# Names are read as `datasets` reads a folder without a card: words such as `train` or `val`, in the file's name or in
-# its folder's, and whatever stands before `-00000-of-00002`. But different words are never one split here: `dev` and
-# `validation` of MMMU are not.
-
 
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
 BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, SAVED_SPLITS)
@@ -103,11 +100,7 @@ def _saved_names(state: Path) -> list[str] | None:
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split, where names say so; all under "" where none does, or some do and name but one.
-
-    Args:
-        folder: what is looked through; only names below it count.
-    """
+    """The files of each split, where names say so; all under "" where none does, or some do and name but one."""
     names = {file: _split_of(folder, file.relative_to(folder)) for file in files}
     if any(names.values()):
         # What counts beside files that say splits in words: `testdev-00000-of-00001`, or the folder of a saved set.
@@ -157,9 +150,6 @@ def counted(splits: Mapping[str, Sequence[Path]]) -> str:
     return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
 
 
-# WebDataset archives: the files of one sample have one name up to its first dot, and stand one after another.
-
-
 LARGEST_MEMBER_BYTES = 1 << 30
 READING_ERRORS = (
     *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
@@ -180,8 +170,9 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields a row for each sample: the fields of its `.json`, its pictures as bytes, its `.txt` as a caption.
 
-    Its videos are bytes too, which is told where the row is read, unless the fields name a video's file. Other files of
-    a sample are fields by their ending, as bytes; `__key__` is the sample's name.
+    The files of a sample have one name up to its first dot, which is `__key__`, and stand one after another. Its videos
+    are bytes too, which is told where the row is read, unless the fields name a video's file. Other files are fields by
+    their ending, as bytes.
     """
     with (
         opened(path, "samples") as file,
@@ -226,9 +217,6 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
     if videos and not any(row.get(name) for name in ROLES["videos"]):
         row["videos"] = videos
     return row
-
-
-# Tables of columns: Parquet, Arrow, CSV.
 
 
 ROWS_AT_ONCE = 64
@@ -298,7 +286,7 @@ def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, obj
 
 
 def _rows_at_once(rows: int, size: int) -> int:
-    """How many rows of so many bytes in all are taken at once."""
+    """How many of `rows` rows, of so many bytes in all, are taken at once."""
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
 
 
@@ -332,36 +320,30 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _value(name: str, cell: str, where: str) -> object:
-    known = plain_name(name)
-    if known in LISTS or known in OBJECTS:
-        opening = "[" if known in LISTS else "{"
+    column = plain_name(name)
+    if column in LISTS or column in OBJECTS:
+        opening = "[" if column in LISTS else "{"
         if cell.lstrip().startswith(opening):
             return json_of(cell, where)
         return cell or None
-    return None if known == "id" and not cell else cell
+    return None if column == "id" and not cell else cell
 
 
 def hub_files(name: str) -> tuple[Path, ...]:
-    """The Arrow files of a set's split, fetched where they are not there yet.
-
-    Args:
-        name: `OWNER/NAME` or `OWNER/NAME:SPLIT`; the split is `train` where none is named.
-    """
-    return tuple(Path(file["filename"]) for file in _opened(name, streaming=False).cache_files)
+    """The Arrow files of a set's split, `OWNER/NAME` or `OWNER/NAME:SPLIT` (else train), fetched where they are not."""
+    return tuple(Path(file["filename"]) for file in _hub_set(name, streaming=False).cache_files)
 
 
 def hub_stream(name: str) -> datasets.IterableDataset:
     """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`."""
-    return _opened(name, streaming=True).decode(False)
+    return _hub_set(name, streaming=True).decode(False)
 
 
 def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
     """Yields the rows of a stream."""
     names = class_names(stream)
-    try:
+    with _reading_hub(name):
         yield from (with_class_names(row, names) for row in stream)
-    except Exception as error:
-        raise _unreadable(name, error) from error
 
 
 def class_names(stream: datasets.IterableDataset) -> ClassNames:
@@ -372,21 +354,20 @@ def class_names(stream: datasets.IterableDataset) -> ClassNames:
     return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
 
 
-def _opened(name: str, *, streaming: bool) -> Any:
+def _hub_set(name: str, *, streaming: bool) -> Any:
     import datasets
 
     repository, _, split = name.partition(":")
-    try:
+    with _reading_hub(name):
         return datasets.load_dataset(repository, split=split or "train", streaming=streaming)
+
+
+@contextlib.contextmanager
+def _reading_hub(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # its loaders raise of every kind
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> UserError:
-    return UserError(f"hub:{name}: cannot be read by `datasets`: {one_line(str(error), 300)}")
-
-
-# One entry of `data.train`: a file, a folder's shards, or a set of the hub.
+        raise UserError(f"hub:{name}: cannot be read by `datasets`: {one_line(str(error), 300)}") from error
 
 
 HUB = "hub:"
@@ -429,11 +410,7 @@ class DataFiles:
         return len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
-        """Yields the rows of all files in order.
-
-        Args:
-            progress: called with the number of bytes read.
-        """
+        """Yields the rows of all files in order."""
         for file in self.files:
             reader = READERS.get(ending_of(file))
             if reader is None:
@@ -449,38 +426,32 @@ def find_files(path: Path) -> DataFiles:
     if str(path).startswith(HUB):
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
     if path.is_file():
-        if (do := NO_SAMPLES.get(ending_of(path))) is not None:
-            raise UserError(f"{path}: a {path.suffix} file is not read; {do}")
+        if (remedy := NO_SAMPLES.get(ending_of(path))) is not None:
+            raise UserError(f"{path}: a {path.suffix} file is not read; {remedy}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
         kinds = ", ".join([*JSON_ENDINGS, *READERS])
         raise UserError(
             f"{path}: no such file; give a file of samples ({kinds}), a folder of shards, or {HUB}OWNER/NAME"
         )
-    return DataFiles(str(path), _shards(path))
-
-
-def _shards(folder: Path) -> tuple[Path, ...]:
     endings = (*READERS, *JSON_ENDINGS)
-    found = of_the_set(
+    files = of_the_set(
         file
-        for file in sorted(folder.iterdir())
+        for file in sorted(path.iterdir())
         if ending_of(file) in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
     )
-    kinds = sorted({ending_of(file) for file in found})
+    kinds = sorted({ending_of(file) for file in files})
     if len(kinds) > 1:
-        raise UserError(
-            f"{folder}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind"
-        )
-    if not found:
-        below = sorted(each.name for each in folder.iterdir() if each.is_dir())[:5]
+        raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")
+    if not files:
+        below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]
         hint = f"; give one of its folders ({', '.join(below)})" if below else ""
-        raise UserError(f"{folder}: no file of samples in it ({', '.join(endings)}){hint}")
-    splits = by_split(folder, found)
+        raise UserError(f"{path}: no file of samples in it ({', '.join(endings)}){hint}")
+    splits = by_split(path, files)
     if len(splits) > 1:
-        trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), found)
+        trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)
         raise UserError(
-            f"{folder}: files of several splits, {counted(splits)}; name the file that is meant, such as "
+            f"{path}: files of several splits, {counted(splits)}; name the file that is meant, such as "
             f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
         )
-    return tuple(found)
+    return DataFiles(str(path), tuple(files))

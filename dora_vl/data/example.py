@@ -14,21 +14,20 @@ import os
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import IO, Any, Literal, TypeAlias, TypeVar
+from typing import IO, Any, Literal, TypeAlias, get_args
 from uuid import uuid4
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Turn, arrange
+from dora_vl.data.turns import Clip, Role, Turn, arrange
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 JSON: TypeAlias = Any
 """What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,6 @@ class Example:
     """One item of a published set, or a sample that a person's file holds.
 
     Attributes:
-        id: unique in its file.
         images: paths relative to one root, or names in `image_bytes`.
         turns: instead of question and answers, for conversations; all that is trained on (`as_conversation`).
         question: or a sentence to judge; empty for captions.
@@ -100,9 +98,6 @@ def as_conversation(example: Example) -> Example:
     return Example(example.id, images, turns, example.videos, image_bytes=example.image_bytes)
 
 
-# Records on disk.
-
-
 MIDDLE_FRAME = "middle_frame"
 """In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
@@ -113,7 +108,12 @@ def to_record(example: Example) -> dict[str, JSON]:
     """The example as a JSON object, without the fields it has not."""
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
-    videos = [{"path": clip.path, **_times_record(clip)} for clip in example.videos]
+
+    def with_times(part: Clip | Subtitle, **fields: JSON) -> dict[str, JSON]:
+        times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
+        return fields | {name: seconds for name, seconds in times.items() if seconds is not None}
+
+    videos = [with_times(clip, path=clip.path) for clip in example.videos]
     record: dict[str, JSON] = {
         "id": example.id,
         "images": list(example.images),
@@ -126,106 +126,84 @@ def to_record(example: Example) -> dict[str, JSON]:
             for answer in example.answers
         ],
         "choices": list(example.choices),
-        "subtitles": [{"text": subtitle.text, **_times_record(subtitle)} for subtitle in example.subtitles],
+        "subtitles": [with_times(subtitle, text=subtitle.text) for subtitle in example.subtitles],
         "extra": dict(example.extra),
     }
     return {name: value for name, value in record.items() if value}
 
 
-def _times_record(part: Clip | Subtitle) -> dict[str, JSON]:
-    times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
-    return {name: seconds for name, seconds in times.items() if seconds is not None}
-
-
 def from_record(record: Mapping[str, JSON]) -> Example:
-    """The example of a JSON object that `to_record` made."""
+    """The example of a JSON object that `to_record` made.
+
+    Raises:
+        BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
+    """
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
         raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
-    unknown = sorted(set(record) - FIELDS)
-    if unknown:
+    if unknown := sorted(set(record) - FIELDS):
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(FIELDS))}")
-
-    fields = _Fields(record, sample_id)
-    choices = fields.parts("choices", fields.text)
-    extra = fields.mapping(record.get("extra", {}), "extra")
     if record.get("video") and record.get("videos"):
         raise BadSample(sample_id, "it has 'video' and 'videos'; name all of them in one")
+
+    check = partial(_checked, sample_id)
+
+    def entries(name: str, kind: type) -> list[Any]:
+        return [check(entry, kind, name) for entry in check(record.get(name, []), list, name)]
+
+    def seconds(entry: Mapping[str, JSON], name: str) -> dict[str, float]:
+        times = ("start_seconds", "end_seconds")
+        return {time: check(entry[time], float, f"{name} {time}") for time in times if entry.get(time) is not None}
+
+    def text(entry: Mapping[str, JSON], name: str) -> str:
+        return check(entry.get("text"), str, f"{name} text")
+
+    name = "video" if record.get("video") else "videos"
+    videos = [check(record["video"], dict, "video")] if record.get("video") else entries("videos", dict)
+    choices = tuple(entries("choices", str))
+    extra = check(record.get("extra", {}), dict, "extra")
     if choices and "correct" in extra:
         right_choice(extra["correct"], choices, sample_id)
-    one_video = record.get("video")
     return Example(
         id=sample_id,
-        images=fields.parts("images", fields.text),
-        videos=(fields.clip(one_video, "video"),) if one_video else fields.parts("videos", fields.clip),
-        question=fields.text(record.get("question", ""), "question"),
-        turns=fields.parts("turns", fields.turn),
-        answers=fields.parts("answers", fields.answer),
+        images=tuple(entries("images", str)),
+        videos=tuple(Clip(path=check(clip.get("path"), str, f"{name} path"), **seconds(clip, name)) for clip in videos),
+        question=check(record.get("question", ""), str, "question"),
+        turns=tuple(
+            Turn(check(turn.get("role"), Role, "turns role"), text(turn, "turns")) for turn in entries("turns", dict)
+        ),
+        answers=tuple(
+            Answer(text=text(answer, "answers"), weight=check(answer.get("weight", 1.0), float, "answers weight"))
+            for answer in entries("answers", dict)
+        ),
         choices=choices,
-        subtitles=fields.parts("subtitles", fields.subtitle),
+        subtitles=tuple(
+            Subtitle(text(subtitle, "subtitles"), **seconds(subtitle, "subtitles"))
+            for subtitle in entries("subtitles", dict)
+        ),
         extra=extra,
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """A record's fields, each read as what it must be."""
+_MUST = {
+    str: "hold text",
+    dict: "hold an object",
+    list: "be a list",
+    float: "hold a finite number",
+    Role: "be 'system', 'user' or 'assistant'",
+}
 
-    record: Mapping[str, JSON]
-    sample_id: str
 
-    def _wrong(self, name: str, what: str, value: JSON) -> BadSample:
-        return BadSample(self.sample_id, f"{name!r} must {what}, got {shown(value)}")
-
-    def text(self, value: JSON, name: str) -> str:
-        if not isinstance(value, str):
-            raise self._wrong(name, "hold text", value)
+def _checked(sample_id: str, value: JSON, kind: object, name: str) -> Any:
+    """A field's value, if it is of this kind, one of `_MUST`."""
+    if isinstance(kind, type) and kind is not float and isinstance(value, kind):
         return value
-
-    def mapping(self, value: JSON, name: str) -> Mapping[str, JSON]:
-        if not isinstance(value, Mapping):
-            raise self._wrong(name, "hold an object", value)
+    if kind is Role and value in get_args(Role):
         return value
-
-    def number(self, value: JSON, name: str) -> float:
-        with contextlib.suppress(OverflowError):  # a whole number beyond every float
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value)
-        raise self._wrong(name, "hold a finite number", value)
-
-    def parts(self, name: str, read: Callable[[JSON, str], Part]) -> tuple[Part, ...]:
-        entries = self.record.get(name, [])
-        if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise self._wrong(name, "be a list", entries)
-        return tuple(read(entry, name) for entry in entries)
-
-    def _times(self, entry: Mapping[str, JSON], name: str) -> tuple[float | None, float | None]:
-        start, end = entry.get("start_seconds"), entry.get("end_seconds")
-        return (
-            None if start is None else self.number(start, f"{name} start_seconds"),
-            None if end is None else self.number(end, f"{name} end_seconds"),
-        )
-
-    def clip(self, value: JSON, name: str) -> Clip:
-        entry = self.mapping(value, name)
-        start, end = self._times(entry, name)
-        return Clip(path=self.text(entry.get("path"), f"{name} path"), start_seconds=start, end_seconds=end)
-
-    def turn(self, value: JSON, name: str) -> Turn:
-        entry = self.mapping(value, name)
-        role = entry.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise self._wrong(f"{name} role", "be 'system', 'user' or 'assistant'", role)
-        return Turn(role, self.text(entry.get("text"), f"{name} text"))
-
-    def answer(self, value: JSON, name: str) -> Answer:
-        entry = self.mapping(value, name)
-        weight = self.number(entry.get("weight", 1.0), f"{name} weight")
-        return Answer(text=self.text(entry.get("text"), f"{name} text"), weight=weight)
-
-    def subtitle(self, value: JSON, name: str) -> Subtitle:
-        entry = self.mapping(value, name)
-        return Subtitle(self.text(entry.get("text"), f"{name} text"), *self._times(entry, name))
+    with contextlib.suppress(OverflowError):  # a whole number beyond every float
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise BadSample(sample_id, f"{name!r} must {_MUST[kind]}, got {shown(value)}")
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
@@ -292,31 +270,47 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         raise
 
 
-# A records file read one example at a time, by place; only the lines' places are kept in memory.
-
-
 class ExampleFile:
-    """The examples of `records/<task>/<split>.jsonl`, or one for each of their answers. Worker processes may have it.
+    """The examples of `records/<task>/<split>.jsonl`, or one for each of their answers, read one at a time by place.
+
+    A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line. Worker
+    processes may have it.
 
     Args:
-        paths: the file, or several that are read as one.
         each_answer: an example with several answers counts as several, as captions are trained on.
-        limit: only the first so many.
-
-    A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
         self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
         if limit is not None and limit < 1:
             raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
-        items = [item for number, path in enumerate(self.paths) for item in _items(path, number, each_answer)]
-        columns = zip(*items[:limit], strict=True)
-        self._files, self._places, self._answers = (
-            array(kind, column) for kind, column in zip("hqi", columns, strict=True)
-        )
+        # Arrays: a set has millions of lines, and each worker holds where they begin.
+        self._files, self._places, self._answers = array("h"), array("q"), array("i")
         self._each_answer = each_answer
         self._streams: dict[int, IO[bytes]] = {}
+        for number, path in enumerate(self.paths):
+            self._add(number, path)
+        self._files, self._places, self._answers = self._files[:limit], self._places[:limit], self._answers[:limit]
+
+    def _add(self, number: int, path: Path) -> None:
+        """File, place and answer of each item; a broken line is a single one."""
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
+        place, before = 0, len(self)
+        with path.open("rb") as stream:
+            for line in stream:
+                if line.strip():
+                    answers: object = ()
+                    if self._each_answer:
+                        with contextlib.suppress(BadSample):
+                            answers = _json_object(line).get("answers", ())
+                    for answer in range(max(1, len(answers) if isinstance(answers, list) else 1)):
+                        self._files.append(number)
+                        self._places.append(place)
+                        self._answers.append(answer)
+                place += len(line)
+        if len(self) == before:
+            raise UserError(f"{path} holds no example")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -357,26 +351,6 @@ class ExampleFile:
         return self._streams[number].readline()
 
 
-def _items(path: Path, number: int, each_answer: bool) -> Iterator[tuple[int, int, int]]:
-    """File, place and answer of each item; a broken line is a single one, whose reading says what is wrong."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-    place, before = 0, 0
-    with path.open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                answers: object = ()
-                if each_answer:
-                    with contextlib.suppress(BadSample):
-                        answers = _json_object(line).get("answers", ())
-                count = len(answers) if isinstance(answers, list) else 1
-                yield from ((number, place, answer) for answer in range(max(1, count)))
-                before += 1
-            place += len(line)
-    if not before:
-        raise UserError(f"{path} holds no example")
-
-
 def _json_object(line: bytes) -> Mapping[str, JSON]:
     where = "the line"
     try:
@@ -386,9 +360,6 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
     if not isinstance(record, dict):
         raise BadSample("(no id)", f"a line must hold an object, found {type(record).__name__}")
     return record
-
-
-# Multiple choice: which one is right, as records and columns say it, and how choices stand in a question.
 
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -409,8 +380,10 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
     if isinstance(correct, bool) or not isinstance(correct, int):
         raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not 0 <= correct < len(choices):
-        known = f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {known}")
+        choices_there_are = (
+            f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
+        )
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {choices_there_are}")
     return correct
 
 
@@ -432,37 +405,37 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def correct_choice(said: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
+def correct_choice(answer: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
     """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
 
     A column says it by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also "(B)" or "B."), or by
     its text. Where the text of one choice reads as the letter or number of another, such as "2" among "1", "2" and "3",
     it could mean either: it is taken only where the columns that were named say which way to read it.
     """
-    if said is None or (isinstance(said, str) and not said.strip()):
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
         return None
-    if isinstance(said, int) and not isinstance(said, bool):
-        if not 0 <= said < len(choices):
-            raise BadSample(sample_id, f"its answer is {said}, but there are {len(choices)} choices")
-        return said
-    if not isinstance(said, str):
-        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(said)}")
-    word = said.strip()
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise BadSample(sample_id, f"its answer is {answer}, but there are {len(choices)} choices")
+        return answer
+    if not isinstance(answer, str):
+        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(answer)}")
+    word = answer.strip()
     by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
     if len(by_text) > 1:
-        raise BadSample(sample_id, f"its answer {shown(said)} is the text of {len(by_text)} of its choices")
+        raise BadSample(sample_id, f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
     place = ascii_uppercase.index(letter[1].upper()) if letter else number
     by_place = [place] if place < len(choices) and reading != "only text" else []
-    known = by_place + by_text if reading == "place" else by_text + by_place
-    if not known:
+    indices = by_place + by_text if reading == "place" else by_text + by_place
+    if not indices:
         ways = "text" if reading == "only text" else "letter, number from 0 or text"
-        raise BadSample(sample_id, f"its answer {shown(said)} is no {ways} of its {len(choices)} choices")
-    if reading == "either" and len(set(known)) > 1:
+        raise BadSample(sample_id, f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
+    if reading == "either" and len(set(indices)) > 1:
         raise BadSample(
             sample_id,
-            f"its answer {shown(said)} is the text of one choice and the letter or number of another; with "
+            f"its answer {shown(answer)} is the text of one choice and the letter or number of another; with "
             "columns=correct:COLUMN it is the latter, with columns=answers:COLUMN the text",
         )
-    return known[0]
+    return indices[0]

@@ -74,8 +74,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         accumulation: int,
         seed: int,
     ) -> None:
-        if min(batch_size, world_size, accumulation) < 1:
-            raise ValueError("batch_size, world_size and accumulation must be at least 1")
         self._lengths = lengths
         self._is_multimodal = is_multimodal
         self._pictures = pictures
@@ -91,7 +89,9 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_generator_seed(self._seed, self._epoch))
+        # A hash, not a sum: seed 0 in epoch 1 is not seed 1 in epoch 0.
+        digest = hashlib.sha256(f"{self._seed}/{self._epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         full, rest = [], []
         for modality in (self._is_multimodal, ~self._is_multimodal):
             members = modality.nonzero().flatten()
@@ -117,19 +117,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         return batches.gather(1, order)
 
 
-def _generator_seed(seed: int, epoch: int) -> int:
-    """A hash, not a sum: seed 0 in epoch 1 is not seed 1 in epoch 0."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "little", signed=True)
-
-
-# Several tasks in one run: which of them each step is about, and which of its samples, the same on every rank.
-#
-# A step is about one task, whose batch is as large as the task asks for; its samples are dealt out to the ranks and to
-# the micro-batches that are accumulated, so a run with more ranks does the same steps. The order is a function of
-# (seed, epoch) alone. VL-Adapter's `roundrobin` is `proportional` here: each task's samples once an epoch, the tasks'
-# steps shuffled.
-
-
 Mixing = Literal["proportional", "balanced"]
 
 
@@ -138,7 +125,6 @@ class Source:
     """One task's share of a mixture.
 
     Attributes:
-        items: its training items.
         batch_size: items of one optimizer step, over all ranks and micro-batches.
     """
 
@@ -165,9 +151,12 @@ class Part:
 
 
 class MixturePlan:
-    """Every micro-batch of an epoch, by its number.
+    """Every micro-batch of an epoch of several tasks, by its number, the same on every rank.
 
-    Micro-batch k belongs to step k // parts; accelerate gives it to rank k % ranks.
+    A step is about one task, whose batch is as large as the task asks for; its samples are dealt out to the ranks and
+    to the micro-batches that are accumulated, so a run with more ranks does the same steps. Micro-batch k belongs to
+    step k // parts; accelerate gives it to rank k % ranks. The order is a function of (seed, epoch) alone. VL-Adapter's
+    `roundrobin` is `proportional` here: each task's samples once an epoch, the tasks' steps shuffled.
 
     Args:
         parts: micro-batches of one step over all ranks (ranks times accumulation).
@@ -195,7 +184,11 @@ class MixturePlan:
     @property
     def items(self) -> int:
         """Items that an epoch reads, those of a small task that come several times included."""
-        return sum(_items_in(source, steps) for source, steps in zip(self.sources, self._steps_of, strict=True))
+        items = 0
+        for source, steps in zip(self.sources, self._steps_of, strict=True):
+            rounds, rest = divmod(steps, source.steps)
+            items += rounds * source.items + min(rest * source.batch_size, source.items)
+        return items
 
     def part(self, number: int, *, epoch: int) -> Part:
         """Micro-batch `number` of an epoch."""
@@ -232,14 +225,6 @@ class MixturePlan:
         return self._orders[key]
 
 
-def _items_in(source: Source, steps: int) -> int:
-    rounds, rest = divmod(steps, source.steps)
-    return rounds * source.items + min(rest * source.batch_size, source.items)
-
-
-# Which files a run trains on, and how often each; only the standard library, since settings are made of it.
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainFile:
     """One of several training files."""
@@ -250,53 +235,43 @@ class TrainFile:
     """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
 
 
-def train_files(given: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
+def train_files(train: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
     """What `data.train` names, one path or several files, as a list."""
-    files = (given,) if isinstance(given, str) else given
+    files = (train,) if isinstance(train, str) else train
     return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
 
 
-def train_name(given: str | Sequence[str | TrainFile]) -> str:
+def train_name(train: str | Sequence[str | TrainFile]) -> str:
     """The files' names, for messages."""
-    return ", ".join(file.path for file in train_files(given))
-
-
-# Which samples make the largest micro-batches: the longest by what is known, and those of the largest pictures.
+    return ", ".join(file.path for file in train_files(train))
 
 
 HEADERS = 1_000
 """Rows whose pictures' sizes are read, less than a second's worth; of more, so many at even distances."""
 
 
-def longest_places(known: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
+def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
     """The places of the `count` longest samples, or of those of one kind."""
-    order = known.lengths.argsort(descending=True, stable=True)
-    kept = order if among is None else order[among[order]]
-    return kept[:count].tolist()
+    order = sizes.lengths.argsort(descending=True, stable=True)
+    of_kind = order if among is None else order[among[order]]
+    return of_kind[:count].tolist()
 
 
 def places_of_largest_pictures(
     rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
 ) -> list[int]:
-    """The places of `count` rows whose pictures have the most pixels; nothing is decoded.
+    """The places of `count` rows whose pictures have the most pixels; nothing is decoded."""
 
-    Args:
-        rows: of `table.load_table`.
-        stored: pictures that the file holds itself.
-        folder: root of the others' paths.
-    """
+    def pixels(name: str) -> int:
+        """Those that a picture's header tells of; none of one that cannot be read."""
+        try:
+            source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
+            with opened_picture(source) as picture:
+                return picture.width * picture.height
+        except (BadSample, *NOT_DECODED):
+            return 0
+
     places = np.linspace(0, len(rows) - 1, min(len(rows), HEADERS)).astype(np.int64)
-    named = rows.select(places)["images"]
-    pixels = [sum(_pixels(name, stored, folder) for name in names) for names in named]
-    order = np.argsort(pixels, kind="stable")[::-1][:count]
-    return [int(places[number]) for number in order if pixels[number]]
-
-
-def _pixels(name: str, stored: HeldPictures, folder: MediaFolder) -> int:
-    """Those that a picture's header tells of; none of one that cannot be read."""
-    try:
-        source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
-        with opened_picture(source) as picture:
-            return picture.width * picture.height
-    except (BadSample, *NOT_DECODED):
-        return 0
+    sizes = [sum(map(pixels, names)) for names in rows.select(places)["images"]]
+    order = np.argsort(sizes, kind="stable")[::-1][:count]
+    return [int(places[number]) for number in order if sizes[number]]

@@ -400,7 +400,6 @@ class MediaFolder:
     """Where the paths of pictures or videos start, and how the files there are read.
 
     Attributes:
-        root: the folder.
         follow_links: a file may be a link that leads out of it, as DVC and git-annex lay them (`data.follow_links`).
         as_published: pictures become pixels as in LLaVA's own code (`data.as_published`), see `open_image`.
     """
@@ -472,11 +471,7 @@ HeldPictures: TypeAlias = Mapping[str, bytes]
 
 
 class StoredPictures(HeldPictures):
-    """Bytes by the name that a row gives them, which is made of their content; worker processes may have it.
-
-    Args:
-        tables: whole tables of `table.load_table`; each picture stands in the first row that has it.
-    """
+    """Bytes by the name that a row gives them, which is made of their content; worker processes may have it."""
 
     def __init__(self, tables: Sequence[datasets.Dataset]) -> None:
         self._tables = [table.select_columns(["held_pictures"]) for table in tables]

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -70,12 +70,7 @@ class ConvertedRow:
 def converted_rows(
     rows: Iterable[Raw], convert: Callable[[Raw], Converted], *, first_number: int, workers: int
 ) -> Iterator[list[ConvertedRow]]:
-    """Yields the converted rows chunk by chunk, in the order of `rows`.
-
-    Args:
-        first_number: the number of the first row, for messages.
-        workers: processes besides this one; 0 converts in this one.
-    """
+    """Yields the converted rows chunk by chunk, in the order of `rows`."""
     numbered = enumerate(rows, start=first_number)
     chunks = iter(lambda: list(islice(numbered, ROWS_A_CHUNK)), [])
     if workers == 0:
@@ -100,18 +95,18 @@ def converted_rows(
 
 def convert_chunk(convert: Callable[[Raw], Converted], chunk: list[tuple[int, Raw]]) -> list[ConvertedRow]:
     """Converts numbered rows; one that cannot be used keeps its reason."""
-    found: list[ConvertedRow] = []
+    converted: list[ConvertedRow] = []
     for number, row in chunk:
         try:
             result = convert(row)
             several = result if not isinstance(result, Example | Mapping) else [cast(Example, result)]
-            found.append(ConvertedRow(number, tuple(_line(one) for one in several)))
+            converted.append(ConvertedRow(number, tuple(_line(one) for one in several)))
         except BadSample as error:
             name, reason = shown_text(error.sample_id, 80), shown_text(error.reason, 200)
-            found.append(ConvertedRow(number, id=name, problem=reason))
+            converted.append(ConvertedRow(number, id=name, problem=reason))
         except RecursionError:
-            found.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
-    return found
+            converted.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
+    return converted
 
 
 def _line(result: Example | Mapping[str, JSON]) -> tuple[str, bytes, bool]:
@@ -133,27 +128,6 @@ def read_manifest(folder: Path) -> dict[str, JSON]:
         return dict(splits.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a manifest of `dora-vl prepare`; move it away and run again") from None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "format": str(FORMAT)}
-    for package in ("dora-vl", "datasets", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def fingerprints(
-    inputs: Sequence[Path], known: Sequence[Mapping[str, JSON]], progress: Progress
-) -> list[dict[str, JSON]]:
-    """Name, size, modification time and sha256 of each file; one whose size and time are known is not read again."""
-    before = {(entry["file"], entry["bytes"], entry["modified_ns"]): entry["sha256"] for entry in known}
-    result: list[dict[str, JSON]] = []
-    for path in inputs:
-        stat = path.stat()
-        digest = before.get((path.name, stat.st_size, stat.st_mtime_ns)) or file_sha256(path, progress)
-        result.append({"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest})
-    return result
 
 
 def file_sha256(path: Path, progress: Progress = lambda _: None) -> str:
@@ -217,14 +191,21 @@ def prepare_split(
     path = folder / f"{split.name}.jsonl"
     others = read_manifest(folder)
     known = others.pop(split.name, {})
+    # A file whose size and time are known is not hashed again; names and hashes say whether the input is the same.
+    hashes = {(one["file"], one["bytes"], one["modified_ns"]): one["sha256"] for one in known.get("inputs", [])}
+    inputs: list[dict[str, JSON]] = []
     with reading(_names(split)):
-        inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
-    # what decides whether the input is the same: names and hashes, not times
+        for file in split.inputs:
+            stat = file.stat()
+            sha256 = hashes.get((file.name, stat.st_size, stat.st_mtime_ns)) or file_sha256(file, progress)
+            sizes = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+            inputs.append({"file": file.name, **sizes, "sha256": sha256})
     content, before = (
         [[entry["file"], entry["sha256"]] for entry in entries] for entries in (inputs, known.get("inputs", []))
     )
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
-    if known.get("settings") == settings and before == content and _is_whole(path, known):
+    is_same = known.get("settings") == settings and before == content and path.is_file()
+    if is_same and path.stat().st_size == known["bytes"] and file_sha256(path) == known["sha256"]:
         return Prepared(path=path, entry=known, already_there=True)
     started = time.monotonic()
     with Partial(path, key=[content, settings], find_repeated=split.ids_by_place) as partial:
@@ -250,24 +231,25 @@ def prepare_split(
         "settings": settings,
         "seconds": round(time.monotonic() - started, 3),
     }
+    versions = {"python": platform.python_version(), "format": str(FORMAT)}
+    for package in ("dora-vl", "datasets", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     with whole_file(folder / "manifest.json") as file:
         splits = {**others, split.name: {"source": source, **entry}}
-        json.dump({"versions": _versions(), "splits": splits}, file, ensure_ascii=False, indent=1)
+        json.dump({"versions": versions, "splits": splits}, file, ensure_ascii=False, indent=1)
         file.write("\n")
     return Prepared(path=path, entry=entry, already_there=False, resumed_after=resumed_after)
 
 
-def _is_whole(path: Path, entry: Mapping[str, JSON]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
-
-
 def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | None, progress: Progress) -> None:
     counts = partial.counts
-    rows = islice(_readable(split, progress), counts.rows, limit)
-    for chunk in converted_rows(rows, split.convert, first_number=counts.rows + 1, workers=workers):
-        for row in chunk:
-            partial.add(row, number_repeated=split.repeated_ids == "number")
-        partial.write()
+    with reading(_names(split)):
+        rows = islice(split.rows(progress), counts.rows, limit)
+        for chunk in converted_rows(rows, split.convert, first_number=counts.rows + 1, workers=workers):
+            for row in chunk:
+                partial.add(row, number_repeated=split.repeated_ids == "number")
+            partial.write()
     if not counts.rows:
         raise UserError(f"{_names(split)}: holds no rows")
     if not counts.written:
@@ -277,11 +259,6 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
             f"{_names(split)}: is doubled, {counts.repeated:,} of its {counts.written:,} records repeat an earlier "
             "one; fetch the file again"
         )
-
-
-def _readable(split: Split, progress: Progress) -> Iterator[Raw]:
-    with reading(_names(split)):
-        yield from split.rows(progress)
 
 
 @contextlib.contextmanager
@@ -301,7 +278,6 @@ class Partial:
     """The file while it grows, `.<name>.partial`, with a note beside it of how far it is whole.
 
     Args:
-        path: the name that it gets when it is finished.
         key: what it is made of; a partial file of anything else is started anew.
         find_repeated: counts records that are an earlier one under another id.
     """
@@ -482,11 +458,11 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
             raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {arguments.source} {has}")
         options[name] = value
     splits = list(source.splits(arguments.folder, options, arguments.to))
-    wanted = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
-    if unknown := set(wanted) - {split.name for split in splits}:
-        found = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {found}")
-    return [split for split in splits if split.name in wanted]
+    names = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
+    if unknown := set(names) - {split.name for split in splits}:
+        known_names = ", ".join(sorted({split.name for split in splits}))
+        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {known_names}")
+    return [split for split in splits if split.name in names]
 
 
 def summary(prepared: Prepared) -> Iterator[str]:
@@ -513,15 +489,12 @@ def summary(prepared: Prepared) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".prepare.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(folder / ".prepare.lock", timeout=0).acquire()
     except Timeout:
         raise UserError(f"{folder}: another `dora-vl prepare` writes there; wait for it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another --to") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row, is_nothing
@@ -23,9 +24,6 @@ from dora_vl.data.example import (
 from dora_vl.data.pictures import RowPictures, row_pictures
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn
 from dora_vl.errors import EMPTY_ANSWER, ON_THE_WEB, BadSample, UserError, shown
-
-# Turns of LLaVA's and of messages: who speaks, what is said, pictures and videos in parts and beside them.
-
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -54,16 +52,15 @@ def _refuse_marked(turn: Mapping[str, object], number: int, sample_id: str) -> N
         reason = "which would not be trained; write it into the answer's text, or leave out the row"
         raise BadSample(sample_id, f"turn {number} has {unsaid!r}, {reason}")
     speaker = turn.get("from") if turn.get("role") is None else turn["role"]
-    mark = next((name for name in MARKS if _is_untrained(name, turn.get(name))), None)
-    if mark is not None and ROLES.get(str(speaker)) == "assistant":
-        reason = "but every answer is trained; leave out the mark, or the row"
-        raise BadSample(sample_id, f"turn {number} has {mark!r} {shown(turn[mark])}, {reason}")
-
-
-def _is_untrained(name: str, mark: object) -> bool:
-    if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
-        return False
-    return mark == 0 if name == "loss" else mark != 1
+    if ROLES.get(str(speaker)) != "assistant":
+        return
+    for name in MARKS:
+        mark = turn.get(name)
+        if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
+            continue
+        if mark == 0 if name == "loss" else mark != 1:
+            reason = "but every answer is trained; leave out the mark, or the row"
+            raise BadSample(sample_id, f"turn {number} has {name!r} {shown(mark)}, {reason}")
 
 
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
@@ -92,16 +89,6 @@ def _with_tagged_pictures(example: Example) -> Example:
         turns=tuple(replace(turn, text=_TAGS.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in example.turns),
         images=tuple(pictures.names),
         image_bytes=pictures.held,
-    )
-
-
-def row_clips(row: Row, sample_id: str) -> tuple[Clip, ...]:
-    """The videos of a row; one that is no list counts as a list of one."""
-    value = row.get("videos")
-    if value is None or value in ("", []):
-        return ()
-    return tuple(
-        _read_clip(clip, "videos", sample_id) for clip in (value if isinstance(value, list | tuple) else [value])
     )
 
 
@@ -145,7 +132,9 @@ class MessageReader:
         self._left = [*range(len(self._beside.names))]
         self._pictures = RowPictures(sample_id)
         self._videos: list[Clip] = []
-        self._videos_left = [*row_clips(row, sample_id)]
+        videos = row.get("videos")
+        listed = [] if videos in (None, "", []) else videos if isinstance(videos, list | tuple) else [videos]
+        self._videos_left = [_read_clip(video, "videos", sample_id) for video in listed]
 
     def turns(self, messages: object, key: str = "messages") -> tuple[Turn, ...]:
         """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video."""
@@ -172,8 +161,8 @@ class MessageReader:
         who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
         role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
         if role is None:
-            known = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
-            raise BadSample(self.sample_id, f"turn {number} has {who!r} {shown(speaker)}; only {known} are known")
+            roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
+            raise BadSample(self.sample_id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
         content = message.get(what)
         if isinstance(content, str):
             self.take_beside(content)
@@ -227,11 +216,11 @@ def _with_system(row: Row, turns: tuple[Turn, ...], sample_id: str) -> tuple[Tur
     """The turns with what the row says as `system` before them."""
     if is_nothing(row.get("system")):
         return turns
-    said = _text(row["system"], "system", sample_id)
-    own = turns[0].text.strip() if turns and turns[0].role == "system" else None
-    if own and own != said.strip():
+    system = _text(row["system"], "system", sample_id)
+    first = turns[0].text.strip() if turns and turns[0].role == "system" else None
+    if first and first != system.strip():
         raise BadSample(sample_id, "its 'system' differs from the system turn that it has too; leave one of them out")
-    return turns if own else (Turn("system", said), *(turns if own is None else turns[1:]))
+    return turns if first else (Turn("system", system), *(turns if first is None else turns[1:]))
 
 
 def _earlier_rounds(row: Row, sample_id: str) -> tuple[Turn, ...]:
@@ -245,19 +234,10 @@ def _earlier_rounds(row: Row, sample_id: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-# The formats: each by its own columns.
-
-
-def read_conversations(row: Row, sample_id: str) -> Example:
-    """LLaVA's and ShareGPT's `from` and `value`, or roles; the pictures in `image` or `images`."""
+def read_conversations(row: Row, sample_id: str, key: str = "conversations") -> Example:
+    """LLaVA's and ShareGPT's `from` and `value`, or roles; pictures in parts, or in `image` or `images` beside them."""
     reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row.get("conversations"), "conversations"))
-
-
-def _read_messages(row: Row, sample_id: str) -> Example:
-    """`messages`; pictures in parts, or in `images` beside them."""
-    reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row["messages"]))
+    return reader.example(reader.turns(row.get(key), key))
 
 
 def _read_prompt_completion(row: Row, sample_id: str) -> Example:
@@ -289,13 +269,13 @@ def _read_instructions(row: Row, sample_id: str) -> Example:
 
     `answer`, the part of the output that is scored, is the example's answer where it is text (LLM-Adapters).
     """
-    instruction, added, output = (_text_or_none(row, name, sample_id) for name in ("instruction", "input", "output"))
+    instruction, added, output = (_text(row.get(name), name, sample_id) for name in ("instruction", "input", "output"))
     if not output.strip():
         raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
     if not is_nothing(row.get("history")):
         raise BadSample(sample_id, "it has a 'history' of earlier rounds; write the whole talk as 'messages'")
-    asked = f"{instruction}\n{added}" if instruction and added else instruction or added
-    turns = (Turn("user", asked, len(added)), Turn("assistant", output))
+    question = f"{instruction}\n{added}" if instruction and added else instruction or added
+    turns = (Turn("user", question, len(added)), Turn("assistant", output))
     scored = row.get("scored")
     return MessageReader(row, sample_id).example(turns, scored if isinstance(scored, str) else "")
 
@@ -305,14 +285,16 @@ def _read_columns(row: Row, sample_id: str) -> Example:
 
     `history` holds earlier rounds; a hint stands before the question, choices behind it (`_written_choices`).
     """
-    asked, said = _text(row["question"], "question", sample_id), _answer(row["answer"], sample_id)
-    if not is_nothing(row.get("choices")) and said.strip():
+    question, answer = _text(row["question"], "question", sample_id), _answer(row["answer"], sample_id)
+    if not is_nothing(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"], sample_id)
-        asked, said = _written_choices(asked, choices, said, sample_id, labels) if choices else (asked, said)
-    hint = _text_or_none(row, "hint", sample_id).strip()
-    if not _says(asked, [hint]):
-        asked = f"{hint}\n{asked}"
-    return _question(row, sample_id, asked, said, _earlier_rounds(row, sample_id))
+        question, answer = (
+            _written_choices(question, choices, answer, sample_id, labels) if choices else (question, answer)
+        )
+    hint = _text(row.get("hint"), "hint", sample_id).strip()
+    if not _says(question, [hint]):
+        question = f"{hint}\n{question}"
+    return _question(row, sample_id, question, answer, _earlier_rounds(row, sample_id))
 
 
 def _read_caption(row: Row, sample_id: str) -> Example:
@@ -320,12 +302,12 @@ def _read_caption(row: Row, sample_id: str) -> Example:
     return _question(row, sample_id, "", _answer(row["caption"], sample_id, "caption"))
 
 
-def _question(row: Row, sample_id: str, asked: str, said: str, earlier: tuple[Turn, ...] = ()) -> Example:
+def _question(row: Row, sample_id: str, question: str, answer: str, earlier: tuple[Turn, ...] = ()) -> Example:
     """A question as one where it stands alone, behind a system's words or earlier rounds as turns."""
     reader = MessageReader(row, sample_id)
     if earlier or not is_nothing(row.get("system")):
-        return reader.example((*earlier, Turn("user", asked), Turn("assistant", said)))
-    return replace(reader.example(()), question=asked, answers=(Answer(text=said),))
+        return reader.example((*earlier, Turn("user", question), Turn("assistant", answer)))
+    return replace(reader.example(()), question=question, answers=(Answer(text=answer),))
 
 
 def _read_record(row: Row, sample_id: str) -> Example:
@@ -335,9 +317,9 @@ def _read_record(row: Row, sample_id: str) -> Example:
     example = from_record(record)
     if not example.choices:
         return example
-    known = example.extra.get("correct", example.answers[0].text if example.answers else None)
-    asked, said = _written_choices(example.question, example.choices, known, sample_id)
-    return replace(example, question=asked, answers=(Answer(text=said),))
+    correct = example.extra.get("correct", example.answers[0].text if example.answers else None)
+    question, answer = _written_choices(example.question, example.choices, correct, sample_id)
+    return replace(example, question=question, answers=(Answer(text=answer),))
 
 
 def _without_nulls(value: Row) -> dict[str, object]:
@@ -352,32 +334,32 @@ def _without_nulls(value: Row) -> dict[str, object]:
 
 
 def _written_choices(
-    asked: str, choices: Sequence[str], said: object, sample_id: str, labels: Sequence[str] = ()
+    question: str, choices: Sequence[str], answer: object, sample_id: str, labels: Sequence[str] = ()
 ) -> tuple[str, str]:
     """A question with its choices as LLaVA writes MMBench's, a letter and a line each, and the right one's letter.
 
     A question that says its choices itself stays as it is: with letters, or where the answer is the text of one.
 
     Args:
-        said: the right choice, by its label or text; without labels but letters, by its letter or number from 0.
+        answer: the right choice, by its label or text; without labels but letters, by its letter or number from 0.
         labels: what the file calls the choices, where it calls them something.
     """
     if any(not choice.strip() for choice in choices) or len(choices) > len(ascii_uppercase):
         raise BadSample(sample_id, f"its {len(choices)} choices must be text, at most {len(ascii_uppercase)} of them")
-    known, label = [label.casefold() for label in labels], str(said).strip(" ().:").casefold()
-    in_order = known == list(ascii_lowercase[: len(known)])  # of none too
-    if label in known and not in_order:
-        index = known.index(label)
+    names, label = [label.casefold() for label in labels], str(answer).strip(" ().:").casefold()
+    in_order = names == list(ascii_lowercase[: len(names)])  # of none too
+    if label in names and not in_order:
+        index = names.index(label)
     else:
-        index = correct_choice(said, choices, sample_id, "either" if in_order else "only text")
+        index = correct_choice(answer, choices, sample_id, "either" if in_order else "only text")
     letter = "" if index is None else ascii_uppercase[index]
     lines = with_letters(choices)
-    if _says(asked, choices):
-        if str(said).strip() in (choice.strip() for choice in choices):
-            return asked, str(said)
-        if all(re.search(rf"\b{line[0]}\W", asked) for line in lines):
-            return asked, letter
-    return "\n".join([asked, *lines, LETTER]), letter
+    if _says(question, choices):
+        if str(answer).strip() in (choice.strip() for choice in choices):
+            return question, str(answer)
+        if all(re.search(rf"\b{line[0]}\W", question) for line in lines):
+            return question, letter
+    return "\n".join([question, *lines, LETTER]), letter
 
 
 def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
@@ -388,24 +370,24 @@ def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
     if isinstance(value, Mapping) and "text" in value:
         labels, value = value.get("label") or [], value["text"]
     elif isinstance(value, Mapping):
-        kept = {name: text for name, text in value.items() if not is_nothing(text)}
-        labels, value = [*kept], [*kept.values()]
+        texts_by_label = {name: text for name, text in value.items() if not is_nothing(text)}
+        labels, value = [*texts_by_label], [*texts_by_label.values()]
     if not isinstance(value, list | tuple) or not isinstance(labels, list) or len(labels) not in (0, len(value)):
         raise BadSample(sample_id, f"its choices must be a list of text, got {shown(value)}")
-    texts = [_text_or_none({"choices": text}, "choices", sample_id) for text in value]
+    texts = [_text(text, "choices", sample_id) for text in value]
     return [_text(label, "choices", sample_id) for label in labels], texts
 
 
-def _says(asked: str, texts: Sequence[str]) -> bool:
+def _says(question: str, texts: Sequence[str]) -> bool:
     """Whether the question's words hold all of these, as whole words; nothing is said by any."""
-    return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", asked) for text in texts)
+    return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 
 def _answer(value: object, sample_id: str, name: str = "answer") -> str:
     """The most frequent of several answers, each text or an object with one; SQuAD's are a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    texts = [_text_or_none({name: _in_object(entry)}, name, sample_id) for entry in listed]
+    texts = [_text(_in_object(entry), name, sample_id) for entry in listed]
     counted = Counter(text for text in texts if text.strip())
     return counted.most_common(1)[0][0] if counted else ""
 
@@ -414,19 +396,13 @@ def _in_object(value: object) -> object:
     """What an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
-    return next((said for key in ("answer", "text") if (said := value.get(key)) is not None), value)
-
-
-def _text_or_none(row: Mapping[str, object], name: str, sample_id: str) -> str:
-    """A field's text; empty where the row has none."""
-    value = row.get(name)
-    return "" if value is None else _text(value, name, sample_id)
+    return next((text for key in ("answer", "text") if (text := value.get(key)) is not None), value)
 
 
 def _text(value: object, name: str, sample_id: str) -> str:
-    """Text, or a number as text."""
-    if isinstance(value, str):
-        return value
+    """Text, or a number as text; nothing is empty text."""
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
         raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
     try:
@@ -437,7 +413,7 @@ def _text(value: object, name: str, sample_id: str) -> str:
 
 READERS: Mapping[str, Callable[[Row, str], Example]] = {
     "conversations": read_conversations,
-    "messages": _read_messages,
+    "messages": partial(read_conversations, key="messages"),
     "texts": _read_texts,
     "prompt/completion": _read_prompt_completion,
     "instructions": _read_instructions,
@@ -450,19 +426,14 @@ READERS: Mapping[str, Callable[[Row, str], Example]] = {
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
     """The row's own id, else its place, from 0."""
-    own = columns.id_of(row)
-    if own is None:
+    stated = columns.id_of(row)
+    if stated is None:
         return f"record {number}"
-    return own if isinstance(own, str) else shown(own)
+    return stated if isinstance(stated, str) else shown(stated)
 
 
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
     """One row of any format as an example.
-
-    Args:
-        row: what a container gives: JSON's values, and bytes where a table or an archive holds pictures.
-        number: its place in the file, which is the id of one that has none.
-        columns: what its columns are.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
@@ -473,10 +444,10 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 def _read(resolved: Resolved, sample_id: str) -> Example:
     if resolved.format is None:
-        known = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
+        formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
             sample_id,
-            f"its keys {shown([*resolved.fields], 120)} fit no format ({known}); data.columns says what a column is, "
+            f"its keys {shown([*resolved.fields], 120)} fit no format ({formats}); data.columns says what a column is, "
             "such as {headline: question}",
         )
     return _with_tagged_pictures(READERS[resolved.format.name](resolved.fields, sample_id))
@@ -484,10 +455,6 @@ def _read(resolved: Resolved, sample_id: str) -> Example:
 
 class RowReader:
     """Reads the rows of one file or folder as conversations, and remembers what it has met.
-
-    Args:
-        name: of the file, for messages.
-        columns: what its columns are.
 
     Attributes:
         format: of its rows, once one of a known format has been read.

@@ -137,9 +137,6 @@ class BadSampleLedger:
     a big set ends nothing; with a share of 0 the first one does.
 
     Args:
-        max_bad_share: in 0..1, `data.max_bad_share`.
-        total_samples: in the whole set, over all ranks.
-        source: what the messages call the set: its file.
         read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
             have equally many; None: `total_samples`.
     """
@@ -216,10 +213,7 @@ def look_ahead(
     """Refuses a set of which so many samples cannot be used that a run over it would end for that.
 
     Args:
-        table: the set.
         pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
-        videos: likewise of videos.
-        source: the set's name.
     """
     bad: dict[str, str] = {}
     places = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)

@@ -53,9 +53,6 @@ class StreamSource:
     """One training file, read as it comes, with its weight.
 
     Args:
-        file: what `data.train` says of it.
-        limit: only the first so many rows.
-        columns: what its columns are.
         seed: which rows a weight that is no whole number takes once more; they are the same in every epoch.
     """
 
@@ -79,7 +76,6 @@ class StreamSource:
 
         Args:
             share: of the rows; about as many, chosen by (seed, file, place).
-            order: of the shards; None, or a limit, leaves them as they are.
         """
         # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
         mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
@@ -138,7 +134,11 @@ class StreamSource:
             split = (self._hub.info.splits or {}).get(str(self._hub.split))
             rows = float(UNKNOWN_ROWS if split is None else split.num_examples or UNKNOWN_ROWS)
         else:
-            first = [_written_bytes(record) for record in islice(self._files.rows(), FIRST_ROWS)]
+            # As a line of JSON, bytes as a member of an archive (with its header).
+            first = [
+                len(json.dumps(record, ensure_ascii=False, default=lambda value: "x" * (len(value) + 1024)))
+                for record in islice(self._files.rows(), FIRST_ROWS)
+            ]
             rows = sum(file.stat().st_size for file in self._files.files) * len(first) / max(1, sum(first))
         return max(1.0, rows if self._limit is None else min(rows, float(self._limit)))
 
@@ -151,17 +151,10 @@ class StreamSource:
         return [f"{Path(self.file.path).name}: {form}{rows}, streamed{weight}", *column_lines(self._reader.uses)]
 
 
-def _written_bytes(record: Record) -> int:
-    """About how long a row is in a file: as a line of JSON, bytes as a member of an archive (with its header)."""
-    return len(json.dumps(record, ensure_ascii=False, default=lambda value: "x" * (len(value) + 1024)))
-
-
 class SampleStream:
     """The rows of several files, epoch by epoch.
 
     Args:
-        sources: the files.
-        buffer: rows among which the next one is drawn.
         seed: of every order.
     """
 
@@ -195,13 +188,10 @@ class SampleStream:
         weights = [source.estimate * share for source, share, _ in passes]
         mixed = interleaved(streams, weights, _generator(self._seed, epoch, "files"))
         rows = shuffled(mixed, self._buffer, _generator(self._seed, epoch, "buffer"))
-        return rows if self.has_videos else map(_without_video, rows)
-
-
-def _without_video(row: Read) -> Read:
-    if isinstance(row, BadSample) or not row.videos:
-        return row
-    return BadSample(row.id, f"it has a video, and none of a file's first {FIRST_ROWS} rows has; put one among them")
+        if self.has_videos:
+            return rows
+        reason = f"it has a video, and none of a file's first {FIRST_ROWS} rows has; put one among them"
+        return (BadSample(row.id, reason) if isinstance(row, Example) and row.videos else row for row in rows)
 
 
 def interleaved(streams: Sequence[Iterator[Read]], weights: Sequence[float], draws: random.Random) -> Iterator[Read]:
@@ -243,7 +233,6 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
     the whole run, and the stream begins its next epoch by itself.
 
     Args:
-        stream: the rows.
         total: samples of the whole run; used where the stream does not know its own number.
     """
 
@@ -264,12 +253,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
         self._epoch = epoch
 
     def resume(self, *, taken: int, epoch_samples: int | None) -> None:
-        """Leaves whole epochs unread that a resumed run is past; the loader then skips what it has seen of the next.
-
-        Args:
-            taken: samples that all ranks have taken.
-            epoch_samples: as the run knew it.
-        """
+        """Leaves whole epochs unread that a resumed run is past; the loader then skips what it has seen of the next."""
         if self._known is None and epoch_samples:
             self.epoch_samples = epoch_samples
             self._first_epoch = taken // epoch_samples
@@ -298,7 +282,6 @@ class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
 
     Args:
         make: the data set of some rows and of the pictures that they hold, as for rows of a table.
-        length: samples of an epoch.
     """
 
     def __init__(self, make: Callable[[Examples, HeldPictures], ConversationDataset], *, length: int) -> None:

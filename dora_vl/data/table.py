@@ -70,8 +70,6 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     file is converted again; a content hash would read a gigabyte at each start.
 
     Args:
-        path: what `containers.find_files` takes; of JSON the first character decides between list and lines.
-        columns: what the file's columns are.
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
     """
     data = find_files(path)
@@ -188,12 +186,12 @@ class _Rows:
         }
 
 
-def characters_of(found: Example | BadSample) -> int:
+def characters_of(row: Example | BadSample) -> int:
     """Characters and bytes that a row holds."""
-    if isinstance(found, BadSample):
-        return len(found.reason)
-    texts = (found.id, *found.images, *(clip.path for clip in found.videos), *(turn.text for turn in found.turns))
-    return sum(map(len, texts)) + sum(map(len, found.image_bytes.values()))
+    if isinstance(row, BadSample):
+        return len(row.reason)
+    texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text for turn in row.turns))
+    return sum(map(len, texts)) + sum(map(len, row.image_bytes.values()))
 
 
 @dataclass(frozen=True)
@@ -280,10 +278,8 @@ def load_training_rows(
     """The training samples of all files, and those held out for validation (None with a share of 0).
 
     Args:
-        limit: only the first so many samples of each file.
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
         seed: of the split, and of what a weight below 1 leaves out.
-        columns: what the files' columns are.
     """
     check_weights(files)
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]

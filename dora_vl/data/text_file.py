@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -33,15 +34,15 @@ Progress = Callable[[int], object]
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str) -> Iterator[io.BufferedIOBase]:
+def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, those inside of one that gzip packed.
 
     Args:
-        wanted: what the file should be, such as "predictions; give JSON lines", for the message.
+        kind: what the file should be, such as "predictions; give JSON lines", for the message.
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path}: no such file of {wanted}")
+            raise UserError(f"{path}: no such file of {kind}")
         with gzip.GzipFile(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # of gzip: cut, or damaged
@@ -91,31 +92,31 @@ def refuse_half_pairs(value: object, where: str) -> None:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
 
 
-def json_object(path: Path, wanted: str) -> dict[str, object]:
+def json_object(path: Path, kind: str) -> dict[str, object]:
     """A small file that is one JSON object, at once; half of a surrogate pair may be in it."""
-    text = whole_text(path, wanted)
-    found = _parsed(text, f"{path}", _unique_names)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold one JSON object, found {type(found).__name__}")
-    return found
+    text = whole_text(path, kind)
+    value = _parsed(text, f"{path}", _unique_names)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold one JSON object, found {type(value).__name__}")
+    return value
 
 
 def _unique_names(members: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(members)
-    if len(found) < len(members):
+    members_by_name = dict(members)
+    if len(members_by_name) < len(members):
         names: set[str] = set()
         twice = next(name for name, _ in members if name in names or names.add(name))
         raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
-    return found
+    return members_by_name
 
 
-def whole_text(path: Path, wanted: str) -> str:
+def whole_text(path: Path, kind: str) -> str:
     """A small file's text, line breaks as they are.
 
     Raises:
         UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
     """
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
 
@@ -123,9 +124,9 @@ UTF_8, WITHOUT_A_MARK = "utf-8", "cp1252"
 MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
-def encoding_of(path: Path, wanted: str) -> str:
+def encoding_of(path: Path, kind: str) -> str:
     """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         beginning = file.read(2)
         if beginning in MARKS:
             return MARKS[beginning]
@@ -147,17 +148,17 @@ def _say_encoding(path: Path) -> None:
     _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
 
-def text_lines(path: Path, wanted: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
     """Yields each line with its number, from 1, without its line break."""
-    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None, encoding))
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, lambda size: None, encoding))
 
 
-def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     """Yields each line as it is, with its number."""
     if encoding != UTF_8:
-        yield from _recoded_lines(path, wanted, progress, encoding)
+        yield from _recoded_lines(path, kind, progress, encoding)
         return
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         number = 0
         while line := file.readline(LONGEST_LINE_BYTES + 1):
             number += 1
@@ -168,9 +169,9 @@ def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterat
             yield number, text_of(line, f"{path}, line {number}")
 
 
-def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+def _recoded_lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     try:
-        with opened(path, wanted) as file:
+        with opened(path, kind) as file:
             for number, line in enumerate(io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""), 1):
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
@@ -180,9 +181,9 @@ def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -
         raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
 
 
-def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]]]:
+def json_lines(path: Path, kind: str) -> Iterator[tuple[int, dict[str, object]]]:
     """Yields the object of each line that is not blank, with the line's number."""
-    for number, line in text_lines(path, wanted):
+    for number, line in text_lines(path, kind):
         if line.strip():
             value = json_of(line, f"{path}, line {number}")
             if not isinstance(value, dict):
@@ -197,7 +198,7 @@ and end as if nothing were wrong (its strict form would refuse marks in the midd
 
 def table_rows(
     path: Path,
-    wanted: str,
+    kind: str,
     *,
     delimiter: str,
     columns: Sequence[str] = (),
@@ -209,15 +210,18 @@ def table_rows(
 
     Args:
         columns: their names where the file has no line for them.
-        required: those of its line that must be there.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    reader = csv.reader(_with_end(path, wanted, progress, encoding), delimiter=delimiter)
+    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, progress, encoding))
+    reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
         if heads == [_END]:
             return  # an empty file
-        _check_columns(path, heads, required)
+        if missing := [column for column in required if column not in heads]:
+            raise UserError(f"{path}: no column {missing[0]!r}; it has {shown_names(heads)}")
+        if twice := [name for name in heads if heads.count(name) > 1]:
+            raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
         for values in filter(None, reader):
             if values == [_END]:
@@ -239,23 +243,6 @@ def table_rows(
     )
 
 
-def _with_end(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[str]:
-    yield from (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress, encoding))
-    yield _END
-
-
-def _check_columns(path: Path, heads: Sequence[str], required: Sequence[str]) -> None:
-    for column in required:
-        if column not in heads:
-            raise UserError(f"{path}: no column {column!r}; it has {shown_names(heads)}")
-    if len(set(heads)) < len(heads):
-        twice = next(name for name in heads if heads.count(name) > 1)
-        raise UserError(f"{path}: two columns are called {shown_text(twice)!r}; fetch or write the file again")
-
-
-# JSON of any size, a value at a time: a list, lines, or one object that holds the list.
-
-
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26
 """A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
@@ -263,15 +250,11 @@ _ROWS_IN_AN_OBJECT = re.compile(r'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s
 _WHITESPACE = " \t\r\n"
 
 
-def stream_records(
-    path: Path, *, key: str | None = None, progress: Progress | None = None
-) -> Iterator[dict[str, object]]:
+def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
     """Yields the objects of a JSON list, or of JSON lines, in order.
 
     Args:
-        path: the file.
         key: the file is one object, and the list is what it holds under this name.
-        progress: called with the number of bytes at each piece that is read.
     """
     with opened(path, "records") as file:
         stream = _JsonStream(path, file, progress)
@@ -279,13 +262,12 @@ def stream_records(
             yield stream.take_object()
 
 
-def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
+def stream_values(path: Path, kind: str) -> Iterator[tuple[int, object]]:
     """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, with the line of each.
 
-    Args:
-        wanted: what the file should be, for the message.
+    A text with half of a surrogate pair is refused; `kind` is what the file should be, for the message.
     """
-    with opened(path, wanted) as file:
+    with opened(path, kind) as file:
         stream = _JsonStream(path, file)
         for line in stream.values():
             value = stream.take()
@@ -323,32 +305,30 @@ class _JsonStream:
 
     def values(self, key: str | None = None) -> Iterator[int]:
         """Yields the line of each value; who asks takes the value before the next one."""
-        if key is not None:
-            yield from self._entries_under(key, alone=False)
+        self._next()
+        rows = _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)
+        if key is not None or rows:
+            yield from self._under(key or (rows[1] if rows else ""), alone=key is None)
         elif self._next() == "[":
             yield from self._entries()
-            self._expect_end("list")
-        elif (found := _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)) is not None:
-            yield from self._entries_under(found[1], alone=True)
+            if self._next():
+                self._fail("there is text after the end of the list")
         else:
             while self._next():
                 yield self._current_line()
 
-    def _entries_under(self, key: str, *, alone: bool) -> Iterator[int]:
+    def _under(self, key: str, *, alone: bool) -> Iterator[int]:
         """Of the list in an object; where it must stand `alone`, other lists and objects are not passed over."""
         names: list[str] = []
         for name in self.names():
             names.append(name)
-            if name != key:
-                value = self.take()
-                if alone and value and isinstance(value, list | dict):
-                    self._fail(
-                        f"beside {key!r} stands {shown(name)}; write the rows that are meant as a list of their own"
-                    )
-            elif self._next() != "[":
+            if name == key and self._next() != "[":
                 self._fail(f"{key!r} must hold a list")
-            else:
+            elif name == key:
                 yield from self._entries()
+            elif (value := self.take()) and alone and isinstance(value, list | dict):
+                beside = f"beside {key!r} stands {shown(name)}"
+                self._fail(f"{beside}; write the rows that are meant as a list of their own")
         if key not in names:
             self._fail(f"there is no {key!r}, only {', '.join(map(shown, names[:8])) or 'nothing'}")
 
@@ -365,7 +345,8 @@ class _JsonStream:
             closed = self._next() != ","
             self._position += not closed
         self._expect("}", "',' or '}' after a member of the object")
-        self._expect_end("object")
+        if self._next():
+            self._fail("there is text after the end of the object")
 
     def _entries(self) -> Iterator[int]:
         self._position += 1
@@ -420,10 +401,6 @@ class _JsonStream:
         if self._next() != character:
             self._fail(f"expected {what}")
         self._position += 1
-
-    def _expect_end(self, what: str) -> None:
-        if self._next():
-            self._fail(f"there is text after the end of the {what}")
 
     def _current_line(self) -> int:
         self._line += self._buffer.count("\n", self._counted, self._position)

@@ -136,12 +136,7 @@ class Frames(Generic[Kept]):
     """Frames in the order they are shown.
 
     Attributes:
-        pictures: RGB pictures, or what was made of each.
-        indices: each one's place among all frames of the file.
         seconds: when each begins, from the file's first frame.
-        backend: which library decoded them.
-        duration: of the file, in seconds.
-        count: of all frames of the file.
         span: the part of the file that was meant, in seconds from its first frame.
     """
 
@@ -213,12 +208,12 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
 
 def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
     """What to raise when every backend has given its reason: the file's fault, or that none is installed."""
-    told = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
+    listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
         return UserError(
-            f"no library that decodes videos can be used: {told}. Install one: pip install 'dora-vl[video]'"
+            f"no library that decodes videos can be used: {listed}. Install one: pip install 'dora-vl[video]'"
         )
-    return BadSample(clip.path, f"video {clip.path} cannot be read: {told}")
+    return BadSample(clip.path, f"video {clip.path} cannot be read: {listed}")
 
 
 def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
@@ -352,11 +347,11 @@ class VideoReader:
 
     def _last_words(self) -> str:
         """Why the process died, as far as its exit status tells; it is replaced at the next file."""
-        if self._process is None:
-            return "the decoder's process is gone"
         try:
-            status = self._process.wait(timeout=5)
+            status = None if self._process is None else self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
+            status = None
+        if status is None:
             return "the decoder's process no longer answers"
         return f"the decoder crashed (signal {-status})" if status < 0 else f"the decoder ended with status {status}"
 
@@ -383,12 +378,6 @@ class VideoReader:
         return {**self.__dict__, "_process": None, "_connection": None}
 
 
-# The process behind `VideoReader`: decodes one file after the other and sends the frames back.
-#
-# Started with a descriptor, one end of a pipe. It ends with its parent, and
-# by itself when a file takes too long, even where the decoder's C code hangs and the parent is gone.
-
-
 # Not `python -m`: under the name `__main__` the classes would be others than those that the parent sends.
 CHILD = "import sys; from dora_vl.data.video import serve_descriptor; serve_descriptor(int(sys.argv[1]))"
 SPARE_SECONDS = 5.0  # the parent's own clock comes first
@@ -396,7 +385,10 @@ STATM = Path("/proc/self/statm")  # its sixth number: pages of data (proc(5))
 
 
 def serve(connection: Connection) -> None:
-    """Answers requests until the other end is closed."""
+    """Decodes one file after the other and sends the frames back, until the other end is closed.
+
+    The process ends with its parent, and by itself when a file takes too long, even where the decoder's C code hangs.
+    """
     while True:
         try:
             request, backend, seconds = connection.recv()
@@ -425,8 +417,8 @@ def limit_memory(more: int) -> None:
     except (OSError, ValueError, IndexError):
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    most = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def serve_descriptor(descriptor: int) -> None:

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ class Unreadable(Exception):
 
 
 class OverLimit(Exception):
-    """The file asks for more than `media_limits` allows, whichever library reads it."""
+    """The file asks for more than the limits of `pictures` allow, whichever library reads it."""
 
 
 def refuse_size(width: int, height: int) -> None:
@@ -204,18 +204,18 @@ class PyavVideo(OpenVideo):
 
     def _ends_whole(self) -> bool:
         """Whether the last picture can be decoded without a fault, from the last key frame but one on."""
-        whole, begun = True, not self._keys
+        is_whole, has_begun = True, not self._keys
         with self._readable(), self._av.open(self._path, format=self._format) as container:
             stream = container.streams.video[0]
             stream.codec_context.options, stream.thread_type = {"err_detect": "explode"}, "NONE"
             for packet in container.demux(stream):  # no seeking: in streams it may land behind the key frame
-                begun = begun or (packet.is_keyframe and packet.pts in self._keys[-2:])
-                if begun and packet.size:
+                has_begun = has_begun or (packet.is_keyframe and packet.pts in self._keys[-2:])
+                if has_begun and packet.size:
                     try:
-                        whole = not any(frame.is_corrupt for frame in packet.decode())
+                        is_whole = not any(frame.is_corrupt for frame in packet.decode())
                     except self._av.error.FFmpegError:
-                        whole = False
-        return whole
+                        is_whole = False
+        return is_whole
 
     def _open(self) -> None:
         self._format = container_of(Path(self._path))
@@ -237,12 +237,12 @@ class PyavVideo(OpenVideo):
         decoded: Iterator[Any] = iter(())
         position = None
         for index in indices:
-            wanted = self._pts[index]
-            key = self._keys[max(0, bisect_right(self._keys, wanted) - 1)] if self._keys else wanted
+            pts = self._pts[index]
+            key = self._keys[max(0, bisect_right(self._keys, pts) - 1)] if self._keys else pts
             if position is None or key > position:
                 decoded = self._decoded_from(key)
-            yield self.begins[index], self._next(decoded, wanted)
-            position = wanted
+            yield self.begins[index], self._next(decoded, pts)
+            position = pts
 
     def _decoded_from(self, key: int) -> Iterator[Any]:
         """Frames from one at or before `key` on; from the very first where the container's seeking overshoots."""
@@ -256,12 +256,12 @@ class PyavVideo(OpenVideo):
         self._open()
         return self._container.decode(self._stream)
 
-    def _next(self, decoded: Iterator[Any], wanted: int) -> UInt8[np.ndarray, "height width 3"]:
+    def _next(self, decoded: Iterator[Any], pts: int) -> UInt8[np.ndarray, "height width 3"]:
         with self._readable():
             for frame in decoded:
-                if frame.pts == wanted:
+                if frame.pts == pts:
                     return np.ascontiguousarray(_upright(frame.to_ndarray(format="rgb24"), frame.side_data))
-        raise Unreadable(f"its frame at {(wanted - self._pts[0]) * self._tick:.2f} s cannot be decoded")
+        raise Unreadable(f"its frame at {(pts - self._pts[0]) * self._tick:.2f} s cannot be decoded")
 
     def close(self) -> None:
         """See `OpenVideo`."""
@@ -306,19 +306,14 @@ def import_backend(backend: str) -> Any:
         raise BackendMissing(_one_line(error)) from None
 
 
-@contextmanager
-def open_video(backend: str, path: str) -> Iterator[OpenVideo]:
+def open_video(backend: str, path: str) -> closing[OpenVideo]:
     """The video, opened with one library.
 
     Raises:
         BackendMissing: the library cannot be imported.
         Unreadable: it cannot read the file; here, or while frames are taken.
     """
-    video = BACKENDS[backend](path)
-    try:
-        yield video
-    finally:
-        video.close()
+    return closing(BACKENDS[backend](path))
 
 
 @contextmanager

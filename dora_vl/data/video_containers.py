@@ -87,9 +87,9 @@ def _container(file: BinaryIO) -> tuple[str, Check]:
     file.seek(0)
     if beginning[4:8] in MP4_BOXES:
         return "mov", _check_mp4
-    for start, found in _BY_START.items():
+    for start, container in _BY_START.items():
         if beginning.startswith(start):
-            return found
+            return container
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"AVI ":
         return "avi", _check_avi
     for length, offset in ((PACKET, 0), (TIMED_PACKET, 4)):
@@ -98,8 +98,8 @@ def _container(file: BinaryIO) -> tuple[str, Check]:
     raise NoVideoFormat(f"begins with {beginning[:8]!r}, which is no known video format ({FORMATS})")
 
 
-def _cut(size: int, wanted: int) -> NotWhole:
-    return NotWhole(f"is cut off: it has {size:,} of {wanted:,} bytes")
+def _cut(size: int, stated: int) -> NotWhole:
+    return NotWhole(f"is cut off: it has {size:,} of {stated:,} bytes")
 
 
 def _damaged(position: int) -> NotWhole:
@@ -187,8 +187,8 @@ def _flv_tag(head: bytes, _: int) -> int:
 def _check_flv(file: BinaryIO, size: int) -> None:
     beginning = file.read(4_096)
     _, _, stated = beginning.partition(b"\x00\x08filesize\x00")  # FFmpeg and servers note it, as a double
-    if len(stated) >= 8 and (whole := struct.unpack(">d", stated[:8])[0]) > size:
-        raise NotWhole(f"is cut off: it has {size:,} of {whole:,.0f} bytes")
+    if len(stated) >= 8 and (length := struct.unpack(">d", stated[:8])[0]) > size:
+        raise NotWhole(f"is cut off: it has {size:,} of {length:,.0f} bytes")
     _walk(file, size, _flv_tag, int.from_bytes(beginning[5:9], "big") + 4)
 
 

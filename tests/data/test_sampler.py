@@ -153,11 +153,6 @@ def test_lengths_of_rows_count_the_videos(tmp_path: Path) -> None:
     assert (lengths.tolist(), is_multimodal.tolist()) == ([3, 1004, 2106], [False, True, True])
 
 
-def test_sizes_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        sampler([(1, True)], (1, 0, 1))
-
-
 def test_samples_of_one_picture_come_together_and_every_epoch_is_another_order() -> None:
     pictures = torch.arange(60) % 12
     multimodal = pictures < 11  # number 11 is no picture

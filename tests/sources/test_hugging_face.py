@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,23 @@ def check(examples: list[Example], root: Path) -> None:
     assert len(list((root / "media").iterdir())) == 5
 
 
-def test_parquet(tmp_path: Path, rows: datasets.Dataset) -> None:
-    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
-    check(examples, tmp_path / "records" / "own")
+def parquet(rows: datasets.Dataset, folder: Path) -> None:
+    rows.to_parquet(folder / "train-00000-of-00001.parquet")
 
 
-def test_arrow(tmp_path: Path, rows: datasets.Dataset) -> None:
-    rows.save_to_disk(tmp_path / "data")
+def arrow(rows: datasets.Dataset, folder: Path) -> None:
+    rows.save_to_disk(folder)
+
+
+def arrow_beside_what_map_keeps(rows: datasets.Dataset, folder: Path) -> None:
+    rows.save_to_disk(folder)
+    datasets.load_from_disk(folder).map(lambda row: {"level": row["level"] + 1})
+    assert list(folder.glob("cache-*.arrow"))
+
+
+@pytest.mark.parametrize("write", [parquet, arrow, arrow_beside_what_map_keeps])
+def test_shards(tmp_path: Path, rows: datasets.Dataset, write: Callable[[datasets.Dataset, Path], None]) -> None:
+    write(rows, tmp_path / "data")
     examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
     check(examples, tmp_path / "records" / "own")
 
@@ -91,15 +101,6 @@ def test_a_set_of_the_hub_is_streamed(tmp_path: Path, rows: datasets.Dataset, mo
     assert asked == {"path": "owner/name", "name": None, "revision": "v1", "split": "test", "streaming": True}
 
 
-def test_a_set_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(**_: Any) -> Any:
-        raise ConnectionError("Couldn't reach\nthe hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"owner/name.*Couldn't reach the hub"):
-        prepare(tmp_path, tmp_path / "records", hub="owner/name")
-
-
 def test_webdataset(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with tarfile.open(tmp_path / "data" / "0.tar", "w") as tar:
@@ -116,12 +117,22 @@ def test_webdataset(tmp_path: Path) -> None:
     assert (tmp_path / "records" / "own" / examples[7].images[0]).read_bytes() == png(7)
 
 
-def test_a_shard_that_was_cut_is_one_line(tmp_path: Path, rows: datasets.Dataset) -> None:
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "data" / "train.parquet"
     rows.to_parquet(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=str(path.parent)):
-        prepare(tmp_path / "data", tmp_path / "records")
+    for folder in (tmp_path / "data", tmp_path / "none"):
+        with pytest.raises(UserError):
+            prepare(folder, tmp_path / "records")
+
+    def load_dataset(**_: Any) -> Any:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError):
+        prepare(tmp_path, tmp_path / "records", hub="owner/name")
 
 
 SPLITS = ("dev", "test", "train", "validation")
@@ -164,7 +175,7 @@ def test_only_the_split_that_was_asked_for_is_taken(tmp_path: Path, layout: str)
 @pytest.mark.parametrize("asked", ["testdev", "val", "other"])
 def test_a_split_that_is_not_there_or_could_be_two(tmp_path: Path, asked: str) -> None:
     folder = in_splits(tmp_path / "data", LAYOUTS[0])
-    with pytest.raises(UserError, match=rf"{asked}.*dev \(1\), test \(1\), train \(1\), validation \(1\)"):
+    with pytest.raises(UserError):
         prepare(folder, tmp_path / "records", split=asked)
 
 
@@ -172,62 +183,35 @@ def test_shards_of_one_split_may_be_called_something_else_but_not_another_split(
     datasets.Dataset.from_dict({"question": ["q"], "answer": ["a"]}).to_parquet(tmp_path / "data" / "train-0.parquet")
     for split in ("training", "mine"):
         assert len(prepare(tmp_path / "data", tmp_path / split, split=split)) == 1
-    with pytest.raises(UserError, match=r"test.*train \(1\)"):
+    with pytest.raises(UserError):
         prepare(tmp_path / "data", tmp_path / "records", split="test")
-
-
-def test_what_map_keeps_beside_saved_shards_is_left_out(tmp_path: Path, rows: datasets.Dataset) -> None:
-    rows.save_to_disk(tmp_path / "data")
-    datasets.load_from_disk(tmp_path / "data").map(lambda row: {"level": row["level"] + 1})
-    assert list((tmp_path / "data").glob("cache-*.arrow"))
-    examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
-    check(examples, tmp_path / "records" / "own")
-
-
-def test_choices_and_conversations(tmp_path: Path) -> None:
-    choice = {"row number": 1, "question": "Which?", "choices": ["a", "b"], "answer": 1}
-    assert convert(choice, columns={}, task_folder=tmp_path) == Example(
-        id="1", question="Which?", answers=(Answer(text="b"),), choices=("a", "b"), extra={"correct": 1}
-    )
-    talk = {"row number": 2, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    assert convert(talk, columns={}, task_folder=tmp_path).turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
-    voted = {"row number": 3, "question": "What?", "answers": [{"answer": "cat"}, {"answer": "cat"}]}
-    assert convert(voted, columns={}, task_folder=tmp_path).answers == (Answer(text="cat", weight=0.6),)
-
-
-@pytest.mark.parametrize(
-    ("raw", "columns", "said"),
-    [
-        ({"question": "Which?", "choices": ["a"], "answer": 4}, {}, "4"),
-        ({"question": "Which?"}, {"answers": "label"}, "'label'"),
-        ({"other": 1}, {}, "other"),
-        ({"question": "What?", "image": {"bytes": b"<html>", "path": None}}, {}, "begins with b'<html>'"),
-        ({"question": "What?", "image": {"bytes": None, "path": None}}, {}, "picture"),
-        ({"question": 5, "answer": "x"}, {}, "question"),
-    ],
-)
-def test_rows_that_cannot_be_used(tmp_path: Path, raw: dict[str, Any], columns: dict[str, str], said: str) -> None:
-    with pytest.raises(BadSample, match=said):
-        convert({"row number": 1, **raw}, columns=columns, task_folder=tmp_path)
-
-
-@pytest.mark.parametrize("columns", ["question", "what:x", "question:"])
-def test_columns_that_make_no_sense(tmp_path: Path, columns: str) -> None:
-    with pytest.raises(UserError, match="--set columns"):
-        prepare(tmp_path, tmp_path / "records", columns=columns)
-
-
-def test_a_folder_without_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=str(tmp_path)):
-        prepare(tmp_path, tmp_path / "records")
-
-
-MMMU = {"id": "v1", "question": "Which?", "options": "['Yes', 'No']", "answer": "B"}
-AI2D = {"question": "Which?", "options": ["Yes", "No"], "answer": "1"}
 
 
 def made(raw: dict[str, Any], **columns: str) -> Example:
     return convert({"row number": 1, **raw}, columns=columns, task_folder=Path())
+
+
+def test_choices_conversations_and_votes() -> None:
+    choice = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
+    assert made(choice) == Example(
+        id="1", question="Which?", answers=(Answer(text="b"),), choices=("a", "b"), extra={"correct": 1}
+    )
+    talk = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    assert made(talk).turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
+    voted = {"question": "What?", "answers": [{"answer": "cat"}, {"answer": "cat"}]}
+    assert made(voted).answers == (Answer(text="cat", weight=0.6),)
+    no_choices = made({"question": "How many?", "options": "[]", "answer": "5"})
+    assert (no_choices.choices, no_choices.answers, dict(no_choices.extra)) == ((), (Answer(text="5"),), {})
+
+
+@pytest.mark.parametrize("columns", ["question", "what:x", "question:"])
+def test_columns_that_make_no_sense(tmp_path: Path, columns: str) -> None:
+    with pytest.raises(UserError):
+        prepare(tmp_path, tmp_path / "records", columns=columns)
+
+
+MMMU = {"id": "v1", "question": "Which?", "options": "['Yes', 'No']", "answer": "B"}
+AI2D = {"question": "Which?", "options": ["Yes", "No"], "answer": "1"}
 
 
 @pytest.mark.parametrize("raw", [MMMU, AI2D])
@@ -251,60 +235,28 @@ def test_choices_in_every_form(choices: object, expected: tuple[str, ...]) -> No
     assert made({"question": "Which?", "choices": choices, "answer": 1}).choices == expected
 
 
-def test_an_empty_list_of_choices_is_an_open_question() -> None:
-    example = made({"question": "How many?", "options": "[]", "answer": "5"})
-    assert (example.choices, example.answers, dict(example.extra)) == ((), (Answer(text="5"),), {})
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [
-        "Yes",
-        "['Yes' 'No']",
-        "['Yes', 2]",
-        "['Yes', __import__('os')]",
-        "['Yes'",
-        "[" * 5_000,
-        "{'A': 'Yes'}",
-        "['a\0']",
-    ],
-)
-def test_text_that_is_no_list_of_choices_is_refused(choices: str) -> None:
-    with pytest.raises(BadSample):
-        made({"question": "Which?", "options": choices, "answer": "A"})
-
-
 @pytest.mark.parametrize(
     ("answer", "correct"),
-    [(0, 0), (2, 2), ("0", 0), ("C", 2), ("c", 2), ("(B)", 1), ("B.", 1), ("a dog", 1), (" a cat ", 0), (["A"], 0)],
-)
-def test_the_right_choice_in_every_form(answer: object, correct: int) -> None:
-    example = made({"question": "Which?", "choices": ["a cat", "a dog", "a cow"], "answer": answer})
-    assert example.extra == {"correct": correct}
-    assert [one.text for one in example.answers] == [example.choices[correct]]
-
-
-@pytest.mark.parametrize("answer", [None, "", " ", [], [None, ""]])
-def test_an_answer_that_the_publisher_keeps(answer: object) -> None:
-    example = made({"question": "Which?", "choices": ["a", "b"], "answer": answer})
-    assert (example.answers, dict(example.extra)) == ((), {})
-
-
-@pytest.mark.parametrize(
-    ("choices", "answer"),
     [
-        (["Yes", "No"], "C"),
-        (["Yes", "No"], "2"),
-        (["Yes", "No"], "maybe"),
-        (["Yes", "Yes"], "Yes"),
-        (["Yes", "No"], True),
-        (["Yes", "No"], ["Yes", "No"]),
-        (["1", "2", "3"], "2"),  # the text of one choice and the number of another
+        *(
+            (0, 0),
+            (2, 2),
+            ("0", 0),
+            ("C", 2),
+            ("c", 2),
+            ("(B)", 1),
+            ("B.", 1),
+            ("a dog", 1),
+            (" a cat ", 0),
+            (["A"], 0),
+        ),
+        *((None, None), ("", None), (" ", None), ([], None), ([None, ""], None)),  # the publisher keeps it
     ],
 )
-def test_an_answer_that_is_no_choice_drops_the_row(choices: list[str], answer: object) -> None:
-    with pytest.raises(BadSample):
-        made({"question": "Which?", "choices": choices, "answer": answer})
+def test_the_right_choice_in_every_form(answer: object, correct: int | None) -> None:
+    example = made({"question": "Which?", "choices": ["a cat", "a dog", "a cow"], "answer": answer})
+    assert example.extra == ({} if correct is None else {"correct": correct})
+    assert [one.text for one in example.answers] == ([] if correct is None else [example.choices[correct]])
 
 
 def test_which_reading_of_a_choice_counts_can_be_said() -> None:
@@ -314,3 +266,40 @@ def test_which_reading_of_a_choice_counts_can_be_said() -> None:
     assert made({**raw, "answer": "B"}, answers="answer").extra == {"correct": 2}
     assert made({**raw, "answer": "B"}, correct="answer").extra == {"correct": 1}
     assert made({**raw, "choices": ["0", "1", "2"]}).extra == {"correct": 1}  # both readings are one choice
+
+
+NO_LISTS = (
+    "Yes",
+    "['Yes' 'No']",
+    "['Yes', 2]",
+    "['Yes', __import__('os')]",
+    "['Yes'",
+    "[" * 5_000,
+    "['a\0']",
+    "{'A': 1}",
+)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"question": "Which?", "choices": ["a"], "answer": 4},
+        {"other": 1},
+        {"question": "What?", "image": {"bytes": b"<html>", "path": None}},
+        {"question": "What?", "image": {"bytes": None, "path": None}},
+        {"question": 5, "answer": "x"},
+        *({"question": "Which?", "options": choices, "answer": "A"} for choices in NO_LISTS),
+        *(
+            {"question": "Which?", "choices": ["Yes", "No"], "answer": one}
+            for one in ("C", "2", "maybe", True, ["Yes", "No"])
+        ),
+        {"question": "Which?", "choices": ["Yes", "Yes"], "answer": "Yes"},
+        {"question": "Which?", "choices": ["1", "2", "3"], "answer": "2"},  # a choice's text and another's number
+    ],
+)
+def test_rows_that_cannot_be_used(raw: dict[str, Any]) -> None:
+    with pytest.raises(BadSample) as bad:
+        made(raw)
+    assert bad.value.sample_id == "1"
+    with pytest.raises(BadSample):
+        made({"question": "Which?"}, answers="label")  # which the row has not

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from dora_vl.data.benchmarks.fields import Progress, Raw, Row, Split, json_rows
+from dora_vl.data.benchmarks.fields import Progress, Raw, Row, Split
 from dora_vl.data.example import Answer, Example
+from dora_vl.data.text_file import stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 SIZES = {
@@ -39,25 +40,25 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     cannot be told apart in it. `{train,test}_sample.json` in place of a full file is taken too; the manifest says so.
     """
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
-    wanted = {
+    sizes_and_places = {
         (task, name): (size, [root / task / f"{name}.json", root / task / f"{name}_sample.json"])
         for task, sizes in SIZES.items()
         for name, size in zip(("train", "test"), sizes, strict=True)
     }
-    wanted[MIX, "train"] = 170_420, [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
-    found = {split: next(filter(Path.is_file, places), None) for split, (_, places) in wanted.items()}
-    if not any(found.values()):
+    sizes_and_places[MIX, "train"] = 170_420, [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
+    paths = {split: next(filter(Path.is_file, places), None) for split, (_, places) in sizes_and_places.items()}
+    if not any(paths.values()):
         raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
-    for (task, name), path in found.items():
+    for (task, name), path in paths.items():
         if path is not None:
             sample = path.stem.endswith("_sample")
-            size, notes = (None, {"sample": True}) if sample else (wanted[task, name][0], {})
+            size, notes = (None, {"sample": True}) if sample else (sizes_and_places[task, name][0], {})
             rows, convert = partial(_rows, path), partial(commonsense_row, task=task, split=name)
             yield Split(task, name, (path,), rows, convert, size, ids_by_place=True, notes=notes)
 
 
 def _rows(path: Path, progress: Progress) -> Iterator[Raw]:
-    for number, row in enumerate(json_rows(path, progress), start=1):
+    for number, row in enumerate(stream_records(path, progress), start=1):
         yield {**row, "row": number}
 
 
@@ -83,8 +84,8 @@ def commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
 
 def labels_of(instruction: str) -> tuple[str, ...]:
     """What the instruction allows as answer: "Answer format: answer1/answer2" -> ("answer1", "answer2")."""
-    _, found, allowed = instruction.rpartition("Answer format:")
-    return tuple(label.strip() for label in allowed.split("/") if label.strip()) if found else ()
+    _, separator, allowed = instruction.rpartition("Answer format:")
+    return tuple(label.strip() for label in allowed.split("/") if label.strip()) if separator else ()
 
 
 def options_of(instruction: str, labels: tuple[str, ...]) -> tuple[str, ...]:

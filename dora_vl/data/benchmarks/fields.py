@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.text_file import Progress, stream_members, stream_records
+from dora_vl.data.text_file import Progress, stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]
@@ -141,12 +141,12 @@ class Row:
     def number(self, column: str, value: JSON) -> float:
         """A finite number, or text that spells one, somewhere in a column."""
         try:
-            found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+            result = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
         except (ValueError, OverflowError):
-            found = math.nan
-        if not math.isfinite(found):
+            result = math.nan
+        if not math.isfinite(result):
             raise self._wrong(column, "a number", value)
-        return found
+        return result
 
     def span(self, column: str, value: JSON) -> tuple[float, float]:
         """Start and end in seconds: two numbers, the second not before the first."""
@@ -236,11 +236,6 @@ def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def json_rows(path: Path, progress: Progress, key: str | None = None) -> Iterator[Raw]:
-    """The objects of a JSON list or of JSON lines, or of the list under `key`."""
-    return stream_records(path, key=key, progress=progress)
-
-
 def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> Iterator[Raw]:
     """The members of files that are one object of objects; their names stand in `id_column`."""
     for path in paths:
@@ -264,17 +259,17 @@ def numbered(file: Path, rows: Iterable[Raw]) -> Iterator[tuple[str, Raw]]:
 
 def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dict[str, Raw]:
     """Columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
-    found: dict[str, Raw] = {}
+    rows_by_id: dict[str, Raw] = {}
     for where, row in numbered(file, rows):
         with refusing(where):
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
-        if not _same(found.setdefault(name, values), values):
+        if not _same(rows_by_id.setdefault(name, values), values):
             raise UserError(
                 f"{where}: {id_column} {shown(name)} stands in an earlier row with another {' or '.join(columns)}; "
                 "which is right? fetch the file again"
             )
-    return found
+    return rows_by_id
 
 
 def _same(first: Raw, second: Raw) -> bool:

@@ -69,15 +69,15 @@ def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Ite
     )
 
 
-def read_columns(wanted: str) -> dict[str, str]:
+def read_columns(option: str) -> dict[str, str]:
     """`question:query,answers:label` as a map."""
     columns: dict[str, str] = {}
-    for part in filter(None, wanted.split(",")):
+    for part in filter(None, option.split(",")):
         field, _, column = part.partition(":")
         if not column or field not in {*NAMES, "extra"}:
             fields = ", ".join(NAMES)
             raise UserError(
-                f"--set columns={shown_text(wanted, 100)}: must be FIELD:COLUMN,... with the fields {fields}, extra"
+                f"--set columns={shown_text(option, 100)}: must be FIELD:COLUMN,... with the fields {fields}, extra"
             )
         columns[field] = column
     return columns
@@ -85,13 +85,13 @@ def read_columns(wanted: str) -> dict[str, str]:
 
 def _shards(folder: Path) -> list[Path]:
     below = () if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
-    found = [folder] if folder.is_file() else of_the_set(below)
-    kinds = sorted({path.suffix for path in found})
-    if not found or not set(kinds) <= BUILDERS.keys():
+    shards = [folder] if folder.is_file() else of_the_set(below)
+    kinds = sorted({path.suffix for path in shards})
+    if not shards or not set(kinds) <= BUILDERS.keys():
         raise UserError(f"{folder}: no {', '.join(BUILDERS)} shards; for a set of the hub add --set hub=OWNER/NAME")
     if len(kinds) > 1:
         raise UserError(f"{folder}: shards of several kinds ({', '.join(kinds)}); give a folder of one kind")
-    return found
+    return shards
 
 
 def _of_split(folder: Path, shards: Sequence[Path], name: str, *, asked: bool) -> Sequence[Path]:
@@ -139,26 +139,26 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
 
 def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Example:
     """One row; writes its pictures."""
-    found = {field: _column(raw, field, columns) for field in NAMES}
-    row = Row({**raw, "id": found["id"]})
-    row.id = str(row.integer(ROW_NUMBER)) if found["id"] is None else row.identifier("id")
-    images = tuple(_picture(value, task_folder, row) for value in _listed(found["images"]))
-    kept = columns["extra"].split("+") if "extra" in columns else ()
-    extra = {name: raw[name] for name in kept if raw.get(name) is not None}
-    if found["turns"] is not None:
+    fields = {field: _column(raw, field, columns) for field in NAMES}
+    row = Row({**raw, "id": fields["id"]})
+    row.id = str(row.integer(ROW_NUMBER)) if fields["id"] is None else row.identifier("id")
+    images = tuple(_picture(value, task_folder, row) for value in _listed(fields["images"]))
+    extra_columns = columns["extra"].split("+") if "extra" in columns else ()
+    extra = {name: raw[name] for name in extra_columns if raw.get(name) is not None}
+    if fields["turns"] is not None:
         turns = as_conversation(
-            read_conversations({"images": list(images), "conversations": found["turns"]}, row.id)
+            read_conversations({"images": list(images), "conversations": fields["turns"]}, row.id)
         ).turns
         return Example(id=row.id, images=images, turns=turns, extra=extra)
-    choices = _choices(found["choices"], row)
-    correct = _correct(found, choices, columns, row) if choices else None
+    choices = _choices(fields["choices"], row)
+    correct = _correct(fields, choices, columns, row) if choices else None
     answers = () if correct is None else (Answer(text=choices[correct]),)
     if not choices:
-        entries = found["answers"] if found["correct"] is None else found["correct"]
+        entries = fields["answers"] if fields["correct"] is None else fields["correct"]
         texts = [_text(entry, "answer", row) for entry in _entries(entries)]
         several = len(set(texts)) < len(texts)
         answers = soft_answers(texts) if several else tuple(Answer(text=text) for text in texts if text.strip())
-    question = found["question"]
+    question = fields["question"]
     if question is not None and not isinstance(question, str):
         raise row.bad(f"its question must be text, got {shown(question)}")
     if not answers and not question:
@@ -221,12 +221,12 @@ def _choices(value: JSON, row: Row) -> tuple[str, ...]:
     return tuple(_text(choice, "choice", row) for choice in _listed(value))
 
 
-def _correct(found: Raw, choices: Sequence[str], columns: Mapping[str, str], row: Row) -> int | None:
+def _correct(fields: Raw, choices: Sequence[str], columns: Mapping[str, str], row: Row) -> int | None:
     """The right choice; of several people's answers the one that all give."""
-    numbered = found["correct"] is not None
+    numbered = fields["correct"] is not None
     reading = "place" if numbered else "text" if "answers" in columns else "either"
-    entries = _entries(found["correct"] if numbered else found["answers"])
-    known = {correct_choice(entry, choices, row.id, reading) for entry in entries} - {None}
-    if len(known) > 1:
-        raise row.bad(f"its {len(entries)} answers are {len(known)} of its choices; one may be right")
-    return next(iter(known), None)
+    entries = _entries(fields["correct"] if numbered else fields["answers"])
+    indices = {correct_choice(entry, choices, row.id, reading) for entry in entries} - {None}
+    if len(indices) > 1:
+        raise row.bad(f"its {len(entries)} answers are {len(indices)} of its choices; one may be right")
+    return next(iter(indices), None)

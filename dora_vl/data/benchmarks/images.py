@@ -17,7 +17,6 @@ from dora_vl.data.benchmarks.fields import (
     Split,
     by_id,
     files_in,
-    json_rows,
     key,
     member_rows,
     numbered,
@@ -25,7 +24,7 @@ from dora_vl.data.benchmarks.fields import (
     soft_answers,
 )
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.text_file import json_object
+from dora_vl.data.text_file import json_object, stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
@@ -51,7 +50,7 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
 
 def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
     """The pictures of one of our splits; one of no known part counts as one of each, to be dropped with its reason."""
-    for row in json_rows(file, progress, "images"):
+    for row in stream_records(file, progress, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
 
@@ -101,19 +100,19 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     LLaVA-1.5 reports testdev_balanced, VL-BART trains on train + val and reports testdev. The official script needs
     `types`, `entailed`, `groups` and `isBalanced` for all of its figures, so they stay in `extra`.
     """
-    found = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
+    files = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
     splits: list[tuple[str, int, tuple[Path, ...]]] = [
-        (*GQA_FILES[file], (path,)) for file, path in found.items() if file in GQA_FILES
+        (*GQA_FILES[file], (path,)) for file, path in files.items() if file in GQA_FILES
     ]
-    if parts := tuple(path for file, path in found.items() if file in GQA_ALL_TRAIN):
+    if parts := tuple(path for file, path in files.items() if file in GQA_ALL_TRAIN):
         splits.append(("train_all", 14_305_356, parts))
     for name, size, paths in splits:
         rows, convert = partial(member_rows, paths, "question_id"), partial(gqa_row, answered=name != "test")
         yield Split("gqa", name, paths, rows, convert, size)
-    for file, path in {} if splits else found.items():
+    for file, path in {} if splits else files.items():
         name, size = GQA_VLT5[file]
         notes = {"form": "VL-T5's files"}
-        yield Split("gqa", name, (path,), partial(json_rows, path), gqa_vlt5_row, size, notes=notes)
+        yield Split("gqa", name, (path,), partial(stream_records, path), gqa_vlt5_row, size, notes=notes)
 
 
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
@@ -182,19 +181,19 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
         yield split(name, inputs, rows, settings={"shares": dict(shares), "seed": seed})
 
 
-def read_shares(wanted: str) -> dict[str, float]:
+def read_shares(option: str) -> dict[str, float]:
     """`train:0.8,test:0.2` as numbers that make 1."""
     shares: dict[str, float] = {}
-    for part in wanted.split(","):
+    for part in option.split(","):
         name, _, value = part.partition(":")
         try:
             shares[name] = float(value)
         except ValueError:
             shares[name] = math.nan
     if not all(name.isidentifier() and 0 < share <= 1 for name, share in shares.items()):
-        raise UserError(f"--set shares={shown_text(wanted, 100)}: must be like train:0.8,validation:0.1,test:0.1")
+        raise UserError(f"--set shares={shown_text(option, 100)}: must be like train:0.8,validation:0.1,test:0.1")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"--set shares={shown_text(wanted, 100)}: the shares make {sum(shares.values()):g}, not 1")
+        raise UserError(f"--set shares={shown_text(option, 100)}: the shares make {sum(shares.values()):g}, not 1")
     return shares
 
 
@@ -236,7 +235,7 @@ def _shared_rows(
 
 def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Iterator[Raw]:
     for part, (path, pictures) in files.items():
-        for row in json_rows(path, progress):
+        for row in stream_records(path, progress):
             yield {**row, "part": part, "pictures": pictures}
 
 
@@ -278,12 +277,12 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     Quirks: labels are "True" and "False" here and "true"/"false" in NLVR; consistency counts a sentence (the identifier
     without its last field) when all of its rows are right; the submission is "identifier,True".
     """
-    found = present(folder, [*NLVR2_FILES, *NLVR2_VLT5], inside=["data"])
-    table = NLVR2_VLT5 if "valid.json" in found else NLVR2_FILES | NLVR2_VLT5
-    for file, path in found.items():
+    files = present(folder, [*NLVR2_FILES, *NLVR2_VLT5], inside=["data"])
+    table = NLVR2_VLT5 if "valid.json" in files else NLVR2_FILES | NLVR2_VLT5
+    for file, path in files.items():
         if file in table:
             name, size = table[file]
-            yield Split("nlvr2", name, (path,), partial(json_rows, path), nlvr2_row, size)
+            yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
 
 
 def nlvr2_row(raw: Raw) -> Example:
@@ -326,23 +325,27 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     answers stay raw in `extra["human_answers"]`, as the official normaliser needs them; `answers` are the distinct ones
     with LXMERT's weights, for training.
     """
-    found = present(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
+    files = present(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
     for part, (name, size) in VQAV2_PARTS.items():
-        if questions := found.get(QUESTIONS.format(part)):
+        if questions := files.get(QUESTIONS.format(part)):
             test = part.startswith("test")
             answers = folder / ANNOTATIONS.format(part)
             if not test and not answers.is_file():
                 raise UserError(f"{answers}: the answers of the {part} questions are missing; fetch them too")
-            rows = partial(json_rows, questions, key="questions") if test else partial(_joined_rows, questions, answers)
+            rows = (
+                partial(stream_records, questions, key="questions")
+                if test
+                else partial(_joined_rows, questions, answers)
+            )
             convert = partial(vqav2_row, pictures="test2015" if test else part, answered=not test)
             yield Split("vqav2", name, (questions,) if test else (questions, answers), rows, convert, size)
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
     """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
-    known = by_id(questions, json_rows(questions, progress, "questions"), "question_id", "question", "image_id")
+    known = by_id(questions, stream_records(questions, progress, "questions"), "question_id", "question", "image_id")
     answered: set[str] = set()
-    for where, row in numbered(annotations, json_rows(annotations, progress, "annotations")):
+    for where, row in numbered(annotations, stream_records(annotations, progress, "annotations")):
         name = key(row, "question_id")
         if name and name not in known:
             raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
@@ -405,7 +408,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
         rows: Callable[[Progress], Iterator[Raw]] = partial(_official_rows, folder, name)
         convert, inputs = vqav2_karpathy_row, [folder / name for name in names]
         if own:
-            rows, convert, inputs = partial(json_rows, own[file]), vqav2_vlt5_row, [own[file]]
+            rows, convert, inputs = partial(stream_records, own[file]), vqav2_vlt5_row, [own[file]]
         yield Split(
             "vqav2_karpathy",
             name,
@@ -422,7 +425,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
     """The questions about the split's pictures; one about a picture of no part is in each, to be dropped there."""
-    pictures = by_id(folder / KARPATHY, json_rows(folder / KARPATHY, progress, "images"), "cocoid", "split")
+    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
             picture = pictures.get(key(row, "image_id"), {})

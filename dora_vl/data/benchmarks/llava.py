@@ -17,7 +17,6 @@ from dora_vl.data.benchmarks.fields import (
     Split,
     by_id,
     files_in,
-    json_rows,
     key,
     member_rows,
     numbered,
@@ -29,7 +28,7 @@ from dora_vl.data.columns import USUAL
 from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example, as_conversation
 from dora_vl.data.pictures import save_picture
 from dora_vl.data.readers import read_conversations
-from dora_vl.data.text_file import NotUtf8, json_object, stream_members, table_rows, whole_text
+from dora_vl.data.text_file import NotUtf8, json_object, stream_members, stream_records, table_rows, whole_text
 from dora_vl.errors import UserError, shown
 
 
@@ -86,7 +85,7 @@ def llava_pretrain(folder: Path, options: Mapping[str, str], records: Path) -> I
 
 
 def _conversations(task: str, name: str, file: Path, size: int | None = None) -> Split:
-    return Split(task, name, (file,), partial(json_rows, file), conversation_row, size, repeated_ids="number")
+    return Split(task, name, (file,), partial(stream_records, file), conversation_row, size, repeated_ids="number")
 
 
 def conversation_row(raw: Raw) -> dict[str, JSON]:
@@ -122,13 +121,13 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
 
 
 def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
-    known = {
-        name: by_id(files[file], json_rows(files[file], progress), join, column) if file in files else {}
+    additions = {
+        name: by_id(files[file], stream_records(files[file], progress), join, column) if file in files else {}
         for name, (file, join, column) in LLAVA_BENCH_FILES.items()
     }
-    for row in json_rows(files["questions.jsonl"], progress):
+    for row in stream_records(files["questions.jsonl"], progress):
         added = {
-            name: known[name].get(key(row, join), {}).get(column)
+            name: additions[name].get(key(row, join), {}).get(column)
             for name, (_, join, column) in LLAVA_BENCH_FILES.items()
         }
         yield {**row, **added}
@@ -274,11 +273,11 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 
 
 def _mme_texts(root: Path) -> list[Path]:
-    found: list[Path] = []
+    texts: list[Path] = []
     for category in (*MME_PERCEPTION, *MME_COGNITION):
         apart = root / category / MME_QUESTIONS
-        found += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
-    return found
+        texts += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
+    return texts
 
 
 def _mme_rows(root: Path, progress: Progress) -> Iterator[Raw]:
@@ -374,11 +373,11 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     "<category>-<question_id>" because the three files count from 1 each.
     """
     names = [f"{pictures}_pope_{category}.json" for pictures in POPE_SETS for category in POPE_CATEGORIES]
-    found = present(folder, names, inside=["coco", "output/coco"])
+    paths = present(folder, names, inside=["coco", "output/coco"])
     for pictures, (task, picture_folder) in POPE_SETS.items():
-        files = {part: found[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in found}
+        files = {part: paths[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in paths}
         if files:
-            counts = tuple(sum(1 for _ in json_rows(path, lambda _: None)) for path in files.values())
+            counts = tuple(sum(1 for _ in stream_records(path, lambda _: None)) for path in files.values())
             version = POPE_VERSIONS.get(counts, f"unknown: {counts} rows")
             yield Split(
                 task,
@@ -393,7 +392,7 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 def _pope_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
     for category, path in files.items():
-        for row in json_rows(path, progress):
+        for row in stream_records(path, progress):
             yield {**row, "category": category}
 
 
@@ -426,10 +425,10 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
     paper, so both stay in `extra`.
     """
     names = ["problems.json", "pid_splits.json"]
-    found = present(folder, names, inside=["data/scienceqa"])
-    if missing := [name for name in names if name not in found]:
+    paths = present(folder, names, inside=["data/scienceqa"])
+    if missing := [name for name in names if name not in paths]:
         raise UserError(f"{folder}: {missing[0]} is missing; fetch both {' and '.join(names)}")
-    problems, parts = found.values()
+    problems, parts = paths.values()
     with refusing(f"{parts}: not the map of splits to ids expected"):
         ids = Row(json_object(parts, WANTED))
         members = {part: frozenset(ids.texts(part)) for part in SCIENCEQA_PARTS}
@@ -438,14 +437,14 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
         yield Split("scienceqa", name, (problems, parts), rows, partial(scienceqa_row, part=part), size)
 
 
-def _scienceqa_rows(problems: Path, wanted: frozenset[str], progress: Progress) -> Iterator[Raw]:
+def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
     """The problems of one split; one that the split names but nobody has comes last, to be dropped with that reason."""
-    found: set[str] = set()
+    seen: set[str] = set()
     for name, row in stream_members(problems, progress=progress):
-        if name in wanted:
-            found.add(name)
+        if name in members:
+            seen.add(name)
             yield {**row, "pid": name}
-    yield from ({"pid": name} for name in sorted(wanted - found))
+    yield from ({"pid": name} for name in sorted(members - seen))
 
 
 def scienceqa_row(raw: Raw, *, part: str) -> Example:
@@ -484,7 +483,7 @@ def _seed_bench_rows(file: Path, progress: Progress) -> Iterator[Raw]:
     with refusing(file):
         types = Row(json_object(file, WANTED)).mapping("question_type")
         names = {str(Row(types).integer(name)): name for name in types}
-    for row in json_rows(file, progress, "questions"):
+    for row in stream_records(file, progress, "questions"):
         yield {**row, "question_type": names.get(key(row, "question_type_id"))}
 
 
@@ -529,9 +528,9 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
     Quirks: `question_id` counts on through the three splits; LLaVA's file has the picture's id as `question_id`, which
     is not unique, so its rows are matched by picture and question in lower case, as LLaVA's own scorer does.
     """
-    found = present(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
+    files = present(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
     for part, (name, size) in TEXTVQA_PARTS.items():
-        if questions := found.get(f"TextVQA_0.5.1_{part}.json"):
+        if questions := files.get(f"TextVQA_0.5.1_{part}.json"):
             names = [f"TextVQA_Rosetta_OCR_v0.2_{part}.json", *([TEXTVQA_LLAVA] if part == "val" else [])]
             ocr = files_in(folder, names)
             rows, convert = partial(_textvqa_rows, questions, ocr), partial(textvqa_row, answered=part != "test")
@@ -543,16 +542,16 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) 
     references: dict[tuple[str, str], str] = {}
     for name, path in ocr.items():
         if name != TEXTVQA_LLAVA:
-            rosetta = by_id(path, json_rows(path, progress, "data"), "image_id", "ocr_tokens")
+            rosetta = by_id(path, stream_records(path, progress, "data"), "image_id", "ocr_tokens")
             continue
-        for where, raw in numbered(path, json_rows(path, progress)):
+        for where, raw in numbered(path, stream_records(path, progress)):
             with refusing(where):
                 row = Row(raw, "question_id")
                 question, *lines = row.text("text").split("\n")
             for line in lines:
                 if line.startswith(REFERENCE_OCR):
                     references[row.id, question.lower()] = line.removeprefix(REFERENCE_OCR).strip()
-    for row in json_rows(questions, progress, "data"):
+    for row in stream_records(questions, progress, "data"):
         image = key(row, "image_id")
         reference = references.get((image, str(row.get("question")).lower()))
         yield {**row, "ocr_tokens": rosetta.get(image, {}).get("ocr_tokens"), "reference_ocr": reference}
@@ -592,7 +591,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     for file, path in present(folder, VIZWIZ_FILES, inside=["Annotations"]).items():
         name, size = VIZWIZ_FILES[file]
         convert = partial(vizwiz_row, pictures=path.stem, answered=name != "test")
-        yield Split("vizwiz", name, (path,), partial(json_rows, path), convert, size)
+        yield Split("vizwiz", name, (path,), partial(stream_records, path), convert, size)
 
 
 def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:

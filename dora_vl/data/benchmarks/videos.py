@@ -17,13 +17,12 @@ from dora_vl.data.benchmarks.fields import (
     Split,
     by_id,
     files_in,
-    json_rows,
     key,
     present,
     refusing,
 )
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle
-from dora_vl.data.text_file import NotUtf8, json_object, opened, table_rows, whole_text
+from dora_vl.data.text_file import NotUtf8, json_object, opened, stream_records, table_rows, whole_text
 from dora_vl.errors import shown
 
 _TIMES = re.compile(r"\s*{0}\s*-->\s*{0}".format(r"([0-9]{1,3}):([0-9]{1,2}):([0-9]{1,2})[,.]([0-9]{1,9})"))
@@ -53,12 +52,12 @@ class Subtitles:
             file = path / f"{video}.srt"
             return read_srt(file) if video and file.is_file() else []
         if self._known is None:
-            self._known = by_id(path, json_rows(path, progress), "vid_name", "sub")
+            self._known = by_id(path, stream_records(path, progress), "vid_name", "sub")
         return self._known.get(video, {"sub": []})["sub"]
 
     def rows(self, file: Path, solution: Mapping[str, int], progress: Progress) -> Iterator[Raw]:
         """The file's rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
-        rows = json_rows(file, progress)
+        rows = stream_records(file, progress)
         if solution:
             rows = ({"answer_idx": solution.get(key(row, "qid")), **_given(row)} for row in rows)
         return self.joined(rows, progress)
@@ -209,10 +208,10 @@ def how2qa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     comes last, so the choices of those rows are put into an order drawn from the row's own text, and rows get ids by
     their number. Some spans of the CSV begin and end at the same second. Duplicate wrong answers occur.
     """
-    found = present(folder, [*HOW2QA_FILES, *HOW2QA_CSV])
+    files = present(folder, [*HOW2QA_FILES, *HOW2QA_CSV])
     subtitles = Subtitles(folder, ("how2_subtitles.jsonl", "how2qa_subtitles.jsonl"))
     taken: set[str] = set()
-    for file, path in found.items():
+    for file, path in files.items():
         inputs, notes = (path, *subtitles.inputs), subtitles.notes
         if file in HOW2QA_FILES:
             name, size = HOW2QA_FILES[file]
@@ -276,10 +275,10 @@ def tvc(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 
 
 def _clip_splits(
-    task: str, found: Mapping[str, Path], files: Mapping[str, tuple[str, int | None]], subtitles: Subtitles
+    task: str, paths: Mapping[str, Path], files: Mapping[str, tuple[str, int | None]], subtitles: Subtitles
 ) -> Iterator[Split]:
     """Each file of clips as one split; the descriptions of test sets are kept back."""
-    for file, path in found.items():
+    for file, path in paths.items():
         name, size = files[file]
         rows, convert = partial(subtitles.rows, path, {}), partial(clip_row, answered=not name.startswith("test"))
         yield Split(task, name, (path, *subtitles.inputs), rows, convert, size, notes=subtitles.notes)
@@ -326,11 +325,11 @@ def yc2c(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     YouCook2's file the record points into the whole video instead, and its id is that same name, because it has no
     `clip_id`. VALUE's table of sizes is a copy of VATEX's; those here are counted.
     """
-    found = present(folder, [*YC2C_FILES, YOUCOOK2])
+    files = present(folder, [*YC2C_FILES, YOUCOOK2])
     if value := files_in(folder, YC2C_FILES):
         yield from _clip_splits("yc2c", value, YC2C_FILES, Subtitles(folder, ("yc2_subtitles.jsonl",)))
         return
-    file, notes = found[YOUCOOK2], {"form": "YouCook2's annotations"}
+    file, notes = files[YOUCOOK2], {"form": "YouCook2's annotations"}
     for subset, name in (("training", "train"), ("validation", "validation")):
         yield Split("yc2c", name, (file,), partial(_youcook2_rows, file, subset), youcook2_row, notes=notes)
 

