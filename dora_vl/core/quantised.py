@@ -206,7 +206,6 @@ class FusedChange(torch.autograd.Function):
         if lora_A is not None and lora_B is not None:
             if dropped is not None:
                 masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-                rows = rows if dropped.is_seed else masked
             hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
         ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
@@ -235,7 +234,7 @@ class FusedChange(torch.autograd.Function):
             if needs[1]:
                 dx = dh @ lora_A.to(dy.dtype)
                 dx = (dx if dropped is None else dropped.apply(dx)).view(input_shape)
-            masked = dropped.apply(rows) if dropped is not None and dropped.is_seed else rows
+            masked = rows if dropped is None else dropped.apply(rows)
             dA = (dh.t() @ masked).to(lora_A.dtype)
             unscaled = (dy.t() @ hidden).to(lora_B.dtype)
             dB = gain.full[:, None] * unscaled
@@ -315,19 +314,13 @@ class QuantisedLinear(AdaptedLayer):
         A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
         it in place, and that is not seen.
         """
-        bias = self.bias
-        inside = [
-            tensor
-            for module in self.base.modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not bias
-        ]
-        return [*inside, *self.kind.loose_tensors(self.base)]
+        tensors, bias = (*self.base.parameters(), *self.base.buffers()), self.bias
+        return [*(tensor for tensor in tensors if tensor is not bias), *self.kind.loose_tensors(self.base)]
 
     def tensors(self) -> list[Tensor | None]:
         """The adapter's own, and those of the layer inside."""
-        own = [getattr(self, name) for name in self.FILE_LEAVES]
-        return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
+        adapter = [getattr(self, name) for name in self.FILE_LEAVES]
+        return [*adapter, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
     # -- the norm ----------------------------------------------------------------------------------------------
 
@@ -373,10 +366,8 @@ class QuantisedLinear(AdaptedLayer):
 
     def refuse_merging(self, name: str) -> None:
         """Raises the `UserError` that names the layer."""
-        kind = type(self.base).__name__
-        raise UserError(
-            f"{name}: a {kind} cannot hold merged weights; load the base without quantisation and merge there"
-        )
+        what = f"a {type(self.base).__name__} cannot hold merged weights"
+        raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 
     def plain(self) -> nn.Module:
         """The layer that was here before."""

@@ -67,7 +67,8 @@ class TiledKernel:
         device = _device_of(named)
         if not _may_time(device):
             return self.fitting(named)[0]
-        card, bucketed = _card(device), {**named, "rows": row_bucket(int(named["rows"]))}
+        bucket = min(padded(int(named["rows"])), MOST_ROWS)
+        card, bucketed = _card(device), {**named, "rows": bucket}
         dtypes = (value.dtype for value in named.values() if isinstance(value, Tensor))
         case = (card, *(bucketed[name] for name in self.keys), *dtypes)
         if case not in self._chosen:
@@ -123,14 +124,9 @@ def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
     ]
 
 
-def row_bucket(rows: int) -> int:
-    """The next power of two, between 16 and `MOST_ROWS`."""
-    return min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
-
-
-def padded(rank: int) -> int:
+def padded(size: int) -> int:
     """A power of two, 16 at least: the least that the tensor cores take."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, triton.next_power_of_2(size))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -150,7 +146,7 @@ def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: in
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
     return (
-        config.kwargs["BLOCK_ROWS"] <= max(16, triton.next_power_of_2(rows))
+        config.kwargs["BLOCK_ROWS"] <= padded(rows)
         and accumulators + tile <= ACCUMULATORS * 32 * config.num_warps
         and config.num_stages * operand_bytes + exchanged <= shared
     )
@@ -708,11 +704,6 @@ MASKED_PRODUCT = TiledKernel(
     _product_fits,
     ("rows", "columns", "rank", "PRECISION"),
 )
-
-
-def new_seed(device: torch.device) -> Int[Tensor, ""]:
-    """Drawn on the device from torch's generator, which checkpointing saves and restores; no number comes back."""
-    return torch.randint(2**62, (), device=device)
 
 
 def threshold_of(probability: float) -> int:
