@@ -302,9 +302,12 @@ class AdaptedLayer(nn.Module):
 
         A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
         """
-        own = self._parameters
+        parameters = self._parameters
         names = ("weight", "bias", *self.FILE_LEAVES)
-        return [*(own[name] if name in own else getattr(self, name) for name in names), *self._shards.values()]
+        return [
+            *(parameters[name] if name in parameters else getattr(self, name) for name in names),
+            *self._shards.values(),
+        ]
 
     # -- merging ---------------------------------------------------------------------------------------------
 

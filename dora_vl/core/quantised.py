@@ -209,8 +209,10 @@ class FusedChange(torch.autograd.Function):
             hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
         ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
-        kept = frozen if magnitude.requires_grad else None
-        ctx.save_for_backward(rows if hidden is not None else None, bias, lora_A, lora_B, hidden, kept, positions)
+        saved_frozen = frozen if magnitude.requires_grad else None
+        ctx.save_for_backward(
+            rows if hidden is not None else None, bias, lora_A, lora_B, hidden, saved_frozen, positions
+        )
         ctx.gain, ctx.scale, ctx.shapes = gain, scale, (frozen.shape, x.shape)
         return y
 
@@ -277,15 +279,15 @@ class QuantisedLinear(AdaptedLayer):
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
         output, (a, b) = self.base(input), self.factors() or (None, None)
         probability = self.adapter.dropout if self.training and a is not None else 0.0
-        whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
-        if not whole and self._kernels_run(input, output):
+        whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change"
+        if not whole_change and self._kernels_run(input, output):
             dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
             gain = self.kept("gain", lambda: self._gain_over_norm(output.dtype), output.dtype)
             operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
             return cast(Tensor, FusedChange.apply(*operands))
         gain = self.gain()
         dropped_input = input
-        if whole or (probability and torch.compiler.is_compiling()):
+        if whole_change or (probability and torch.compiler.is_compiling()):
             dropped_input = F.dropout(input, probability)
         elif probability:
             dropped_input = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
@@ -293,7 +295,7 @@ class QuantisedLinear(AdaptedLayer):
         if a is not None and b is not None:
             low_rank = self.scale() * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
             low_rank = low_rank.to(output.dtype)
-        frozen = self._without_bias(self.base(dropped_input) if whole else output)
+        frozen = self._without_bias(self.base(dropped_input) if whole_change else output)
         return functional.changed_output(output, frozen, low_rank, gain)
 
     def _kernels_run(self, input: Tensor, output: Tensor) -> bool:
