@@ -6,12 +6,10 @@ W_0 before training, with k vectors w_n and magnitudes m_n = ||w_n||,
     dM = sum_n |m_n - m_0n| / k               equation 3
     dD = sum_n (1 - cos(w_n, w_0n)) / k       equation 4
 
-Which vectors: the layer that the authors published, PEFT's and ours take the rows of torch's [out, in], one for each
-output (`axis="output"`). The paper writes W as [d, k] and says "column"; whoever reads that as the columns of
-[out, in], one vector for each input, as early LyCORIS did, wants `axis="input"`.
-
-The paper found magnitude and direction to change in opposition under full fine-tuning and DoRA (slope below 0), in
-proportion under LoRA (above 0): the query weights of VL-BART.
+The layer that the authors published, PEFT's and ours take the rows of torch's [out, in] as vectors, one for each output
+(`axis="output"`); whoever reads the paper's "column" as one vector for each input, as early LyCORIS did, wants
+`axis="input"`. The paper found magnitude and direction to change in opposition under full fine-tuning and DoRA (slope
+below 0), in proportion under LoRA (above 0): the query weights of VL-BART.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import correlation, fmean, linear_regression
 from typing import Literal
 
 import torch
@@ -47,7 +46,11 @@ def change_of_blocks(
     blocks: Iterable[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]], *, axis: Axis
 ) -> WeightChange:
     """dM and dD of a weight that comes as (before, after) blocks of rows, so that it never stands there twice."""
-    sums = [_products(before.double(), after.double(), dim=1 if axis == "output" else 0) for before, after in blocks]
+    sums = []
+    for first, second in blocks:
+        old, new = first.double(), second.double()
+        pairs = ((old, old), (new, new), (old, new))
+        sums.append(torch.stack([(left * right).sum(dim=1 if axis == "output" else 0) for left, right in pairs]))
     before, after, cross = torch.cat(sums, dim=1) if axis == "output" else torch.stack(sums).sum(dim=0)
     directed = (before > 0) & (after > 0)
     cosine = cross[directed] / (before[directed] * after[directed]).sqrt()
@@ -58,13 +61,6 @@ def change_of_blocks(
         vectors=len(before),
         without_direction=int((~directed).sum()),
     )
-
-
-def _products(
-    before: Float[Tensor, "rows in_"], after: Float[Tensor, "rows in_"], dim: int
-) -> Float[Tensor, "three vectors"]:
-    pairs = ((before, before), (after, after), (before, after))
-    return torch.stack([(left * right).sum(dim=dim) for left, right in pairs])
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,8 @@ class Line:
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line | None:
     """The line y = slope x + intercept; None for fewer than two points, or where x or y does not vary."""
-    if len(x) < 2:
-        return None
-    xs, ys = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
-    dx, dy = xs - xs.mean(), ys - ys.mean()
-    if float(dx.norm()) <= FLAT * float(xs.norm()) or float(dy.norm()) <= FLAT * float(ys.norm()):
-        return None
-    xx, yy, xy = (float(value) for value in (dx @ dx, dy @ dy, dx @ dy))
-    slope = xy / xx
-    return Line(slope, float(ys.mean()) - slope * float(xs.mean()), xy / math.sqrt(xx * yy))
+    for values in (x, y):
+        if len(values) < 2 or math.dist(values, [fmean(values)] * len(values)) <= FLAT * math.hypot(*values):
+            return None
+    line = linear_regression(x, y)
+    return Line(line.slope, line.intercept, correlation(x, y))

@@ -101,20 +101,13 @@ class ExpertsProjection(AdaptedLayer):
             on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
             return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.scale())
 
-    def trusted_norms(self, norms_squared: Float[Tensor, "experts out"]) -> Float[Tensor, "experts out"]:
-        """n from `norms_squared`, the rows that cancel taken from the dense direction, an expert at a time."""
-        frozen = self.weight_norms_squared()
-        norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
-        factors = self.factors()
-        if factors is not None and cancelled.numel():
-            weight, (a, b), dense = self.as_matrix(self._frozen_weight()), factors, []
-            owners = cancelled // self.out_features
-            for expert in owners.unique_consecutive().tolist():
-                rows = cancelled[owners == expert] - expert * self.out_features
-                direction = functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale())
-                dense.append(direction.square().sum(dim=1))
-            norms = norms.index_copy(0, cancelled, functional.root(torch.cat(dense)))
-        return norms.view_as(frozen)
+    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
+        """An expert at a time."""
+        weight, owners, dense = self.as_matrix(self._frozen_weight()), index // self.out_features, []
+        for expert in owners.unique_consecutive().tolist():
+            rows = index[owners == expert] - expert * self.out_features
+            dense.append(functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale()))
+        return torch.cat(dense)
 
     # -- forward -----------------------------------------------------------------------------------------------
 

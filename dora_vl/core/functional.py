@@ -157,7 +157,7 @@ class AdaptedProduct(torch.autograd.Function):
         kept_input = x
         rows = masked = x.reshape(-1, x.shape[-1])
         y = ROW_HALVES.product(rows, weight.t(), bias)
-        hidden = kept = fragile_z = positions = taken = None
+        hidden = saved_y = fragile_z = positions = taken = None
         ctx.probability = None
         if lora_A is not None:
             if dropped is not None:
@@ -170,13 +170,13 @@ class AdaptedProduct(torch.autograd.Function):
         output = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         if gain is not None and magnitude is not None and magnitude.requires_grad and not output.is_inference():
             # The probe shares the count of edits, without the memory.
-            kept, ctx.probe, ctx.version = y, output.detach(), output._version
+            saved_y, ctx.probe, ctx.version = y, output.detach(), output._version
             ctx.probe.data = output.new_empty(0)
             taken = None if dropped is None or hidden is None else dropped.shared_taken(rows)
             if gain.fragile is not None:
                 fragile_z = some_of_product(rows, hidden, weight, lora_B, gain.fragile.rows)
         # Dropped positions too are saved, not kept as an attribute: a checkpoint lets go of saved tensors alone.
-        ctx.save_for_backward(kept_input, weight, bias, lora_A, lora_B, hidden, kept, fragile_z, positions, taken)
+        ctx.save_for_backward(kept_input, weight, bias, lora_A, lora_B, hidden, saved_y, fragile_z, positions, taken)
         ctx.gain, ctx.scale, ctx.input_shape = gain, scale, x.shape
         return output
 

@@ -77,11 +77,6 @@ def is_plain_parameter(tensor: object) -> TypeGuard[nn.Parameter]:
     return type(tensor) in (nn.Parameter, WatchedParameter)
 
 
-def is_whole_parameter(tensor: object, device: torch.device) -> bool:
-    """Whether it is a plain parameter on this device that nothing shards: one whose values are here and at rest."""
-    return is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
-
-
 def version_of(tensor: Tensor) -> int:
     """The count of edits, a shard's and those through `.data` too; tensors made under `inference_mode` keep none."""
     if tensor.is_inference():

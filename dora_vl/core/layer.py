@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -226,15 +226,18 @@ class AdaptedLayer(nn.Module):
 
     def trusted_norms(self, norms_squared: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
         """n from `norms_squared`, the rows that cancel taken from the dense direction."""
-        norms, cancelled = functional.direction_norms(self.weight_norms_squared(), norms_squared)
-        factors = self.factors()
+        frozen, factors = self.weight_norms_squared(), self.factors()
+        norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
         if factors is not None and cancelled.numel():
-            a, b = factors
             with torch.autocast(self.weight.device.type, enabled=False):
-                rows = self.as_matrix(self._frozen_weight())[cancelled]
-                dense = functional.dense_direction(rows, a, b[cancelled], self.scale())
+                dense = self._dense_rows(cancelled, *factors)
             norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
-        return norms
+        return norms.view_as(frozen)
+
+    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
+        """Some rows of V, by their number over all experts."""
+        rows = self.as_matrix(self._frozen_weight())[index]
+        return functional.dense_direction(rows, a, b[index], self.scale())
 
     def norms_squared(self) -> Float[Tensor, "*experts out"]:
         """n^2 from the factors alone, with its gradient: exact but for rows that cancel."""
@@ -299,9 +302,12 @@ class AdaptedLayer(nn.Module):
 
         A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
         """
-        own = self._parameters
+        parameters = self._parameters
         names = ("weight", "bias", *self.FILE_LEAVES)
-        return [*(own[name] if name in own else getattr(self, name) for name in names), *self._shards.values()]
+        return [
+            *(parameters[name] if name in parameters else getattr(self, name) for name in names),
+            *self._shards.values(),
+        ]
 
     # -- merging ---------------------------------------------------------------------------------------------
 

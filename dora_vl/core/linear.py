@@ -15,7 +15,7 @@ from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.products import ROW_HALVES, triton_kernels
-from dora_vl.core.gain import Gain, Snapshot, careful_gain, is_whole_parameter, quick_gains
+from dora_vl.core.gain import SHARD_MARKS, Gain, Snapshot, careful_gain, is_plain_parameter, quick_gains
 from dora_vl.core.layer import AdaptedLayer, is_traced
 
 LARGEST_BATCH_BYTES = 2**26
@@ -115,11 +115,11 @@ class ProductLayer(AdaptedLayer):
         operations = cpu_step.compiled_operations()
         if operations is None:
             return None
-        kept = self.compiled_gain
-        due = kept is None or not self.still_holds(kept[1])
-        if due or kept is None:
-            kept = self.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], self.snapshot()
-        gain, snapshot = kept
+        cached = self.compiled_gain
+        due = cached is None or not self.still_holds(cached[1])
+        if due or cached is None:
+            cached = self.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], self.snapshot()
+        gain, snapshot = cached
         if gain is None:  # unsound since the last change
             return None
         rows = x.reshape(-1, x.shape[-1])
@@ -187,9 +187,9 @@ class ProductLayer(AdaptedLayer):
 
     def _cast_factors(self, dtype: torch.dtype) -> CastFactors:
         """A and s B in the activations' dtype; kept between calls in eval only."""
-        kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
-        if kept is not None and kept.dtype == dtype and (self._gain is not None or self.still_holds(kept.snapshot)):
-            return kept
+        last = self._factors  # dropped with the gain, where there is one, so that is not asked twice
+        if last is not None and last.dtype == dtype and (self._gain is not None or self.still_holds(last.snapshot)):
+            return last
         factors = self.factors()
         assert factors is not None
         a, b = factors[0].detach().to(dtype), factors[1].detach().to(dtype) * self.scale()
@@ -202,7 +202,10 @@ class ProductLayer(AdaptedLayer):
     def is_here(self, device: torch.device) -> bool:
         """Whether weight, A, B and magnitude are there, on this device, and nothing shards them."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude)
-        return all(is_whole_parameter(tensor, device) for tensor in tensors)
+        return all(
+            is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
+            for tensor in tensors
+        )
 
     def _is_on_cpu(self) -> bool:
         return self.weight.device.type == "cpu" and self.is_here(self.weight.device)
@@ -261,19 +264,19 @@ class GainFamily:
         Layers whose tensors are not here in whole and at rest are left out: the next shards of ZeRO-3 and FSDP may be
         on their way, and offloaded weights are elsewhere.
         """
-
-        def is_due(layer: ProductLayer) -> bool:
-            alike = (layer.adapter.rank, layer.scale(), layer.weight.dtype) == settings
-            return alike and not layer.merged and layer.gain_is_out_of_date() and layer.is_here(device)
-
         self._members[id(caller)] = caller
         device, settings = caller.weight.device, (caller.adapter.rank, caller.scale(), caller.weight.dtype)
         if not caller.is_here(device):
             return False
-        due = [layer for layer in self._members.values() if layer is caller or is_due(layer)]
+        due = [caller]
+        for layer in self._members.values():
+            alike = (layer.adapter.rank, layer.scale(), layer.weight.dtype) == settings
+            unmerged = alike and layer is not caller and not layer.merged
+            if unmerged and layer.gain_is_out_of_date() and layer.is_here(device):
+                due.append(layer)
         if len(due) < 2:
             return False
-        size = max(2, LARGEST_BATCH_BYTES // (4 * caller.adapter.rank * sum(caller.matrix_shape())))
+        size = max(2, LARGEST_BATCH_BYTES // (4 * caller.adapter.rank * (caller.in_features + caller.out_features)))
         for start in range(0, len(due), size):
             layers = due[start : start + size]
             magnitudes = torch.stack([layer.magnitude.detach() for layer in layers if layer.magnitude is not None])
@@ -299,8 +302,8 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     layer: W would have to be copied, and how the cores divide the sums of A A^T depends on the number of layers.
     """
     weights = [layer.as_matrix(layer.weight) for layer in layers]
-    (rows, columns), rank, count = layers[0].matrix_shape(), layers[0].adapter.rank, len(layers)
-    a, b = (weights[0].new_empty(count, *shape) for shape in ((rank, columns), (rows, rank)))
+    (rows, columns), rank, count = weights[0].shape, layers[0].adapter.rank, len(layers)
+    a, b = weights[0].new_empty(count, rank, columns), weights[0].new_empty(count, rows, rank)
     weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank)
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.

@@ -66,11 +66,11 @@ class ConvLayer(AdaptedLayer):
         PEFT's A has this layer's kernel, stride and padding alone. A dilation changes nothing along an axis of width
         1, and a padding mode nothing where nothing is padded.
         """
-        own = vars(self)
-        if any(step > 1 and width > 1 for step, width in zip(own["dilation"], self.kernel_size, strict=True)):
-            return f"dilation={own['dilation']}"
-        if own["padding_mode"] != "zeros" and any(own["_reversed_padding_repeated_twice"]):
-            return f"padding_mode={own['padding_mode']!r}"
+        settings = vars(self)
+        if any(step > 1 and width > 1 for step, width in zip(settings["dilation"], self.kernel_size, strict=True)):
+            return f"dilation={settings['dilation']}"
+        if settings["padding_mode"] != "zeros" and any(settings["_reversed_padding_repeated_twice"]):
+            return f"padding_mode={settings['padding_mode']!r}"
         return None
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

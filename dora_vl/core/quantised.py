@@ -206,12 +206,13 @@ class FusedChange(torch.autograd.Function):
         if lora_A is not None and lora_B is not None:
             if dropped is not None:
                 masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-                rows = rows if dropped.is_seed else masked
             hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
         ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
-        kept = frozen if magnitude.requires_grad else None
-        ctx.save_for_backward(rows if hidden is not None else None, bias, lora_A, lora_B, hidden, kept, positions)
+        saved_frozen = frozen if magnitude.requires_grad else None
+        ctx.save_for_backward(
+            rows if hidden is not None else None, bias, lora_A, lora_B, hidden, saved_frozen, positions
+        )
         ctx.gain, ctx.scale, ctx.shapes = gain, scale, (frozen.shape, x.shape)
         return y
 
@@ -235,7 +236,7 @@ class FusedChange(torch.autograd.Function):
             if needs[1]:
                 dx = dh @ lora_A.to(dy.dtype)
                 dx = (dx if dropped is None else dropped.apply(dx)).view(input_shape)
-            masked = dropped.apply(rows) if dropped is not None and dropped.is_seed else rows
+            masked = rows if dropped is None else dropped.apply(rows)
             dA = (dh.t() @ masked).to(lora_A.dtype)
             unscaled = (dy.t() @ hidden).to(lora_B.dtype)
             dB = gain.full[:, None] * unscaled
@@ -278,15 +279,15 @@ class QuantisedLinear(AdaptedLayer):
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
         output, (a, b) = self.base(input), self.factors() or (None, None)
         probability = self.adapter.dropout if self.training and a is not None else 0.0
-        whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
-        if not whole and self._kernels_run(input, output):
+        whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change"
+        if not whole_change and self._kernels_run(input, output):
             dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
             gain = self.kept("gain", lambda: self._gain_over_norm(output.dtype), output.dtype)
             operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
             return cast(Tensor, FusedChange.apply(*operands))
         gain = self.gain()
         dropped_input = input
-        if whole or (probability and torch.compiler.is_compiling()):
+        if whole_change or (probability and torch.compiler.is_compiling()):
             dropped_input = F.dropout(input, probability)
         elif probability:
             dropped_input = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
@@ -294,7 +295,7 @@ class QuantisedLinear(AdaptedLayer):
         if a is not None and b is not None:
             low_rank = self.scale() * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
             low_rank = low_rank.to(output.dtype)
-        frozen = self._without_bias(self.base(dropped_input) if whole else output)
+        frozen = self._without_bias(self.base(dropped_input) if whole_change else output)
         return functional.changed_output(output, frozen, low_rank, gain)
 
     def _kernels_run(self, input: Tensor, output: Tensor) -> bool:
@@ -315,19 +316,13 @@ class QuantisedLinear(AdaptedLayer):
         A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
         it in place, and that is not seen.
         """
-        bias = self.bias
-        inside = [
-            tensor
-            for module in self.base.modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not bias
-        ]
-        return [*inside, *self.kind.loose_tensors(self.base)]
+        tensors, bias = (*self.base.parameters(), *self.base.buffers()), self.bias
+        return [*(tensor for tensor in tensors if tensor is not bias), *self.kind.loose_tensors(self.base)]
 
     def tensors(self) -> list[Tensor | None]:
         """The adapter's own, and those of the layer inside."""
-        own = [getattr(self, name) for name in self.FILE_LEAVES]
-        return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
+        adapter = [getattr(self, name) for name in self.FILE_LEAVES]
+        return [*adapter, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
     # -- the norm ----------------------------------------------------------------------------------------------
 
@@ -373,10 +368,8 @@ class QuantisedLinear(AdaptedLayer):
 
     def refuse_merging(self, name: str) -> None:
         """Raises the `UserError` that names the layer."""
-        kind = type(self.base).__name__
-        raise UserError(
-            f"{name}: a {kind} cannot hold merged weights; load the base without quantisation and merge there"
-        )
+        what = f"a {type(self.base).__name__} cannot hold merged weights"
+        raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 
     def plain(self) -> nn.Module:
         """The layer that was here before."""

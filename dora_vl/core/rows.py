@@ -292,13 +292,13 @@ class RowLayer(nn.Module):
 
     def _own_layer(self, run: Run) -> nn.Module:
         share = cast(Share, run.share)
-        own = self._own[share.key]
+        layer = self._own[share.key]
         if share.strength == 1:
-            return own
+            return layer
         if share not in self._between:
             if len(self._between) >= KEPT_LAYERS:
                 self._between.clear()
-            self._between[share] = layer_between(self.base, own, share.strength)
+            self._between[share] = layer_between(self.base, layer, share.strength)
         return self._between[share]
 
     @property

@@ -96,46 +96,46 @@ def magnitude_between(
 
 
 @torch.no_grad()
-def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
+def layer_between(base: nn.Module, changed: Module, strength: float) -> Module:
     """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both."""
-    between = copy.copy(own)
-    inner = own._modules.get("base") if isinstance(own, AdaptedLayer) else None
+    between = copy.copy(changed)
+    inner = changed._modules.get("base") if isinstance(changed, AdaptedLayer) else None
     modules: dict[str, nn.Module | None] = {}
-    for name, child in own._modules.items():
+    for name, child in changed._modules.items():
         plain = base if child is inner else base._modules[name]
         modules[name] = None if child is None else layer_between(cast(nn.Module, plain), child, strength)
     vars(between)["_modules"] = modules
     before = {**base._parameters, **base._buffers}
     for kind in ("_parameters", "_buffers"):
-        tensors = cast("dict[str, Tensor | None]", vars(own)[kind])
+        tensors = cast("dict[str, Tensor | None]", vars(changed)[kind])
         vars(between)[kind] = {
             leaf: _tensor_between(before.get(leaf), tensor, strength) for leaf, tensor in tensors.items()
         }
-    if isinstance(own, AdaptedLayer):
+    if isinstance(changed, AdaptedLayer):
         adapted = cast(AdaptedLayer, between)
         for leaf in SECOND_FACTORS:
-            factor = own._parameters.get(leaf)
+            factor = changed._parameters.get(leaf)
             if factor is not None:
                 adapted._parameters[leaf] = _frozen(factor * strength)
-        if own.magnitude is not None:
-            norms = functional.root(own.weight_norms_squared())
-            adapted.magnitude = _frozen(magnitude_between(norms, own.magnitude, strength))
+        if changed.magnitude is not None:
+            norms = functional.root(changed.weight_norms_squared())
+            adapted.magnitude = _frozen(magnitude_between(norms, changed.magnitude, strength))
         if isinstance(adapted, ProductLayer):
             adapted.family = None  # that of the layers which the model has
         adapted.forget_norms()
     return between
 
 
-def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> None:
+def whole_model_between(base: nn.Module, changed: nn.Module, strength: float) -> None:
     """Sets a whole adapted model to a strength, in place."""
     adapted: list[str] = []
-    for name, module in list(own.named_modules()):
+    for name, module in list(changed.named_modules()):
         if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in adapted)):
             adapted.append(name)
     for name in adapted:
-        own.set_submodule(name, layer_between(base.get_submodule(name), own.get_submodule(name), strength))
+        changed.set_submodule(name, layer_between(base.get_submodule(name), changed.get_submodule(name), strength))
     below = tuple(f"{name}." for name in adapted)
-    for name, module in own.named_modules():
+    for name, module in changed.named_modules():
         if name in adapted or name.startswith(below):
             continue
         before = vars(base.get_submodule(name))
@@ -145,11 +145,11 @@ def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> Non
                 tensors[leaf] = _tensor_between(before[kind].get(leaf), tensor, strength)
 
 
-def _tensor_between(base: Tensor | None, own: Tensor | None, strength: float) -> Tensor | None:
-    if own is None or base is None or base is own or not own.is_floating_point():
-        return own
-    between = torch.lerp(base.to(own.dtype), own, strength)
-    return _frozen(between) if isinstance(own, nn.Parameter) else between
+def _tensor_between(base: Tensor | None, changed: Tensor | None, strength: float) -> Tensor | None:
+    if changed is None or base is None or base is changed or not changed.is_floating_point():
+        return changed
+    between = torch.lerp(base.to(changed.dtype), changed, strength)
+    return _frozen(between) if isinstance(changed, nn.Parameter) else between
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

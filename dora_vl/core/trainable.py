@@ -116,7 +116,7 @@ def choose_trained(
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
-    kept = _kept_names(_tensors(model), also_keep)
+    keep = _kept_names(_tensors(model), also_keep)
     _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
     parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
     for part, names in by_part.items():
@@ -127,8 +127,8 @@ def choose_trained(
             matrices = tuple(name for name in names if parameters[name].ndim > 1 and name not in stacks)
         vectors = tuple(name for name in names if name not in set(matrices))
         decays = (matrices, True), (vectors, False)
-        parts += [_PartNames(part, own, decay, adapts) for own, decay in decays if own]
-    setattr(model, _ATTRIBUTE, _TrainedList(tuple(parts), kept))
+        parts += [_PartNames(part, tensors, decay, adapts) for tensors, decay in decays if tensors]
+    setattr(model, _ATTRIBUTE, _TrainedList(tuple(parts), keep))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)
@@ -247,11 +247,11 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
     leaves: dict[nn.Module, list[str]] = {}
     while True:
         for module in model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if any(id(parameter) in trained for parameter in own.values()):
+            tensors = dict(module.named_parameters(recurse=False))
+            if any(id(parameter) in trained for parameter in tensors.values()):
                 follow = not isinstance(module, AdaptedLayer) and next(module.children(), None) is None
-                leaves[module] = [leaf for leaf, parameter in own.items() if follow or id(parameter) in trained]
-        tied = {id(module._parameters[leaf]) for module, own in leaves.items() for leaf in own}
+                leaves[module] = [leaf for leaf, parameter in tensors.items() if follow or id(parameter) in trained]
+        tied = {id(module._parameters[leaf]) for module, tensors in leaves.items() for leaf in tensors}
         if tied <= trained:
             break
         trained |= tied
@@ -277,12 +277,12 @@ def train_in_own_dtype(model: nn.Module) -> None:
     Shards of ZeRO-3 have no values here to round; modules that hold some stay as they are.
     """
     for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        if any(parameter.numel() == 0 for parameter in own.values()):
+        tensors = dict(module.named_parameters(recurse=False))
+        if any(parameter.numel() == 0 for parameter in tensors.values()):
             continue
         dtypes, hooks = vars(module).pop(_BEFORE, ({}, []))
         for leaf, half in dtypes.items():
-            _replace(model, own[leaf], half, no_gather)
+            _replace(model, tensors[leaf], half, no_gather)
         for hook in hooks:
             hook.remove()
 

@@ -108,9 +108,8 @@ class MaskedCopy(torch.autograd.Function):
 
 def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
     """Draws dropout for a tensor's shape from the global generator, which checkpointing saves and restores."""
-    kernels = triton_kernels(tensor)
-    if kernels is not None:
-        return Dropped(probability, kernels.new_seed(tensor.device))
+    if triton_kernels(tensor) is not None:
+        return Dropped(probability, torch.randint(2**62, (), device=tensor.device))  # no number comes to the host
     mean = -tensor.numel() * math.log1p(-probability)
     count = int(torch.poisson(torch.tensor(mean, dtype=torch.float64, device="cpu")).item())
     return Dropped(probability, torch.randint(tensor.numel(), (count,), device=tensor.device))

@@ -155,8 +155,8 @@ def triton_kernels(tensor: Tensor) -> ModuleType | None:
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The kernels where they run for this device and dtype, as the environment and the card decide."""
     on_gpu = device.type == "cuda"
-    wanted = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    if not wanted or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+    may_run = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if not may_run or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
         return None
     if dtype not in DTYPES or (on_gpu and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY):
         return None

@@ -67,7 +67,8 @@ class TiledKernel:
         device = _device_of(named)
         if not _may_time(device):
             return self.fitting(named)[0]
-        card, bucketed = _card(device), {**named, "rows": row_bucket(int(named["rows"]))}
+        bucket = min(padded(int(named["rows"])), MOST_ROWS)
+        card, bucketed = _card(device), {**named, "rows": bucket}
         dtypes = (value.dtype for value in named.values() if isinstance(value, Tensor))
         case = (card, *(bucketed[name] for name in self.keys), *dtypes)
         if case not in self._chosen:
@@ -123,14 +124,9 @@ def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
     ]
 
 
-def row_bucket(rows: int) -> int:
-    """The next power of two, between 16 and `MOST_ROWS`."""
-    return min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
-
-
-def padded(rank: int) -> int:
+def padded(size: int) -> int:
     """A power of two, 16 at least: the least that the tensor cores take."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, triton.next_power_of_2(size))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -150,7 +146,7 @@ def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: in
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
     return (
-        config.kwargs["BLOCK_ROWS"] <= max(16, triton.next_power_of_2(rows))
+        config.kwargs["BLOCK_ROWS"] <= padded(rows)
         and accumulators + tile <= ACCUMULATORS * 32 * config.num_warps
         and config.num_stages * operand_bytes + exchanged <= shared
     )
@@ -222,14 +218,14 @@ def _backward_kernel(  # noqa: PLR0913
         column = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         in_out = column < out
         inside = in_rows[:, None] & in_out[None, :]
-        place = wide_row * out + column[None, :]
-        upstream = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
+        offset = wide_row * out + column[None, :]
+        upstream = tl.load(dy + offset, mask=inside, other=0.0).to(tl.float32)
         away = tl.load(minus_one + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
         scaled = (upstream + away * upstream).to(dz.dtype.element_ty)
-        tl.store(dz + place, scaled, mask=inside)
+        tl.store(dz + offset, scaled, mask=inside)
         sums = part.to(tl.int64) * out + column
         if HAS_KEPT:
-            output = tl.load(kept + place, mask=inside, other=0.0).to(tl.float32)
+            output = tl.load(kept + offset, mask=inside, other=0.0).to(tl.float32)
             if HAS_BIAS:  # before the sum: afterwards a large bias would leave it no digits
                 output -= tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
             tl.store(magnitude_parts + sums, tl.sum(upstream * output, axis=0), mask=in_out)
@@ -267,12 +263,12 @@ def _sums_kernel(  # noqa: PLR0913
     of_bias = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
-        place = part.to(tl.int64)[:, None] * out + column[None, :]
+        offset = part.to(tl.int64)[:, None] * out + column[None, :]
         inside = (part < parts)[:, None] & in_out[None, :]
         if HAS_KEPT:
-            of_magnitude += tl.load(magnitude_parts + place, mask=inside, other=0.0)
+            of_magnitude += tl.load(magnitude_parts + offset, mask=inside, other=0.0)
         if SUM_BIAS:
-            of_bias += tl.load(bias_parts + place, mask=inside, other=0.0)
+            of_bias += tl.load(bias_parts + offset, mask=inside, other=0.0)
     if HAS_KEPT:
         per = tl.load(per_magnitude + column, mask=in_out, other=0.0).to(tl.float32)
         tl.store(dm + column, per * tl.sum(of_magnitude, axis=0), mask=in_out)
@@ -410,9 +406,9 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_rows, in_out = row < rows, column < out
     wide_row = row.to(tl.int64)[:, None]
-    place = wide_row * out + column[None, :]
+    offset = wide_row * out + column[None, :]
     inside = in_rows[:, None] & in_out[None, :]
-    value = tl.load(product + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(product + offset, mask=inside, other=0.0).to(tl.float32)
     if HAS_LOW_RANK:
         change = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
         for start in range(0, rank, BLOCK_RANK):
@@ -430,7 +426,7 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
     result = value + away * value
     if HAS_BIAS:
         result -= away * tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offset, result.to(y.dtype.element_ty), mask=inside)
 
 
 OUTPUT = TiledKernel(
@@ -453,9 +449,9 @@ def adapted_output_(
 
     A product that is not contiguous costs a copy; B is rounded to the dtype of h once, as the eager path does it.
     """
-    whole = product.contiguous()
-    _output(whole, whole, hidden, lora_B, bias, minus_one)
-    return product if whole is product else product.copy_(whole)
+    contiguous = product.contiguous()
+    _output(contiguous, contiguous, hidden, lora_B, bias, minus_one)
+    return product if contiguous is product else product.copy_(contiguous)
 
 
 def adapted_output(
@@ -524,7 +520,7 @@ def _squared_kernel(  # noqa: PLR0913 - Triton takes values one by one
     layer = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < out
-    place = (layer * out + row)[:, None] * rank
+    offset = (layer * out + row)[:, None] * rank
     own_gram = gram + layer * rank * rank
     change = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for start in range(0, rank, BLOCK_RANK):
@@ -535,16 +531,16 @@ def _squared_kernel(  # noqa: PLR0913 - Triton takes values one by one
         for inner in range(0, rank, BLOCK_RANK):
             j = inner + tl.arange(0, BLOCK_RANK)
             in_inner = j < rank
-            b = tl.load(factor + place + j[None, :], mask=in_rows[:, None] & in_inner[None, :], other=0.0)
+            b = tl.load(factor + offset + j[None, :], mask=in_rows[:, None] & in_inner[None, :], other=0.0)
             g = tl.load(own_gram + j[:, None] * rank + k[None, :], mask=in_inner[:, None] & in_rank[None, :], other=0.0)
             if WIDE_DOT:
                 b, g = b.to(tl.float32), g.to(tl.float32)
             grown += tl.dot(b, g, input_precision=PRECISION)
-        on_A = tl.load(weight_on_A + place + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        own = tl.load(factor + place + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        on_A = tl.load(weight_on_A + offset + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        own = tl.load(factor + offset + k[None, :], mask=inside, other=0.0).to(tl.float32)
         change += tl.sum(own * (on_A + (scale / 2) * grown), axis=1)
-    known = tl.load(frozen + layer * out + row, mask=in_rows, other=0.0)
-    tl.store(squared + layer * out + row, known + 2 * scale * change, mask=in_rows)
+    frozen_squared = tl.load(frozen + layer * out + row, mask=in_rows, other=0.0)
+    tl.store(squared + layer * out + row, frozen_squared + 2 * scale * change, mask=in_rows)
 
 
 @triton.jit
@@ -556,9 +552,9 @@ def _careful_kernel(  # noqa: PLR0913
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < out
-    known = tl.load(frozen + row, mask=in_rows, other=1.0)
+    frozen_squared = tl.load(frozen + row, mask=in_rows, other=1.0)
     found = tl.load(squared + row, mask=in_rows, other=1.0)
-    cancelled = found <= cancellation * known
+    cancelled = found <= cancellation * frozen_squared
     wide_row = row.to(tl.int64)[:, None]
     if tl.max(cancelled.to(tl.int32), axis=0) > 0:
         total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -664,11 +660,11 @@ def _masked_copy_kernel(  # noqa: PLR0913 - Triton takes values one by one
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
-    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     kept = _is_kept(tl.load(seed), row, first, threshold, BLOCK_ROWS, BLOCK_COLUMNS)
     # What is dropped is not read, so that an infinity there leaves none behind.
-    tl.store(copy + place, tl.load(source + place, mask=inside & kept, other=0.0), mask=inside)
+    tl.store(copy + offset, tl.load(source + offset, mask=inside & kept, other=0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -696,10 +692,10 @@ def _masked_product_kernel(  # noqa: PLR0913
             h, a = h.to(tl.float32), a.to(tl.float32)
         product += tl.dot(h, a, input_precision=PRECISION)
     kept = _is_kept(tl.load(seed), row, first, threshold, BLOCK_ROWS, BLOCK_OUT)
-    place = wide_row * columns + column[None, :]
+    offset = wide_row * columns + column[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
-    value = tl.load(base + place, mask=inside, other=0.0).to(tl.float32) + tl.where(kept, product, 0.0)
-    tl.store(changed + place, value.to(changed.dtype.element_ty), mask=inside)
+    value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) + tl.where(kept, product, 0.0)
+    tl.store(changed + offset, value.to(changed.dtype.element_ty), mask=inside)
 
 
 MASKED_PRODUCT = TiledKernel(
@@ -708,11 +704,6 @@ MASKED_PRODUCT = TiledKernel(
     _product_fits,
     ("rows", "columns", "rank", "PRECISION"),
 )
-
-
-def new_seed(device: torch.device) -> Int[Tensor, ""]:
-    """Drawn on the device from torch's generator, which checkpointing saves and restores; no number comes back."""
-    return torch.randint(2**62, (), device=device)
 
 
 def threshold_of(probability: float) -> int:
@@ -744,10 +735,10 @@ def add_masked_product_(
     """dx += mask * (dh A) in place, with the mask that `masked_copy` had; one rounding."""
     if not dx.numel():
         return dx
-    whole, rank = dx.contiguous(), lora_A.shape[0]
+    contiguous, rank = dx.contiguous(), lora_A.shape[0]
     named = {
-        "base": whole,
-        "changed": whole,
+        "base": contiguous,
+        "changed": contiguous,
         "hidden": hidden.contiguous(),
         "factor": cast_factor(lora_A, dx.dtype),
         "seed": seed,
@@ -760,4 +751,4 @@ def add_masked_product_(
         "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // dx.element_size()),
     }
     MASKED_PRODUCT.launch_on_tiles(named, "columns", "changed")
-    return dx if whole is dx else dx.copy_(whole)
+    return dx if contiguous is dx else dx.copy_(contiguous)

@@ -11,6 +11,7 @@ import os
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from dora_vl.core.fast import triton as kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SCALE, LOW = 1.7, 2**32 - 1
+slow = partial(pytest.param, marks=pytest.mark.slow)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -86,7 +88,7 @@ def turned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(("with_bias", "low_rank"), [(True, True), (False, True), (True, False)])
 @each_dtype
 # Odd sizes, one row as in decoding, several blocks and splits; ranks below, between and above blocks.
-@pytest.mark.parametrize("shape", [(1, 5, 1), (7, 130, 3), (130, 257, 130), (18, 33, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 1), (7, 130, 3), *map(slow, [(130, 257, 130), (18, 33, 257)])], ids=str)
 def test_both_passes(shape, dtype, with_bias, low_rank):
     rows, out, rank = shape
     product, dy, gain = torch.randn(rows, out, dtype=dtype), torch.randn(rows, out, dtype=dtype), gain_of(out, dtype)

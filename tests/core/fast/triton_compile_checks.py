@@ -115,8 +115,8 @@ SINGLE = ("sums", "masked copy", "squared norms", "careful norms")
 @needs_tool
 @pytest.mark.parametrize(
     ("name", "rank"),
-    [("output", 16), ("output", 256), ("backward", 16), ("backward", 256), ("masked product", 128)]
-    + [(name, 128) for name in SINGLE],
+    [("output", 16), ("backward", 16), ("masked product", 128), *((name, 128) for name in SINGLE)]
+    + [pytest.param(name, 256, marks=pytest.mark.slow) for name in ("output", "backward")],
 )
 def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, name, rank):
     assert_fits(tmp_path, name, torch.bfloat16, rank, 90)
@@ -156,7 +156,10 @@ def test_every_tile_that_is_timed_compiles(name, rank):
         assert compiled(tiled.kernel, types, constants, tile, 90).metadata.shared <= 99 * 1024, tile
 
 
-@pytest.mark.parametrize("name", ["output", "backward", "masked product", *SINGLE])
+@pytest.mark.parametrize(
+    "name",
+    ["output", *(pytest.param(name, marks=pytest.mark.slow) for name in ("backward", "masked product", *SINGLE))],
+)
 def test_sizes_of_one_become_constants_in_a_launch(name):
     """Triton compiles an argument that is 1 into the kernel; rank 1 and a single row of decoding are such."""
     kernel, types, constants = case_of(name, torch.bfloat16, 1)
