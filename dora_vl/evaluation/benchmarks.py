@@ -1,13 +1,8 @@
 """Benchmarks by name: the table, those of installed packages, and one's own as a YAML file of a few lines.
 
-What a benchmark is stands in its scorer's file. A package offers benchmarks as entry points of the group
-`dora_vl.benchmarks`, each a `Benchmark`:
-
-    [project.entry-points."dora_vl.benchmarks"]
-    receipts = "my_package.receipts:RECEIPTS"
-
-A file holds `name` and `scoring`, and may say `file` (records, looked for from where the YAML is), `prompt`,
-`max_new_tokens` and `frames`.
+What a benchmark is stands in its scorer's file. A package offers benchmarks, each a `Benchmark`, as entry points of the
+group `dora_vl.benchmarks`, such as `receipts = "my_package.receipts:RECEIPTS"`. A file holds `name` and `scoring`, and
+may say `file` (records, looked for from where the YAML is), `prompt`, `max_new_tokens` and `frames`.
 """
 
 from __future__ import annotations

@@ -2,16 +2,8 @@
 
 CIDEr, ROUGE-L and METEOR are pycocoevalcap's (equal to the official Python 2 code to 1e-13); BLEU is counted here, so
 that a bootstrap can add the counts up, and agrees with it to rounding. METEOR needs Java; without it it is left out.
-
-- Captions belong together by `extra["clip_id"]` (TVC, YC2C) or `extra["image_id"]` (COCO), else by the example's id:
-  all answers of a clip's examples are its references, and it has one prediction, the first. (The loaders of VL-Adapter
-  flatten the captions, so its training log compares each with one reference; those numbers are not these.)
-- `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
-  does neither. The server needs the references' order; here the ids match.
-- CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
-  whole, and with one clip it is 0. An interval keeps the whole set's frequencies.
-- METEOR is a statistic of the whole set; its interval moves it in proportion to the mean over the drawn clips.
-- A clip without a prediction counts as an empty caption.
+CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
+whole, and with one clip it is 0. An interval keeps the whole set's.
 """
 
 from __future__ import annotations
@@ -159,7 +151,10 @@ def score(
     tokenizer: Tokenizer | None = None,
     with_meteor: bool | None = None,
 ) -> Scored:
-    """Every caption metric over the clips.
+    """Every caption metric over the clips; one without a prediction counts as an empty caption.
+
+    `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
+    does neither. The server needs the references' order; here the ids match.
 
     Args:
         tokenizer: None takes the official one where Java is, else the fallback.
@@ -209,7 +204,10 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to."""
+    """What an example's captions belong to: all answers of a clip's (TVC, YC2C) or picture's (COCO) are references.
+
+    The loaders of VL-Adapter flatten the captions, so its training log compares each with one reference.
+    """
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 
