@@ -74,8 +74,8 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 def fallback_tokens(caption: str) -> list[str]:
     """The words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
-    found = (match.group() for match in _TOKEN.finditer(text))
-    tokens = [_BRACKETS.get(token, token) for token in found]
+    matches = (match.group() for match in _TOKEN.finditer(text))
+    tokens = [_BRACKETS.get(token, token) for token in matches]
     words = [word for token in tokens for word in _SPLIT_WORDS.get(token, token).split()]
     return [word for word in words if word not in DROPPED and word != '"']
 
@@ -162,13 +162,13 @@ def score(
     """
     tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
     truth, answered = _references(examples), _predictions(examples, answers)
-    said = {clip: [caption or ""] for clip, caption in answered.items()}
+    answers_said = {clip: [caption or ""] for clip, caption in answered.items()}
     if style == "value":
-        truth, said = (
+        truth, answers_said = (
             {clip: [_NOT_ASCII.sub(" ", caption) for caption in several] for clip, several in captions.items()}
-            for captions in (truth, said)
+            for captions in (truth, answers_said)
         )
-    references, predictions = tokenized(truth, tokenizer), tokenized(said, tokenizer)
+    references, predictions = tokenized(truth, tokenizer), tokenized(answers_said, tokenizer)
     cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in _scorers())
     meteor = None
     if with_meteor or (with_meteor is None and tokenizer == "ptb"):
@@ -213,15 +213,15 @@ def clip_of(example: Example) -> str:
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
     """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
-    words, others = prediction.split(), [reference.split() for reference in references]
-    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+    words, references_words = prediction.split(), [reference.split() for reference in references]
+    closest = min((abs(len(other) - len(words)), len(other)) for other in references_words)[1]
     counts = {"words": float(len(words)), "reference words": float(closest)}
     for order in ORDERS:
         most: Counter[tuple[str, ...]] = Counter()
-        for other in others:
+        for other in references_words:
             most |= _ngrams(other, order)
-        said = _ngrams(words, order)
-        counts |= {f"said {order}": float(said.total()), f"matched {order}": float((said & most).total())}
+        ngrams = _ngrams(words, order)
+        counts |= {f"said {order}": float(ngrams.total()), f"matched {order}": float((ngrams & most).total())}
     return counts
 
 

@@ -45,13 +45,13 @@ def extracted(text: str, task: str, rule: Rule) -> str:
 
 def score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
     """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
-    tally, found = Tally(), set[str]()
+    tally, seen = Tally(), set[str]()
     for example in examples:
         task, answer = str(example.extra.get("task", "")), answers.get(example.id)
-        found.add(task)
+        seen.add(task)
         right = float(extracted(answer or "", task, rule) == right_answer(example))
         tally.add(example.id, right, {f"right {task}": right, f"asked {task}": 1.0}, failed=answer is None)
-    tasks = {task: share_of(task) for task in PATTERNS if task in found}
+    tasks = {task: share_of(task) for task in PATTERNS if task in seen}
     return tally.scored({"average": Mean(tuple(tasks.values())), **tasks}, settings={"extraction": rule})
 
 

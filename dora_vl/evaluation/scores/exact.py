@@ -116,10 +116,11 @@ def is_close(said: str, true: str) -> bool:
 
     Others must be equal but for letter case; so must a number whose true value is zero.
     """
-    found, wanted = _number(said), _number(true)
-    if found is None or not wanted:
+    number, true_number = _number(said), _number(true)
+    if number is None or not true_number:
         return said.strip().lower() == true.strip().lower()
-    return abs(found - wanted) <= (0.05 + 1e-9) * abs(wanted)  # 105 is within, whatever float division makes of it
+    # 105 is within, whatever float division makes of it
+    return abs(number - true_number) <= (0.05 + 1e-9) * abs(true_number)
 
 
 def _number(text: str) -> float | None:

@@ -22,8 +22,8 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Ratio, Scored, s
 
 def label_of(example: Example, answer: str) -> str:
     """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
-    letter, known = answer.strip().removesuffix("."), letters(example)
-    return f"a{known.index(letter)}" if len(letter) == 1 and letter in known else answer
+    letter, choices = answer.strip().removesuffix("."), letters(example)
+    return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
 
 def submitted_index(answer: str) -> int:
