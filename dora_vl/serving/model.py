@@ -143,7 +143,7 @@ class ServedModel:
         prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
-        base = Entry(None, prompts, longest_token=longest_token(prompts.tokenizer))
+        base = Entry(None, prompts, longest_token=longest_token(prompts.encoder.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
         self._entries: dict[str, Entry] = {self.base_name: base}
@@ -171,7 +171,7 @@ class ServedModel:
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = prompts_of(source)
         read = self.adapters.read(folder)
-        return Entry(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
+        return Entry(name, prompts, read.alone, longest_token(prompts.encoder.tokenizer)), read
 
     def put(self, entry: Entry, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
