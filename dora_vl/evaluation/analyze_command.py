@@ -29,15 +29,15 @@ def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> Non
     figure = new_figure(PANEL_WIDTH * len(panels) + 1.2, HEIGHT)
     figure.set_layout_engine("constrained")
     place = {layer: index for index, layer in enumerate(layers)}
-    several = [figure.add_subplot(1, len(panels), number + 1) for number in range(len(panels))]
-    for axes, panel in zip(several, panels, strict=True):
+    all_axes = [figure.add_subplot(1, len(panels), number + 1) for number in range(len(panels))]
+    for axes, panel in zip(all_axes, panels, strict=True):
         _draw_panel(axes, panel, place)
-    several[0].set_ylabel("magnitude change ΔM", color=INK)
+    all_axes[0].set_ylabel("magnitude change ΔM", color=INK)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     colours = ScalarMappable(Normalize(0, max(len(layers) - 1, 1)), "viridis")
-    bar = figure.colorbar(colours, ax=several, pad=0.02, aspect=30)
+    bar = figure.colorbar(colours, ax=all_axes, pad=0.02, aspect=30)
     bar.set_label("layer, in the model's order", color=INK)
     bar.ax.tick_params(colors=INK, length=0)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue] - matplotlib types it as a patch's spine

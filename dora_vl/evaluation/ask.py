@@ -283,10 +283,10 @@ def ask_together(
     Each process writes a part beside `predictions.jsonl`; the first joins them, also those of an earlier run that was
     stopped, whatever its number of processes. The file has the questions' order.
     """
-    whole, order = folder / PREDICTIONS, [question.id for question in questions]
+    file, order = folder / PREDICTIONS, [question.id for question in questions]
     join_parts = partial(_join_parts, folder, settings, order)
     on_first_rank(join_parts)
-    done = read_predictions(whole)
+    done = read_predictions(file)
     before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
@@ -295,7 +295,7 @@ def ask_together(
     if ranks > 1:
         torch.distributed.all_gather_object(failures, failures[rank])
     on_first_rank(join_parts)
-    done = read_predictions(whole)
+    done = read_predictions(file)
     wait_for_everyone()
     failed = {name: reason for part in failures for name, reason in part.items()}
     return Predictions(rows=[done[name] for name in order if name in done], failed=failed, answered_before=before)
@@ -439,9 +439,9 @@ class Assistant:
         loader = DataLoader(
             samples, batch_size=decoding.batch_size, collate_fn=samples.collate, num_workers=decoding.workers
         )
-        for places, skipped, batch in loader:
+        for indices, skipped, batch in loader:
             texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
-            answered = [prediction(longest_first[place], text) for place, text in zip(places, texts, strict=True)]
+            answered = [prediction(longest_first[index], text) for index, text in zip(indices, texts, strict=True)]
             yield answered + [prediction(longest_first[item.index], None, item.reason) for item in skipped]
 
     def _likeliest(
@@ -457,8 +457,8 @@ class Assistant:
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
             for question, texts in batch:
-                own = [next(scores) for _ in texts]
-                best = None if any(map(isnan, own)) else texts[own.index(max(own))]
+                likelihoods = [next(scores) for _ in texts]
+                best = None if any(map(isnan, likelihoods)) else texts[likelihoods.index(max(likelihoods))]
                 answered.append(prediction(question, best))
             return answered
 

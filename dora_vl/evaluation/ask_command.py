@@ -269,8 +269,8 @@ def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: in
         earlier = topic.talks.get(speaker, [])
         text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
         turns = prompts[speaker] = [*earlier, Turn("user", text)]
-        asked, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
-        return asker.answer(asked, seen, max_new_tokens=max_new_tokens, write=_write)
+        prompt, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
+        return asker.answer(prompt, seen, max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
         if conversation and text:
@@ -308,9 +308,9 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
-        asked, seen = as_question(view.example, about_video), Shown(videos=(frames,))
+        prompt, seen = as_question(view.example, about_video), Shown(videos=(frames,))
         most = options.max_new_tokens
-        print_answers(opened, lambda _, asker: asker.answer(asked, seen, max_new_tokens=most, write=_write))
+        print_answers(opened, lambda _, asker: asker.answer(prompt, seen, max_new_tokens=most, write=_write))
 
     def answer(question: str) -> None:
         for path in paths:

@@ -99,10 +99,10 @@ def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str
     A question that fewer than `LEAST_ASKED` examples ask takes the commonest of all such; of equally common ones the
     first in the file.
     """
-    asked = [example for example in examples if example.question and says(example)]
-    times = Counter(example.question for example in asked)
+    answerable = [example for example in examples if example.question and says(example)]
+    times = Counter(example.question for example in answerable)
     groups: defaultdict[str, list[Example]] = defaultdict(list)
-    for example in asked:
+    for example in answerable:
         groups[example.question if times[example.question] >= LEAST_ASKED else ""].append(example)
     commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
     return {example.id: commonest[name] for name, group in groups.items() for example in group}

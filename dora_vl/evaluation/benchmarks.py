@@ -1,13 +1,8 @@
 """Benchmarks by name: the table, those of installed packages, and one's own as a YAML file of a few lines.
 
-What a benchmark is stands in its scorer's file. A package offers benchmarks as entry points of the group
-`dora_vl.benchmarks`, each a `Benchmark`:
-
-    [project.entry-points."dora_vl.benchmarks"]
-    receipts = "my_package.receipts:RECEIPTS"
-
-A file holds `name` and `scoring`, and may say `file` (records, looked for from where the YAML is), `prompt`,
-`max_new_tokens` and `frames`.
+What a benchmark is stands in its scorer's file. A package offers benchmarks, each a `Benchmark`, as entry points of the
+group `dora_vl.benchmarks`, such as `receipts = "my_package.receipts:RECEIPTS"`. A file holds `name` and `scoring`, and
+may say `file` (records, looked for from where the YAML is), `prompt`, `max_new_tokens` and `frames`.
 """
 
 from __future__ import annotations
@@ -90,10 +85,10 @@ def find_benchmark(wanted: str) -> Found:
         return Found(name=name, benchmark=BENCHMARKS[name], split=split)
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if name not in installed:
-        known = [*BENCHMARKS, *installed]
-        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        names = [*BENCHMARKS, *installed]
+        nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(known)}; your own is a "
+            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(names)}; your own is a "
             "FILE.yaml"
         )
     target = installed[name].value
@@ -138,17 +133,17 @@ def read_own(path: Path) -> Found:
             raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
-    own = {key: content.get(key, default) for key, (_, default) in OWN.items()}
-    if not NAME.fullmatch(own["name"]) or own["name"] in BENCHMARKS:
-        raise UserError(f"{path}: name {shown(own['name'])} is taken, or not of letters, digits, _ and - alone")
-    scoring = own["scoring"]
+    settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
+    if not NAME.fullmatch(settings["name"]) or settings["name"] in BENCHMARKS:
+        raise UserError(f"{path}: name {shown(settings['name'])} is taken, or not of letters, digits, _ and - alone")
+    scoring = settings["scoring"]
     benchmark = Benchmark(
         modes={"": SCORINGS[scoring]},
-        prompt=PROMPTS[own["prompt"] or {"choice": "letter", "caption": "caption"}.get(scoring, "short")],
-        max_new_tokens=own["max_new_tokens"],
+        prompt=PROMPTS[settings["prompt"] or {"choice": "letter", "caption": "caption"}.get(scoring, "short")],
+        max_new_tokens=settings["max_new_tokens"],
         chooses=scoring == "choice",
         together=caption.clip_of if scoring == "caption" else None,
         shares_answers=scoring == "caption",
-        frames=own["frames"],
+        frames=settings["frames"],
     )
-    return Found(name=own["name"], benchmark=benchmark, file=own["file"] and path.parent / own["file"])
+    return Found(name=settings["name"], benchmark=benchmark, file=settings["file"] and path.parent / settings["file"])

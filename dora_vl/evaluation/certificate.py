@@ -136,7 +136,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         raise UserError(f"{file}: holds no questions")
     images = options.images or Path(root)
     count = min(options.check, len(questions))  # evenly over the file: neighbours are often about one picture
-    questions = [questions[place * len(questions) // count] for place in range(count)]
+    questions = [questions[number * len(questions) // count] for number in range(count)]
     check_pictures((path for question in questions for path in question.images), images, setting="--images")
     return Check(
         questions=questions,
@@ -155,7 +155,8 @@ def _read(file: Path) -> list[Question]:
     if file.is_file() and file.suffix in (".json", ".jsonl"):
         _, first = next(stream_values(file, "questions"), (0, None))
         if is_question(first):
-            return [Question(id=one.id, images=one.images, turns=one.turns) for one in read_question_file(file)]
+            examples = read_question_file(file)
+            return [Question(id=example.id, images=example.images, turns=example.turns) for example in examples]
     questions, unreadable = read_questions(file)
     if not questions:
         name, reason = next(iter(unreadable.items()))
@@ -174,8 +175,8 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
     source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
-        known = source.recipe["features"]
-        if not known.get(check.task) and not (check.task == "" and any(known.values())):
+        features = source.recipe["features"]
+        if not features.get(check.task) and not (check.task == "" and any(features.values())):
             raise UserError(
                 f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
                 "computed (data_prep.features did not make them); leave it out"
@@ -184,8 +185,8 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
         question.images or question.videos for question in check.questions
     ):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
-    own = source.dtype if source.recipe.get("quantisation") else "float32"
-    return replace(source, dtype=check.dtype or own)
+    dtype = source.dtype if source.recipe.get("quantisation") else "float32"
+    return replace(source, dtype=check.dtype or dtype)
 
 
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
@@ -194,10 +195,10 @@ def as_model(source: ModelSource, folder: Path) -> ModelSource:
     from dora_vl.run.base import VLBART
 
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
-    wanted = Wanted(model=str(folder), template=source.wanted.template)
+    request = Wanted(model=str(folder), template=source.wanted.template)
     if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
-        wanted = replace(source.wanted, model=str(folder))
-    return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=wanted)
+        request = replace(source.wanted, model=str(folder))
+    return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=request)
 
 
 def checked(
@@ -313,9 +314,9 @@ def _compare(
 
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
-    own = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
-    if own.failed:
-        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(own.failed)}")
+    predictions = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
+    if predictions.failed:
+        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(predictions.failed)}")
     for number, answer in enumerate(answers):
         logits = model.logits(questions[answer["id"]], answer[REFERENCE], media, decoding)
         expected = torch.load(scratch / f"{number}.pt", weights_only=True)
@@ -325,7 +326,7 @@ def _compare(
                 f"{list(expected.shape)}; its vocabulary or its prompt is another"
             )
         answer[name] = {
-            "answer": own.answers[answer["id"]],
+            "answer": predictions.answers[answer["id"]],
             "tokens": len(expected),
             "agreeing": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
             "largest_difference": float((logits - expected).abs().max()) if len(expected) else 0.0,

@@ -158,10 +158,10 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
 
 def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
     """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
-    whole = dataset if options.limit is None else read_set(dataset.request, options.records, mode=None, limit=None)
-    joined = join(dataset.benchmark, whole.examples, read_rows(path), path=path, questions=dataset.file)
-    known = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
-    rows = [row for row in joined.rows if row.id in known]
+    unlimited = dataset if options.limit is None else read_set(dataset.request, options.records, mode=None, limit=None)
+    joined = join(dataset.benchmark, unlimited.examples, read_rows(path), path=path, questions=dataset.file)
+    readable = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
+    rows = [row for row in joined.rows if row.id in readable]
     return {
         dataset.name: replace(joined, rows=rows, failed=dataset.unreadable, sha256={"predictions": file_sha256(path)})
     }

@@ -58,9 +58,9 @@ def finish(
                 write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
                 submission = None if write is None else write(dataset.examples, mine.answers)
                 if dataset.scorer is not None:  # else a judge or a server scores
-                    scored, entries[name], said = _result(dataset, mine, theirs, options, exchanges.get(name))
+                    scored, entries[name], comparison = _result(dataset, mine, theirs, options, exchanges.get(name))
                     shares[name] = scored.per_item
-                    lines += [f"{name}: {line}" for line in said]
+                    lines += [f"{name}: {line}" for line in comparison]
                 if submission:
                     submissions[name] = submission
         except UserError as error:
@@ -125,7 +125,8 @@ def _result(
     says = partial(_said, dataset, after=after)
     baselines, lines = compared(scored, dataset.scored, mine.answers, scorer, says=says, exchange=exchange)
     limits = intervals(scored)
-    differences = {} if theirs is None else paired_differences(scored, _score(dataset, theirs, scorer))
+    apart = {} if theirs is None else paired_differences(scored, _score(dataset, theirs, scorer))
+    differences = {name: asdict(difference) for name, difference in apart.items()}
     entry = {
         "file": str(dataset.file),
         "file_sha256": file_sha256(dataset.file),
@@ -144,7 +145,7 @@ def _result(
         "failed": {name: mine.failed.get(name, "the predictions hold no answer") for name in scored.failed},
         **({"not_scored": dict(dataset.not_scored)} if dataset.not_scored else {}),
         "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
-        **({"difference": {name: asdict(one) for name, one in differences.items()}} if differences else {}),
+        **({"difference": differences} if differences else {}),
         "baselines": baselines,
     }
     return scored, entry, lines

@@ -174,11 +174,11 @@ def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     try:
         with adapter_folder(plan, arguments) as folder:
             expected, _ = _logits(plan.base, folder)
-        found, dtype = _logits(result, None)
+        logits, dtype = _logits(result, None)
     except UserError as error:
         yield f"{beside}: {error}"
         return
-    share = float((found - expected).abs().max() / expected.abs().max())
+    share = float((logits - expected).abs().max() / expected.abs().max())
     yield f"{result}: logits for {ROWS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
     if not share <= ROUNDING[dtype.itemsize < torch.float32.itemsize]:
         yield f"{result}: that is more than rounding, so this is not the trained model: do not use it"
@@ -235,7 +235,7 @@ def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
     """What a certificate says of where the weights come from."""
     weights = arguments.weight or [1.0] * len(plan.adapters)
     return {
-        "adapters": {one.source: weight for one, weight in zip(plan.adapters, weights, strict=True)},
+        "adapters": {adapter.source: weight for adapter, weight in zip(plan.adapters, weights, strict=True)},
         "base": str(plan.base),
         "result": str(arguments.to),
         "weights": arguments.dtype or "as in the base",
@@ -245,16 +245,16 @@ def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
 @contextmanager
 def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
     """The folder of the adapter that is merged; written for the time being where it is a combination or foreign."""
-    given = arguments.adapter[0]
-    if plan.adapter is plan.adapters[0] and all((given / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        yield given
+    first = arguments.adapter[0]
+    if plan.adapter is plan.adapters[0] and all((first / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        yield first
         return
     target: Path = arguments.to
     folder = target.with_name(f".{target.name}.adapter-{getpid()}")
     try:
         # with what the first one's recipe says of how its model is asked
-        asked = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
-        write_adapter(replace(plan.adapter, recipe={**asked, **plan.adapter.recipe}), folder)
+        prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
+        write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -221,13 +221,13 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
 
 def find_base(base: str, adapter: Path) -> str:
     """The base as a path, tried as given and under the repository; else as a hub id."""
-    places = [Path(base), REPOSITORY / base]
-    for place in places:
-        if place.is_dir():
-            return str(place)
+    folders = [Path(base), REPOSITORY / base]
+    for folder in folders:
+        if folder.is_dir():
+            return str(folder)
     if HUB_ID.fullmatch(base):
         return base
-    looked = " and ".join(dict.fromkeys(str(place.resolve()) for place in places))
+    looked = " and ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
     raise UserError(
         f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
     )
@@ -236,12 +236,12 @@ def find_base(base: str, adapter: Path) -> str:
 def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
     """Refuses a base whose weights or config are not those the adapter was trained on."""
     try:
-        found = content_hash(local_folder(base, recipe.get("revision")))
+        content = content_hash(local_folder(base, recipe.get("revision")))
     except OSError:
         return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
-    if found != recipe["base_sha256"]:
+    if content != recipe["base_sha256"]:
         raise UserError(
-            f"{adapter} was trained on a base with sha256 {recipe['base_sha256'][:12]}…, {base} has {found[:12]}…; "
+            f"{adapter} was trained on a base with sha256 {recipe['base_sha256'][:12]}…, {base} has {content[:12]}…; "
             "name the right one with --base FOLDER, or add --any-base to try it all the same"
         )
 
@@ -249,10 +249,10 @@ def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
 def hashes(source: ModelSource) -> Mapping[str, str]:
     """What tells the answers of an opened model from others': of the base's content, and of the adapter."""
     wanted, recipe = source.wanted, source.recipe
-    known = recipe.get("base_sha256") if not wanted.any_base else None
-    base = str(known) if known else content_hash(local_folder(source.place, source.revision))
-    own = {} if wanted.adapter is None else {"adapter": file_sha256(wanted.adapter / WEIGHTS_FILE)}
-    return {**own, "base": base}
+    stated = recipe.get("base_sha256") if not wanted.any_base else None
+    base = str(stated) if stated else content_hash(local_folder(source.place, source.revision))
+    of_adapter = {} if wanted.adapter is None else {"adapter": file_sha256(wanted.adapter / WEIGHTS_FILE)}
+    return {**of_adapter, "base": base}
 
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
@@ -354,11 +354,13 @@ def _open_vlbart(source: ModelSource) -> Opened:
     adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
-    known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
-    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
+    all_subtasks = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
+    trained = [with_input_tokens(all_subtasks[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
 
     def subtasks(heads: Collection[str]) -> tuple[Subtask, ...]:
-        return tuple(closed(one) if one.name in lists and one.name in heads else one for one in own)
+        return tuple(
+            closed(subtask) if subtask.name in lists and subtask.name in heads else subtask for subtask in trained
+        )
 
     first = VlBartAssistant(
         backbone=adapted,
@@ -426,11 +428,11 @@ def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
     import gguf
 
     keys = {tensor.name: base.hub_keys.get(tensor.key, tensor.key) for tensor in base.tensors.values()}
-    held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    found: dict[str, Tensor] = {}
-    for name, own in vision_names(keys, config).items():
-        if own not in held:
-            raise UserError(f"{file} lacks {own}")
-        values = gguf.quants.dequantize(held[own].data, held[own].tensor_type)
-        found[name] = torch.from_numpy(values.copy()).float().view(base.tensors[name].shape)
-    return found
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    weights: dict[str, Tensor] = {}
+    for name, exported in vision_names(keys, config).items():
+        if exported not in tensors:
+            raise UserError(f"{file} lacks {exported}")
+        values = gguf.quants.dequantize(tensors[exported].data, tensors[exported].tensor_type)
+        weights[name] = torch.from_numpy(values.copy()).float().view(base.tensors[name].shape)
+    return weights

@@ -176,8 +176,8 @@ def _draw_subtitles(axes: Axes, said: str) -> None:
     lines = textwrap.wrap(said, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …")
     look = {"fontsize": 6, "color": "white", "bbox": {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}}
     if lines:
-        place = {"ha": "center", "va": "bottom", "transform": axes.transAxes, **AS_IT_STANDS}
-        axes.text(0.5, 0.03, plain_text("\n".join(lines)), **place, **look)
+        style = {"ha": "center", "va": "bottom", "transform": axes.transAxes, **AS_IT_STANDS}
+        axes.text(0.5, 0.03, plain_text("\n".join(lines)), **style, **look)
 
 
 def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool | None) -> None:
@@ -186,14 +186,14 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     axes.spines[:].set_color(color)
     axes.spines[:].set_linewidth(2.5 if right is False else 1.2)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
-    said = prediction.prediction.strip() or "(empty)"
-    line = _two_lines(f"✓ {said}" if right else said)
+    answer = prediction.prediction.strip() or "(empty)"
+    line = _two_lines(f"✓ {answer}" if right else answer)
     if right is False:
-        line = f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
-    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
-    axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **place)
+        line = f"✗ {_ending(answer)}\ntrue: {_ending(prediction.truth)}"
+    style = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
+    axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **style)
     below = -(0.12 + 0.145 * len(question)) / inches
-    axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **place)
+    axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **style)
 
 
 def _two_lines(answer: str) -> str:

@@ -284,12 +284,12 @@ def _row(record: object, where: str) -> Prediction:
     if answer is None and isinstance(captions, list) and len(captions) == 1 and isinstance(captions[0], Mapping):
         answer = captions[0].get("desc")
     ids = {key: str(record[key]) for key in IDS if _is_id(record.get(key))}
-    own = next((key for key in IDS if key in record), "")
-    if own not in ids or not isinstance(answer, str):
+    id_key = next((key for key in IDS if key in record), "")
+    if id_key not in ids or not isinstance(answer, str):
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {keys}; has {shown_names(record)}")
     prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
-    return Prediction(id=ids[own], ids=ids, prediction=answer, question=prompt)
+    return Prediction(id=ids[id_key], ids=ids, prediction=answer, question=prompt)
 
 
 def _is_id(value: object) -> bool:
@@ -335,15 +335,15 @@ def write_metrics(
         value if isinstance(value := content.get(name), Mapping) else {} for name in (ENTRIES, OPTIONS)
     )
     header = json.loads(json.dumps(dict(origin)))
-    kept: dict[str, JSON] = {}
+    still_true: dict[str, JSON] = {}
     if all(content.get(name) == value for name, value in header.items()):
         for name, entry in before.items():
             file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
             if name not in asked and file.is_file() and file_sha256(file) == entry.get("file_sha256"):
-                kept[name] = entry
-    benchmarks = kept | dict(entries)
+                still_true[name] = entry
+    benchmarks = still_true | dict(entries)
     if benchmarks:
-        made_with = {name: value for name, value in options_before.items() if name in kept}
+        made_with = {name: value for name, value in options_before.items() if name in still_true}
         made_with |= {name: value for name, value in options.items() if name in entries}
         with whole_file(path) as stream:
             json.dump({**header, OPTIONS: made_with, ENTRIES: benchmarks}, stream, indent=1, ensure_ascii=False)
@@ -354,7 +354,7 @@ def write_metrics(
     if gone := [name for name in before if name not in benchmarks]:
         lines.append(f"{path}: no longer holds {', '.join(gone)}: of other answers, questions, --limit or --against")
     if entries:
-        stayed = f", those of {', '.join(kept)} from before" if kept else ""
+        stayed = f", those of {', '.join(still_true)} from before" if still_true else ""
         lines.append(f"{path}: all numbers{stayed}")
     return lines
 

@@ -81,10 +81,10 @@ def as_question(example: Example, prompt: Prompt | None = None) -> Question:
     turns: Sequence[Turn] = (Turn("user", example.question),)
     if prompt is not None:
         turns = prompt_turns(example, prompt)
-        asked = next((turn for turn in turns if turn.role == "user"), None)
+        first = next((turn for turn in turns if turn.role == "user"), None)
         if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
             placeholders = f"{VIDEO_PLACEHOLDER}\n" * len(example.videos)
-            turns = [Turn("user", placeholders + turn.text) if turn is asked else turn for turn in turns]
+            turns = [Turn("user", placeholders + turn.text) if turn is first else turn for turn in turns]
     return Question(
         id=example.id,
         images=example.images,
@@ -149,8 +149,8 @@ def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Question], dict[str, str]]:
     """The first `limit` questions of a file of any format that training reads; why each other cannot be read, by id."""
-    found = find_files(path)
-    numbered = stream_values(found.files[0], "questions") if found.is_json else enumerate(found.rows(), 1)
+    files = find_files(path)
+    numbered = stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
     questions: list[Question] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
@@ -228,7 +228,7 @@ def with_choices(example: Example, suffix: str) -> Example:
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
     answer's letter names, or whose text it is. Without choices the example stays as it is.
     """
-    asked, text = example.turns[-1], example.turns[-1].text
+    turn, text = example.turns[-1], example.turns[-1].text
     choices = _choices(text)
     if not choices:
         return example
@@ -239,8 +239,8 @@ def with_choices(example: Example, suffix: str) -> Example:
     if letter in ascii_uppercase[: len(choices)]:
         extra["correct"] = ascii_uppercase.index(letter)
     if suffix not in text:
-        asked = Turn("user", f"{text.rstrip()}\n{suffix}")
-    return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], asked))
+        turn = Turn("user", f"{text.rstrip()}\n{suffix}")
+    return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], turn))
 
 
 def _choices(text: str) -> tuple[str, ...]:
@@ -290,20 +290,20 @@ class EvaluationSet:
 def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
     """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
     wanted, _, file = request.partition("=")
-    found = find_benchmark(wanted)
-    name, benchmark = found.name, found.benchmark
+    listed = find_benchmark(wanted)
+    name, benchmark = listed.name, listed.benchmark
     if mode is not None and (mode not in benchmark.modes or mode == ""):
         named = [version for version in benchmark.modes if version]
         raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
-    path = Path(file) if file else found.file or _split_file(name, benchmark, found.split, records)
+    path = Path(file) if file else listed.file or _split_file(name, benchmark, listed.split, records)
     examples, unreadable = _read_examples(path, limit)
     if benchmark.chooses:
         suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
-        for place, example in enumerate(examples):
+        for number, example in enumerate(examples):
             if example.id in unreadable:
-                examples[place] = replace(example, choices=("",), extra={"correct": 0})
+                examples[number] = replace(example, choices=("",), extra={"correct": 0})
             elif not example.choices and example.turns:
-                examples[place] = with_choices(example, suffix)
+                examples[number] = with_choices(example, suffix)
         asked = [example for example in examples if example.choices or has_answer(example) or not example.turns]
         check_choices(asked, path, all_known=False)
     return EvaluationSet(
@@ -320,8 +320,8 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
 
 def _read_examples(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
     """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read."""
-    wanted = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
-    _, first = next(stream_values(path, wanted), (0, None))
+    needed = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
+    _, first = next(stream_values(path, needed), (0, None))
     if is_question(first):
         return read_question_file(path)[:limit], {}
     with path.open("rb") as file:
@@ -356,13 +356,13 @@ def examples_of(questions: Sequence[Question], unreadable: Mapping[str, str]) ->
 
 def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:
     folder = records / name
-    there = sorted(path.stem for path in folder.glob("*.jsonl"))
+    splits = sorted(path.stem for path in folder.glob("*.jsonl"))
     names = (split,) if split else benchmark.splits
-    matching = [name for name in names if name in there]
-    if not matching and not split and len(there) == 1:
-        matching = there
+    matching = [name for name in names if name in splits]
+    if not matching and not split and len(splits) == 1:
+        matching = splits
     if not matching:
-        others = f"there are {', '.join(there)}; name one as {name}:SPLIT" if there else "there is none"
+        others = f"there are {', '.join(splits)}; name one as {name}:SPLIT" if splits else "there is none"
         raise UserError(
             f"no {' or '.join(names)} split of {name} in {folder}: {others} (`dora-vl prepare` writes it; "
             f"--records names the folder of records, {name}=FILE any file)"

@@ -201,8 +201,8 @@ class VlBartAssistant:
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
                 for row, example in enumerate(examples):
-                    own, labels = slice(row, row + 1), self._labels(example.choices)
-                    scores = self.backbone.likelihoods(ids[own], mask[own], features[own], labels)
+                    one_row, labels = slice(row, row + 1), self._labels(example.choices)
+                    scores = self.backbone.likelihoods(ids[one_row], mask[one_row], features[one_row], labels)
                     texts += with_numbers([f"a{int(likeliest(scores))}"], scores)
                 return texts
             search = subtask.search
@@ -246,14 +246,14 @@ class VlBartAssistant:
         named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named
-        wanted = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
+        form = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
         for subtask in self.subtasks:
-            if wanted in _ways_to_ask(subtask):
-                by_text = wanted == FREE and subtask.answer_by == "words"
+            if form in _ways_to_ask(subtask):
+                by_text = form == FREE and subtask.answer_by == "words"
                 return replace(subtask, answer_by="text") if by_text else subtask
-        known = ", ".join(subtask.name for subtask in self.subtasks)
+        names = ", ".join(subtask.name for subtask in self.subtasks)
         possible = dict.fromkeys(way for subtask in self.subtasks for way in _ways_to_ask(subtask))
-        raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
+        raise UserError(f"this model was trained for {names}; ask {' or '.join(possible)}")
 
     def _features_of(self, subtask: Subtask) -> FeatureEncoder:
         if subtask.name not in self.features:

@@ -127,9 +127,9 @@ def watch_subtasks(
     parts: list[tuple[Asker, Sequence[Question], Decoding]] = []
     for number, (subtask, file, reader) in enumerate(tested):
         questions: list[Question] = []
-        for place in evenly(range(len(file)), len(range(number, count, len(tested)))):
+        for index in evenly(range(len(file)), len(range(number, count, len(tested)))):
             try:
-                question = as_question(example := file[place])
+                question = as_question(example := file[index])
             except BadSample:  # validation, or the test, counts and names it
                 continue
             truth = in_words(example, expected(example))

@@ -2,16 +2,8 @@
 
 CIDEr, ROUGE-L and METEOR are pycocoevalcap's (equal to the official Python 2 code to 1e-13); BLEU is counted here, so
 that a bootstrap can add the counts up, and agrees with it to rounding. METEOR needs Java; without it it is left out.
-
-- Captions belong together by `extra["clip_id"]` (TVC, YC2C) or `extra["image_id"]` (COCO), else by the example's id:
-  all answers of a clip's examples are its references, and it has one prediction, the first. (The loaders of VL-Adapter
-  flatten the captions, so its training log compares each with one reference; those numbers are not these.)
-- `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
-  does neither. The server needs the references' order; here the ids match.
-- CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
-  whole, and with one clip it is 0. An interval keeps the whole set's frequencies.
-- METEOR is a statistic of the whole set; its interval moves it in proportion to the mean over the drawn clips.
-- A clip without a prediction counts as an empty caption.
+CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
+whole, and with one clip it is 0. An interval keeps the whole set's.
 """
 
 from __future__ import annotations
@@ -82,8 +74,8 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 def fallback_tokens(caption: str) -> list[str]:
     """The words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
-    found = (match.group() for match in _TOKEN.finditer(text))
-    tokens = [_BRACKETS.get(token, token) for token in found]
+    matches = (match.group() for match in _TOKEN.finditer(text))
+    tokens = [_BRACKETS.get(token, token) for token in matches]
     words = [word for token in tokens for word in _SPLIT_WORDS.get(token, token).split()]
     return [word for word in words if word not in DROPPED and word != '"']
 
@@ -159,7 +151,10 @@ def score(
     tokenizer: Tokenizer | None = None,
     with_meteor: bool | None = None,
 ) -> Scored:
-    """Every caption metric over the clips.
+    """Every caption metric over the clips; one without a prediction counts as an empty caption.
+
+    `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
+    does neither. The server needs the references' order; here the ids match.
 
     Args:
         tokenizer: None takes the official one where Java is, else the fallback.
@@ -167,13 +162,13 @@ def score(
     """
     tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
     truth, answered = _references(examples), _predictions(examples, answers)
-    said = {clip: [caption or ""] for clip, caption in answered.items()}
+    answers_said = {clip: [caption or ""] for clip, caption in answered.items()}
     if style == "value":
-        truth, said = (
+        truth, answers_said = (
             {clip: [_NOT_ASCII.sub(" ", caption) for caption in several] for clip, several in captions.items()}
-            for captions in (truth, said)
+            for captions in (truth, answers_said)
         )
-    references, predictions = tokenized(truth, tokenizer), tokenized(said, tokenizer)
+    references, predictions = tokenized(truth, tokenizer), tokenized(answers_said, tokenizer)
     cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in _scorers())
     meteor = None
     if with_meteor or (with_meteor is None and tokenizer == "ptb"):
@@ -209,21 +204,24 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to."""
+    """What an example's captions belong to: all answers of a clip's (TVC, YC2C) or picture's (COCO) are references.
+
+    The loaders of VL-Adapter flatten the captions, so its training log compares each with one reference.
+    """
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
     """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
-    words, others = prediction.split(), [reference.split() for reference in references]
-    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+    words, references_words = prediction.split(), [reference.split() for reference in references]
+    closest = min((abs(len(other) - len(words)), len(other)) for other in references_words)[1]
     counts = {"words": float(len(words)), "reference words": float(closest)}
     for order in ORDERS:
         most: Counter[tuple[str, ...]] = Counter()
-        for other in others:
+        for other in references_words:
             most |= _ngrams(other, order)
-        said = _ngrams(words, order)
-        counts |= {f"said {order}": float(said.total()), f"matched {order}": float((said & most).total())}
+        ngrams = _ngrams(words, order)
+        counts |= {f"said {order}": float(ngrams.total()), f"matched {order}": float((ngrams & most).total())}
     return counts
 
 

@@ -1,14 +1,9 @@
 """The eight commonsense sets of LLM-Adapters, by their own extraction of the answer from generated text.
 
-Two official scripts take different parts of the whole text (prompt and answer) before they look for an answer:
-
-- `llm_adapters`: what stands between the first and the second "### Response:";
-- `nvlabs` (NVlabs/DoRA, so the paper's numbers): what stands after the last one.
-
-They differ where a model goes on with another "### Response:" of its own. Then the first match of the task's
-pattern counts, case-sensitive, anywhere: "untrue" is true, "answer10" is answer1, "True" is nothing. No match is wrong.
-
-Reads `answers[0]` ("answer4", "true") and `extra["task"]`. The headline is the unweighted mean over the tasks.
+Two official scripts search different parts of the text: `llm_adapters` what stands between the first and the second
+"### Response:", `nvlabs` (NVlabs/DoRA, so the paper's numbers) what stands after the last one. They differ where a
+model goes on with another of its own. Then the first match of the task's pattern counts, case-sensitive, anywhere:
+"untrue" is true, "answer10" is answer1, "True" is nothing. Reads `answers[0]` ("answer4", "true") and `extra["task"]`.
 """
 
 from __future__ import annotations
@@ -50,13 +45,13 @@ def extracted(text: str, task: str, rule: Rule) -> str:
 
 def score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
     """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
-    tally, found = Tally(), set[str]()
+    tally, seen = Tally(), set[str]()
     for example in examples:
         task, answer = str(example.extra.get("task", "")), answers.get(example.id)
-        found.add(task)
+        seen.add(task)
         right = float(extracted(answer or "", task, rule) == right_answer(example))
         tally.add(example.id, right, {f"right {task}": right, f"asked {task}": 1.0}, failed=answer is None)
-    tasks = {task: share_of(task) for task in PATTERNS if task in found}
+    tasks = {task: share_of(task) for task in PATTERNS if task in seen}
     return tally.scored({"average": Mean(tuple(tasks.values())), **tasks}, settings={"extraction": rule})
 
 

@@ -44,15 +44,6 @@ BENCHMARK = Benchmark(modes={"": score})
 
 
 # Scores for a benchmark of one's own: each is the best over an example's right answers; everything in percent.
-#
-# - `exact`: the answer, letter case, spaces between words and final periods aside.
-# - `choice`: the letter of the right choice, or its text: equal to it, as `exact` compares, or else as MMBench's
-#   current rules find it in a longer answer.
-# - `anls`: average normalised Levenshtein similarity (Biten et al., 2019; DocVQA): one minus the edit distance over the
-#   longer one's length, letter case and spaces aside, and nothing where that is not above one half.
-# - `relaxed`: ChartQA's (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true one,
-#   others must be equal but for letter case; so must a number whose true value is zero.
-# - `caption`: CIDEr, BLEU, ROUGE-L and METEOR, in `caption`.
 
 
 def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
@@ -70,7 +61,7 @@ def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
 
 
 def choice(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Accuracy over all, and by `extra["kind"]`."""
+    """Accuracy over all, and by `extra["kind"]`: the right choice's letter or text, or as MMBench's rules find it."""
 
     def right(example: Example, answer: str) -> float:
         choices = dict(zip(ascii_uppercase, example.choices, strict=False))
@@ -96,7 +87,10 @@ def _chosen(said: str, choices: Mapping[str, str]) -> str | None:
 
 
 def similarity(said: str, true: str) -> float:
-    """One answer's ANLS against one right one, from 0 to 1."""
+    """One answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
+
+    One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
+    """
     said, true = (" ".join(text.lower().split()) for text in (said, true))
     longer = max(len(said), len(true))
     if abs(len(said) - len(true)) * 2 > longer:  # at least so many insertions
@@ -118,11 +112,15 @@ def _edits(first: str, second: str) -> int:
 
 
 def is_close(said: str, true: str) -> bool:
-    """ChartQA's relaxed equality."""
-    found, wanted = _number(said), _number(true)
-    if found is None or not wanted:
+    """ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true.
+
+    Others must be equal but for letter case; so must a number whose true value is zero.
+    """
+    number, true_number = _number(said), _number(true)
+    if number is None or not true_number:
         return said.strip().lower() == true.strip().lower()
-    return abs(found - wanted) <= (0.05 + 1e-9) * abs(wanted)  # 105 is within, whatever float division makes of it
+    # 105 is within, whatever float division makes of it
+    return abs(number - true_number) <= (0.05 + 1e-9) * abs(true_number)
 
 
 def _number(text: str) -> float | None:

@@ -208,10 +208,10 @@ def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
     if any(refusal in answer for refusal in _REFUSALS_2025):
         return NO_CHOICE
     words = answer.translate(_MARKS_2025).split()
-    found = [letter for letter in letters if letter in words]
-    if len(found) == 1:
-        return found[0] if words.index(found[0]) >= len(words) - _LAST_WORDS_2025 else None
-    return NO_CHOICE if not found and NO_CHOICE in words else None
+    standing = [letter for letter in letters if letter in words]
+    if len(standing) == 1:
+        return standing[0] if words.index(standing[0]) >= len(words) - _LAST_WORDS_2025 else None
+    return NO_CHOICE if not standing and NO_CHOICE in words else None
 
 
 def _only(found: Sequence[str]) -> str | None:
@@ -235,11 +235,11 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
         named = {"l2": first.extra.get("l2_category"), "category": first.extra.get("category")}
         of_question = {f"{prefix}/{kind}" for prefix, kind in named.items() if kind}
         kinds |= of_question
-        whole = {"right": float(all(hits)), "asked": 1.0}
+        of_whole = {"right": float(all(hits)), "asked": 1.0}
         for kind in of_question:
-            whole |= {f"right {kind}": float(all(hits)), f"asked {kind}": 1.0}
+            of_whole |= {f"right {kind}": float(all(hits)), f"asked {kind}": 1.0}
         for example, hit in zip(rotations, hits, strict=True):
-            columns = (whole if example is first else {}) | {"rotation right": float(hit), "rotations": 1.0}
+            columns = (of_whole if example is first else {}) | {"rotation right": float(hit), "rotations": 1.0}
             failed = example.id not in answers
             tally.add(example.id, float(hit), columns, unit=str(question), failed=failed)
     formulas: dict[str, Formula] = {"accuracy": ACCURACY, "vanilla": Ratio("rotation right", "rotations")}
@@ -322,15 +322,15 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
         columns = {f"right {task}": hit, f"asked {task}": 1.0}
         columns |= {f"both {task}": (both[task, picture] == 2) / 2, f"pictures {task}": 0.5}
         tally.add(example.id, hit, columns, unit=f"{task}\n{picture}", failed=example.id not in answers)
-    known, found = (*MME_PERCEPTION, *MME_COGNITION), {task for task, _ in pictures}
+    published, seen = (*MME_PERCEPTION, *MME_COGNITION), {task for task, _ in pictures}
     tasks: dict[str, Formula] = {
         task: Total((share_of(task), Ratio(f"both {task}", f"pictures {task}")))
-        for task in [*(task for task in known if task in found), *sorted(found.difference(known))]
+        for task in [*(task for task in published if task in seen), *sorted(seen.difference(published))]
     }
     sums: dict[str, Formula] = {}
     for name, members in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
-        if there := tuple(tasks[task] for task in members if task in tasks):
-            sums[name] = Total(there)
+        if present := tuple(tasks[task] for task in members if task in tasks):
+            sums[name] = Total(present)
     return tally.scored({**sums, **tasks})
 
 

@@ -57,15 +57,15 @@ def caption_of_video(example: Example) -> str:
 
 def _subtitles(example: Example) -> list[str]:
     """What is said in the clip as a line, without empty subtitles; none where nothing is."""
-    said = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
-    return [f"Subtitles: {said}"] if said else []
+    text = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
+    return [f"Subtitles: {text}"] if text else []
 
 
 def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
     """The prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
-        asked = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
-        return tuple(asked)
+        turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
+        return tuple(turns)
     return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
 
 

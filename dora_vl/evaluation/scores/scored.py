@@ -239,8 +239,8 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
     """
     (drawn,) = _drawn([scored], seed, resamples)
-    found = {name: _interval(values, scored.formulas[name], [scored]) for name, values in drawn.items()}
-    return {name: limits for name, limits in found.items() if limits is not None}
+    limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in drawn.items()}
+    return {name: limits for name, limits in limits_of.items() if limits is not None}
 
 
 def paired_differences(
@@ -305,20 +305,20 @@ def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     them, and each of these anything from -1 to 1.
     """
     if isinstance(formula, Total):
-        known = [limits for part in formula.parts if (limits := _limits_of(part, scores)) is not None]
-        if len(known) < len(formula.parts) or not known:
+        parts = [limits for part in formula.parts if (limits := _limits_of(part, scores)) is not None]
+        if len(parts) < len(formula.parts) or not parts:
             return None
-        low, high = formula.join(known, axis=0)
+        low, high = formula.join(parts, axis=0)
         return float(low), float(high)
     if not isinstance(formula, Ratio):
         return None
     shares: list[tuple[float, int]] = []
     for scored in scores:
         top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
-        asked = bottom > 0
-        if not asked.any() or (top < 0).any() or (top > bottom).any():  # its top is no part of its bottom
+        counted = bottom > 0
+        if not counted.any() or (top < 0).any() or (top > bottom).any():  # its top is no part of its bottom
             return None
-        shares.append((float(top[asked].sum() / bottom[asked].sum()), int(asked.sum())))
+        shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
     (value, units), *others = shares
     if not others:
         low, high = wilson(value, units)

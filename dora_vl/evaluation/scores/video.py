@@ -1,13 +1,9 @@
 """TVQA and How2QA: the generated label ("a2") by exact match, and what VALUE's server would make of it.
 
-The model is trained to say "a" and the index. VL-Adapter counts exact matches of that string (`accuracy`). For a
-submission it takes the second character, or 0 where that is no digit, and the server compares whole numbers and rounds
-to two decimals (`value_accuracy`): an empty answer is then a guess of the first choice, and a missing one, -1 in the
-file, is wrong. An answer chosen by likelihood is written "a2" as well. A LLaVA is asked for a letter, so "C" or "C." is
-read as "a2" where the question has such a choice; VALUE's tools never see one.
-
-The server ignores extra ids for TVQA and rejects them for How2QA; so do these. A missing answer is wrong (the
-server stops). Source: github.com/VALUE-Leaderboard/EvaluationTools. Reads `choices` and `extra["correct"]`.
+The model is trained to say "a" and the index. VL-Adapter counts exact matches of that string (`accuracy`). The server
+compares whole numbers and rounds to two decimals (`value_accuracy`): an empty answer is a guess of the first choice, a
+missing one, -1 in the file, is wrong (the server stops). A LLaVA is asked for a letter, so "C" or "C." is read as "a2"
+where the question has such a choice. Source: github.com/VALUE-Leaderboard/EvaluationTools.
 """
 
 from __future__ import annotations
@@ -26,12 +22,12 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Ratio, Scored, s
 
 def label_of(example: Example, answer: str) -> str:
     """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
-    letter, known = answer.strip().removesuffix("."), letters(example)
-    return f"a{known.index(letter)}" if len(letter) == 1 and letter in known else answer
+    letter, choices = answer.strip().removesuffix("."), letters(example)
+    return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
 
 def submitted_index(answer: str) -> int:
-    """The choice that a submission holds for a generated answer."""
+    """The choice that a submission holds for a generated answer: its second character, or 0 where that is no digit."""
     digit = answer[1:2]
     return int(digit) if digit.isascii() and digit.isdigit() else 0
 

@@ -105,10 +105,10 @@ def map_words(text: str) -> str:
 
 def human_answers(example: Example) -> list[str]:
     """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
-    given = example.extra.get("human_answers")
-    if not isinstance(given, list | tuple | None):
-        raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(given)}")
-    answers = [answer.text for answer in example.answers] if given is None else [str(answer) for answer in given]
+    people = example.extra.get("human_answers")
+    if not isinstance(people, list | tuple | None):
+        raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(people)}")
+    answers = [answer.text for answer in example.answers] if people is None else [str(answer) for answer in people]
     if len(answers) != PEOPLE:
         raise UserError(
             f"example {shown(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
@@ -251,9 +251,9 @@ def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
             return []
         return ["accuracy/answerable" if example.extra["answerable"] else "accuracy/unanswerable"]
 
-    held = {example.id: answers.get(example.id, "") for example in examples}
-    scored = score_points(examples, held, _soft_points, kinds=kinds, settings=EVALAI)
-    return replace(scored, failed=tuple(name for name in held if name not in answers))
+    submitted = {example.id: answers.get(example.id, "") for example in examples}
+    scored = score_points(examples, submitted, _soft_points, kinds=kinds, settings=EVALAI)
+    return replace(scored, failed=tuple(name for name in submitted if name not in answers))
 
 
 def vizwiz_prompt(example: Example) -> str:
@@ -376,18 +376,18 @@ def points(example: Example, said: Mapping[str, str]) -> float:
 
 def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[str, float]:
     true: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    given: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    answered: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
         group = example.extra.get("global_group")
         if group is not None:
             group = _text(example, "global_group", group)
             true[group][right_answer(example)] += 1
-            given[group][said.get(example.id, "")] += 1
+            answered[group][said.get(example.id, "")] += 1
     if not true:
         return {}
     weighted, everything = 0.0, 0
     for group, expected in true.items():
-        distance = sum((given[group][answer] - count) ** 2 / count for answer, count in expected.items())
+        distance = sum((answered[group][answer] - count) ** 2 / count for answer, count in expected.items())
         weighted += distance * expected.total()
         everything += expected.total()
     return {"distribution": weighted / everything / 100}
