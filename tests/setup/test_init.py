@@ -158,6 +158,7 @@ def test_every_container_gives_the_same_halves(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
 
 
+@pytest.mark.slow
 def test_what_it_writes_trains_and_is_tested(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +233,7 @@ def test_names_of_all_kinds_are_read_as_they_are_written(tmp_path: Path, name: s
 TEXTS = st.text(max_size=12) | st.text(alphabet="0123456789abcdefxo_+-.:eEnNyY~/ ", max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(name=TEXTS)
 def test_any_text_is_read_as_it_is_written(name: str) -> None:
     text = written(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
