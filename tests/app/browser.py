@@ -134,12 +134,12 @@ class Visitor:
                 f" && document.querySelectorAll('#dv-talk-{side} .dv-caret').length == 0"
             )
         self.page.wait_for_selector("#dv-ask:not([disabled])")
-        return self.said("left"), self.said("right")
+        return self.text_of("left"), self.text_of("right")
 
     def count(self, side: str) -> int:
         return self.page.locator(f"#dv-talk-{side} .dv-asked").count()
 
-    def said(self, side: str) -> str:
+    def text_of(self, side: str) -> str:
         return self.page.locator(f"#dv-talk-{side} .dv-said").last.text_content()
 
     def tally(self, side: str) -> str:

@@ -313,7 +313,7 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
         visitor.page.locator("#dv-talk-left .dv-said").wait_for()
         visitor.page.click("#dv-stop")
         visitor.both(1)
-    assert visitor.said("left")
+    assert visitor.text_of("left")
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
