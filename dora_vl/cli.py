@@ -16,8 +16,6 @@ from typing import NoReturn
 from dora_vl import __version__
 from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, shown
 
-# What `dora-vl` can do: one line for each verb, written by hand.
-
 
 @dataclass(frozen=True)
 class Command:
@@ -71,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words and words[0].startswith("--local_rank"):  # the deepspeed launcher's; LOCAL_RANK says the same
         words = words[1:]
     if not words or words[0] in {"-h", "--help"}:
-        print(overview())
+        width = max(map(len, COMMANDS))
+        lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
+        print("usage: dora-vl VERB ...", "", *lines, "", sep="\n")
+        print("dora-vl VERB --help explains one verb, with examples.")
         return
     if words[0] == "--version":
         print(__version__)
@@ -87,32 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.add_arguments(parser)
     if not getattr(module, "SETS_UP_LOGGING", False):
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for line in module.run(_options(parser, rest, takes_settings=getattr(module, "TAKES_SETTINGS", False))):
+    if getattr(module, "TAKES_SETTINGS", False):  # what the parser does not know is a run's own setting
+        options, options.settings = parser.parse_known_args(rest)
+    else:
+        options = parser.parse_args(rest)
+    for line in module.run(options):
         print(line, flush=True)
-
-
-def _options(parser: _Parser, words: Sequence[str], *, takes_settings: bool) -> argparse.Namespace:
-    """A verb's options; what its parser does not know is a run's own setting where the verb takes those."""
-    if not takes_settings:
-        return parser.parse_args(words)
-    options, options.settings = parser.parse_known_args(words)
-    return options
-
-
-def overview() -> str:
-    """What `dora-vl --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: dora-vl VERB ...", "", *lines, "", "dora-vl VERB --help explains one verb, with examples."]
-    )
 
 
 if __name__ == "__main__":
     main()
-
-
-# `dora-vl completion`: a script with which a shell completes verbs and options, without a lookup at each Tab.
 
 
 DESCRIPTION = """\
@@ -130,16 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the script."""
+    """Yields a script with which a shell completes verbs and options, without a lookup at each Tab."""
     if find_spec("shtab") is None:
         raise UserError("completion needs the package shtab; pip install shtab (or 'dora-vl[shell]')")
-    import shtab
-
-    yield shtab.complete(whole_parser(), shell=arguments.shell)
-
-
-def whole_parser() -> argparse.ArgumentParser:
-    """All verbs with all their options in one parser."""
     import shtab
 
     whole = argparse.ArgumentParser(prog="dora-vl")
@@ -150,4 +128,4 @@ def whole_parser() -> argparse.ArgumentParser:
         for action in parser._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return whole
+    yield shtab.complete(whole, shell=arguments.shell)

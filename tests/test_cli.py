@@ -94,6 +94,7 @@ def test_convert_keeps_and_exports(folders, capsys):
     failed(*export)
     failed(*export, "--rank", 2, "--max-error", 0.01)
     assert not (folders / "lora").exists()
+    capsys.readouterr()
     main([str(word) for word in (*export, "--rank", 16, "--max-error", 0.01)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5

@@ -21,11 +21,11 @@ KEPT = ("runs/my/adapter", "runs/demo-of-mine", "records/pope", "configs")
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 STANDS_FOR = """#!/bin/sh
 # A program that says what it is started with, makes what a demo's later parts ask for, and is stopped at $STOP_AT.
-said="$(basename "$0") $*"
-echo "$said" >> said
-case "$said" in *"$STOP_AT"*) exit 130;; esac
-case "$said" in *video*) folder=runs/demo-video;; *) folder=runs/demo-vlbart;; esac
-case "$said" in
+call="$(basename "$0") $*"
+echo "$call" >> calls
+case "$call" in *"$STOP_AT"*) exit 130;; esac
+case "$call" in *video*) folder=runs/demo-video;; *) folder=runs/demo-vlbart;; esac
+case "$call" in
   *"--variant pretrain"*) mkdir -p $folder/pretrain/adapter;;
   *" merge "*) mkdir -p $folder/base;;
   *data_prep.features*) mkdir -p $folder/features;;
@@ -48,12 +48,12 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def said(checkout: Path, target: str, *, stop_at: str = "nothing of all this") -> tuple[int, list[str]]:
+def started(checkout: Path, target: str, *, stop_at: str = "nothing of all this") -> tuple[int, list[str]]:
     """The status of a demo's start, and which of `PARTS` were started."""
-    (checkout / "said").unlink(missing_ok=True)
+    (checkout / "calls").unlink(missing_ok=True)
     environment = {**os.environ, "STOP_AT": stop_at}
     done = subprocess.run(["make", target], cwd=checkout, env=environment, capture_output=True, check=False)
-    lines = (checkout / "said").read_text().splitlines()
+    lines = (checkout / "calls").read_text().splitlines()
     return done.returncode, [part for part in PARTS if any(part in line for line in lines)]
 
 
@@ -61,12 +61,12 @@ def said(checkout: Path, target: str, *, stop_at: str = "nothing of all this") -
 def test_a_stopped_demo_goes_on_and_a_whole_one_loses_nothing(checkout: Path, target: str) -> None:
     folder = checkout / "runs" / target
     for number, part in enumerate(PARTS):
-        status, started = said(checkout, target, stop_at=part)
+        status, parts = started(checkout, target, stop_at=part)
         assert status != 0
-        assert started == list(PARTS[: number + 1])  # each finds by itself what is done
+        assert parts == list(PARTS[: number + 1])  # each finds by itself what is done
         (folder / "features").mkdir(parents=True, exist_ok=True)
         (folder / "features" / "computed").touch()
-    assert said(checkout, target) == (0, [PARTS[0], PARTS[1], PARTS[3]])  # the base is merged already
+    assert started(checkout, target) == (0, [PARTS[0], PARTS[1], PARTS[3]])  # the base is merged already
     for name in ("features/computed", "pretrain/adapter", "base"):
         assert (folder / name).exists()
 
@@ -80,8 +80,8 @@ def test_the_demo_merges_what_it_trained_once(checkout: Path) -> None:
     for times, merged in (((1, 2), False), ((3, 2), True)):  # of the adapter and of what was merged
         for path, time in zip((adapter, tuned), times, strict=True):
             os.utime(path, (time, time))
-        said(checkout, "demo")
-        lines = (checkout / "said").read_text().splitlines()
+        started(checkout, "demo")
+        lines = (checkout / "calls").read_text().splitlines()
         assert ("dora-vl merge --adapter runs/demo/adapter --to runs/demo/tuned" in lines) is merged
         assert tuned.exists() is not merged  # nothing that was merged from another adapter stays
 

@@ -133,8 +133,8 @@ def test_pictures_become_an_adapter_that_answers(installed: Path, tmp_path: Path
     assert "finished already" in done.stderr
     assert files[0] == files[1]
     ask = ["--adapter", "runs/my/adapter", "--image", "my/photos/000.png", "--question", "Say the colour."]
-    said = started(installed, tmp_path, *own, "ask", *ask, "--compare-base", "--max-new-tokens", "3").splitlines()
-    assert [line.split(":")[0].strip() for line in said[1:]] == ["with adapter", "without adapter"]
+    printed = started(installed, tmp_path, *own, "ask", *ask, "--compare-base", "--max-new-tokens", "3").splitlines()
+    assert [line.split(":")[0].strip() for line in printed[1:]] == ["with adapter", "without adapter"]
     assert "report.html" in started(installed, tmp_path, *own, "report", "runs/my")
     assert (tmp_path / "runs" / "my" / "report.html").is_file()
 

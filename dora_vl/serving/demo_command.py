@@ -92,7 +92,7 @@ def _serve(
     named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
     model = open_served(options.base, adapters, **named)
     from dora_vl.serving.door import http_config
-    from dora_vl.serving.page import Page, PageSettings, QuietServer, Uploads, build_page_app
+    from dora_vl.serving.page import Page, QuietServer, Uploads, build_page_app
     from dora_vl.serving.page_parts import example_questions
     from dora_vl.serving.side_by_side import SideBySide
 
@@ -100,9 +100,9 @@ def _serve(
     examples = next(filter(None, map(example_questions, adapters.values())), ())
     most = media.limits.bytes * ROOM_FOR_A_MESSAGE
     uploads = Uploads(folder, most * UPLOADS_AT_ONCE)
-    settings = PageSettings(uploads=uploads, new_tokens=options.max_new_tokens, temperature=options.temperature)
+    answers = {"new_tokens": options.max_new_tokens, "temperature": options.temperature}
     with Engine(model, engine_settings(options)) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), settings, examples)
+        page = Page(SideBySide(engine, media), uploads, examples, **answers)
         app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
         host, port = listener.getsockname()[:2]
         yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"

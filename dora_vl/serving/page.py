@@ -15,7 +15,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -234,39 +234,31 @@ Update = dict[Any, Any]
 """New values by part; parts that are not named stay."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageSettings:
-    """How the page is set up.
-
-    Attributes:
-        uploads: what visitors have sent; no other file is ever read or deleted.
-    """
-
-    uploads: Uploads
-    new_tokens: int = 256
-    temperature: float = 0.0
-
-
 class Page:
     """One page for all who open it.
 
     Args:
+        uploads: what visitors have sent; no other file is ever read or deleted.
         examples: questions that a click takes.
+        new_tokens: longest answer, where nobody chooses another; so with `temperature`.
     """
 
-    def __init__(self, side: SideBySide, settings: PageSettings, examples: Sequence[ExampleQuestion] = ()) -> None:
-        self.side = side
-        self.examples = tuple(examples)
+    def __init__(
+        self,
+        side: SideBySide,
+        uploads: Uploads,
+        examples: Sequence[ExampleQuestion] = (),
+        *,
+        new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> None:
+        self.side, self.uploads, self.examples = side, uploads, tuple(examples)
         self.talks = Talks()
-        self.uploads = settings.uploads
-        self._base = side.engine.model.base_name
         model = side.engine.model
+        self._base = model.base_name
+        base = Path(model.source.place).name
         self.blocks, self.parts = lay_out(
-            model.names,
-            Path(model.source.place).name,
-            self.examples,
-            new_tokens=settings.new_tokens,
-            temperature=settings.temperature,
+            model.names, base, self.examples, new_tokens=new_tokens, temperature=temperature
         )
         with self.blocks:
             self._connect()

@@ -15,7 +15,6 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -33,22 +32,14 @@ class NotFetched(UserError):
     """What is at an address cannot be had, or may not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchLimits:
-    """How much one address may cost."""
-
-    bytes: int
-    seconds: float
-
-
-def fetch(url: str, limits: FetchLimits) -> bytes:
-    """What is at an address.
+def fetch(url: str, most: int, seconds: float) -> bytes:
+    """What is at an address: so many bytes at most, in so many seconds.
 
     Raises:
         NotFetched: no http(s) address, one that leads to a private, loopback, link-local or other special address,
             too many redirects, too large, too slow, or no answer.
     """
-    deadline = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + seconds
     for _ in range(MOST_REDIRECTS + 1):
         try:
             parts = urlsplit(url)
@@ -61,7 +52,7 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
             raise NotFetched(
                 f"{shown(url)}: an address holds no user name, and ASCII without spaces alone; escape the rest"
             )
-        content = _get(parts, limits.bytes, deadline)
+        content = _get(parts, most, deadline)
         if isinstance(content, bytes):
             return content
         url = urljoin(url, content)

@@ -23,8 +23,9 @@ from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.serving.remote_media import NotFetched, fetch
 from dora_vl.run.media import VideoReading
-from dora_vl.serving.remote_media import FetchLimits, NotFetched, fetch
 
 LONGEST_NAME = 256
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -204,15 +205,6 @@ class MediaLimits:
     remote: bool = False
 
 
-@dataclass(frozen=True)
-class Talk:
-    """A request as it is put to a model."""
-
-    turns: tuple[Turn, ...]
-    pictures: tuple[Image.Image, ...] = ()
-    videos: tuple[Video, ...] = ()
-
-
 @dataclass
 class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
@@ -234,8 +226,8 @@ class RequestMedia:
         with self._decoding:
             self._reader.close()
 
-    def read(self, messages: Sequence[Message], go_on: Callable[[], object] = lambda: None) -> Talk:
-        """The talk of a request's messages.
+    def read(self, messages: Sequence[Message], go_on: Callable[[], object]) -> tuple[list[Turn], Shown]:
+        """A request's messages as turns, and what they show.
 
         Args:
             go_on: is called before each picture and video, and raises what ends the reading.
@@ -264,7 +256,7 @@ class RequestMedia:
             turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
-        return Talk(tuple(turns), tuple(pictures), tuple(videos))
+        return turns, Shown(pictures=tuple(pictures), videos=tuple(videos))
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
         """Refuses more pictures or videos than may be shown."""
@@ -308,7 +300,7 @@ class RequestMedia:
         if not self.limits.remote:
             raise BadRequest(where, f"{shown(url)}: this server takes data: URLs alone (--allow-remote-media)")
         try:
-            return fetch(url, FetchLimits(bytes=self.limits.bytes, seconds=self.limits.fetch_seconds))
+            return fetch(url, self.limits.bytes, self.limits.fetch_seconds)
         except NotFetched as error:
             raise BadRequest(where, str(error)) from None
 

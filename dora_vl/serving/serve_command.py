@@ -6,7 +6,6 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, positive
 from dora_vl.serving.options import (
@@ -22,10 +21,6 @@ from dora_vl.serving.options import (
     media_limits,
     seconds,
 )
-
-if TYPE_CHECKING:
-    from dora_vl.serving.server import ServerSettings
-
 
 DESCRIPTION = """\
 Serves a base model and adapters over it, each under its own name, as OpenAI's clients ask. Nothing is merged: requests
@@ -92,10 +87,19 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         import uvicorn
 
         from dora_vl.serving.door import http_config
-        from dora_vl.serving.server import Server, build_app
+        from dora_vl.serving.server import Server, ServerSettings, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
-    settings = server_settings(options)
+    settings = ServerSettings(
+        admission=admission(options),
+        media=media_limits(options),
+        body_bytes=options.max_body_mib * MIB,
+        body_seconds=options.body_seconds,
+        held=options.waiting + options.batch,
+        new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        adapter_root=options.adapter_root,
+    )
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine
     from dora_vl.serving.model import open_served
@@ -108,19 +112,3 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def server_settings(options: argparse.Namespace) -> ServerSettings:
-    """The options about requests."""
-    from dora_vl.serving.server import ServerSettings
-
-    return ServerSettings(
-        admission=admission(options),
-        media=media_limits(options),
-        body_bytes=options.max_body_mib * MIB,
-        body_seconds=options.body_seconds,
-        held=options.waiting + options.batch,
-        new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        adapter_root=options.adapter_root,
-    )

@@ -47,13 +47,6 @@ from dora_vl.serving.requests import (
 )
 
 
-def completion(request: ChatRequest, finished: Finished) -> dict[str, Any]:
-    """A whole answer as OpenAI's object."""
-    message = {"role": "assistant", "content": finished.text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
-    return {**_head(request, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
-
-
 async def chunks(
     request: ChatRequest, event: Event, answering: Answering, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
@@ -210,7 +203,7 @@ class Server:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
-        talk = self.media.read(body.messages, go_on)
+        turns, seen = self.media.read(body.messages, go_on)
         go_on()
         sampling = Sampling(
             max_new_tokens=body.longest or settings.new_tokens,
@@ -221,10 +214,10 @@ class Server:
         )
         return self.engine.prepare(
             body.model,
-            talk.turns,
+            turns,
             sampling,
-            pictures=talk.pictures,
-            videos=talk.videos,
+            pictures=seen.pictures,
+            videos=seen.videos,
             fill=body.longest is None,
             strength=1.0 if body.strength is None else body.strength,
         )
@@ -258,7 +251,9 @@ class Server:
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Finished) and not body.stream:
-            return JSONResponse(completion(body, event))
+            message = {"role": "assistant", "content": event.text, "refusal": None}
+            choice = {"index": 0, "message": message, "finish_reason": event.reason, "logprobs": None}
+            return JSONResponse({**_head(body, "chat.completion"), "choices": [choice], "usage": _usage(event)})
         return StreamingResponse(chunks(body, event, answering, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:

@@ -24,6 +24,13 @@ status 1 when something is missing that every run needs.
 """
 SHOWN_FIRST = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "timm", "open_clip_torch")
 
+PROGRAMS = {
+    "java": "caption scores take the official tokenizer",
+    "ninja": "DeepSpeed compiles its operators",
+    "g++": "training.deepspeed zero3_offload",
+}
+"""What some settings need beside Python."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`dora-vl doctor` has no options."""
@@ -35,14 +42,20 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
     yield from devices()
-    yield from room()
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory, "
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield f"room: {memory}{free:.0f} GiB free on the disk of {Path.cwd()}"
     unwritable = [f"{place} ({reason})" for place in places() if (reason := why_not_writable(place))]
     yield f"writing: {'; '.join(f'{place} cannot be written' for place in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():
         missing = [name for name in packages if not _installed(name)]
         how = f"missing {', '.join(missing)}: pip install 'dora-vl[{extra}]'" if missing else "installed"
         yield f"extra {extra}: {how}"
-    yield from programs()
+    for name, why in PROGRAMS.items():
+        is_there = shutil.which(name) is not None or Path(sys.executable).with_name(name).is_file()
+        yield f"program {name}: {'there' if is_there else f'missing ({why})'}"
     missing = [name for name in needed if not _installed(name)]
     if missing:
         yield f"missing, and needed by every run: {', '.join(missing)}; pip install {' '.join(missing)}"
@@ -84,15 +97,6 @@ def devices() -> Iterator[str]:
     yield f"devices: {threads}"
 
 
-def room() -> Iterator[str]:
-    """Memory and disk."""
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    memory = ""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory, "
-    yield f"room: {memory}{free:.0f} GiB free on the disk of {Path.cwd()}"
-
-
 def places() -> list[Path]:
     """Folders that runs write to: the current one, temporary files, the hub's and `datasets`' caches."""
     cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
@@ -108,19 +112,6 @@ def why_not_writable(place: Path) -> str:
             return ""
     except OSError as error:
         return str(error.strerror or error)
-
-
-def programs() -> Iterator[str]:
-    """What some settings need beside Python."""
-    wanted = {
-        "java": "caption scores take the official tokenizer",
-        "ninja": "DeepSpeed compiles its operators",
-        "g++": "training.deepspeed zero3_offload",
-    }
-    for name, why in wanted.items():
-        beside = Path(sys.executable).with_name(name)
-        is_there = shutil.which(name) is not None or beside.is_file()
-        yield f"program {name}: {'there' if is_there else f'missing ({why})'}"
 
 
 def _installed(name: str) -> str:

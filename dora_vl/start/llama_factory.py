@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,12 @@ from dora_vl.errors import UserError, shown_names
 from dora_vl.start import tool_rules as shared
 from dora_vl.start.rules import (
     Counterpart,
-    Rule,
     Setting,
     Tool,
     globs_of_endings,
     lost,
     missing,
+    only,
     same,
     to,
     unless,
@@ -32,15 +33,6 @@ FREEZES: shared.Freezes = {
     "vision": ("freeze_vision_tower", True),
     "projector": ("freeze_multi_modal_projector", True),
 }
-
-
-def _one_kind(kinds: tuple[str, ...], rule: Rule) -> Rule:
-    def checked(setting: Setting) -> Counterpart:
-        if setting.value not in kinds:
-            raise setting.wrong(f"; {' and '.join(kinds)} alone have a counterpart")
-        return rule(setting)
-
-    return checked
 
 
 def _targets(setting: Setting) -> Counterpart:
@@ -76,7 +68,7 @@ def _additional(setting: Setting) -> Counterpart:
 def _alpha(setting: Setting) -> Counterpart:
     if setting.value != "":
         return Counterpart({"adapter.alpha": setting.number})
-    rank = Setting(**{**vars(setting), "key": "lora_rank", "value": setting.settings["lora_rank"]}).number
+    rank = replace(setting, key="lora_rank", value=setting.settings["lora_rank"]).number
     return Counterpart({"adapter.alpha": 2.0 * rank}, "twice the rank")
 
 
@@ -128,12 +120,8 @@ def _files(name: str, setting: Setting) -> Counterpart:
     paths = [entry.path for entry in sets.values()]
     if not all(paths):
         return missing("; ".join(trouble))
-    if name == "data.validation" and len(paths) > 1:
-        return missing("one file of validation samples; put them together")
-    settings: dict[str, Any] = {name: paths[0] if len(paths) == 1 else paths}
-    return Counterpart(
-        settings | ({"data.columns": columns} if columns else {}), "; ".join(trouble), is_lost=bool(trouble)
-    )
+    files = shared.sources(name, paths, "; ".join(trouble), is_lost=bool(trouble))
+    return replace(files, settings={**files.settings, "data.columns": columns}) if files.settings and columns else files
 
 
 def _read_info(setting: Setting) -> Mapping[str, Any] | None:
@@ -188,8 +176,8 @@ LLAMA_FACTORY = Tool(
     otherwise=shared.otherwise("LLaMA-Factory"),
     table={
         **shared.COMMON,
-        "stage": _one_kind(("sft",), same("supervised fine-tuning")),
-        "finetuning_type": _one_kind(("lora", "full"), shared.which_method),
+        "stage": only(("sft",), same("supervised fine-tuning")),
+        "finetuning_type": only(("lora", "full"), shared.which_method),
         "use_dora": shared.which_method,
         "lora_rank": to("adapter.rank"),
         "lora_alpha": _alpha,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,17 @@ def unless_off(why: str) -> Rule:
 def where_on(settings: Mapping[str, Any], note: str = "") -> Rule:
     """A switch that stands for settings of ours."""
     return lambda setting: Counterpart(settings, note) if setting.is_on else Counterpart(note="off")
+
+
+def only(kinds: Sequence[str], rule: Rule) -> Rule:
+    """A rule for these values; a file with any other is refused."""
+
+    def checked(setting: Setting) -> Counterpart:
+        if setting.value not in kinds:
+            raise setting.wrong(f"; there is a counterpart of {' and '.join(kinds) or 'supervised fine-tuning'} alone")
+        return rule(setting)
+
+    return checked
 
 
 def one_of(name: str, values: Mapping[Any, Any], why: str) -> Rule:

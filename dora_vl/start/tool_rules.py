@@ -183,6 +183,13 @@ def held_out_share(setting: Setting) -> Counterpart:
     return Counterpart({"data.validation_size": int(setting.number)})
 
 
+def sources(name: str, paths: list[str], note: str = "", *, is_lost: bool = False) -> Counterpart:
+    """Files of samples, as `data.train` or `data.validation` names them."""
+    if name == "data.validation" and len(paths) > 1:
+        return missing("one file of validation samples; put them together")
+    return Counterpart({name: paths[0] if len(paths) == 1 else paths}, note, is_lost)
+
+
 def hub(name: str, split: str) -> str:
     """A set of the hub, as `data.train` names it."""
     return f"hub:{name}" if split == "train" else f"hub:{name}:{split}"
@@ -231,10 +238,11 @@ def deepspeed(setting: Setting) -> Counterpart:
         dropped = [name for name in ("optimizer", "scheduler") if name in config]
         notes = [f"its {' and '.join(dropped)} blocks are left out: training says both"] if dropped else []
     if stage == 1:
+        stage = 2
         notes.append("stage 1 is not shipped: 2 splits the gradients too, the same steps")
-    if stage == 2 and offloads:
+    elif stage == 2 and offloads:
         notes.append("without its offload: zero3_offload is the shipped one that has it")
-    name = f"zero{2 if stage == 1 else stage}" + ("_offload" if stage == 3 and offloads else "")
+    name = f"zero{stage}" + ("_offload" if stage == 3 and offloads else "")
     return Counterpart({"training.deepspeed": name}, "; ".join(notes))
 
 
@@ -245,22 +253,22 @@ def launcher(setting: Setting) -> Counterpart:
     if "launch" not in command:
         return Counterpart(note=started)
     given = options([word for word in command[command.index("launch") + 1 :] if word != "-m"], setting.file)
-    plugin: Any = {"zero_stage": given["zero_stage"]} if "zero_stage" in given else None
-    if plugin is None and "config_file" in given:
+    plugin: Any = {"zero_stage": given["zero_stage"]} if "zero_stage" in given else {}
+    if not plugin and "config_file" in given:
         config = _read(str(given["config_file"]), setting.file)
         if config is None:
             return deepspeed(replace(setting, value=given["config_file"]))
         if (kind := config.get("distributed_type", "NO")) != "DEEPSPEED":
             return Counterpart(note=f"{kind}; {started}", is_lost=kind not in ("NO", "MULTI_GPU"))
-        plugin = config.get("deepspeed_config") or {}
-    if plugin is None:
+        plugin = config.get("deepspeed_config") or {"zero_stage": 2}
+    if not plugin:
         return Counterpart(note=started)
     if "deepspeed_config_file" in plugin:
         return deepspeed(replace(setting, value=plugin["deepspeed_config_file"]))
-    parts = {
-        f"offload_{part}": {"device": plugin.get(f"offload_{part}_device", "none")} for part in ("optimizer", "param")
+    devices = {
+        part: {"device": plugin.get(f"{part}_device", "none")} for part in ("offload_optimizer", "offload_param")
     }
-    return deepspeed(replace(setting, value={"zero_optimization": {"stage": plugin.get("zero_stage", 2), **parts}}))
+    return deepspeed(replace(setting, value={"zero_optimization": {"stage": plugin.get("zero_stage", 2), **devices}}))
 
 
 def _read(name: str, file: Path) -> Mapping[str, Any] | None:

@@ -22,6 +22,7 @@ from dora_vl.start.rules import (
     lost,
     missing,
     one_of,
+    only,
     same,
     switch,
     to,
@@ -72,7 +73,7 @@ def _trl_files(setting: Setting) -> Counterpart:
             paths.append(shared.hub(str(entry["path"]), str(entry.get("split") or "train")))
     more = sorted({key for entry in entries for key in entry} - {"path", "data_files", "split"})
     note = f"{', '.join(more)} of its sets: no counterpart" if more else ""
-    return Counterpart({"data.train": paths[0] if len(paths) == 1 else paths}, note, is_lost=not paths)
+    return shared.sources("data.train", paths, note, is_lost=not paths)
 
 
 def _trl_held_out(setting: Setting) -> Counterpart:
@@ -166,21 +167,9 @@ FILE_ENDINGS = ("json", "jsonl", "csv", "parquet", "arrow", "tsv")
 PIXEL_LIMITS = ("max_pixels", "MAX_PIXELS", "IMAGE_MAX_TOKEN_NUM", "VIDEO_MAX_PIXELS", "VIDEO_MAX_TOKEN_NUM")
 
 
-def _swift_kind(setting: Setting) -> Counterpart:
-    if setting.value not in ("lora", "full"):
-        raise setting.wrong("; lora and full have a counterpart")
-    return shared.which_method(setting)
-
-
 def _swift_method(settings: Mapping[str, Any]) -> Method:
     kind = settings.get("tuner_type") or settings.get("train_type")
     return "full" if kind == "full" else shared.lora_or_dora(settings)
-
-
-def _swift_stage(setting: Setting) -> Counterpart:
-    if setting.key == "task_type" and setting.value == "causal_lm":
-        return Counterpart(note="answers are text")
-    raise setting.wrong("; supervised fine-tuning alone has a counterpart")
 
 
 def _swift_targets(setting: Setting) -> Counterpart:
@@ -208,9 +197,7 @@ def _swift_data(name: str, setting: Setting) -> Counterpart:
     ]
     counts = [entry for entry in given if "#" in entry]
     note = f"{', '.join(counts)}: so many samples; data.limit takes the first of each file" if counts else ""
-    if name == "data.validation" and len(paths) > 1:
-        return missing("one file of validation samples; put them together")
-    return Counterpart({name: paths[0] if len(paths) == 1 else paths}, note)
+    return shared.sources(name, paths, note)
 
 
 def _swift_accumulation(setting: Setting) -> Counterpart:
@@ -260,8 +247,9 @@ MS_SWIFT = Tool(
         "model_revision": to("model.revision"),
         "torch_dtype": _swift_dtype,
         "attn_impl": shared.attention(flash_attn="flash_attention_2"),
-        **dict.fromkeys(("rlhf_type", "task_type"), _swift_stage),
-        **dict.fromkeys(("tuner_type", "train_type"), _swift_kind),
+        "rlhf_type": only((), same("")),
+        "task_type": only(("causal_lm",), same("answers are text")),
+        **dict.fromkeys(("tuner_type", "train_type"), only(("lora", "full"), shared.which_method)),
         "use_dora": shared.which_method,
         "lora_rank": to("adapter.rank"),
         "lora_alpha": to("adapter.alpha"),
@@ -444,12 +432,6 @@ LLAVA = Tool(
 # -- PEFT's `adapter_config.json`: `LoraConfig` of PEFT 0.21 -------------------------------------------------------
 
 
-def _peft_kind(setting: Setting) -> Counterpart:
-    if setting.value != "LORA":
-        raise setting.wrong("; only LORA (with or without DoRA) has a counterpart")
-    return Counterpart(note="said by adapter.method")
-
-
 OF_THE_FILE = (
     "fan_in_fan_out", "task_type", "inference_mode", "peft_version", "auto_mapping", "runtime_config",
     "megatron_core", "qalora_group_size",
@@ -464,7 +446,7 @@ PEFT = Tool(
     method=shared.lora_or_dora,
     otherwise=unless_off("no counterpart among adapters here"),
     table={
-        "peft_type": _peft_kind,
+        "peft_type": only(("LORA",), same("said by adapter.method")),
         "use_dora": shared.which_method,
         "r": to("adapter.rank"),
         "lora_alpha": to("adapter.alpha"),

@@ -65,12 +65,11 @@ def page_of(
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app
+    from dora_vl.serving.page import Page, Uploads, build_page_app
 
     media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model, engine_settings) as engine, contextlib.closing(media):
-        settings = PageSettings(uploads=Uploads(uploads, 2**24), new_tokens=new_tokens)
-        page = Page(SideBySide(engine, media), settings, examples)
+        page = Page(SideBySide(engine, media), Uploads(uploads, 2**24), examples, new_tokens=new_tokens)
         app = build_page_app(page, admission or Admission(), upload_bytes=4 * media.limits.bytes, waiting=64)
         with _running(app) as address:
             yield address, engine
@@ -135,12 +134,12 @@ class Visitor:
                 f" && document.querySelectorAll('#dv-talk-{side} .dv-caret').length == 0"
             )
         self.page.wait_for_selector("#dv-ask:not([disabled])")
-        return self.said("left"), self.said("right")
+        return self.text_of("left"), self.text_of("right")
 
     def count(self, side: str) -> int:
         return self.page.locator(f"#dv-talk-{side} .dv-asked").count()
 
-    def said(self, side: str) -> str:
+    def text_of(self, side: str) -> str:
         return self.page.locator(f"#dv-talk-{side} .dv-said").last.text_content()
 
     def tally(self, side: str) -> str:

@@ -203,11 +203,11 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
     uploads.mkdir()
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app
+    from dora_vl.serving.page import Page, Uploads, build_page_app
 
     media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), PageSettings(uploads=Uploads(uploads, 10_000)))
+        page = Page(SideBySide(engine, media), Uploads(uploads, 10_000))
         built = build_page_app(page, Admission(), upload_bytes=8_000, waiting=4)
         built.state.page = page
         yield built

@@ -154,7 +154,7 @@ def test_words_join_a_language_model(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(tmp_path: Path, monkeypatch: Any) -> None:
-    """A penalty for what was said before is transformers' own, over the whole row."""
+    """A penalty for what was text before is transformers' own, over the whole row."""
     base = language(tmp_path)
     model = served(base, {})
     model.backbone.model.generation_config.eos_token_id = None

@@ -263,20 +263,26 @@ def test_two_people_at_once_each_have_their_own(
 
 
 @pytest.mark.slow
-def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
-    """Both columns are rows of one batch; a dial changes nothing before a question."""
+def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
     batches = batches_of(opened[1], monkeypatch)
-    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
+    visitor.page.locator("#dv-examples tbody tr").first.click()
     visitor.see(1)
-    assert visitor.captions() == ["60 × 17"]
-    visitor.turn_dial("left", 0.5)
+    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
     visitor.page.wait_for_timeout(500)
     visitor.see(1)
     assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
+    visitor.ask(QUESTION)
+    assert batches == [[("one", 0.5), None]]
+
+
+@pytest.mark.slow
+def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
+    visitor.see(1)
+    assert visitor.captions() == ["60 × 17"]
     visitor.page.click("#dv-ask")
     left, _ = visitor.both(1)
-    assert batches == [[("one", 0.5), None]]
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)), strength=0.5)
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)))
     visitor.page.click("#dv-anew")
     visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
     visitor.see(1)
@@ -313,39 +319,49 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
         visitor.page.locator("#dv-talk-left .dv-said").wait_for()
         visitor.page.click("#dv-stop")
         visitor.both(1)
-    assert visitor.said("left")
+    assert visitor.text_of("left")
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
-@pytest.mark.slow
-def test_a_question_waits_for_the_webcams_picture(
-    chromium: Any, opened: tuple[str, Engine], uploads: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the camera that Chromium pretends to have; then on a line that sends 20 KB a second, to a slow server."""
+@pytest.fixture
+def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
+    """Somebody before the camera that Chromium pretends to have."""
     context = chromium.new_context(permissions=["camera"])
     person = Visitor(context, opened[0])
     person.page.get_by_role("tab", name="Webcam").click()
     person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
     person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
     person.page.wait_for_timeout(500)  # its first frame is drawn
-    capture = person.page.locator("#dv-webcam button[aria-label='capture photo']")
-    capture.click()
-    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    yield person
+    context.close()
+
+
+CAPTURE = "#dv-webcam button[aria-label='capture photo']"
+
+
+@pytest.mark.slow
+def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
+    photographer.page.locator(CAPTURE).click()
+    photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
     assert nothing_left(uploads)
-    assert all(person.ask(QUESTION))  # nothing is on its way any more
+    assert all(photographer.ask(QUESTION))  # nothing is on its way any more
+
+
+@pytest.mark.slow
+def test_a_question_waits_for_the_webcams_picture(
+    photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a line that sends 20 KB a second, to a server that takes a second to read it."""
     _slow_to_look(monkeypatch, Shown(pictures=(RED,)))  # the camera's own is never the same
-    line = context.new_cdp_session(person.page)
+    line = photographer.page.context.new_cdp_session(photographer.page)
     line.send("Network.enable")
     speed = {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": 20_000}
     line.send("Network.emulateNetworkConditions", speed)
-    capture.click()
-    person.page.locator("#dv-webcam progress").first.wait_for(state="attached")
-    person.page.fill(QUESTION_BOX, "And this one?")
-    person.page.keyboard.press("Enter")
-    person.page.locator("#dv-talk-left .dv-asked", has_text="And this one?").wait_for()
-    person.see(1)
-    check(person.both(1), opened[1], "And this one?", Shown(pictures=(RED,)))
-    context.close()
+    photographer.page.locator(CAPTURE).click()
+    photographer.page.locator("#dv-webcam progress").first.wait_for(state="attached")
+    left, _ = photographer.ask(QUESTION)
+    photographer.see(1)
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
 
 
 @pytest.fixture

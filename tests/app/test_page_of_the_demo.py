@@ -51,9 +51,9 @@ def test_questions_of_the_test_are_answered_right(
         one.picture.save(file)
         visitor.show(file)
         visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
-        said, base = visitor.ask(one.question)
+        answer, base = visitor.ask(one.question)
         truth = final_answer(one.truth, AFTER)
-        right += final_answer(said, AFTER) == truth
+        right += final_answer(answer, AFTER) == truth
         of_base += final_answer(base, AFTER) == truth
     assert right >= QUESTIONS - 1
     assert of_base < right / 2

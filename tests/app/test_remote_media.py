@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from dora_vl.serving import remote_media
-from dora_vl.serving.remote_media import FetchLimits, NotFetched, _Pinned, fetch, is_public, public_addresses
+from dora_vl.serving.remote_media import NotFetched, _Pinned, fetch, is_public, public_addresses
 
-LIMITS = FetchLimits(bytes=1000, seconds=2.0)
+LIMITS = 1000, 2.0
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_name_that_takes_too_long_is_left(monkeypatch: Any) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: resolved.wait(20))
     before = time.monotonic()
     with pytest.raises(NotFetched):
-        fetch("http://example.com/a.png", FetchLimits(bytes=1000, seconds=0.3))
+        fetch("http://example.com/a.png", 1000, 0.3)
     assert time.monotonic() - before < 5
     resolved.set()
 
@@ -79,14 +79,14 @@ def test_a_name_that_takes_too_long_is_left(monkeypatch: Any) -> None:
 )  # fmt: skip
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(NotFetched):
-        fetch(url, LIMITS)
+        fetch(url, *LIMITS)
 
 
 def test_this_machine_is_refused_before_anything_is_sent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.3)
         with pytest.raises(NotFetched):
-            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", LIMITS)
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", *LIMITS)
         with pytest.raises(TimeoutError):
             listening.accept()
 
@@ -159,8 +159,8 @@ def slow_tls() -> Iterator[int]:
 
 
 def test_what_is_there_is_fetched(site: str) -> None:
-    assert fetch(f"{site}/a.png", LIMITS) == b"b" * 20
-    assert fetch(f"{site}/to//a.png", LIMITS) == b"b" * 20  # a relative redirect
+    assert fetch(f"{site}/a.png", *LIMITS) == b"b" * 20
+    assert fetch(f"{site}/to//a.png", *LIMITS) == b"b" * 20  # a relative redirect
 
 
 @pytest.mark.parametrize(
@@ -170,19 +170,19 @@ def test_what_is_there_is_fetched(site: str) -> None:
 )  # fmt: skip
 def test_what_is_not_fetched(site: str, path: str) -> None:
     with pytest.raises(NotFetched):
-        fetch(f"{site}{path}", LIMITS)
+        fetch(f"{site}{path}", *LIMITS)
 
 
 @pytest.mark.parametrize("path", ["/slow", *DRIBBLES])
 def test_a_site_that_dribbles_is_left(site: str, path: str) -> None:
     """Also where each byte comes in time, and where http.client has let go of the socket (`Connection: close`)."""
     with pytest.raises(NotFetched):
-        fetch(f"{site}{path}", FetchLimits(bytes=1000, seconds=1.0))
+        fetch(f"{site}{path}", 1000, 1.0)
 
 
 def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: int) -> None:
     with pytest.raises(NotFetched):
-        fetch(f"https://site.example:{slow_tls}/", FetchLimits(bytes=1000, seconds=1.0))
+        fetch(f"https://site.example:{slow_tls}/", 1000, 1.0)
 
 
 def test_a_handshake_that_ends_by_the_sockets_own_timeout_was_too_slow(
@@ -192,7 +192,7 @@ def test_a_handshake_that_ends_by_the_sockets_own_timeout_was_too_slow(
     timer = threading.Timer
     monkeypatch.setattr(remote_media.threading, "Timer", lambda seconds, act: timer(seconds + 60, act))
     with pytest.raises(NotFetched):
-        fetch(f"https://site.example:{slow_tls}/", FetchLimits(bytes=1000, seconds=1.0))
+        fetch(f"https://site.example:{slow_tls}/", 1000, 1.0)
 
 
 def test_nothing_is_read_from_a_connection_that_comes_too_late() -> None:

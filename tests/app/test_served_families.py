@@ -60,8 +60,8 @@ def check(
     assistants = {name: alone(base, adapters.get(name), template=template) for name in names}
     expected = [answer_alone(assistants[name], turns, seen) for name, turns, seen in questions]
     assert found == expected
-    answers_of = {name: [said for q, said in zip(questions, expected, strict=True) if q[0] == name] for name in names}
-    assert len({tuple(said) for said in answers_of.values()}) == len(names)
+    answers_of = {name: [text for q, text in zip(questions, expected, strict=True) if q[0] == name] for name in names}
+    assert len({tuple(text) for text in answers_of.values()}) == len(names)
     return [[share and share[0] for share in batch] for batch in batches]
 
 

@@ -61,5 +61,5 @@ def test_two_ranks_compute_the_gains_of_their_parts(fully_sharded: str) -> None:
         )
         for rank in ("0", "1")
     ]
-    said = [one.communicate(timeout=900)[0] for one in ranks]
-    assert [one.returncode for one in ranks] == [0, 0], said
+    text = [one.communicate(timeout=900)[0] for one in ranks]
+    assert [one.returncode for one in ranks] == [0, 0], text

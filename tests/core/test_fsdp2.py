@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dora_vl.core import adapted_layers, apply_dora
-from dora_vl.run.launch import leave_process_group
 from tests.core.dense_dora import config, dense_dora, move
 
 RANKS = 2

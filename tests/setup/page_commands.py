@@ -35,11 +35,11 @@ def run_commands(page: Path, folder: Path, *, more: Mapping[int, Sequence[str]],
     Args:
         more: words behind a command, by its number from 0.
     """
-    said = []
+    printed = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / ".cache")}
     for number, words in enumerate(programs(page, mark)):
         words += more.get(number, ())
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])
-        said.append(done.stdout)
-    return said
+        printed.append(done.stdout)
+    return printed

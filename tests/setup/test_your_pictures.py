@@ -28,11 +28,11 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     base = write_tiny_llava(tmp_path / "base")
     short = ("--training.max_steps", "2", "--training.use_cpu", "true", "--evaluation.limit", "4")
-    said = run_all(tmp_path, base, *short, receipts=receipts)
-    name, told = ("receipts", said[1]) if receipts else ("my", said[0])
+    printed = run_all(tmp_path, base, *short, receipts=receipts)
+    name, told = ("receipts", printed[1]) if receipts else ("my", printed[0])
     assert f"{name}/questions.csv: question/answer, 200 rows, 200 usable" in told
-    assert receipts or "nothing found" in said[1]
-    assert "with adapter:" in said[-1]
+    assert receipts or "nothing found" in printed[1]
+    assert "with adapter:" in printed[-1]
     assert (tmp_path / "runs" / name / "adapter/adapter_model.safetensors").is_file()
 
 
