@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_vl.training.command_line import read_run
+from dora_vl.run.reading import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, Estimate, imagine_run, with_shape
 from dora_vl.training.memory import GIB

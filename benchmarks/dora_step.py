@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from benchmarks.report import median, table, write_json
 from dora_vl import DoRAConfig, apply_dora, merge_dora
 from dora_vl.adapters.peft_model import accelerate_peft
-from dora_vl.training.launch import keep_freed_memory
+from dora_vl.run.launch import keep_freed_memory
 
 TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -126,8 +126,8 @@ class Turns(TrainerCallback):
 
 def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
     """The run."""
+    from dora_vl.run.reading import read_run_file
     from dora_vl.training import run as training
-    from dora_vl.training.command_line import read_run_file
     from dora_vl.training.decoder_pipeline import DecoderPipeline
     from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

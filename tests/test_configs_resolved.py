@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.training.command_line import run_parser
+from dora_vl.run.reading import run_parser
 from tests.test_configs import CONFIGS, SETTINGS, Recipe, read
 
 RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resolved.json").read_text())

@@ -55,7 +55,7 @@ def test_the_benchmark_scores_with_an_interval() -> None:
 
 
 def test_the_task_is_one() -> None:
-    names = run("dora_vl.training.vlbart_tasks", "dora_vl/training/vlbart_tasks.py")
+    names = run("dora_vl.evaluation.vlbart_tasks", "dora_vl/evaluation/vlbart_tasks.py")
     task = names["counting_task"](lambda name: partial(names["image_question_prompt"], prefix=f"{name}: "))
     assert (task.name, task.target_tokens) == ("counting", 4)
 

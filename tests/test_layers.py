@@ -15,18 +15,14 @@ LAYERS = (
     ("adapters",),
     ("heads",),
     ("backbones",),
+    ("run",),
     ("evaluation",),
+    ("report",),
     ("training",),
-    ("report", "start", "serving"),
+    ("start", "serving"),
     ("cli",),
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""
-UP = {
-    ("adapters", "backbones"),
-    ("evaluation", "training"),
-    ("serving", "report"),
-    ("training", "report"),
-}
 """What still points up: each is to go, none may come."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -60,4 +56,4 @@ def test_no_import_points_up():
         and name != (own := path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
         and LEVEL[name] >= LEVEL[own]
     }
-    assert up == UP
+    assert not up

@@ -17,8 +17,8 @@ from PIL import Image
 
 from dora_vl.cli import main as dora_vl
 from dora_vl.errors import LONGEST_MESSAGE
+from dora_vl.run import arguments
 from dora_vl.start import init
-from dora_vl.training import arguments
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tasks import image_qa, llava_instruct, video_qa
 from tests.adapters.foreign_files import saved, tiny_llama

@@ -132,7 +132,7 @@ def _item(row: Prediction, truth: str, answer: str, share: float | None, example
 
 def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[SetAnswers], list[str]]:
     """A VL-BART's tasks: answers by id, the questions in the records that the settings name."""
-    from dora_vl.training import vlbart_tasks
+    from dora_vl.evaluation import vlbart_tasks
 
     subtasks = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
     sets: list[SetAnswers] = []

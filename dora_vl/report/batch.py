@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample
 from dora_vl.report.page import data_url, rendered
-from dora_vl.training.watching import small_picture
+from dora_vl.run.watched import small_picture
 
 Kind = Literal["trained", "context", "picture-place", "padding"]
 NAMES: Mapping[Kind, str] = {

@@ -18,7 +18,7 @@ from dora_vl.data.example import Clip, whole_file
 from dora_vl.data.pictures import open_image
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
-from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, SIDE, small_picture, tiled
+from dora_vl.run.watched import EXACT_PX, JPEG_QUALITY, SIDE, small_picture, tiled
 
 
 @cache

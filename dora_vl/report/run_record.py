@@ -10,8 +10,8 @@ from typing import Any
 
 from dora_vl.adapters.folder import RECIPE_FILE
 from dora_vl.errors import UserError, shown_names
-from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
-from dora_vl.training.watching import Watched, read_watched
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
+from dora_vl.run.watched import Watched, read_watched
 
 Line = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,25 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import base_of, read_adapter
 from dora_vl.adapters.base_weights import CONFIG_FILE, BaseWeights
-from dora_vl.adapters.decomposition import Panel, Point, Request, layers_to_compare, measured
+from dora_vl.adapters.decomposition import (
+    Panel,
+    Point,
+    Request,
+    Saved,
+    layers_to_compare,
+    measured,
+    refuse_saved_on_another_base,
+    saved_in,
+)
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.adapters.merge import Saved, refuse_saved_on_another_base, saved_in
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
 from dora_vl.report.page import InlinePictures
 from dora_vl.report.run_record import RunRecord
-from dora_vl.training.run_folder import ADAPTER
-from dora_vl.training.watching import Watched, WatchedQuestion, evenly
+from dora_vl.run.folder import ADAPTER
+from dora_vl.run.reading import flattened, run_parser
+from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+from dora_vl.run.watched import Watched, WatchedQuestion, evenly
 
 ABSENT = "–"
 
@@ -39,19 +49,8 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
     return {"first_title": title, "first": {name: rows[name] for name in first}, "others": others}
 
 
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; an empty mapping is a value."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value} if prefix else {}
-    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
-    return {name: leaf for key, item in named.items() for name, leaf in flattened(item, key).items()}
-
-
 def _defaults(run: RunRecord) -> dict[str, Any]:
     """What the run's kind of settings, told by what only one of them has, says where a file is silent."""
-    from dora_vl.training.command_line import run_parser
-    from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
-
     kind: type[Any] = VlBartRunConfig if "features" in run.section("data") else RunConfig
     kind = CommonsenseRunConfig if "scoring" in run.section("evaluation") else kind
     parsed = run_parser("run", "", kind).get_defaults().as_dict()

@@ -17,7 +17,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from dora_vl.backbones.loading import SETTINGS_FILE as MADE_HERE
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
 from dora_vl.data.pictures import MediaFolder, path_inside
@@ -81,19 +80,17 @@ def base_of(model: str | None) -> Base:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
     from dora_vl.backbones.families import LLAVA, check_trained, model_type_of  # transformers: not for --help
+    from dora_vl.backbones.loading import SETTINGS_FILE, load_tokenizer
+    from dora_vl.backbones.prompts import usual_template
 
     kind = model_type_of(name)
     if kind != LLAVA:
         check_trained(name, kind)
-        return Base(name=name, is_new=(folder / MADE_HERE).is_file(), parameters=_parameters_in(folder))
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import usual_template
-
     return Base(
         name=name,
-        is_llava=True,
-        is_new=(folder / MADE_HERE).is_file(),
-        template=usual_template(load_tokenizer(name)),
+        is_llava=kind == LLAVA,
+        is_new=(folder / SETTINGS_FILE).is_file(),
+        template=usual_template(load_tokenizer(name)) if kind == LLAVA else None,
         parameters=_parameters_in(folder),
     )
 
@@ -144,18 +141,14 @@ def _text(value: str) -> str:
 
     A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes write an emoji as two halves.
     """
-    if _reads_as_itself(value):
+    if re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) and yaml.safe_load(value) == value:
         return value
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
 
 
-def _reads_as_itself(value: str) -> bool:
-    return re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) is not None and yaml.safe_load(value) == value
-
-
 def _read_twice(value: str) -> str:
     """The same where a list or anything may stand: it is read once more without quotes. `./no` is the folder no."""
-    return _text(value if _reads_as_itself(value) or Path(value).is_absolute() else f"./{value}")
+    return _text(value if _text(value) == value or Path(value).is_absolute() else f"./{value}")
 
 
 # -- which file of a person's folder holds the questions, and which folder the pictures' paths start from ------------
@@ -201,11 +194,9 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
         return str(error)
     if first is None:
         return f"{path.name} is empty"
-    return (
-        None
-        if columns.resolve(first, strict=False).format is not None
-        else f"{path.name}: its columns are {shown_names(first)}"
-    )
+    if columns.resolve(first, strict=False).format is None:
+        return f"{path.name}: its columns are {shown_names(first)}"
+    return None
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:

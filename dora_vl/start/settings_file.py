@@ -12,7 +12,7 @@ from typing import Any
 from yaml import YAMLError, safe_load
 
 from dora_vl.errors import UserError, one_line, shown, shown_names
-from dora_vl.training.settings_files import SECTIONS, TELLING, refuse_untranslated
+from dora_vl.run.reading import SECTIONS, TELLING, refuse_untranslated
 
 TOOLS = ("llama-factory", "trl", "ms-swift", "llava", "peft")
 PROGRAM, LAUNCHER = "(program)", "(launcher)"

@@ -15,6 +15,7 @@ import yaml
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, one_line
+from dora_vl.run.arguments import OWNED, RENAMED, check_trackers, check_training_section, training_fields
 from dora_vl.start.rules import (
     Counterpart,
     Rule,
@@ -31,7 +32,6 @@ from dora_vl.start.rules import (
     unless,
 )
 from dora_vl.start.settings_file import LAUNCHER, PROGRAM, options
-from dora_vl.training.arguments import OWNED, RENAMED, check_trackers, check_training_section, training_fields
 
 STARTS = "starts are kaiming, gaussian, orthogonal and pissa"
 DECODER = ("model.language_model*", "lm_head")

@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     file, target = arguments.file, arguments.write
     if target is not None and target.exists():
         raise UserError(f"--write {target} is there already; name a new file")
+    from dora_vl.run.reading import read_run_file
     from dora_vl.start.rules import as_yaml, summary, table, translate
     from dora_vl.start.settings_file import read_settings
     from dora_vl.start.tools import TOOLS
-    from dora_vl.training.command_line import read_run_file
 
     name, settings = read_settings(file, arguments.tool)
     translation = translate(TOOLS[name], settings, file)

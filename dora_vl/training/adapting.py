@@ -3,101 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import PreTrainedModel
 
 from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
 from dora_vl.adapters.files import read_peft_config, read_recipe
 from dora_vl.adapters.folder import WEIGHTS_FILE, no_adapter, own_name, read_weights
-from dora_vl.adapters.quantised_base import check_gradients, check_runs_here
+from dora_vl.adapters.quantised_base import check_gradients
 from dora_vl.adapters.settings import read_config
-from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
-from dora_vl.training.launch import gather_to_read, gather_to_write, loading_in, without_sharding
-from dora_vl.training.recipe import AdapterConfig, LoadedModelConfig
-
-DECODER = "decoder"
-"""A vision-language model or a plain language model."""
-VLBART = "vlbart"
-"""An encoder-decoder over visual features."""
-
-
-Backbone = TypeVar("Backbone")
-
-
-def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
-    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
-
-    For one rank alone.
-
-    Args:
-        make: writes a folder by such settings.
-        spec: the settings; None is a run whose base is there.
-
-    Raises:
-        UserError: the base is there and says that it was made with other settings.
-    """
-    if spec is None:
-        return
-    if Path(base).exists():
-        check_made_from(Path(base), spec)
-        return
-    with without_sharding(arguments):
-        make(spec, Path(base))
-
-
-def check_quantisation(model: LoadedModelConfig) -> None:
-    """Refuses `model.quantisation` where it cannot work, before any weight is read.
-
-    Raises:
-        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
-    """
-    if model.quantisation is None:
-        return
-    if is_deepspeed_zero3_enabled():
-        raise UserError(
-            f"model.quantisation: {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
-            "training.deepspeed: zero2, under which each GPU holds the quantised base whole"
-        )
-    check_runs_here(model.quantisation, getattr(torch, model.dtype))
-
-
-def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: Any) -> Backbone:
-    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
-
-    Args:
-        load: the backbone's own loader.
-        model: the run's model section.
-        more: what that loader takes besides.
-
-    Raises:
-        UserError: the attention kernel or the quantisation does not run on this machine.
-    """
-    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
-    check_quantisation(model)
-    dtype = getattr(torch, model.dtype)
-    with loading_in(dtype):
-        return load(
-            model.base,
-            dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            revision=model.revision,
-            quantisation=model.quantisation,
-            **more,
-        )
-
+from dora_vl.run.launch import gather_to_read, gather_to_write
+from dora_vl.run.settings import AdapterConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,9 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import trained_parts
 from dora_vl.data.samples import BadSampleLedger
+from dora_vl.run.folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
+from dora_vl.run.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
+from dora_vl.run.watched import Watch
 from dora_vl.training.callbacks import (
     EpochCallback,
     LossLog,
@@ -31,7 +34,6 @@ from dora_vl.training.callbacks import (
 )
 from dora_vl.training.faults import StepFaults, steps_left_out
 from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
-from dora_vl.training.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
 from dora_vl.training.live_view import LiveView, can_show
 from dora_vl.training.memory import Activations, Table, engine_of, held_by, rough_table
 from dora_vl.training.optim import (
@@ -45,10 +47,9 @@ from dora_vl.training.optim import (
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.ranks import NoteSteps
-from dora_vl.training.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
 from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
-from dora_vl.training.watching import Watch, WatchQuestions
+from dora_vl.training.watching import WatchQuestions
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dora_vl.run.folder import read_log, write_json, write_log
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
-from dora_vl.training.run_folder import read_log, write_json, write_log
 from dora_vl.training.validation import validation_owed
 
 logger = logging.getLogger(__name__)

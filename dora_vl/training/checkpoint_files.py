@@ -17,8 +17,8 @@ from torch import Tensor
 from dora_vl.adapters.adapter import file_hash, versions
 from dora_vl.adapters.folder import RECIPE_FILE, read_json
 from dora_vl.errors import UserError, shown
-from dora_vl.training.launch import Launch
-from dora_vl.training.run_folder import ADAPTER
+from dora_vl.run.folder import ADAPTER
+from dora_vl.run.launch import Launch
 
 logger = logging.getLogger(__name__)
 

@@ -50,21 +50,21 @@ from dora_vl.evaluation.test import (
 )
 from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import check_model_folder
-from dora_vl.training.adapting import DECODER, check_quantisation, core_config, load_base, make_base
-from dora_vl.training.memory import Activations, decoder_activations
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
-from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig
-from dora_vl.training.run_folder import ADAPTER, run_folder_of
-from dora_vl.training.run_media import (
+from dora_vl.run.base import DECODER, check_quantisation, load_base, make_base
+from dora_vl.run.folder import ADAPTER, run_folder_of
+from dora_vl.run.media import (
     VideoReading,
     check_videos,
     image_folder,
-    stored_features,
     video_folder,
     video_sampling,
 )
-from dora_vl.training.run_samples import MakeDataset, RunSamples
-from dora_vl.training.watching import Watch, evenly
+from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
+from dora_vl.run.watched import Watch, evenly
+from dora_vl.training.adapting import core_config
+from dora_vl.training.memory import Activations, decoder_activations
+from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
+from dora_vl.training.run_samples import MakeDataset, RunSamples, stored_features
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.core import apply_dora
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
-from dora_vl.training.arguments import check_training_section, read_deepspeed
+from dora_vl.run.arguments import check_training_section, read_deepspeed
 from dora_vl.training.imagined_step import META, StepBytes, imagine_step
 from dora_vl.training.memory import Engine, Held, Traffic, bytes_of, engine_of, held_by, traffic_of
 from dora_vl.training.pipeline import Pipeline

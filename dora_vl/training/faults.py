@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError, shown_names
-from dora_vl.training.launch import rank_and_ranks
-from dora_vl.training.run_folder import read_log, write_log
+from dora_vl.run.folder import read_log, write_log
+from dora_vl.run.launch import rank_and_ranks
 
 logger = logging.getLogger(__name__)
 

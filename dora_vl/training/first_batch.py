@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from dora_vl.data.samples import Sample
+from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqSample
 from dora_vl.report.batch import BatchView, TokenText, batch_view
-from dora_vl.training.arguments import training_arguments
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.folder import FAULTS
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.optim import LearningRates
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.run_folder import FAULTS
-from dora_vl.training.seq2seq_tasks import MicroBatch, Seq2SeqSample
 from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")

@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 
 from dora_vl.core import TrainedPart, adapted_layers, apply_dora, trained_parts
 from dora_vl.errors import UserError
-from dora_vl.training.launch import without_sharding
+from dora_vl.run.launch import without_sharding
+from dora_vl.run.settings import Decayed, OptimConfig
 from dora_vl.training.memory import Table, parameter_count, unpacked_sizes, weight_count
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.recipe import Decayed, OptimConfig
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.errors import UserError
+from dora_vl.run.launch import gather_to_write
 from dora_vl.training.checkpoint_files import StateFiles, is_plain
-from dora_vl.training.launch import gather_to_write
 
 VALUE = "value"
 """What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""

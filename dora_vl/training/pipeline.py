@@ -22,10 +22,10 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
+from dora_vl.run.settings import RunSettings
+from dora_vl.run.watched import Watch
 from dora_vl.training.memory import Activations
 from dora_vl.training.progress import EndlessOrder
-from dora_vl.training.recipe import RunSettings
-from dora_vl.training.watching import Watch
 
 
 class LossModel(nn.Module):

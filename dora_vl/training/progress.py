@@ -20,8 +20,8 @@ import torch
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import UserError, shown_names
-from dora_vl.training.launch import rank_and_ranks
-from dora_vl.training.run_folder import ADAPTER
+from dora_vl.run.folder import ADAPTER
+from dora_vl.run.launch import rank_and_ranks
 
 PROGRESS = "progress.json"
 SAMPLES = "training_samples"

@@ -31,7 +31,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import USER_ERROR_STATUS, UserError, is_communication, one_line
-from dora_vl.training.launch import rank_and_ranks, several_ranks, wait_for_everyone
+from dora_vl.run.launch import rank_and_ranks, several_ranks, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 

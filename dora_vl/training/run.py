@@ -15,28 +15,8 @@ from transformers import TrainingArguments
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.samples import check_labels, write_skipped
 from dora_vl.errors import UserError
-from dora_vl.training.adapting import adapt, check_initial
-from dora_vl.training.arguments import launch_of, training_arguments
-from dora_vl.training.build_trainer import build_trainer
-from dora_vl.training.checkpoint_files import check_base, check_manifest
-from dora_vl.training.faults import check_base_weights, steps_left_out
-from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
-from dora_vl.training.launch import (
-    is_first_rank,
-    keep_freed_memory,
-    launched_first,
-    leave_process_group,
-    load_whole_models_again,
-    on_first_rank,
-    threads_of_this_rank,
-)
-from dora_vl.training.live_view import close_views
-from dora_vl.training.optim import check_parts
-from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.progress import Counts
-from dora_vl.training.ranks import ranks_end_together, watch_ranks
-from dora_vl.training.recipe import RunSettings
-from dora_vl.training.run_folder import (
+from dora_vl.run.arguments import launch_of, training_arguments
+from dora_vl.run.folder import (
     ADAPTER,
     FAULTS,
     METRICS,
@@ -51,6 +31,26 @@ from dora_vl.training.run_folder import (
     settings_of,
     write_settings,
 )
+from dora_vl.run.launch import (
+    is_first_rank,
+    keep_freed_memory,
+    launched_first,
+    leave_process_group,
+    load_whole_models_again,
+    on_first_rank,
+    threads_of_this_rank,
+)
+from dora_vl.run.settings import RunSettings
+from dora_vl.training.adapting import adapt, check_initial
+from dora_vl.training.build_trainer import build_trainer
+from dora_vl.training.checkpoint_files import check_base, check_manifest
+from dora_vl.training.faults import check_base_weights, steps_left_out
+from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
+from dora_vl.training.live_view import close_views
+from dora_vl.training.optim import check_parts
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.progress import Counts
+from dora_vl.training.ranks import ranks_end_together, watch_ranks
 from dora_vl.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)

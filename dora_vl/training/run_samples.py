@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.vision_store import FeatureCache
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
@@ -23,7 +29,7 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
@@ -35,16 +41,17 @@ from dora_vl.data.table import (
     load_rows,
     load_training_rows,
     overlap,
-    overlap_warning,
 )
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
-from dora_vl.training.arguments import order_seed
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.folder import run_folder_of
+from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
+from dora_vl.run.media import image_folder, video_folder
+from dora_vl.run.settings import CommonsenseRunConfig, DataConfig, RunConfig, SamplesConfig
 from dora_vl.training.pipeline import TrainingData
-from dora_vl.training.recipe import CommonsenseRunConfig, DataConfig, RunConfig, SamplesConfig
-from dora_vl.training.run_media import image_folder, video_folder
 
 MakeDataset = Callable[[Examples, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
@@ -192,7 +199,7 @@ class RunSamples:
             examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
             for place in _places([example.images for example in examples]):
                 example = examples[place]
-                yield example, make([example], RowPictureBytes(example.image_bytes))[0]
+                yield example, make([example], example.image_bytes)[0]
             return
         samples = make(self._train, self._train.stored)
         for place in _places(self._train.rows[:FIRST_ROWS]["images"]):
@@ -209,8 +216,12 @@ class RunSamples:
                 "`dora-vl check-data` on both files tells it",
                 evaluation.file,
             )
-        elif found := overlap(self._train.rows, questions):
-            logger.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
+        elif pairs := overlap(
+            self._train.rows, ((question.id, question.images, question.text) for question in questions)
+        ):
+            examples = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
+            where = f"{len(pairs):,} training samples of {train_name(data.train)} are asked again in {evaluation.file}"
+            logger.warning("%s", one_line(f"{where}: {examples}"))
 
     def training_data(
         self,
@@ -432,3 +443,42 @@ def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: Train
             f"training.max_steps (a step takes {together})"
         )
     return max(0, arguments.max_steps) * together
+
+
+def stored_features(
+    config: RunConfig,
+    backbone: Backbone[Any],
+    pictures: Iterable[str],
+    *,
+    folder: MediaFolder,
+    device: torch.device,
+    stored: StoredPictures | None = None,
+) -> Callable[[str], Tensor] | None:
+    """What reads a picture's features by its name, with `data.cache_features`; missing ones are computed first.
+
+    Every rank must call it: they share the computing.
+
+    Args:
+        folder: the root of the pictures' paths.
+        stored: those that the data file holds itself.
+
+    Raises:
+        UserError: there is no such folder, or the tower trains.
+    """
+    if not config.data.cache_features:
+        return None
+    tower, model = LlavaTower(backbone.model), config.model
+    if not folder.root.is_dir():
+        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
+    if tower.trains:
+        raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
+    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
+    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
+    with gather_to_read(tower.tower.parameters()):
+        tower.tower.to(device)
+        kept = FeatureCache(cache, tower=tower, preparation=preparation, root=folder, held=stored)
+        wait_for_everyone()  # each must see the same features missing, before one adds some
+        kept.fill(pictures, part=rank_and_ranks())
+    wait_for_everyone()
+    return kept.open().read

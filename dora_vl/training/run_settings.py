@@ -17,8 +17,8 @@ def settings_and_task(
     words: Sequence[str], task: str | None, *, program: str, description: str = ""
 ) -> tuple[Any, str]:
     """The settings by the class of the named task, or of the one that knows most of what is stated."""
-    from dora_vl.training.command_line import read_settings
-    from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+    from dora_vl.run.reading import read_settings
+    from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
     classes: dict[str, type[Any]] = {
         "llava_instruct": RunConfig,
@@ -29,7 +29,7 @@ def settings_and_task(
     name = task or _likeliest(words, {name: classes[name] for name in TASKS if name != "vlbart_video"})
     config = read_settings(words, classes[name], program=program, description=description)
     if task is None and name == "vlbart_image":
-        from dora_vl.training.vlbart_tasks import image_subtasks
+        from dora_vl.evaluation.vlbart_tasks import image_subtasks
 
         return config, "vlbart_image" if set(config.data.train) <= set(image_subtasks()) else "vlbart_video"
     return config, name
@@ -37,7 +37,7 @@ def settings_and_task(
 
 def _likeliest(words: Sequence[str], classes: Mapping[str, type[Any]]) -> str:
     """The task whose settings know most of what is stated."""
-    from dora_vl.training.command_line import setting_names
+    from dora_vl.run.reading import setting_names
 
     stated = _stated(words)
     return min(classes, key=lambda name: len(_unknown(stated, setting_names(classes[name]))))
@@ -45,8 +45,7 @@ def _likeliest(words: Sequence[str], classes: Mapping[str, type[Any]]) -> str:
 
 def _stated(words: Sequence[str]) -> set[str]:
     """Dotted names of all settings that the file and the command line give."""
-    from dora_vl.report.views import flattened
-    from dora_vl.training.command_line import files_first
+    from dora_vl.run.reading import files_first, flattened
 
     found: set[str] = set()
     for word in files_first(words):
@@ -69,7 +68,7 @@ def pipeline_of(config: Any, task: str) -> Pipeline:
         from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 
         return DecoderPipeline(config) if task == "llava_instruct" else CommonsensePipeline(config)
-    from dora_vl.training import vlbart_tasks
+    from dora_vl.evaluation import vlbart_tasks
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
     is_video = task == "vlbart_video"

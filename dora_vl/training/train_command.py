@@ -56,9 +56,9 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     Raises:
         UserError: something in the settings or the data cannot be used.
     """
-    from dora_vl.training.launch import first_rank_speaks, log_to_stderr
+    from dora_vl.run.folder import finished_already, run_folder_of
+    from dora_vl.run.launch import first_rank_speaks, log_to_stderr
     from dora_vl.training.ranks import end_with_launcher
-    from dora_vl.training.run_folder import finished_already, run_folder_of
 
     log_to_stderr()
     end_with_launcher()

@@ -38,26 +38,20 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import UserError
+from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask, with_input_tokens
 from dora_vl.evaluation.test import evaluate_subtasks
+from dora_vl.evaluation.vlbart_tasks import SETTING, account, check_closed, closed, lists_in, make_lists
 from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
-from dora_vl.training.adapting import VLBART, core_config, make_base
-from dora_vl.training.arguments import order_seed
-from dora_vl.training.launch import loading_in
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.base import VLBART, make_base
+from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
+from dora_vl.run.launch import loading_in
+from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.watched import Watch
+from dora_vl.training.adapting import core_config
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
-from dora_vl.training.recipe import VlBartRunConfig
-from dora_vl.training.run_folder import ADAPTER, checkpoint_of, run_folder_of
-from dora_vl.training.seq2seq_tasks import (
-    MixtureDataset,
-    Seq2SeqCollator,
-    Seq2SeqLoss,
-    Subtask,
-    TaskSource,
-    ValidationBatches,
-    with_input_tokens,
-)
-from dora_vl.training.vlbart_tasks import SETTING, account, check_closed, closed, lists_in, make_lists
-from dora_vl.training.watching import Watch
+from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource, ValidationBatches
 
 # What a VL-BART run's settings say of its tasks: names, files, features and what trains; what is refused.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,116 +17,15 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.pictures import PICTURE_FORMATS
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
+from dora_vl.run.folder import WATCHED
+from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
 from dora_vl.training.live_view import Asked
-from dora_vl.training.run_folder import WATCHED, read_log, write_json, write_log
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
-SMALL_PX = 224
-EXACT_PX = 128
-"""Pictures up to this side are kept to the pixel, as PNG; larger ones are photographs, as JPEG."""
-JPEG_QUALITY = 82
-SIDE, GAP_PX, PAPER = 2, 2, (255, 255, 255)
 TIMES_WITHOUT_VALIDATION = 5
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedQuestion:
-    """One question; `picture` is the name of its small picture in the folder, "" where there is none."""
-
-    id: str
-    question: str
-    truth: str
-    picture: str = ""
-    why_no_picture: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What a pipeline has asked while it trains, in the order in which it is shown.
-
-    Attributes:
-        pictures: by question's id, what opens its picture; raises BadSample where it cannot be read.
-        ask: the answers by id with the weights of now; every rank must call it. What cannot be asked is left out.
-        source: where the questions are from, for messages.
-    """
-
-    questions: tuple[WatchedQuestion, ...]
-    pictures: Mapping[str, Callable[[], Image.Image]]
-    ask: Callable[[], Mapping[str, str]]
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """What a run's folder holds of it; `answers` are by step and id."""
-
-    folder: Path
-    questions: tuple[WatchedQuestion, ...] = ()
-    answers: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-
-
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of them, evenly from the first on; all where there are fewer."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
-
-
-def _begin(run_folder: Path, watch: Watch, *, step: int) -> None:
-    """Writes the questions and their pictures; of a resumed run the answers up to `step` stay."""
-    folder = run_folder / WATCHED
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = [line for line in read_log(folder / ANSWERS) if line["step"] <= step] if step else []
-    questions = []
-    for number, question in enumerate(watch.questions):
-        if question.id in watch.pictures:
-            try:
-                picture = small_picture(watch.pictures[question.id]().convert("RGB"))
-            except BadSample as error:
-                question = replace(question, why_no_picture=error.reason)
-            else:
-                name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
-                picture.save(folder / name, quality=JPEG_QUALITY)
-                question = replace(question, picture=name)
-        questions.append(asdict(question))
-    write_json(folder / QUESTIONS, {"source": watch.source, "questions": questions})
-    write_log(folder / ANSWERS, earlier)
-
-
-def read_watched(run_folder: Path) -> Watched | None:
-    """What a run's folder holds; None where nothing was asked, or its files cannot be read."""
-    folder = run_folder / WATCHED
-    try:
-        content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-        questions = tuple(WatchedQuestion(**question) for question in content["questions"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    lines = (line for line in read_log(folder / ANSWERS) if isinstance(line.get("answers"), dict) and "step" in line)
-    return Watched(folder=folder, questions=questions, answers={line["step"]: line["answers"] for line in lines})
-
-
-def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
-    """The picture, at most so many pixels wide and high."""
-    return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
-
-
-def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Up to four pictures as one, two by two, each in the size of the first; one alone as it is."""
-    first, *others = pictures[: SIDE**2]
-    if not others:
-        return first
-    width, height = first.size
-    rows = -(-(1 + len(others)) // SIDE)
-    tile = Image.new("RGB", (SIDE * width + GAP_PX, rows * height + (rows - 1) * GAP_PX), PAPER)
-    for number, picture in enumerate([first, *others]):
-        row, column = divmod(number, SIDE)
-        fitted = picture if picture.size == first.size else ImageOps.pad(picture, first.size, color=PAPER)
-        tile.paste(fitted, (column * (width + GAP_PX), row * (height + GAP_PX)))
-    return tile
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
@@ -192,10 +90,10 @@ class WatchQuestions(TrainerCallback):
         self.newest: tuple[Asked, ...] = ()
         """The questions with their last answers, on the first rank."""
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_trainbegin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
         if state.is_world_process_zero:
-            _begin(self._folder, self._watch, step=state.global_step)
+            begin(self._folder, self._watch, step=state.global_step)
         if state.global_step == 0:
             self._ask(args, state, more["model"])
 

@@ -8,7 +8,7 @@ import pytest
 
 from dora_vl.adapters.files import checkpoint_to_resume, complete_checkpoints, drop_old_checkpoints, step_of
 from dora_vl.errors import UserError
-from dora_vl.training.run_folder import prepare_run_folder
+from dora_vl.run.folder import prepare_run_folder
 
 
 def whole(folder: Path, step: int) -> Path:

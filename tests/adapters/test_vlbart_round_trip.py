@@ -16,8 +16,8 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.backbones.vlbart_compose import SmallBart, VlBartSpec, compose_vlbart
 from dora_vl.cli import main
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.recipe import VlBartRunConfig
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.adapters.original_vlbart import FEEDFORWARD, LORA_ALPHA, RANK, TOKEN_NAMES, WIDTH, Original, original

@@ -22,24 +22,13 @@ from dora_vl.serving.model import ServedModel
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
-from tests.app.tiny_served import ADAPTERS, answers, served, spread, write_adapters
-from tests.backbones.tiny_video import write_tiny_video
+from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
+from tests.app.tiny_served import RED, WIDE, answers, batches_of
 from tests.vision.video_files import write_video
 
 TOKENS, FRAMES = 8, 4
-RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 QUESTION = "What colour is it?"
 LIMITS = MediaLimits(pictures=2, picture_pixels=10_000, bytes=100_000, frames=FRAMES)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    find_chromium()
-    folder = tmp_path_factory.mktemp("page")
-    base = spread(write_tiny_video("qwen2_5_vl", folder / "base"))
-    two = {name: ADAPTERS[name] for name in ("one", "four")}
-    return served(base, write_adapters(base, folder / "adapters", two))
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +37,17 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
-    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
-    with page_of(
-        model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS
-    ) as found:
-        yield found
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
+    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
+    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
+    with page_of(model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS) as page:
+        yield page
 
 
 @pytest.fixture
@@ -129,12 +116,7 @@ def test_a_picture_two_answers_and_a_second_turn(
 
 @pytest.mark.slow
 def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
-    _, engine = opened
-    batches: list[list[Any]] = []
-    begin = engine._rows.begin
-    monkeypatch.setattr(
-        engine._rows, "begin", lambda batch: (batches.append([one.prepared.share for one in batch]), begin(batch))[1]
-    )
+    batches = batches_of(opened[1], monkeypatch)
     visitor.page.locator("#dv-examples tbody tr").first.click()
     visitor.see(1)
     visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
@@ -151,27 +133,23 @@ def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
 
 
 @pytest.mark.slow
-def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
-    visitor.show(pictures["wide"], pictures["red"])
-    visitor.see(2)
-    said = visitor.ask("Which is red?")
-    turns, seen = first("Which is red?", "<image>\n<image>\n"), Shown(pictures=(WIDE, RED))
-    assert printable(said[0]) == expected(opened[1], "one", turns, seen)
-    assert printable(said[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
-
-
-@pytest.mark.slow
-def test_a_video_and_the_times_of_its_frames(
+def test_two_pictures_and_a_video_with_the_times_of_its_frames(
     visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
 ) -> None:
+    visitor.show(pictures["wide"], pictures["red"])
+    visitor.see(2)
+    texts = visitor.ask("Which is red?")
+    turns, seen = first("Which is red?", "<image>\n<image>\n"), Shown(pictures=(WIDE, RED))
+    assert printable(texts[0]) == expected(opened[1], "one", turns, seen)
+    assert printable(texts[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
     file = pictures["clip.mp4"]
     video = read_frames(file.parent, Clip(path=file.name), Uniform(FRAMES))
     visitor.show(file)
     visitor.see(FRAMES)
     assert visitor.captions() == [f"{seconds:.1f} s" for seconds in video.seconds]
-    said = visitor.ask("What moves?")
+    texts = visitor.ask("What moves?")
     turns, seen = first("What moves?", "<video>\n"), Shown(videos=(video,))
-    assert [printable(text) for text in said] == [expected(opened[1], name, turns, seen) for name in ("one", "base")]
+    assert [printable(text) for text in texts] == [expected(opened[1], name, turns, seen) for name in ("one", "base")]
     assert nothing_left(uploads)
 
 
@@ -260,15 +238,14 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(
 ) -> None:
     visitor.show(pictures["red"])
     visitor.see(1)
-    for file, message in (
-        (pictures["broken"], "broken.png: it begins as a PNG and is cut or damaged near its start"),
-        (pictures["broken.mp4"], "broken.mp4: "),
-        (pictures["large"], "large.png: a picture of 300 x 300 pixels; 10,000 are allowed here"),
-        ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png is larger than the 0.09"),
+    for file, name in (
+        (pictures["broken"], "broken.png"),
+        (pictures["broken.mp4"], "broken.mp4"),
+        (pictures["large"], "large.png"),
+        ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png"),
     ):
         visitor.show(file)
-        visitor.page.locator("#dv-notice .dv-notice", has_text=message.partition(":")[0]).wait_for()
-        assert message in visitor.notice()
+        visitor.page.locator("#dv-notice .dv-notice", has_text=name).wait_for()
     visitor.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
     visitor.page.get_by_text("maximum allowed size of 390.6 Kb").wait_for()
     visitor.show(*[pictures["red"]] * 3)
@@ -427,20 +404,6 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         seen = Shown(pictures=(picture,))
         assert printable(left) == expected(opened[1], "one", first(question), seen)
         assert printable(right) == expected(opened[1], "base", first(question), seen)
-
-
-@pytest.mark.slow
-def test_the_first_question_of_a_page_waits_too(
-    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
-) -> None:
-    """Five pages, since each lost its answer once in five times while pictures went through Gradio's queue."""
-    for _ in range(5):
-        context = chromium.new_context()
-        visitor = Visitor(context, opened[0])
-        visitor.show(pictures["red"])
-        left, _ = visitor.ask(QUESTION)
-        assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
-        context.close()
 
 
 @pytest.mark.slow

@@ -132,17 +132,13 @@ def test_gains_are_computed_for_every_layer_and_written_to_every_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loras", "before", "said"),
-    [
-        ({"experts": weights(3)}, None, "applies no magnitudes to 1 of the adapter's layers: experts"),
-        ({}, {"experts.1.w1": [torch.ones(3)]}, r"to 1 of the adapter's layers: experts\.1\.w1"),
-        ({"qkv": weights(3)}, {}, "qkv has rank 2, above --max-lora-rank 1"),
-    ],
+    ("loras", "before"),
+    [({"experts": weights(3)}, None), ({}, {"experts.1.w1": [torch.ones(3)]}), ({"qkv": weights(3)}, {})],
 )
-def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None, said: str) -> None:
+def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None) -> None:
     adapter = adapter_of(**loras)
     found = magnitudes_of(adapter) if before is None else before
-    with pytest.raises(UnservableAdapter, match=said):
+    with pytest.raises(UnservableAdapter):
         compute_gains({"qkv": layer_with()}, found, adapter.loras.get, max_rank=1)
     assert not any(hasattr(one, "dora_minus_one") for one in loras.values())
 
@@ -152,12 +148,9 @@ def test_an_adapter_of_another_base_is_refused() -> None:
     wider.lora_a[0] = torch.ones(2, INPUTS + 1)
     longer.lora_b[1] = torch.ones(SIZES[1] + 1, 2)
     single.lora_a, single.lora_b, single.magnitude = single.lora_a[0], single.lora_b[0], single.magnitude[0]
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", wider)
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", longer)
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", single)
+    for adapter in (wider, longer, single):
+        with pytest.raises(UnservableAdapter):
+            layer.dora_gains("qkv", adapter)
 
 
 def test_packing_keeps_gaps() -> None:

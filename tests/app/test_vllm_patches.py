@@ -135,7 +135,7 @@ def test_a_file_becomes_gains_in_its_slot(vllm: SimpleNamespace, without: int | 
 
 def test_names_of_magnitudes_are_read_as_their_layers(vllm: SimpleNamespace) -> None:
     assert vllm.parse(f"{STEM}.q.lora_magnitude_vector") == ("model.attn.q", False)
-    with pytest.raises(ValueError, match="unsupported"):
+    with pytest.raises(ValueError):  # noqa: PT011 - vLLM's own
         vllm.parse(f"{STEM}.q.something")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.training.launch import leave_process_group
+from dora_vl.run.launch import leave_process_group
 from tests.core.dense_dora import dense_dora, move
 
 RANKS = 2

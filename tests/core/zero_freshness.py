@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, functional
-from dora_vl.training.launch import leave_process_group, start_cpu_communication
+from dora_vl.run.launch import leave_process_group, start_cpu_communication
 
 
 class Stack(nn.Module):

@@ -28,12 +28,12 @@ import datasets  # noqa: F401 - once for every run
 import deepspeed  # noqa: F401
 from safetensors.numpy import load_file
 
-from dora_vl.training.command_line import read_run, read_settings
+from dora_vl.run.folder import read_log
+from dora_vl.run.launch import log_to_stderr
+from dora_vl.run.reading import read_run, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.launch import log_to_stderr
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.run_folder import read_log
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.recorded_run import record_samples
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava

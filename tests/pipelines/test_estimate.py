@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend
 
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import imagine_run
 from tests.training.tiny_run import write_run, write_tiny_llava

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava

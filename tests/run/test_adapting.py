@@ -16,9 +16,9 @@ from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
+from dora_vl.run.reading import read_settings, run_parser
+from dora_vl.run.settings import AdapterConfig, RunConfig
 from dora_vl.training.adapting import core_config
-from dora_vl.training.command_line import read_settings, run_parser
-from dora_vl.training.recipe import AdapterConfig, RunConfig
 
 OTHER: dict[str, Any] = {
     "method": "lora",

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.loading import LanguageSource, written_base
 from dora_vl.errors import UserError
+from dora_vl.run.base import load_base, make_base
+from dora_vl.run.settings import LanguageModelConfig, ModelConfig
 from dora_vl.training import adapting
-from dora_vl.training.adapting import load_base, make_base
-from dora_vl.training.recipe import LanguageModelConfig, ModelConfig
 
 
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
+from dora_vl.run.launch import Launch
 from dora_vl.training.checkpoint_files import MANIFEST, check_base, check_manifest, write_manifest
-from dora_vl.training.launch import Launch
 
 SETTINGS = {
     "resume": None,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_run, read_run_file, read_settings
-from dora_vl.training.recipe import CommonsenseRunConfig, VlBartRunConfig
+from dora_vl.run.reading import read_run, read_run_file, read_settings
+from dora_vl.run.settings import CommonsenseRunConfig, VlBartRunConfig
 from tests.training.tiny_run import write_run
 from tests.training.tiny_vlbart_run import write_vlbart_run
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.training.arguments import (
+from dora_vl.run.arguments import (
     check_agreement,
     check_deepspeed,
     check_form,
@@ -19,7 +19,7 @@ from dora_vl.training.arguments import (
     training_arguments,
     zero_stage,
 )
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from tests.training.tiny_run import write_run
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.folder import full_disk_reported
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.run import train
-from dora_vl.training.run_folder import full_disk_reported
 from tests.training.tiny_run import write_run
 
 SMALL_DISK_KIB = 1400

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dora_vl.training import launch
-from dora_vl.training.launch import stand_alone_environment
+from dora_vl.run import launch
+from dora_vl.run.launch import stand_alone_environment
 
 FAULTS = """
 import resource, sys, torch
-from dora_vl.training.launch import keep_freed_memory
+from dora_vl.run.launch import keep_freed_memory
 if sys.argv[1] == "kept":
     print(keep_freed_memory())
 def step():

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.training.run_folder import LOCK, one_writer
+from dora_vl.run.folder import LOCK, one_writer
 
 HOLD = (
-    "import os, sys, pathlib; from dora_vl.training.run_folder import one_writer\n"
+    "import os, sys, pathlib; from dora_vl.run.folder import one_writer\n"
     "with one_writer(pathlib.Path(sys.argv[1])):\n"
     "    worker = os.fork() if len(sys.argv) > 2 else 1\n"
     "    if worker: print('holds', worker, flush=True)\n"

@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_run
+from dora_vl.run.reading import find_recipe, merged, read_run, recipe_names, variants_of
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
-from dora_vl.training.settings_files import find_recipe, merged, recipe_names, variants_of
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]

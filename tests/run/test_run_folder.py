@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.recipe import RunSettings
-from dora_vl.training.run_folder import checkpoint_of, prepare_run_folder
+from dora_vl.run.folder import checkpoint_of, prepare_run_folder
+from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings import RunSettings
 from tests.training.tiny_run import write_run
 
 

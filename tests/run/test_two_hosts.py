@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_vl.training.run_folder import read_log
+from dora_vl.run.folder import read_log
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]

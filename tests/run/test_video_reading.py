@@ -11,9 +11,9 @@ from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import BadSample, UserError
-from dora_vl.training import run_media
-from dora_vl.training.recipe import DataConfig
-from dora_vl.training.run_media import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run import media as run_media
+from dora_vl.run.media import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.settings import DataConfig
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av")

@@ -23,13 +23,14 @@ from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.recipe import VlBartRunConfig
+from dora_vl.evaluation.vlbart_tasks import closed
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.seq2seq_tasks import MicroBatch, MixtureDataset, Seq2SeqCollator, Seq2SeqLoss, TaskSource
+from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from dora_vl.training.vlbart_tasks import closed
 from tasks import image_qa
 from tests.training.test_two_ranks import losses
 from tests.training.tiny_vlbart_run import (

@@ -15,8 +15,8 @@ from data_prep import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.recipe import CommonsenseRunConfig
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import CommonsenseRunConfig
 from dora_vl.training.run_settings import pipeline_of
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
@@ -187,7 +187,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
     from dora_vl.evaluation.test import read_sets
-    from dora_vl.training.recipe import CommonsenseEvaluationConfig
+    from dora_vl.run.settings import CommonsenseEvaluationConfig
 
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]

@@ -18,8 +18,8 @@ from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
+from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served
-from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from dora_vl.errors import UserError
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tasks import llava_instruct

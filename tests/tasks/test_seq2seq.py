@@ -29,8 +29,9 @@ from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, w
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
-from dora_vl.training import vlbart_tasks
-from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, TaskSource, over_step
+from dora_vl.evaluation import vlbart_tasks
+from dora_vl.evaluation.subtask import Seq2SeqCollator
+from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource, over_step
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"

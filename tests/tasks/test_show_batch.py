@@ -11,11 +11,11 @@ from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.report.batch import BatchView, Piece, batch_page, batch_picture, terminal_lines
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.first_batch import first_batch, shown_settings
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny

@@ -15,13 +15,12 @@ from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
 from dora_vl.data.example import Answer, Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
-from dora_vl.evaluation import ask_command
+from dora_vl.evaluation import ask_command, vlbart_tasks
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.training import vlbart_tasks
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.run_settings import pipeline_of
 from tasks import image_qa, video_qa
@@ -136,8 +135,10 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
         made, _ = assistant.features[words.name].video(reader, place / "data", clip)
-        frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question="which?"))).pictures
-        caption_frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question=""))).pictures
+        frames, caption_frames = (
+            reader.read(place / "data", clip, assistant.view(asked, frames=0).sampling).pictures
+            for asked in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))
+        )
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
     question = as_question(Example(id="1", question="which?"))
 

@@ -14,7 +14,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny

@@ -14,10 +14,10 @@ from data_prep import generated_commonsense
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language

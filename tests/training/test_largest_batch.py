@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training import largest_batch
-from dora_vl.training.arguments import training_arguments
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.command_line import read_run_file, read_settings
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
     asked_bytes,
@@ -29,7 +30,6 @@ from dora_vl.training.largest_batch import (
 )
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
-from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import launch

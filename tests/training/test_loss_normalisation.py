@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dora_vl.backbones.model import open_backbone
-from dora_vl.training.arguments import training_arguments
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.recipe import RunConfig
 from tests.training.test_run import run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
 

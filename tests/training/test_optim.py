@@ -10,6 +10,7 @@ from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, also_trained
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import UserError
+from dora_vl.run.settings import Decayed, OptimConfig
 from dora_vl.training.optim import (
     LearningRates,
     frozen_table,
@@ -18,7 +19,6 @@ from dora_vl.training.optim import (
     trained_table,
     with_decay,
 )
-from dora_vl.training.recipe import Decayed, OptimConfig
 from tests.backbones.tiny_vlbart import tiny
 
 

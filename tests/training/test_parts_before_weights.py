@@ -11,10 +11,10 @@ import yaml
 
 from data_prep import generated_commonsense
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_settings
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_language import write_tiny_language

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.core import merge_dora, strip_adapters, trained_parts
 from dora_vl.evaluation import merge_command
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny

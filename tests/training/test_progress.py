@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch

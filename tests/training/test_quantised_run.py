@@ -25,10 +25,10 @@ from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import CommonsenseRunConfig
 from dora_vl.training import run as training_run
-from dora_vl.training.command_line import read_run_file, read_settings
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
-from dora_vl.training.recipe import CommonsenseRunConfig
 from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny

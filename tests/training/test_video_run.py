@@ -16,7 +16,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import llava_instruct

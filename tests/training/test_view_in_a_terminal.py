@@ -18,7 +18,7 @@ from pathlib import Path
 import pyte
 import pytest
 
-from dora_vl.training.run_folder import read_log
+from dora_vl.run.folder import read_log
 from tests.training.test_two_ranks import ROOT
 from tests.training.tiny_run import write_run
 

@@ -16,11 +16,12 @@ from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import read_questions
+from dora_vl.run.reading import read_run_file
+from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.command_line import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
-from dora_vl.training.watching import Watched, WatchedQuestion, evenly, read_watched, steps_to_ask, tiled, track_answers
+from dora_vl.training.watching import steps_to_ask, track_answers
 from tests.training.tiny_run import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys
 import torch
 from dora_vl.training import run as run_module
-from dora_vl.training.command_line import read_run_file
+from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 
 seen = {}

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from dora_vl.data.example import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.training.seq2seq_tasks import Subtask
+from dora_vl.evaluation.subtask import Subtask
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
@@ -23,7 +23,7 @@ WORDS = ("red", "green", "blue", "a longer answer", "circle", "yes", "no")
 
 
 def all_subtasks() -> Mapping[str, Subtask]:
-    from dora_vl.training import vlbart_tasks
+    from dora_vl.evaluation import vlbart_tasks
 
     return {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
 

@@ -1,6 +1,6 @@
 """The settings of one run: a frozen dataclass for each section of its YAML file.
 
-Read by `dora_vl.training.command_line`; the text under each field is what `--help` prints.
+Read by `dora_vl.run.reading`; the text under each field is what `--help` prints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dora_vl.backbones.prompts import FormatName
 from dora_vl.core.config import AdapterSettings
 from dora_vl.data.columns import Columns
 from dora_vl.data.order import Mixing, TrainFile, train_name
-from dora_vl.evaluation.scores.commonsense import Rule
 
 SampleBound = Literal["max_pixels_per_step", "max_tokens"]
 """A setting that says how large a sample may be."""
@@ -302,7 +301,7 @@ class CommonsenseEvaluationConfig:
     scoring: tuple[Literal["generation", "likelihood"], ...] = ("generation",)
     """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
     likely of the outputs that the question's last line (`Answer format: a/b/...`) admits."""
-    rule: Rule = "nvlabs"
+    rule: Literal["nvlabs", "llm_adapters"] = "nvlabs"
     """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
     batch_size: int = 32
     """Questions answered at once."""

@@ -22,7 +22,7 @@ from dora_vl.data.example import Example, ExampleFile, right_choice
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, UserError, shown_names
 from dora_vl.evaluation.scores import caption, video, vqa
-from dora_vl.training.seq2seq_tasks import Search, Subtask, Target
+from dora_vl.evaluation.subtask import Search, Subtask, Target
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
 NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.llava_tower import LlavaTower
-from dora_vl.backbones.tower_pictures import ImagePreparation
 from dora_vl.backbones.video_inputs import Video, repeated
-from dora_vl.backbones.vision_store import FeatureCache
-from dora_vl.data.pictures import MediaFolder, StoredPictures
+from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
 from dora_vl.errors import UserError
-from dora_vl.training.launch import gather_to_read, rank_and_ranks, wait_for_everyone
-from dora_vl.training.recipe import DataConfig, RunConfig
-from dora_vl.training.run_folder import run_folder_of
+from dora_vl.run.settings import DataConfig
 
 LEAST_FRAMES = 2
 """With `data.video_fps`: what moves needs two, and families that join frames in pairs take no less."""
@@ -97,42 +87,3 @@ def check_videos(data: DataConfig) -> None:
         else:
             return
     raise no_backend_reads(Clip(path=""), reasons)
-
-
-def stored_features(
-    config: RunConfig,
-    backbone: Backbone[Any],
-    pictures: Iterable[str],
-    *,
-    folder: MediaFolder,
-    device: torch.device,
-    stored: StoredPictures | None = None,
-) -> Callable[[str], Tensor] | None:
-    """What reads a picture's features by its name, with `data.cache_features`; missing ones are computed first.
-
-    Every rank must call it: they share the computing.
-
-    Args:
-        folder: the root of the pictures' paths.
-        stored: those that the data file holds itself.
-
-    Raises:
-        UserError: there is no such folder, or the tower trains.
-    """
-    if not config.data.cache_features:
-        return None
-    tower, model = LlavaTower(backbone.model), config.model
-    if not folder.root.is_dir():
-        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
-    if tower.trains:
-        raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
-    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
-    cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
-    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
-    with gather_to_read(tower.tower.parameters()):
-        tower.tower.to(device)
-        kept = FeatureCache(cache, tower=tower, preparation=preparation, root=folder, held=stored)
-        wait_for_everyone()  # each must see the same features missing, before one adds some
-        kept.fill(pictures, part=rank_and_ranks())
-    wait_for_everyone()
-    return kept.open().read

@@ -22,10 +22,10 @@ from transformers.integrations.integration_utils import (
 )
 
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.training.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
-from dora_vl.training.recipe import RunSettings
-from dora_vl.training.run_folder import run_folder_of
-from dora_vl.training.settings_files import shipped_folder, without_type_names
+from dora_vl.run.folder import run_folder_of
+from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
+from dora_vl.run.reading import shipped_folder, without_type_names
+from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dora_vl.adapters.files import (
 )
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UNWRITABLE, UserError
-from dora_vl.training.recipe import RunSettings
+from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
