@@ -18,7 +18,7 @@ from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import COLOURS, write_run, write_tiny_data
+from tests.training.tiny_run import COLOURS, logged_losses, write_run, write_tiny_data
 
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2}
 
@@ -37,11 +37,6 @@ def settings(there: Path, name: str, **changes: dict[str, object]) -> Path:
     return write_run(
         there / f"{name}.yaml", there / "base", there / "data" / "train.json", training=training, **changes
     )
-
-
-def losses(run_folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def rows_with_system(there: Path, form: str) -> Path:
@@ -72,7 +67,7 @@ def test_rows_with_a_system_turn_train(there: Path, form: str, monkeypatch: pyte
     data: dict[str, object] = {"train": str(rows_with_system(there, form))}
     path = settings(there, form, data=data, training={"max_steps": 2, "save_strategy": "no"})
     run(DecoderPipeline(read_run_file(path)))
-    assert len(losses(there / form)) == 2
+    assert len(logged_losses(there / form)) == 2
     assert len(seen) >= 8
     for text, answer in seen:
         assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
