@@ -15,7 +15,7 @@ import reprlib
 import select
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -121,6 +121,19 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+class SettingError(UserError):
+    """A setting, or an option of a command, that cannot be used.
+
+    Attributes:
+        key: its name, such as `data.train`; the message begins with it.
+        nearest: what was probably meant, where `key` is none.
+    """
+
+    def __init__(self, key: str, problem: str = "", nearest: Sequence[str] = ()) -> None:
+        super().__init__(key + problem)
+        self.key, self.nearest = key, tuple(nearest)
 
 
 class BadSample(UserError):

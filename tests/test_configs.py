@@ -26,7 +26,6 @@ from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
-from dora_vl.errors import UserError
 from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.reading import read_settings, variants_of
 from dora_vl.run.settings import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
@@ -180,7 +179,7 @@ def adapted(config: Any) -> Any:
     """The model of these settings on the meta device, adapted as they say."""
     if isinstance(config, VlBartRunConfig):
         model = meta_vlbart(config)
-        adapt(model, vlbart_dora_config(config, model))
+        adapt(model, vlbart_dora_config(config.adapter, model, heads=bool(config.data.closed_answers)))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
         adapt(model, CommonsensePipeline(config).dora_config(DecoderBackbone(model)))
@@ -210,7 +209,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
     config = read(recipe)
     check_training_section(config.training)
     deepspeed = read_deepspeed(config.training["deepspeed"])
-    check_deepspeed(deepspeed, method=config.adapter.method, bf16=bool(config.training.get("bf16")))
+    check_deepspeed(deepspeed, method=config.adapter.method)
     model = adapted(config)
     assert trained_count(model) > 0
     tower = getattr(model.model, "vision_tower", torch.nn.Identity())
@@ -333,19 +332,4 @@ def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:
     files = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
     assert [path.stem for path in files] == sorted(SHORT_NAMES)
     for path in files:
-        check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora", bf16=False)
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"learning_rate": -1.0}, r"training\.learning_rate is -1; it must be a number of at least 0"),
-        ({"learning_rate": float("nan")}, "training.learning_rate is nan"),
-        ({"per_device_train_batch_size": 0}, r"training\.per_device_train_batch_size is 0; .* at least 1"),
-        ({"seed": -1}, "training.seed is -1"),
-        ({"gradient_accumulation_steps": -2}, "training.gradient_accumulation_steps is -2"),
-    ],
-)
-def test_numbers_that_make_no_sense_are_refused(section: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        check_training_section(section)
+        check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora")

@@ -188,6 +188,7 @@ class Collator:
             rows = [self._nothing()]
         batch = self._joined(rows)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
+        stored = [outputs for row in rows for outputs in row.stored]
         return {
             **batch,
             "samples": len(samples),
@@ -196,6 +197,7 @@ class Collator:
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
             **({"shrunk": shrunk} if shrunk else {}),
+            **({"stored": stored} if stored else {}),
         }
 
     def _media(self, row: Sample) -> frozenset[str]:
@@ -244,7 +246,8 @@ def _as_sample(row: SharedRow) -> Sample:
         for name in names
     }
     inputs["layout"] = row.layout[None]
-    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs)
+    stored = tuple(outputs for sample in row.pictures_of for outputs in sample.stored)
+    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs, stored=stored)
 
 
 def _mask(row: Sample) -> Tensor:
@@ -285,3 +288,22 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
         whole[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
         start += len(tensor)
     return whole
+
+
+SAMPLES, WEIGHTS = "samples", "sample_weights"
+"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
+
+
+def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """A rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
+
+    How many those are is known only now that the data has been read: a mean over the samples that were asked for would
+    count the missing ones as samples of loss 0. Every rank must call it; batches without weights stay as they are.
+    """
+    if not batches or WEIGHTS not in batches[0]:
+        return [dict(batch) for batch in batches]
+    total = torch.tensor(sum(batch[SAMPLES] for batch in batches), device=device)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    samples = max(1, int(total))
+    return [{**batch, WEIGHTS: batch[WEIGHTS] * (batch[SAMPLES] / samples)} for batch in batches]

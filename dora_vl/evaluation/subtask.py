@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
+from dora_vl.data.batches import SAMPLES, WEIGHTS
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Skipped
 from dora_vl.errors import BadSample
@@ -143,10 +144,6 @@ def _check_kind(example: Example, subtask: Subtask) -> None:
     inputs = len(feature_paths(example))
     if inputs != subtask.images:
         raise BadSample(example.id, f"it has {inputs} pictures; {subtask.name} takes {subtask.images}")
-
-
-SAMPLES, WEIGHTS = "samples", "sample_weights"
-"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
 
 
 @dataclass(frozen=True)

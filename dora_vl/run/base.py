@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.quantised_base import check_runs_here
 from dora_vl.backbones.loading import check_made_from
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.launch import loading_in, without_sharding
 from dora_vl.run.settings import LoadedModelConfig
 
@@ -32,9 +32,6 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
     Args:
         make: writes a folder by such settings.
         spec: the settings; None is a run whose base is there.
-
-    Raises:
-        UserError: the base is there and says that it was made with other settings.
     """
     if spec is None:
         return
@@ -46,17 +43,14 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
 
 
 def check_quantisation(model: LoadedModelConfig) -> None:
-    """Refuses `model.quantisation` where it cannot work, before any weight is read.
-
-    Raises:
-        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
-    """
+    """Refuses `model.quantisation` where it cannot work, before any weight is read."""
     if model.quantisation is None:
         return
     if is_deepspeed_zero3_enabled():
-        raise UserError(
-            f"model.quantisation: {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
-            "training.deepspeed: zero2, under which each GPU holds the quantised base whole"
+        raise SettingError(
+            "model.quantisation",
+            f": {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
+            "training.deepspeed: zero2, under which each GPU holds the quantised base whole",
         )
     check_runs_here(model.quantisation, getattr(torch, model.dtype))
 
@@ -68,12 +62,9 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: A
         load: the backbone's own loader.
         model: the run's model section.
         more: what that loader takes besides.
-
-    Raises:
-        UserError: the attention kernel or the quantisation does not run on this machine.
     """
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+        raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")
     check_quantisation(model)
     dtype = getattr(torch, model.dtype)
     with loading_in(dtype):

@@ -24,7 +24,7 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.adapters.folder import refuse_to_replace_adapter
-from dora_vl.errors import UNWRITABLE, UserError
+from dora_vl.errors import UNWRITABLE, SettingError, UserError
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -48,14 +48,8 @@ HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
 BESIDE_THE_RUN = frozenset({"watch", "try_largest_batch"})
 """Settings that change nothing of what a run leaves."""
 TRAINING_NUMBERS = (
-    "train_seconds",
-    "samples_per_second",
-    "train_samples",
-    "train_steps",
-    "padding_share",
-    "skipped_samples",
-    "shrunk_samples",
-    "steps_left_out",
+    *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
+    *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out"),
 )
 """What `metrics.json` says of the training."""
 
@@ -63,7 +57,7 @@ TRAINING_NUMBERS = (
 def run_folder_of(config: RunSettings) -> Path:
     """Where a run writes: `training.output_dir`, which every run names."""
     if "output_dir" not in config.training:
-        raise UserError("training.output_dir is missing: name the folder for checkpoints, adapter and logs")
+        raise SettingError("training.output_dir", " is missing: name the folder for checkpoints, adapter and logs")
     return Path(config.training["output_dir"])
 
 
@@ -72,37 +66,33 @@ def results_in(folder: Path) -> list[Path]:
     return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
 
 
-def checkpoint_of(config: RunSettings) -> Path | None:
-    """The checkpoint that a run resumes from; None: it starts anew.
+def _took_work(folder: Path) -> list[Path]:
+    return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
 
-    Raises:
-        UserError: `resume` names one that is not there.
-    """
+
+def checkpoint_of(config: RunSettings) -> Path | None:
+    """The checkpoint that a run resumes from; None: it starts anew."""
     folder = run_folder_of(config)
-    if config.resume == LAST and not complete_checkpoints(folder):
-        kept = _took_work(folder)
-        way_out = f"{kept[0].name} is there: {_OTHERWISE}" if kept else "start without resume"
-        raise UserError(f"resume: no complete checkpoint in {folder}; {way_out}")
+    checkpoints = complete_checkpoints(folder)
+    if config.resume == LAST and not checkpoints:
+        results = _took_work(folder)
+        way_out = f"{results[0].name} is there: {_OTHERWISE}" if results else "start without resume"
+        raise SettingError("resume", f": no complete checkpoint in {folder}; {way_out}")
     if config.resume != IF_STOPPED:
         return checkpoint_to_resume(config.resume, folder)
-    checkpoints = complete_checkpoints(folder)
     return checkpoints[-1] if checkpoints and not _is_finished(folder, config) else None
 
 
 def finished_already(config: RunSettings) -> bool:
-    """Whether a run that `resume: if_stopped` starts again has nothing left to do.
-
-    Raises:
-        UserError: the finished run in its folder had other settings.
-    """
+    """Whether a run that `resume: if_stopped` starts again has nothing left to do."""
     folder = run_folder_of(config)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
     then, now = _json_of(folder / SETTINGS), settings_of(config)
-    names = (now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN
+    names = sorted((now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN)
     if changed := [name for name in names if now.get(name) != then.get(name)]:
-        raise UserError(
-            f"{folder} holds a finished run with other settings (in {', '.join(sorted(changed))}); {_OTHERWISE}"
+        raise SettingError(
+            changed[0], f": {folder} holds a finished run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
         )
     return True
 
@@ -116,11 +106,6 @@ def _is_finished(folder: Path, config: RunSettings) -> bool:
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """A run's resolved settings, a dataclass, in JSON's types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def _json_of(path: Path) -> dict[str, Any]:
     """A file's object; nothing where there is none, or half a one."""
     try:
@@ -130,23 +115,14 @@ def _json_of(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _took_work(folder: Path) -> list[Path]:
-    return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
-
-
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Sees before anything is made whether a run may write there.
-
-    Raises:
-        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
-            folder holds somebody else's files.
-    """
+    """Sees before anything is written whether a run may write there."""
     if resume and overwrite:
-        raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
-    kept = _took_work(folder)
-    if kept and not resume and not overwrite:
+        raise SettingError("overwrite", " and resume exclude each other: one goes on, the other starts anew")
+    results = _took_work(folder)
+    if results and not resume and not overwrite:
         resumes = "--resume last resumes it, " if complete_checkpoints(folder) else ""
-        raise UserError(f"{folder} holds an earlier run's {kept[0].name}; {resumes}{_OTHERWISE}")
+        raise UserError(f"{folder} holds an earlier run's {results[0].name}; {resumes}{_OTHERWISE}")
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
 
 
@@ -158,9 +134,6 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
 
     Args:
         checkpoint: what the run resumes from.
-
-    Raises:
-        UserError: as `check_run_folder`.
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +152,11 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
         logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """A run's resolved settings, a dataclass, in JSON's types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
 def write_settings(folder: Path, config: Any) -> None:
     """Writes a run's settings, defaults and the variant included, as a file that --config takes."""
     settings = dataclasses.asdict(config)
@@ -186,20 +164,25 @@ def write_settings(folder: Path, config: Any) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes under a temporary name, then renames."""
-    _replace(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    """Replaces a file by a JSON object."""
+    replace_file(path, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes under a temporary name, then renames: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
     """Adds numbers to a metrics file, or makes it."""
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, {**there, **numbers})
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**metrics, **numbers})
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -216,8 +199,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
     """Replaces a loss log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 LOCK = ".writing.lock"
@@ -231,9 +213,6 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
     inherit it, and network file systems keep it on the server.
-
-    Raises:
-        UserError: another process holds it, or the folder cannot be written to.
     """
     path, made = folder / LOCK, not folder.exists()
     try:

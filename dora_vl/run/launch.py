@@ -141,16 +141,18 @@ def on_first_rank(action: Callable[[], None]) -> None:
         UserError: on every rank, what `action` raised on the first.
     """
     rank, ranks = rank_and_ranks()
-    mistake: list[str | None] = [None]
+    error: UserError | None = None
     if rank == 0:
         try:
             action()
-        except UserError as error:
-            mistake = [str(error)]
+        except UserError as mistake:
+            error = mistake
     if ranks > 1:
-        torch.distributed.broadcast_object_list(mistake, src=0)
-    if mistake[0] is not None:
-        raise UserError(mistake[0])
+        message = [None if error is None else str(error)]
+        torch.distributed.broadcast_object_list(message, src=0)
+        error = error or (None if message[0] is None else UserError(message[0]))
+    if error is not None:
+        raise error
 
 
 def leave_process_group() -> None:

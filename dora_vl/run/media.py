@@ -11,7 +11,7 @@ from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.settings import DataConfig
 
 LEAST_FRAMES = 2
@@ -54,30 +54,22 @@ def video_folder(data: DataConfig) -> MediaFolder:
 
 
 def video_sampling(data: DataConfig) -> Sampling:
-    """Which frames `data.video_frames` and `data.video_fps` mean.
-
-    Raises:
-        UserError: they mean none.
-    """
+    """Which frames `data.video_frames` and `data.video_fps` mean."""
     if data.video_frames < 1:
-        raise UserError(f"data.video_frames is {data.video_frames}; at least 1 frame of a video is needed")
+        raise SettingError("data.video_frames", f" is {data.video_frames}; at least 1 frame of a video is needed")
     if data.video_fps is None:
         return Uniform(data.video_frames)
     if not 0 < data.video_fps < float("inf"):
-        raise UserError(f"data.video_fps is {data.video_fps}; it must be above 0")
+        raise SettingError("data.video_fps", f" is {data.video_fps}; it must be above 0")
     least = min(LEAST_FRAMES, data.video_frames)
     return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
 
 
 def check_videos(data: DataConfig) -> None:
-    """Refuses what would make every video a bad sample.
-
-    Raises:
-        UserError: no library that decodes videos can be imported, or the folder is not there.
-    """
+    """Refuses what would make every video a bad sample."""
     video_sampling(data)
     if not video_folder(data).root.is_dir():
-        raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
+        raise SettingError("data.video_folder", f": video folder {video_folder(data)} does not exist")
     reasons: dict[str, Exception] = {}
     for backend in BACKENDS:
         try:

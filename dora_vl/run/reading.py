@@ -1,29 +1,129 @@
-"""Reads one run's settings: `--config FILE`, `--variant NAME` of it, then `--section.key value`."""
+"""Reads a run's settings: `--config FILE` or a recipe's name, `--variant NAME` of it, then `--section.key value`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.errors import SettingError, UserError, shown, shown_text
 from dora_vl.files import read_yaml, refuse_other_number
 from dora_vl.run.settings import RunConfig
+
+Settings = TypeVar("Settings")
 
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
 NO_SETTINGS = ("config", "print_config", "local_rank", "help")
 """Options of the parser; from a file it would take another file's name by the first."""
 SECTIONS = ("model", "adapter", "data", "optim", "training", "evaluation", VARIANTS)
+FOR_ALL = ", or null for all of them"
+COUNTS = {
+    "limit": FOR_ALL,
+    "validation_limit": FOR_ALL,
+    "batch_size": "",
+    "max_new_tokens": "",
+    "max_pixels_per_step": "; null leaves it to the model",
+}
+"""Settings of any section that count what is read or asked -> what else they take than numbers. A limit of 0 would be
+an empty test that looks like a whole one."""
+
+
+def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
+    """Settings of a YAML file, with `--section.key=value` overrides."""
+    return read_run([f"--config={path}", *overrides])
+
+
+def read_run(arguments: Sequence[str]) -> RunConfig:
+    """The settings of a run on conversations from command-line arguments; see `read_settings`."""
+    return read_settings(arguments, RunConfig)
+
+
+def read_settings(
+    arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
+) -> Settings:
+    """Settings of a run's dataclass from command-line arguments, which win over the file's."""
+    parser = run_parser(program, description, settings)
+    kind: Any = settings
+    try:
+        parsed = parser.instantiate(parser.parse_args(files_first(arguments)))
+        config = kind(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)})
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise explained(str(error), setting_names(settings)) from error
+    if config.watch < 0:
+        raise SettingError("watch", f" is {config.watch}; 0 asks nothing")
+    for section in dataclasses.fields(config):
+        for name, hint in COUNTS.items():
+            count = getattr(getattr(config, section.name), name, None)
+            if count is not None and count < 1:
+                raise SettingError(f"{section.name}.{name}", f" is {count}; at least 1 is needed{hint}")
+    from dora_vl.run.arguments import check_training_section  # transformers: not for --help
+
+    return dataclasses.replace(config, training=check_training_section(config.training))
+
+
+def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
+    """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
+    )
+    # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_class_arguments(settings, None)
+    return parser
+
+
+def setting_names(settings: type[Any] = RunConfig) -> list[str]:
+    """Every dotted name a run understands, `training.*` included."""
+    from dora_vl.run.arguments import training_fields  # transformers: not for --help
+
+    # Only leaf settings: a name such as "model" also stands for a whole section.
+    names = [action.dest for action in run_parser("run", "", settings)._actions if action.dest not in NO_SETTINGS]
+    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    return leaves + [f"training.{name}" for name in training_fields()]
+
+
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings of each `--config` in front, as JSON: an argument wins wherever it stands.
+
+    The parser itself opens no file.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--variant")
+    options, others = parser.parse_known_args(list(arguments))
+    for argument in others:
+        refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
+    settings = [_as_json(one) for one in settings_of_files(options.config, options.variant)]
+    variant = [] if options.variant is None else [f"--variant={options.variant}"]
+    return [*(f"--config={one}" for one in settings), *others, *variant]
+
+
+def _as_json(settings: Mapping[str, Any]) -> str:
+    """JSON that YAML reads alike, as the parser does: an emoji as it is, not as the two halves of a pair."""
+    pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
+    return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value; an empty mapping is a value."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value} if prefix else {}
+    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
+    return {name: leaf for key, item in named.items() for name, leaf in flattened(item, key).items()}
+
+
+# Settings as files hold them: recipes by name, and variants.
 
 
 def shipped_folder() -> Path:
@@ -33,40 +133,29 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def recipe_names() -> list[str]:
-    """Every recipe's name, such as `llava/llava15_7b`."""
-    folder = shipped_folder()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{ENDING}"))
-
-
 def find_recipe(name: str) -> Path:
-    """The file that a path or a recipe's name stands for; a file that is there comes first.
+    """The file that a path or a recipe's name (`llava/llava15`) stands for; a file that is there comes first."""
+    folder = shipped_folder()
+    shipped = folder / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
+    path = next((path for path in (Path(name), shipped) if path.is_file()), None)
+    if path is None:
+        names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{ENDING}"))
+        raise SettingError(
+            "--config", f" {shown(name, 200)}: no such file or recipe; the recipes are {', '.join(names)}"
+        )
+    return path
 
-    Raises:
-        UserError: neither; it lists the recipes.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_folder() / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
-    if shipped.is_file():
-        return shipped
-    raise UserError(f"--config {shown(name, 200)}: no such file or recipe; the recipes are {', '.join(recipe_names())}")
 
-
-def with_variant(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
+def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
     """The settings of each `--config`, a path or a recipe's name, under a variant.
 
     Args:
-        names: of the files.
         variant: what `--variant` says; None: each file's own choice, its key `variant`, or the file as it stands.
-
-    Raises:
-        UserError: a file is not there or cannot be used, has not the variant, or none of them has any.
     """
     paths = [find_recipe(name) for name in names]
     if variant is not None and not any(map(variants_of, paths)):
         where = f"{', '.join(map(str, paths))}: no variants there" if paths else "no --config FILE is given"
-        raise UserError(f"--variant {shown(variant)}: {where}")
+        raise SettingError("--variant", f" {shown(variant)}: {where}")
     return [_resolved(path, variant) for path in paths]
 
 
@@ -77,13 +166,11 @@ def variants_of(path: Path) -> list[str]:
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with changes over them: mappings are merged, all else is replaced."""
-    over = {
-        key: merged(settings[key], value)
-        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping)
-        else value
-        for key, value in changes.items()
-    }
-    return {**settings, **over}
+    result = {**settings, **changes}
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
+            result[key] = merged(settings[key], value)
+    return result
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -101,15 +188,18 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
     content = _read(path)
     variants = content.get(VARIANTS, {})
     if not isinstance(variants, Mapping) or not all(isinstance(changes, Mapping) for changes in variants.values()):
-        raise UserError(f"{path}: variants is not a mapping of names to settings")
+        raise SettingError(VARIANTS, f" of {path} is not a mapping of names to settings")
     settings = {key: value for key, value in content.items() if key != VARIANTS}
     name = settings.get(VARIANT) if variant is None else variant
     if VARIANTS in content and name is not None:
         if name not in variants:
-            raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
+            raise SettingError(
+                VARIANT, f": {path} has no variant {shown(name)}; there are {', '.join(map(str, variants))}"
+            )
         settings = {**merged(settings, variants[name]), VARIANT: name}
-    if options := [name for name in NO_SETTINGS if name in settings]:
-        raise UserError(f"{path}: {options[0]} is not a setting; it belongs on the command line")
+    for option in NO_SETTINGS:
+        if option in settings:
+            raise SettingError(option, f" in {path} is not a setting; it belongs on the command line")
     return settings
 
 
@@ -156,17 +246,17 @@ LEAST, MOST_NAMED = 2, 6
 """Of other tools' names, so many make a file another tool's, and so many are named."""
 
 
-def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuses a settings file of another tool, with what its settings are called here.
+def refuse_other_tools(path: Path, settings: Mapping[str, object], *, untranslated: bool = False) -> None:
+    """Refuses a settings file that has names of another tool at its top level, with what they are called here.
 
-    Raises:
-        UserError: names of other tools are at its top level.
+    Args:
+        untranslated: only a file of a tool that is known, but has no table, is refused.
     """
     theirs = [name for name in settings if name in NAMES]
-    if len(theirs) < LEAST:
-        return
     likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
     tool = likely if TELLING[likely] & settings.keys() else "another tool"
+    if len(theirs) < LEAST or (untranslated and tool not in UNTRANSLATED):
+        return
     names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:MOST_NAMED])
     more = f" and {len(theirs) - MOST_NAMED} more" if len(theirs) > MOST_NAMED else ""
     write = "`dora-vl init FOLDER` writes a file for your pictures"
@@ -174,17 +264,6 @@ def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
         f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections model, adapter, "
         f"data, training; {write if tool in UNTRANSLATED else f'`dora-vl translate {path}`'}"
     )
-
-
-def refuse_untranslated(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuses the settings of a tool that is known here, but has no table.
-
-    Raises:
-        UserError: its names are theirs.
-    """
-    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
-    if likely in UNTRANSLATED and TELLING[likely] & settings.keys():
-        refuse_other_tools(path, settings)
 
 
 # What is said of a key or a value that the parser does not take.
@@ -201,30 +280,33 @@ _ONE_OF = re.compile(
 )
 
 
-def explain(message: str, names: Sequence[str]) -> str:
+def explained(message: str, names: Sequence[str]) -> UserError:
     """One line from the parser's message, with the nearest settings where a key is unknown."""
     line = " ".join(message.split())
-    match = next((found for pattern in _UNKNOWN if (found := pattern.search(line))), None)
+    match = next((match for pattern in _UNKNOWN if (match := pattern.search(line))), None)
     if match is None:
-        return without_type_names(line)
+        return wrong_value(line)
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
-    known = NAMES.get(unknown.rpartition(".")[2])
-    close = [known] if known is not None and known in names else nearest(unknown, names)
+    same = NAMES.get(unknown.rpartition(".")[2], "")
+    close = [same] if same in names else nearest(unknown, names)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
-    return f"{unknown} is not a setting{hint}"
+    return SettingError(unknown, f" is not a setting{hint}", nearest=close)
 
 
-def without_type_names(line: str) -> str:
+def wrong_value(message: str) -> UserError:
     """A complaint of the parser about a value, without Python's names of types."""
+    line = " ".join(message.split())
     if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
-        return f"{match[1]} is {shown_text(match[3])}; it must be {_KINDS[match[2]]}"
+        return SettingError(match[1], f" is {shown_text(match[3])}; it must be {_KINDS[match[2]]}")
     if match := _ONE_OF.match(line):
-        literals = [one.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for one in group.split(", ")]
-        kinds = [_KINDS[one] for one in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if one in _KINDS]
-        if known := list(dict.fromkeys([*literals, *kinds])):
-            return f"{match[1]} is {shown_text(match[3])}; it must be one of {', '.join(known)}"
-    return line.replace('Parser key "', '"', 1)
+        literals = [word.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for word in group.split(", ")]
+        kinds = [
+            _KINDS[word] for word in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if word in _KINDS
+        ]
+        if choices := list(dict.fromkeys([*literals, *kinds])):
+            return SettingError(match[1], f" is {shown_text(match[3])}; it must be one of {', '.join(choices)}")
+    return UserError(line.replace('Parser key "', '"', 1))
 
 
 def nearest(unknown: str, names: Iterable[str]) -> list[str]:
@@ -238,125 +320,3 @@ def nearest(unknown: str, names: Iterable[str]) -> list[str]:
 
     best = [name for name in sorted(names, key=likeness, reverse=True)[:2] if likeness(name) >= 0.6]
     return [name for name in best if name.rpartition(".")[2] == last] or best
-
-
-Settings = TypeVar("Settings")
-
-FOR_ALL = ", or null for all of them"
-COUNTS = {
-    "limit": FOR_ALL,
-    "validation_limit": FOR_ALL,
-    "batch_size": "",
-    "max_new_tokens": "",
-    "max_pixels_per_step": "; null leaves it to the model",
-}
-"""Settings of any section that count what is read or asked -> what else they take than numbers."""
-
-
-def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
-    """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
-    )
-    # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_class_arguments(settings, None)
-    return parser
-
-
-def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
-    """Settings of a YAML file, with `--section.key=value` overrides."""
-    return read_run([f"--config={path}", *overrides])
-
-
-def read_run(arguments: Sequence[str]) -> RunConfig:
-    """A LLaVA run's settings from command-line arguments; see `read_settings`."""
-    return read_settings(arguments, RunConfig)
-
-
-def read_settings(
-    arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
-) -> Settings:
-    """Settings of a run's dataclass from command-line arguments; they win over the file's.
-
-    Raises:
-        UserError: a key that is not a setting (with the nearest one), a value of the wrong type, or a count below 1.
-    """
-    parser = run_parser(program, description, settings)
-    kind: Any = settings
-    try:
-        built = parser.instantiate(parser.parse_args(files_first(arguments)))
-        config = kind(**{field.name: getattr(built, field.name) for field in dataclasses.fields(kind)})
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(explain(str(error), setting_names(settings))) from error
-    _check_counts(config)
-    from dora_vl.run.arguments import check_training_section  # transformers: not for --help
-
-    return dataclasses.replace(config, training=check_training_section(config.training))
-
-
-def _check_counts(config: object) -> None:
-    """A limit of 0 would be an empty test that looks like a whole one."""
-    watch = getattr(config, "watch", 0)
-    if watch < 0:
-        raise UserError(f"watch is {watch}; 0 asks nothing")
-    for section in dataclasses.fields(cast(Any, config)):
-        value = getattr(config, section.name)
-        for name, hint in COUNTS.items() if dataclasses.is_dataclass(value) else ():
-            number = getattr(value, name, None)
-            if number is not None and number < 1:
-                raise UserError(f"{section.name}.{name} is {number}; at least 1 is needed{hint}")
-
-
-def files_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the settings of each `--config` in front, as JSON: one given here wins wherever it stands.
-
-    The parser itself opens no file.
-    """
-    configs, others = _taken(arguments, "--config")
-    variants, _ = _taken(others, "--variant")
-    for argument in others:
-        refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-    settings = with_variant(configs, variants[-1] if variants else None)
-    return [f"--config={_as_json(one)}" for one in settings] + others
-
-
-def _as_json(settings: Mapping[str, Any]) -> str:
-    """JSON that YAML reads alike, as the parser does: an emoji as it is, not as the two halves of a pair."""
-    pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
-    return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
-
-
-def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
-    """The values of an option, and the arguments without them; an option without a value stays for the parser."""
-    values: list[str] = []
-    others: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument.startswith(f"{option}="):
-            values.append(argument.partition("=")[2])
-        elif argument == option and (following := list(itertools.islice(waiting, 1))):
-            values += following
-        else:
-            others.append(argument)
-    return values, others
-
-
-def setting_names(settings: type[Any] = RunConfig) -> list[str]:
-    """Every dotted name a run understands, `training.*` included."""
-    from dora_vl.run.arguments import training_fields  # transformers: not for --help
-
-    # Only leaf settings: a name such as "model" also stands for a whole section.
-    named = [action.dest for action in run_parser("run", "", settings)._actions if action.dest not in NO_SETTINGS]
-    leaves = [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
-    return leaves + [f"training.{name}" for name in training_fields()]
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; an empty mapping is a value."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value} if prefix else {}
-    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
-    return {name: leaf for key, item in named.items() for name, leaf in flattened(item, key).items()}

@@ -253,7 +253,7 @@ class RunConfig(ResumableRun):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-# The settings of one run on instructions with a plain language model; the text under each field is `--help`'s.
+# A run on instructions with a plain language model.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,7 @@ class CommonsenseRunConfig(ResumableRun):
     evaluation: CommonsenseEvaluationConfig = field(default_factory=CommonsenseEvaluationConfig)
 
 
-# The settings of one VL-BART run; the text under each field is what `--help` prints.
+# A VL-BART run.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,8 +112,6 @@ class Answering:
     Attributes:
         put: receives its events.
         deadline: when its answer comes too late, by `time.monotonic`.
-        over: whether it got its last event.
-        pieces: how many pieces it got.
     """
 
     prepared: Prepared
@@ -154,11 +152,9 @@ class EngineSettings:
     """How requests become batches.
 
     Attributes:
-        batch_rows: most requests in a batch.
         batch_tokens: most tokens of a batch, prompts padded and answers at their longest; a single request may have
             more.
         window_seconds: how long the first request of a batch waits for others.
-        waiting: most requests that wait.
         answer_seconds: longest time from handing a request in to the end of its answer.
         prompt_tokens: longest prompt; None: as the model takes.
         joining: requests come to a batch that is being answered, where the model allows it.
@@ -177,7 +173,6 @@ class WaitingRoom:
     """Where requests wait, in order; any thread may hand one in, one thread takes batches.
 
     Args:
-        settings: how many may wait, and how large a batch is.
         one_kind: whether the model cannot tell pictures from videos of one batch.
     """
 
@@ -192,12 +187,7 @@ class WaitingRoom:
         return len(self._waiting)
 
     def add(self, request: Answering, check: Callable[[], object]) -> None:
-        """Takes a request in, where `check` raises nothing while no other request comes or goes.
-
-        Raises:
-            TooManyRequests: as many wait as may.
-            Stopped: the room is closed.
-        """
+        """Takes a request in, where `check` raises nothing while no other request comes or goes."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
@@ -240,7 +230,6 @@ class WaitingRoom:
         """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
 
         Args:
-            rows: of the batch.
             columns: tokens that it has room for.
             left: most tokens that a row of it may still get.
         """
@@ -262,11 +251,7 @@ class WaitingRoom:
         self._waiting = deque(request for request in self._waiting if not request.over)
 
     def _take(self, room: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
-        """The first of those that wait, and those after it that fit beside it, in order; nothing where it has no room.
-
-        Args:
-            room: whether there is any for these.
-        """
+        """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
         self._let_go()
         batch: list[Answering] = []
         left: deque[Answering] = deque()
@@ -300,7 +285,6 @@ class WaitingClient:
 
     Args:
         request: its body is read before `watched`.
-        seconds: longest time from now to the end of its answer.
     """
 
     def __init__(self, request: Request, seconds: float) -> None:
@@ -309,12 +293,7 @@ class WaitingClient:
         self._gone = threading.Event()
 
     def check(self) -> None:
-        """Goes on only where somebody waits; from any thread.
-
-        Raises:
-            Stopped: the client has gone away.
-            TooLate: its time is over.
-        """
+        """Goes on only where somebody waits; from any thread."""
         if self._gone.is_set():
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:

@@ -29,11 +29,9 @@ class Sampling:
     """How one answer is chosen.
 
     Attributes:
-        max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token.
         top_p: of the likeliest tokens, as few as have this probability together.
         stop: texts that end the answer, and are not part of it.
-        seed: the same answer again; None: another each time.
     """
 
     max_new_tokens: int
@@ -49,11 +47,8 @@ class RowText:
 
     Attributes:
         decode: its tokens as text.
-        write: receives the text piece by piece.
         over: whether nobody waits for the rest; asked at every token.
         done: is told once, when the row is over.
-        text: what has been written.
-        reason: why it is over; None while it goes on.
         error: what broke it, and no other row.
     """
 
@@ -184,11 +179,7 @@ def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
 
 
 def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn at the row's temperature from the likeliest that have `top_p` together.
-
-    Raises:
-        UserError: the scores are no numbers, as those of an adapter that is applied too strongly.
-    """
+    """A token drawn at the row's temperature from the likeliest that have `top_p` together."""
     probabilities = (scores.float() / sampling.temperature).softmax(-1)
     if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
         raise UserError(NO_NUMBERS)
@@ -222,7 +213,6 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
     each token's position.
 
     Args:
-        arguments: its keyword arguments for the model.
         media: names of the inputs that hold pictures and videos, which are read with the prompt alone.
     """
     caches = list(_caches(arguments).values())
@@ -247,7 +237,6 @@ class JoinedRows:
     Attributes:
         cache: of all tokens but the last of each row.
         mask: 0 where a row has padding; a column for each cached token, and the next one's.
-        positions: of the next token.
         others: what else the model is called with.
     """
 

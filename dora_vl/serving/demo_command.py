@@ -61,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Opens the model and serves the page until Ctrl-C; yields a line when it is ready.
-
-    Raises:
-        UserError: an option, a folder or a package is wrong; nothing listens then.
-    """
+    """Opens the model and serves the page until Ctrl-C; yields a line when it is ready."""
     if not options.adapter:
         raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
     adapters = adapters_by_name(options.adapter)

@@ -92,7 +92,6 @@ class Admission:
     Attributes:
         hosts: names and addresses that requests may be sent to, in lower case.
         origins: those of them whose pages may send requests here whatever their port, such as a proxy's.
-        key: what a client must know; None: nothing.
     """
 
     hosts: frozenset[str] = frozenset(LOCAL)
@@ -100,12 +99,7 @@ class Admission:
     key: str | None = None
 
     def check(self, headers: Headers) -> None:
-        """Lets a request in.
-
-        Raises:
-            Refused: it was sent to another name, or by a page of another origin.
-            NoKey: it lacks the key.
-        """
+        """Lets a request in."""
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
@@ -129,8 +123,6 @@ class Door:
     """Stands before an application: who may come in, with how much, in what time.
 
     Args:
-        app: the application, which finds a POST's JSON in `scope["content"]` too.
-        admission: who may come in.
         body_seconds: longest time that a request's content may take to come.
         largest: most bytes of a request's content.
         at_once: so many times as many bytes may be on their way, of all clients.

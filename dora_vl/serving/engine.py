@@ -120,7 +120,6 @@ class ModelRows:
     """Puts requests to a model, as rows with their adapters, and tells each what becomes of it.
 
     Args:
-        model: what is asked.
         ending: whether nobody waits for any answer any more.
     """
 
@@ -275,9 +274,6 @@ class Engine:
         Args:
             name: an adapter's, or the base's.
             turns: the talk so far, its last turn a question; `<image>` and `<video>` where pictures and videos go.
-            sampling: how its answer is chosen.
-            pictures: RGB.
-            videos: frames with their times.
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
@@ -317,11 +313,7 @@ class Engine:
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
-        """Hands a request in and gives its events as they come; whoever stops reading ends it.
-
-        Raises:
-            UserError: it could not be answered.
-        """
+        """Hands a request in and gives its events as they come; whoever stops reading ends it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         answering = self.submit(prepared, events.put)
         try:
@@ -339,23 +331,14 @@ class Engine:
         return len(self._room)
 
     def load(self, name: str, folder: Path) -> None:
-        """Serves an adapter from now on; it is read beside the batches, and put in between two.
-
-        Raises:
-            UserError: as `ServedModel.read`.
-        """
+        """Serves an adapter from now on; it is read beside the batches, and put in between two."""
         with self._loading:
             read = self.model.read(name, folder)
             with self._between_batches():
                 self.model.put(*read)
 
     def unload(self, name: str) -> None:
-        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            UserError: it is the base.
-        """
+        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told."""
         with self._loading, self._between_batches():
             self.model.drop(name)
             gone = self._room.remove(name)
@@ -442,11 +425,7 @@ class Engine:
             return None
 
     def _newcomers(self, joined: list[Answering], running: Members, columns: int) -> Sequence[Read]:
-        """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody.
-
-        Args:
-            joined: receives the requests.
-        """
+        """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
         if not self.settings.joining or self._changing:  # whoever changes the adapters waits for this batch's end
             return ()
         left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)

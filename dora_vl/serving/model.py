@@ -47,9 +47,6 @@ def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int
     Args:
         tokens: most that a prompt may have; None: any number.
         longest_token: most characters of one; None: any number.
-
-    Raises:
-        BadSample: it has too many turns, or more characters than so many tokens.
     """
     if len(turns) > MOST_TURNS:
         raise BadSample("request", f"the talk has {len(turns)} turns, and {MOST_TURNS} are allowed; begin a new one")
@@ -89,7 +86,6 @@ class Entry:
 
     Attributes:
         name: of the adapter; None is the base.
-        prompts: what makes its inputs.
         alone: whether the pictures of a batch must all be its own.
         longest_token: most characters that one token of its prompts stands for.
     """
@@ -111,10 +107,6 @@ class ServedModel:
         source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
         base_name: what the base is called among the adapters; None: as its folder.
         template: the prompt format of adapters that do not say their own.
-        any_base: accepts adapters that were trained on another base.
-
-    Raises:
-        UserError: it is no decoder, or cannot be opened.
     """
 
     def __init__(
@@ -150,11 +142,7 @@ class ServedModel:
         return self._entries[name]
 
     def read(self, name: str, folder: Path) -> tuple[Entry, ReadAdapter]:
-        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
-
-        Raises:
-            UserError: the name is taken, the folder is no adapter of this base, or it cannot be served per row.
-        """
+        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served."""
         self._refuse_taken(name)
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = prompts_of(source)
@@ -169,12 +157,7 @@ class ServedModel:
         self._entries[name] = entry
 
     def drop(self, name: str) -> None:
-        """Serves an adapter no longer; between batches only.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            UserError: it is the base.
-        """
+        """Serves an adapter no longer; between batches only."""
         if self.entry(name).name is None:
             raise UserError(f"{name} is the base, which stays; name an adapter")
         del self._entries[name]
@@ -244,11 +227,7 @@ def open_served(
     template: str | None = None,
     any_base: bool = False,
 ) -> ServedModel:
-    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's.
-
-    Raises:
-        UserError: there is neither, or one of them cannot be served.
-    """
+    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
     first = next(iter(adapters.values()), None)
     if first is None:
         wanted = Wanted(model=model, template=template)
@@ -264,11 +243,7 @@ def open_served(
 
 
 def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
-    """An adapter over the base that is served; no weight is read.
-
-    Raises:
-        UserError: the folder is no adapter, or one of another base, kind or quantisation.
-    """
+    """An adapter over the base that is served; no weight is read."""
     wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
     source = find_source(wanted)
     stated = str(source.recipe.get("base_sha256") or "")

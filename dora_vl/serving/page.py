@@ -98,15 +98,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def coming(self, size: str) -> Iterator[None]:
-        """Meanwhile an upload is on its way.
-
-        Args:
-            size: its bytes, as its header says.
-
-        Raises:
-            Refused: it does not say.
-            TooManyRequests: there is no room for it.
-        """
+        """Meanwhile an upload is on its way."""
         if not size.isdecimal():
             raise Refused("an upload must say its size (Content-Length)")
         sizes = self.forget()
@@ -212,10 +204,7 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
     """The application.
 
     Args:
-        page: a `Page`.
-        admission: who may open it.
         upload_bytes: largest file that is taken at all.
-        waiting: most questions that wait for their turn.
     """
     app = FastAPI(
         title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
@@ -251,8 +240,6 @@ class PageSettings:
 
     Attributes:
         uploads: what visitors have sent; no other file is ever read or deleted.
-        new_tokens: longest answer, where nobody chooses another.
-        temperature: likewise; 0 takes the likeliest token.
     """
 
     uploads: Uploads
@@ -264,8 +251,6 @@ class Page:
     """One page for all who open it.
 
     Args:
-        side: what answers.
-        settings: how it is set up.
         examples: questions that a click takes.
     """
 

@@ -51,11 +51,7 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
 
 
 def column_view(talk: Talk, column: int, *, named: str) -> str:
-    """What one model was asked and said.
-
-    Args:
-        named: what stands there before the first question.
-    """
+    """What one model was asked and said."""
     if not talk.exchanges:
         return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
     turns = "".join(
@@ -246,11 +242,7 @@ def lay_out(
     """The page without anything happening on it yet.
 
     Args:
-        models: what can be asked, the base first.
         base: where the base is from.
-        examples: questions to click.
-        new_tokens: longest answer, at first.
-        temperature: likewise.
     """
     named = ", ".join(f"<b>{escape(name)}</b>" for name in models[1:])
     with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:

@@ -69,11 +69,7 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
 
 
 def public_addresses(host: str, port: int, seconds: float) -> list[str]:
-    """The IP addresses of a host, where they are known within so many seconds.
-
-    Raises:
-        NotFetched: it has none, or one that is not public, or nobody says in time.
-    """
+    """The IP addresses of a host, where they are known within so many seconds."""
     answer: Future[list[Any]] = Future()
 
     def resolve() -> None:

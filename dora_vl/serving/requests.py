@@ -189,12 +189,7 @@ class MediaLimits:
     """What a request may show.
 
     Attributes:
-        pictures: most of them in a request.
-        videos: likewise.
-        picture_pixels: most pixels of a picture.
-        bytes: most bytes of one picture or video.
         frames: how many frames of a video the model sees.
-        video_seconds: longest time that decoding a video may take.
         fetch_seconds: longest time that fetching one address may take.
         remote: whether http(s) addresses are fetched at all.
     """
@@ -223,7 +218,6 @@ class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
 
     Attributes:
-        limits: what a request may show.
         same_length: whether the videos of a batch must have equally many frames.
     """
 
@@ -245,10 +239,6 @@ class RequestMedia:
 
         Args:
             go_on: is called before each picture and video, and raises what ends the reading.
-
-        Raises:
-            BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
-            TooLarge: there are too many, or one is too large.
         """
         parts = [part for message in messages for part in message.content]
         video_count = sum(isinstance(part, VideoPart) for part in parts)
@@ -277,26 +267,14 @@ class RequestMedia:
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
-        """Refuses more pictures or videos than may be shown.
-
-        Args:
-            who: shows them, for the message, such as "the request shows".
-
-        Raises:
-            TooLarge: there are more.
-        """
+        """Refuses more pictures or videos than may be shown."""
         limits = self.limits
         for count, most, what in ((pictures, limits.pictures, "pictures"), (videos, limits.videos, "videos")):
             if count > most:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
-        """A picture's file as RGB, upright.
-
-        Raises:
-            BadRequest: it is of no format that is read, or broken.
-            TooLarge: it has too many pixels.
-        """
+        """A picture's file as RGB, upright."""
         try:
             with opened_picture(BytesIO(content)) as image:
                 width, height = image.size
@@ -364,12 +342,7 @@ _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:
-    """A request's JSON, checked.
-
-    Raises:
-        TooLarge: it holds more values than any request needs.
-        BadRequest: it names the first place that is wrong, such as `messages[0].content[1].image_url`.
-    """
+    """A request's JSON, checked."""
     if _holds_too_many(content):
         beyond = f"the request holds more than {MOST_VALUES:,} commas and opening brackets outside of its texts"
         raise TooLarge(f"{beyond}; none needs as many")

@@ -110,13 +110,8 @@ class ServerSettings:
     """What a client may ask for, and what it gets without asking.
 
     Attributes:
-        admission: who may ask.
-        media: what a request may show.
-        body_bytes: largest request.
         body_seconds: longest time that a client may take to send it.
         held: most requests that have come whole, wait or are answered.
-        new_tokens: longest answer of a request that does not say.
-        temperature: of a request that does not say.
         adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
@@ -135,7 +130,6 @@ class Server:
 
     Args:
         engine: what answers; the server does not close it.
-        settings: what a client may ask for.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:

@@ -46,7 +46,6 @@ class Answer:
     Attributes:
         reason: why it is over; None while it goes on.
         trouble: why there is no more of it, in a sentence; "" where all is well.
-        seconds: from handing the question in to now, or to its end.
         prompt_tokens, new_tokens: known at its end.
     """
 
@@ -120,12 +119,7 @@ def plain(error: Exception) -> str:
 
 
 class SideBySide:
-    """Puts people's questions to an engine.
-
-    Args:
-        engine: what answers; it is not closed here.
-        media: what reads the files that are shown, and limits them.
-    """
+    """Puts people's questions to an engine."""
 
     def __init__(self, engine: Engine, media: RequestMedia) -> None:
         self.engine = engine
@@ -135,11 +129,7 @@ class SideBySide:
         self._lock = threading.Lock()
 
     def look(self, files: Sequence[Path]) -> Shown:
-        """The pictures and videos in some files, as a model will see them.
-
-        Raises:
-            UserError: there are too many, or one is too large or broken; it names the file.
-        """
+        """The pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
@@ -158,13 +148,7 @@ class SideBySide:
 
         Args:
             person: who asks; a person's earlier questions that are still being answered are ended.
-            talk: so far.
-            question: as it was typed.
             speakers: one a column; as many as the talk has had.
-            sampling: how long, and how an answer is chosen.
-
-        Raises:
-            UserError: it cannot be put to a model, or too many wait; nobody was asked then.
         """
         self.stop(person)
         question = words(question.strip(), "the question", shows_videos=True)

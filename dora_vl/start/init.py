@@ -313,12 +313,8 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
     """Reads the questions and looks at every picture that they name.
 
     Args:
-        folder: holds the pictures.
         media_to: gets the pictures that the questions file holds itself.
         columns: what the file's columns are.
-
-    Raises:
-        UserError: the file cannot be read to its end, no picture is found, or no row can be used.
     """
     records = find_files(questions)
     limits = Limits(most=10**9, unit="words", length=lambda text: len(text.split()), answers_needed=True)
@@ -403,9 +399,6 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
     """The rows to train on and those to test with, each in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy.
-
-    Raises:
-        UserError: the share is none, or leaves one side empty.
     """
     if not 0 < share < 1:
         raise UserError(f"--test-share is {share}; it must be above 0 and below 1")

@@ -65,9 +65,6 @@ def base_of(model: str | None) -> Base:
 
     Args:
         model: None is what the demo trained where it is, else a small model of the hub.
-
-    Raises:
-        UserError: no such folder and no hub id, or a model that cannot be trained here.
     """
     name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
     folder = Path(name)
@@ -109,11 +106,7 @@ def _parameters_in(folder: Path) -> float:
 
 
 def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
-    """The file's text.
-
-    Args:
-        command: what starts it, for its second line.
-    """
+    """The file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
@@ -161,11 +154,7 @@ RUN_FILE = "run.yaml"
 
 
 def find_questions(folder: Path, columns: Columns = USUAL) -> Path:
-    """The one file, or folder of shards, below a folder whose rows are questions or captions.
-
-    Raises:
-        UserError: there is none (it says what one looks like), or there are several.
-    """
+    """The one file, or folder of shards, below a folder whose rows are questions or captions."""
     problems = {path: _why_no_questions(path, columns) for path in islice(_data_files(folder), MOST_FILES)}
     usable = [path for path, problem in problems.items() if problem is None]
     if len(usable) == 1:
@@ -200,14 +189,7 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
-    """The folder from which most of the first names lead to files; of equals the nearest to `folder`.
-
-    Args:
-        names: of pictures and videos, as rows have them.
-
-    Raises:
-        UserError: from no folder does any of them.
-    """
+    """The folder from which most of the first names lead to files; of equals the nearest to `folder`."""
     some = list(dict.fromkeys(names))[:MOST_NAMES]
     if not some:
         return folder

@@ -1,4 +1,4 @@
-"""The base that a run adapts, loaded as its model section says, and the adapter put into it."""
+"""The adapter put into a run's base, and the folder that it may start from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_vl.backbones.places import names_experts, resolved_targets, resolved_w
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.launch import gather_to_read, gather_to_write
 from dora_vl.run.settings import AdapterConfig
 
@@ -46,9 +46,6 @@ def core_config(
         also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
             section's.
         also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
-
-    Raises:
-        UserError: a preset that the model has no place for.
     """
     own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
     default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
@@ -70,21 +67,13 @@ def core_config(
 
 
 def check_initial(initial: str | None) -> None:
-    """Sees before any weight is read that the folder to start from holds an adapter.
-
-    Raises:
-        UserError: it does not; it says what is there.
-    """
+    """Sees before any weight is read that the folder to start from holds an adapter."""
     if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
-        raise UserError(f"adapter.initial: {no_adapter(Path(initial))}")
+        raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
-    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names.
-
-    Raises:
-        UserError: the adapter does not fit the model, or a quantised layer passes on a wrong gradient.
-    """
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
     names = apply_dora(model, config, gather=gather_to_write)
     check_gradients(model)
     if initial is not None:
@@ -97,11 +86,6 @@ def load_initial(model: nn.Module, folder: Path) -> None:
 
     Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
     over as well. Other frozen tensors of the folder must be the base's.
-
-    Raises:
-        UserError: the folder holds a tensor that this model does not have, or of another shape, or one that is frozen
-            here and has other values, or A and B that another method, rank, alpha or start than this run's gives
-            another meaning.
     """
     found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
     trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
@@ -122,7 +106,9 @@ def _take_over(folder: Path, name: str, place: Tensor, tensor: Tensor) -> None:
     with gather_to_write([place] if isinstance(place, nn.Parameter) else []):
         own = kept_rows(name, place)
         if own.numel() != tensor.numel():
-            raise UserError(f"adapter.initial: {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}")
+            raise SettingError(
+                "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}"
+            )
         own.copy_(tensor.view(own.shape))
 
 
@@ -130,7 +116,9 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
     """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
     here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
-        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+        raise SettingError(
+            "adapter.initial", f": {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}"
+        )
     other = []
     for name, tensor in frozen.items():
         place = here[split_rows(name)[0]]
@@ -139,9 +127,10 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
             if own.shape != tensor.shape or not torch.equal(tensor.to(own), own):
                 other.append(name)
     if other:
-        raise UserError(
-            f"adapter.initial: {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
-            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)"
+        raise SettingError(
+            "adapter.initial",
+            f": {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)",
         )
 
 
@@ -160,7 +149,8 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, 
         difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
         if difference is not None:
             field, there, here = difference
-            raise UserError(
-                f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
-                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
+            raise SettingError(
+                "adapter.initial",
+                f": {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
             )

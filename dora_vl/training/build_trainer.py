@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from dora_vl.training.callbacks import (
     ValidateFirst,
 )
 from dora_vl.training.faults import StepFaults, steps_left_out
-from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
+from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.live_view import LiveView, can_show
 from dora_vl.training.memory import Activations, Table, engine_of, held_by, rough_table
 from dora_vl.training.optim import (
@@ -44,7 +43,7 @@ from dora_vl.training.optim import (
     trained_table,
     with_decay,
 )
-from dora_vl.training.pipeline import Pipeline, TrainingData
+from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.ranks import NoteSteps
 from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
@@ -60,8 +59,20 @@ def build_trainer(
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
     data = pipeline.data(backbone, arguments)
-    statistics = BatchStatistics(_ledger(data, arguments, max_bad_share=config.data.max_bad_share))
-    held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
+    ledger = BadSampleLedger(
+        max_bad_share=config.data.max_bad_share,
+        total_samples=data.samples,
+        source=data.source,
+        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
+    )
+    statistics = BatchStatistics(ledger)
+    held_out = validation = None
+    if data.validation is not None:
+        source = str(config.data.held_out)
+        on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
+        step_samples = arguments.per_device_eval_batch_size * arguments.world_size
+        held_out = WholeSteps(data.validation, step_samples=step_samples)
+        validation = ValidationLoss(source=source, samples=len(held_out))
     watch = pipeline.watch(backbone, arguments) if config.watch else None
     stop, faults = StopOnSignal(), StepFaults(run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
     rates = rates_of(config.optim, arguments.learning_rate)
@@ -69,6 +80,8 @@ def build_trainer(
     activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
     plan = plan_of(backbone, rates, activations, arguments)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
+    device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
+    machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
     trainer = AdapterTrainer(
         model=pipeline.loss(backbone),
         args=arguments,
@@ -81,7 +94,7 @@ def build_trainer(
             stop,
             SaveAfterValidation(),
             NoteSteps(),
-            PlanFile(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments)),
+            PlanFile(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | machine),
         ],
         rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
@@ -93,39 +106,18 @@ def build_trainer(
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
     trainer.progress.trains_on(data.ids, data.source, data.media)
-    _order_callbacks(trainer)
+    callbacks = trainer.callback_handler.callbacks
+    # Our log line first, since transformers puts its trackers there, and in a file alone.
+    callbacks.insert(0, trainer.pop_callback(LossLog))
+    trainer.remove_callback(PrinterCallback)
     _watch_and_show(trainer, watch, run_folder)
     trainer.add_callback(ValidateFirst(trainer.validate_at_once))  # shown, asked and logged by those before
-    _try_first(trainer, pipeline, data, cost_of(activations, _vocabulary(backbone)))
+    if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
+        model_config: Any = backbone.model.config
+        cost = cost_of(activations, int(model_config.get_text_config().vocab_size))
+        # Before a clock runs or a question is asked.
+        callbacks.insert(0, LargestBatch(trainer, config, pools=data.pools, cost=cost, collate=data.collate))
     return trainer, stop
-
-
-def _try_first(trainer: AdapterTrainer, pipeline: Pipeline, data: TrainingData, cost: Callable[[Pool], int]) -> None:
-    """The largest batch, where that is asked for: before a clock runs or a question is asked."""
-    asked = pipeline.config.try_largest_batch
-    if trainer.args.device.type == "cuda" if asked is None else asked:
-        tried = LargestBatch(trainer, pipeline.config, pools=data.pools, cost=cost, collate=data.collate)
-        trainer.callback_handler.callbacks.insert(0, tried)
-
-
-def _vocabulary(backbone: Backbone[Any]) -> int:
-    config: Any = backbone.model.config
-    return int(config.get_text_config().vocab_size)
-
-
-def _ledger(data: TrainingData, arguments: TrainingArguments, *, max_bad_share: float) -> BadSampleLedger:
-    return BadSampleLedger(
-        max_bad_share=max_bad_share,
-        total_samples=data.samples,
-        source=data.source,
-        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
-    )
-
-
-def _order_callbacks(trainer: AdapterTrainer) -> None:
-    """Our log line first, since transformers puts its trackers there, and in a file alone."""
-    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
-    trainer.remove_callback(PrinterCallback)
 
 
 def _watch_and_show(trainer: AdapterTrainer, watch: Watch | None, run_folder: Path) -> None:
@@ -161,23 +153,6 @@ def plan_of(
         "not_adapted": frozen_table(backbone.model),
         "memory": rough_table(held, engine, activations),
     }
-
-
-def _machine(arguments: TrainingArguments) -> dict[str, Any]:
-    device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
-    return {"versions": versions(), "device": device, "ranks": arguments.world_size}
-
-
-def _validation(
-    data: TrainingData, arguments: TrainingArguments, *, source: str
-) -> tuple[WholeSteps | None, ValidationLoss | None]:
-    """The validation data and the account of its loss, where there are any; every rank must call it."""
-    if data.validation is None:
-        return None, None
-    on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
-    step_samples = arguments.per_device_eval_batch_size * arguments.world_size
-    held_out = WholeSteps(data.validation, step_samples=step_samples)
-    return held_out, ValidationLoss(source=source, samples=len(held_out))
 
 
 def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:

@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava, write_language_model
-from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.encoder import GREY, Encoder, open_encoder
 from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
-from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader, hollowed
 from dora_vl.backbones.model import (
     DecoderBackbone,
     language_targets,
@@ -33,8 +31,8 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
-from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled, Sample
-from dora_vl.errors import BadSample, UserError
+from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled
+from dora_vl.errors import BadSample, SettingError
 from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
@@ -43,7 +41,6 @@ from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
     media_of_run,
-    pictures_of_test,
     read_sets,
     read_test,
     run_test,
@@ -64,7 +61,7 @@ from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.adapting import core_config
 from dora_vl.training.memory import Activations, decoder_activations
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
-from dora_vl.training.run_samples import MakeDataset, RunSamples, stored_features
+from dora_vl.training.run_samples import MakeDataset, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +74,14 @@ PAPER_TARGETS = tuple(
 """The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
 
 
-class DecoderPipeline(Pipeline):
+class DecoderPipeline(Pipeline[RunConfig]):
     """Conversations about pictures and videos, or of words alone."""
 
+    name = "llava_instruct"
+
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._samples: RunSamples | None = None
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return "llava_instruct"
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's settings."""
-        return self._config
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -113,13 +102,17 @@ class DecoderPipeline(Pipeline):
         """
         config = self.config
         if config.model.compose is None:
-            self._check_settings()
+            _check_base(config)
         check_quantisation(config.model)
         samples = self.samples(arguments)
         samples.describe()
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         if samples.has_videos:
+            if config.data.cache_features:
+                raise SettingError(
+                    "data.cache_features", " stores outputs of pictures, and there are videos; set false"
+                )
             check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
@@ -127,28 +120,10 @@ class DecoderPipeline(Pipeline):
         if samples.has_videos:
             _check_videos(config, self.encoder, pictures=samples.has_pictures)
 
-    def _check_settings(self) -> None:
-        """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
-        config = self.config
-        model_type = model_type_of(config.model.base, config.model.revision)
-        check_trained(config.model.base, model_type)
-        if model_type == LLAVA:
-            return
-        refused = {
-            "data.cache_features": (config.data.cache_features, "pictures go through the model whole"),
-            "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
-            "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
-        }
-        for setting, (is_set, reason) in refused.items():
-            if is_set:
-                raise UserError(
-                    f"{setting} is for a LLaVA-1.5 alone, and {config.model.base} is none: {reason}; leave it out"
-                )
-
     def samples(self, arguments: TrainingArguments) -> RunSamples:
         """The run's data, read at the first call."""
         if self._samples is None:
-            self._samples = RunSamples(self.config, arguments)
+            self._samples = RunSamples(self.config.data, arguments)
         return self._samples
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
@@ -164,76 +139,82 @@ class DecoderPipeline(Pipeline):
         return load_base(open_backbone, self.config.model)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
-        """Every linear of the decoder and the projector, unless the settings say otherwise.
-
-        Raises: UserError for full training without saying of what.
-        """
+        """Every linear of the decoder and the projector, unless the settings say otherwise."""
         adapter, model = self.config.adapter, backbone.model
         if adapter.method == "full":
             if adapter.targets is None:
-                raise UserError("adapter.method: full needs adapter.targets, the modules whose weights train")
+                raise SettingError(
+                    "adapter.targets", " must name the modules whose weights train with adapter.method: full"
+                )
             return core_config(adapter, model, targets=())
-        targets = () if adapter.targets is not None else self._targets(model)
-        also_train = {}
-        if adapter.train_projector and not {"projector"} & {*adapter.parts, *adapter.also_train}:
-            also_train = self._projector(model)
+        targets, also_train = self._places(model)
         return core_config(adapter, model, targets=targets, also_train=also_train)
 
-    def _targets(self, model: PreTrainedModel) -> tuple[str, ...]:
-        return language_targets(model)
-
-    def _projector(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-        """What trains beside the adapters, where its name is known."""
+    def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+        """What is adapted where `adapter.targets` is silent, and what trains beside it."""
+        adapter, base = self.config.adapter, self.config.model
+        targets = language_targets(model) if adapter.targets is None else ()
+        if not adapter.train_projector or {"projector"} & {*adapter.parts, *adapter.also_train}:
+            return targets, {}
         if patterns := projector_patterns(model):
-            return {"projector": patterns}
-        if sees_pictures(self.config.model.base, self.config.model.revision):
+            return targets, {"projector": patterns}
+        if sees_pictures(base.base, base.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
                 type(model).__name__,
             )
-        return {}
+        return targets, {}
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
         data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
-        features, dummy, dummy_video = None, *_dummies(samples, encoder)
-        if data.cache_features:
-            features = stored_features(
-                self.config,
-                backbone,
-                samples.pictures,
-                folder=image_folder(data),
-                device=arguments.device,
-                stored=samples.stored,
+        # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
+        videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
+        pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
+        dummy, outputs, folder = encoder.dummy() if pictures else None, None, image_folder(data)
+        if data.cache_features and samples.has_pictures:
+            if not encoder.sees_pictures:
+                raise SettingError("data.cache_features", f": {self.config.model.base} sees no pictures; set it false")
+            reader = PictureReader(
+                encoder=encoder,
+                folder=folder,
+                held=samples.stored,
+                most_pixels=pixels_of_a_sample(self.config, arguments),
             )
-            shape = LlavaTower(backbone.model).feature_shape
-            dummy = None if dummy is None else encoder.dummy(features=torch.zeros(shape, dtype=backbone.model.dtype))
-        seen_videos = samples.has_videos and encoder.sees_pictures
+            decoder = cast(DecoderBackbone, backbone)
+            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, device=arguments.device)
+        shows_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
-            self._make(arguments, features),
+            self._make(arguments, outputs),
             collate=Collator(
                 encoder.pad_token_id,
                 dummy=dummy,
-                dummy_video=dummy_video,
+                dummy_video=encoder.dummy_video() if videos else None,
                 share_pictures_by=encoder.processor.image_token_id if data.share_pictures else None,
             ),
             tokens_per_image=encoder.tokens_per_image,
-            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if shows_videos else 0,
             share_pictures=data.share_pictures,
-            sized_pictures=image_folder(data) if encoder.pixels_count else None,
+            sized_pictures=folder if encoder.pixels_count else None,
         )
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
         """What makes samples of rows, their pictures and videos read."""
-        data, samples = self.config.data, self.samples(arguments)
-        exactly = data.video_frames if samples.has_videos and self.encoder.videos_of_one_length else None
+        data = self.config.data
+        same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
+        videos = VideoReading(
+            folder=video_folder(data), sampling=video_sampling(data), frames=data.video_frames if same else None
+        )
         return partial(
-            _illustrated,
-            encoder=self.encoder,
-            folder=image_folder(data),
-            videos=VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly),
-            most_pixels=pixels_of_a_sample(self.config, arguments),
-            features=features,
+            _dataset,
+            encode=partial(
+                encode_from_folder,
+                encoder=self.encoder,
+                folder=image_folder(data),
+                videos=videos,
+                most_pixels=pixels_of_a_sample(self.config, arguments),
+                outputs=outputs,
+            ),
         )
 
     def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
@@ -247,46 +228,32 @@ class DecoderPipeline(Pipeline):
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Questions of the validation samples, or else of the test."""
         held_out, config = self.samples(arguments).held_out, self.config
-        if held_out is None and config.evaluation.file is None:
-            return None
         if held_out is not None:
-            questions = questions_of_rows(held_out, config.watch)
+            questions, source = questions_of_rows(held_out, config.watch), config.data.held_out
+        elif config.evaluation.file is not None:
+            questions, source = evenly(self._test_questions(), config.watch), config.evaluation.file
         else:
-            questions = evenly(self._test_questions(), config.watch)
-        media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
+            return None
+        media = self._media(backbone, None if held_out is None else held_out.stored)
         return watch_assistant(
-            self._assistant(backbone),
+            Assistant(backbone, EncoderPrompts(self.encoder), while_training=True),
             questions,
             media,
             max_new_tokens=config.evaluation.max_new_tokens,
-            source=str(config.evaluation.file if held_out is None else config.data.held_out),
+            source=str(source),
         )
-
-    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
-        """The model that trains, ready to be asked."""
-        return Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
 
     def _test_questions(self) -> list[Question]:
         return read_test(self.config.evaluation, self.config.data.contract)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show.
 
         Args:
             stored: the pictures that the samples' own files hold; None: the questions are of the test.
         """
-        config = self.config
-        media = media_of_run(config, self._assistant(backbone), of_test=stored is None)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        folder = pictures_of_test(config) if stored is None else image_folder(config.data)
-        features = stored_features(config, backbone, names, folder=folder, device=arguments.device, stored=stored)
-        return replace(media, stored=stored, features=features)
+        assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
+        return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
     def reading(self, backbone: Backbone[Any]) -> Reading:
         """Its encoder's tokenizer."""
@@ -302,9 +269,11 @@ class DecoderPipeline(Pipeline):
     ) -> list[Callable[[], Image.Image] | None]:
         """The samples' own."""
         samples = self.samples(arguments)
-        shown = [samples.shown_in(item) for item in items]
-        media = self._media(backbone, arguments, shown, samples.stored)
-        return [partial(media.picture, one) if one.images or one.videos else None for one in shown]
+        questions = [samples.shown_in(item) for item in items]
+        media = self._media(backbone, samples.stored)
+        return [
+            partial(media.picture, question) if question.images or question.videos else None for question in questions
+        ]
 
     def recipe(self) -> dict[str, Any]:
         """Base, wording and how pictures and videos are read."""
@@ -340,31 +309,18 @@ class DecoderPipeline(Pipeline):
         The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
         ZeRO stage it was trained under.
         """
-        config = self.config
-        questions = check_test(config)
-        backbone, _ = with_adapter(self.load(), run_folder_of(config) / ADAPTER)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        device = next(backbone.parameters()).device
-        features = stored_features(config, backbone, names, folder=pictures_of_test(config), device=device)
-        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), config, numbers=numbers, features=features)
+        backbone, _ = with_adapter(self.load(), run_folder_of(self.config) / ADAPTER)
+        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), self.config, numbers=numbers)
 
 
 class CommonsensePipeline(DecoderPipeline):
     """One question and its output each, by a published prompt: the paper's commonsense reasoning."""
 
+    name = "commonsense"
+
     def __init__(self, config: CommonsenseRunConfig) -> None:
+        super().__init__(cast(Any, config))  # what is inherited reads the fields that both have
         self._run = config
-        self._samples = None
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return "commonsense"
-
-    @property
-    def config(self) -> Any:
-        """The run's settings."""
-        return self._run
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -394,33 +350,22 @@ class CommonsensePipeline(DecoderPipeline):
         """The language model, which will search its answers with `evaluation.beams`."""
         return load_base(open_backbone, self._run.model, generation={"num_beams": self._run.evaluation.beams})
 
-    def _targets(self, model: PreTrainedModel) -> tuple[str, ...]:
-        return PAPER_TARGETS
-
-    def _projector(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-        return {}
+    def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+        return PAPER_TARGETS, {}
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
-        data, encoder = self._run.data, self.encoder
-        training = self.samples(arguments).training_data(
-            self._make(arguments), collate=Collator(encoder.pad_token_id, pack=data.packing)
-        )
+        data, collate = self._run.data, Collator(self.encoder.pad_token_id, pack=self._run.data.packing)
+        training = self.samples(arguments).training_data(self._make(arguments), collate=collate)
         return replace(training, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
-        return partial(_spoken, encoder=self.encoder)
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
+        return partial(_dataset, encode=partial(_encode_words, encoder=self.encoder))
 
     def _test_questions(self) -> list[Question]:
         return read_sets(self._run.evaluation)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
@@ -442,31 +387,9 @@ class CommonsensePipeline(DecoderPipeline):
         )
 
 
-def pixels_of_a_sample(config: RunConfig, arguments: TrainingArguments) -> int | None:
-    """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
-    most = config.data.max_pixels_per_step
-    return None if most is None else most // arguments.per_device_train_batch_size
-
-
-def _check_pixels(config: RunConfig, encoder: Encoder, arguments: TrainingArguments) -> None:
-    """Refuses a pixel budget that changes nothing, or leaves too little to see.
-
-    Raises: UserError; one line, before weights are read.
-    """
-    share = pixels_of_a_sample(config, arguments)
-    if share is None:
-        return
-    if not encoder.pixels_count:
-        raise UserError(
-            f"data.max_pixels_per_step: {config.model.base} makes the same of a small picture and of a large one, so "
-            "there is nothing to save; leave it out"
-        )
-    if share < LEAST_PIXELS:
-        raise UserError(
-            f"data.max_pixels_per_step: {config.data.max_pixels_per_step} leaves {share} pixels for each of "
-            f"{arguments.per_device_train_batch_size} samples, and at least {LEAST_PIXELS} are needed; raise it, or "
-            "lower training.per_device_train_batch_size"
-        )
+def _dataset(rows: Examples, stored: HeldPictures, *, encode: Callable[..., Encoded]) -> ConversationDataset:
+    """Samples of rows; like what encodes them a top-level function, so that worker processes can receive it."""
+    return ConversationDataset(rows, encode=partial(encode, stored=stored))
 
 
 def encode_from_folder(
@@ -477,64 +400,76 @@ def encode_from_folder(
     stored: HeldPictures,
     videos: VideoReading,
     most_pixels: int | None = None,
-    features: Callable[[str], Tensor] | None = None,
+    outputs: OutputStore | None = None,
 ) -> Encoded:
-    """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
-    clips = videos.read(conversation.videos)
-    if features is not None:
-        return encoder.encode(conversation, [features(name) for name in conversation.images], clips)
-    pictures = [open_picture(folder, name, stored) for name in conversation.images]
-    if most_pixels is None:
-        return encoder.encode(conversation, pictures, clips)
-    pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
-    return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    """A conversation, pictures and videos read; of pictures with stored outputs the size alone counts."""
+    clips, row = videos.read(conversation.videos), None
+    if outputs is not None and conversation.images:
+        row = outputs.read(PictureReader(encoder=encoder, folder=folder, held=stored), conversation.images)
+        pictures = [Image.new("RGB", size, GREY) for size in row.sizes]
+    else:
+        pictures = [open_picture(folder, name, stored) for name in conversation.images]
+    lost = 0
+    if most_pixels is not None:
+        pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
+    encoded = replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    return encoded if row is None else hollowed(encoded, row.outputs)
 
 
-def _illustrated(rows: Examples, stored: HeldPictures, **reading: Any) -> ConversationDataset:
-    return ConversationDataset(rows, encode=partial(encode_from_folder, stored=stored, **reading))
-
-
-def _spoken(rows: Examples, stored: HeldPictures, *, encoder: Encoder) -> ConversationDataset:
-    """Samples of words, whose pictures are not read: a language model refuses them."""
-    return ConversationDataset(rows, encode=partial(_encode_words, encoder=encoder))
-
-
-def _encode_words(conversation: Example, *, encoder: Encoder) -> Encoded:
+def _encode_words(conversation: Example, *, encoder: Encoder, stored: HeldPictures) -> Encoded:
     if conversation.images or conversation.videos:
         raise BadSample(conversation.id, "it has pictures or videos, which a language model does not see")
     return encoder.encode(conversation)
 
 
-def _dummies(samples: RunSamples, encoder: Encoder) -> tuple[Sample | None, Sample | None]:
-    """Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's."""
-    if not encoder.sees_pictures:
-        return None, None
-    videos = samples.has_videos and encoder.why_no_videos is None
-    pictures = samples.has_pictures or (samples.has_videos and not videos)
-    return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None
+def pixels_of_a_sample(config: RunConfig, arguments: TrainingArguments) -> int | None:
+    """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
+    most = config.data.max_pixels_per_step
+    return None if most is None else most // arguments.per_device_train_batch_size
+
+
+def _check_base(config: RunConfig) -> None:
+    """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
+    model_type = model_type_of(config.model.base, config.model.revision)
+    check_trained(config.model.base, model_type)
+    refused = {
+        "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
+        "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set and model_type != LLAVA:
+            raise SettingError(
+                setting, f" is for a LLaVA-1.5 alone, and {config.model.base} is none: {reason}; leave it out"
+            )
+
+
+def _check_pixels(config: RunConfig, encoder: Encoder, arguments: TrainingArguments) -> None:
+    """Refuses a pixel budget that changes nothing, or leaves too little to see."""
+    share, key = pixels_of_a_sample(config, arguments), "data.max_pixels_per_step"
+    if share is None:
+        return
+    if not encoder.pixels_count:
+        raise SettingError(key, f": {config.model.base} makes the same of a small and of a large picture; leave it out")
+    if share < LEAST_PIXELS:
+        raise SettingError(
+            key, f" leaves a sample {share} pixels of at least {LEAST_PIXELS}; raise it, or lower the micro-batch"
+        )
 
 
 def _check_videos(config: RunConfig, encoder: Encoder, *, pictures: bool) -> None:
-    """Refuses videos that the base does not take in any way, and says in which it takes them.
-
-    Raises: UserError; one line, before weights are read.
-    """
+    """Refuses videos that the base does not take in any way, and says in which it takes them."""
     base = config.model.base
     if encoder.why_no_videos:
         logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
     elif encoder.videos_of_one_length and config.data.video_fps is not None:
-        raise UserError(
-            f"data.video_fps: {base} takes videos of equally many frames in a batch; leave it out, data.video_frames "
-            "says how many"
-        )
+        raise SettingError("data.video_fps", f": {base} takes videos of one length; set data.video_frames alone")
     elif encoder.one_kind_in_a_batch and pictures:
-        raise UserError(
-            f"{base} cannot tell pictures from videos of one batch, and data.train (or data.validation) holds both; "
-            "train on one kind"
+        raise SettingError(
+            "data.train", f" holds pictures and videos, which {base} cannot tell apart in a batch; train on one kind"
         )
     try:
         encoder.dummy_video(config.data.video_frames)
     except BadSample as error:
-        raise UserError(
-            f"{base} takes no video of {config.data.video_frames} frames (data.video_frames): {error.reason}"
+        raise SettingError(
+            "data.video_frames", f": {base} takes no video of {config.data.video_frames} frames: {error.reason}"
         ) from error

@@ -59,12 +59,8 @@ def _share(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Makes the estimate; yields the lines to print.
-
-    Raises:
-        UserError: a setting or the base's config is wrong, or the GPUs cannot be spread over the machines.
-    """
-    from dora_vl.training.run_settings import pipeline_of, settings_and_task  # jsonargparse: not for --help
+    """Makes the estimate; yields the lines to print."""
+    from dora_vl.training.train_command import pipeline_of, settings_and_task  # jsonargparse: not for --help
 
     gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
     if gpus % machines:

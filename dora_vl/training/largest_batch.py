@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqSample
 from dora_vl.run.settings import RunSettings
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
-from dora_vl.training.seq2seq_tasks import over_step
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)

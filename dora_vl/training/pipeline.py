@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from accelerate.utils import compare_versions
 from jaxtyping import Int
@@ -83,7 +83,7 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
         """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 
@@ -138,21 +138,19 @@ class Reading:
     places: frozenset[int] = frozenset()
 
 
-class Pipeline(ABC):
+Config = TypeVar("Config", bound=RunSettings)
+
+
+class Pipeline(ABC, Generic[Config]):
     """One kind of run with the settings of one run."""
 
+    name: str
+    """What `recipe.json` calls it."""
     labels_shift = True
     """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What `recipe.json` calls it."""
-
-    @property
-    @abstractmethod
-    def config(self) -> RunSettings:
-        """The run's settings."""
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -186,12 +184,12 @@ class Pipeline(ABC):
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """What a step keeps in memory, for the estimate."""
 
+    @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """`watch` fixed questions, ready to be asked while it trains; None where the settings name nothing to ask.
 
         Every rank must call it, once the data is there.
         """
-        return None
 
     @abstractmethod
     def reading(self, backbone: Backbone[Any]) -> Reading:

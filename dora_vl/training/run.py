@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.samples import check_labels, write_skipped
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.arguments import launch_of, training_arguments
 from dora_vl.run.folder import (
     ADAPTER,
@@ -49,7 +49,6 @@ from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model
 from dora_vl.training.live_view import close_views
 from dora_vl.training.optim import check_parts
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.progress import Counts
 from dora_vl.training.ranks import ranks_end_together, watch_ranks
 from dora_vl.training.trainer import AdapterTrainer
 
@@ -58,13 +57,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended."""
+    """How a run ended: `stopped_by` a signal or None, and the `numbers` that training adds to `metrics.json`."""
 
     step: int
     stopped_by: int | None
-    """The signal that stopped it before its end; None for a whole run."""
     numbers: dict[str, Any]
-    """What training adds to `metrics.json`."""
+
+
+def run(pipeline: Pipeline) -> int | None:
+    """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
+
+    With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
+    on a CPU aborts at interpreter exit while it is there.
+    """
+    config = pipeline.config
+    with one_writer(run_folder_of(config)) if launched_first() else nullcontext():
+        if config.test_only:
+            test_again(pipeline)
+            return None
+        try:
+            with ranks_end_together():
+                result = train(pipeline)
+            first = is_first_rank()
+        finally:
+            leave_process_group()
+            load_whole_models_again()
+        if result.stopped_by is None and config.evaluation.file is not None and first:
+            _test(pipeline, result.numbers)
+        return result.stopped_by
 
 
 def train(pipeline: Pipeline) -> RunResult:
@@ -77,8 +97,8 @@ def train(pipeline: Pipeline) -> RunResult:
     if threads is not None:
         torch.set_num_threads(threads)
     watch_ranks(limit=arguments.ddp_timeout)
-    run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
-    _check_and_prepare(pipeline, arguments, checkpoint)
+    checkpoint = checkpoint_of(config)
+    on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
 
     with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
         backbone = pipeline.load()
@@ -86,8 +106,9 @@ def train(pipeline: Pipeline) -> RunResult:
         torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
         adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
         trainer, stop = build_trainer(pipeline, arguments, backbone)
-    if checkpoint is not None:
-        _go_on(trainer, checkpoint, config)
+    if checkpoint is not None:  # base and samples, which are read by now, must be its own
+        on_first_rank(partial(_go_on, trainer, checkpoint, config))
+        trainer.progress.go_on_from(checkpoint)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
@@ -98,81 +119,69 @@ def train(pipeline: Pipeline) -> RunResult:
         close_views(trainer.callback_handler.callbacks)
     if trainer.faults.ended_by is not None:
         raise UserError(trainer.faults.ended_by)
-    return RunResult(
-        output.global_step, stop.received, _written(trainer, run_folder, stopped=stop.received is not None)
-    )
+    numbers = _written(trainer, run_folder_of(config), stopped=stop.received is not None)
+    return RunResult(output.global_step, stop.received, numbers)
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """All that can be wrong before weights are loaded, and the folder of a new run."""
-    config, run_folder = pipeline.config, run_folder_of(pipeline.config)
-    on_first_rank(partial(check_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
+    """All that can be wrong before weights are loaded, and the folder of a new run; for the first rank alone."""
+    config, folder = pipeline.config, run_folder_of(pipeline.config)
+    check_run_folder(folder, resume=checkpoint is not None, overwrite=config.overwrite)
     if checkpoint is not None:
-        on_first_rank(partial(check_manifest, checkpoint, settings_of(config), launch_of(arguments)))
-    on_first_rank(partial(check_initial, config.adapter.initial))
-    on_first_rank(partial(pipeline.prepare, arguments))
-    on_first_rank(lambda: check_labels(pipeline.labelled(arguments)))
-    on_first_rank(partial(check_parts, pipeline, arguments))
-    if checkpoint is None:
-        # Not for a run that cannot begin; a resume that is refused in `_go_on` leaves all as it was.
-        on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=None, overwrite=config.overwrite))
-        on_first_rank(partial(write_settings, run_folder, config))
+        check_manifest(checkpoint, settings_of(config), launch_of(arguments))
+    check_initial(config.adapter.initial)
+    pipeline.prepare(arguments)
+    check_labels(pipeline.labelled(arguments))
+    check_parts(pipeline, arguments)
+    if checkpoint is None:  # not for a run that cannot begin; a resume that is refused later leaves all as it was
+        prepare_run_folder(folder, checkpoint=None, overwrite=config.overwrite)
+        write_settings(folder, config)
 
 
 def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunSettings) -> None:
-    """Takes over a checkpoint, once base and samples, which are read by now, have shown to be its own."""
-    run_folder = run_folder_of(config)
-    on_first_rank(partial(check_base, checkpoint, config.model.base, trainer.persistence.base_sha256))
-    on_first_rank(partial(trainer.progress.check_samples, checkpoint))
-    on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=checkpoint, overwrite=False))
-    on_first_rank(partial(write_settings, run_folder, config))
-    trainer.progress.go_on_from(checkpoint)
+    """Takes over a checkpoint; for the first rank alone."""
+    folder = run_folder_of(config)
+    check_base(checkpoint, config.model.base, trainer.persistence.base_sha256)
+    trainer.progress.check_samples(checkpoint)
+    prepare_run_folder(folder, checkpoint=checkpoint, overwrite=False)
+    write_settings(folder, config)
 
 
-def _written(trainer: AdapterTrainer, run_folder: Path, *, stopped: bool) -> dict[str, Any]:
+def _written(trainer: AdapterTrainer, folder: Path, *, stopped: bool) -> dict[str, Any]:
     """Writes what a whole run leaves, and returns its numbers; of one that was stopped nothing is written."""
     counts = trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
-    earlier = numbers_of_whole_run(run_folder, trainer.state.global_step) if took_no_step(trainer, counts) else None
-    numbers = training_numbers(trainer, counts) if earlier is None else earlier
+    step, seconds = trainer.state.global_step, trainer.progress.seconds
+    numbers: dict[str, Any] = {}
+    if counts == trainer.statistics.earlier:  # a whole run was resumed, which has written them unless it was stopped
+        metrics = read_json(folder / METRICS) if (folder / METRICS).is_file() else {}
+        if metrics.get("train_steps") == step:
+            numbers = {name: metrics[name] for name in TRAINING_NUMBERS if name in metrics}
+    is_new = not numbers
+    if is_new:
+        numbers = {
+            "train_seconds": round(seconds, 1),
+            "samples_per_second": round(counts.samples / seconds, 3),
+            "train_samples": counts.samples,
+            "train_steps": step,
+            "padding_share": round(counts.padding_share, 4),
+            "skipped_samples": counts.skipped,
+            **({"shrunk_samples": counts.shrunk_samples} if counts.shrunk_samples else {}),
+        }
+        if left_out := steps_left_out(folder / FAULTS):
+            numbers["steps_left_out"] = left_out
     if numbers.get("shrunk_samples"):
-        told = "%s samples (%s of all) had their pictures shrunk to fit data.max_pixels_per_step"
-        logger.info(told, f"{counts.shrunk_samples:,}", f"{counts.shrunk_samples / counts.samples:.1%}")
-    if earlier is None and (left_out := steps_left_out(run_folder / FAULTS)):
-        numbers["steps_left_out"] = left_out
+        logger.info(
+            "%s samples (%s of all) had their pictures shrunk to fit data.max_pixels_per_step",
+            *(f"{counts.shrunk_samples:,}", f"{counts.shrunk_samples / counts.samples:.1%}"),
+        )
     if not stopped:
         trainer.save_model()
-        if trainer.args.process_index == 0 and earlier is None:
-            write_skipped(run_folder / SKIPPED, skipped, validation=held_out)
-            add_metrics(run_folder / METRICS, numbers)
+        if trainer.args.process_index == 0 and is_new:
+            write_skipped(folder / SKIPPED, skipped, validation=held_out)
+            add_metrics(folder / METRICS, numbers)
     return numbers
-
-
-def run(pipeline: Pipeline) -> int | None:
-    """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
-
-    With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
-    on a CPU aborts at interpreter exit while it is there.
-    """
-    with one_writer(run_folder_of(pipeline.config)) if launched_first() else nullcontext():
-        return _run(pipeline)
-
-
-def _run(pipeline: Pipeline) -> int | None:
-    if pipeline.config.test_only:
-        test_again(pipeline)
-        return None
-    try:
-        with ranks_end_together():
-            result = train(pipeline)
-        first = is_first_rank()
-    finally:
-        leave_process_group()
-        load_whole_models_again()
-    if result.stopped_by is None and pipeline.config.evaluation.file is not None and first:
-        _test(pipeline, result.numbers)
-    return result.stopped_by
 
 
 def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
@@ -182,45 +191,17 @@ def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
 
 
 def test_again(pipeline: Pipeline) -> None:
-    """Tests the adapter in the run folder; what `metrics.json` says of its training stays.
-
-    Raises:
-        UserError: no adapter is there, nothing says what to test on, or the settings ask for training too.
-    """
+    """Tests the adapter in the run folder; what `metrics.json` says of its training stays."""
     config, folder = pipeline.config, run_folder_of(pipeline.config)
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:
-        raise UserError("test_only trains nothing; leave resume and overwrite out, which are about training")
+        raise SettingError("test_only", " trains nothing; leave resume and overwrite out, which are about training")
     if config.evaluation.file is None:
-        raise UserError("test_only: the settings' evaluation section names no file to test on")
+        raise SettingError("test_only", ": the settings' evaluation section names no file to test on")
     if not weights.is_file():
-        raise UserError(f"test_only: {weights} does not exist; train first, or name the run's training.output_dir")
+        raise SettingError(
+            "test_only", f": {weights} does not exist; train first, or name the run's training.output_dir"
+        )
     if launched_first():
-        there = read_json(metrics) if metrics.is_file() else {}
-        _test(pipeline, {name: there[name] for name in TRAINING_NUMBERS if name in there})
-
-
-def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:
-    """What training adds to `metrics.json`; of a resumed run, with the part before."""
-    seconds = trainer.progress.seconds
-    return {
-        "train_seconds": round(seconds, 1),
-        "samples_per_second": round(counts.samples / seconds, 3),
-        "train_samples": counts.samples,
-        "train_steps": trainer.state.global_step,
-        "padding_share": round(counts.padding_share, 4),
-        "skipped_samples": counts.skipped,
-        **({"shrunk_samples": counts.shrunk_samples} if counts.shrunk_samples else {}),
-    }
-
-
-def took_no_step(trainer: AdapterTrainer, counts: Counts) -> bool:
-    """Whether a whole run was resumed."""
-    return counts == trainer.statistics.earlier
-
-
-def numbers_of_whole_run(run_folder: Path, step: int) -> dict[str, Any] | None:
-    """What a run that took so many steps has written to `metrics.json`; None where it was stopped before that."""
-    path = run_folder / METRICS
-    there = read_json(path) if path.is_file() else {}
-    return {key: there[key] for key in TRAINING_NUMBERS if key in there} if there.get("train_steps") == step else None
+        numbers = read_json(metrics) if metrics.is_file() else {}
+        _test(pipeline, {name: numbers[name] for name in TRAINING_NUMBERS if name in numbers})

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainingArguments
 
-from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.llava_tower import LlavaTower
-from dora_vl.backbones.tower_pictures import ImagePreparation
-from dora_vl.backbones.vision_store import FeatureCache
+from dora_vl.backbones.frozen_outputs import (
+    NotStorable,
+    OutputStore,
+    PictureReader,
+    hollowed,
+    inputs_of,
+    proven_parts,
+)
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
@@ -43,20 +47,18 @@ from dora_vl.data.table import (
     overlap,
 )
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError, one_line, shown
+from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
 from dora_vl.run.media import image_folder, video_folder
-from dora_vl.run.settings import CommonsenseRunConfig, DataConfig, RunConfig, SamplesConfig
+from dora_vl.run.settings import DataConfig, RunConfig, SamplesConfig
 from dora_vl.training.pipeline import TrainingData
 
 MakeDataset = Callable[[Examples, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
-
-DecoderConfig = RunConfig | CommonsenseRunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,25 +72,25 @@ class RunSamples:
     """A run's training and validation samples.
 
     Args:
-        config: the run's settings.
-        arguments: its arguments; their seed is that of every order.
-
-    Raises:
-        UserError: data that cannot be read, and settings that do not go together.
+        data: the run's section.
+        arguments: the run's; their seed is that of every order.
     """
 
-    def __init__(self, config: DecoderConfig, arguments: TrainingArguments) -> None:
-        self._config = config
-        self._arguments = arguments
+    def __init__(self, data: SamplesConfig, arguments: TrainingArguments) -> None:
+        self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
         self._train: ExampleTable | None = None
         self._stream: SampleStream | None = None
-        if config.data.streaming:
-            check_streaming(config.data)
-            self._stream = open_stream(config.data, seed=order_seed(arguments))
-            self._total = samples_of_a_run(self._stream, config.data, arguments)
-            self._held_out = read_validation(config.data)
+        self._name = train_name(data.train)
+        self.held_out: ExampleTable | None = None
+        """Those whose loss is measured while training."""
+        if data.streaming:
+            self._stream = open_stream(data, seed=self._seed)
+            self._total = samples_of_a_run(self._stream, data, arguments)
+            if data.validation is not None:  # never streamed
+                self.held_out = load_rows(data.validation, data.validation_limit, columns=data.contract)
         else:
-            self._train, self._held_out = read_samples(config.data, seed=order_seed(arguments))
+            self._train, self.held_out = read_samples(data, seed=self._seed)
+        self._tables = [table for table in (self._train, self.held_out) if table is not None]
 
     @property
     def has_pictures(self) -> bool:
@@ -98,46 +100,39 @@ class RunSamples:
     @property
     def has_videos(self) -> bool:
         """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
-        tables = [table.has_videos for table in (self._train, self._held_out) if table is not None]
-        return any(tables) or (self._stream is not None and self._stream.has_videos)
+        in_tables = any(table.has_videos for table in self._tables)
+        return in_tables or (self._stream is not None and self._stream.has_videos)
 
     @property
-    def pictures(self) -> list[str]:
-        """All that tables name, each once."""
-        tables = [table for table in (self._train, self._held_out) if table is not None]
-        return list(dict.fromkeys(name for table in tables for name in table.pictures))
+    def pictures(self) -> list[tuple[str, ...]]:
+        """Those of each sample that tables name, each combination once."""
+        return list(dict.fromkeys(tuple(names) for table in self._tables for names in table.rows["images"] if names))
 
     @property
     def stored(self) -> StoredPictures:
         """Those that the tables' files hold themselves."""
-        return StoredPictures.joined([table.stored for table in (self._train, self._held_out) if table is not None])
-
-    @property
-    def held_out(self) -> ExampleTable | None:
-        """Those whose loss is measured while training."""
-        return self._held_out
+        return StoredPictures.joined([table.stored for table in self._tables])
 
     def shown_in(self, sample: Sample | Skipped) -> Question:
         """What a training sample shows, as a question without words; of a stream its pictures alone."""
         images = sample.images if isinstance(sample, Sample) else ()
-        turn = (Turn("user", ""),)
         example = None if self._train is None or isinstance(sample, Skipped) else self._train[sample.index]
         videos = example.videos if isinstance(example, Example) else ()
-        return Question(id=sample.id, images=images, turns=turn, truth="", videos=videos)
+        return Question(id=sample.id, images=images, turns=(Turn("user", ""),), truth="", videos=videos)
 
     def describe(self) -> None:
         """Says of each file what it holds, and what is held out."""
-        data, seed = self._config.data, order_seed(self._arguments)
+        data = self._data
         if self._stream is not None:
-            for source in self._stream.sources:
-                for line in source.described():
-                    logger.info(line)
-            return
-        for file in train_files(data.train):
-            for line in described(file, load_rows(file.path, data.limit, columns=data.contract).rows):
-                logger.info(line)
-        if self._held_out is not None and data.validation_share:
-            counts = len(self._held_out.rows), len(self._held_out.pictures), seed
+            lines = [line for source in self._stream.sources for line in source.described()]
+        else:
+            files = train_files(data.train)
+            tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
+            lines = [line for file, rows in tables for line in described(file, rows)]
+        for line in lines:
+            logger.info(line)
+        if self._train is not None and self.held_out is not None and data.validation_share:
+            counts = len(self.held_out.rows), len(self.held_out.pictures), self._seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
     def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
@@ -148,24 +143,18 @@ class RunSamples:
             videos: likewise.
         """
         if pictures is not None and not pictures.root.is_dir():
-            raise UserError(f"picture folder {pictures} does not exist; set data.image_folder")
+            raise SettingError("data.image_folder", f": picture folder {pictures} does not exist")
         if self._train is None:
             return
-        source = train_name(self._config.data.train)
-        first = self._train.rows[:FIRST_ROWS]["images"] if pictures else []
-        named = list(dict.fromkeys(name for names in first for name in names if name not in self._train.stored))
+        rows, stored = self._train.rows[:FIRST_ROWS], self._train.stored
+        named = list(dict.fromkeys(name for names in rows["images"] for name in names if name not in stored))
         if pictures is not None and named and not any_is_there(named, pictures.root):
-            raise UserError(
-                f"{source}: not one of its first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; "
-                "set data.image_folder to the folder that their paths start from"
+            raise SettingError(
+                "data.image_folder",
+                f": not one of the first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}",
             )
-        look_ahead(
-            self._train,
-            pictures=pictures,
-            videos=videos,
-            max_bad_share=self._config.data.max_bad_share,
-            source=source,
-        )
+        share = self._data.max_bad_share
+        look_ahead(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
 
     def labelled(self, make: MakeDataset, encoder: Encoder) -> Iterator[Labelled]:
         """Yields the labels of the first training samples, and of the first with pictures.
@@ -173,9 +162,6 @@ class RunSamples:
         Args:
             make: samples of rows.
             encoder: what makes their labels.
-
-        Raises:
-            UserError: none of them can be used; with the first one's reason.
         """
         bad: list[Skipped] = []
         used = 0
@@ -189,21 +175,19 @@ class RunSamples:
                 yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
-                f"{train_name(self._config.data.train)}: none of its first {len(bad)} samples can be used; for example "
-                f"{bad[0].id}: {bad[0].reason}"
+                f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
             )
 
     def _first(self, make: MakeDataset) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
-        if self._train is None:
-            sources = () if self._stream is None else self._stream.sources
-            examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
-            for place in _places([example.images for example in examples]):
-                example = examples[place]
-                yield example, make([example], example.image_bytes)[0]
-            return
-        samples = make(self._train, self._train.stored)
-        for place in _places(self._train.rows[:FIRST_ROWS]["images"]):
-            yield self._train[place], samples[place]
+        """Of the first samples, and of the first with pictures."""
+        if self._train is not None:
+            samples = make(self._train, self._train.stored)
+            for place in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
+                yield self._train[place], samples[place]
+        elif self._stream is not None:
+            rows = [row for source in self._stream.sources for row in source.first_rows if isinstance(row, Example)]
+            for place in _first_places([row.images for row in rows]):
+                yield rows[place], make([rows[place]], rows[place].image_bytes)[0]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -220,7 +204,7 @@ class RunSamples:
             self._train.rows, ((question.id, question.images, question.text) for question in questions)
         ):
             examples = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
-            where = f"{len(pairs):,} training samples of {train_name(data.train)} are asked again in {evaluation.file}"
+            where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
             logger.warning("%s", one_line(f"{where}: {examples}"))
 
     def training_data(
@@ -242,79 +226,73 @@ class RunSamples:
             share_pictures: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
-        held_out = None if self._held_out is None else make(self._held_out, self._held_out.stored)
-        if self._train is None:
-            return self._streamed(make, collate, held_out)
-        data, train = self._config.data, self._train
+        held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
+        micro_batch = self._arguments.per_device_train_batch_size
+        if self._stream is not None:
+            order = StreamOrder(self._stream, total=self._total)
+            streamed = StreamedDataset(make, length=len(order))
+            return TrainingData(
+                train=streamed,
+                pools=partial(_pool_of_first_rows, streamed, self._stream.sources, micro_batch),
+                validation=held_out,
+                collate=collate,
+                sampler=order,
+                stream=order,
+                set_epoch=(order.set_epoch,),
+                samples=len(order),
+                source=self._name,
+                longest_tokens=self._data.max_tokens,
+            )
+        train = self._train
+        assert train is not None
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
-        grouped = data.group_by_modality_length or share_pictures
-        sampler = build_sampler(lengths, self._arguments, share_pictures=share_pictures) if grouped else None
-        samples = make(train, train.stored)
-        pools = partial(_pools, samples, train, lengths, self._micro_batch, grouped=grouped, sized=sized_pictures)
+        samples, grouped = make(train, train.stored), self._data.group_by_modality_length or share_pictures
+        sampler = None
+        if grouped:  # LLaVA's grouping by modality and length for the global batch, or by modality and picture
+            sampler = ModalityLengthSampler(
+                lengths.lengths,
+                lengths.is_multimodal,
+                pictures=lengths.pictures if share_pictures else None,
+                batch_size=micro_batch,
+                world_size=self._arguments.world_size,
+                accumulation=self._arguments.gradient_accumulation_steps,
+                seed=self._seed,
+            )
         return TrainingData(
             train=samples,
-            pools=pools,
+            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped, sized=sized_pictures),
             validation=held_out,
             collate=collate,
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
-            media=self._media_keys,
-            source=train_name(data.train),
-            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
-        )
-
-    def _media_keys(self) -> dict[str, str]:
-        """What the files of some training samples hold, by name; one that the data file holds is named after it."""
-        if self._train is None or not isinstance(self._config, RunConfig):
-            return {}
-        data, keys = self._config.data, dict[str, str]()
-        for example in self._train.select(range(0, len(self._train), math.ceil(len(self._train) / HASHED_ROWS))):
-            if isinstance(example, Example):
-                keys |= {name: _key(image_folder(data), name, self._train.stored) for name in example.images}
-                keys |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in example.videos}
-        return keys
-
-    @property
-    def _micro_batch(self) -> int:
-        return self._arguments.per_device_train_batch_size
-
-    def _streamed(
-        self,
-        make: MakeDataset,
-        collate: Callable[[list[Any]], Mapping[str, Any]],
-        held_out: ConversationDataset | None,
-    ) -> TrainingData:
-        if self._stream is None:
-            raise RuntimeError("no stream has been opened")
-        data, order = self._config.data, StreamOrder(self._stream, total=self._total)
-        samples, sources = StreamedDataset(make, length=len(order)), self._stream.sources
-        return TrainingData(
-            train=samples,
-            pools=lambda: [_of_first_rows(samples, sources, self._micro_batch)],
-            validation=held_out,
-            collate=collate,
-            sampler=order,
-            stream=order,
-            set_epoch=(order.set_epoch,),
-            samples=len(order),
-            source=train_name(data.train),
-            longest_tokens=data.max_tokens,
+            media=partial(_media_keys, train, self._data) if isinstance(self._data, DataConfig) else dict,
+            source=self._name,
+            longest_tokens=min(self._data.max_tokens, int(lengths.lengths.max())),
         )
 
 
-def _places(images: Sequence[Sequence[str]]) -> list[int]:
+def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
     """Of the first samples, and of the first with pictures."""
     with_pictures = [place for place, names in enumerate(images) if names]
     return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
 
 
-def _key(folder: MediaFolder, name: str, stored: HeldPictures) -> str:
-    try:
-        return "" if name in stored else content_key(path_inside(folder, name))
-    except (BadSample, OSError):  # told of when it is read
-        return ""
+def _media_keys(train: ExampleTable, data: DataConfig) -> dict[str, str]:
+    """What the files of some training samples hold, by name; one that the data file holds is named after it."""
+    keys: dict[str, str] = {}
+    for example in train.select(range(0, len(train), math.ceil(len(train) / HASHED_ROWS))):
+        if not isinstance(example, Example):
+            continue
+        files = [(image_folder(data), name) for name in example.images]
+        files += [(video_folder(data), clip.path) for clip in example.videos]
+        for folder, name in files:
+            try:
+                keys[name] = "" if name in train.stored else content_key(path_inside(folder, name))
+            except (BadSample, OSError):  # told of when it is read
+                keys[name] = ""
+    return keys
 
 
 def _pools(
@@ -334,68 +312,53 @@ def _pools(
     places = [longest_places(lengths, 2 * count, among) for among in kinds]
     if sized is not None:
         places[0] += places_of_largest_pictures(train.rows, train.stored, sized, count)
-    return [[samples[place] for place in dict.fromkeys(one)] for one in places]
+    return [[samples[place] for place in dict.fromkeys(kind)] for kind in places]
 
 
-def _of_first_rows(samples: StreamedDataset, sources: Sequence[StreamSource], count: int) -> list[Sample | Skipped]:
+def _pool_of_first_rows(
+    samples: StreamedDataset, sources: Sequence[StreamSource], count: int
+) -> list[list[Sample | Skipped]]:
     """The largest of a stream's first rows, twice as many as a micro-batch holds."""
     rows = [row for source in sources for row in source.first_rows]
-    return [samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]
-
-
-def build_sampler(
-    lengths: SamplingLengths, arguments: TrainingArguments, *, share_pictures: bool
-) -> ModalityLengthSampler:
-    """LLaVA's grouping by modality and length for this run's global batch, or by modality and picture."""
-    return ModalityLengthSampler(
-        lengths.lengths,
-        lengths.is_multimodal,
-        pictures=lengths.pictures if share_pictures else None,
-        batch_size=arguments.per_device_train_batch_size,
-        world_size=arguments.world_size,
-        accumulation=arguments.gradient_accumulation_steps,
-        seed=order_seed(arguments),
-    )
+    return [[samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]]
 
 
 def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
-    """The training samples and those whose loss is measured meanwhile, memory-mapped.
-
-    Raises:
-        UserError: a file that cannot be read, or two ways of validation.
-    """
+    """The training samples and those whose loss is measured meanwhile, memory-mapped."""
     if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
-        raise UserError("set one of data.validation, data.validation_share and data.validation_size")
+        raise SettingError("data.validation", ": set one of it, data.validation_share and data.validation_size")
     files = train_files(data.train)
     if data.validation_size and any(file.weight != 1 for file in files):
-        raise UserError("data.validation_size takes no weights of data.train; set data.validation_share")
+        raise SettingError("data.validation_size", " takes no weights of data.train; set data.validation_share")
     train, held_out = load_training_rows(
         files, limit=data.limit, share=data.validation_share, seed=seed, columns=data.contract
     )
     if data.validation_size:
         train, held_out = drawn_out(train, data.validation_size)
     if data.validation is not None:
-        held_out = read_validation(data)
+        held_out = load_rows(data.validation, data.validation_limit, columns=data.contract)
     elif held_out is not None and data.validation_limit is not None:
-        held_out = dataclasses.replace(
-            held_out, rows=held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
-        )
+        rows = held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
+        held_out = dataclasses.replace(held_out, rows=rows)
     return train, held_out
 
 
-def read_validation(data: SamplesConfig) -> ExampleTable | None:
-    """The samples of `data.validation`, where it names a file; they are never streamed."""
-    if data.validation is None:
-        return None
-    return load_rows(data.validation, data.validation_limit, columns=data.contract)
-
-
 def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
-    """The training samples as a stream; the first rows of each file have been read.
-
-    Raises:
-        UserError: a file that cannot be read, or none of whose first rows is a sample.
-    """
+    """The training samples as a stream; the first rows of each file have been read."""
+    if data.shuffle_buffer < 1:
+        raise SettingError(
+            "data.shuffle_buffer", f" is {data.shuffle_buffer}; at least 1 is needed, which shuffles nothing"
+        )
+    refused = {
+        "group_by_modality_length": "sorts by the lengths of all samples; set it false",
+        "validation_share": "chooses among all samples; name a data.validation file",
+        "validation_size": "draws among all samples; name a data.validation file",
+        "share_pictures": "looks for the samples of each picture; set it false",
+        "cache_features": "needs all pictures before the first step; set it false",
+    }
+    for name, reason in refused.items():
+        if getattr(data, name, False):
+            raise SettingError(f"data.{name}", f" {reason}: data.streaming reads samples as they come")
     files = train_files(data.train)
     check_weights(files)
     sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.contract) for file in files]
@@ -404,81 +367,51 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)
 
 
-def check_streaming(data: SamplesConfig) -> None:
-    """Refuses what needs all samples before the first.
-
-    Raises:
-        UserError: it names the setting and what to do.
-    """
-    if data.shuffle_buffer < 1:
-        raise UserError(f"data.shuffle_buffer is {data.shuffle_buffer}; it must be at least 1, which shuffles nothing")
-    refused = {
-        "group_by_modality_length": (
-            data.group_by_modality_length,
-            "sorts by the lengths of all samples; set it false",
-        ),
-        "validation_share": (data.validation_share, "chooses among all samples; name a data.validation file"),
-        "validation_size": (data.validation_size, "draws among all samples; name a data.validation file"),
-    }
-    if isinstance(data, DataConfig):
-        refused |= {
-            "share_pictures": (data.share_pictures, "looks for the samples of each picture; set it false"),
-            "cache_features": (data.cache_features, "needs all pictures before the first step; set it false"),
-        }
-    for setting, (asked, reason) in refused.items():
-        if asked:
-            raise UserError(f"data.streaming reads samples as they come, and data.{setting} {reason}")
-
-
 def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: TrainingArguments) -> int:
-    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it.
-
-    Raises:
-        UserError: neither the steps are set nor the number of samples known.
-    """
+    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it."""
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if arguments.max_steps <= 0 and stream.samples is None:
-        raise UserError(
-            f"data.streaming: how many samples {train_name(data.train)} has is known only after reading it; set "
-            f"training.max_steps (a step takes {together})"
+        raise SettingError(
+            "training.max_steps", f" is needed: data.streaming cannot count samples; a step takes {together}"
         )
     return max(0, arguments.max_steps) * together
 
 
-def stored_features(
+def stored_outputs(
     config: RunConfig,
-    backbone: Backbone[Any],
-    pictures: Iterable[str],
+    backbone: DecoderBackbone,
+    reader: PictureReader,
+    pictures: Iterable[Sequence[str]],
     *,
-    folder: MediaFolder,
     device: torch.device,
-    stored: StoredPictures | None = None,
-) -> Callable[[str], Tensor] | None:
-    """What reads a picture's features by its name, with `data.cache_features`; missing ones are computed first.
+) -> tuple[OutputStore, Sample]:
+    """Outputs of the model's frozen vision parts for samples' pictures, missing ones computed first; and a dummy row's.
 
     Every rank must call it: they share the computing.
 
-    Args:
-        folder: the root of the pictures' paths.
-        stored: those that the data file holds itself.
-
-    Raises:
-        UserError: there is no such folder, or the tower trains.
+    Raises: UserError if the family's outputs cannot be stored, or weights before the last of them train.
     """
-    if not config.data.cache_features:
-        return None
-    tower, model = LlavaTower(backbone.model), config.model
-    if not folder.root.is_dir():
-        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
-    if tower.trains:
-        raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
-    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    model = backbone.model
     cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
-    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
-    with gather_to_read(tower.tower.parameters()):
-        tower.tower.to(device)
-        kept = FeatureCache(cache, tower=tower, preparation=preparation, root=folder, held=stored)
-        wait_for_everyone()  # each must see the same features missing, before one adds some
-        kept.fill(pictures, part=rank_and_ranks())
+    language: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
+    unused = {id(weight) for part in language for weight in part.parameters()}
+    unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}
+    used = [weight for weight in model.parameters() if id(weight) not in unused]
+    # ZeRO-3 has sharded the weights already and its hooks come only with the engine: make them whole meanwhile.
+    with gather_to_read(used):
+        for tensor in (*used, *model.buffers()):
+            tensor.data = tensor.data.to(device)
+        try:
+            parts = proven_parts(model, reader.encoder)
+        except NotStorable as error:
+            raise SettingError("data.cache_features", f": {config.model.base}: {error}; set it false") from error
+        backbone.frozen_parts = parts
+        store = OutputStore(cache, model, parts, reader.settings())
+        missing = store.missing(reader, pictures)
+        wait_for_everyone()  # each must see the same missing, before one adds some
+        store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers)
+        dummy = reader.encoder.dummy()
+        dummy = hollowed(dummy, parts.outputs_of(model, inputs_of(model, dummy)))
     wait_for_everyone()
-    return kept.open().read
+    store.refresh()
+    return store, dummy

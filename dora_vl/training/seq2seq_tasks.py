@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -22,8 +22,6 @@ from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.subtask import (
-    SAMPLES,
-    WEIGHTS,
     ClosedBatch,
     MicroBatch,
     NormaliseBy,
@@ -155,24 +153,6 @@ class ValidationBatches(Dataset[MicroBatch]):
         source, indices = self._parts[number]
         items = [source.item(index, Random(index), source.file.answer_of(index) or 0) for index in indices]
         return MicroBatch(source.subtask, items)
-
-
-def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """A rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
-
-    How many those are is known only now that the data has been read: a mean over the samples that were asked for would
-    count the missing ones as samples of loss 0. Every rank must call it; batches without weights stay as they are.
-    """
-    if not batches or WEIGHTS not in batches[0]:
-        return [dict(batch) for batch in batches]
-    total = torch.tensor(sum(batch[SAMPLES] for batch in batches), device=device)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(total)
-    samples = max(1, int(total))
-    return [{**batch, WEIGHTS: batch[WEIGHTS] * (batch[SAMPLES] / samples)} for batch in batches]
-
-
-# The loss of an encoder-decoder's tasks: of its words, a mean over samples or tokens; or of a closed list's scores.
 
 
 class Seq2SeqLoss(LossModel):

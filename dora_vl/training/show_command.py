@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dora_vl.errors import UserError
-from dora_vl.training.run_settings import TASKS, pipeline_of, settings_and_task
+from dora_vl.training.train_command import TASKS, pipeline_of, settings_and_task
 
 DESCRIPTION = """\
 Shows the first micro-batch that training would see: every token, whether it is trained on, read only, the place of a
@@ -37,17 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Makes the batch and shows it; yields the lines to print.
-
-    Raises:
-        UserError: a setting, the data or the base is wrong, as training would say it.
-    """
+    """Makes the batch and shows it; yields the lines to print."""
     options, settings = own_options(arguments.settings)
     if options.to is not None and options.to.suffix not in (".html", ".png"):
         raise UserError(f"--to {options.to}: give the name of an .html or a .png file")
     words = [f"--config={arguments.config}", *settings]
     from dora_vl.report.batch import batch_page, batch_picture, terminal_lines
     from dora_vl.report.page import write_page
+    from dora_vl.run.folder import replace_file
     from dora_vl.training.first_batch import first_batch, shown_settings
 
     config, task = settings_and_task(words, options.task, program="dora-vl show batch")
@@ -55,7 +52,10 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         view = first_batch(pipeline_of(shown_settings(config, Path(folder)), task))
         yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
         if options.to is not None and options.to.suffix == ".png":
-            _write_bytes(options.to, batch_picture(view))
+            try:
+                replace_file(options.to, batch_picture(view))
+            except OSError as error:
+                raise UserError(f"{options.to}: cannot be written ({error.strerror})") from error
         elif options.to is not None:
             write_page(options.to, batch_page(view, title=Path(arguments.config).stem))
     if options.to is not None:
@@ -71,14 +71,3 @@ def own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         return parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

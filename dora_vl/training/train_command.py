@@ -1,15 +1,22 @@
-"""`dora-vl train`, and the scripts in tasks/ that train: settings from the command line, a run, an exit status."""
+"""`dora-vl train`, and the scripts in tasks/ that train: settings from the command line, a run, an exit status.
+
+Imports that take seconds come after mistakes in the settings were reported.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import exit_on_user_error
-from dora_vl.training.run_settings import pipeline_of, settings_and_task
+
+if TYPE_CHECKING:
+    from dora_vl.training.pipeline import Pipeline
 
 DESCRIPTION = """\
 Trains as CONFIG says, then tests where its evaluation section names a file. What it trains (a vision-language model, a
@@ -24,6 +31,7 @@ Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir;
 checkpoint.
 """
 SETS_UP_LOGGING = True
+TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense")
 STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
@@ -52,9 +60,6 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     Args:
         task: whose settings the words are; None: seen by them.
         program: for --help, as is `description`.
-
-    Raises:
-        UserError: something in the settings or the data cannot be used.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
     from dora_vl.run.launch import first_rank_speaks, log_to_stderr
@@ -76,3 +81,51 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     if stopped_by is not None:
         logger.info("stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name)
         sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
+
+
+def settings_and_task(
+    words: Sequence[str], task: str | None, *, program: str, description: str = ""
+) -> tuple[Any, str]:
+    """The settings by the class of the named task, or of the one that knows most of what is stated."""
+    from dora_vl.run.reading import files_first, flattened, read_settings, setting_names
+    from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+
+    classes: dict[str, type[Any]] = {
+        "llava_instruct": RunConfig,
+        "vlbart_image": VlBartRunConfig,
+        "commonsense": CommonsenseRunConfig,
+    }
+    if task is not None:
+        kind = VlBartRunConfig if task == "vlbart_video" else classes[task]
+        return read_settings(words, kind, program=program, description=description), task
+    stated: set[str] = set()
+    for word in files_first(words):
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            stated |= set(flattened(json.loads(value))) if name == "config" else {name}
+
+    def unknown(kind: type[Any]) -> int:
+        names = (*setting_names(kind), "training", "variant")
+        return sum(not any(one == name or one.startswith(f"{name}.") for name in names) for one in stated)
+
+    task = min(classes, key=lambda name: unknown(classes[name]))
+    config = read_settings(words, classes[task], program=program, description=description)
+    if task == "vlbart_image":
+        from dora_vl.evaluation.vlbart_tasks import image_subtasks
+
+        task = "vlbart_image" if set(config.data.train) <= set(image_subtasks()) else "vlbart_video"
+    return config, task
+
+
+def pipeline_of(config: Any, task: str) -> Pipeline:
+    """The task's pipeline."""
+    if task in ("llava_instruct", "commonsense"):
+        from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
+
+        return DecoderPipeline(config) if task == "llava_instruct" else CommonsensePipeline(config)
+    from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
+
+    is_video = task == "vlbart_video"
+    subtasks = (video_subtasks if is_video else image_subtasks)(task_prompt=config.data.task_prompt)
+    return VlBartPipeline(config, subtasks, name=task, is_video=is_video)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints, replace_folder
 from dora_vl.core import TrainedPart, adapted_layers
+from dora_vl.data.batches import over_step
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, full_disk_reported
 from dora_vl.training.checkpoint import (
@@ -31,7 +32,6 @@ from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.optim import LearningRates, parameter_groups
 from dora_vl.training.optimizer_state import OptimizerPlaces, places_of
 from dora_vl.training.progress import BatchStatistics, Progress
-from dora_vl.training.seq2seq_tasks import over_step
 from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:

@@ -37,113 +37,31 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask, with_input_tokens
 from dora_vl.evaluation.test import evaluate_subtasks
-from dora_vl.evaluation.vlbart_tasks import SETTING, account, check_closed, closed, lists_in, make_lists
+from dora_vl.evaluation.vlbart_tasks import closed
 from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.launch import loading_in
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.settings import VlBartAdapterConfig, VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.run.watched import Watch
 from dora_vl.training.adapting import core_config
+from dora_vl.training.closed_answers import SETTING, account, check_closed, lists_in, make_lists
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
 from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource, ValidationBatches
 
-# What a VL-BART run's settings say of its tasks: names, files, features and what trains; what is refused.
-
-
 EVERYTHING = ("*",)
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
-
-
-def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
-    """A task's records file or files."""
-    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
-
-
-def vlbart_dora_config(run: VlBartRunConfig, model: VlBartForConditionalGeneration) -> DoRAConfig:
-    """What a run adapts and trains in a VL-BART."""
-    adapter = run.adapter
-    if adapter.method == "full":
-        return core_config(adapter, model, targets=EVERYTHING)
-    trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
-    if not adapter.train_projector:
-        del trained["projector"]
-    if run.data.closed_answers:
-        trained["answer_head"] = ANSWER_HEADS
-    return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
-
-
-def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
-    """What `metrics.json` says of where a run may differ from the published ones."""
-    return {
-        "task_prompt": config.data.task_prompt,
-        "subtitles_first": config.data.subtitles_first,
-        "input_tokens": config.data.input_tokens,
-        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
-        "mixing": config.data.mixing,
-        "batch_size": config.data.batch_size,
-        "weight_decay_on": config.optim.weight_decay_on,
-    }
-
-
-def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
-    """Refuses test features that were computed in another way than those of training, where both say how.
-
-    Args:
-        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
-
-    Raises:
-        UserError: a setting differs; both folders and values are named.
-    """
-    for task, folder in tested.items():
-        before = read_settings(Path(trained[task])) if task in trained else None
-        now = read_settings(Path(folder))
-        if before is None or now is None or (name := first_difference(before, now)) is None:
-            continue
-        raise UserError(
-            f"evaluation.features: {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is "
-            f"trained on {trained[task]}, with {before.get(name)!r}; compute both with the same settings"
-        )
-
-
-def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
-    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
-    answer_by = subtask.answer_by
-    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
-        answer_by = "text"
-    if subtask.name in config.data.closed_answers:
-        subtask, answer_by = closed(subtask), "closed"
-    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
-
-
-def check_names(config: VlBartRunConfig, subtasks: Mapping[str, Subtask]) -> None:
-    """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
-    data, evaluation = config.data, config.evaluation
-    if not data.train:
-        raise UserError("data.train names no task; give a records file for one of " + ", ".join(subtasks))
-    named = {
-        "data.train": data.train,
-        "data.validation_files": data.validation_files,
-        "evaluation.files": evaluation.files,
-    }
-    for section, files in named.items():
-        if unknown := sorted(set(files) - set(subtasks)):
-            raise UserError(f"{section}: no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
-        known = {**data.features, **(evaluation.features if section == "evaluation.files" else {})}
-        if without := sorted(set(files) - set(known)):
-            raise UserError(f"{section} names {without[0]}, but data.features has no folder for it")
-
-
 LISTS_FILE = "closed_answers.json"
 """In the run folder: the closed answer lists, and the training samples that have no answer on them."""
+Files = Mapping[str, str | tuple[str, ...]]
 
 
-class VlBartPipeline(Pipeline):
+class VlBartPipeline(Pipeline[VlBartRunConfig]):
     """One task or a mixture of them.
 
     Args:
@@ -151,9 +69,6 @@ class VlBartPipeline(Pipeline):
         subtasks: every task that the task file knows, by name.
         name: the task file's.
         is_video: a sample's pictures are the frames of one video, not inputs of their own.
-
-    Raises:
-        UserError: the settings name a task that it does not know, or no features for one, or a batch size elsewhere.
     """
 
     labels_shift = False
@@ -161,37 +76,38 @@ class VlBartPipeline(Pipeline):
     def __init__(
         self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
     ) -> None:
-        check_names(config, subtasks)
+        check_names(config.data, config.evaluation, subtasks)
         check_closed(config.data.closed_answers, subtasks, config.data.train)
         check_same_features(config.data.features, config.evaluation.features)
-        if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
-            raise UserError(f"training.{set_elsewhere[0]} is not used here: set data.batch_size, samples of a step")
+        for field in ONE_AT_A_TIME:
+            if config.training.get(field, 1) != 1:
+                raise SettingError(f"training.{field}", " is not used here: set data.batch_size, samples of a step")
         # A loader's item is a whole micro-batch here.
         training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
-        self._config = dataclasses.replace(config, training=training)
-        self._subtasks = {one: with_run_settings(subtask, config) for one, subtask in subtasks.items()}
-        self._name = name
+        super().__init__(dataclasses.replace(config, training=training))
+        self.name = name
+        self._subtasks = {task: with_run_settings(subtask, config) for task, subtask in subtasks.items()}
         self._is_video = is_video
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return self._name
-
-    @property
-    def config(self) -> VlBartRunConfig:
-        """The run's settings."""
-        return self._config
+        self._lists_file = run_folder_of(self.config) / LISTS_FILE
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
-        files = self._test_files()
-        make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
-        if self.config.evaluation.files:
-            width = vlbart_config(self.config.model.base).feature_width
-            check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
-        if self.config.data.closed_answers:
-            self._make_lists()
+        config, files = self.config, self._test_files()
+        make_base(compose_vlbart, config.model.compose, config.model.base, arguments)
+        if config.evaluation.files:
+            width = vlbart_config(config.model.base).feature_width
+            check_tests(self._tested(files, width), self.encoder(), max_bad_share=config.data.max_bad_share)
+        if lists := config.data.closed_answers:
+            checkpoint, initial = checkpoint_of(config), config.adapter.initial
+            folders = {
+                "adapter.initial": None if initial is None else Path(initial),
+                "resume": None if checkpoint is None else checkpoint / ADAPTER,
+            }
+            heads = {
+                key: path / RECIPE_FILE for key, path in folders.items() if path and (path / RECIPE_FILE).is_file()
+            }
+            of_lists = self._files({task: config.data.train[task] for task in lists}, limit=config.data.limit)
+            make_lists(self._lists_file, lists, dict(zip(lists, of_lists, strict=True)), same_as=heads)
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
         """Those of each task's first samples; where one of a closed list is trained there are none."""
@@ -220,34 +136,22 @@ class VlBartPipeline(Pipeline):
         set_answer_heads(backbone.model, lists, seed=int(self.config.training.get("seed", 42)))
         return backbone
 
-    @property
-    def _lists_file(self) -> Path:
-        return run_folder_of(self.config) / LISTS_FILE
-
-    def _make_lists(self) -> None:
-        config, wanted = self.config, self.config.data.closed_answers
-        files = self._files({task: config.data.train[task] for task in wanted}, limit=config.data.limit)
-        checkpoint, initial = checkpoint_of(config), config.adapter.initial
-        folders = {
-            "adapter.initial": None if initial is None else Path(initial),
-            "resume": None if checkpoint is None else checkpoint / ADAPTER,
-        }
-        heads = {name: one / RECIPE_FILE for name, one in folders.items() if one and (one / RECIPE_FILE).is_file()}
-        make_lists(self._lists_file, wanted, dict(zip(wanted, files, strict=True)), same_as=heads)
-
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
-        return vlbart_dora_config(self.config, backbone.model)
+        return vlbart_dora_config(self.config.adapter, backbone.model, heads=bool(self.config.data.closed_answers))
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The mixture of all training files."""
-        data = self.config.data
+        data, evaluation = self.config.data, self.config.evaluation
         encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
-        train = self._mixture(arguments, encoder, width)
+        train, validation = self._mixture(arguments, encoder, width), None
+        if data.validation_files:
+            sources = self._sources(data.validation_files, encoder, width, limit=None)
+            validation = ValidationBatches(sources, batch_size=evaluation.batch_size, ranks=arguments.world_size)
         return TrainingData(
             train=train,
-            pools=lambda: [[one] for one in train.longest()],
-            validation=self._validation(encoder, width, arguments.world_size),
+            pools=lambda: [[batch] for batch in train.longest()],
+            validation=validation,
             collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
@@ -263,11 +167,11 @@ class VlBartPipeline(Pipeline):
         tasks = self._sources(data.train, encoder, width, limit=data.limit)
         sources = [
             Source(
-                name=one.subtask.name,
-                items=len(one.file),
-                batch_size=max(1, int(data.batch_size * one.subtask.batch_share)),
+                name=task.subtask.name,
+                items=len(task.file),
+                batch_size=max(1, int(data.batch_size * task.subtask.batch_share)),
             )
-            for one in tasks
+            for task in tasks
         ]
         plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
         return MixtureDataset(plan, tasks, seed=arguments.seed)
@@ -291,11 +195,14 @@ class VlBartPipeline(Pipeline):
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Examples of the validation files, or else of the test's, of each task in turn."""
         vlbart, data, evaluation = cast(VlBartBackbone, backbone), self.config.data, self.config.evaluation
-        width = vlbart.config.feature_width
         files = data.validation_files or evaluation.files
-        places = data.features if data.validation_files else {**data.features, **evaluation.features}
+        folders = data.features if data.validation_files else {**data.features, **evaluation.features}
         tested = [
-            (self._subtasks[name], ExampleFile(paths_of(path)), self._reader(places[name], width))
+            (
+                self._subtasks[name],
+                ExampleFile(paths_of(path)),
+                self._reader(folders[name], vlbart.config.feature_width),
+            )
             for name, path in files.items()
         ]
         return watch_subtasks(
@@ -342,11 +249,10 @@ class VlBartPipeline(Pipeline):
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
-        files = self._test_files()
-        lists = lists_in(run_folder / ADAPTER / RECIPE_FILE)
+        files, lists = self._test_files(), lists_in(run_folder / ADAPTER / RECIPE_FILE)
         if set(lists) != set(config.data.closed_answers):
-            trained, asked = (", ".join(one) or "nothing" for one in (lists, config.data.closed_answers))
-            raise UserError(f"{run_folder / ADAPTER} answers {trained} from a closed list; {SETTING} names {asked}")
+            trained, named = (", ".join(tasks) or "nothing" for tasks in (lists, config.data.closed_answers))
+            raise SettingError(SETTING, f" names {named}; {run_folder / ADAPTER} answers {trained} from a closed list")
         backbone = self._base()
         set_answer_heads(backbone.model, lists)
         load_adapter(backbone.model, run_folder / ADAPTER)
@@ -371,19 +277,11 @@ class VlBartPipeline(Pipeline):
         )
 
     def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:
-        evaluation = self.config.evaluation
-        places = {**self.config.data.features, **evaluation.features}
+        folders = {**self.config.data.features, **self.config.evaluation.features}
         return [
-            (self._subtasks[name], file, self._reader(places[name], width))
-            for name, file in zip(evaluation.files, files, strict=True)
+            (self._subtasks[name], file, self._reader(folders[name], width))
+            for name, file in zip(self.config.evaluation.files, files, strict=True)
         ]
-
-    def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
-        files = self.config.data.validation_files
-        if not files:
-            return None
-        sources = self._sources(files, encoder, width, limit=None)
-        return ValidationBatches(sources, batch_size=self.config.evaluation.batch_size, ranks=ranks)
 
     def _test_files(self) -> list[ExampleFile]:
         evaluation = self.config.evaluation
@@ -392,15 +290,13 @@ class VlBartPipeline(Pipeline):
             for name, path in evaluation.files.items()
         ]
 
-    def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
+    def _files(self, files: Files, *, limit: int | None) -> list[ExampleFile]:
         return [
             ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
             for name, file in files.items()
         ]
 
-    def _sources(
-        self, files: Mapping[str, str | tuple[str, ...]], encoder: Seq2SeqEncoder, width: int, *, limit: int | None
-    ) -> list[TaskSource]:
+    def _sources(self, files: Files, encoder: Seq2SeqEncoder, width: int, *, limit: int | None) -> list[TaskSource]:
         return [
             TaskSource(self._subtasks[name], file, self._reader(self.config.data.features[name], width), encoder)
             for name, file in zip(files, self._files(files, limit=limit), strict=True)
@@ -408,3 +304,79 @@ class VlBartPipeline(Pipeline):
 
     def _reader(self, folder: str, width: int) -> FeatureReader:
         return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)
+
+
+def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
+    """A task's records file or files."""
+    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
+
+
+def vlbart_dora_config(
+    adapter: VlBartAdapterConfig, model: VlBartForConditionalGeneration, *, heads: bool
+) -> DoRAConfig:
+    """What a run adapts and trains in a VL-BART, `heads` of closed answer lists included."""
+    if adapter.method == "full":
+        return core_config(adapter, model, targets=EVERYTHING)
+    trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
+    if not adapter.train_projector:
+        del trained["projector"]
+    if heads:
+        trained["answer_head"] = ANSWER_HEADS
+    return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
+
+
+def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
+    """What `metrics.json` says of where a run may differ from the published ones."""
+    return {
+        "task_prompt": config.data.task_prompt,
+        "subtitles_first": config.data.subtitles_first,
+        "input_tokens": config.data.input_tokens,
+        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
+        "mixing": config.data.mixing,
+        "batch_size": config.data.batch_size,
+        "weight_decay_on": config.optim.weight_decay_on,
+    }
+
+
+def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
+    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
+    answer_by = subtask.answer_by
+    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
+        answer_by = "text"
+    if subtask.name in config.data.closed_answers:
+        subtask, answer_by = closed(subtask), "closed"
+    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
+
+
+def check_names(data: VlBartDataConfig, evaluation: VlBartEvaluationConfig, subtasks: Mapping[str, Subtask]) -> None:
+    """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
+    if not data.train:
+        raise SettingError("data.train", " names no task; give a records file for one of " + ", ".join(subtasks))
+    tested_features = {**data.features, **evaluation.features}
+    for key, files, features in (
+        ("data.train", data.train, data.features),
+        ("data.validation_files", data.validation_files, data.features),
+        ("evaluation.files", evaluation.files, tested_features),
+    ):
+        if unknown := sorted(set(files) - set(subtasks)):
+            raise SettingError(key, f": no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
+        if without := sorted(set(files) - set(features)):
+            raise SettingError(key, f" names {without[0]}, but data.features has no folder for it")
+
+
+def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
+    """Refuses test features that were computed in another way than those of training, where both say how.
+
+    Args:
+        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
+    """
+    for task, folder in tested.items():
+        before = read_settings(Path(trained[task])) if task in trained else None
+        now = read_settings(Path(folder))
+        if before is None or now is None or (name := first_difference(before, now)) is None:
+            continue
+        raise SettingError(
+            "evaluation.features",
+            f": {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is trained on "
+            f"{trained[task]}, with {before.get(name)!r}; compute both with the same settings",
+        )

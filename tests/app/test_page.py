@@ -79,8 +79,15 @@ def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown, **asked:
     return printable(answers(engine, [(name, turns, seen)], **{"max_new_tokens": TOKENS, **asked})[0])
 
 
-def first(question: str, places: str = "<image>\n") -> list[Turn]:
-    return [Turn("user", f"{places}{question}")]
+def first(question: str, media: str = "<image>\n") -> list[Turn]:
+    return [Turn("user", f"{media}{question}")]
+
+
+def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, media: str = "<image>\n") -> None:
+    """Both columns say what the adapter and the base say to a first question."""
+    assert [printable(text) for text in texts] == [
+        expected(engine, name, first(question, media), seen) for name in ("one", "base")
+    ]
 
 
 def nothing_left(uploads: Path) -> bool:
@@ -96,12 +103,9 @@ def test_a_picture_two_answers_and_a_second_turn(
     visitor.show(pictures["red"])
     visitor.see(1)
     assert visitor.captions() == ["21 × 15"]
-    said = visitor.ask(QUESTION)
-    seen = Shown(pictures=(RED,))
-    assert [printable(text) for text in said] == [
-        expected(engine, name, first(QUESTION), seen) for name in ("one", "base")
-    ]
-    assert said[0] != said[1]
+    seen, texts = Shown(pictures=(RED,)), visitor.ask(QUESTION)
+    check(texts, engine, QUESTION, seen)
+    assert texts[0] != texts[1]
     assert "one · 8 tokens · " in visitor.tally("left")
     assert "tokens/s" in visitor.tally("right")
     again = visitor.ask("And the shape?")
@@ -112,19 +116,6 @@ def test_a_picture_two_answers_and_a_second_turn(
         assert printable(again[number]) == expected(engine, name, turns, seen)
     assert nothing_left(uploads)
     assert {url.split("/")[2] for url in visitor.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
-
-
-@pytest.mark.slow
-def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
-    batches = batches_of(opened[1], monkeypatch)
-    visitor.page.locator("#dv-examples tbody tr").first.click()
-    visitor.see(1)
-    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
-    visitor.page.wait_for_timeout(500)
-    visitor.see(1)
-    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
-    visitor.ask(QUESTION)
-    assert batches == [[("one", 0.5), None]]
 
 
 def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
@@ -138,18 +129,13 @@ def test_two_pictures_and_a_video_with_the_times_of_its_frames(
 ) -> None:
     visitor.show(pictures["wide"], pictures["red"])
     visitor.see(2)
-    texts = visitor.ask("Which is red?")
-    turns, seen = first("Which is red?", "<image>\n<image>\n"), Shown(pictures=(WIDE, RED))
-    assert printable(texts[0]) == expected(opened[1], "one", turns, seen)
-    assert printable(texts[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
+    check(visitor.ask("Which is red?"), opened[1], "Which is red?", Shown(pictures=(WIDE, RED)), "<image>\n<image>\n")
     file = pictures["clip.mp4"]
     video = read_frames(file.parent, Clip(path=file.name), Uniform(FRAMES))
     visitor.show(file)
     visitor.see(FRAMES)
     assert visitor.captions() == [f"{seconds:.1f} s" for seconds in video.seconds]
-    texts = visitor.ask("What moves?")
-    turns, seen = first("What moves?", "<video>\n"), Shown(videos=(video,))
-    assert [printable(text) for text in texts] == [expected(opened[1], name, turns, seen) for name in ("one", "base")]
+    check(visitor.ask("What moves?"), opened[1], "What moves?", Shown(videos=(video,)), "<video>\n")
     assert nothing_left(uploads)
 
 
@@ -271,22 +257,26 @@ def test_two_people_at_once_each_have_their_own(
     for person in people:
         person.page.keyboard.press("Enter")
     for person, (_, picture, question) in zip(people, asked, strict=True):
-        left, right = person.both(1)
-        seen = Shown(pictures=(picture,))
-        assert printable(left) == expected(opened[1], "one", first(question), seen)
-        assert printable(right) == expected(opened[1], "base", first(question), seen)
+        check(person.both(1), opened[1], question, Shown(pictures=(picture,)))
     for context in contexts:
         context.close()
 
 
 @pytest.mark.slow
-def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+    """Both columns are rows of one batch; a dial changes nothing before a question."""
+    batches = batches_of(opened[1], monkeypatch)
     visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
     assert visitor.captions() == ["60 × 17"]
+    visitor.turn_dial("left", 0.5)
+    visitor.page.wait_for_timeout(500)
+    visitor.see(1)
+    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
     visitor.page.click("#dv-ask")
     left, _ = visitor.both(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)))
+    assert batches == [[("one", 0.5), None]]
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)), strength=0.5)
     visitor.page.click("#dv-anew")
     visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
     visitor.see(1)
@@ -327,45 +317,35 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
-@pytest.fixture
-def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
-    """Somebody before the camera that Chromium pretends to have."""
+@pytest.mark.slow
+def test_a_question_waits_for_the_webcams_picture(
+    chromium: Any, opened: tuple[str, Engine], uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the camera that Chromium pretends to have; then on a line that sends 20 KB a second, to a slow server."""
     context = chromium.new_context(permissions=["camera"])
     person = Visitor(context, opened[0])
     person.page.get_by_role("tab", name="Webcam").click()
     person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
     person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
     person.page.wait_for_timeout(500)  # its first frame is drawn
-    yield person
-    context.close()
-
-
-CAPTURE = "#dv-webcam button[aria-label='capture photo']"
-
-
-@pytest.mark.slow
-def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    capture = person.page.locator("#dv-webcam button[aria-label='capture photo']")
+    capture.click()
+    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
     assert nothing_left(uploads)
-    assert all(photographer.ask(QUESTION))  # nothing is on its way any more
-
-
-@pytest.mark.slow
-def test_a_question_waits_for_the_webcams_picture(
-    photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a line that sends 20 KB a second, to a server that takes a second to read it."""
+    assert all(person.ask(QUESTION))  # nothing is on its way any more
     _slow_to_look(monkeypatch, Shown(pictures=(RED,)))  # the camera's own is never the same
-    line = photographer.page.context.new_cdp_session(photographer.page)
+    line = context.new_cdp_session(person.page)
     line.send("Network.enable")
     speed = {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": 20_000}
     line.send("Network.emulateNetworkConditions", speed)
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-webcam progress").first.wait_for(state="attached")
-    left, _ = photographer.ask(QUESTION)
-    photographer.see(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
+    capture.click()
+    person.page.locator("#dv-webcam progress").first.wait_for(state="attached")
+    person.page.fill(QUESTION_BOX, "And this one?")
+    person.page.keyboard.press("Enter")
+    person.page.locator("#dv-talk-left .dv-asked", has_text="And this one?").wait_for()
+    person.see(1)
+    check(person.both(1), opened[1], "And this one?", Shown(pictures=(RED,)))
+    context.close()
 
 
 @pytest.fixture
@@ -400,10 +380,7 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.fill(QUESTION_BOX, question)
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-talk-left .dv-asked", has_text=question).wait_for()
-        left, right = slow.both(1)
-        seen = Shown(pictures=(picture,))
-        assert printable(left) == expected(opened[1], "one", first(question), seen)
-        assert printable(right) == expected(opened[1], "base", first(question), seen)
+        check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
 
 
 @pytest.mark.slow

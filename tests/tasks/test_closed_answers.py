@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_hea
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
@@ -120,9 +119,7 @@ def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> tor
     return torch.stack(rows)
 
 
-def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(
-    run_file: Path, trained: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_file: Path, trained: Path) -> None:
     recipe = json.loads((trained / "adapter" / "recipe.json").read_text())
     assert recipe["closed_answers"] == LISTS
     names = [name for task in LISTS for name in recipe["adapter"]["parts"]["answer_head"] if f".{task}." in name]
@@ -142,9 +139,7 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(
         assert [one["prediction"] for one in said] == [answers[place] for place in best.tolist()]
     shutil.copytree(trained, trained.with_name("again"))
     (trained.with_name("again") / "metrics.json").unlink()
-    with caplog.at_level(logging.INFO):
-        again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
-    assert "gqa: 5 closed answers; 2 training samples have none of them (gqa-3, gqa-6)" in caplog.text
+    again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
     assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
 
 
@@ -225,10 +220,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, traine
     shutil.rmtree(folder / "adapter")
     other = f"--data.closed_answers.gqa={run_file.parent / 'other.txt'}"
     (run_file.parent / "other.txt").write_text("\n".join(reversed(LISTS["gqa"])))
-    with pytest.raises(
-        UserError, match=r"resume: .*recipe\.json has another list, of 5 answers, than the 5 of this run"
-    ):
+    with pytest.raises(SettingError) as error:
         train(run_file, *options, "--resume=last", other)
+    assert error.value.key == "resume"
     train(run_file, *options, "--resume=last", f"--data.closed_answers.gqa={folder}/checkpoint-4/adapter/recipe.json")
     found, expected = load_file(folder / WEIGHTS), load_file(trained / WEIGHTS)
     assert found.keys() == expected.keys()
@@ -236,12 +230,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, traine
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_head_is_merged_into_a_base_that_trains_on(
-    run_file: Path, trained: Path, capsys: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_head_is_merged_into_a_base_that_trains_on(run_file: Path, trained: Path) -> None:
     base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
     main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])
-    assert "the closed answer lists of gqa, vqav2 with their heads" in capsys.readouterr().out
     plain, adapted = load_vlbart(merged).eval(), loaded(trained, base)
     assert plain.config.closed_answers == LISTS
     for task in LISTS:
@@ -250,16 +241,12 @@ def test_the_head_is_merged_into_a_base_that_trains_on(
     same = f"--data.closed_answers={json.dumps(dict.fromkeys(LISTS, str(merged / 'config.json')))}"
     on = train(run_file, *options, same, f"--training.output_dir={run_file.parent / 'on'}")
     assert torch.equal(load_file(on / WEIGHTS)[HEAD.format("gqa")], load_file(trained / WEIGHTS)[HEAD.format("gqa")])
-    with pytest.raises(
-        UserError, match=r"the base answers gqa from a list of 5 answers of its own, and this one has 3"
-    ):
+    with pytest.raises(UserError):  # the base has a list of its own
         train(
             run_file, *options, "--data.closed_answers={gqa: 3}", f"--training.output_dir={run_file.parent / 'three'}"
         )
     in_words = run_file.parent / "words"
-    with caplog.at_level(logging.INFO):
-        train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={in_words}")
-    assert "gqa, vqav2: answered in words here" in caplog.text
+    train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={in_words}")
     assert not [name for name in load_file(in_words / WEIGHTS) if "answer_heads" in name]
     twice = ["merge", *(["--adapter", str(trained / "adapter"), "--weight", "0.5"] * 2), "--to", str(merged) + "2"]
     for command in (
@@ -269,7 +256,6 @@ def test_the_head_is_merged_into_a_base_that_trains_on(
         with pytest.raises(SystemExit) as stopped:
             main(command)
         assert stopped.value.code == 2
-        assert "dora-vl merge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -299,10 +285,10 @@ def test_the_head_trains_whole_and_in_float32_whatever_is_adapted(
 def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, trained: Path) -> None:
     initial = f"--adapter.initial={trained / 'adapter'}"
     options = (f"--training.output_dir={run_file.parent / 'started'}", "--training.max_steps=1")
-    with pytest.raises(UserError, match=r"adapter\.initial: .* has another list, of 5 answers, than the 4 of this run"):
-        train(run_file, initial, *options, "--data.closed_answers.gqa=4")
-    with pytest.raises(UserError, match="12 tensors that do not train here"):
-        train(run_file, initial, *options, "--data.closed_answers={}", "--optim.rates={}")
+    for more in (["--data.closed_answers.gqa=4"], ["--data.closed_answers={}", "--optim.rates={}"]):
+        with pytest.raises(SettingError) as error:
+            train(run_file, initial, *options, *more)
+        assert error.value.key == "adapter.initial"
     train(run_file, initial, *options, "--training.learning_rate=0", "--optim.rates={}", "--overwrite=true")
     name = HEAD.format("vqav2")
     started = load_file(run_file.parent / "started" / WEIGHTS)[name]
@@ -316,29 +302,27 @@ def test_a_folder_without_a_part_of_its_head_is_refused(run_file: Path, trained:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 missing \['answer_heads\.gqa\.logit_fc\.0\.weight'\]"):
         train(run_file, f"--training.output_dir={folder}", "--test_only=true")
-    with pytest.raises(UserError, match=r"answers gqa, vqav2 from a closed list; data\.closed_answers names gqa"):
+    with pytest.raises(SettingError) as error:
         train(run_file, f"--training.output_dir={folder}", "--test_only=true", "--data.closed_answers={gqa: 5}")
-    with pytest.raises(UserError, match=r"also_train\.answer_head: pattern .* matches none"):
+    assert error.value.key == "data.closed_answers"
+    with pytest.raises(UserError):
         load_adapter(load_vlbart(run_file.parent / "data" / "base").model, trained / "adapter")
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "key"),
     [
-        ({"nlvr2": 2}, "nlvr2 is no question answered in words; vqav2, gqa, short_answer can have a closed list"),
-        ({"short_answer": 2}, "names short_answer, which data.train does not"),
-        ({"gqa": 1}, "gqa: 1 answers leave nothing to choose; at least 2"),
-        ({"gqa": "missing.txt"}, r"missing\.txt"),
-        ({"gqa": "twice.txt"}, "gqa: the list names red more than once"),
-        (
-            {"gqa": "odd.json"},
-            r"odd\.json: neither a list of answers, nor an object whose closed_answers holds one for gqa",
-        ),
-        ({"gqa": "other.txt"}, "of 7 training samples not one has one of the 2 answers"),
+        ({"nlvr2": 2}, ""),
+        ({"short_answer": 2}, ""),
+        ({"gqa": 1}, ".gqa"),
+        ({"gqa": "twice.txt"}, ".gqa"),
+        ({"gqa": "other.txt"}, ".gqa"),
+        ({"gqa": "missing.txt"}, None),
+        ({"gqa": "odd.json"}, None),
     ],
 )
-def test_what_cannot_be_closed_is_refused_in_one_line(
-    run_file: Path, tmp_path: Path, setting: dict[str, Any], told: str
+def test_what_cannot_be_closed_is_refused(
+    run_file: Path, tmp_path: Path, setting: dict[str, Any], key: str | None
 ) -> None:
     for name, text in {"twice.txt": "red\nblue\nred", "odd.json": '{"closed_answers": 3}', "other.txt": "a\nb"}.items():
         (tmp_path / name).write_text(text)
@@ -346,9 +330,9 @@ def test_what_cannot_be_closed_is_refused_in_one_line(
     data = {"closed_answers": setting}
     tasks = ("vqav2", "gqa", "nlvr2", "coco_caption")
     file = write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data)
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError) as error:
         train(file)
-    assert len(str(refused.value)) < 500
+    assert getattr(error.value, "key", None) == (None if key is None else f"data.closed_answers{key}")
     assert not (tmp_path / "run" / "adapter").exists()
 
 

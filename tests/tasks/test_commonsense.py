@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 
 from data_prep import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.core import apply_dora
-from dora_vl.errors import UserError
+from dora_vl.core import apply_dora, trained_parts
+from dora_vl.errors import SettingError, UserError
+from dora_vl.evaluation.test import read_sets
 from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import CommonsenseRunConfig
-from dora_vl.training.run_settings import pipeline_of
-from tasks import commonsense
+from dora_vl.run.settings import CommonsenseEvaluationConfig, CommonsenseRunConfig
+from dora_vl.training.decoder_pipeline import CommonsensePipeline
+from dora_vl.training.run import run as run_or_test
+from dora_vl.training.run import train
+from dora_vl.training.run_samples import read_samples
+from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,17 +99,15 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     assert recipe["template"] == "alpaca"
 
 
-def test_the_smoke_run_is_tested_again_without_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
     def again(output: str, *more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["commonsense.py", *arguments(folder, output, "--test_only", "true", *more)])
-        commonsense.main()
+        run_or_test(CommonsensePipeline(settings(folder, output, "--test_only", "true", *more)))
 
-    with pytest.raises(SystemExit):
-        again("nothing_here")
-    assert "adapter_model.safetensors does not exist; train first" in capsys.readouterr().err
-    assert not (folder / "nothing_here").exists()
+    for output, more in (("nothing_here", ()), ("tested", ("--overwrite", "true"))):
+        with pytest.raises(SettingError) as error:
+            again(output, *more)
+        assert error.value.key == "test_only"
+        assert not (folder / output).exists()
     run = folder / "tested"
     (run / "adapter").mkdir(parents=True)
     task = pipeline_of(settings(folder, "tested"), "commonsense")
@@ -119,16 +121,9 @@ def test_the_smoke_run_is_tested_again_without_training(
     assert (metrics["train_steps"], metrics["generation"]["n"], metrics["likelihood"]["n"]) == (7, 5, 5)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert not (run / "log.jsonl").exists()
-    with pytest.raises(SystemExit):
-        again("tested", "--overwrite", "true")
-    assert "test_only trains nothing; leave resume and overwrite out" in capsys.readouterr().err
-    assert (run / "metrics.json").exists()
 
 
 def test_packing_trains_the_same(folder: Path) -> None:
-    from dora_vl.training.decoder_pipeline import CommonsensePipeline
-    from dora_vl.training.run import train
-
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
     for packing in ("true", "false"):
         train(CommonsensePipeline(settings(folder, f"packing_{packing}", "--data.packing", packing, *more)))
@@ -145,8 +140,6 @@ def test_the_references_validation_split(folder: Path) -> None:
     """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
     import datasets
 
-    from dora_vl.training.run_samples import read_samples
-
     config = settings(folder, "split")
     rows, held_out = read_samples(config.data, seed=5)
     expected = datasets.load_dataset("json", data_files=str(config.data.train[0]), cache_dir=str(folder / "cache"))
@@ -158,9 +151,6 @@ def test_the_references_validation_split(folder: Path) -> None:
 
 def test_any_format_of_several_files_streamed(folder: Path) -> None:
     """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
-    from dora_vl.training.decoder_pipeline import CommonsensePipeline
-    from dora_vl.training.run import train
-
     chats = folder / "chats.jsonl"
     rows = [
         [{"role": "user", "content": f"Is {number} so?"}, {"role": "assistant", "content": "the answer is true"}]
@@ -186,9 +176,6 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
-    from dora_vl.evaluation.test import read_sets
-    from dora_vl.run.settings import CommonsenseEvaluationConfig
-
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
@@ -202,8 +189,6 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 
 def test_granular_magnitudes(folder: Path) -> None:
-    from dora_vl.core import apply_dora, trained_parts
-    from dora_vl.training.decoder_pipeline import CommonsensePipeline
 
     config = settings(
         folder,
@@ -224,33 +209,32 @@ def test_granular_magnitudes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "key"),
     [
-        (["--evaluation.files", '{"obqa": "x.json"}'], r"no commonsense set 'obqa'; there are boolq, piqa"),
-        (["--evaluation.files", '{"openbookqa": "x.json"}'], r"x\.json: no such file"),
-        (["--data.train", "[]"], r"data\.train names no file"),
-        (["--data.validation_size", "40"], r"validation_size 40 leaves none of 40 samples"),
-        (["--data.validation", "x.json"], r"set one of data\.validation, .* and data\.validation_size"),
-        (["--data.streaming", "true"], r"data\.validation_size draws among all samples; name a data\.validation file"),
-        (["--data.train", '[{"path": "x.json", "weight": 2}]'], r"data\.validation_size takes no weights"),
-        (["--adapter.method", "full", "--training.deepspeed", "null"], r"adapter\.method: full needs adapter\.targets"),
+        (["--data.validation", "x.json"], "data.validation"),
+        (["--data.streaming", "true"], "data.validation_size"),
+        (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
+        (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
     ],
 )
-def test_mistakes_are_one_line(folder: Path, more: list[str], said: str) -> None:
-    from dora_vl.training.decoder_pipeline import CommonsensePipeline
-    from dora_vl.training.run import train
-
-    with pytest.raises(UserError, match=said):
+def test_settings_that_cannot_work_are_named(folder: Path, more: list[str], key: str) -> None:
+    with pytest.raises(SettingError) as error:
         train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
+    assert error.value.key == key
 
 
-def test_help_teaches_the_tasks_own_settings() -> None:
-    shown = subprocess.run(
-        [sys.executable, "tasks/commonsense.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    text = " ".join(shown.split())
-    assert "Samples of a micro-batch stand behind each other" in text
-    assert "Rows of A (columns of B)" in text  # an inherited setting explains itself too
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
+        (["--evaluation.files", '{"openbookqa": "x.json"}'], "x.json"),
+        (["--data.train", "[]"], "data.train"),
+        (["--data.validation_size", "40"], "validation_size"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
 
 
 def test_the_questions_are_whole_and_right() -> None:

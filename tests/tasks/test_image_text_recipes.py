@@ -8,12 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dora_vl.adapters.folder import read_weights
-from tasks import llava_instruct
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.training.tiny_run import write_tiny_data
 
@@ -79,12 +77,3 @@ def test_the_recipe_runs_with_every_method(tmp_path: Path, recipe: str, size: st
         assert any("magnitude" in name for name in weights) == (expected[0] == "dora")
         assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
         assert json.loads((tmp_path / method / "metrics.json").read_text())["train_steps"] == 2
-
-
-def test_a_variant_that_is_none_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config=image_text/gemma3", "--variant=27b_dora"])
-    with pytest.raises(SystemExit) as ended:
-        llava_instruct.main()
-    assert ended.value.code == 2
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert told.endswith("no variant '27b_dora'; there are 4b_dora, 4b_lora, 4b_qdora, 4b_full")

@@ -24,6 +24,7 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
 )
 from dora_vl.backbones.vlbart_compose import small_tokenizer
+from dora_vl.data.batches import over_step
 from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.data.order import MixturePlan, Source
@@ -31,7 +32,7 @@ from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.subtask import Seq2SeqCollator
-from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource, over_step
+from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
@@ -167,8 +168,9 @@ def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
     assert abs(share - 0.75) < 0.03
     assert {(one.text, one.weight) for one in drawn} == {("red", 0.9), ("blue", 0.3)}
     assert {images["gqa"].target(example, None, Random(n)).weight for n in range(20)} == {1.0}
-    with pytest.raises(BadSample, match="no answer to train on"):
+    with pytest.raises(BadSample) as error:
         images["vqav2"].target(Example(id="2", images=("a.png",)), None, Random(0))
+    assert error.value.sample_id == "2"
 
 
 def test_frames_are_filled_up_with_zeros_or_pooled_to_the_largest() -> None:
@@ -183,7 +185,7 @@ def test_each_place_of_a_grid_is_pooled_over_time_by_itself() -> None:
     grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))  # six frames of 2 x 2 tokens
     pooled = fixed_length(grids.flatten(0, 1), 12, frames=6)
     assert torch.equal(pooled, grids.view(3, 2, 4, 3).amax(1).flatten(0, 1))
-    with pytest.raises(UserError, match=r"6 frames of 4 tokens have to become 10 .* no multiple of 4"):
+    with pytest.raises(UserError):  # no multiple of 4
         fixed_length(grids.flatten(0, 1), 10, frames=6)
 
 
@@ -194,8 +196,9 @@ def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
     writer.flush()
     made = features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 12, 3))
     assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
-    with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
+    with pytest.raises(BadSample) as error:
         features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 10, 3))
+    assert error.value.sample_id == "1"
 
 
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
@@ -209,15 +212,10 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
         assert features_of(Example(id="1", videos=(clip,)), reader).shape == (1, 2, 3)
     stated = Example(id="1", videos=(Clip(path="whole.mp4", **part),), extra={"ts": "1.5-4"})
     assert features_of(stated, reader).shape == (1, 2, 3)  # the text says which part is meant
-    for clip, told in (
-        (
-            Clip(path="whole.mp4", **part),
-            r"sample 1: it is about 1\.5 to 4 s of whole\.mp4, .* features are of the whole;",
-        ),
-        (Clip(path="some.mp4", start_seconds=2.0), r"about all from 2 s on of some\.mp4, .* are of 1\.5 to 4 s;"),
-    ):
-        with pytest.raises(BadSample, match=told):
+    for clip in (Clip(path="whole.mp4", **part), Clip(path="some.mp4", start_seconds=2.0)):
+        with pytest.raises(BadSample) as error:
             features_of(Example(id="1", videos=(clip,)), reader)
+        assert error.value.sample_id == "1"
 
 
 def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:
@@ -234,8 +232,6 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
     assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
     twice = ExampleFile((tmp_path / "c.jsonl", tmp_path / "c.jsonl"), each_answer=True)
     assert [twice[place].id for place in (5, 6, 7)] == ["2", "1", "3"]
-    with pytest.raises(UserError, match="does not exist"):
-        ExampleFile(tmp_path / "none.jsonl")
 
 
 def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ def compute_gains(
         modules: the wrapped layers, by vLLM's names.
         before: `magnitudes_of` of the adapter before its weights were packed.
         lookup: the adapter's weights as packed.
-        max_rank: rows of A in a slot.
         elsewhere: whether a layer is on another rank of a pipeline.
 
     Raises:
@@ -132,8 +131,6 @@ class Place:
     """A function, method or tuple of vLLM.
 
     Attributes:
-        module: the file it stands in.
-        name: in the module; members of a class with a dot.
         parameters: of its signature, in order; None for what is no function.
         reads: names that its code must use: attributes that are made there, or what it must look up anew.
     """

@@ -51,8 +51,6 @@ class FrozenLayer:
 
     Attributes:
         product: W x of rows, without the bias.
-        in_features: columns of W here.
-        dtype: of the rows that `product` takes.
         weight: W where it can be read, [out, in]; None where the product alone says what it is.
         recovered: ||W_i||^2 of every row here, where `weight` is None.
         total: sums over the ranks that hold other columns of the same rows.
@@ -98,7 +96,6 @@ def frozen_layer(
 
     Args:
         weight: what the layer keeps; taken as W only if it is a matrix that gives the layer's product.
-        dtype: of the layer's input.
 
     Raises:
         ValueError: the product is not that of any W: the layer rounds its input too coarsely, or saturates.
@@ -137,7 +134,6 @@ def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: S
 
     Args:
         slices: one for each of the layer's slices, in their order.
-        sizes: their outputs.
     """
     result = torch.zeros(sum(sizes), device=layer.device)
     present = [part for part in slices if part is not None]
@@ -257,11 +253,7 @@ class DoRALayer(Wrapper):
         row.zero_() if minus_one is None else row.copy_(minus_one)
 
     def dora_gains(self, name: str, weights: Any) -> Float[Tensor, " out"]:
-        """g - 1 of this rank's outputs, from an adapter's weights as vLLM packs them, with their `magnitude`.
-
-        Raises:
-            ValueError: they are of another layer, or nobody can say what this one's weight is.
-        """
+        """g - 1 of this rank's outputs, from an adapter's weights as vLLM packs them, with their `magnitude`."""
         sizes = tuple(self.output_slices) if self.n_slices > 1 else (self.output_size,)
         slices = self._slices(name, weights)
         for part, size in zip(slices, sizes, strict=True):

@@ -1,0 +1,218 @@
+"""Settings: what wins, which variant counts, and which key an error is about."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_vl.errors import SettingError, UserError
+from dora_vl.run.reading import find_recipe, merged, read_run, read_run_file, read_settings, variants_of
+from dora_vl.run.settings import CommonsenseRunConfig, VlBartRunConfig
+from tests.training.tiny_run import write_run
+from tests.training.tiny_vlbart_run import write_vlbart_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A run with two variants; `small` changes one value of a nested section and names its own folder."""
+    path = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
+    return changed(
+        path,
+        adapter={"rank": 5, "alpha": 7.5},
+        variants={
+            "small": {"adapter": {"rank": 3}, "training": {"output_dir": "runs/small", "max_steps": 11}},
+            "lora": {"adapter": {"method": "lora", "targets": ["*.q_proj"]}},
+        },
+    )
+
+
+def changed(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    return path
+
+
+def test_the_command_line_wins_wherever_it_stands(run_file: Path) -> None:
+    before = read_run(["--adapter.rank", "7", "--training.max_steps", "9", "--config", str(run_file)])
+    after = read_run(["--local_rank=1", f"--config={run_file}", "--adapter.rank=7", "--training.max_steps=9"])
+    assert before == after
+    assert (before.adapter.rank, before.training["max_steps"]) == (7, 9)
+    assert before.training["learning_rate"] == 5e-3  # the file's other settings stay
+    for variant in (["--variant", "small"], ["--variant=small"], ["--variant", "lora", "--variant=small"]):
+        config = read_run(["--adapter.rank=9", *variant, "--config", str(run_file), "--training.seed", "4"])
+        assert (config.adapter.rank, config.training["max_steps"], config.training["seed"]) == (9, 11, 4)
+        assert config.variant == "small"
+
+
+def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
+    text = path.read_text().replace("learning_rate: 0.005", "learning_rate: 2e-4").replace("'no'", "no")
+    path.write_text(
+        text.replace("adapter:", "adapter:\n  parts: {one: &part {targets: ['*.a']}, two: *part}", 1)
+        + "\nevaluation: {answer_after: '1:30'}\n"
+    )
+    config = read_run_file(path)
+    assert config.training["learning_rate"] == 2e-4
+    assert config.training["save_strategy"] == "no"
+    assert config.adapter.parts["two"].targets == ("*.a",)
+    assert config.evaluation.answer_after == "1:30"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "nearest"),
+    [
+        ("--mm_projector_lr 1", "mm_projector_lr", "optim.projector_learning_rate"),
+        ("--lora_r 1", "lora_r", "adapter.rank"),
+        ("--learning_rate 1", "learning_rate", "training.learning_rate"),
+        ("--rank 1", "rank", "adapter.rank"),
+        ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
+        ("--xyzzy 1", "xyzzy", None),
+        ("--training.learning_rat 1", "training.learning_rat", "training.learning_rate"),
+        ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
+        ("--training.evaluation_strategy steps", "training.evaluation_strategy", "training.eval_strategy"),
+        ("--training.push_to_hub true", "training.push_to_hub", None),
+        ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
+        ("--training.metric_for_best_model accuracy", "training.metric_for_best_model", None),
+        ("--training.max_steps four", "training.max_steps", None),
+        ("--training.report_to nobody", "training.report_to", None),
+        ("--training.learning_rate -1", "training.learning_rate", None),
+        ("--training.learning_rate nan", "training.learning_rate", None),
+        ("--training.per_device_train_batch_size 0", "training.per_device_train_batch_size", None),
+        ("--training.seed -1", "training.seed", None),
+        ("--adapter.rank four", "adapter.rank", None),
+        ("--model.template vicuna_v2", "model.template", None),
+        ("--model.quantisation int3", "model.quantisation", None),
+        ("--data.limit 0", "data.limit", None),
+        ("--data.validation_limit -3", "data.validation_limit", None),
+        ("--evaluation.limit 0", "evaluation.limit", None),
+        ("--evaluation.batch_size 0", "evaluation.batch_size", None),
+        ("--evaluation.max_new_tokens -3", "evaluation.max_new_tokens", None),
+        ("--watch -1", "watch", None),
+        ("--config nope.yaml", "--config", None),
+        ("--config llava/lava", "--config", None),
+        ("--variant smal", "variant", None),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_nearest(
+    run_file: Path, words: str, key: str, nearest: str | None
+) -> None:
+    with pytest.raises(SettingError) as error:
+        read_run([f"--config={run_file}", *words.split()])
+    assert error.value.key == key
+    assert error.value.nearest[:1] == (() if nearest is None else (nearest,))
+
+
+def test_the_counts_of_a_vlbart_and_a_commonsense_run_too(tmp_path: Path) -> None:
+    file = write_vlbart_run(tmp_path / "vlbart.yaml", tmp_path, ("vqav2",))
+    smoke = ROOT / "configs/commonsense/smoke.yaml"
+    for config, settings in ((file, VlBartRunConfig), (smoke, CommonsenseRunConfig)):
+        with pytest.raises(SettingError) as error:
+            read_settings([f"--config={config}", "--evaluation.limit=0"], settings)
+        assert error.value.key == "evaluation.limit"
+
+
+def test_what_validation_measures_can_choose_the_best(run_file: Path) -> None:
+    for metric in ("loss", "eval_loss"):
+        training = read_run([f"--config={run_file}", f"--training.metric_for_best_model={metric}"]).training
+        assert training["metric_for_best_model"] == metric
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("model: {dtyp: float32}", "model.dtyp"),
+        ("config: {secret}", "config"),
+        ("variants:\n  a:\n    config: {secret}\nvariant: a", "config"),
+        ("variants: [small]", "variants"),
+        ("variants: {small: 3}", "variants"),
+        ("variants: {small: {}}\nvariant: smal", "variant"),
+        ("variants: {small: {adapter: {rnk: 3}}}\nvariant: small", "adapter.rnk"),
+        ("adapter:\n  alpha: 8\nadapter:\n  rank: 4", None),
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3", None),
+        ("training:\n  learning_rate: 1:30", None),
+        ("adapter:\n  rank: 010", None),
+        ("a list\nof words", None),
+        ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", None),
+    ],
+)
+def test_what_a_file_may_not_hold_is_refused(tmp_path: Path, content: str, key: str | None) -> None:
+    (tmp_path / "secret").write_text("word: of honour")
+    (tmp_path / "run.yaml").write_text(content.replace("{secret}", str(tmp_path / "secret")))
+    started = time.process_time()
+    with pytest.raises(UserError) as error:
+        read_run_file(tmp_path / "run.yaml")
+    assert getattr(error.value, "key", None) == key
+    assert "honour" not in repr(error.value)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("word", ["--training.learning_rate=1:30", "--adapter.rank=1:30"])
+def test_a_time_is_no_number(run_file: Path, word: str) -> None:
+    with pytest.raises(UserError, match="1:30 is 90"):
+        read_run([f"--config={run_file}", word])
+
+
+@pytest.mark.parametrize("words", [["--variant", "small"], ["--variant=small", "--config={run}"]])
+def test_a_variant_without_any(tmp_path: Path, words: list[str]) -> None:
+    run = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
+    changed(run, variants=None)
+    with pytest.raises(SettingError) as error:
+        read_run([word.replace("{run}", str(run)) for word in words])
+    assert error.value.key == "--variant"
+
+
+def test_a_variant_lies_over_the_rest_at_every_depth(run_file: Path) -> None:
+    plain, small = read_run([f"--config={run_file}"]), read_run([f"--config={run_file}", "--variant", "small"])
+    assert (plain.adapter.rank, plain.adapter.alpha, plain.variant) == (5, 7.5, None)
+    assert (small.adapter.rank, small.adapter.alpha, small.variant) == (3, 7.5, "small")
+    assert small.training == {**plain.training, "output_dir": "runs/small", "max_steps": 11}
+    assert small.model == plain.model
+    changed(run_file, variant="small")  # the file's own choice
+    assert read_run([f"--config={run_file}"]).adapter.rank == 3
+    assert read_run([f"--config={run_file}", "--variant=lora"]).adapter.method == "lora"
+    assert read_run([f"--config={run_file}", "--variant=lora"]).adapter.rank == 5
+
+
+def test_merged_replaces_what_is_no_mapping_and_leaves_its_inputs() -> None:
+    settings = {"a": {"b": {"c": 1, "d": [1, 2]}, "e": {"f": 1}}, "g": None}
+    changes = {"a": {"b": {"d": [3]}, "e": None}, "g": {"h": 2}}
+    assert merged(settings, changes) == {"a": {"b": {"c": 1, "d": [3]}, "e": None}, "g": {"h": 2}}
+    assert settings["a"] == {"b": {"c": 1, "d": [1, 2]}, "e": {"f": 1}}
+
+
+def test_help_teaches_a_printed_run_reads_back_and_bad_input_is_status_two(run_file: Path, tmp_path: Path) -> None:
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tasks/llava_instruct.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert "Rows of A (columns of B)" in " ".join(ran("--help").stdout.split())
+    (tmp_path / "printed.yaml").write_text(ran("--config", str(run_file), "--variant=small", "--print_config").stdout)
+    assert read_run([f"--config={tmp_path / 'printed.yaml'}"]) == read_run([f"--config={run_file}", "--variant=small"])
+    refused = ran("--config", str(run_file), "--rank", "1")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == "error: rank is not a setting; did you mean adapter.rank?"
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    llava15 = ROOT / "configs" / "llava" / "llava15.yaml"
+    for name in ("llava/llava15", "llava/llava15.yaml", "configs/llava/llava15.yaml"):
+        assert find_recipe(name) == llava15
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "llava15").write_text("{}")
+    assert find_recipe("llava/llava15") == Path("llava/llava15")  # a file that is there comes first
+
+
+def test_every_variant_writes_to_a_folder_of_its_own() -> None:
+    folders = []
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
+        folders += [one["training"]["output_dir"] for one in variants]
+    assert len(folders) == len(set(folders)) >= 45
