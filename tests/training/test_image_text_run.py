@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from dora_vl import cli
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -97,14 +97,14 @@ def test_a_base_that_cannot_be_trained_ends_before_its_weights(tmp_path: Path, t
     ("section", "setting", "value"),
     [
         ("data", "share_pictures", True),
-        ("model", "template", "plain"),
         ("model", "image_aspect", "square"),
     ],
 )
 def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setting: str, value: object) -> None:
     task = DecoderPipeline(read_run_file(settings(there, "refused", **{section: {setting: value}})))
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         run(task)
+    assert error.value.key == f"{section}.{setting}"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
@@ -107,19 +107,20 @@ def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "data"),
+    ("family", "data", "key"),
     [
-        ("qwen2_5_vl", {"video_folder": "nowhere"}),
-        ("qwen2_5_vl", {"video_frames": 0}),
-        ("llava_next_video", {"video_fps": 2.0}),
-        ("qwen3_vl", {"video_frames": 1}),
-        ("glm4v", {}),
+        ("qwen2_5_vl", {"video_folder": "nowhere"}, "data.video_folder"),
+        ("qwen2_5_vl", {"video_frames": 0}, "data.video_frames"),
+        ("llava_next_video", {"video_fps": 2.0}, "data.video_fps"),
+        ("qwen3_vl", {"video_frames": 1}, "data.video_frames"),
+        ("glm4v", {}, "data.train"),
     ],
 )
 def test_what_no_video_could_be_trained_with_ends_before_weights_are_read(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, data: dict[str, object]
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, data: dict[str, object], key: str
 ) -> None:
     base = write_tiny_video(family, tmp_path / "base")
     monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         run(DecoderPipeline(read_run_file(settings(there, "refused", base, data=data))))
+    assert error.value.key == key

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
@@ -119,8 +119,9 @@ def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, t
 
 
 def test_a_negative_number_is_refused(run_file: Path) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         read_run_file(run_file, "--watch=-1")
+    assert error.value.key == "watch"
 
 
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
