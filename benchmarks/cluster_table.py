@@ -78,13 +78,10 @@ def table(found: list[Row]) -> str:
     ]
     for one in found:
         cells = [one.model, f"{one.gpus:,}"]
-        cells += [f"{part[stage]:.{digits}f}" for part, digits in _parts(one) for stage in STAGES]
+        for part, digits in ((one.gib, 1), (one.sent, 2), (one.seconds, 2)):
+            cells += [f"{part[stage]:.{digits}f}" for stage in STAGES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _parts(one: Row) -> tuple[tuple[dict[str, float], int], ...]:
-    return (one.gib, 1), (one.sent, 2), (one.seconds, 2)
 
 
 def put_into(page: Path, text: str) -> None:

@@ -170,16 +170,15 @@ def shown(measured: dict[str, Memory]) -> str:
 
 def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
     """One row of the table."""
+
+    def beside(size: int, reference: int) -> tuple[str, str]:
+        return mebibytes(size), f"{size / reference:.3f}"
+
     row: list[object] = [name, *beside(memory.saved.total, lora.saved.total)]
     row += [mebibytes(memory.saved.outside_hooks), mebibytes(memory.gradients)]
     for way, step in memory.steps.items():
         row += [*beside(step.alive, lora.steps[way].alive), *beside(step.peak, lora.steps[way].peak)]
     return row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None]
-
-
-def beside(size: int, reference: int) -> tuple[str, str]:
-    """MiB, and how many times the reference's."""
-    return mebibytes(size), f"{size / reference:.3f}"
 
 
 def mebibytes(size: int) -> str:

@@ -85,12 +85,23 @@ def time_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any
         base = base_model(options.model, setting.dtype, DEVICE)
         loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size, DEVICE))
     training = take_turns({name: train_step(contender(name, base, setting), loss) for name in TRAINED}, options)
-    row = {"rank": setting.rank, "dropout": setting.dropout, "train_ms": training.milliseconds, **ratios(training)}
+    ratios = {
+        "train_vs_frozen": training.ratio("ours", "frozen"),
+        "train_vs_peft_lora": training.ratio("ours", "peft_lora"),
+        "train_vs_peft_dora": training.ratio("ours", "peft_dora"),
+        "accelerated_vs_peft_dora": training.ratio("peft_dora_accelerated", "peft_dora"),
+    }
+    row = {"rank": setting.rank, "dropout": setting.dropout, "train_ms": training.milliseconds, **ratios}
     print(f"\nrank {setting.rank}, dropout {setting.dropout}, training step, {options.dtype}")
     print(training.shown("peft_lora"))
     if options.layer is None and setting.dropout == options.dropout[0]:
         decoding = take_turns({name: decode_step(contender(name, base, setting)) for name in DECODED}, options)
-        row |= {"decode_ms": decoding.milliseconds} | decode_ratios(decoding)
+        row |= {
+            "decode_ms": decoding.milliseconds,
+            "decode_vs_peft_lora": decoding.ratio("ours", "peft_lora"),
+            "decode_vs_peft_dora": decoding.ratio("ours", "peft_dora"),
+            "merged_decode_vs_frozen": decoding.ratio("ours_merged", "frozen"),
+        }
         print(f"\nrank {setting.rank}, one-token decode")
         print(decoding.shown("peft_lora"))
     if DEVICE == "cuda":
@@ -117,25 +128,6 @@ class Turns:
         """The table."""
         rows = [(name, ms, self.ratio(name, reference)) for name, ms in self.milliseconds.items()]
         return table(("contender", "ms (median)", f"x {reference}"), rows)
-
-
-def ratios(training: Turns) -> dict[str, float]:
-    """The JSON's keys for training."""
-    return {
-        "train_vs_frozen": training.ratio("ours", "frozen"),
-        "train_vs_peft_lora": training.ratio("ours", "peft_lora"),
-        "train_vs_peft_dora": training.ratio("ours", "peft_dora"),
-        "accelerated_vs_peft_dora": training.ratio("peft_dora_accelerated", "peft_dora"),
-    }
-
-
-def decode_ratios(decoding: Turns) -> dict[str, float]:
-    """The JSON's keys for decoding."""
-    return {
-        "decode_vs_peft_lora": decoding.ratio("ours", "peft_lora"),
-        "decode_vs_peft_dora": decoding.ratio("ours", "peft_dora"),
-        "merged_decode_vs_frozen": decoding.ratio("ours_merged", "frozen"),
-    }
 
 
 def take_turns(steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> Turns:

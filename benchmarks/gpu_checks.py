@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def checks(device: str, *, smoke: bool) -> Iterator[Check]:
     shapes = [(33, 40, 52)] if smoke else [(1, 2048, 2560), (77, 1000, 1504), (1024, 2048, 2560)]
     ranks = (3, 20) if smoke else (1, 16, 64, 130, 384)
     dtypes = (torch.float32, torch.bfloat16)
-    with _fixed_tiles():
+    with mock.patch.dict(os.environ, {SWITCH: "fixed"}):
         for (rows, columns, out), rank, dtype in product(shapes, ranks, dtypes):
             for name, changes in VARIANTS.items():
                 yield from _layer_checks(name, changes, (rows, columns, out, rank), dtype, device)
@@ -74,18 +74,6 @@ def checks(device: str, *, smoke: bool) -> Iterator[Check]:
             yield _cancelled(rank, dtype, device, width=64 if smoke else 2048)
         yield _repeats(device, width=64 if smoke else 4096)
     yield from _layer_checks("linear in timed tiles", {"dropout": 0.3}, (*shapes[-1], 16), torch.bfloat16, device)
-
-
-@contextmanager
-def _fixed_tiles() -> Iterator[None]:
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "fixed"
-    try:
-        yield
-    finally:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -141,7 +129,7 @@ def _passed(model: nn.Module, x: Tensor, upstream: Tensor, dropped: Dropped) -> 
     model.zero_grad()
     model[0].forget_norms(frozen=True)  # pyright: ignore[reportIndexIssue]
     inputs = x.detach().requires_grad_()
-    with _given(dropped):
+    with mock.patch.object(SHARED_DROPOUT, "draw", return_value=dropped):  # by every layer
         y = model(inputs)
     y.backward(upstream)
     trained = {f"d {name.removeprefix('0.')}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -150,22 +138,6 @@ def _passed(model: nn.Module, x: Tensor, upstream: Tensor, dropped: Dropped) -> 
     model.train()
     assert inputs.grad is not None
     return {"y": y.detach(), "y in inference": quiet, "d x": inputs.grad, **trained}
-
-
-class _given:
-    """Inside, every layer draws this dropout."""
-
-    def __init__(self, dropped: Dropped) -> None:
-        self._dropped = dropped
-
-    def __enter__(self) -> None:
-        def draw(tensor: Tensor, probability: float, user: int) -> Dropped:
-            return self._dropped
-
-        vars(SHARED_DROPOUT)["draw"] = draw
-
-    def __exit__(self, *problem: object) -> None:
-        del vars(SHARED_DROPOUT)["draw"]
 
 
 def _error(found: Tensor, exact: Tensor) -> float:

@@ -97,7 +97,7 @@ def ran(peft: Path, file: str, run: str, records: Path, end: float) -> bool:
     if minutes <= 0:
         return False
     words = ("--minutes", str(minutes), *RUNS[run])
-    command = pytest_command(f"tests/{file}", (records / f"{run}.jsonl").resolve(), words)
+    command = suite_command(f"tests/{file}", (records / f"{run}.jsonl").resolve(), words)
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     with (records / f"{run}-{file}.log").open("a") as log:
@@ -109,7 +109,7 @@ def ran(peft: Path, file: str, run: str, records: Path, end: float) -> bool:
     return status in COMPLETE
 
 
-def pytest_command(file: str, records: Path, words: Sequence[str]) -> list[str]:
+def suite_command(file: str, records: Path, words: Sequence[str]) -> list[str]:
     """Runs one file's tests under the plugin, PEFT's own pytest options left out."""
     options = ["-q", "--no-header", "--tb=line", "--rootdir=.", "-o", "addopts=", "-p", "no:cacheprovider"]
     plugin = ["-p", "peft_suite", "--records", str(records)]

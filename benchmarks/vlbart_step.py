@@ -30,14 +30,9 @@ QUESTION_TOKENS, ANSWER_TOKENS, GRID_TOKENS, WIDTH = 20, 5, 49, 2048
 
 def bart_base(layers: int) -> VlBartConfig:
     """bart-base's shape with CLIP's grid; fewer layers for a quick look."""
-    sides: dict[str, Any] = {
-        f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _side(layers).items()
-    }
+    side = {"layers": layers, "attention_heads": 12, "ffn_dim": 3072}
+    sides: dict[str, Any] = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in side.items()}
     return VlBartConfig(vocab_size=50465, d_model=768, feature_width=WIDTH, pooled_side=6, **sides)
-
-
-def _side(layers: int) -> dict[str, int]:
-    return {"layers": layers, "attention_heads": 12, "ffn_dim": 3072}
 
 
 def inputs(batch: int) -> dict[str, Any]:

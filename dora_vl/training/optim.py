@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dora_vl.core import TrainedPart, adapted_layers, apply_dora, trained_parts
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.launch import without_sharding
 from dora_vl.run.settings import Decayed, OptimConfig
 from dora_vl.training.memory import Table, parameter_count, unpacked_sizes, weight_count
@@ -54,7 +54,8 @@ def rates_of(optim: OptimConfig, default: float) -> LearningRates:
     named = {"projector": optim.projector_learning_rate, "magnitude": optim.magnitude_learning_rate}
     short = {name: rate for name, rate in named.items() if rate is not None}
     if twice := sorted(short.keys() & optim.rates.keys()):
-        raise UserError(f"optim.rates.{twice[0]} and optim.{twice[0]}_learning_rate say the same; leave one out")
+        key = f"optim.rates.{twice[0]}"
+        raise SettingError(key, f" and optim.{twice[0]}_learning_rate say the same; leave one out")
     return LearningRates(default, {**short, **optim.rates}, optim.b_learning_rate_ratio)
 
 

@@ -22,10 +22,10 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
+from dora_vl.data.stream import StreamOrder
 from dora_vl.run.settings import RunSettings
 from dora_vl.run.watched import Watch
 from dora_vl.training.memory import Activations
-from dora_vl.training.progress import EndlessOrder
 
 
 class LossModel(nn.Module):
@@ -119,7 +119,7 @@ class TrainingData:
     validation: Dataset[Any] | None = None
     collate: Callable[[list[Any]], Mapping[str, Any]]
     sampler: Sampler[Any] | None = None
-    stream: EndlessOrder | None = None
+    stream: StreamOrder | None = None
     set_epoch: tuple[Callable[[int], None], ...] = ()
     samples: int
     source: str

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -22,6 +22,9 @@ from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, Ba
 from dora_vl.errors import UserError, shown_names
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import rank_and_ranks
+
+if TYPE_CHECKING:
+    from dora_vl.data.stream import StreamOrder
 
 PROGRESS = "progress.json"
 SAMPLES = "training_samples"
@@ -115,23 +118,12 @@ class BatchStatistics:
         return {name: reason for of_rank in everyone for name, reason in of_rank.items()}
 
 
-@runtime_checkable
-class EndlessOrder(Protocol):
-    """A stream of samples whose epochs the Trainer does not see (`data.stream.StreamOrder`)."""
-
-    epoch_samples: int | None
-
-    def resume(self, *, taken: int, epoch_samples: int | None) -> None:
-        """Leaves whole epochs unread that `taken` samples have gone through."""
-        ...
-
-
 class Progress:
     """Counts, skipped samples and seconds of a run, those before a resume included."""
 
     def __init__(self, statistics: BatchStatistics, validation: BatchStatistics | None) -> None:
         self._statistics, self._validation = statistics, validation
-        self._stream: EndlessOrder | None = None
+        self._stream: StreamOrder | None = None
         self._ids: Callable[[], Iterable[str]] | None = None
         self._media: Callable[[], Mapping[str, str]] = dict
         self._source = ""
@@ -142,7 +134,7 @@ class Progress:
         """How long the run has trained."""
         return self._earlier_seconds + time.monotonic() - self._started
 
-    def follow(self, stream: EndlessOrder) -> None:
+    def follow(self, stream: StreamOrder) -> None:
         """Keeps the length of a stream's epochs too; the Trainer must skip what a resumed run has seen of it."""
         self._stream = stream
 

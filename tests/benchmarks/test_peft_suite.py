@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peft_suite import pytest_command
+from benchmarks.peft_suite import suite_command
 
 ROOT = Path(__file__).parents[2]
 LITTLE_SUITE = """
@@ -98,5 +98,5 @@ def test_the_plugin_selects_accelerates_and_goes_on(peft, tmp_path):
 def ran_file(peft: Path, records: Path, *words: str) -> int:
     folders = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     return subprocess.run(
-        pytest_command(FILE, records, words), cwd=peft, env={**os.environ, "PYTHONPATH": folders}, check=False
+        suite_command(FILE, records, words), cwd=peft, env={**os.environ, "PYTHONPATH": folders}, check=False
     ).returncode

@@ -12,13 +12,13 @@ from transformers import AutoConfig
 from dora_vl import cli
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import COLOURS, write_run, write_tiny_data
+from tests.training.tiny_run import COLOURS, logged_losses, write_run, write_tiny_data
 
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2}
 
@@ -39,16 +39,11 @@ def settings(there: Path, name: str, **changes: dict[str, object]) -> Path:
     )
 
 
-def losses(run_folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_stored_outputs_train_like_pixels(there: Path) -> None:
     for name in ("pixels", "stored"):
         data: dict[str, object] = {"cache_features": name == "stored"}
         run(DecoderPipeline(read_run_file(settings(there, name, data=data, training={"max_steps": 4}))))
-    assert losses(there / "stored") == pytest.approx(losses(there / "pixels"), abs=1e-5)
+    assert logged_losses(there / "stored") == pytest.approx(logged_losses(there / "pixels"), abs=1e-5)
     assert list((there / "stored" / "features").rglob("outputs-*.safetensors"))
 
 
@@ -80,7 +75,7 @@ def test_rows_with_a_system_turn_train(there: Path, form: str, monkeypatch: pyte
     data: dict[str, object] = {"train": str(rows_with_system(there, form))}
     path = settings(there, form, data=data, training={"max_steps": 2, "save_strategy": "no"})
     run(DecoderPipeline(read_run_file(path)))
-    assert len(losses(there / form)) == 2
+    assert len(logged_losses(there / form)) == 2
     assert len(seen) >= 8
     for text, answer in seen:
         assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
@@ -102,14 +97,14 @@ def test_a_base_that_cannot_be_trained_ends_before_its_weights(tmp_path: Path, t
     ("section", "setting", "value"),
     [
         ("data", "share_pictures", True),
-        ("model", "template", "plain"),
         ("model", "image_aspect", "square"),
     ],
 )
 def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setting: str, value: object) -> None:
     task = DecoderPipeline(read_run_file(settings(there, "refused", **{section: {setting: value}})))
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         run(task)
+    assert error.value.key == f"{section}.{setting}"
 
 
 @pytest.fixture(scope="module")

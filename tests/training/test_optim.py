@@ -9,7 +9,7 @@ from torch import nn
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, also_trained
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import Decayed, OptimConfig
 from dora_vl.training.optim import (
     LearningRates,
@@ -70,8 +70,9 @@ def test_a_rate_for_a_part_that_does_not_train_is_refused(unknown: str) -> None:
 
 
 def test_a_rate_that_is_said_twice_is_refused() -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         rates_of(OptimConfig(projector_learning_rate=1e-5, rates={"projector": 1e-5}), 1e-3)
+    assert error.value.key == "optim.rates.projector"
 
 
 DECODER = ("self_attn", "encoder_attn")

@@ -1,24 +1,33 @@
-"""Named parts in a run's YAML, over a mixture of experts with pictures: trained and merged."""
+"""Named parts in a run's YAML: trained and merged, or refused before any weight is read."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText
 
+from data_prep import generated_commonsense
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.core import merge_dora, strip_adapters, trained_parts
+from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.run.reading import read_run_file
-from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.run import run
+from dora_vl.run.reading import read_run_file, read_settings
+from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.run import run, train
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import write_run, write_tiny_data
+from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
 PARTS: dict[str, Any] = {
     "targets": ["language"],
@@ -104,3 +113,51 @@ def test_a_merged_folder_is_the_adapted_model(there: Path, adapter: Path, tmp_pa
         )
         changed += not torch.equal(tensor, base(there).state_dict()[name]) if "experts." in name else 0
     assert changed == 4
+
+
+def llava(folder: Path, changes: dict[str, Any]) -> Pipeline:
+    base = write_tiny_llava(folder / "base")
+    path = write_run(folder / "run.yaml", base, write_tiny_data(folder / "data"), **changes)
+    return DecoderPipeline(read_settings(["--config", str(path)], RunConfig))
+
+
+def commonsense(folder: Path, changes: dict[str, Any]) -> Pipeline:
+    write_tiny_language(folder / "base")
+    generated_commonsense.main(["--to", str(folder / "data")])
+    sections = {
+        "model": {"base": str(folder / "base"), "dtype": "float32"},
+        "data": {"train": [str(folder / "data" / "train.json")]},
+        "training": {"output_dir": str(folder / "run")},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**sections, **changes}))
+    return CommonsensePipeline(read_settings(["--config", str(path)], CommonsenseRunConfig))
+
+
+def vlbart(folder: Path, changes: dict[str, Any]) -> Pipeline:
+    path = write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), ("vqav2",), **changes)
+    return VlBartPipeline(read_settings(["--config", str(path)], VlBartRunConfig), all_subtasks(), name="tiny")
+
+
+@pytest.mark.parametrize("make", [llava, commonsense, vlbart], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {"targets": ["*.nosuch_proj"]}},
+        {"adapter": {"also_train": {"norms": ["*.norrm.*"]}}},
+        {"adapter": {"parts": {"eyes": {"targets": ["*.eyes.*"]}}}},
+        {"optim": {"rates": {"dorra": 1e-4}}},
+    ],
+    ids=["targets", "also_train", "parts", "rates"],
+)
+def test_no_weight_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path, dict[str, Any]], Pipeline],
+    changes: dict[str, Any],
+) -> None:
+    task = make(tmp_path, changes)
+    monkeypatch.setattr(task, "load", lambda: pytest.fail("weights are read"))
+    with pytest.raises(UserError):
+        train(task)
+    assert not list(tmp_path.rglob("settings.json")), "the run has no folder yet that would be in a second try's way"

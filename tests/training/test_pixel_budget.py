@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dora_vl.backbones.video_inputs import grey_video, within_pixels
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.callbacks import read_log
@@ -109,8 +109,9 @@ def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], 
 def test_it_is_refused_where_it_saves_nothing(
     bases: Mapping[str, Path], tmp_path: Path, family: str, pixels: int
 ) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         tokens_of(written(tmp_path, bases[family]), f"--data.max_pixels_per_step={pixels}")
+    assert error.value.key == "data.max_pixels_per_step"
 
 
 def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:

@@ -34,7 +34,7 @@ from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import logged_losses, write_run, write_tiny_data, write_tiny_llava
 
 SMOKE = Path(__file__).parents[2] / "configs" / "commonsense" / "smoke.yaml"
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -96,8 +96,7 @@ def test_it_trains_the_decoder_and_the_whole_projector(there: Path, monkeypatch:
     recipe = json.loads((adapter / "recipe.json").read_text())
     assert recipe["quantisation"] == kind
     assert recipe["adapter"]["method"] == "dora"
-    losses = [json.loads(line).get("loss") for line in (adapter.parent / "log.jsonl").read_text().splitlines()]
-    losses = [loss for loss in losses if loss is not None]
+    losses = logged_losses(adapter.parent)
     assert losses[-1] < losses[0]
 
 

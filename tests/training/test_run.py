@@ -25,7 +25,7 @@ from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.run import train
 from tasks import llava_instruct
-from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.tiny_run import logged_losses, write_run, write_tiny_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +43,7 @@ def train_file(run_file: Path, *overrides: str) -> list[float]:
     """Trains and returns the logged losses."""
     config = read_run_file(run_file, *overrides)
     train(DecoderPipeline(config))
-    return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
+    return logged_losses(Path(config.training["output_dir"]))
 
 
 def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny_llava: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C under the launcher, two ranks with ZeRO-3: the step is finished and saved, and the run goes on from it."""
+"""A signal stops a run at a step's end, saved, for all ranks, and it goes on from there; also under the launcher."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.adapters.files import complete_checkpoints
-from dora_vl.training.callbacks import read_log
+from dora_vl.training.callbacks import StopOnSignal, read_log
 from tests.training.test_two_ranks import ROOT, launch, losses
 from tests.training.tiny_run import write_run
 
@@ -69,3 +70,34 @@ def stop_after_two_steps(run_file: Path, folder: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=200)
     assert stderr.count("stopped by SIGINT; --resume last resumes from there") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_at_the_next_step_and_begins_no_validation(tmp_path: Path, number: signal.Signals) -> None:
+    stop, arguments = StopOnSignal(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state, control = TrainerState(), TrainerControl()
+    stop.on_train_begin(arguments, state, control)
+    try:
+        stop.on_step_end(arguments, state, control)
+        assert not control.should_training_stop
+        os.kill(os.getpid(), number)
+        assert stop.received is None  # nobody has agreed yet: after the last step the adapter is still written
+        stop.on_step_end(arguments, state, control)
+        assert stop.received == number
+        assert control.should_save
+        assert control.should_training_stop
+        control.should_evaluate = True
+        stop.on_epoch_end(arguments, state, control)
+        assert not control.should_evaluate
+    finally:
+        stop.restore()
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    stop, before = StopOnSignal(), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop.on_train_begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGHUP, before)

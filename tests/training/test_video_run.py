@@ -12,7 +12,7 @@ import torch
 from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
@@ -22,7 +22,7 @@ from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import write_tiny_video
-from tests.training.tiny_run import write_run, write_tiny_llava
+from tests.training.tiny_run import logged_losses, write_run, write_tiny_llava
 from tests.training.video_run import write_video_data
 
 pytest.importorskip("av")
@@ -48,17 +48,12 @@ def settings(there: Path, name: str, base: Path | None = None, **changes: dict[s
     return write_run(there / f"{name}.yaml", base or there / "base", there / "data" / "train.json", **sections)
 
 
-def losses(run_folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = settings(there, "whole", data={"workers": 2})
     monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(path)])
     llava_instruct.main()
     run_folder = there / "whole"
-    assert len(losses(run_folder)) == 3
+    assert len(logged_losses(run_folder)) == 3
     assert not (run_folder / "skipped.jsonl").is_file() or not (run_folder / "skipped.jsonl").read_text()
     weights = read_weights(run_folder / "adapter")
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
@@ -90,7 +85,7 @@ def test_other_ways_that_videos_go_in(
     messages: list[str] = []
     monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *words: messages.append(text % words))
     run(DecoderPipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
-    assert len(losses(there / family)) == 3
+    assert len(logged_losses(there / family)) == 3
     assert sum("as pictures" in message for message in messages) == (family in ways)
 
 
@@ -112,19 +107,20 @@ def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "data"),
+    ("family", "data", "key"),
     [
-        ("qwen2_5_vl", {"video_folder": "nowhere"}),
-        ("qwen2_5_vl", {"video_frames": 0}),
-        ("llava_next_video", {"video_fps": 2.0}),
-        ("qwen3_vl", {"video_frames": 1}),
-        ("glm4v", {}),
+        ("qwen2_5_vl", {"video_folder": "nowhere"}, "data.video_folder"),
+        ("qwen2_5_vl", {"video_frames": 0}, "data.video_frames"),
+        ("llava_next_video", {"video_fps": 2.0}, "data.video_fps"),
+        ("qwen3_vl", {"video_frames": 1}, "data.video_frames"),
+        ("glm4v", {}, "data.train"),
     ],
 )
 def test_what_no_video_could_be_trained_with_ends_before_weights_are_read(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, data: dict[str, object]
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, data: dict[str, object], key: str
 ) -> None:
     base = write_tiny_video(family, tmp_path / "base")
     monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         run(DecoderPipeline(read_run_file(settings(there, "refused", base, data=data))))
+    assert error.value.key == key

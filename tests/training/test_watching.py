@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
@@ -22,7 +22,7 @@ from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from dora_vl.training.watching import steps_to_ask, track_answers
-from tests.training.tiny_run import write_run
+from tests.training.tiny_run import logged_losses, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,10 +42,6 @@ def trained(run_file: Path, name: str, *overrides: str) -> Path:
 
 def answers(folder: Path) -> list[dict[str, Any]]:
     return read_log(folder / "watched" / "answers.jsonl")
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
 def validated(run_file: Path) -> list[str]:
@@ -77,7 +73,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
 def test_watching_changes_no_loss(run_file: Path) -> None:
     settings = validated(run_file)
     watched, alone = trained(run_file, "run", *settings), trained(run_file, "alone", *settings, "--watch=0")
-    assert losses(watched) == losses(alone)
+    assert logged_losses(watched) == logged_losses(alone)
     assert not (alone / "watched").exists()
 
 
@@ -123,8 +119,9 @@ def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, t
 
 
 def test_a_negative_number_is_refused(run_file: Path) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(SettingError) as error:
         read_run_file(run_file, "--watch=-1")
+    assert error.value.key == "watch"
 
 
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.backbones.tower_pictures import Preparation, image_processor
+from dora_vl.run.folder import read_log
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 IMAGE_PIXELS = 8
@@ -92,6 +93,11 @@ def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 
     path = folder / "train.json"
     path.write_text(json.dumps(records))
     return path
+
+
+def logged_losses(run_folder: Path) -> list[float]:
+    """The training loss of each line of a run's log."""
+    return [line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line]
 
 
 def write_run(path: Path, base: Path, records: Path, **changes: dict[str, object]) -> Path:
