@@ -103,8 +103,9 @@ $(LOWER)/.installed: pyproject.toml
 		--constraint $(LOWER)/constraints.txt --editable '.[demo,video,dev]'
 	touch $@
 
+# Slow tests too, and every annotated shape and type checked at each call, which costs the fast ones a quarter.
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --jaxtyping-packages=dora_vl,beartype.beartype
 
 # The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:

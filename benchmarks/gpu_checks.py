@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl import DoRAConfig, apply_dora
-from dora_vl.core.fast.cpu_step import safe_norms
-from dora_vl.core.fast.dropout import Dropped, draw_dropped
+from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped, draw_dropped
 from dora_vl.core.fast.products import without_kernels
-from dora_vl.core.functional import row_norms_squared
-from dora_vl.core.linear import SHARED_DROPOUT
+from dora_vl.core.functional import row_norms_squared, safe_norms
 
 EXACT = 2e-5
 """In float32, of the largest value; sums of thousands of terms in another order."""
@@ -110,7 +108,7 @@ def _layer_checks(
     found = _passed(layer, x, upstream, dropped)
     seen = dropped.apply(torch.ones_like(x)) == 0
     with without_kernels():
-        mask = Dropped(0.3, seen if x.is_cuda else seen.flatten().nonzero().flatten())
+        mask = Dropped(0.3, seen.flatten().nonzero().flatten())
         eager, truth = _passed(layer, x, upstream, mask), _passed(wide, x.double(), upstream.double(), mask)
     for key, exact in truth.items():
         error, own = (_error(one[key], exact) for one in (found, eager))

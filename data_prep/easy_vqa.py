@@ -84,11 +84,7 @@ def balanced(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def split_pictures(questions: Sequence[Question], settings: Settings) -> tuple[list[Question], list[Question]]:
-    """Questions of the pictures to train on and of those held out, both chosen at random: (train, validation).
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
+    """Questions of the pictures to train on and of those held out, both chosen at random: (train, validation)."""
     numbers = sorted({question.picture for question in questions})
     count = settings.validation_pictures
     if not 0 <= count < len(numbers):
@@ -216,11 +212,7 @@ def write_split(path: Path, records: Sequence[Record], questions: Sequence[Quest
 
 
 def convert(source: Path, to: Path, settings: Settings) -> Record:
-    """Writes the three splits and the manifest into `to`; returns the manifest.
-
-    Raises:
-        UserError: the package's files are missing or broken, or a setting leaves nothing to train on.
-    """
+    """Writes the three splits and the manifest into `to`; returns the manifest."""
     answers, seed = read_answers(source), settings.seed
     asked = read_questions(source, "train", answers)
     seen = seen_in_pictures(asked)

@@ -31,12 +31,7 @@ def read_answers(folder: Path) -> frozenset[str]:
 
 
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
-    """The questions of one of the package's splits, in its own order.
-
-    Raises:
-        UserError: the file is missing or not a list of [text, answer, picture], an answer is not in the
-            package's list, or a picture is missing; it names the question's index or the picture.
-    """
+    """The questions of one of the package's splits, in its own order."""
     path = folder / split / "questions.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -53,11 +53,7 @@ PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE
 
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
-    """Every picture and clip that the records name, each once.
-
-    Raises:
-        UserError: two files or clips have one name.
-    """
+    """Every picture and clip that the records name, each once."""
     found: list[Medium] = []
     for file in files:
         for example in iterate_examples(file):
@@ -68,11 +64,7 @@ def media_in_records(files: Iterable[Path]) -> list[Medium]:
 
 
 def media_under(root: Path) -> list[Medium]:
-    """Every picture and video in a folder and the folders in it.
-
-    Raises:
-        UserError: there is none, or two have one name.
-    """
+    """Every picture and video in a folder and the folders in it."""
     found: list[Medium] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         relative = path.relative_to(root).as_posix()
@@ -96,11 +88,7 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
 
 
 def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
-    """Those whose features the folder does not hold yet.
-
-    Raises:
-        UserError: it holds those of another part of a video under the same name.
-    """
+    """Those whose features the folder does not hold yet."""
     done = shard_rows(to)
     for medium in media:
         stored = done[medium.name].part if medium.name in done else None
@@ -120,11 +108,7 @@ def compute(
     root: Path,
     options: argparse.Namespace,
 ) -> BadSampleLedger:
-    """Computes what is missing of this part's media; returns the account of what could not be read.
-
-    Raises:
-        UserError: too many files cannot be read, or the folder holds other features of their names.
-    """
+    """Computes what is missing of this part's media; returns the account of what could not be read."""
     part, parts = options.part
     total = max(1, len(media[part::parts]))
     ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(root))

@@ -22,7 +22,7 @@ from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, has_right_choice, letters
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters
 from dora_vl.evaluation.scores.prompts import turns_of
 
 NAMED = 5
@@ -30,11 +30,7 @@ NAMED = 5
 
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
-    """One record in LLaVA's form.
-
-    Raises:
-        BadSample: it has no answer, does not say which of its choices is right, or is about a video.
-    """
+    """One record in LLaVA's form."""
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, benchmark.prompt)]
@@ -48,11 +44,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
 
 
 def reply_of(example: Example) -> str:
-    """The last turn of a conversation, or the first answer to a question.
-
-    Raises:
-        BadSample: nobody answers.
-    """
+    """The last turn of a conversation, or the first answer to a question."""
     replies = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
     known = replies if example.turns else [answer.text for answer in example.answers]
     if not known or not known[0].strip():
@@ -61,12 +53,8 @@ def reply_of(example: Example) -> str:
 
 
 def right_letter(example: Example) -> str:
-    """The letter that the prompt puts before the right choice.
-
-    Raises:
-        BadSample: no choices, none that is said to be right, or more than there are letters.
-    """
-    if not has_right_choice(example):
+    """The letter that the prompt puts before the right choice."""
+    if "correct" not in example.extra:
         raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
     correct, known = correct_index(example), letters(example)
     if len(example.choices) > len(known):

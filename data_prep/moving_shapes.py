@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -229,8 +230,6 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dora_vl.run.launch import available_cores
-
     usual = Settings()
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
@@ -239,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     for split, count in usual.sizes().items():
         made.add_argument(f"--{split}", type=int, default=count, help=f"clips of the {split} split")
     made.add_argument("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
-    made.add_argument("--workers", type=int, default=available_cores(), help="processes that draw")
+    made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     return made
 
 

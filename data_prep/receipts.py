@@ -57,11 +57,7 @@ def draw(chance: random.Random) -> tuple[Image.Image, tuple[str, str, str]]:
 
 
 def make(to: Path, count: int, *, seed: int) -> None:
-    """Draws so many receipts and writes the questions about them.
-
-    Raises:
-        UserError: the folder holds a table of questions already.
-    """
+    """Draws so many receipts and writes the questions about them."""
     if (to / "questions.csv").exists():
         raise UserError(f"{to / 'questions.csv'} is there already; name another folder with --to")
     (to / "photos").mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -91,11 +92,7 @@ ZIP_START = b"PK"
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files that are loaded, by name; where no known name is there, all of one kind.
-
-    Raises:
-        UserError: the list of shards is broken, or names one that is not there or outside the folder.
-    """
+    """The weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
         if (folder / name).is_file():
             return (folder / name,)
@@ -134,11 +131,7 @@ def why_not_read(error: Exception, most: int = 300) -> str:
 
 
 def check_place(folder_or_id: str | Path) -> None:
-    """Refuses what is no folder here and cannot be a hub id.
-
-    Raises:
-        UserError: it names the working directory.
-    """
+    """Refuses what is no folder here and cannot be a hub id."""
     name = str(folder_or_id)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
         raise UserError(
@@ -150,9 +143,6 @@ def check_place(folder_or_id: str | Path) -> None:
 def check_model_folder(folder_or_id: str | Path) -> None:
     """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
     own cache.
-
-    Raises:
-        UserError: it names the file and the sizes.
     """
     check_place(folder_or_id)
     if Path(folder_or_id).is_dir():
@@ -176,11 +166,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def check_whole(path: Path) -> None:
-    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes.
-
-    Raises:
-        UserError: it is empty, shorter or longer than its header says, or has lost its end; it names the sizes.
-    """
+    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes."""
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         _check_safetensors(path, size)
@@ -218,6 +204,8 @@ def _check_safetensors(path: Path, size: int) -> None:
 # YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
 
 
+MOST_VALUES = 100_000
+"""What aliases may make of a file: ten lines of them can stand for more values than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -231,14 +219,12 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file says.
-
-    Raises:
-        UserError: it cannot be read, is no YAML, or holds a key twice or a number that YAML takes for another.
-    """
+    """What a file says."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        _check(yaml.compose(text, Loader=_Loader), set())
+        sizes: dict[int, float] = {}
+        if _check(yaml.compose(text, Loader=_Loader), sizes) > max(MOST_VALUES, len(sizes)):
+            raise UserError(f"its aliases (*NAME) stand for more than {MOST_VALUES:,} values, or for themselves")
         return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -254,25 +240,24 @@ def read_yaml(path: Path) -> Any:
 
 
 def refuse_other_number(text: str) -> None:
-    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8.
-
-    Raises:
-        UserError: it is such text.
-    """
+    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8."""
     if _OTHER_NUMBER.fullmatch(text):
         raise UserError(f"{text} is {yaml.safe_load(text)} in YAML; write the number that is meant")
 
 
-def _check(node: Node | None, seen: set[int]) -> None:
-    """Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
+def _check(node: Node | None, sizes: dict[int, float]) -> float:
+    """How many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
+
+    Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word.
+    """
+    if node is None or id(node) in sizes:  # an alias
+        return sizes.get(id(node), 0.0)
+    sizes[id(node)] = math.inf  # while it is looked through: what holds itself has no end
+    size = 1.0
     if isinstance(node, ScalarNode) and not node.style:  # not in quotes
         refuse_other_number(node.value)
     elif isinstance(node, SequenceNode):
-        for inside in node.value:
-            _check(inside, seen)
+        size += sum(_check(inside, sizes) for inside in node.value)
     elif isinstance(node, MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -283,4 +268,6 @@ def _check(node: Node | None, seen: set[int]) -> None:
                         f"{shown_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
                     )
                 lines[name] = line
-            _check(value, seen)
+            size += _check(value, sizes)
+    sizes[id(node)] = size
+    return size

@@ -50,7 +50,7 @@ def test_help_teaches(capsys):
         assert f"dora-vl {verb}" in capsys.readouterr().out
 
 
-READ_THEIR_TABLES = {"convert", "export", "init", "merge", "report"}
+READ_THEIR_TABLES = {"export", "init", "merge", "report"}
 """Verbs whose modules stand with what reads tensors: their help takes as long as torch."""
 
 

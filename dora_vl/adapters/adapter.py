@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from dora_vl.adapters.agreement import LEAVES, by_own_name
+from dora_vl.adapters.agreement import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
 from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    RECIPE_FILE,
     read_peft_config,
     read_recipe,
     read_tensors,
@@ -32,14 +34,7 @@ from dora_vl.adapters.files import (
     write_json,
     written_whole,
 )
-from dora_vl.adapters.folder import (
-    CONFIG_FILE,
-    PEFT_PREFIX,
-    PICKLED_WEIGHTS_FILE,
-    RECIPE_FILE,
-    WEIGHTS_FILE,
-    refuse_to_replace_adapter,
-)
+from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, refuse_to_replace_adapter
 from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contradiction, scale_of, type_of
 from dora_vl.core import functional
 from dora_vl.core.inject import SHARED_NAME
@@ -73,7 +68,7 @@ class Factors:
 
     def on_weight(self, shape: tuple[int, ...], *, transposed: bool) -> Factors:
         """These factors for a layer whose weight has this shape and whose class may store it as [in, out]."""
-        turned = replace(self, transposed=True) if transposed else self
+        turned = replace(self, transposed=self.transposed or transposed)
         if self.lora_A is None or not self.shared_A:
             return turned
         columns = turned.as_matrix(torch.empty(shape, device="meta")).shape[1]
@@ -96,13 +91,12 @@ class Factors:
     def merged(self, weight: Tensor) -> Tensor:
         """W' in the shape of `weight`, computed and returned in float32 (float64 for float64)."""
         matrix = self.as_matrix(weight.detach())
-        wide = matrix.to(functional.accumulation_dtype(weight.dtype))
+        wide, a, b = matrix.to(functional.accumulation_dtype(weight.dtype)), self.lora_A, self.lora_B
         if self.magnitude_axis == "input":
-            a = None if self.lora_B is None else self.lora_B.t()
-            b = None if self.lora_A is None else self.lora_A.t()
+            a, b = (None if factor is None else factor.t() for factor in (b, a))
             new = functional.merged_weight(wide.t(), a, b, self.magnitude, self.scale).t().contiguous()
         else:
-            new = functional.merged_weight(wide, self.lora_A, self.lora_B, self.magnitude, self.scale)
+            new = functional.merged_weight(wide, a, b, self.magnitude, self.scale)
         return new.t().contiguous() if self.transposed else new.view(weight.shape)
 
     def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
@@ -126,9 +120,9 @@ class ExpertFactors:
     @property
     def experts_and_rows(self) -> tuple[int, int]:
         """How many experts there are, and output rows of each."""
-        known = self.lora_B if self.lora_B is not None else self.magnitude
-        assert known is not None
-        return known.shape[0], known.shape[1]
+        by_row = self.lora_B if self.lora_B is not None else self.magnitude
+        assert by_row is not None
+        return by_row.shape[0], by_row.shape[1]
 
     def of(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
         """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
@@ -142,22 +136,10 @@ class ExpertFactors:
         )
 
 
-PEFT_LEAVES = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_embedding_A": "embedding_A",
-    "lora_embedding_B": "embedding_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "vera_lambda_d": "d",
-    "vera_lambda_b": "b",
-}
-"""Ends of PEFT's keys -> what they are; the magnitude is written in either spelling by tools in use."""
-
 CLOSED_ANSWERS = "closed_answers"
 """Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
 
-SHARED = SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
+SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
 """Names of the random matrices that all layers of a DVoRA adapter share."""
 
 
@@ -178,7 +160,7 @@ class Adapter:
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of each adapted layer by what they are (A, B, magnitude...), by the layer's full name."""
+        """Tensors of each adapted layer by the layer's own names of them, by its full name."""
         layers: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             layer, leaf = split_key(key)
@@ -187,10 +169,22 @@ class Adapter:
         return layers
 
     @cached_property
+    def embeddings(self) -> frozenset[str]:
+        """Adapted layers that are tables, whose A and B have names of their own in the file."""
+        endings = tuple(f".{ending}" for ending in FILE_TO_LEAF if "embedding" in ending)
+        return frozenset(split_key(key)[0] for key in self.tensors if key.endswith(endings))
+
+    @cached_property
+    def not_linear(self) -> frozenset[str]:
+        """Adapted layers that are embeddings or convolutions."""
+        kernels = (name for name, layer in self.layers.items() if "lora_A" in layer and layer["lora_A"].ndim > 2)
+        return self.embeddings.union(kernels)
+
+    @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        own, _ = by_own_name(self.source, self.tensors)
-        return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
+        tensors, _ = by_own_name(self.source, self.tensors)
+        return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[2] not in LEAVES and n not in SHARED}
 
     @cached_property
     def copies(self) -> dict[str, Tensor]:
@@ -200,10 +194,8 @@ class Adapter:
     @cached_property
     def answer_heads(self) -> frozenset[str]:
         """Those of `extras` that are heads of closed answer lists (a VL-BART's), which a base need not have."""
-        tasks = self.recipe.get(CLOSED_ANSWERS, {})
-        return frozenset(
-            name for name in self.extras if name.startswith(tuple(f"answer_heads.{one}." for one in tasks))
-        )
+        prefixes = tuple(f"answer_heads.{task}." for task in self.recipe.get(CLOSED_ANSWERS, {}))
+        return frozenset(name for name in self.extras if name.startswith(prefixes))
 
     @property
     def method(self) -> str:
@@ -224,29 +216,29 @@ class Adapter:
     @cached_property
     def matrix_factors(self) -> dict[str, Factors]:
         """Those of `factors`, for whoever takes `experts` as well."""
-        return {layer: self._factors(layer, found) for layer, found in self.layers.items() if layer not in self.experts}
+        matrices = {name: layer for name, layer in self.layers.items() if name not in self.experts}
+        return {
+            name: self._shared_factors(name, layer) if layer.keys() & {"lambda_d", "lambda_b"}
+            else self._factors(name, layer)
+            for name, layer in matrices.items()
+        }  # fmt: skip
 
     @cached_property
     def experts(self) -> dict[str, ExpertFactors]:
         """The adapted weights of experts that are one tensor, by full name."""
-        names = self.recipe.get("adapter", {}).get("experts", ())
-        return {name: self._expert_factors(name, self.layers.get(name, {})) for name in names}
+        experts: dict[str, ExpertFactors] = {}
+        for name in self.recipe.get("adapter", {}).get("experts", ()):
+            a, b, magnitude = (self.layers.get(name, {}).get(leaf) for leaf in ("lora_A", "lora_B", "magnitude"))
+            rank = 0 if a is None else a.shape[1]
+            incomplete = (a is None) != (b is None) or (a is None and magnitude is None)
+            if incomplete or rank not in (0, rank_of(self.config, name)):
+                raise UserError(f"{self.source}: {name} lacks a tensor or has another rank than stated; copy it again")
+            scale = scale_of(self.config, name, rank) if rank else 1.0
+            experts[name] = ExpertFactors(lora_A=a, lora_B=b, magnitude=magnitude, scale=scale)
+        return experts
 
-    def _expert_factors(self, layer: str, found: Mapping[str, Tensor]) -> ExpertFactors:
-        a, b, magnitude = (found.get(leaf) for leaf in ("A", "B", "magnitude"))
-        rank = 0 if a is None else a.shape[1]
-        incomplete = (a is None) != (b is None) or (a is None and magnitude is None)
-        if incomplete or rank not in (0, rank_of(self.config, layer)):
-            raise UserError(f"{self.source}: {layer} lacks a tensor or has another rank than stated; copy it again")
-        scale = scale_of(self.config, layer, rank) if rank else 1.0
-        return ExpertFactors(lora_A=a, lora_B=b, magnitude=magnitude, scale=scale)
-
-    def _factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
-        if "d" in found or "b" in found:
-            return self._shared_factors(layer, found)
-        embedding = "embedding_A" in found or "embedding_B" in found
-        a, b = (found.get(f"embedding_{side}" if embedding else side) for side in "AB")
-        magnitude = found.get("magnitude")
+    def _factors(self, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
+        a, b, magnitude = (tensors.get(leaf) for leaf in ("lora_A", "lora_B", "magnitude"))
         if (a is None) != (b is None):
             raise UserError(f"{self.source}: {layer} has one of A and B without the other; copy the file again")
         if self.config.get("use_dora") and magnitude is None:
@@ -264,19 +256,17 @@ class Adapter:
             lora_B=None if b is None else b.flatten(1),
             magnitude=None if magnitude is None else magnitude.flatten(),
             scale=scale_of(self.config, layer, rank) if rank else 1.0,
-            transposed=embedding or bool(self.config.get("fan_in_fan_out")),
+            transposed=layer in self.embeddings or bool(self.config.get("fan_in_fan_out")),
             magnitude_axis="input" if layer in self.input_axis else "output",
         )
 
-    def _shared_factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
+    def _shared_factors(self, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
         """A DVoRA layer's: the shared A, still as wide as the widest layer, and B with both vectors folded in."""
-        shared = {name: self.tensors.get(f"{PEFT_PREFIX}{name}") for name in (SHARED_A, SHARED_B)}
-        a, b = shared.values()
-        d, rows, magnitude = (found.get(leaf) for leaf in ("d", "b", "magnitude"))
-        if a is None or b is None or d is None or rows is None or magnitude is None:
-            named = {**shared, **{f"{layer}.{leaf}": found.get(leaf) for leaf in ("d", "b", "magnitude")}}
-            missing = [name for name, tensor in named.items() if tensor is None]
+        parts = {name: self.tensors.get(f"{PEFT_PREFIX}{name}") for name in SHARED}
+        parts |= {f"{layer}.{leaf}": tensors.get(leaf) for leaf in ("lambda_d", "lambda_b", "magnitude")}
+        if missing := [name for name, tensor in parts.items() if tensor is None]:
             raise UserError(f"{self.source}: a DVoRA adapter without {missing}; copy the file again")
+        a, b, d, rows, magnitude = (tensor for tensor in parts.values() if tensor is not None)
         if len(a) != len(d) or b.shape[1] != len(d) or len(b) < len(rows):
             raise UserError(
                 f"{self.source}: {layer} has d [{len(d)}] and b [{len(rows)}], the shared A is {list(a.shape)} and B "
@@ -284,15 +274,6 @@ class Adapter:
             )
         folded = b[: len(rows)] * d * rows.unsqueeze(1)
         return Factors(lora_A=a, lora_B=folded, magnitude=magnitude.flatten(), scale=1.0, shared_A=True)
-
-
-def split_key(key: str) -> tuple[str, str | None]:
-    """A PEFT key as (full layer name, what it is), or (key, None) for a tensor that is no adapter's."""
-    name = key.removeprefix(PEFT_PREFIX)
-    for ending, leaf in PEFT_LEAVES.items():
-        if name.endswith(f".{ending}"):
-            return name.removesuffix(f".{ending}"), leaf
-    return key, None
 
 
 def is_extra(key: str) -> bool:
@@ -353,11 +334,9 @@ def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
             write_json(staging / RECIPE_FILE, adapter.recipe)
 
 
-# Where an adapter comes from: the base's content, the versions that made it, and whether a folder is that base.
-
-
 PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
 BASE_CONFIG_FILE = "config.json"
+"""Of a model's folder."""
 
 
 def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
@@ -407,7 +386,6 @@ def base_of(adapter: Adapter) -> Path:
     stated = str(adapter.config.get("base_model_name_or_path") or "")
     if not stated:
         raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")
-
     try:
         return local_folder(stated, adapter.config.get("revision"))
     except OSError as error:
@@ -417,12 +395,8 @@ def base_of(adapter: Adapter) -> Path:
 def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> None:
     """Raises a `UserError` where the recipe holds the base's content hash and this folder's is another."""
     stated = recipe.get("base_sha256")
-    if stated is None:
-        return
-
-    found = content_hash(base)
-    if found != stated:
+    if stated is not None and (digest := content_hash(base)) != stated:
         raise UserError(
-            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {found[:12]}); "
+            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {digest[:12]}); "
             "give the right --base, or --any-base if you know that its weights are the same"
         )

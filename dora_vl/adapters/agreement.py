@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,15 +29,20 @@ FILE_TO_LEAF = {
 }
 """Every spelling of an adapter's tensor that a file may have -> the layer's own name of it."""
 LEAVES = frozenset(FILE_TO_LEAF.values())
+_FACTOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, FILE_TO_LEAF))})")
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A PEFT key as (full layer name, what it is), or (key, None) for a tensor that is no adapter's."""
+    match = _FACTOR.fullmatch(key.removeprefix(PEFT_PREFIX))
+    return (key, None) if match is None else (match[1], FILE_TO_LEAF[match[2]])
 
 
 def own_name(key: str) -> str:
     """The model's own name of a tensor in an adapter file."""
     name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-    for spelling, leaf in FILE_TO_LEAF.items():
-        if name.endswith(f".{spelling}"):
-            return f"{name.removesuffix(spelling)}{leaf}"
-    return name
+    layer, leaf = split_key(name)
+    return name if leaf is None else f"{layer}.{leaf}"
 
 
 def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -49,9 +55,10 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = own_name(key)
-        if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_IN:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in LEAVES and tensor.dtype not in TRAINED_IN:
             raise UserError(f"{source}: {name} is {tensor.dtype}, and A, B and magnitudes are of 16 bits or more")
-        group = copies if key.endswith(".base_layer.weight") and name.rpartition(".")[0] in adapted else own
+        group = copies if key.endswith(".base_layer.weight") and owner in adapted else own
         if name in group:
             raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")
         group[name] = tensor
@@ -68,31 +75,28 @@ def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> N
         )
 
 
-def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of each parameter that has several, by the parameter's id."""
+def tied_names(model: nn.Module) -> list[frozenset[str]]:
+    """Every name of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {parameter: several for parameter, several in names.items() if len(several) > 1}
+    return [frozenset(group) for group in names.values() if len(group) > 1]
 
 
-def untied(source: str, name: str, others: Sequence[str], change: str) -> UserError:
+def untied(source: str, name: str, others: Iterable[str], change: str) -> UserError:
     """The error of a change of one of several tied tensors, which the others must not see."""
     return UserError(
-        f"{source} {change} {name}, which in this base is one tensor with {', '.join(others)}, and that would change "
-        "too; give a base that stores both (tie_word_embeddings: false in its config.json)"
+        f"{source} {change} {name}, which in this base is one tensor with {', '.join(sorted(others))}, and that would "
+        "change too; give a base that stores both (tie_word_embeddings: false in its config.json)"
     )
 
 
-def refuse_untied_values(source: str, model: nn.Module, names: Iterable[str], own: Mapping[str, Any]) -> None:
-    """Raises a `UserError` where PEFT trained one of several tied tensors, which it holds apart from the others.
-
-    With `own` settings the folder is this package's, whose values are those of all of them.
-    """
-    tied = () if own else tied_names(model).values()
+def refuse_untied_values(source: str, model: nn.Module, names: Iterable[str]) -> None:
+    """Raises a `UserError` where PEFT trained one of several tied tensors, which it holds apart from the others."""
+    tied = {name: group - {name} for group in tied_names(model) for name in group}
     for name in names:
-        if others := [other for group in tied if name in group for other in group if other != name]:
-            raise untied(source, name, others, "trained")
+        if name in tied:
+            raise untied(source, name, tied[name], "trained")
 
 
 def file_name(model: nn.Module, name: str) -> str:
@@ -102,9 +106,6 @@ def file_name(model: nn.Module, name: str) -> str:
     if isinstance(module, AdaptedLayer):
         leaf = module.FILE_LEAVES.get(leaf, leaf)
     return f"{PEFT_PREFIX}{owner}.{leaf}" if owner else f"{PEFT_PREFIX}{leaf}"
-
-
-_ADVICE = "; load it into a fresh base model, or adapt the model as the folder says"
 
 
 def whole_change(config: DoRAConfig) -> DoRAConfig:
@@ -138,9 +139,10 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
 
     The probability of dropout is the model's own; where both drop, they must drop from the same path.
     """
+    advice = "; load it into a fresh base model, or adapt the model as the folder says"
     layers = dict(adapted_layers(model))
     if (config.method == "full") != (not layers):
-        raise UserError(f"{source}: method is {config.method!r}, this model has {len(layers)} adapted layers{_ADVICE}")
+        raise UserError(f"{source}: method is {config.method!r}, this model has {len(layers)} adapted layers{advice}")
     for name, layer in layers.items():
         stated, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
         fields = ["method"]
@@ -150,7 +152,7 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
                 fields.append("dropout_mode")
         if (difference := first_difference(stated, own, fields)) is not None:
             field, theirs, ours = difference
-            raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{_ADVICE}")
+            raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{advice}")
 
 
 def layers_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """A base model's folder, read one tensor at a time by the names that the model itself uses.
 
 Files may use older names than the class that loads them (`language_model.model.layers...` for what is now
-`model.language_model.layers...`). transformers keeps the renamings; they are applied to the files' keys here.
+`model.language_model.layers...`). transformers keeps the renamings; they are applied to the files' keys here, and
+undone for what is written: published folders have the older names, which vLLM and other tools read.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import tied_names
-from dora_vl.adapters.folder import own_name, read_json, read_weights
-from dora_vl.adapters.hub_names import hub_names
+from dora_vl.adapters.agreement import own_name, tied_names
+from dora_vl.adapters.files import read_json
+from dora_vl.adapters.folder import read_weights
 from dora_vl.core.experts import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
@@ -32,7 +33,8 @@ from dora_vl.files import check_whole
 
 STEMS = ("model", "diffusion_pytorch_model")
 """How the weight files of a folder begin: transformers' and diffusers' names."""
-SINGLE_FILE = "model.safetensors"
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+"""How they end; the index says which of several files holds what."""
 CONFIG_FILE = "config.json"
 
 
@@ -50,20 +52,11 @@ class StoredTensor:
     """safetensors' word for it, e.g. BF16."""
 
 
-def single_file(stem: str) -> str:
-    """The one weight file of a folder."""
-    return f"{stem}.safetensors"
-
-
-def index_file(stem: str) -> str:
-    """What says which of several weight files holds what."""
-    return f"{stem}.safetensors.index.json"
-
-
 def stem_in(folder: Path) -> str | None:
     """The one of `STEMS` whose files a folder holds; None: it is no model folder in safetensors."""
-    found = (stem for stem in STEMS for name in (index_file(stem), single_file(stem)) if (folder / name).is_file())
-    return next(found, None)
+    return next(
+        (s for s in STEMS if any((folder / f"{s}{suffix}").is_file() for suffix in (INDEX_SUFFIX, SUFFIX))), None
+    )
 
 
 def config_in(folder: Path) -> dict[str, Any]:
@@ -79,13 +72,22 @@ class BaseWeights:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.config = config_in(folder)
-        self.stem = stem_in(folder) or self._no_stem()
+        stem = stem_in(folder)
+        if stem is None:
+            files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise UserError(
+                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards with "
+                f"an index ({files}); give a model folder in safetensors (load an older one and save_pretrained it "
+                "once)"
+            )
+        self.stem = stem
         """How its weight files begin."""
-        self.stored = tuple(self._list())
-        layout = layout_of(self.config, {key: shape for key, _, shape, _ in self.stored})
-        names = {key: layout.names.get(key, key) for key, *_ in self.stored}
+        stored = list(self._stored())
+        layout = layout_of(self.config, {key: shape for key, _, shape, _ in stored})
         self.tensors = {
-            names[key]: StoredTensor(key, names[key], file, shape, dtype) for key, file, shape, dtype in self.stored
+            name: StoredTensor(key, name, file, shape, dtype)
+            for key, file, shape, dtype in stored
+            for name in [layout.names.get(key, key)]
         }
         self.transposed_layers = layout.transposed
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
@@ -101,8 +103,9 @@ class BaseWeights:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _list(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        index, files = self.folder / index_file(self.stem), [single_file(self.stem)]
+    def _stored(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+        """Key, file, shape and dtype of every tensor."""
+        index, files = self.folder / f"{self.stem}{INDEX_SUFFIX}", [f"{self.stem}{SUFFIX}"]
         if index.is_file():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
         for file in files:
@@ -110,13 +113,6 @@ class BaseWeights:
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 part = handle.get_slice(key)
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
-
-    def _no_stem(self) -> NoReturn:
-        files = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
-        raise UserError(
-            f"{self.folder} holds neither {' nor '.join(map(single_file, STEMS))}, whole or in shards with an index "
-            f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
-        )
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -144,11 +140,9 @@ class BaseWeights:
 
     def tied_to(self, name: str) -> list[str]:
         """The model's other names for a tensor; transformers does not tie what the files hold apart."""
-        others = next((group - {name} for group in self._tied if name in group), ())
+        others = sorted(next((group - {name} for group in self._tied if name in group), ()))
         stored = self.tensors
-        return [
-            n for n in sorted(others) if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))
-        ]
+        return [n for n in others if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))]
 
     def module_names(self) -> list[str]:
         """Full names of the modules that own a weight."""
@@ -204,50 +198,87 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     own = dict(model.state_dict())
     renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
     read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
-    found = {key: read_as(key) for key in shapes}
-    keys_of = Counter(name for name, _ in found.values())
-    names = {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in found.items()}
+    read = {key: read_as(key) for key in shapes}
+    keys_of = Counter(name for name, _ in read.values())
     experts = {
         f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in model.named_modules() for leaf in expert_projections(m)
     }
-    sources = [list(converter.source_patterns) for converter in converters]
-    pieces = {
-        key: _piece(key, name, pattern, sources, in_out=experts[name] != _is_reversed(shapes[key], own[name]))
-        for key, (name, pattern) in found.items()
-        if name in experts
-    }
-    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
+    pieces: dict[str, ExpertPiece] = {}
+    for key, (name, pattern) in read.items():
+        if name in experts:
+            joined = next((c.source_patterns for c in converters if pattern in c.source_patterns), [pattern])
+            # All experts may be stored in the other of the two layouts than the model has them in.
+            is_reversed = len(shapes[key]) == own[name].ndim and shapes[key] != tuple(own[name].shape)
+            number = re.search(r"experts\.(\d+)\.", key)
+            expert = None if number is None else int(number[1])
+            in_out = experts[name] != is_reversed
+            pieces[key] = ExpertPiece(name, expert, list(joined).index(pattern), len(joined), in_out)
     unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
-    hub = hub_names(model, found, read_as, lambda key: unjoined(key)[0])
-    return Layout(names, transposed, pieces, hub, tuple(map(frozenset, tied_names(model).values())))
+    return Layout(
+        names={key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()},
+        transposed=frozenset(n for n, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding)),
+        pieces=pieces,
+        hub=hub_names(model, read, read_as, lambda key: unjoined(key)[0]),
+        tied=tuple(tied_names(model)),
+    )
 
 
-def _is_reversed(stored: tuple[int, ...], own: Tensor) -> bool:
-    """Whether all experts are stored in the other of the two layouts than the model has them in."""
-    return len(stored) == own.ndim and stored != tuple(own.shape)
+def hub_conversions(model: Any) -> list[Any]:
+    """transformers' conversions from a checkpoint's names to this model's, those that a save has to undo.
+
+    A prefix that is taken from the whole model tells where somebody cut a text model out of a larger one, and one that
+    is put in, where somebody left it out: of those nothing says that a checkpoint has them. A part's own prefix is its
+    class's former layout.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    return [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+        or (conversion.prefix_to_remove is not None and bool(conversion.scope_prefix))
+    ]
 
 
-def _piece(key: str, name: str, pattern: str | None, sources: list[list[str]], *, in_out: bool) -> ExpertPiece:
-    number = re.search(r"experts\.(\d+)\.", key)
-    together = next((patterns for patterns in sources if pattern in patterns), [])
-    part = together.index(pattern) if pattern in together else 0
-    expert = None if number is None else int(number[1])
-    return ExpertPiece(name, expert, part, max(1, len(together)), in_out)
+def save_under_hub_names(model: Any) -> None:
+    """Makes `model.save_pretrained` write the names of published folders, as if it had been loaded from one.
+
+    transformers undoes some renamings only then: since 5.x a CLIP or SigLIP tower's class has no `vision_model` inside
+    it, so that a model made from parts would be saved without that word.
+    """
+    model._weight_conversions = hub_conversions(model)
+
+
+def hub_names(
+    model: Any,
+    read: Mapping[str, tuple[str, str | None]],
+    read_as: Callable[[str], tuple[str, str | None]],
+    unjoined: Callable[[str], str],
+) -> dict[str, str]:
+    """Each key of a model's files -> the key that published folders have.
+
+    `read_as` says what transformers reads a key as: the model's own name, and the pattern of the pieces that are joined
+    into it; `read` is that of each key. Tensors that transformers joins or splits stay the pieces that they are. A key
+    whose new name would not be read as the same tensor keeps its own; so do all, where two would have one name.
+    """
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = reversed(hub_conversions(model))
+    undone: Any = [change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)]
+    names = {key: rename_source_key(unjoined(key), undone, [])[0] for key in read}
+    safe = {key: name if read_as(name) == read[key] else key for key, name in names.items()}
+    return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The folder's model class on the meta device, or None where transformers has no such class."""
-    # The auto tables first: `import dora_vl` registers our towers while transformers fills them, and importing the
-    # towers themselves before that would be a circle.
     import transformers
 
-    import_module("transformers.models.auto.modeling_auto")
-    from dora_vl.backbones.towers import register_towers
-
+    import_module("transformers.models.auto.modeling_auto")  # with it `dora_vl` registers our towers
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):
         return None
-    register_towers()
     kind = getattr(transformers, architecture)
     settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
     settings.quantization_config = None
@@ -255,9 +286,6 @@ def skeleton(config: Mapping[str, Any]) -> Any:
         model = kind(settings)
     assert isinstance(model, nn.Module)
     return model
-
-
-# A second model over the weights of the first: its structure copied, its tensors the same objects.
 
 
 def replaced_by(adapter: Path) -> frozenset[str]:

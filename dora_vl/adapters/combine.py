@@ -24,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, Factors
+from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.exports import is_special, truncated
-from dora_vl.adapters.folder import PEFT_PREFIX
+from dora_vl.adapters.exports import truncated
 from dora_vl.adapters.merge import planned_factors
 from dora_vl.adapters.settings import new_config, own_recipe
 from dora_vl.core import functional
@@ -104,9 +104,8 @@ def combine(
         return Combination(adapters[next(iter(active))], {})
     found = {name: planned_factors(base, adapters[name]) for name in active}
     for adapter in (adapters[name] for name in active):
-        for name, layer in adapter.layers.items():
-            if is_special(layer) or name in adapter.input_axis:
-                raise UserError(f"{adapter.source}: {name} is no linear layer with a magnitude a row; merge instead")
+        if others := adapter.not_linear | adapter.input_axis:
+            raise UserError(f"{adapter.source}: {min(others)} is no linear layer with a magnitude a row; merge instead")
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
     for layer in sorted({layer for factors in found.values() for layer in factors}):
@@ -154,14 +153,15 @@ def _as_adapter(
                 magnitude = _magnitude(factors, weight, torch.ones(len(factors.as_matrix(weight))))
             tensors[f"{PEFT_PREFIX}{layer}.lora_magnitude_vector"] = magnitude
     adapted = {layer: factors for layer, factors in results.items() if factors.rank}
+    whole = {module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()}
     config = new_config(
-        ranks={layer: factors.rank for layer, factors in adapted.items()},
-        scales={layer: factors.scale for layer, factors in adapted.items()},
+        {layer: factors.rank for layer, factors in adapted.items()},
+        {layer: factors.scale for layer, factors in adapted.items()},
+        base_model_name_or_path=str(adapters[0].config.get("base_model_name_or_path") or ""),
+        modules_to_save=sorted(whole) or None,
+        fan_in_fan_out=adapters[0].config.get("fan_in_fan_out", False),
         use_dora=with_magnitude and bool(adapted),
-        whole_modules={module for one in adapters for module in one.config.get("modules_to_save") or ()},
-        base_model=str(adapters[0].config.get("base_model_name_or_path") or ""),
     )
-    config["fan_in_fan_out"] = adapters[0].config.get("fan_in_fan_out", False)
     kept = {name for one in adapters for name in one.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
     recipe = own_recipe(config, extras, kept, results.keys() - adapted.keys())
     return Adapter(tensors, config, recipe, source="combination")

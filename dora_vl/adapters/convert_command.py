@@ -6,19 +6,13 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dora_vl.adapters.adapter import Adapter, base_of, refuse_other_base, write_adapter
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.exports import LayerExport, as_lora, export_layers
-from dora_vl.adapters.folder import refuse_to_replace_adapter
-from dora_vl.adapters.read import FORMATS, ReadOptions, read_any
-from dora_vl.adapters.vlbart_original import (
-    ORIGINAL_FORMS,
-    original_dictionary,
-    refuse_to_overwrite,
-    write_original,
-)
-from dora_vl.errors import UserError
+from dora_vl.adapters.foreign import FORMATS, ORIGINAL_FORMS
+from dora_vl.errors import UserError, positive
+
+if TYPE_CHECKING:
+    from dora_vl.adapters.read import ReadOptions
 
 DESCRIPTION = """\
 Reads an adapter of another tool and writes an adapter folder (adapter_model.safetensors, adapter_config.json): what
@@ -60,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-base", action="store_true", help="VL-BART: accept a base whose content hash differs")
     add_reading_arguments(parser)
-    parser.add_argument("--rank", type=int, metavar="R", help="--as lora: rank of the result")
+    parser.add_argument("--rank", type=positive, metavar="R", help="--as lora: rank of the result")
     parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
 
 
@@ -80,6 +74,8 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     """The options as `read_any` takes them."""
+    from dora_vl.adapters.read import ReadOptions  # seconds, so not for --help
+
     pairs = [rename.partition("=") for rename in arguments.rename]
     if any(not old or not equals for old, equals, _ in pairs):
         raise UserError(f"--rename {arguments.rename}: write OLD=NEW, e.g. --rename model.=model.language_model.")
@@ -94,55 +90,57 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Converts; yields the lines to print."""
-    if arguments.kind != "lora" and (arguments.rank is not None or arguments.max_error is not None):
+    from dora_vl.adapters.adapter import write_adapter
+    from dora_vl.adapters.base_weights import BaseWeights
+    from dora_vl.adapters.exports import LayerExport, as_lora, export_layers
+    from dora_vl.adapters.folder import refuse_to_replace_adapter
+    from dora_vl.adapters.read import read_any
+
+    source, target, rank = arguments.source, arguments.to, arguments.rank
+    if arguments.kind != "lora" and (rank is not None or arguments.max_error is not None):
         raise UserError("--rank and --max-error belong to --as lora")
     if arguments.kind in ORIGINAL_FORMS:
         yield _to_original(arguments)
         return
-    _refuse_target(arguments.source, arguments.to)
-    adapter = read_any(arguments.source, reading_options(arguments))
-    if arguments.kind == "lora":
-        yield from _export(adapter, arguments)
-        return
-    write_adapter(adapter, arguments.to)
-    yield f"{arguments.to}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
-
-
-def _refuse_target(source: Path, target: Path) -> None:
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)
+    adapter = read_any(source, reading_options(arguments))
+    if arguments.kind != "lora":
+        write_adapter(adapter, target)
+        yield f"{target}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
+        return
+    if rank is None or arguments.max_error is None or arguments.base is None:
+        raise UserError(
+            "--as lora needs --base FOLDER, --rank R and --max-error X (1.0 accepts any error, and states it)"
+        )
+    exports: list[LayerExport] = []
+    with BaseWeights(arguments.base) as base:
+        for export in export_layers(adapter, base, rank):
+            exports.append(export)
+            yield f"{export.relative_error:9.3g}  {export.layer}"
+    write_adapter(as_lora(adapter, exports, arguments.max_error), target)
+    worst = max(export.relative_error for export in exports)
+    yield f"{target}: {len(exports)} layers of rank {rank}, largest relative error {worst:.3g}"
 
 
 def _to_original(arguments: argparse.Namespace) -> str:
+    from dora_vl.adapters.adapter import base_of, refuse_other_base
+    from dora_vl.adapters.base_weights import BaseWeights
+    from dora_vl.adapters.read import read_any
+    from dora_vl.adapters.vlbart_original import original_dictionary, refuse_to_overwrite, write_original
+
     refuse_to_overwrite(arguments.to)
-    serves_result = arguments.kind == "vl-adapter"
-    options = replace(reading_options(arguments), task=None, alpha_serves_result=serves_result)
+    is_lora = arguments.kind == "vl-adapter"
+    options = replace(reading_options(arguments), task=None, alpha_serves_result=is_lora)
     adapter = read_any(arguments.source, options)
     base_folder = arguments.base or base_of(adapter)
     if not arguments.any_base:
         refuse_other_base(adapter.recipe, base_folder, adapter.source)
-    tasks = tuple((arguments.task or "").split(",")) if arguments.kind == "vl-adapter" else ()
+    tasks = tuple((arguments.task or "").split(",")) if is_lora else ()
     with BaseWeights(base_folder) as base:
-        found = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
-        write_original(found, arguments.to)
-    stated = f", lora_alpha {found.alpha:g} (the file does not say it)" if tasks else ""
-    return f"{arguments.to}: {len(adapter.layers)} layers of rank {found.rank}, {len(found.tensors)} tensors{stated}"
-
-
-def _export(adapter: Adapter, arguments: argparse.Namespace) -> Iterator[str]:
-    if arguments.rank is None or arguments.max_error is None or arguments.base is None:
-        raise UserError(
-            "--as lora needs --base FOLDER, --rank R and --max-error X (1.0 accepts any error, and states it)"
-        )
-    if arguments.rank < 1:
-        raise UserError(f"--rank is {arguments.rank}; it must be 1 or more")
-    exports: list[LayerExport] = []
-    with BaseWeights(arguments.base) as base:
-        for export in export_layers(adapter, base, arguments.rank):
-            exports.append(export)
-            yield f"{export.relative_error:9.3g}  {export.layer}"
-    lora = as_lora(adapter, exports, arguments.max_error)
-    write_adapter(lora, arguments.to)
-    worst = max(export.relative_error for export in exports)
-    yield f"{arguments.to}: {len(exports)} layers of rank {arguments.rank}, largest relative error {worst:.3g}"
+        original = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
+        write_original(original, arguments.to)
+    stated = f", lora_alpha {original.alpha:g} (the file does not say it)" if tasks else ""
+    size = f"{len(adapter.layers)} layers of rank {original.rank}, {len(original.tensors)} tensors"
+    return f"{arguments.to}: {size}{stated}"

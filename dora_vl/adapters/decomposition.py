@@ -1,19 +1,143 @@
-"""The paper's weight decomposition over whole models: one panel a model, one point a layer and checkpoint."""
+"""The paper's weight decomposition over whole models: one panel a model, one point a layer and checkpoint.
+
+A tuned model is a plain model folder, an adapter folder, or a run's checkpoints of either. Nothing is merged on disk: a
+layer's weight after training comes as blocks of rows beside the base's rows.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.merge import Saved, TunedWeights, opened
+from jaxtyping import Float
+from torch import Tensor
+
+from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
+from dora_vl.adapters.base_weights import STEMS, SUFFIX, BaseWeights, stem_in
+from dora_vl.adapters.files import CONFIG_FILE, complete_checkpoints, step_of
+from dora_vl.adapters.folder import INNER
+from dora_vl.adapters.merge import planned_factors
+from dora_vl.core import functional
 from dora_vl.core.analysis import Axis, Line, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
+
+WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Weights that a person named, or one checkpoint of the run that they named."""
+
+    folder: Path
+    step: int | None = None
+    """Of the optimizer; None for a folder that is no run."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter; else it is a model."""
+        return (self.folder / CONFIG_FILE).is_file()
+
+
+def saved_in(path: Path) -> tuple[Saved, ...]:
+    """What a path means: every complete checkpoint of a run, oldest first, else the one folder."""
+    checkpoints = complete_checkpoints(path)
+    if checkpoints:
+        return tuple(Saved(_weights_folder(checkpoint), step_of(checkpoint)) for checkpoint in checkpoints)
+    return (Saved(_weights_folder(path)),)
+
+
+def _weights_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / INNER):
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    if stem_in(folder) is not None:
+        return folder
+    there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+    raise UserError(
+        f"{folder} is no model folder ({STEMS[0]}{SUFFIX}), adapter folder ({CONFIG_FILE}) or run with complete "
+        f"checkpoints: {there}"
+    )
+
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """One tuned model against its base, layer by layer."""
+
+    source: str
+    base: BaseWeights
+    method: str
+    """`dora`, `lora`, ... for an adapter, `model` for a folder of whole weights."""
+    whole: frozenset[str]
+    """Layers whose weight is stored as it is."""
+    read: Callable[[str], Tensor]
+    """The weight of one of `whole`."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Adapted layers."""
+
+    def blocks(self, layer: str) -> Blocks:
+        """(before, after) of a weight as [out, in], a block of rows at a time; in float64 where it is computed."""
+        weight = self.base.weight_of(layer)
+        if (factors := self.factors.get(layer)) is not None:
+            matrix = factors.as_matrix(weight)
+            for start in range(0, len(matrix), functional.NORM_CHUNK_ROWS):  # each row's norm is its own
+                part = slice(start, start + functional.NORM_CHUNK_ROWS)
+                before = matrix[part].double()
+                b, m = (None if tensor is None else tensor[part] for tensor in (factors.lora_B, factors.magnitude))
+                yield before, functional.merged_weight(before, factors.lora_A, b, m, factors.scale)
+            return
+        after = self.read(layer)
+        if after.shape != weight.shape:
+            raise UserError(
+                f"{self.source}: {layer} is {list(after.shape)}, the base's {list(weight.shape)}; is it the right base?"
+            )
+        transposed = layer in self.base.transposed_layers
+        plain = Factors(lora_A=None, lora_B=None, magnitude=None, scale=1.0, transposed=transposed)
+        rows = (plain.as_matrix(whole).split(functional.NORM_CHUNK_ROWS) for whole in (weight, after))
+        yield from zip(*rows, strict=True)
+
+
+@contextmanager
+def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
+    """Opens one tuned model beside its base."""
+    if saved.is_adapter:
+        adapter = read_adapter(saved.folder)
+        factors = planned_factors(base, adapter)
+        extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
+        whole = frozenset(name for name in matrices_of(base) if name in extras)
+        read: Callable[[str], Tensor] = lambda layer: adapter.extras[f"{layer}.weight"]  # noqa: E731
+        yield TunedWeights(adapter.source, base, adapter.method, whole, read, factors)
+        return
+    with BaseWeights(saved.folder) as model:
+        whole = frozenset(name for name in matrices_of(model) if f"{name}.weight" in base.tensors)
+        if not whole:
+            raise UserError(
+                f"{saved.folder} and {base.folder} have no matrix in common, e.g. {sorted(model.tensors)[:2]} and "
+                f"{sorted(base.tensors)[:2]}; is it the right base?"
+            )
+        yield TunedWeights(str(saved.folder), base, "model", whole, model.weight_of)
+
+
+def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
+    """Raises a `UserError` where an adapter holds its base's content hash, and it is not this one's."""
+    if saved.is_adapter:
+        refuse_other_base(read_adapter(saved.folder).recipe, base.folder, str(saved.folder))
+
+
+def matrices_of(weights: BaseWeights) -> list[str]:
+    """Layers with a weight of two axes or more, stored in a dtype that training uses."""
+    return [
+        name
+        for name in weights.module_names()
+        for stored in [weights.tensors[f"{name}.weight"]]
+        if len(stored.shape) >= 2 and stored.dtype in WIDE_DTYPES
+    ]
 
 
 @dataclass(frozen=True)
@@ -73,12 +197,9 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
             if not any(fnmatchcase(layer, glob) for layer in there):
                 raise UserError(f"--layers {glob!r} matches none of {len(there)} matrices, such as {min(there)}")
         chosen = {layer for layer in there if any(fnmatchcase(layer, glob) for glob in globs)}
-    return sorted(chosen, key=natural_order)
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = {name: re.split(r"(\d+)", name) for name in chosen}
+    numbered = {n: [(int(p), "") if p.isdigit() else (-1, p) for p in split] for n, split in parts.items()}
+    return sorted(chosen, key=lambda name: numbered[name])  # layer 2 before layer 10
 
 
 def measured(
@@ -92,7 +213,9 @@ def measured(
             method = tuned.method
             for layer in layers:
                 if layer in tuned.factors or layer in tuned.whole:
-                    change = _change(tuned, layer, axis)
+                    change = change_of_blocks(tuned.blocks(layer), axis=axis)
+                    if not math.isfinite(change.magnitude) or not math.isfinite(change.direction):
+                        raise UserError(f"{layer} holds NaN or infinity in {tuned.source} or in {base.folder}")
                     if layer in tuned.factors or change.magnitude or change.direction:
                         points.append(Point(layer, saved.step, change))
                     else:
@@ -103,25 +226,17 @@ def measured(
     return Panel(request.label, str(request.path), method, tuple(points), unchanged)
 
 
-def _change(tuned: TunedWeights, layer: str, axis: Axis) -> WeightChange:
-    change = change_of_blocks(tuned.blocks(layer), axis=axis)
-    if not math.isfinite(change.magnitude) or not math.isfinite(change.direction):
-        raise UserError(f"{layer} holds NaN or infinity in {tuned.source} or in {tuned.base.folder}")
-    return change
-
-
 def as_json(panels: Sequence[Panel], base: Path, axis: Axis) -> dict[str, Any]:
     """Everything that is drawn, as plain values."""
     return {"base": str(base), "axis": axis, "panels": [_panel_json(panel) for panel in panels]}
 
 
 def _panel_json(panel: Panel) -> dict[str, Any]:
-    line = panel.line
     return {
         "label": panel.label,
         "source": panel.source,
         "method": panel.method,
-        "regression": None if line is None else asdict(line),
+        "regression": None if panel.line is None else asdict(panel.line),
         "unchanged_matrices": panel.unchanged,
         "points": [
             {

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, split_key, write_adapter
+from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, write_adapter
+from dora_vl.adapters.agreement import PEFT_PREFIX, split_key
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.files import refuse_to_replace, written_whole
-from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder, planned_factors
-from dora_vl.adapters.settings import new_config, own_recipe
+from dora_vl.adapters.settings import new_config, own_recipe, peft_fields
 from dora_vl.errors import UserError
 
 EXACT_SVD_UP_TO = 1024
@@ -84,30 +84,22 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
             f"{above[0].layer} ({above[0].relative_error:.3g}); nothing written. Raise --rank or --max-error, or "
             "merge instead (dora-vl merge), which is exact"
         )
-    special = [name for name, layer in adapter.layers.items() if is_special(layer)]
-    if special:
-        raise UserError(f"{adapter.source}: {special[0]} is no linear layer; only linears are exported")
+    if adapter.not_linear:
+        raise UserError(f"{adapter.source}: {min(adapter.not_linear)} is no linear layer; only linears are exported")
     tensors = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key)}
     for export in exports:
         tensors[f"{PEFT_PREFIX}{export.layer}.lora_A.weight"] = export.lora_A
         tensors[f"{PEFT_PREFIX}{export.layer}.lora_B.weight"] = export.lora_B
-    fresh = new_config(
-        ranks={e.layer: len(e.lora_A) for e in exports}, scales={e.layer: 1.0 for e in exports}, use_dora=False
-    )
     carried = {
         field: adapter.config[field]
         for field in ("base_model_name_or_path", "modules_to_save", "task_type", "revision", "fan_in_fan_out", "bias")
         if field in adapter.config
     }
-    config = {**fresh, **carried}
+    ranks = {export.layer: len(export.lora_A) for export in exports}
+    config = new_config(ranks, dict.fromkeys(ranks, 1.0), use_dora=False, **carried)
     kept = adapter.extras.keys() & adapter.recipe.get("adapter", {}).get("kept", ())
     own = own_recipe(config, adapter.extras, kept) if adapter.recipe else {}
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
-
-
-def is_special(layer: Mapping[str, Tensor]) -> bool:
-    """Whether an adapted layer is an embedding or a convolution, by its tensors."""
-    return "embedding_A" in layer or ("A" in layer and layer["A"].ndim > 2)
 
 
 # An adapter as vLLM serves it: what its LoRA slots hold stays an adapter, all else is folded into the base beside it.
@@ -204,9 +196,9 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
 def _unserved(name: str, layer: Mapping[str, Any], adapter: Adapter, base: BaseWeights) -> str | None:
     if name in adapter.experts:
         return "is experts in one tensor"
-    if is_special(layer):
+    if name in adapter.not_linear:
         return "is an embedding or a convolution"
-    if "A" not in layer:
+    if "lora_A" not in layer:
         return "has a magnitude alone"
     if name in adapter.input_axis:
         return "has a magnitude for each input column"
@@ -241,16 +233,18 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
         if found.magnitude is not None:
             tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = found.magnitude
     ranks = {name: found.rank for name, found in served.items()}
-    dropout = float(adapter.config.get("lora_dropout") or 0.0)
-    config = new_config(ranks=ranks, scales=dict.fromkeys(served, scale), use_dora=use_dora, dropout=dropout)
     others = {name: rank for name, rank in ranks.items() if rank != highest}
-    config |= {
-        "alpha_pattern": {name: scale * rank for name, rank in others.items()},
-        "lora_alpha": scale * highest,
-        "r": highest,
-        "rank_pattern": others,
-        "task_type": adapter.config.get("task_type"),
-    }
+    config = peft_fields(
+        ranks,
+        {},
+        r=highest,
+        lora_alpha=scale * highest,
+        rank_pattern=others,
+        alpha_pattern={name: scale * rank for name, rank in others.items()},
+        lora_dropout=float(adapter.config.get("lora_dropout") or 0.0),
+        task_type=adapter.config.get("task_type"),
+        use_dora=use_dora,
+    )
     recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
 

@@ -1,7 +1,7 @@
-"""Tensors in files: read from any tool's, no pickled code run; written one tensor at a time.
+"""Files of adapter folders and checkpoints: tensors of any tool, the two JSON files, folders whole or not at all.
 
-The format of safetensors (github.com/huggingface/safetensors, README): eight bytes of header length, little-endian; a
-JSON object of name -> dtype, shape and byte range; then the bytes, in the order of the ranges, without gaps.
+No pickled code is run. A folder comes from anywhere: a value of another type than its field's is refused by name
+before anything is computed with it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, count
 from os import getpid
 from os.path import lexists
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,6 +32,9 @@ from dora_vl.files import NoRegularFile, check_whole, open_regular
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BESIDE_WEIGHTS = (torch.int64, torch.bool)
+"""Positions and counts that whole modules carry; an A or B of them was rounded."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -60,11 +61,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if others:
         raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
     return {str(key): tensor.detach() for key, tensor in content.items()}
-
-
-TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BESIDE_WEIGHTS = (torch.int64, torch.bool)
-"""Positions and counts that whole modules carry; an A or B of them was rounded."""
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -97,7 +93,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -105,47 +100,31 @@ def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-class SafetensorsStream:
-    """Writes a file's tensors in the order that was announced."""
+def write_safetensors(
+    path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor]
+) -> None:
+    """Writes a file of the announced shapes and dtypes, a tensor at a time: `read` gives one by its name.
 
-    def __init__(self, path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self._entries, self._waiting = dict(entries), list(entries)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+    The format: eight bytes of header length, little-endian; a JSON object of name -> dtype, shape and byte range; then
+    the bytes, in the order of the ranges, without gaps.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in entries.items():
+        end = offset + byte_size(shape, dtype)
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
         for name, (shape, dtype) in entries.items():
-            end = offset + byte_size(shape, dtype)
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Appends the next announced tensor."""
-        expected = self._waiting.pop(0)
-        shape, dtype = self._entries[expected]
-        if name != expected or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"announced {expected} {shape} {dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            self._file.write(flat.view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> SafetensorsStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if error is None and self._waiting:
-            raise ValueError(f"{len(self._waiting)} announced tensors were not written, first {self._waiting[0]}")
-
-
-# The two JSON files of an adapter folder, `adapter_config.json` and `recipe.json`, and the types of their fields.
-#
-# A folder comes from anywhere: a value of another type than its field's is refused by name before anything is computed
-# with it.
+            tensor = read(name).detach().cpu().contiguous()
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"announced {name} {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+            if tensor.numel():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -154,7 +133,6 @@ RECIPE_FILE = "recipe.json"
 AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
 Count = Annotated[int, Field(ge=1)]
-Names = list[str]
 FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Of a folder or a hub: the operating system takes no name with a NUL in it."""
 
@@ -172,8 +150,8 @@ class PeftFields(TypedDict, total=False):
     use_dora: bool
     use_rslora: bool
     fan_in_fan_out: bool
-    modules_to_save: Names | None
-    target_modules: str | Names | None
+    modules_to_save: list[str] | None
+    target_modules: str | list[str] | None
     base_model_name_or_path: FolderOrId | None
     revision: FolderOrId | None
 
@@ -192,14 +170,14 @@ class OwnFields(TypedDict, total=False):
     kinds: list[LayerKind]
     init: Init
     random_seed: int
-    opaque_layers: Names
+    opaque_layers: list[str]
     rank_pattern: dict[str, Count]
     alpha_pattern: dict[str, float]
-    magnitude_targets: Names
-    parts: dict[str, Names]
-    adapted_parts: dict[str, Names]
-    experts: Names
-    kept: Names
+    magnitude_targets: list[str]
+    parts: dict[str, list[str]]
+    adapted_parts: dict[str, list[str]]
+    experts: list[str]
+    kept: list[str]
 
 
 @with_config(AS_JSON_HAS_IT)
@@ -219,9 +197,6 @@ class RecipeFields(TypedDict, total=False):
     adapter: OwnFields
 
 
-_PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
-
-
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """PEFT's fields of an adapter folder."""
     return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
@@ -231,6 +206,20 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """Our own settings beside them; empty for a folder that was not made here."""
     path = folder / RECIPE_FILE
     return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
+
+
+_PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
+
+
+def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise UserError(f"{path}: {key} is {shown(first['input'])}; {message[:1].lower()}{message[1:]}") from None
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -252,20 +241,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an object")
     return content
-
-
-def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]:
-    content = read_json(path)
-    try:
-        validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"]
-        raise UserError(f"{path}: {key} is {shown(first['input'])}; {message[:1].lower()}{message[1:]}") from None
-    return content
-
-
-# Folders that appear whole or not at all: what may be replaced, and checkpoints to resume from, found again.
 
 
 def refuse_to_replace(target: Path, written: Collection[str]) -> None:
@@ -318,7 +293,6 @@ def written_whole(target: Path) -> Iterator[Path]:
 _NAME = re.compile(r"checkpoint-(\d+)")
 WRITING = ".checkpoints-being-written"
 REMOVING = ".removing"
-SUPERSEDED = "superseded-"
 STATE_FILE = "trainer_state.json"
 LAST = "last"
 """What `resume` calls the newest whole checkpoint."""
@@ -326,10 +300,10 @@ LAST = "last"
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step a checkpoint folder is named by."""
-    found = _NAME.fullmatch(checkpoint.name)
-    if found is None:
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
         raise UserError(f"{checkpoint} is not a checkpoint folder (checkpoint-<step>)")
-    return int(found[1])
+    return int(match[1])
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
@@ -350,10 +324,10 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
             raise UserError(f"resume: {path} is not a complete checkpoint (no {STATE_FILE} in it)")
         step_of(path)
         return path
-    found = complete_checkpoints(run_folder)
-    if not found:
+    checkpoints = complete_checkpoints(run_folder)
+    if not checkpoints:
         raise UserError(f"resume: no complete checkpoint in {run_folder}; start without resume")
-    return found[-1]
+    return checkpoints[-1]
 
 
 def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
@@ -362,13 +336,14 @@ def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path
     Those of later steps; all, where `checkpoint` is in another folder. Returns each old name with the new one.
     """
     checkpoints = complete_checkpoints(run_folder)
-    since = next((step_of(own) for own in checkpoints if own.samefile(checkpoint)), -1)
+    since = next((step_of(path) for path in checkpoints if path.samefile(checkpoint)), -1)
     renamed = []
-    for later in (own for own in checkpoints if step_of(own) > since):
-        names = (
-            later.with_name(f"{SUPERSEDED}{later.name}{ending}") for ending in chain([""], map("-{}".format, count(2)))
-        )
-        renamed.append((later, later.rename(next(name for name in names if not lexists(name)))))
+    for later in (path for path in checkpoints if step_of(path) > since):
+        target, number = later.with_name(f"superseded-{later.name}"), 1
+        while lexists(target):
+            number += 1
+            target = later.with_name(f"superseded-{later.name}-{number}")
+        renamed.append((later, later.rename(target)))
     return renamed
 
 

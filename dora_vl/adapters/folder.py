@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import PEFT_PREFIX as PEFT_PREFIX
 from dora_vl.adapters.agreement import (
     by_own_name,
     file_name,
@@ -46,17 +45,23 @@ from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
-from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.quantised import loose_tensors
-from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
+from dora_vl.core.trainable import (
+    Gather,
+    adapted_layers,
+    is_adapted,
+    kept_rows,
+    kept_tensors,
+    no_gather,
+    trained_parts,
+)
 from dora_vl.errors import UserError, shown_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
-
-
-# -- saving --------------------------------------------------------------------------------------------------
+INNER = "adapter"
+"""Where a run and each of its checkpoints keep their adapter."""
 
 
 def save_adapter(
@@ -94,19 +99,22 @@ def refuse_to_replace_adapter(target: Path) -> None:
     refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())
 
 
-def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the file's shape; A and B of a PiSSA layer with their starts, as a change of the whole weight."""
+def _layer_of(model: nn.Module, name: str) -> tuple[AdaptedLayer | None, str]:
+    """The adapted layer that a tensor belongs to, if it is one's, and what it is called there."""
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
-    if isinstance(layer, AdaptedLayer) and leaf == "magnitude":
+    return (layer if isinstance(layer, AdaptedLayer) else None), leaf
+
+
+def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the file's shape; A and B of a PiSSA layer with their starts, as a change of the whole weight."""
+    layer, leaf = _layer_of(model, name)
+    if layer is not None and leaf == "magnitude":
         return tensor.view(layer.magnitude_file_shape())
-    if isinstance(layer, AdaptedLayer) and "start_A" in layer._buffers and leaf in ("lora_A", "lora_B"):
+    if layer is not None and "start_A" in layer._buffers and leaf in ("lora_A", "lora_B"):
         start = layer.get_buffer(f"start_{leaf[-1]}").cpu()
         return torch.cat([tensor, start] if leaf == "lora_A" else [tensor, -start], dim=0 if leaf == "lora_A" else 1)
     return tensor.contiguous()
-
-
-# -- loading -------------------------------------------------------------------------------------------------
 
 
 def load_adapter(
@@ -122,7 +130,8 @@ def load_adapter(
     source = Path(folder)
     tensors, copies = by_own_name(str(source), read_weights(source))
     own, peft = read_recipe(source).get("adapter", {}), read_peft_config(source)
-    refuse_untied_values(str(source), model, tensors, own)
+    if not own:  # this package's values are those of all the tied
+        refuse_untied_values(str(source), model, tensors)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name in copies.keys() & weights.keys():
         with gather([weights[name]]):
@@ -139,21 +148,22 @@ def load_adapter(
         refuse_pefts_other_result(str(source), twin, peft, own)
         _adapt(model, config, gather)
     _check_fit(source, model, tensors)
-    _copy_values(source, model, tensors, gather)
-    for _, layer in adapted_layers(model):
+    layers = dict(adapted_layers(model))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if layer.adapter.init == "pissa" and layer.lora_A is not None:
+                _move_start(source, name, layer, tensors)
+        for name, tensor in _expected(model).items():
+            with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+                target, value = kept_rows(name, tensor), tensors[name]
+                layer, leaf = _layer_of(model, name)
+                if layer is not None and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+                    rank = layer.adapter.rank
+                    value = value[:rank] if leaf == "lora_A" else value[:, :rank]
+                target.copy_(value.view(target.shape))
+    for layer in layers.values():
         layer.forget_norms()
-    return [name for name, _ in adapted_layers(model)]
-
-
-@torch.no_grad()
-def _copy_values(source: Path, model: nn.Module, tensors: Mapping[str, Tensor], gather: Gather) -> None:
-    for name, layer in adapted_layers(model):
-        if layer.adapter.init == "pissa" and layer.lora_A is not None:
-            _move_start(source, name, layer, tensors)
-    for name, tensor in _expected(model).items():
-        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-            own = kept_rows(name, tensor)
-            own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
+    return list(layers)
 
 
 def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
@@ -166,21 +176,13 @@ def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
 
 def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> None:
     """Takes the start of a PiSSA layer, which the file holds behind A and B, out of the frozen weight."""
-    rank, like = layer.adapter.rank, layer.weight
-    start_A = tensors[f"{name}.lora_A"][rank:].to(like.device)
-    start_B = -tensors[f"{name}.lora_B"][:, rank:].to(like.device)
+    rank, device = layer.adapter.rank, layer.weight.device
+    start_A = tensors[f"{name}.lora_A"][rank:].to(device)
+    start_B = -tensors[f"{name}.lora_B"][:, rank:].to(device)
     if "start_A" not in layer._buffers:
         take_from_weight(layer, start_A, start_B)
     elif not (torch.equal(layer.get_buffer("start_A"), start_A) and torch.equal(layer.get_buffer("start_B"), start_B)):
         raise UserError(f"{source}: {name} started from other singular vectors; load it into a fresh base model")
-
-
-def _own_part(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    if isinstance(layer, AdaptedLayer) and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
-        return tensor[: layer.adapter.rank] if leaf == "lora_A" else tensor[:, : layer.adapter.rank]
-    return tensor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -228,26 +230,18 @@ def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
 
 
 def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[int, ...], ...]:
-    owner, _, leaf = name.rpartition(".")
-    layer, shape = model.get_submodule(owner), tuple(tensor.shape)
-    if isinstance(layer, AdaptedLayer) and leaf == "magnitude":
+    layer, leaf = _layer_of(model, name)
+    shape = tuple(tensor.shape)
+    if layer is not None and leaf == "magnitude":
         return (shape, layer.magnitude_file_shape(), (*shape, 1))
-    if isinstance(layer, AdaptedLayer) and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
-        axis = 0 if leaf == "lora_A" else 1
-        return (tuple(size * 2 if number == axis else size for number, size in enumerate(shape)),)
+    if layer is not None and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+        return ((2 * shape[0], *shape[1:]) if leaf == "lora_A" else (shape[0], 2 * shape[1], *shape[2:]),)
     return (shape,)
 
 
 def _expected(model: nn.Module) -> dict[str, Tensor]:
     trained = {name: p for part in trained_parts(model) for name, p in part.parameters.items()}
     return {**trained, **kept_tensors(model)}
-
-
-# What a person has named instead of an adapter's folder, and which folder is meant.
-
-
-INNER = "adapter"
-"""Where a run and each of its checkpoints keep their adapter."""
 
 
 def no_adapter(path: Path) -> UserError:

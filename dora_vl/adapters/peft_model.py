@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
-from dora_vl.core.fast.change import GainFamily
 from dora_vl.core.gain import is_plain_parameter, unwatch
+from dora_vl.core.linear import GainFamily
 
 log = logging.getLogger(__name__)
 

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
+from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.files import read_peft_config, read_tensors, refuse_not_finite
-from dora_vl.adapters.folder import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, no_adapter, read_json
-from dora_vl.adapters.foreign import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter, to_adapter
-from dora_vl.adapters.settings import READ_TYPES
+from dora_vl.adapters.files import CONFIG_FILE, read_json, read_peft_config, read_tensors, refuse_not_finite
+from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, no_adapter
+from dora_vl.adapters.foreign import (
+    FORMATS,
+    KOHYA_PREFIXES,
+    LAYOUTS,
+    ROTARY_ORDER,
+    TELLING_KEYS,
+    TORCHTUNE_MODULES,
+    KeptRows,
+    Layout,
+)
+from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
+from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
 
-FORMATS = ("peft", *LAYOUTS)
 WEIGHT_FILES = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
 """What tools call their files; all that a folder has are read together."""
-
-TELLING_KEYS = (
-    ("nvlabs-llava", ("model.mm_projector.0.weight",)),
-    ("nvlabs", ("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight")),
-    ("nvlabs-vlbart", ("weight_v",)),
-    ("torchtune", ("lora_a.weight",)),
-    ("mlx", ("lora_a",)),
-    ("kohya", ("lora_down.weight",)),
-    ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
-)
-"""Ends of keys that one format alone has, the most telling first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,44 +55,41 @@ class ReadOptions:
 
 def read_any(source: Path, options: ReadOptions) -> Adapter:
     """Reads an adapter of any known format."""
-    if options.format is not None and options.format not in FORMATS:
-        raise UserError(f"no format {options.format!r}; there are {', '.join(FORMATS)}")
-    if options.format == "peft" or _is_own(source):
-        return _as_it_stands(source, options)
-    tensors = _tensors(source)
-    name = options.format or known_format(tensors, str(source))
-    if name == "peft":
-        return _as_it_stands(source, options)
-    config = _config_beside(source)
-    return to_adapter(
-        _under_our_names(name, tensors, options, str(source)),
-        LAYOUTS[name],
-        config=config,
-        alpha=options.alpha,
-        renames=options.renames,
-        base_model=str(config.get("base_model_name_or_path") or options.base or ""),
-        source=str(source),
-    )
-
-
-def _as_it_stands(source: Path, options: ReadOptions) -> Adapter:
-    """A folder of PEFT's form, which says its scale and its layers' names itself."""
-    if options.alpha is not None and not options.alpha_serves_result:
-        raise UserError(
-            f"{source}: --alpha is for files that do not state it; this one's {CONFIG_FILE} does: leave it out, or "
-            "change lora_alpha in a copy of the folder"
-        )
-    if options.renames:
-        raise UserError(
-            f"{source}: --rename is for other tools' names; a folder of PEFT's form is read as it stands: leave the "
-            "option out"
-        )
-    return read_adapter(source)
-
-
-def _is_own(source: Path) -> bool:
-    """Whether it is a folder of ours that holds what PEFT does not know, such as whole weights and no factors."""
-    return names_adapter(source) and _config_beside(source).get("peft_type") in READ_TYPES - {"LORA"}
+    name = options.format
+    if name is not None and name not in FORMATS:
+        raise UserError(f"no format {name!r}; there are {', '.join(FORMATS)}")
+    folder = source if source.is_dir() else source.parent
+    config = read_peft_config(folder) if name != "peft" and (folder / CONFIG_FILE).is_file() else {}
+    # A folder of ours may hold what PEFT does not know, such as whole weights and no factors.
+    is_own = names_adapter(source) and config.get("peft_type") in READ_TYPES - {"LORA"}
+    tensors: dict[str, Tensor] = {}
+    if name != "peft" and not is_own:
+        tensors = _tensors(source)
+        name = name or known_format(tensors, str(source))
+    if name == "peft" or is_own:
+        if options.alpha is not None and not options.alpha_serves_result:
+            raise UserError(
+                f"{source}: --alpha is for files that do not state it; this one's {CONFIG_FILE} does: leave it out, or "
+                "change lora_alpha in a copy of the folder"
+            )
+        if options.renames:
+            raise UserError(
+                f"{source}: --rename is for other tools' names; a folder of PEFT's form is read as it stands: leave "
+                "the option out"
+            )
+        return read_adapter(source)
+    assert name is not None
+    if name == "vl-adapter":
+        tensors = from_vl_adapter(tensors, options.task, str(source))
+    elif name in {"torchtune", "kohya"}:
+        if options.base is None:
+            raise UserError(f"{source} is of format {name}, whose layer names need the base model: add --base FOLDER")
+        if name == "torchtune":
+            tensors = from_torchtune(tensors, read_json(options.base / "config.json"), str(source))
+        else:
+            with BaseWeights(options.base) as base:
+                tensors = from_kohya(tensors, base.module_names(), str(source))
+    return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
@@ -115,19 +114,204 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _config_beside(source: Path) -> dict[str, Any]:
-    folder = source if source.is_dir() else source.parent
-    return read_peft_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """torchtune's dictionary under transformers' names, rows of q and k in transformers' order.
+
+    torchtune's own export reorders B alone; a magnitude belongs to its row and moves with it.
+    """
+    model_type = base_config.get("model_type")
+    if model_type not in ROTARY_ORDER:
+        raise UserError(f"{source}: base model type {model_type!r} is not known here; {list(ROTARY_ORDER)} are")
+    heads = {".q_proj": int(base_config["num_attention_heads"])}
+    heads[".k_proj"] = int(base_config.get("num_key_value_heads") or heads[".q_proj"])
+    leaves = r"(lora_a\.weight|lora_b\.weight|magnitude)"
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        layer = re.fullmatch(rf"(?:decoder\.)?layers\.(\d+)\.([\w.]+?)\.{leaves}", key)
+        output = re.fullmatch(rf"output\.{leaves}", key)
+        if layer and layer[2] in TORCHTUNE_MODULES:
+            name, leaf = f"model.layers.{layer[1]}.{TORCHTUNE_MODULES[layer[2]]}", layer[3]
+        elif output:
+            name, leaf = "lm_head", output[1]
+        else:
+            known = list(TORCHTUNE_MODULES)
+            raise UserError(f"{source}: {key} is no adapter tensor of a torchtune decoder; {known} are read")
+        projection = name[-len(".q_proj") :]
+        if ROTARY_ORDER[model_type] and leaf != "lora_a.weight" and projection in heads:
+            # Each head's rows from (even, odd, even, odd...) to all even ones, then all odd ones.
+            per_head = tensor.reshape(heads[projection], -1, 2, *tensor.shape[1:])
+            tensor = per_head.transpose(1, 2).reshape(tensor.shape)
+        renamed[f"{name}.{leaf}"] = tensor
+    return renamed
 
 
-def _under_our_names(name: str, tensors: dict[str, Tensor], options: ReadOptions, source: str) -> dict[str, Tensor]:
-    if name == "vl-adapter":
-        return from_vl_adapter(tensors, options.task, source)
-    if name not in {"torchtune", "kohya"}:
-        return tensors
-    if options.base is None:
-        raise UserError(f"{source} is of format {name}, whose layer names need the base model: add --base FOLDER")
-    if name == "torchtune":
-        return from_torchtune(tensors, read_json(options.base / "config.json"), source)
-    with BaseWeights(options.base) as base:
-        return from_kohya(tensors, base.module_names(), source)
+def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], source: str) -> dict[str, Tensor]:
+    """kohya's dictionary under the base's names: its names have underscores for dots, so the base must resolve them."""
+    by_flat_name: dict[str, list[str]] = {}
+    for name in module_names:
+        by_flat_name.setdefault(name.replace(".", "_"), []).append(name)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        flat, _, leaf = key.partition(".")
+        prefix = next((p for p in KOHYA_PREFIXES if flat.startswith(p)), "")
+        layers = by_flat_name.get(flat.removeprefix(prefix), [])
+        if len(layers) != 1:
+            raise UserError(f"{source}: {flat} names {len(layers)} layers of the base {layers[:2]}; wrong --base?")
+        renamed[f"{layers[0]}.{leaf}"] = tensor
+    return renamed
+
+
+def from_vl_adapter(tensors: Mapping[str, Tensor], task: str | None, source: str) -> dict[str, Tensor]:
+    """VL-Adapter's dictionary with one task's `lora_As.<task>`, `lora_Bs.<task>` as `lora_A`, `lora_B`.
+
+    With `--use_single_lora` all tasks alias one tensor and `task` can be None.
+    """
+    per_task: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+)\.lora_([AB])s\.(\w+)", key):
+            per_task.setdefault(match[3], {})[f"{match[1]}.lora_{match[2]}"] = tensor
+        else:
+            plain[key] = tensor
+    if task is None and per_task:
+        task, first = next(iter(per_task.items()))
+        for other in per_task.values():
+            if first.keys() != other.keys() or not all(torch.equal(first[key], other[key]) for key in first):
+                raise UserError(
+                    f"{source}: tasks {sorted(per_task)} have adapters of their own; choose one with --task"
+                )
+    if task is not None and task not in per_task:
+        raise UserError(f"{source}: no adapter for task {task!r}; there are {sorted(per_task)}")
+    return {**plain, **(per_task[task] if task is not None else {})}
+
+
+def to_adapter(
+    tensors: Mapping[str, Tensor], layout: Layout, *, config: Mapping[str, Any], options: ReadOptions, source: str
+) -> Adapter:
+    """Turns one tool's dictionary into an adapter under PEFT's keys; `config` is the tool's own beside it."""
+    renames = (*layout.renames, *options.renames)
+    layers, others = _split_layers(tensors, layout, renames, source)
+    converted: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    input_axis: set[str] = set()
+    for name, layer in layers.items():
+        parts, axis = _own_tensors(layer, f"{source}: {name}", transposed=layout.transposed)
+        converted.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in parts.items()})
+        input_axis.update({name} if axis == "input" else ())
+        if "A" in layer:
+            ranks[name] = rank = len(parts["lora_A.weight"])
+            stated = layout.scale(config, rank)
+            if options.alpha is not None:
+                stated = options.alpha / rank
+            elif layout.alpha:
+                stated = float(layer["alpha"]) / rank if "alpha" in layer else 1.0
+            if stated is None:
+                raise UserError(
+                    f"{source}: nothing states the scale (no adapter_config.json beside it?); add --alpha ALPHA"
+                )
+            scales[name] = stated
+    extras = _trained_extras(others, layout, renames, source)
+    converted.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
+    fields = new_config(
+        ranks,
+        scales,
+        lora_dropout=float(config.get("lora_dropout", 0.0)),
+        base_model_name_or_path=str(config.get("base_model_name_or_path") or options.base or ""),
+        modules_to_save=sorted({name.rpartition(".")[0] for name in extras if name.endswith(".weight")}) or None,
+        use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
+    )
+    kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
+    alone = layers.keys() - ranks.keys()
+    recipe = own_recipe(fields, extras, kept, alone) if extras or alone else {}
+    return Adapter(converted, fields, recipe, source, frozenset(input_axis))
+
+
+def _split_layers(
+    tensors: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each adapted layer by what they are (A, B, magnitude, alpha), and all the others."""
+    kinds = {"A": layout.lora_A, "B": layout.lora_B, "magnitude": layout.magnitude, "alpha": layout.alpha}
+    endings = {f".{ending}": kind for kind, spellings in kinds.items() for ending in spellings}
+    layers: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("module.").removeprefix(PEFT_PREFIX)
+        ending = next((ending for ending in endings if name.endswith(ending)), None)
+        if ending is None:
+            others[name] = tensor
+        else:
+            layers.setdefault(_renamed(name.removesuffix(ending), renames), {})[endings[ending]] = tensor
+    if not layers:
+        raise UserError(f"{source}: no key ends in {', '.join(layout.lora_A)}; is it another format (--from)?")
+    half = sorted(name for name, layer in layers.items() if ("A" in layer) != ("B" in layer))
+    if half:
+        raise UserError(f"{source}: {len(half)} layers have one of A and B without the other, first {half[0]}")
+    bare = sorted(name for name, layer in layers.items() if "magnitude" not in layer)
+    if bare and len(bare) < len(layers):
+        raise UserError(
+            f"{source}: {len(bare)} of {len(layers)} layers have no magnitude, first {bare[0]}; LLaVA's own script "
+            "puts them into non_lora_trainables.bin, give the folder that holds both files"
+        )
+    return layers, others
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+
+
+def _own_tensors(layer: Mapping[str, Tensor], where: str, *, transposed: bool) -> tuple[dict[str, Tensor], str]:
+    """A, B and magnitude of one layer under PEFT's leaves and in PEFT's shapes, and the magnitude's axis.
+
+    Which way the norm was taken shows in the shape: [out, 1...] or [out] is a row's, [1, in...] a column's.
+    """
+    a, b, magnitude = layer.get("A"), layer.get("B"), layer.get("magnitude")
+    if transposed and a is not None and b is not None:
+        a, b = a.t().contiguous(), b.t().contiguous()
+    own = {} if a is None or b is None else {"lora_A.weight": a, "lora_B.weight": b}
+    if magnitude is None:
+        return own, "output"
+    rows, columns = magnitude.numel() if b is None else len(b), -1 if a is None else a.shape[1]
+    if magnitude.numel() == rows and magnitude.shape[0] == rows:
+        kernel_axes = 0 if a is None else a.ndim - 2
+        shape = (1, -1, *[1] * kernel_axes) if kernel_axes else (-1,)
+        return {**own, "lora_magnitude_vector": magnitude.reshape(shape)}, "output"
+    if magnitude.numel() != columns or magnitude.shape[0] != 1:
+        raise UserError(
+            f"{where}: magnitude {list(magnitude.shape)} fits neither {rows} output rows nor {columns} input columns"
+        )
+    if a is not None and a.ndim > 2:
+        raise UserError(f"{where}: a convolution's magnitude per input channel is not read; train with wd_on_output")
+    return {**own, "lora_magnitude_vector": magnitude.flatten()}, "input"
+
+
+def _trained_extras(
+    others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
+) -> dict[str, Tensor]:
+    aliases = () if layout.kept is None else layout.kept.names
+    extras = {
+        name: tensor
+        for name, tensor in others.items()
+        if name not in aliases and any(fnmatchcase(name, pattern) for pattern in layout.extras)
+    }
+    strangers = sorted(others.keys() - extras.keys())
+    if strangers and not layout.whole_model:
+        raise UserError(
+            f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
+            "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
+        )
+    trained = {_renamed(name, renames): tensor for name, tensor in extras.items()}
+    return trained if layout.kept is None else {**trained, **_rows_kept(others, trained, layout.kept, source)}
+
+
+def _rows_kept(others: Mapping[str, Tensor], trained: Iterable[str], kept: KeptRows, source: str) -> dict[str, Tensor]:
+    """The rows as a tensor of their own: the whole one is the base's, and large."""
+    rows = {name: kept_rows(kept.own, others[name]).clone() for name in kept.names if name in others}
+    if not rows and any(fnmatchcase(name, kept.needed_by) for name in trained):
+        raise UserError(
+            f"{source}: none of {', '.join(kept.names)} is there, whose last rows the pictures' tokens need"
+        )
+    first = next(iter(rows), "")
+    if other := next((name for name in rows if not torch.equal(rows[name], rows[first])), None):
+        raise UserError(f"{source}: the last rows of {first} and of {other} differ; they are one tensor in a VL-BART")
+    return {kept.own: rows[first]} if rows else {}

@@ -17,6 +17,7 @@ from typing import Any
 import regex
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
@@ -35,11 +36,16 @@ MATCHING_SECONDS = 1.0
 """For one pattern and one name: a folder's expression may be made to take years, and Python's own `re` has no limit."""
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules that hold others, and that PEFT saves none of."""
+LOW_RANK_FIELDS = frozenset((
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
+    "use_dora",
+))  # fmt: skip
+"""What a folder of whole weights has no use for."""
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 """Every `peft_type` that is read."""
 BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
 """Settings that name layers or tensors, which a folder holds resolved."""
-OWN_FIELDS = tuple(one.name for one in fields(AdapterSettings) if one.name not in BY_NAME)
+OWN_FIELDS = tuple(setting.name for setting in fields(AdapterSettings) if setting.name not in BY_NAME)
 """Settings that `recipe.json` holds as they are."""
 WITHOUT_RECIPE: Mapping[str, Any] = {"dropout_mode": "whole_change", "kinds": ("linear", "embedding", "conv")}
 """What a folder without a `recipe.json`, PEFT's, means where its own default is another than ours."""
@@ -59,45 +65,83 @@ KNOWN_FIELDS = frozenset((
 ))  # fmt: skip
 
 
-# -- writing -------------------------------------------------------------------------------------------------
-
-
-def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
-    """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
-    layers = dict(adapted_layers(model))
-    extras = {name for part in trained_parts(model) if not part.adapts for name in part.parameters}
-    common = {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted(layers),
-        "task_type": None,
-        "modules_to_save": whole_modules(model, extras) or None,
-        "fan_in_fan_out": any(isinstance(layer, TransposedLinear) for layer in layers.values()),
-    }
-    if not layers:
-        return {"peft_type": OWN_TYPES["full"], **common}
-    # 2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight.
-    copies = {name: 2 if "start_A" in layer._buffers else 1 for name, layer in layers.items()}
-    ranks = {name: layer.adapter.rank * copies[name] for name, layer in layers.items()}
-    alphas = {  # that give the same scale at the file's rank
-        name: layer.adapter.alpha * (copies[name] if layer.adapter.rank_scaling == "linear" else copies[name] ** 0.5)
-        for name, layer in layers.items()
-    }
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    first = _main_layer(layers).adapter
-    common["use_dora"] = first.method == "dora"
+def peft_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any) -> dict[str, Any]:
+    """The stable subset of PEFT 0.21's `adapter_config.json`; the commonest rank and alpha are the defaults."""
+    rank, alpha = (
+        max(Counter(values).items(), key=lambda item: item[1], default=(1,))[0]
+        for values in (ranks.values(), alphas.values())
+    )
     return {
-        "peft_type": _peft_type(model, layers, extras, common),
+        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "lora_dropout": first.dropout,
-        "use_rslora": first.rank_scaling == "sqrt",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
         "init_lora_weights": True,
-        **common,
+        "base_model_name_or_path": "",
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "task_type": None,
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        **fields,
     }
+
+
+def new_config(ranks: Mapping[str, int], scales: Mapping[str, float], **fields: Any) -> dict[str, Any]:
+    """The same for an adapter that came from elsewhere, such that alpha / rank gives each layer its scale."""
+    alphas: dict[str, float] = {}
+    for layer, rank in ranks.items():
+        plain = round(scales[layer] * rank, 9)  # 32, not the 32.000000000000004 that 32 / 98 * 98 is
+        alphas[layer] = plain if plain / rank == scales[layer] else scales[layer] * rank
+    return peft_fields(ranks, alphas, **fields)
+
+
+def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
+    """PEFT's fields of the model as it is adapted now."""
+    layers = dict(adapted_layers(model))
+    extras = {name for part in trained_parts(model) if not part.adapts for name in part.parameters}
+    first = _main_layer(layers).adapter if layers else AdapterSettings(method="full")
+    # 2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight.
+    copies = {name: 2 if "start_A" in layer._buffers else 1 for name, layer in layers.items()}
+    alphas = {  # that give the same scale at the file's rank
+        name: layer.adapter.alpha * copies[name] ** (1 if layer.adapter.rank_scaling == "linear" else 0.5)
+        for name, layer in layers.items()
+    }
+    config = peft_fields(
+        {name: layer.adapter.rank * copies[name] for name, layer in layers.items()},
+        alphas,
+        lora_dropout=first.dropout,
+        use_rslora=first.rank_scaling == "sqrt",
+        base_model_name_or_path=base_model,
+        modules_to_save=whole_modules(model, extras) or None,
+        fan_in_fan_out=any(isinstance(layer, TransposedLinear) for layer in layers.values()),
+        use_dora=first.method == "dora",
+    )
+    if not layers:
+        return {"peft_type": OWN_TYPES["full"], **{f: v for f, v in config.items() if f not in LOW_RANK_FIELDS}}
+    if {layer.adapter.method for layer in layers.values()} == {"magnitude"}:
+        return {**config, "peft_type": OWN_TYPES["magnitude"]}
+    adapting = {name for part in trained_parts(model) if part.adapts for name in part.parameters}
+    tied = {name for group in tied_names(model) for name in group}  # PEFT trains each for itself
+    same_in_peft = (
+        type_of({*adapting, *extras, *kept_tensors(model)}, config) == "LORA"
+        and not extras & tied
+        and len({isinstance(layer, TransposedLinear) for layer in layers.values()}) == 1
+        and not _renamed_by_peft(model, layers)
+    )
+    if same_in_peft and (beyond := layers_beyond_peft(layers)):
+        name, setting = next(iter(beyond.items()))
+        log.warning(
+            "%s has %s (%d such layers), which PEFT leaves out of its low-rank path: peft_type is %s, which "
+            "load_adapter reads and PEFT refuses. For PEFT, take such layers out of targets or merge the adapter.",
+            *(name, setting, len(beyond), OWN_TYPE),
+        )
+        same_in_peft = False
+    return config if same_in_peft else {**config, "peft_type": OWN_TYPE}
 
 
 def own_settings(model: nn.Module) -> dict[str, Any]:
@@ -111,20 +155,21 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
         elif part.part != MAIN_PART:
             owners = adapted.setdefault(part.part, {})
             owners.update(dict.fromkeys(name.rpartition(".")[0] for name in part.parameters))
-    common = {"parts": parts, "kept": list(kept_tensors(model))}
-    common |= {"adapted_parts": {name: list(owners) for name, owners in adapted.items()}} if adapted else {}
+    common: dict[str, Any] = {"parts": parts, "kept": list(kept_tensors(model))}
+    if adapted:
+        common["adapted_parts"] = {name: list(owners) for name, owners in adapted.items()}
     if not layers:
         return {"method": "full", **common}
-    first = _main_layer(layers)
     if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertsProjection)]:
         common["experts"] = experts
+    first = _main_layer(layers).adapter
     alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
-    differing = {name: layer.adapter for name, layer in layers.items() if name not in alone}
+    low_rank = {name: layer.adapter for name, layer in layers.items() if name not in alone}
     return {
-        **{field: getattr(first.adapter, field) for field in OWN_FIELDS},
-        "rank_pattern": {name: a.rank for name, a in differing.items() if a.rank != first.adapter.rank},
-        "alpha_pattern": {name: a.alpha for name, a in differing.items() if a.alpha != first.adapter.alpha},
-        "magnitude_targets": alone if first.adapter.method != "magnitude" else [],
+        **{field: getattr(first, field) for field in OWN_FIELDS},
+        "rank_pattern": {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in low_rank.items() if layer.alpha != first.alpha},
+        "magnitude_targets": alone if first.method != "magnitude" else [],
         **common,
     }
 
@@ -142,28 +187,11 @@ def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
     """
     chosen: list[str] = []
     for name, module in model.named_modules():
-        own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
-        inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        if name and own and own <= parameters and not inside and not isinstance(module, NEVER_CALLED):
+        inside = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        is_chosen = any(name.startswith(f"{outer}.") for outer in chosen)
+        if name and inside and inside <= parameters and not is_chosen and not isinstance(module, NEVER_CALLED):
             chosen.append(name)
     return chosen
-
-
-def _peft_type(
-    model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set[str], config: Mapping[str, Any]
-) -> str:
-    if {layer.adapter.method for layer in layers.values()} == {"magnitude"}:
-        return OWN_TYPES["magnitude"]
-    adapting = {name for part in trained_parts(model) if part.adapts for name in part.parameters}
-    tied = {name for group in tied_names(model).values() for name in group}  # PEFT trains each for itself
-    known = (
-        type_of({*adapting, *extras, *kept_tensors(model)}, config) == "LORA"
-        and not extras & tied
-        and len({isinstance(layer, TransposedLinear) for layer in layers.values()}) == 1
-        and not _renamed_by_peft(model, layers)
-        and not _named_as_beyond_peft(layers)
-    )
-    return "LORA" if known else OWN_TYPE
 
 
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
@@ -183,7 +211,7 @@ def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
 
 def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
     """Whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
-    if not hasattr(model, "config"):
+    if not isinstance(model, PreTrainedModel):
         return False
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import (
@@ -198,26 +226,6 @@ def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
     return read.keys() != tensors.keys() or set(config.target_modules or ()) != set(layers)
 
 
-def _named_as_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> bool:
-    beyond = layers_beyond_peft(layers)
-    if beyond:
-        name, setting = next(iter(beyond.items()))
-        log.warning(
-            "%s has %s (%d such layers), which PEFT leaves out of its low-rank path: peft_type is %s, which "
-            "load_adapter reads and PEFT refuses. For PEFT, take such layers out of targets or merge the adapter.",
-            *(name, setting, len(beyond), OWN_TYPE),
-        )
-    return bool(beyond)
-
-
-def _commonest(values: Iterable[Any]) -> Any:
-    """The first of the values that come most often; 1 where there is none, as with magnitudes alone."""
-    return max(Counter(values).items(), key=lambda item: item[1], default=(1,))[0]
-
-
-# -- reading -------------------------------------------------------------------------------------------------
-
-
 def read_config(
     source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> DoRAConfig:
@@ -225,12 +233,11 @@ def read_config(
     check_peft_fields(source, peft)
     refuse_contradiction(source, peft, own)
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
-    extras = [name for name in named if name.rpartition(".")[2] not in LEAVES]
     kept = tuple(own.get("kept", ()))
     parts = {part: tuple(names) for part, names in own.get("parts", {}).items()}
-    unnamed = tuple(n for n in extras if n not in kept and all(n not in names for names in parts.values()))
-    if unnamed:
-        parts["extra"] = unnamed
+    stated_names = {name for names in (kept, *parts.values()) for name in names}
+    if extras := tuple(n for n in named if n.rpartition(".")[2] not in LEAVES and n not in stated_names):
+        parts["extra"] = extras
     full = tuple(parts.pop("full", ()))
     method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
     alone = tuple(own.get("magnitude_targets", ()))
@@ -239,7 +246,19 @@ def read_config(
     targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone) - in_parts
     if not targets and not adapted:
         raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
-    ranks, alphas = _patterns(source, peft, own, {n: t for n, t in named.items() if n.endswith(".lora_A")})
+    ranks, alphas = dict(own.get("rank_pattern", {})), dict(own.get("alpha_pattern", {}))
+    for name, tensor in named.items():
+        layer, _, leaf = name.rpartition(".")
+        if own or leaf != "lora_A":
+            continue
+        rank = rank_of(peft, layer)
+        if rank != tensor.shape[0]:
+            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
+        if rank != peft.get("r"):
+            ranks[layer] = rank
+        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 8)))
+        if alpha != peft.get("lora_alpha"):
+            alphas[layer] = alpha
     stated = {
         "method": method,
         "rank": int(peft.get("r", 1)),
@@ -289,7 +308,15 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     kind = peft.get("peft_type", "LORA")
     if kind not in READ_TYPES:
         raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
-    _refuse_changed_base(source, peft)
+    # A start that PEFT took out of the base's weights: over the original base the tensors mean something else. Our own
+    # PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
+    start = peft.get("init_lora_weights")
+    if start not in STARTS_BESIDE_THE_BASE:
+        remedy = "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
+        # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
+        if start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save"):
+            remedy = "in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=folder_before_training)"
+        raise UserError(f"{source}: init_lora_weights is {start!r}, which starts from the base's weights; {remedy}")
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
         raise UserError(
@@ -304,21 +331,6 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
-    """A start that PEFT took out of the base's weights: over the original base the tensors mean something else.
-
-    Our own PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
-    """
-    start = peft.get("init_lora_weights")
-    if start in STARTS_BESIDE_THE_BASE:
-        return
-    remedy = "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
-    # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
-    if start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save"):
-        remedy = "in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=folder_before_training)"
-    raise UserError(f"{source}: init_lora_weights is {start!r}, which starts from the base's weights; {remedy}")
-
-
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
     for pattern, value in (patterns or {}).items():
@@ -326,35 +338,10 @@ def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
                 return value
         except (regex.error, TimeoutError) as error:
-            reason = (
-                error if isinstance(error, regex.error) else f"takes over {MATCHING_SECONDS:g} s for {shown(layer)}"
-            )
+            slow = f"takes over {MATCHING_SECONDS:g} s for {shown(layer)}"
+            reason = slow if isinstance(error, TimeoutError) else error
             raise UserError(f"adapter_config.json: pattern {shown(pattern)}: {reason}") from None
     return default
-
-
-def _patterns(
-    source: str, peft: Mapping[str, Any], own: Mapping[str, Any], factors: Mapping[str, Tensor]
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha of the layers that differ, by full name; every rank must be its tensor's."""
-    if own:
-        return dict(own.get("rank_pattern", {})), dict(own.get("alpha_pattern", {}))
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, tensor in factors.items():
-        layer = name.rpartition(".")[0]
-        rank = int(by_peft_pattern(peft.get("rank_pattern"), layer, peft.get("r", 1)))
-        if rank != tensor.shape[0]:
-            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
-        if rank != peft.get("r"):
-            ranks[layer] = rank
-        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 1.0)))
-        if alpha != peft.get("lora_alpha"):
-            alphas[layer] = alpha
-    return ranks, alphas
-
-
-# PEFT's `adapter_config.json`: what its fields say of a layer, and the few that we write ourselves.
 
 
 def rank_of(config: Mapping[str, Any], layer: str) -> int:
@@ -366,42 +353,6 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """s of one layer, `alpha_pattern` first: alpha over rank, or over its root with rsLoRA."""
     alpha = float(by_peft_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def new_config(
-    *,
-    ranks: Mapping[str, int],
-    scales: Mapping[str, float],
-    use_dora: bool,
-    whole_modules: Iterable[str] = (),
-    base_model: str = "",
-    dropout: float = 0.0,
-) -> dict[str, Any]:
-    """The stable subset of PEFT's fields for an adapter that came from elsewhere.
-
-    The commonest rank and alpha are the defaults; layers that differ go into the patterns, so that
-    alpha / rank gives each layer its scale.
-    """
-    alphas = {layer: _alpha(scales[layer], rank) for layer, rank in ranks.items()}
-    rank, alpha = _commonest(sorted(ranks.values())), _commonest(sorted(alphas.values()))
-    return {
-        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "modules_to_save": sorted(whole_modules) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
-        "target_modules": sorted(ranks),
-        "task_type": None,
-        "use_dora": use_dora,
-        "use_rslora": False,
-    }
 
 
 def own_recipe(
@@ -418,9 +369,3 @@ def own_recipe(
             "magnitude_targets": alone if method != "magnitude" else [],
         }
     }
-
-
-def _alpha(scale: float, rank: int) -> float:
-    """The alpha that a scale came from: 32, not the 32.000000000000004 that 32 / 98 * 98 is."""
-    plain = round(scale * rank, 9)
-    return plain if plain / rank == scale else scale * rank

@@ -13,7 +13,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from dora_vl.adapters.hub_names import save_under_hub_names
+from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.backbones.loading import ComposeSpec as ComposeSpec
 from dora_vl.backbones.loading import (
     LanguageModel,

@@ -340,7 +340,7 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
     text = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE).get_text_config()
     own = {end: tuple(getattr(text, name) for name in names) for end, names in turned.items()}
     with BaseWeights(local_folder(folder_or_id, revision)) as weights:
-        stored = [(key, shape) for key, _, shape, _ in weights.stored]
+        stored = [(tensor.key, tensor.shape) for tensor in weights.tensors.values()]
     for key, shape in stored:
         if any(key.endswith(end) and shape == held for end, held in own.items()):
             raise UserError(

@@ -6,7 +6,7 @@ from dora_vl.core.inject import merge_dora as merge_dora
 from dora_vl.core.inject import strip_adapters as strip_adapters
 from dora_vl.core.inject import unmerge_dora as unmerge_dora
 from dora_vl.core.linear import DoRALinear as DoRALinear
-from dora_vl.core.precision import Gather as Gather
+from dora_vl.core.trainable import Gather as Gather
 from dora_vl.core.trainable import TrainedPart as TrainedPart
 from dora_vl.core.trainable import adapted_layers as adapted_layers
 from dora_vl.core.trainable import trained_parts as trained_parts

@@ -17,9 +17,7 @@ RankScaling = Literal["linear", "sqrt"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
 
-METHODS: tuple[Method, ...] = get_args(Method)
 Value = TypeVar("Value", int, float)
-
 
 MAIN_PART = "dora"
 """What the layers of `targets` are called among the parts that train."""
@@ -37,7 +35,8 @@ def check_choices(settings: Any) -> None:
         if get_origin(kind) is tuple and isinstance(value, str):
             raise UserError(f"adapter: {name} is {shown(value)}; it must be a tuple, such as ({shown(value)},)")
         if get_origin(kind) is tuple and get_origin(choices[0]) is Literal:
-            value, choices = next((one for one in value if one not in get_args(choices[0])), None), get_args(choices[0])
+            choices = get_args(choices[0])
+            value = next((choice for choice in value if choice not in choices), None)
         elif get_origin(kind) is not Literal:
             continue
         if value is not None and value not in choices:
@@ -108,48 +107,32 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        problems = [
-            message
-            for wrong, message in (
-                (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
-                (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
-                (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
-                (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
-                (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
-                *self._part_problems(),
-                (self.init == "orthogonal" and any(rank % 2 for rank in self._ranks()), "orthogonal needs even ranks"),
-                (
-                    self.method == "dvora" and (self.init != "kaiming" or len(set(self._ranks())) > 1),
-                    "method: dvora shares one random A and B: no init, and one rank",
-                ),
-            )
-            if wrong
-        ]
-        problems += self._where_problems()
-        if problems:
-            raise UserError("adapter: " + "; ".join(problems))
-
-    def _where_problems(self) -> list[str]:
-        return []
-
-    def _part_problems(self) -> list[tuple[bool, str]]:
-        names = (*self.parts, *self.also_train)
-        wrong = [name for name in names if name in RESERVED or not name or "." in name]
-        twice = sorted(set(self.parts) & set(self.also_train))
-        empty = [name for name, part in self.parts.items() if not part.targets]
-        low = [name for name, part in self.parts.items() if part.rank is not None and part.rank < 1]
-        flat = [name for name, part in self.parts.items() if part.alpha is not None and not part.alpha > 0]
-        return [
-            (bool(wrong), f"a part may not be called {wrong[:1]}: {', '.join(sorted(RESERVED))} and dots are taken"),
-            (bool(twice), f"{twice[:1]} is in parts (adapted) and in also_train (whole); choose one"),
-            (bool(empty), f"parts.{empty[:1]} has no targets"),
-            (bool(low), f"parts.{low[:1]} has a rank below 1"),
-            (bool(flat), f"parts.{flat[:1]} has an alpha of 0 or less"),
-            (self.method == "full" and bool(self.parts), "method: full adapts nothing: name parts in also_train"),
-        ]
-
-    def _ranks(self) -> list[int]:
-        return [self.rank, *self.rank_pattern.values(), *(part.rank for part in self.parts.values() if part.rank)]
+        ranks = [self.rank, *self.rank_pattern.values(), *(part.rank for part in self.parts.values() if part.rank)]
+        reserved = [name for name in (*self.parts, *self.also_train) if name in RESERVED or not name or "." in name]
+        in_both = sorted(set(self.parts) & set(self.also_train))
+        no_targets = [name for name, part in self.parts.items() if not part.targets]
+        low_rank = [name for name, part in self.parts.items() if part.rank is not None and part.rank < 1]
+        low_alpha = [name for name, part in self.parts.items() if part.alpha is not None and not part.alpha > 0]
+        problems = (
+            (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
+            (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
+            (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
+            (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
+            (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
+            (reserved, f"a part may not be called {reserved[:1]}: {', '.join(sorted(RESERVED))} and dots are taken"),
+            (in_both, f"{in_both[:1]} is in parts (adapted) and in also_train (whole); choose one"),
+            (no_targets, f"parts.{no_targets[:1]} has no targets"),
+            (low_rank, f"parts.{low_rank[:1]} has a rank below 1"),
+            (low_alpha, f"parts.{low_alpha[:1]} has an alpha of 0 or less"),
+            (self.method == "full" and self.parts, "method: full adapts nothing: name parts in also_train"),
+            (self.init == "orthogonal" and any(rank % 2 for rank in ranks), "orthogonal needs even ranks"),
+            (
+                self.method == "dvora" and (self.init != "kaiming" or len(set(ranks)) > 1),
+                "method: dvora shares one random A and B: no init, and one rank",
+            ),
+        )
+        if messages := [message for wrong, message in problems if wrong]:
+            raise UserError("adapter: " + "; ".join(messages))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +142,15 @@ class DoRAConfig(AdapterSettings):
     targets: tuple[str, ...]
     """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
 
-    def _where_problems(self) -> list[str]:
-        named = self.targets or self.parts
-        return [] if named else ["targets is empty; name at least one module, e.g. '*.q_proj'"]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.targets or self.parts):
+            raise UserError("adapter: targets is empty; name at least one module, e.g. '*.q_proj'")
 
     def part_of(self, name: str) -> str:
         """The part that a layer belongs to: the first whose globs match, else `dora`."""
-        parts = (part for part, own in self.parts.items() if any(fnmatchcase(name, glob) for glob in own.targets))
-        return next(parts, MAIN_PART)
+        patterns = ((part, glob) for part, settings in self.parts.items() for glob in settings.targets)
+        return next((part for part, glob in patterns if fnmatchcase(name, glob)), MAIN_PART)
 
     def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
         """The settings of one layer, its patterns and its part resolved; a pattern wins over a part."""

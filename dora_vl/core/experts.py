@@ -10,8 +10,8 @@ of all experts are taken in one batch, from the factors. Products go expert by e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.fast.dropout import SHARED_DROPOUT
 from dora_vl.core.gain import Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError
 
 STATED = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts"))
@@ -36,16 +36,6 @@ def expert_projections(module: nn.Module) -> tuple[str, ...]:
         return ()
     names = ("gate_up_proj" if stated["has_gate"] else "up_proj", "down_proj")
     return tuple(name for name in names if module._parameters.get(name) is not None)
-
-
-class _Operands(NamedTuple):
-    """What one pass takes of every expert: its weight as [out, in], bias, factors, magnitude and gain."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    factors: Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
-    magnitudes: Sequence[Tensor | None]
-    gains: Sequence[Gain | None]
 
 
 class ExpertsProjection(AdaptedLayer):
@@ -87,10 +77,6 @@ class ExpertsProjection(AdaptedLayer):
         """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
         return "experts that are one tensor"
 
-    def factors(self) -> tuple[Float[Tensor, "experts rank in_"], Float[Tensor, "experts out rank"]] | None:
-        """A and B of all experts."""
-        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
-
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """A and B of each expert."""
         factors = self.factors()
@@ -102,7 +88,7 @@ class ExpertsProjection(AdaptedLayer):
 
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
         """||W_e,i||^2 of every row of every expert."""
-        return torch.stack([functional.row_norms_squared(one) for one in self.as_matrix(self._frozen_weight())])
+        return torch.stack([functional.row_norms_squared(weight) for weight in self.as_matrix(self._frozen_weight())])
 
     def norms_squared(self) -> Float[Tensor, "experts out"]:
         """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
@@ -116,22 +102,19 @@ class ExpertsProjection(AdaptedLayer):
             return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.scale())
 
     def trusted_norms(self, norms_squared: Float[Tensor, "experts out"]) -> Float[Tensor, "experts out"]:
-        """n from `norms_squared`, the rows that cancel taken from the dense direction."""
+        """n from `norms_squared`, the rows that cancel taken from the dense direction, an expert at a time."""
         frozen = self.weight_norms_squared()
         norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
         factors = self.factors()
         if factors is not None and cancelled.numel():
-            dense = torch.cat([one.square().sum(dim=1) for one in self._dense_rows(cancelled, *factors)])
-            norms = norms.index_copy(0, cancelled, functional.root(dense))
+            weight, (a, b), dense = self.as_matrix(self._frozen_weight()), factors, []
+            owners = cancelled // self.out_features
+            for expert in owners.unique_consecutive().tolist():
+                rows = cancelled[owners == expert] - expert * self.out_features
+                direction = functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale())
+                dense.append(direction.square().sum(dim=1))
+            norms = norms.index_copy(0, cancelled, functional.root(torch.cat(dense)))
         return norms.view_as(frozen)
-
-    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Iterator[Float[Tensor, "rows in_"]]:
-        """V of some rows, by their number over all experts, an expert at a time."""
-        weight = self.as_matrix(self._frozen_weight())
-        owners = index // self.out_features
-        for expert in owners.unique_consecutive().tolist():
-            rows = index[owners == expert] - expert * self.out_features
-            yield functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale())
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -144,44 +127,36 @@ class ExpertsProjection(AdaptedLayer):
         if self.merged:
             self.refuse_training_while_merged()
             return products(rows, counts, self.as_matrix(self.weight), bias)
-        operands = self._operands(rows.dtype, bias)
-        pieces = (self._one_expert(x, expert, operands) for expert, x in enumerate(rows.split(list(counts))) if len(x))
-        return torch.cat(list(pieces)) if len(rows) else rows.new_zeros(0, self.out_features)
-
-    def _operands(self, dtype: torch.dtype, bias: Tensor | None) -> _Operands:
-        none = [None] * self.experts
+        if not len(rows):
+            return rows.new_zeros(0, self.out_features)
+        dtype, none = rows.dtype, [None] * self.experts
         factors = self.factors()
         magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
+        gains = none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype)
         # unbind, not an index for each expert: the backward pass of an index is as large as all experts.
-        return _Operands(
-            weights=[one.to(dtype) for one in self.as_matrix(self.weight).unbind()],
-            biases=none if bias is None else [one.to(dtype) for one in bias.unbind()],
-            factors=[(None, None)] * self.experts
-            if factors is None
-            else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True)),
-            magnitudes=none if magnitude is None else magnitude.unbind(),
-            gains=none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype),
-        )
-
-    def _one_expert(self, x: Tensor, expert: int, of: _Operands) -> Float[Tensor, "rows out"]:
-        a, b = of.factors[expert]
-        probability = self.adapter.dropout if self.training and a is not None else 0.0
-        if probability and self.adapter.dropout_mode == "whole_change" and of.gains[expert] is not None:
-            return self._whole_change(x, expert, of, probability)
-        dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
-        weight, bias, m, g = of.weights[expert], of.biases[expert], of.magnitudes[expert], of.gains[expert]
-        return cast(Tensor, functional.AdaptedProduct.apply(x, weight, bias, a, b, m, g, self.scale(), dropped))
-
-    def _whole_change(self, x: Tensor, expert: int, of: _Operands, probability: float) -> Float[Tensor, "rows out"]:
-        (a, b), weight, m = of.factors[expert], of.weights[expert], of.magnitudes[expert]
-        assert a is not None
-        assert b is not None
-        assert m is not None
-        dropped = F.dropout(x, probability)
-        low_rank = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale()
-        gain = functional.gain(m, self.norms()[expert])
-        output = F.linear(x, weight, of.biases[expert])
-        return functional.changed_output(output, F.linear(dropped, weight), low_rank, gain)
+        weights = self.as_matrix(self.weight).unbind()
+        biases, magnitudes = (none if tensor is None else tensor.unbind() for tensor in (bias, magnitude))
+        all_A, all_B = (none, none) if factors is None else (factors[0].unbind(), factors[1].unbind())
+        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        outputs: list[Tensor] = []
+        for expert, x in enumerate(rows.split(list(counts))):
+            if not len(x):
+                continue
+            weight, b_e, m, gain = weights[expert].to(dtype), biases[expert], magnitudes[expert], gains[expert]
+            b_e = None if b_e is None else b_e.to(dtype)
+            lora_A, lora_B = all_A[expert], all_B[expert]
+            if probability and self.adapter.dropout_mode == "whole_change" and m is not None:
+                assert lora_A is not None
+                assert lora_B is not None
+                dropped_x = F.dropout(x, probability)
+                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.scale()
+                full, frozen = functional.gain(m, self.norms()[expert]), F.linear(dropped_x, weight)
+                outputs.append(functional.changed_output(F.linear(x, weight, b_e), frozen, low_rank, full))
+                continue
+            dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
+            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.scale(), dropped)
+            outputs.append(cast(Tensor, functional.AdaptedProduct.apply(*operands)))
+        return torch.cat(outputs)
 
     def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
         """The gains of all experts in one go; those with a row that needs more care again, each alone."""
@@ -189,13 +164,12 @@ class ExpertsProjection(AdaptedLayer):
         magnitude, squared = self.magnitude.detach(), self.norms_squared()
         bias = None if bias is None else bias.detach()
         quick = quick_gains(magnitude, self.weight_norms_squared(), squared, bias, dtype)
-        if all(one is not None for one in quick):
+        if None not in quick:
             return cast("list[Gain]", quick)
         norms = self.trusted_norms(squared)
-        full = functional.gain(magnitude, norms)
         biases = [None] * self.experts if bias is None else bias.unbind()
-        rows = zip(quick, full, norms, biases, strict=True)
-        return [one or careful_gain(gain, norm, own, dtype) for one, gain, norm, own in rows]
+        rows = zip(quick, functional.gain(magnitude, norms), norms, biases, strict=True)
+        return [gain or careful_gain(full, norm, expert_bias, dtype) for gain, full, norm, expert_bias in rows]
 
     # -- merging -------------------------------------------------------------------------------------------------
 
@@ -278,7 +252,7 @@ class AdaptedExperts(nn.Module):
         top_k_index: Int[Tensor, "tokens chosen"],
         top_k_weights: Float[Tensor, "tokens chosen"],
     ) -> Float[Tensor, "tokens width"]:
-        """The weighted sum of what each token's experts say of it."""
+        """The weighted sum of the outputs of each token's experts."""
         return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
 
     # How many rows each expert gets is no shape that a graph can hold. `torch.compiler.disable` is the same, but

@@ -15,7 +15,6 @@ The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] t
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,13 +23,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, scaled_product, triton_kernels
-from dora_vl.core.gain import CANCELLATION, EditsInPlace, Gain, apply_gain, scaled_with_sums
+from dora_vl.core.fast.products import ROW_HALVES, scaled_product, triton_kernels
+from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
 NORM_CHUNK_NUMBERS = 2**18
 """Numbers of B turned to float32 at a time: 1 MiB, which stays in a core's cache."""
+NARROW = 64
+"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +85,7 @@ def with_growth(
     """n^2 of layers of one shape from W A^T, which is overwritten, and A A^T; all but ||W_i||^2 in one dtype."""
     half = weight_on_A.baddbmm_(lora_B, gram * (scale / 2))
     dtype, rows = weight_norms_squared.dtype, max(1, NORM_CHUNK_NUMBERS // half.shape[-1])
-    blocks = zip(*(one.flatten(end_dim=1).split(rows) for one in (lora_B, half)), strict=True)
+    blocks = zip(*(factor.flatten(end_dim=1).split(rows) for factor in (lora_B, half)), strict=True)
     change = torch.cat([torch.linalg.vecdot(b.to(dtype), grown.to(dtype)) for b, grown in blocks])
     return torch.add(weight_norms_squared, change.view_as(weight_norms_squared), alpha=2 * scale)
 
@@ -191,18 +192,20 @@ class AdaptedProduct(torch.autograd.Function):
         rows = masked = x.reshape(-1, x.shape[-1])
         y = ROW_HALVES.product(rows, weight.t(), bias)
         hidden = kept = fragile_z = positions = taken = None
-        ctx.edits = ctx.probability = None
+        ctx.probability = None
         if lora_A is not None:
             if dropped is not None:
                 ctx.probability, positions = dropped.probability, dropped.positions
                 masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-                kept_input = dropped.kept(x, masked)
+                kept_input = x if dropped.is_seed else masked  # a seed's mask can be drawn again
             hidden = scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = changed_product_(y, hidden, lora_B, bias, gain)
         # No view of y, which torch lets nobody edit in place, but the same memory with another count of edits.
         output = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         if gain is not None and magnitude is not None and magnitude.requires_grad and not output.is_inference():
-            kept, ctx.edits = y, EditsInPlace(output)
+            # The probe shares the count of edits, without the memory.
+            kept, ctx.probe, ctx.version = y, output.detach(), output._version
+            ctx.probe.data = output.new_empty(0)
             taken = None if dropped is None or hidden is None else dropped.shared_taken(rows)
             if gain.fragile is not None:
                 fragile_z = some_of_product(rows, hidden, weight, lora_B, gain.fragile.rows)
@@ -222,29 +225,32 @@ class AdaptedProduct(torch.autograd.Function):
         dropped = None if positions is None else Dropped(ctx.probability, positions)
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        edited = y is not None and ctx.edits.happened()
-        with_bias = bias is not None and (needs[2] or y is not None)
-        dm, fused, intact = None, _fused(dy, gain), None if edited else y
-        if fused is None:
-            dz, dh, dy_y, bias_sum = backward_pass(dy, intact, lora_B, gain, ctx.scale, with_bias=with_bias)
-            dm = None if dy_y is None else magnitude_gradient(dy_y, bias, bias_sum, gain)
-        else:
-            wanted = {"with_bias_sum": needs[2]}
-            dz, dh, dm, bias_sum = fused.backward_pass(dy, intact, lora_B, bias, gain, ctx.scale, **wanted)
-        if edited:
+        edited = y is not None and ctx.probe._version != ctx.version
+        kernels = None if gain is None else triton_kernels(dy)
+        pass_ = backward_pass if kernels is None else kernels.backward_pass
+        with_sum = bias is not None and (needs[2] or (kernels is None and y is not None))
+        dz, dh, dm, db = pass_(dy, None if edited else y, lora_B, bias, gain, ctx.scale, with_bias_sum=with_sum)
+        if edited and gain is not None:
             whole_rows = rows if dropped is None else dropped.restored(rows, taken)
             z = some_of_product(whole_rows, hidden, weight, lora_B)
             dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
-        elif dm is not None and fragile_z is not None:
+        elif gain is not None and dm is not None and fragile_z is not None:
             dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
         dx = ROW_HALVES.product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
-            masked = rows if dropped is None else dropped.masked(rows)
-            dx, dA, dB = low_rank_gradients(dx, dz, dh, masked, hidden, (lora_A, lora_B), dropped)
+            # Contiguous in the same copy: a gradient laid out unlike its parameter would be copied once more.
+            dB = dz.t() @ hidden if hidden.shape[1] >= NARROW else (hidden.t() @ dz).t()
+            dB = dB.to(lora_B.dtype, memory_format=torch.contiguous_format)
+            if lora_A.requires_grad:
+                masked = dropped.apply(rows) if dropped is not None and dropped.is_seed else rows
+                dA = (dh.t() @ masked).to(lora_A.dtype)
+            if dx is not None:
+                a = lora_A.to(dz.dtype)
+                dx = dx.addmm_(dh, a) if dropped is None else dropped.add_product_(dx, dh, a)
         if dx is not None:
             dx = dx.view(ctx.input_shape)
-        return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
+        return dx, None, db if needs[2] else None, dA, dB, dm, None, None, None
 
 
 def changed_product_(
@@ -255,29 +261,12 @@ def changed_product_(
     gain: Gain | None,
 ) -> Float[Tensor, "rows out"]:
     """Makes g (W x + h B^T) + b of W x + b, in place; `hidden` is h = s A x."""
-    fused = _fused(y, gain)
-    if fused is not None and gain is not None:
-        return fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
+    kernels = None if gain is None else triton_kernels(y)
+    if kernels is not None and gain is not None:
+        return kernels.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
     if hidden is not None and lora_B is not None:
         y.addmm_(hidden, lora_B.to(y.dtype).t())
     return y if gain is None else apply_gain(y, bias, gain.minus_one)
-
-
-def changed_rows_(
-    y: Float[Tensor, "rows *seq out"],
-    hidden: Float[Tensor, "rows *seq ranks"],
-    lora_B: Float[Tensor, "out ranks"],
-    bias: Float[Tensor, " out"] | None,
-    minus_one: Float[Tensor, "rows out"],
-) -> Float[Tensor, "rows *seq out"]:
-    """`changed_product_` of rows that have an adapter each, in place: g_r (W x_r + h_r B^T) + b.
-
-    `lora_B` holds s B of all adapters side by side and `hidden` A x of all, zero in a row but for its own adapter's;
-    `minus_one` is g - 1 of each row. A row with neither keeps its bits.
-    """
-    y.view(-1, y.shape[-1]).addmm_(hidden.flatten(end_dim=-2), lora_B.to(y.dtype).t())
-    between = (1,) * (y.dim() - 2)
-    return apply_gain(y, bias, minus_one.view(len(minus_one), *between, -1))
 
 
 def some_of_product(
@@ -294,69 +283,38 @@ def some_of_product(
     return z
 
 
-def _fused(activations: Tensor, gain: Gain | None) -> ModuleType | None:
-    """The CUDA kernels for this pass; none without a gain, which they are there to fuse."""
-    return None if gain is None else triton_kernels(activations)
-
-
 def backward_pass(
     dy: Float[Tensor, "rows out"],
     y: Float[Tensor, "rows out"] | None,
     lora_B: Float[Tensor, "out rank"] | None,
+    bias: Float[Tensor, " out"] | None,
     gain: Gain | None,
     scale: float,
     *,
-    with_bias: bool,
+    with_bias_sum: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dz = g dy, dh = s dz B, the sum of dy y over rows, and that of dy.
+    """dz = g dy, dh = s dz B, dm and db; dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g.
 
     Sums taken outside the fused pass stay in the activations' dtype, whose reduction accumulates in float32: asking
     for a float32 sum of a half-precision tensor is thirty times slower on CPU.
     """
     if gain is not None and y is not None and dy.device.type == "cpu" and dy.numel():
-        dz, dy_y, dy_sum = scaled_with_sums(dy, y, gain)
+        # What batch normalisation in evaluation mode gives backward for mean 0 and variance 1: two passes over memory
+        # instead of five, and torch's CPU kernel takes half-precision activations with float32 gains.
+        mean, variance = torch.zeros_like(gain.full), torch.ones_like(gain.full)
+        fused, operands = torch.ops.aten.native_batch_norm_backward, (dy.contiguous(), y.contiguous())
+        dz, dm, db = fused(*operands, gain.full, mean, variance, None, None, False, 0.0, (True, True, True))
     else:
         dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
-        dy_y = None if y is None else (dy * y).sum(dim=0)
-        dy_sum = dy.sum(dim=0) if with_bias else None
+        dm = None if y is None else (dy * y).sum(dim=0)
+        db = dy.sum(dim=0) if with_bias_sum else None
+    if dm is not None and gain is not None:
+        if bias is not None and db is not None:
+            dtype = gain.per_magnitude.dtype
+            dm = dm.to(dtype) - bias.to(dtype) * db.to(dtype)
+        dm = dm * gain.per_magnitude
     dh = None if lora_B is None else scaled_product(dz, lora_B.to(dz.dtype), scale)
-    return dz, dh, dy_y, dy_sum
-
-
-def magnitude_gradient(
-    summed: Float[Tensor, " out"],
-    bias: Float[Tensor, " out"] | None,
-    bias_sum: Float[Tensor, " out"] | None,
-    gain: Gain,
-) -> Float[Tensor, " out"]:
-    """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g; `summed` is the sum of dy y over rows."""
-    if bias is not None and bias_sum is not None:
-        dtype = gain.per_magnitude.dtype
-        summed = summed.to(dtype) - bias.to(dtype) * bias_sum.to(dtype)
-    return summed * gain.per_magnitude
-
-
-def low_rank_gradients(
-    dx: Float[Tensor, "rows in_"] | None,
-    dz: Float[Tensor, "rows out"],
-    dh: Float[Tensor, "rows rank"],
-    rows: Float[Tensor, "rows in_"],
-    hidden: Float[Tensor, "rows rank"],
-    factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]],
-    dropped: Dropped | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Adds the low-rank path's share to dx in place; returns it with dA and dB in the factors' dtype.
-
-    `rows` is x as A read it, `hidden` is s A x.
-    """
-    lora_A, lora_B = factors
-    # Contiguous in the same copy: a gradient laid out unlike its parameter would be copied once more.
-    dB = factor_gradient(dz, hidden).to(lora_B.dtype, memory_format=torch.contiguous_format)
-    dA = (dh.t() @ rows).to(lora_A.dtype) if lora_A.requires_grad else None
-    if dx is not None:
-        a = lora_A.to(dz.dtype)
-        dx = dx.addmm_(dh, a) if dropped is None else dropped.add_product_(dx, dh, a)
-    return dx, dA, dB
+    return dz, dh, dm, db
 
 
 def changed_output(
@@ -376,3 +334,35 @@ def changed_output(
     if low_rank is not None:
         change = change + gain.to(output.dtype) * low_rank
     return output + change
+
+
+@torch.library.custom_op(
+    "dora_vl::safe_norms",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor squared, Tensor a, Tensor b, float scale) -> Tensor",
+)
+def safe_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """n of each row for a graph; rows that cancel are taken dense, and no graph can hold their number."""
+    return trusted_norms(weight, squared, a, b, scale)
+
+
+def trusted_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`safe_norms` without the door of a graph around it.
+
+    Asking for the rows that cancel is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs
+    out, so kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
+    """
+    kernels = triton_kernels(weight)
+    if kernels is not None:
+        return kernels.norms(weight, squared, a, b, scale)
+    on_A = torch.nn.functional.linear(a.to(weight.dtype), weight)
+    norms, cancelled = direction_norms(squared, factored_norms_squared(squared, a, b, on_A, scale))
+    if cancelled.numel():
+        dense = dense_direction(weight[cancelled], a, b[cancelled], scale)
+        norms = norms.index_copy(0, cancelled, root(dense.square().sum(dim=1)))
+    return norms.clone()
+
+
+@safe_norms.register_fake
+def _(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(squared)

@@ -1,4 +1,4 @@
-"""What a layer keeps of its gain between forward passes, and what makes it untrue.
+"""A layer's gain g = m / n, and whether one that was kept is still true.
 
 A gain is computed once an optimizer step and read at every pass. It is untrue after an optimizer step, an edit of any
 kind, or with other tensors in place of its own. Two sources tell, since neither sees all. A parameter's `_version` and
@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -66,29 +66,29 @@ class WatchedParameter(nn.Parameter):
             self.data_replaced += 1
 
 
-def watch(tensor: Tensor) -> None:
-    """Turns a plain parameter, in place, into one whose `.data` leaves a trace; other tensors stay what they are."""
-    if type(tensor) is nn.Parameter:
-        tensor.__class__ = WatchedParameter
-
-
 def unwatch(tensor: Tensor) -> None:
-    """Undoes `watch`."""
+    """Makes a parameter that a `Snapshot` watches a plain one again."""
     if type(tensor) is WatchedParameter:
         tensor.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def is_plain_parameter(tensor: object) -> bool:
+def is_plain_parameter(tensor: object) -> TypeGuard[nn.Parameter]:
     """Whether it is an ordinary parameter, watched or not, and none of a quantising or sharding library."""
     return type(tensor) in (nn.Parameter, WatchedParameter)
 
 
+def is_whole_parameter(tensor: object, device: torch.device) -> bool:
+    """Whether it is a plain parameter on this device that nothing shards: one whose values are here and at rest."""
+    return is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
+
+
 def version_of(tensor: Tensor) -> int:
-    """The count of edits in place, which tensors made under `torch.inference_mode` do not keep; a shard's too."""
+    """The count of edits, a shard's and those through `.data` too; tensors made under `inference_mode` keep none."""
     if tensor.is_inference():
         return -1
     local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
-    return tensor._version if local is None else tensor._version + local._version
+    edits = tensor._version if local is None else tensor._version + local._version
+    return edits + tensor.data_replaced if type(tensor) is WatchedParameter else edits
 
 
 class Snapshot:
@@ -103,9 +103,10 @@ class Snapshot:
     def __init__(self, tensors: Iterable[Tensor | None], *also: object) -> None:
         present = [tensor for tensor in tensors if tensor is not None]
         for tensor in present:
-            watch(tensor)
+            if type(tensor) is nn.Parameter:
+                tensor.__class__ = WatchedParameter
         self._tensors = [weakref.ref(tensor) for tensor in present]
-        self._versions = [_edits(tensor) for tensor in present]
+        self._versions = [version_of(tensor) for tensor in present]
         self._also = also
 
     def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
@@ -114,37 +115,12 @@ class Snapshot:
         return (
             len(present) == len(self._tensors)
             and all(ref() is tensor for ref, tensor in zip(self._tensors, present, strict=True))
-            and self._versions == [_edits(tensor) for tensor in present]
+            and self._versions == [version_of(tensor) for tensor in present]
             and self._also == also
         )
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
-        """A copy is of other tensors, so it holds for none."""
-        return Snapshot((), object())
-
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        return Snapshot, ((), object)
-
-
-def _edits(tensor: Tensor) -> int | tuple[int, int]:
-    if type(tensor) is WatchedParameter:
-        return version_of(tensor), tensor.data_replaced
-    return version_of(tensor)
-
-
-class EditsInPlace:
-    """Whether a tensor was edited in place since, asked without holding its memory."""
-
-    __slots__ = ("_probe", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._probe = tensor.detach()  # shares the count of edits, and goes on sharing it with another storage
-        self._probe.data = tensor.new_empty(0)
-        self._version = tensor._version
-
-    def happened(self) -> bool:
-        """Whether the count moved."""
-        return self._probe._version != self._version
+        return Snapshot, ((), object)  # a copy is of other tensors, so it holds for none
 
 
 CANCELLATION = 0.15
@@ -229,17 +205,3 @@ def apply_gain(
     if bias is not None:
         product.sub_(minus_one * bias)
     return product
-
-
-def scaled_with_sums(
-    gradient: Float[Tensor, "rows out"], output: Float[Tensor, "rows out"], gain: Gain
-) -> tuple[Float[Tensor, "rows out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """On CPU: gradient times gain, and the sums over rows of gradient times output and of the gradient, in float32.
-
-    They are what batch normalisation in evaluation mode gives backward for mean 0 and variance 1: two passes over
-    memory instead of five, and torch's CPU kernel takes half-precision activations with float32 gains.
-    """
-    mean, variance = torch.zeros_like(gain.full), torch.ones_like(gain.full)
-    rows = gradient.contiguous(), output.contiguous()
-    fused = torch.ops.aten.native_batch_norm_backward
-    return fused(*rows, gain.full, mean, variance, None, None, False, 0.0, (True, True, True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -14,13 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.conv import DoRAConv1d, DoRAConv2d
-from dora_vl.core.embedding import SCALED_EMBEDDINGS, DoRAEmbedding
 from dora_vl.core.experts import AdaptedExperts, expert_projections
-from dora_vl.core.fast.change import found_families
-from dora_vl.core.layer import AdaptedLayer, OriginalWeight, fill_from_weights, start_loftq, take_starts
-from dora_vl.core.linear import DoRALinear, ProductLayer, TransposedLinear
-from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
+from dora_vl.core.layer import AdaptedLayer, fill_from_weights, start_loftq, take_starts
+from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
+from dora_vl.core.other_layers import SCALED_EMBEDDINGS, DoRAConv1d, DoRAConv2d, DoRAEmbedding
 from dora_vl.core.quantised import (
     QUANTISED_KINDS,
     TENSOR_SUBCLASS,
@@ -30,21 +28,22 @@ from dora_vl.core.quantised import (
     settle_quantised,
 )
 from dora_vl.core.trainable import (
+    Gather,
     adapted_layers,
     choose_trained,
     forget_trained,
     is_adapted,
     matching,
+    no_gather,
     refuse_unmatched,
+    train_in_own_dtype,
 )
 from dora_vl.errors import UserError
-
-# Which class adapts which layer: a table by class path, so that nothing of other packages is imported here.
 
 
 @dataclass(frozen=True)
 class Adaptable:
-    """One row: what the layer counts as in `config.kinds`, and what builds its adapted form."""
+    """What a class of layer counts as in `config.kinds`, and what builds its adapted form."""
 
     kind: LayerKind
     build: Callable[[Any, DoRAConfig], AdaptedLayer]
@@ -60,6 +59,7 @@ ADAPTABLE: Mapping[str, Adaptable] = {
     "torch.nn.modules.sparse.Embedding": Adaptable("embedding", DoRAEmbedding),
     **{path: Adaptable("embedding", DoRAEmbedding) for path in SCALED_EMBEDDINGS},
 }
+"""By class path, so that nothing of other packages is imported here."""
 
 
 def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
@@ -90,13 +90,6 @@ def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     return row if row is not None and row.kind in config.kinds else None
 
 
-# DVoRA: DoRA over VeRA. One frozen random A and B for all layers; each trains two vectors and its magnitude.
-#
-# V = W + diag(b) B diag(d) A, with A and B cut to the layer's size (arXiv 2402.09353 section 5.5; VeRA is arXiv
-# 2310.11454). Both vectors fold into B, so the layer is an ordinary one with the factors A and diag(b) B diag(d), and
-# its norm is factored as any other.
-
-
 SHARED_NAME = "dvora_shared"
 """Name of the module that holds the random matrices, at the model's root."""
 START_OF_D = 0.1
@@ -104,20 +97,21 @@ START_OF_D = 0.1
 
 
 class SharedRandom(nn.Module):
-    """The frozen A and B, large enough for every layer; buffers that the base's checkpoint does not know of."""
+    """DVoRA's frozen A and B, large enough for every layer; buffers that the base's checkpoint does not know of."""
 
     random_A: Tensor
     random_B: Tensor
 
-    def __init__(self, *, rank: int, in_features: int, out_features: int, seed: int, like: Tensor) -> None:
+    def __init__(self, layers: list[nn.Linear], config: DoRAConfig) -> None:
         super().__init__()
-        dtype = functional.accumulation_dtype(like.dtype)
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in (("random_A", (rank, in_features)), ("random_B", (out_features, rank))):
-            matrix = torch.empty(shape, dtype=dtype)
+        weight, generator = layers[0].weight, torch.Generator().manual_seed(config.random_seed)
+        shape_A = config.rank, max(layer.in_features for layer in layers)
+        shape_B = max(layer.out_features for layer in layers), config.rank
+        for name, shape in (("random_A", shape_A), ("random_B", shape_B)):
+            matrix = torch.empty(shape, dtype=functional.accumulation_dtype(weight.dtype))
             # VeRA's start; fan-in is the second axis of either matrix.
             nn.init.kaiming_uniform_(matrix, generator=generator)
-            self.register_buffer(name, matrix.to(like.device), persistent=False)
+            self.register_buffer(name, matrix.to(weight.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: a root that calls its children in turn, `nn.Sequential`, calls this one too."""
@@ -125,7 +119,11 @@ class SharedRandom(nn.Module):
 
 
 class DVoRALinear(DoRALinear):
-    """A linear layer that trains d [rank], b [out] and the magnitude over the shared A and B."""
+    """DoRA over VeRA: trains d [rank], b [out] and the magnitude over a frozen random A and B that layers share.
+
+    V = W + diag(b) B diag(d) A, with A and B cut to the layer's size (arXiv 2402.09353 section 5.5; VeRA is arXiv
+    2310.11454). Both vectors fold into B, so the layer is an ordinary one with the factors A and diag(b) B diag(d).
+    """
 
     FILE_LEAVES: ClassVar[Mapping[str, str]] = {
         "lambda_d": "vera_lambda_d",
@@ -155,24 +153,6 @@ class DVoRALinear(DoRALinear):
         return shared.random_A[:, : self.in_features], b
 
 
-def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom:
-    """Gives the model its random matrices, as large as its largest layer needs."""
-    modules = [_experts_of(model, name) or model.get_submodule(name) for name in names]
-    layers = [module for module in modules if type(module) is nn.Linear]
-    if len(layers) < len(modules):
-        other = next(type(module).__name__ for module in modules if type(module) is not nn.Linear)
-        raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {other}")
-    shared = SharedRandom(
-        rank=config.rank,
-        in_features=max(layer.in_features for layer in layers),
-        out_features=max(layer.out_features for layer in layers),
-        seed=config.random_seed,
-        like=cast(Tensor, layers[0].weight),
-    )
-    model.add_module(SHARED_NAME, shared)
-    return shared
-
-
 def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gather) -> list[str]:
     """Adapts the layers that `config.targets` names and decides what trains; returns the adapted layers' names.
 
@@ -196,22 +176,32 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
 
 
 def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
-    also_keep = config.also_keep
+    also_keep, full_modules = config.also_keep, []
     if config.method == "full":
-        names = matching((name for name, _ in model.named_modules()), config.targets, "targets")
+        names = full_modules = matching((name for name, _ in model.named_modules()), config.targets, "targets")
     else:
         layers = _plan(model, config)
         names = list(layers)
         refuse_unwritable(model, config)
-        shared = _share_random(model, names, config) if config.method == "dvora" else None
+        if config.method == "dvora":
+            linears = [_experts_of(model, name) or model.get_submodule(name) for name in names]
+            if other := next((layer for layer in linears if type(layer) is not nn.Linear), None):
+                raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {type(other).__name__}")
+            shared = SharedRandom(cast("list[nn.Linear]", linears), config)
+            model.add_module(SHARED_NAME, shared)
         for name, layer_config in layers.items():
-            _adapt(model, name, layer_config, shared, gather)
-        fill_from_weights(dict(adapted_layers(model)))
-        found_families(layer for _, layer in adapted_layers(model) if isinstance(layer, ProductLayer))
+            _adapt(model, name, layer_config, gather)
+        adapted = dict(adapted_layers(model))
+        fill_from_weights(adapted)
+        families: defaultdict[tuple[object, ...], GainFamily] = defaultdict(GainFamily)
+        for layer in adapted.values():
+            if isinstance(layer, ProductLayer):
+                layer.family = families[layer.matrix_shape(), layer.adapter.rank]
+                layer.family.join(layer)
         also_keep = (*also_keep, *(name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")))
     choose_trained(
         model,
-        full_modules=names if config.method == "full" else [],
+        full_modules=full_modules,
         also_train=config.also_train,
         also_keep=also_keep,
         gather=gather,
@@ -250,7 +240,7 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
     _refuse_shared_weights(model, layers, "init: pissa would change both")
 
 
-def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
+def loftq(model: nn.Module, original_weight: Callable[[str], Tensor]) -> None:
     """Starts every A and B from what quantisation took from its layer's weight, as LoftQ does (one iteration).
 
     `original_weight` gives the full-precision weight [out, in] of a layer by its full name, one at a time.
@@ -262,8 +252,8 @@ def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
 def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
     main = matching_layers(model, config.targets, config, "targets")
     full = set(main)
-    for part, own in config.parts.items():
-        names = matching_layers(model, own.targets, config, f"parts.{part}")
+    for part, settings in config.parts.items():
+        names = matching_layers(model, settings.targets, config, f"parts.{part}")
         if twice := [name for name in names if config.part_of(name) != part]:
             first = config.part_of(twice[0])
             raise UserError(f"{twice[0]} (and {len(twice) - 1} more) is in parts.{first} and in parts.{part}")
@@ -271,8 +261,7 @@ def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
     if main and all(config.part_of(name) in config.parts for name in main):
         raise UserError(f"targets: all {len(main)} layers that they match are in parts; leave targets empty: []")
     alone = set(matching_layers(model, config.magnitude_targets, config, "magnitude_targets"))
-    both = sorted(full & alone)
-    if both:
+    if both := sorted(full & alone):
         raise UserError(f"{both[0]} (and {len(both) - 1} more) is in targets and in magnitude_targets; name it once")
     if alone and config.method not in ("dora", "dvora"):
         raise UserError(f"magnitude_targets stand beside method dora or dvora, not {config.method}")
@@ -328,15 +317,15 @@ def _put_plain_layers_back(model: nn.Module) -> None:
     forget_trained(model)
 
 
-def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom | None, gather: Gather) -> None:
+def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> None:
     experts = _experts_of(model, name)
     base = experts or model.get_submodule(name)
     with gather(list(base.parameters(recurse=False))):
         if experts is not None:
             adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)
             adapted.adapt(name.rpartition(".")[2], config)
-        elif shared is not None and config.method == "dvora":
-            adapted = DVoRALinear(cast(nn.Linear, base), config, shared)
+        elif config.method == "dvora":
+            adapted = DVoRALinear(cast(nn.Linear, base), config, cast(SharedRandom, model.get_submodule(SHARED_NAME)))
         else:
             row = adaptable(base, config)
             assert row is not None
@@ -361,10 +350,9 @@ def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], re
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        found = users.get(id(layer.weight), ())
-        modules = {id(model.get_submodule(user.rpartition(".")[0])) for user in found}
-        if len(modules) > 1:
-            raise UserError(f"{name} shares its weight with {found}; {reason}")
+        sharing = users.get(id(layer.weight), ())
+        if len({id(model.get_submodule(user.rpartition(".")[0])) for user in sharing}) > 1:
+            raise UserError(f"{name} shares its weight with {sharing}; {reason}")
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

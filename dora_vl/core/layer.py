@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.cpu_step import compiled_gain
 from dora_vl.core.gain import OPTIMIZER_STEPS, Snapshot, unwatch
 from dora_vl.errors import UserError
 
-# How A and B start. The equation is not here: only values, each of which leaves the layer's output as it was.
 
-
-@torch.no_grad()
-def initialise(layer: AdaptedLayer) -> None:
-    """Fills A and B as `layer.adapter.init` says; with `pissa` A is zero until `fill_from_weights`."""
-    for a, b in layer.factor_pairs():
-        if a.device.type == "meta":
-            return
-        match layer.adapter.init:
-            case "kaiming":
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            case "gaussian":
-                nn.init.normal_(a, std=1 / layer.adapter.rank)
-            case "orthogonal":
-                start_A, start_B = orthogonal_factors(layer.matrix_shape(), layer.adapter.rank)
-                a.copy_(start_A.view_as(a))
-                b.copy_(start_B.view_as(b))
-            case "pissa":
-                nn.init.zeros_(a)
-
-
-def orthogonal_factors(
-    shape: tuple[int, int], rank: int
-) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-    """Random A and B, neither of them zero, with B A = 0: A lives in odd rows of an orthogonal matrix, B in even."""
-    out_features, in_features = shape
-    # float64, so that B A is 0 to the last digits of whatever dtype the factors have.
-    basis, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
-    a = basis[0::2].t() @ torch.randn(rank // 2, in_features, dtype=torch.float64) / 10
-    b = torch.randn(out_features, rank // 2, dtype=torch.float64) @ basis[1::2] / 10
-    return a, b
+def is_traced() -> bool:
+    """Whether a graph is recorded or a transform of `torch.func` runs: neither knows of what is kept between passes."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def principal_factors(
@@ -69,20 +40,22 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
     layer.register_buffer("start_B", b.detach().clone(), persistent=False)
 
 
+def _pissa_factors(layers: Mapping[str, AdaptedLayer]) -> Iterator[tuple[str, AdaptedLayer, Tensor, Tensor]]:
+    for name, layer in layers.items():
+        a, b = layer.lora_A, layer.lora_B
+        if layer.adapter.init == "pissa" and a is not None and b is not None and a.device.type != "meta":
+            yield name, layer, a, b
+
+
 @torch.no_grad()
 def fill_from_weights(layers: Mapping[str, AdaptedLayer]) -> None:
     """Gives A and B of the `pissa` layers (by name) their start; no frozen weight changes."""
-    for name, layer in layers.items():
-        a, b = layer.lora_A, layer.lora_B
-        if layer.adapter.init != "pissa" or a is None or b is None or a.device.type == "meta":
-            continue
-        if layer.adapter.rank > min(layer.matrix_shape()):
-            shape = list(layer.matrix_shape())
-            raise UserError(
-                f"init: pissa: {name} has rank {layer.adapter.rank}, above the smaller side of its weight {shape}"
-            )
+    for name, layer, a, b in _pissa_factors(layers):
+        rank, shape = layer.adapter.rank, layer.matrix_shape()
+        if rank > min(shape):
+            raise UserError(f"init: pissa: {name} has rank {rank}, above the smaller side of its weight {list(shape)}")
         try:
-            start_A, start_B = principal_factors(layer.dense_weight(), layer.adapter.rank, layer.scale())
+            start_A, start_B = principal_factors(layer.dense_weight(), rank, layer.scale())
         except torch.linalg.LinAlgError as error:
             raise UserError(
                 f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?"
@@ -94,10 +67,7 @@ def fill_from_weights(layers: Mapping[str, AdaptedLayer]) -> None:
 @torch.no_grad()
 def take_starts(layers: Mapping[str, AdaptedLayer]) -> None:
     """Takes the start of each `pissa` layer out of its frozen weight; the magnitude is then the norm of both."""
-    for layer in layers.values():
-        a, b = layer.lora_A, layer.lora_B
-        if layer.adapter.init != "pissa" or a is None or b is None or a.device.type == "meta":
-            continue
+    for _, layer, a, b in _pissa_factors(layers):
         take_from_weight(layer, a, b)
         if layer.magnitude is not None:
             layer.magnitude.copy_(layer.live_norms())
@@ -119,10 +89,6 @@ def start_loftq(layer: AdaptedLayer, original_weight: Float[Tensor, "out in_"]) 
     layer.forget_norms()
     if layer.magnitude is not None:
         layer.magnitude.copy_(layer.live_norms())
-
-
-OriginalWeight = Callable[[str], Tensor]
-"""The full-precision weight, as a matrix [out, in], of the layer with a full name."""
 
 
 Self = TypeVar("Self", bound="AdaptedLayer")
@@ -160,31 +126,48 @@ class AdaptedLayer(nn.Module):
         self.merged = False
         self.training = base.training
         self._base_weight: Tensor | None = None
-        self._norms_squared: tuple[Tensor, Snapshot] | None = None
-        self.forget_norms()
+        self.forget_norms(frozen=True)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
         self.create_parameters()
 
+    @torch.no_grad()
     def create_parameters(self) -> None:
-        """A and B with B A = 0, and the magnitude that is the norm of the frozen weight: nothing changes yet."""
+        """A and B with B A = 0 as `adapter.init` says, and the magnitude: nothing changes yet.
+
+        With `pissa` A is zero until `fill_from_weights`.
+        """
         if self.adapter.method != "magnitude":
             shape_A, shape_B = self.factor_shapes(self.adapter.rank)
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
             self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
-            initialise(self)
+            (out_features, in_features), rank = self.matrix_shape(), self.adapter.rank
+            for a, b in self.factor_pairs() if device.type != "meta" else ():
+                if self.adapter.init == "kaiming":
+                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                elif self.adapter.init == "gaussian":
+                    nn.init.normal_(a, std=1 / rank)
+                elif self.adapter.init == "orthogonal":
+                    # A lives in odd rows of an orthogonal matrix, B in even: neither is zero, and B A = 0 to the last
+                    # digits of whatever dtype the factors have.
+                    basis, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
+                    start_A = basis[0::2].t() @ torch.randn(rank // 2, in_features, dtype=torch.float64) / 10
+                    start_B = torch.randn(out_features, rank // 2, dtype=torch.float64) @ basis[1::2] / 10
+                    a.copy_(start_A.view_as(a))
+                    b.copy_(start_B.view_as(b))
+                else:
+                    nn.init.zeros_(a)
         self.create_magnitude()
 
+    @torch.no_grad()
     def create_magnitude(self) -> None:
         """m = ||V||, from the same arithmetic that will compute n, so that g is 1 to the last bit."""
-        if self.adapter.method == "lora":
-            return
-        with torch.no_grad():
+        if self.adapter.method != "lora":
             changed = self.factors() is not None and self.adapter.init == "orthogonal"
             norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
-        self.magnitude = nn.Parameter(norms.clone())
+            self.magnitude = nn.Parameter(norms.clone())
 
     # -- what a kind of layer says about itself --------------------------------------------------------------
 
@@ -219,9 +202,7 @@ class AdaptedLayer(nn.Module):
 
     def factors(self) -> tuple[Float[Tensor, "*experts rank in_"], Float[Tensor, "*experts out rank"]] | None:
         """A and B as matrices, with their gradients; None for a magnitude alone."""
-        if self.lora_A is None or self.lora_B is None:
-            return None
-        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """A and B of each matrix that the layer multiplies by, as views: one pair, or one for each expert."""
@@ -236,10 +217,6 @@ class AdaptedLayer(nn.Module):
         weight = self.as_matrix(self._frozen_weight())
         return (weight @ rows.to(weight.dtype).t()).t()  # half the time of its transpose for few rows on CPU
 
-    def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
-        """Some rows of W."""
-        return self.as_matrix(self._frozen_weight())[index]
-
     def dense_weight(self) -> Float[Tensor, "out in_"]:
         """All of W in float32; for starting values alone, never for a forward pass."""
         weight = self.as_matrix(self._frozen_weight())
@@ -248,6 +225,13 @@ class AdaptedLayer(nn.Module):
     def frozen_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 of every row, computed."""
         return functional.row_norms_squared(self.as_matrix(self._frozen_weight()))
+
+    def frozen_tensors(self) -> list[Tensor | None]:
+        """What W is made of."""
+        return [self._frozen_weight(), self._shards.get("weight")]
+
+    def _frozen_weight(self) -> Tensor:
+        return self.weight if self._base_weight is None else self._base_weight
 
     # -- norm and gain ---------------------------------------------------------------------------------------
 
@@ -258,10 +242,6 @@ class AdaptedLayer(nn.Module):
             self._norms_squared = self.frozen_norms_squared(), Snapshot(tensors)
         return self._norms_squared[0]
 
-    def frozen_tensors(self) -> list[Tensor | None]:
-        """What W is made of."""
-        return [self._frozen_weight(), self._shards.get("weight")]
-
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude; for changes that torch does not count.
 
@@ -270,7 +250,7 @@ class AdaptedLayer(nn.Module):
         """
         self._kept: dict[str, tuple[Any, Snapshot]] = {}
         if frozen:
-            self._norms_squared = None
+            self._norms_squared: tuple[Tensor, Snapshot] | None = None
 
     def norms(self) -> Float[Tensor, "*experts out"]:
         """n without a gradient, computed once per optimizer step."""
@@ -294,7 +274,8 @@ class AdaptedLayer(nn.Module):
         if factors is not None and cancelled.numel():
             a, b = factors
             with torch.autocast(self.weight.device.type, enabled=False):
-                dense = functional.dense_direction(self.frozen_rows(cancelled), a, b[cancelled], self.scale())
+                rows = self.as_matrix(self._frozen_weight())[cancelled]
+                dense = functional.dense_direction(rows, a, b[cancelled], self.scale())
             norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
         return norms
 
@@ -313,9 +294,33 @@ class AdaptedLayer(nn.Module):
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
         if self.magnitude is None:
             return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return compiled_gain(self)
+        if is_traced():
+            return functional.gain(self.magnitude, self._traced_norms())
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
+
+    def _traced_norms(self) -> Float[Tensor, " out"]:
+        """n by plain operations and an opaque one, computed in every pass of a graph, so that it is never stale.
+
+        Rows that cancel of a layer whose weight cannot be read are not taken dense here.
+        """
+        factors, detached = self.factors(), self.adapter.detach_norm
+        # Not what eager passes keep, since no graph sees that W was edited; a quantised weight stays as it is.
+        recompute = self.weight_is_readable or self._norms_squared is None
+        squared = self.frozen_norms_squared() if recompute else cast("tuple[Tensor, Snapshot]", self._norms_squared)[0]
+        if factors is None:
+            return functional.root(squared)
+        a, b = factors
+        with torch.autocast(self.weight.device.type, enabled=False):
+            live = None
+            if not (self.weight_is_readable and detached):
+                on_A = self.frozen_on_rows(a)
+                live = functional.root(functional.factored_norms_squared(squared, a, b, on_A, self.scale()))
+            if not self.weight_is_readable:
+                assert live is not None
+                return live.detach() if detached else live
+            weight = self.as_matrix(self.weight).detach()
+            norms = functional.safe_norms(weight, squared, a.detach(), b.detach(), self.scale())
+            return norms if live is None else norms + (live - live.detach())
 
     def magnitude_over_live_norm(self) -> Float[Tensor, "*experts out"] | None:
         """m n / n_live: m's value, with the gradient through the norm that `detach_norm` leaves out."""
@@ -359,11 +364,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the base weight back.
-
-        Raises:
-            RuntimeError: the layer was merged with `keep_base=False`.
-        """
+        """Puts the base weight back."""
         if not self.merged:
             return
         if self._base_weight is None:
@@ -373,11 +374,7 @@ class AdaptedLayer(nn.Module):
         self.forget_norms()
 
     def refuse_training_while_merged(self) -> None:
-        """A merged layer would train nothing, in silence.
-
-        Raises:
-            RuntimeError: it is asked for a pass with gradients in training mode.
-        """
+        """Raises a `RuntimeError` in a pass that would train: a merged layer trains nothing, in silence."""
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
 
@@ -387,9 +384,6 @@ class AdaptedLayer(nn.Module):
         unwatch(self.weight)
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
         return base.train(self.training)
-
-    def _frozen_weight(self) -> Tensor:
-        return self.weight if self._base_weight is None else self._base_weight
 
     # -- what makes cached norms untrue ----------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -11,14 +13,14 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.change import GainFamily
-from dora_vl.core.fast.cpu_step import compiled_linear, compiled_pass, output_is_compiled
-from dora_vl.core.fast.dropout import SharedDropout
-from dora_vl.core.fast.products import ROW_HALVES
-from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains
-from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.fast import cpu_step
+from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
+from dora_vl.core.fast.products import ROW_HALVES, triton_kernels
+from dora_vl.core.gain import Gain, Snapshot, careful_gain, is_whole_parameter, quick_gains
+from dora_vl.core.layer import AdaptedLayer, is_traced
 
-SHARED_DROPOUT = SharedDropout()
+LARGEST_BATCH_BYTES = 2**26
+"""Of one batch's factors in float32; a family of wide layers is taken in several."""
 
 
 class CastFactors(NamedTuple):
@@ -50,66 +52,107 @@ class ProductLayer(AdaptedLayer):
         self._factors: CastFactors | None = None
         self.compiled_gain: tuple[list[Tensor] | None, Snapshot] | None = None
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A and B, with their gradients; None for a magnitude alone."""
-        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
-
-    # -- forward ---------------------------------------------------------------------------------------------
-
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
+        if not self.merged and is_traced():
+            return self._traced_forward(input)
+        x, weight, bias = input, self.as_matrix(self.weight), self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
         if self.merged:
             self.refuse_training_while_merged()
-            return F.linear(*self._in_compute_dtype(input))
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return compiled_linear(self, input)
-        x, weight, bias = self._in_compute_dtype(input)
-        factors = self.factors()
+            return F.linear(x, weight, bias)
+        a, b = self.factors() or (None, None)
         # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
         # without one, and must draw there what the recomputation draws again.
-        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        probability = self.adapter.dropout if self.training and a is not None else 0.0
         if probability and self.adapter.dropout_mode == "whole_change" and self.magnitude is not None:
-            return self._whole_change(x, weight, bias, probability)
+            assert a is not None
+            assert b is not None
+            dropped_x = F.dropout(x, probability)
+            low_rank = F.linear(F.linear(dropped_x, a.to(x.dtype)), b.to(x.dtype)) * self.scale()
+            frozen = F.linear(dropped_x, weight)
+            return functional.changed_output(F.linear(x, weight, bias), frozen, low_rank, self.gain())
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         if torch.is_grad_enabled():
-            output = compiled_pass(self, x, weight, bias, dropped)
+            output = self._compiled_pass(x, weight, bias, dropped)
             if output is not None:
                 return output
         gain = None if self.magnitude is None else self._current_gain(x.dtype)
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
         magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
-        a, b = factors or (None, None)
         product = functional.AdaptedProduct.apply(x, weight, bias, a, b, magnitude, gain, self.scale(), dropped)
         return cast(Tensor, product)
 
-    def _in_compute_dtype(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight, bias = self.as_matrix(self.weight), self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return x, weight, None if bias is None else bias.to(weight.dtype)
+    def _traced_forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        """`forward` for `torch.compile`: plain operations, without Python state, so that no graph breaks."""
+        factors, weight, bias = self.factors(), self.as_matrix(self.weight), self.bias
+        dropping = self.training and factors is not None
+        dropped = F.dropout(input, self.adapter.dropout) if dropping else input
+        product = F.linear(input, weight)
+        output = product if bias is None else product + bias.to(product.dtype)
+        low_rank = None
+        if factors is not None:
+            a, b = (factor.to(product.dtype) for factor in factors)
+            low_rank = self.scale() * F.linear(F.linear(dropped.to(product.dtype), a), b)
+        whole_change = dropping and self.adapter.dropout_mode == "whole_change"
+        frozen = F.linear(dropped, weight) if whole_change else product
+        return functional.changed_output(output, frozen, low_rank, self.gain())
+
+    def _compiled_pass(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, dropped: Dropped | None
+    ) -> Float[Tensor, "*batch out"] | None:
+        """The output with its graph by `cpu_step.cpp`; None where that does not know the case.
+
+        It knows float32 and bfloat16 on a CPU, whole plain parameters, a detached norm, and no rows that need care.
+        """
+        large = x.numel() // max(x.shape[-1], 1) * len(weight) >= cpu_step.SMALLEST_OUTPUT
+        alike = x.dtype in cpu_step.DTYPES and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+        if not (large and alike and self.adapter.detach_norm and self._is_on_cpu()):
+            return None
+        operations = cpu_step.compiled_operations()
+        if operations is None:
+            return None
+        kept = self.compiled_gain
+        due = kept is None or not self.still_holds(kept[1])
+        if due or kept is None:
+            kept = self.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], self.snapshot()
+        gain, snapshot = kept
+        if gain is None:  # unsound since the last change
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        halves = (
+            rows.is_contiguous() and ROW_HALVES.halves(len(rows), weight.t(), bias),
+            ROW_HALVES.halves(len(rows), weight, None),
+        )
+        dropout = (1.0, None, None, None)
+        if dropped is not None:
+            masked = dropped.shared_copy(rows)
+            dropout = (1 - dropped.probability, masked, dropped.positions, dropped.shared_taken(rows))
+        parameters = (self.lora_A, self.lora_B, self.magnitude)
+        frozen = self.weight_norms_squared()
+        output, sound = operations.adapted_product(
+            x, weight, bias, *parameters, frozen, gain, due, self.scale(), *dropout, *halves
+        )
+        if not sound:
+            self.compiled_gain = None, snapshot
+            return None
+        return cast(Tensor, output)
 
     def _infer(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Gain | None) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         hidden = b = None
+        rows = x.reshape(-1, x.shape[-1])
         if self.adapter.method != "magnitude":
             factors = self._cast_factors(x.dtype)
             if factors.compiled and gain is not None:
                 return torch.ops.dora_vl_cpu.adapted_output(x, weight, bias, factors.a, factors.b, gain.full)
-            b = factors.b
-            hidden = F.linear(x.reshape(-1, x.shape[-1]), factors.a)
-        rows = x.reshape(-1, x.shape[-1])
+            hidden, b = F.linear(rows, factors.a), factors.b
         y = functional.changed_product_(ROW_HALVES.product(rows, weight.t(), bias), hidden, b, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _whole_change(self, x: Tensor, weight: Tensor, bias: Tensor | None, probability: float) -> Tensor:
-        factors, gain = self.factors(), self.gain()
-        assert factors is not None
-        assert gain is not None
-        dropped_x = F.dropout(x, probability)
-        low_rank = F.linear(F.linear(dropped_x, factors[0].to(x.dtype)), factors[1].to(x.dtype)) * self.scale()
-        return functional.changed_output(F.linear(x, weight, bias), F.linear(dropped_x, weight), low_rank, gain)
 
     # -- gain and cast factors, kept between calls ---------------------------------------------------------------
 
@@ -148,13 +191,22 @@ class ProductLayer(AdaptedLayer):
         kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
         if kept is not None and kept.dtype == dtype and (self._gain is not None or self.still_holds(kept.snapshot)):
             return kept
-        own = self.factors()
-        assert own is not None
-        cast_factors = own[0].detach().to(dtype), own[1].detach().to(dtype) * self.scale()
-        compiled = not self.training and output_is_compiled(self, dtype)
-        factors = CastFactors(*cast_factors, dtype, self.snapshot(), compiled)
-        self._factors = None if self.training else factors
-        return factors
+        factors = self.factors()
+        assert factors is not None
+        a, b = factors[0].detach().to(dtype), factors[1].detach().to(dtype) * self.scale()
+        large = dtype in cpu_step.DTYPES and self.weight.numel() >= cpu_step.SMALLEST_WEIGHT
+        compiled = not self.training and large and self._is_on_cpu() and cpu_step.compiled_operations() is not None
+        cast_factors = CastFactors(a, b, dtype, self.snapshot(), compiled)
+        self._factors = None if self.training else cast_factors
+        return cast_factors
+
+    def is_here(self, device: torch.device) -> bool:
+        """Whether weight, A, B and magnitude are there, on this device, and nothing shards them."""
+        tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude)
+        return all(is_whole_parameter(tensor, device) for tensor in tensors)
+
+    def _is_on_cpu(self) -> bool:
+        return self.weight.device.type == "cpu" and self.is_here(self.weight.device)
 
 
 class DoRALinear(ProductLayer, nn.Linear):
@@ -183,3 +235,84 @@ class TransposedLinear(ProductLayer):
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
         """[in, out]."""
         return matrix.t()
+
+
+class GainFamily:
+    """Layers of one shape and rank, whose gains are computed in one go by the first that finds its own out of date.
+
+    A gain is due once an optimizer step, for every layer at once. One layer takes some twenty operations on small
+    tensors, and a model has hundreds of layers: dispatched one by one that is a twentieth of a training step of a
+    135M-parameter model on CPU. Members are held weakly; a copy, by `copy.deepcopy` or pickle, is a family without
+    members, which the copied layers join when they compute their first gain.
+    """
+
+    def __init__(self) -> None:
+        self._members: weakref.WeakValueDictionary[int, ProductLayer] = weakref.WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type[GainFamily], tuple[()]]:
+        return GainFamily, ()
+
+    def join(self, layer: ProductLayer) -> None:
+        """Makes a layer a member."""
+        self._members[id(layer)] = layer
+
+    def refresh(self, caller: ProductLayer, dtype: torch.dtype) -> bool:
+        """Updates `caller` and all other layers of its shape that are out of date; False if there are none.
+
+        Layers whose tensors are not here in whole and at rest are left out: the next shards of ZeRO-3 and FSDP may be
+        on their way, and offloaded weights are elsewhere.
+        """
+
+        def is_due(layer: ProductLayer) -> bool:
+            alike = (layer.adapter.rank, layer.scale(), layer.weight.dtype) == settings
+            return alike and not layer.merged and layer.gain_is_out_of_date() and layer.is_here(device)
+
+        self.join(caller)
+        device, settings = caller.weight.device, (caller.adapter.rank, caller.scale(), caller.weight.dtype)
+        if not caller.is_here(device):
+            return False
+        due = [layer for layer in self._members.values() if layer is caller or is_due(layer)]
+        if len(due) < 2:
+            return False
+        size = max(2, LARGEST_BATCH_BYTES // (4 * caller.adapter.rank * sum(caller.matrix_shape())))
+        for start in range(0, len(due), size):
+            layers = due[start : start + size]
+            magnitudes = torch.stack([layer.magnitude.detach() for layer in layers if layer.magnitude is not None])
+            frozen = torch.stack([layer.weight_norms_squared() for layer in layers])
+            biases = None
+            if any(layer.bias is not None for layer in layers):
+                biases = torch.zeros_like(magnitudes)
+                for row, layer in zip(biases, layers, strict=True):
+                    if layer.bias is not None:
+                        row.copy_(layer.bias.detach())
+            with torch.autocast(device.type, enabled=False):
+                squared = _norms_squared(layers, frozen)
+            quick = quick_gains(magnitudes, frozen, squared, biases, dtype)
+            for layer, gain, layer_squared in zip(layers, quick, squared, strict=True):
+                layer.keep_gain(gain or layer.careful_gain(layer_squared, dtype), dtype)
+        return True
+
+
+def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out"]) -> Float[Tensor, "layers out"]:
+    """The squared norms of layers of one shape: those that each would compute alone, on CPU to the bit.
+
+    B A A^T is one product for all, at rank 128 four times as fast as one for each. W A^T and A A^T are taken layer by
+    layer: W would have to be copied, and how the cores divide the sums of A A^T depends on the number of layers.
+    """
+
+    def stacked(factors: Sequence[Tensor]) -> Tensor:
+        # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
+        stack = factors[0].new_empty(len(factors), *factors[0].shape, dtype=weights[0].dtype)
+        for row, factor in zip(stack.unbind(), factors, strict=True):
+            row.copy_(factor)
+        return stack
+
+    weights = [layer.as_matrix(layer.weight) for layer in layers]
+    a, b = map(stacked, zip(*(layer.factors() or () for layer in layers), strict=True))
+    weight_on_A, gram = torch.empty_like(b), a.new_empty(len(a), a.shape[1], a.shape[1])
+    for weight, lora_A, product, square in zip(weights, a, weight_on_A, gram, strict=True):
+        torch.mm(weight, lora_A.t(), out=product)
+        torch.mm(lora_A, lora_A.t(), out=square)
+    kernels = triton_kernels(b)
+    norms_squared = functional.with_growth if kernels is None else kernels.norms_squared
+    return norms_squared(frozen, b, weight_on_A, gram, layers[0].scale())

@@ -15,14 +15,15 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.change import FusedChange, gain_over_norm
+from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.products import triton_kernels
-from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.linear import SHARED_DROPOUT
+from dora_vl.core.gain import Gain
+from dora_vl.core.layer import AdaptedLayer, is_traced
 from dora_vl.errors import UserError
 
 IDENTITY_ROWS = 256
@@ -48,8 +49,8 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from tensors_in(one)
+        for entry in value.values():
+            yield from tensors_in(entry)
 
 
 def _four_bit_state(layer: Any) -> Any:
@@ -57,8 +58,7 @@ def _four_bit_state(layer: Any) -> Any:
 
 
 def _four_bit_dtype(layer: Any) -> torch.dtype:
-    """The dtype that a 4-bit weight comes back in; a copy of the layer without values has no state that says so."""
-    state = _four_bit_state(layer)
+    state = _four_bit_state(layer)  # a copy of the layer without values has none
     return state.dtype if state is not None else layer.compute_dtype or torch.float32
 
 
@@ -180,6 +180,74 @@ class ProductOfPacked(torch.autograd.Function):
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
+class FusedChange(torch.autograd.Function):
+    """The change of f = W x + b, which the layer has given and differentiates itself, through the CUDA kernels.
+
+        y = g (f - b + h B^T) + b        h = s A x
+
+    f, x and h are kept, and of dropout its seed. Not y, which belongs to whoever reads it and may change it in place;
+    so no row needs g to be away from 0, and `gain` holds 1 / n in place of 1 / m.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - the operands of the equation
+        ctx: Any,
+        frozen: Float[Tensor, "*batch out"],
+        x: Float[Tensor, "*batch in_"],
+        bias: Float[Tensor, " out"] | None,
+        lora_A: Float[Tensor, "rank in_"] | None,
+        lora_B: Float[Tensor, "out rank"] | None,
+        magnitude: Float[Tensor, " out"],
+        gain: Gain,
+        scale: float,
+        dropped: Dropped | None,
+    ) -> Float[Tensor, "*batch out"]:
+        """Runs the change; f and x in one dtype."""
+        rows = masked = x.reshape(-1, x.shape[-1])
+        kernels, hidden = triton_kernels(frozen), None
+        assert kernels is not None
+        if lora_A is not None and lora_B is not None:
+            if dropped is not None:
+                masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
+                rows = rows if dropped.is_seed else masked
+            hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
+        y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
+        ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
+        kept = frozen if magnitude.requires_grad else None
+        ctx.save_for_backward(rows if hidden is not None else None, bias, lora_A, lora_B, hidden, kept, positions)
+        ctx.gain, ctx.scale, ctx.shapes = gain, scale, (frozen.shape, x.shape)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - `once_differentiable` hides the names
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of f, x, b, A, B and m."""
+        rows, bias, lora_A, lora_B, hidden, frozen, positions = ctx.saved_tensors
+        gain, needs = ctx.gain, ctx.needs_input_grad
+        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        product = None if frozen is None else frozen.reshape(dy.shape)
+        kernels = triton_kernels(dy)
+        assert kernels is not None
+        dz, dh, dm, db = kernels.backward_pass(dy, product, lora_B, bias, gain, ctx.scale, with_bias_sum=needs[2])
+        frozen_shape, input_shape = ctx.shapes
+        dx = dA = dB = None
+        if hidden is not None:
+            dropped = None if positions is None else Dropped(ctx.probability, positions)
+            if needs[1]:
+                dx = dh @ lora_A.to(dy.dtype)
+                dx = (dx if dropped is None else dropped.apply(dx)).view(input_shape)
+            masked = dropped.apply(rows) if dropped is not None and dropped.is_seed else rows
+            dA = (dh.t() @ masked).to(lora_A.dtype)
+            unscaled = (dy.t() @ hidden).to(lora_B.dtype)
+            dB = gain.full[:, None] * unscaled
+            if dm is not None:  # what h B^T adds to the product that m scales
+                dm = dm + gain.per_magnitude * (lora_B * unscaled).sum(dim=1)
+        db = None if db is None else -gain.minus_one * db  # f has b's gradient too, times g
+        return dz.view(frozen_shape), dx, db, dA, dB, dm, None, None, None
+
+
 class QuantisedLinear(AdaptedLayer):
     """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
 
@@ -211,39 +279,38 @@ class QuantisedLinear(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
-        output, factors = self.base(input), self.factors()
-        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        output, (a, b) = self.base(input), self.factors() or (None, None)
+        probability = self.adapter.dropout if self.training and a is not None else 0.0
         whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
-        fused = None if whole else self._fused_forward(output, input, probability)
-        if fused is not None:
-            return fused
+        if not whole and self._kernels_run(input, output):
+            dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
+            gain = self.kept("gain", lambda: self._gain_over_norm(output.dtype), output.dtype)
+            operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
+            return cast(Tensor, FusedChange.apply(*operands))
         gain = self.gain()
-        dropped = input
+        dropped_input = input
         if whole or (probability and torch.compiler.is_compiling()):
-            dropped = F.dropout(input, probability)
+            dropped_input = F.dropout(input, probability)
         elif probability:
-            dropped = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
+            dropped_input = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
         low_rank = None
-        if factors is not None:
-            a, b = factors
-            low_rank = self.scale() * F.linear(F.linear(dropped, a.to(input.dtype)), b.to(input.dtype))
+        if a is not None and b is not None:
+            low_rank = self.scale() * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
             low_rank = low_rank.to(output.dtype)
-        frozen = self._without_bias(self.base(dropped) if whole else output)
+        frozen = self._without_bias(self.base(dropped_input) if whole else output)
         return functional.changed_output(output, frozen, low_rank, gain)
 
-    def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
-        """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
+    def _kernels_run(self, input: Tensor, output: Tensor) -> bool:
+        """Whether the CUDA kernels take this pass; not where they are not there, or the norm's gradient is wanted."""
         live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
-        if self.magnitude is None or live_norm or input.dtype != output.dtype or triton_kernels(output) is None:
-            return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return None
-        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
-        a, b = self.factors() or (None, None)
-        magnitude, dtype = self.magnitude, output.dtype
-        gain = self.kept("gain", lambda: gain_over_norm(magnitude, self.norms(), dtype), dtype)
-        operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
-        return cast(Tensor, FusedChange.apply(*operands))
+        if is_traced() or self.magnitude is None or live_norm or input.dtype != output.dtype:
+            return False
+        return triton_kernels(output) is not None
+
+    def _gain_over_norm(self, dtype: torch.dtype) -> Gain:
+        norms = self.norms()
+        full = functional.gain(cast(Tensor, self.magnitude).detach(), norms)
+        return Gain(full, (full - 1).to(dtype), torch.where(norms > 0, norms.reciprocal(), 0.0))
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
@@ -271,7 +338,7 @@ class QuantisedLinear(AdaptedLayer):
         """The frozen weight applied to rows, without the bias; W is dequantised anew for the backward pass."""
         if self.kind.weight is None:
             return self._without_bias(self.base(rows.to(self.compute_dtype())))
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_traced():
             return super().frozen_on_rows(rows)
         return cast(Tensor, ProductOfPacked.apply(rows, self._frozen_weight))
 
@@ -295,8 +362,8 @@ class QuantisedLinear(AdaptedLayer):
         return total
 
     def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-        place = self.compute_dtype(), self.weight.device
-        return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
+        dtype, device = self.compute_dtype(), self.weight.device
+        return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, dtype, device)
 
     def _without_bias(self, output: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         return output if self.bias is None else output - self.bias.to(output.dtype)

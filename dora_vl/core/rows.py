@@ -9,18 +9,19 @@ nothing is added to it but zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
-from dora_vl.core.active_adapters import ActiveAdapters, Layout, Place, Run
-from dora_vl.core.gain import Gain, careful_gain
+from dora_vl.core.gain import Gain, apply_gain, careful_gain
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between
 
@@ -29,6 +30,112 @@ ONE_PRODUCT = 2**15
 token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
 """Of strengths other than 1, how many gains a layer keeps, and how many layers of an adapter's own."""
+
+
+Place = Literal["rows", "pictures"]
+"""What the first axis of a layer's input counts: rows of the batch, or the pictures of all rows."""
+
+Row = str | Share | None
+"""What a row has: an adapter by its key, a share of one, or the base."""
+
+
+class Run(NamedTuple):
+    """Rows one after another that have the same share of an adapter; None is the base."""
+
+    share: Share | None
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str | None:
+        """The adapter's."""
+        return None if self.share is None else self.share.key
+
+    @property
+    def rows(self) -> slice:
+        """The rows' slice of the first axis."""
+        return slice(self.start, self.stop)
+
+
+Layout = tuple[tuple[str, int], ...]
+"""The adapters that a layer holds, in the order of its matrices, each with its rank."""
+
+
+class Choice(NamedTuple):
+    """What of a layer's adapters each row of a batch takes."""
+
+    mask: Float[Tensor, "rows ranks"]
+    """The strength, mostly 1, at the ranks of the row's own adapter."""
+    gain_index: Int[Tensor, " rows"]
+    """Of its gain among the layer's: 0 is the base's, then each adapter's, then those of `others`."""
+    others: tuple[Share, ...]
+    """The shares other than whole adapters."""
+
+
+def share_of(row: Row) -> Share | None:
+    """What a row has, written out; nothing of an adapter is the base."""
+    share = Share(row) if isinstance(row, str) else row
+    return None if share is None or share.strength == 0 else share
+
+
+def runs_of(rows: Sequence[Row]) -> tuple[Run, ...]:
+    """The runs of rows with equal shares; fewest where rows are sorted."""
+    runs: list[Run] = []
+    for share, alike in groupby(map(share_of, rows)):
+        start = runs[-1].stop if runs else 0
+        runs.append(Run(share, start, start + sum(1 for _ in alike)))
+    return tuple(runs)
+
+
+@dataclass
+class ActiveAdapters:
+    """Which adapter each row, and each picture, of the batch has that goes through the model now.
+
+    One for a model; all of its `RowLayer`s read it. Outside `holding` every row is the base's.
+    """
+
+    _runs: dict[Place, tuple[Run, ...]] = field(default_factory=dict)
+    _choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def holding(self, rows: Sequence[Row], pictures: Sequence[Row] = (None,)) -> Iterator[None]:
+        """Meanwhile the model's batch has these rows, each with an adapter, a share of one, or the base.
+
+        `pictures` is likewise, in the rows' order; a single one is that of all, however many there are.
+        """
+        self._runs, self._choices = {"rows": runs_of(rows), "pictures": runs_of(pictures)}, {}
+        try:
+            yield
+        finally:
+            self._runs, self._choices = {}, {}
+
+    def runs(self, place: Place, length: int) -> tuple[Run, ...]:
+        """The runs of an input whose first axis has this length; another than the batch's is refused."""
+        runs = self._runs.get(place, (Run(None, 0, length),))
+        if len(runs) == 1 and place == "pictures":
+            return (Run(runs[0].share, 0, length),)
+        if runs[-1].stop != length:
+            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].stop} {place} of")
+        return runs
+
+    def choice(self, place: Place, layout: Layout, like: Tensor) -> Choice:
+        """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
+        key = (place, layout, like.dtype, like.device)
+        if key not in self._choices:
+            runs = self._runs[place]
+            mask = like.new_zeros(runs[-1].stop, sum(rank for _, rank in layout))
+            gain_index = torch.zeros(len(mask), dtype=torch.int64, device=like.device)
+            shares, start = [Share(adapter) for adapter, _ in layout], 0
+            for adapter, rank in layout:
+                for run in runs:
+                    if run.share is not None and run.key == adapter:
+                        mask[run.rows, start : start + rank] = run.share.strength
+                        if run.share not in shares:
+                            shares.append(run.share)
+                        gain_index[run.rows] = shares.index(run.share) + 1
+                start += rank
+            self._choices[key] = Choice(mask, gain_index, tuple(shares[len(layout) :]))
+        return self._choices[key]
 
 
 @dataclass(frozen=True)
@@ -55,13 +162,6 @@ class RowChange:
         scaled_b = (b.to(dtype) * layer.scale()).t().contiguous()
         return cls(a.to(dtype).contiguous(), scaled_b, gain, GainByStrength.of(layer))
 
-    def gain_at(self, strength: float, bias: Tensor | None) -> Gain | None:
-        """The gain of another strength than 1; None for plain LoRA."""
-        if self.by_strength is None:
-            return None
-        full, norms = self.by_strength.at(strength), self.by_strength.norms_at(strength)
-        return careful_gain(full, norms, bias, self.scaled_B.dtype)
-
     def minus_one(self) -> Float[Tensor, " out"]:
         """The gain minus one; zero for plain LoRA."""
         return self.scaled_B.new_zeros(self.scaled_B.shape[1]) if self.gain is None else self.gain.minus_one
@@ -80,12 +180,8 @@ class RowLayer(nn.Module):
     """A layer of the base in whose place each row of a batch has the layer of its own adapter.
 
     An adapter is a `RowChange` of the layer's product, or a layer of its own (an adapted embedding, a norm or a
-    projector whose weights were trained). Other attributes are those of the layer inside, which stays as it is.
-
-    Args:
-        base: any layer whose first input and whose output count rows (pictures) along their first axis.
-        batch: the model's, which says which row has which adapter.
-        place: what that axis counts.
+    projector whose weights were trained). Other attributes are those of the layer inside, which stays as it is: any
+    layer whose first input and whose output count rows (pictures) along their first axis.
     """
 
     def __init__(self, base: nn.Module, batch: ActiveAdapters, place: Place) -> None:
@@ -123,7 +219,7 @@ class RowLayer(nn.Module):
         self._forget_shares()
         self._own.pop(key, None)
         if key in self._changes:
-            self._restack({name: one for name, one in self._changes.items() if name != key})
+            self._restack({name: change for name, change in self._changes.items() if name != key})
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -147,8 +243,10 @@ class RowLayer(nn.Module):
             chosen = self._batch.choice(self.place, stack.layout, x)
             hidden = F.linear(x, stack.lora_A.to(x.dtype))
             hidden.mul_(chosen.mask.view(len(x), *(1,) * (x.dim() - 2), -1))
-            minus_one = self._minus_one(chosen.others)[chosen.place]
-            functional.changed_rows_(output, hidden, stack.scaled_B.t(), self._bias, minus_one)
+            minus_one = self._minus_one(chosen.others)[chosen.gain_index]
+            # A row without an adapter has zeros for both, and keeps its bits.
+            output.view(-1, output.shape[-1]).addmm_(hidden.flatten(end_dim=-2), stack.scaled_B.to(output.dtype))
+            apply_gain(output, self._bias, minus_one.view(len(x), *(1,) * (x.dim() - 2), -1))
             return
         for run in changed:
             share = cast(Share, run.share)
@@ -174,7 +272,10 @@ class RowLayer(nn.Module):
         if share not in self._gains:
             if len(self._gains) >= KEPT_GAINS:
                 self._gains.clear()
-            self._gains[share] = change.gain_at(share.strength, self._bias)
+            self._gains[share] = None
+            if change.by_strength is not None:
+                full, norms = change.by_strength.at(share.strength), change.by_strength.norms_at(share.strength)
+                self._gains[share] = careful_gain(full, norms, self._bias, change.scaled_B.dtype)
         return self._gains[share]
 
     def _minus_one(self, others: tuple[Share, ...]) -> Float[Tensor, "shares out"]:
@@ -212,12 +313,14 @@ class RowLayer(nn.Module):
         if not changes:
             self._changes, self._stack = {}, None
             return
-        ones = list(changes.values())
-        a, b = (torch.cat(parts) for parts in zip(*((one.lora_A, one.scaled_B) for one in ones), strict=True))
-        gains = [one.minus_one() for one in ones]
-        ranks = [len(one.lora_A) for one in ones]
+        adapters = list(changes.values())
+        a, b = torch.cat([change.lora_A for change in adapters]), torch.cat([change.scaled_B for change in adapters])
+        gains, ranks = [change.minus_one() for change in adapters], [len(change.lora_A) for change in adapters]
         layout = tuple(zip(changes, ranks, strict=True))
         stack = _Stack(layout, a, b, torch.stack([torch.zeros_like(gains[0]), *gains]))
-        laid = zip(changes, ones, a.split(ranks), b.split(ranks), strict=True)
-        views = {key: RowChange(own_a, own_b, one.gain, one.by_strength) for key, one, own_a, own_b in laid}
-        self._changes, self._stack = views, stack
+        views = zip(changes.items(), a.split(ranks), b.split(ranks), strict=True)
+        self._changes = {
+            key: RowChange(lora_A, scaled_B, change.gain, change.by_strength)
+            for (key, change), lora_A, scaled_B in views
+        }
+        self._stack = stack

@@ -91,42 +91,42 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
     vars(between)["_modules"] = modules
     before = {**base._parameters, **base._buffers}
     for kind in ("_parameters", "_buffers"):
-        held = cast("dict[str, Tensor | None]", vars(own)[kind])
-        vars(between)[kind] = {leaf: _tensor_between(before.get(leaf), one, strength) for leaf, one in held.items()}
+        tensors = cast("dict[str, Tensor | None]", vars(own)[kind])
+        vars(between)[kind] = {
+            leaf: _tensor_between(before.get(leaf), tensor, strength) for leaf, tensor in tensors.items()
+        }
     if isinstance(own, AdaptedLayer):
-        _set_strength(cast(AdaptedLayer, between), own, strength)
+        adapted = cast(AdaptedLayer, between)
+        for leaf in SECOND_FACTORS:
+            factor = own._parameters.get(leaf)
+            if factor is not None:
+                adapted._parameters[leaf] = _frozen(factor * strength)
+        if own.magnitude is not None:
+            norms = functional.root(own.weight_norms_squared())
+            adapted.magnitude = _frozen(functional.magnitude_between(norms, own.magnitude, strength))
+        if isinstance(adapted, ProductLayer):
+            adapted.family = None  # that of the layers which the model has
+        adapted.forget_norms()
     return between
 
 
 def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> None:
     """Sets a whole adapted model to a strength, in place."""
-    inside: list[str] = []
+    adapted: list[str] = []
     for name, module in list(own.named_modules()):
-        if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in inside)):
-            inside.append(name)
-    for name in inside:
+        if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in adapted)):
+            adapted.append(name)
+    for name in adapted:
         own.set_submodule(name, layer_between(base.get_submodule(name), own.get_submodule(name), strength))
-    below = tuple(f"{name}." for name in inside)
+    below = tuple(f"{name}." for name in adapted)
     for name, module in own.named_modules():
-        if name in inside or name.startswith(below):
+        if name in adapted or name.startswith(below):
             continue
-        before = base.get_submodule(name)
+        before = vars(base.get_submodule(name))
         for kind in ("_parameters", "_buffers"):
-            held, theirs = vars(module)[kind], vars(before)[kind]
-            held.update({leaf: _tensor_between(theirs.get(leaf), one, strength) for leaf, one in held.items()})
-
-
-def _set_strength(between: AdaptedLayer, own: AdaptedLayer, strength: float) -> None:
-    for leaf in SECOND_FACTORS:
-        factor = own._parameters.get(leaf)
-        if factor is not None:
-            between._parameters[leaf] = _frozen(factor * strength)
-    if own.magnitude is not None:
-        base = functional.root(own.weight_norms_squared())
-        between.magnitude = _frozen(functional.magnitude_between(base, own.magnitude, strength))
-    if isinstance(between, ProductLayer):
-        between.family = None  # that of the layers which the model has
-    between.forget_norms()
+            tensors = vars(module)[kind]
+            for leaf, tensor in tensors.items():
+                tensors[leaf] = _tensor_between(before[kind].get(leaf), tensor, strength)
 
 
 def _tensor_between(base: Tensor | None, own: Tensor | None, strength: float) -> Tensor | None:

@@ -1,21 +1,31 @@
-"""What trains: one list, decided once at injection, read by the optimizer, the saver and the loader."""
+"""What trains: one list, decided once at injection, read by the optimizer, the saver and the loader.
+
+A projector at a learning rate of 2e-5 makes steps that bfloat16 rounds away. So what trains is float32, the rest of a
+half-precision model stays as it is, and the modules in between cast at their doors.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_vl.core.config import MAIN_PART
+from dora_vl.core.functional import accumulation_dtype
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.precision import Gather, train_in_float32
 from dora_vl.errors import UserError
 
+Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = (
@@ -67,6 +77,11 @@ class _TrainedList(NamedTuple):
     also_keep: tuple[str, ...]
 
 
+def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The `Gather` of a model whose parameters are whole already."""
+    return nullcontext()
+
+
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
     """The names that some full-name glob matches, in order."""
     names = list(names)
@@ -103,19 +118,24 @@ def choose_trained(
     by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
     if full and not by_part["full"]:
         raise UserError(f"targets match {sorted(full)[:3]}, which hold no parameters; name modules with weights")
-    owners, leaves = dict(model.named_modules()), {leaf for _, leaf in FACTORS}
-    candidates = [
-        name
-        for name, (owner, _, leaf) in ((name, name.rpartition(".")) for name, _ in model.named_parameters())
-        if leaf not in leaves or not isinstance(owners[owner], AdaptedLayer)
-    ]
+    adapter_tensors = {f"{layer}.{leaf}" for layer, _ in adapted_layers(model) for _, leaf in FACTORS}
+    candidates = [name for name, _ in model.named_parameters() if name not in adapter_tensors]
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
     kept = _kept_names(_tensors(model), also_keep)
-    extras = [name for part in also_train for name in by_part[part]]
-    train_in_float32(model, extras, gather)
-    setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, adapting, gather)), kept))
+    _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
+    parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
+    for part, names in by_part.items():
+        adapts = part in adapting
+        with gather([parameters[name] for name in names]):
+            # A stack of experts' magnitudes is a stack of vectors.
+            stacks = {name for name in names if adapts and name.endswith(".magnitude")}
+            matrices = tuple(name for name in names if parameters[name].ndim > 1 and name not in stacks)
+        vectors = tuple(name for name in names if name not in set(matrices))
+        decays = (matrices, True), (vectors, False)
+        parts += [_PartNames(part, own, decay, adapts) for own, decay in decays if own]
+    setattr(model, _ATTRIBUTE, _TrainedList(tuple(parts), kept))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)
@@ -129,11 +149,7 @@ def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]]
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
-    """The list of what trains, as `apply_dora` or `load_adapter` decided it for this model.
-
-    Raises:
-        ValueError: the model has no adapter.
-    """
+    """The list of what trains, as `apply_dora` or `load_adapter` decided it for this model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return tuple(
         TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay, part.adapts)
@@ -221,18 +237,88 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
             owner[name] = part
 
 
-def _split_by_decay(
-    model: nn.Module, by_part: Mapping[str, list[str]], adapting: frozenset[str], gather: Gather
-) -> Iterator[_PartNames]:
+_BEFORE = "_dora_vl_before_float32"
+"""Attribute of a module that `_train_in_float32` changed: its `_Before`."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What undoing takes: the dtypes that a module's parameters had, by their names in it, and the hooks that cast."""
+
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:
+    """Makes the named parameters float32; their modules compute in float32 and return the dtype of before.
+
+    A module computes in one dtype, so its frozen parameters follow, and so does whatever else holds a parameter tied
+    to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. A module with modules
+    inside casts at its output alone: what is inside has its own doors. Parameters are replaced, not converted: a
+    sharded one cannot change its dtype.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for part, names in by_part.items():
-        adapts = part in adapting
-        with gather([parameters[name] for name in names]):
-            # A stack of experts' magnitudes is a stack of vectors.
-            stacks = {name for name in names if adapts and name.endswith(".magnitude")}
-            matrices = tuple(name for name in names if parameters[name].ndim > 1 and name not in stacks)
-        vectors = tuple(name for name in names if name not in set(matrices))
-        if matrices:
-            yield _PartNames(part, matrices, True, adapts)
-        if vectors:
-            yield _PartNames(part, vectors, False, adapts)
+    trained = {id(parameters[name]) for name in names}
+    leaves: dict[nn.Module, list[str]] = {}
+    while True:
+        for module in model.modules():
+            own = dict(module.named_parameters(recurse=False))
+            if any(id(parameter) in trained for parameter in own.values()):
+                follow = not isinstance(module, AdaptedLayer) and next(module.children(), None) is None
+                leaves[module] = [leaf for leaf, parameter in own.items() if follow or id(parameter) in trained]
+        tied = {id(module._parameters[leaf]) for module, own in leaves.items() for leaf in own}
+        if tied <= trained:
+            break
+        trained |= tied
+    halves = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
+    for module, half in halves.items():
+        before: _Before = vars(module).setdefault(_BEFORE, _Before())
+        for leaf in leaves[module]:
+            parameter = module.get_parameter(leaf)
+            wide = accumulation_dtype(parameter.dtype)
+            if parameter.dtype != wide:
+                before.dtypes[leaf] = parameter.dtype
+                _replace(model, parameter, wide, gather)
+        if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
+            continue
+        if next(module.children(), None) is None:
+            before.hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
+        before.hooks.append(module.register_forward_hook(partial(_leave, dtype=half)))
+
+
+def train_in_own_dtype(model: nn.Module) -> None:
+    """Undoes `_train_in_float32`: its parameters are rounded to the dtypes of before, and nothing casts any more.
+
+    Shards of ZeRO-3 have no values here to round; modules that hold some stay as they are.
+    """
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(parameter.numel() == 0 for parameter in own.values()):
+            continue
+        before: _Before = vars(module).pop(_BEFORE, _Before())
+        for leaf, half in before.dtypes.items():
+            _replace(model, own[leaf], half, no_gather)
+        for hook in before.hooks:
+            hook.remove()
+
+
+def _replace(model: nn.Module, old: nn.Parameter, dtype: torch.dtype, gather: Gather) -> None:
+    with gather([old]):
+        new = nn.Parameter(old.detach().to(dtype).clone(), old.requires_grad)
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter is old:
+                module.register_parameter(leaf, new)
+
+
+def _enter(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    widened = {name: _cast(value, torch.float32) for name, value in named.items()}
+    return tuple(_cast(value, torch.float32) for value in inputs), widened
+
+
+def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
+    return _cast(output, dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

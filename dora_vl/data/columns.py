@@ -145,9 +145,6 @@ class Columns:
     Args:
         roles: what `data.columns` says: a known name, such as `image` or `question`, for a column of another name.
         ignored: what `data.ignore_columns` names.
-
-    Raises:
-        UserError: a column is called something that no column can be.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)

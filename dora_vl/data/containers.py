@@ -68,9 +68,6 @@ def of_the_set(files: Iterable[Path]) -> list[Path]:
     """The files without the Arrow files that are no shards of the set beside them.
 
     Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
-
-    Raises:
-        UserError: that file cannot be read, or lists one that is not beside it.
     """
     by_folder: dict[Path, list[Path]] = {}
     for path in files:
@@ -110,9 +107,6 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
     Args:
         folder: what is looked through; only names below it count.
-
-    Raises:
-        UserError: there are several, and a file does not say which it belongs to.
     """
     names = {file: _split_of(folder, file.relative_to(folder)) for file in files}
     if any(names.values()):
@@ -188,9 +182,6 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
 
     Its videos are bytes too, which is told where the row is read, unless the fields name a video's file. Other files of
     a sample are fields by their ending, as bytes; `__key__` is the sample's name.
-
-    Raises:
-        UserError: it cannot be read to its end, or a `.json` or `.txt` in it is none.
     """
     with (
         opened(path, "samples") as file,
@@ -249,11 +240,7 @@ ClassNames = Mapping[str, Sequence[str]]
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
-    """Yields the rows of a Parquet file.
-
-    Raises:
-        UserError: it cannot be read to its end.
-    """
+    """Yields the rows of a Parquet file."""
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
         # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
         for group in range(file.num_row_groups):
@@ -263,21 +250,13 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
-    """Yields the rows of an Arrow file, a stream (as `datasets` writes it) or a file with a footer.
-
-    Raises:
-        UserError: it cannot be read to its end.
-    """
+    """Yields the rows of an Arrow file, a stream (as `datasets` writes it) or a file with a footer."""
     with _reading(path, "Arrow"), pa.memory_map(str(path)) as source:
         yield from _rows(_arrow_batches(source))
 
 
 def count_rows(path: Path) -> int | None:
-    """How many rows a Parquet or Arrow file has, without reading them; None for any other file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """How many rows a Parquet or Arrow file has, without reading them; None for any other file."""
     kind = path.suffix.lower()
     with _reading(path, kind.removeprefix(".").capitalize()):
         if kind == ".parquet":
@@ -343,9 +322,6 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
     Its delimiter is the one that parts the first line into most columns, its encoding what a byte order mark says, else
     UTF-8, else Windows-1252, which a line in the log says.
-
-    Raises:
-        UserError: as `table_rows`, or JSON that cannot be read.
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
@@ -370,28 +346,17 @@ def hub_files(name: str) -> tuple[Path, ...]:
 
     Args:
         name: `OWNER/NAME` or `OWNER/NAME:SPLIT`; the split is `train` where none is named.
-
-    Raises:
-        UserError: whatever `datasets` says against it.
     """
     return tuple(Path(file["filename"]) for file in _opened(name, streaming=False).cache_files)
 
 
 def hub_stream(name: str) -> datasets.IterableDataset:
-    """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`.
-
-    Raises:
-        UserError: whatever `datasets` says against it.
-    """
+    """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`."""
     return _opened(name, streaming=True).decode(False)
 
 
 def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
-    """Yields the rows of a stream.
-
-    Raises:
-        UserError: whatever `datasets` says against it, such as a connection that breaks.
-    """
+    """Yields the rows of a stream."""
     names = class_names(stream)
     try:
         yield from (with_class_names(row, names) for row in stream)
@@ -468,9 +433,6 @@ class DataFiles:
 
         Args:
             progress: called with the number of bytes read.
-
-        Raises:
-            UserError: a file cannot be read, or not to its end; it names file and place.
         """
         for file in self.files:
             reader = READERS.get(ending_of(file))
@@ -483,11 +445,7 @@ class DataFiles:
 
 
 def find_files(path: Path) -> DataFiles:
-    """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub.
-
-    Raises:
-        UserError: nothing is there, or files of several kinds or splits.
-    """
+    """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub."""
     if str(path).startswith(HUB):
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
     if path.is_file():

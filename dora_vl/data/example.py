@@ -81,11 +81,7 @@ class Example:
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
-    """The talk to train on: the turns, or the question with the answer of the largest weight (the first of equals).
-
-    Raises:
-        BadSample: there is neither.
-    """
+    """The talk to train on: the turns, or the question with the answer of the largest weight (the first of equals)."""
     if example.turns:
         return example.turns
     if not example.answers:
@@ -95,11 +91,7 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
 
 
 def as_conversation(example: Example) -> Example:
-    """What is trained of an example: its turns checked, its pictures in their places, and no more of it.
-
-    Raises:
-        BadSample: see `turns.arrange`; or its text holds half of a surrogate pair, which JSON can spell (`\\ud83d`).
-    """
+    """What is trained of an example: its turns checked, its pictures in their places, and no more of it."""
     images, turns = arrange(example.id, example.images, turns_of(example), example.videos)
     try:
         "".join([example.id, *images, *(clip.path for clip in example.videos), *(turn.text for turn in turns)]).encode()
@@ -118,11 +110,7 @@ FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
 
 
 def to_record(example: Example) -> dict[str, JSON]:
-    """The example as a JSON object, without the fields it has not.
-
-    Raises:
-        UserError: it holds pictures as bytes, which JSON cannot.
-    """
+    """The example as a JSON object, without the fields it has not."""
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
     videos = [{"path": clip.path, **_times_record(clip)} for clip in example.videos]
@@ -150,11 +138,7 @@ def _times_record(part: Clip | Subtitle) -> dict[str, JSON]:
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
-    """The example of a JSON object that `to_record` made.
-
-    Raises:
-        BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
-    """
+    """The example of a JSON object that `to_record` made."""
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
         raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
@@ -245,11 +229,7 @@ class _Fields:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """Writes one example a line and returns how many; `path` appears only when all are in it.
-
-    Raises:
-        UserError: two have one id (it names both lines), one holds what JSON cannot, or the file cannot be written.
-    """
+    """Writes one example a line and returns how many; `path` appears only when all are in it."""
     lines: dict[str, int] = {}
     with whole_file(path) as file:
         for number, example in enumerate(examples, start=1):
@@ -259,11 +239,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
 
 
 def iterate_examples(path: Path) -> Iterator[Example]:
-    """Yields the examples of a file in order, one line in memory at a time, and every id seen.
-
-    Raises:
-        UserError: no such file, a line that is no example, or two with one id; it names file and line.
-    """
+    """Yields the examples of a file in order, one line in memory at a time, and every id seen."""
     lines: dict[str, int] = {}
     for number, record in json_lines(path, "examples; `dora-vl prepare` writes them"):
         try:
@@ -284,11 +260,7 @@ def _check_unique(lines: dict[str, int], sample_id: str, number: int, path: Path
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
-    """The record as one line of JSON, with its newline.
-
-    Raises:
-        UserError: it holds something that JSON or UTF-8 cannot; `where` begins the message.
-    """
+    """The record as one line of JSON, with its newline."""
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
         text.encode()
@@ -302,9 +274,6 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
 
     Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
@@ -335,9 +304,6 @@ class ExampleFile:
         limit: only the first so many.
 
     A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line.
-
-    Raises:
-        UserError: the file is missing or empty, or the limit leaves nothing.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
@@ -356,11 +322,7 @@ class ExampleFile:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Example:
-        """The example at this place; with `each_answer` see `answer_of` for which of its answers is meant.
-
-        Raises:
-            BadSample: the line is no JSON object, or its fields are wrong; the reason begins with file and line.
-        """
+        """The example at this place; with `each_answer` see `answer_of` for which of its answers is meant."""
         try:
             return from_record(_json_object(self._line(index)))
         except BadSample as error:
@@ -443,11 +405,7 @@ def with_letters(choices: Iterable[str]) -> list[str]:
 
 
 def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
-    """The index, from 0, that `extra["correct"]` holds.
-
-    Raises:
-        BadSample: it is no whole number, or no choice has it.
-    """
+    """The index, from 0, that `extra["correct"]` holds."""
     if isinstance(correct, bool) or not isinstance(correct, int):
         raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not 0 <= correct < len(choices):
@@ -457,11 +415,7 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
 
 
 def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
-    """The choices of a column that holds a list as text, in JSON or as Python writes it.
-
-    Raises:
-        BadSample: it is anything else than a list of text, or one choice, which numpy's lists without commas look like.
-    """
+    """The choices of a column that holds a list as text, in JSON or as Python writes it."""
     value: object = None
     if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
         try:
@@ -484,9 +438,6 @@ def correct_choice(said: object, choices: Sequence[str], sample_id: str, reading
     A column says it by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also "(B)" or "B."), or by
     its text. Where the text of one choice reads as the letter or number of another, such as "2" among "1", "2" and "3",
     it could mean either: it is taken only where the columns that were named say which way to read it.
-
-    Raises:
-        BadSample: it is no choice's letter, number or text, or those of several.
     """
     if said is None or (isinstance(said, str) and not said.strip()):
         return None

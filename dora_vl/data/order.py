@@ -295,7 +295,7 @@ def places_of_largest_pictures(
 def _pixels(name: str, stored: HeldPictures, folder: MediaFolder) -> int:
     """Those that a picture's header tells of; none of one that cannot be read."""
     try:
-        source = io.BytesIO(stored.read(name)) if name in stored else path_inside(folder, name)
+        source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
         with opened_picture(source) as picture:
             return picture.width * picture.height
     except (BadSample, *NOT_DECODED):

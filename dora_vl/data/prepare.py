@@ -184,11 +184,7 @@ class Counts:
     dropped: list[dict[str, JSON]] = field(default_factory=list)
 
     def drop(self, row: ConvertedRow, path: Path) -> None:
-        """Counts a row that cannot be used.
-
-        Raises:
-            UserError: no row can be used, or too many cannot.
-        """
+        """Counts a row that cannot be used."""
         self.dropped.append({"row": row.number, "id": row.id, "reason": row.problem})
         if len(self.dropped) >= MOST_DROPPED:
             raise UserError(f"{path}: {len(self.dropped):,} rows cannot be used; {self.first_reason()}")

@@ -71,11 +71,7 @@ _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))
 
 
 def _with_tagged_pictures(example: Example) -> Example:
-    """The example with `<image>` for each `<img>path</img>` of its text, and these pictures in their order.
-
-    Raises:
-        BadSample: there are other pictures too, or places of boxes or sounds.
-    """
+    """The example with `<image>` for each `<img>path</img>` of its text, and these pictures in their order."""
     texts = [turn.text for turn in example.turns] or [example.question]
     tags = [match for text in texts if "<" in text for match in _TAGS.finditer(text)]
     if not tags:
@@ -100,11 +96,7 @@ def _with_tagged_pictures(example: Example) -> Example:
 
 
 def row_clips(row: Row, sample_id: str) -> tuple[Clip, ...]:
-    """The videos of a row; one that is no list counts as a list of one.
-
-    Raises:
-        BadSample: see `_read_clip`.
-    """
+    """The videos of a row; one that is no list counts as a list of one."""
     value = row.get("videos")
     if value is None or value in ("", []):
         return ()
@@ -114,11 +106,7 @@ def row_clips(row: Row, sample_id: str) -> tuple[Clip, ...]:
 
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
-    """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`.
-
-    Raises:
-        BadSample: anything else: bytes, frames in a list, an address on the web, times that are no numbers.
-    """
+    """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
     start = end = None
     if isinstance(value, Mapping):
         start = _seconds(value, ("start_seconds", "video_start"), sample_id)
@@ -160,11 +148,7 @@ class MessageReader:
         self._videos_left = [*row_clips(row, sample_id)]
 
     def turns(self, messages: object, key: str = "messages") -> tuple[Turn, ...]:
-        """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video.
-
-        Raises:
-            BadSample: no list of objects, a role that is none of `ROLES`, or content that is neither text nor parts.
-        """
+        """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video."""
         if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
             raise BadSample(self.sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
         return tuple(self._turn(message, number) for number, message in enumerate(messages, 1))
@@ -240,11 +224,7 @@ class MessageReader:
 
 
 def _with_system(row: Row, turns: tuple[Turn, ...], sample_id: str) -> tuple[Turn, ...]:
-    """The turns with what the row says as `system` before them.
-
-    Raises:
-        BadSample: it is no text, or the turns begin with a system turn that says something else.
-    """
+    """The turns with what the row says as `system` before them."""
     if is_nothing(row.get("system")):
         return turns
     said = _text(row["system"], "system", sample_id)
@@ -381,9 +361,6 @@ def _written_choices(
     Args:
         said: the right choice, by its label or text; without labels but letters, by its letter or number from 0.
         labels: what the file calls the choices, where it calls them something.
-
-    Raises:
-        BadSample: it is none of these, or there are more choices than letters.
     """
     if any(not choice.strip() for choice in choices) or len(choices) > len(ascii_uppercase):
         raise BadSample(sample_id, f"its {len(choices)} choices must be text, at most {len(ascii_uppercase)} of them")
@@ -525,11 +502,7 @@ class RowReader:
         self._first = ""
 
     def read(self, record: Row, number: int) -> Example | BadSample:
-        """The row `number`, from 0, of what the container gives; or why it cannot be a sample.
-
-        Raises:
-            UserError: it is in another format than an earlier one, or a column that means something is left out.
-        """
+        """The row `number`, from 0, of what the container gives; or why it cannot be a sample."""
         sample_id = id_of(record, number, self._columns)
         row = f"row {number + 1} ({sample_id})"
         try:
@@ -557,11 +530,7 @@ def _spelled(text: str) -> str:
 
 
 def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -> None:
-    """Refuses a file of whose `rows`, as far as they were read, none can be a sample.
-
-    Raises:
-        UserError: with the reason of the first one.
-    """
+    """Refuses a file of whose `rows`, as far as they were read, none can be a sample."""
     if not rows:
         raise UserError(f"{name}: holds no records")
     if not usable:

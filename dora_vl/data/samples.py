@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class Encoded:
     """An example in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
 
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
-    pictures; `inputs` are a processor's further tensors.
+    pictures; `inputs` are a processor's further tensors, by its own names, each with this example as its only row (or
+    its pictures as rows).
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -54,19 +55,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable sample. Its pictures are pixels or a frozen tower's features, never both.
-
-    `pictures` holds `[3, height, width]` each, `features` `[tokens, width]`; both are empty for text only. `images`
-    says which pictures they are. `inputs` holds instead what a processor gives beside the ids, by its own names, each
-    with this sample as its only row (or its pictures as rows).
-    """
+    """One usable sample, encoded; `images` says which pictures it has."""
 
     index: int
     id: str
     input_ids: Int[Tensor, " seq"]
     labels: Int[Tensor, " seq"]
-    pictures: tuple[Tensor, ...] = ()
-    features: tuple[Tensor, ...] = ()
     cut_tokens: int = 0
     images: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -82,13 +76,7 @@ class Skipped:
     reason: str
 
 
-@runtime_checkable
-class Examples(Protocol):
-    """What the data set reads from: an `ExampleTable`, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example | BadSample: ...
+Examples: TypeAlias = ExampleTable | Sequence[Example | BadSample]
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
@@ -97,29 +85,11 @@ def sample_random(seed: int, epoch: int, index: int) -> random.Random:
 
 
 class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Encodes one example at a time, with its pictures.
+    """Encodes one example at a time; `encode` is the backbone's, and raises `BadSample` for a broken picture."""
 
-    Args:
-        examples: conversations, or why a row is none.
-        encode: the backbone's tokens and labels of an example.
-        picture: pixels of a picture by its relative path. Raises `BadSample` for a broken one.
-        features: a frozen tower's features of a picture by its relative path; give this or `picture`.
-    """
-
-    def __init__(
-        self,
-        examples: Examples,
-        *,
-        encode: Callable[[Example], Encoded],
-        picture: Callable[[str], Tensor] | None = None,
-        features: Callable[[str], Tensor] | None = None,
-    ) -> None:
-        if picture is not None and features is not None:
-            raise ValueError("give 'picture' or 'features', not both")
+    def __init__(self, examples: Examples, *, encode: Callable[[Example], Encoded]) -> None:
         self._examples = examples
         self._encode = encode
-        self._picture = picture
-        self._features = features
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -129,31 +99,14 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         if isinstance(example, BadSample):
             return Skipped(index, example.sample_id, example.reason)
         try:
-            return self._sample(index, example)
+            encoded = self._encode(example)
         except BadSample as error:
             return Skipped(index, example.id, error.reason)
-
-    def _sample(self, index: int, example: Example) -> Sample:
-        encoded = self._encode(example)
         # The first position has nothing before it to be predicted from, so its label cannot train.
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
-            raise BadSample(example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
-        return Sample(
-            index=index,
-            id=example.id,
-            input_ids=encoded.input_ids,
-            labels=encoded.labels,
-            pictures=tuple(map(self._picture, example.images)) if self._picture else (),
-            features=tuple(map(self._features, example.images)) if self._features else (),
-            cut_tokens=encoded.cut_tokens,
-            images=example.images,
-            inputs=encoded.inputs,
-            lost_pixels=encoded.lost_pixels,
-        )
-
-
-# Keeps account of unusable samples: each is named once, and too many of them end the run.
+            return Skipped(index, example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
+        return Sample(index, example.id, images=example.images, **vars(encoded))
 
 
 BAD_BEFORE_EARLY_END = 10
@@ -179,50 +132,39 @@ class BadSampleLedger:
     share of what was seen (or, for a large share, more than halfway from it to all): the set is clearly
     broken, a wrong picture folder for example, and the end of the pass need not be waited for. One bad sample of
     a big set ends nothing; with a share of 0 the first one does.
+
+    Args:
+        max_bad_share: in 0..1, `data.max_bad_share`.
+        total_samples: in the whole set, over all ranks.
+        source: what the messages call the set: its file.
+        read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
+            have equally many; None: `total_samples`.
     """
 
     def __init__(
         self, *, max_bad_share: float, total_samples: int, source: str, read_in_a_pass: int | None = None
     ) -> None:
-        """Starts empty.
-
-        Args:
-            max_bad_share: in 0..1, `data.max_bad_share`.
-            total_samples: in the whole set, over all ranks.
-            source: what the messages call the set: its file.
-            read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
-                have equally many; None: `total_samples`.
-        """
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
         self._max_bad_share = max_bad_share
         self._total_samples = total_samples
         self._read_in_a_pass = max(1, read_in_a_pass or total_samples)
         self._source = source
-        self._counts = BadSampleCounts()
-        self._reasons: dict[str, str] = {}
-
-    @property
-    def counts(self) -> BadSampleCounts:
-        """This rank's counts since the start of the process."""
-        return self._counts
-
-    @property
-    def reasons(self) -> Mapping[str, str]:
-        """Why each bad sample this rank met cannot be used, by id."""
-        return self._reasons
+        self.counts = BadSampleCounts()
+        """This rank's, since the start of the process."""
+        self.reasons: dict[str, str] = {}
+        """Why each bad sample that this rank met cannot be used, by id."""
 
     def carry_over(self, reasons: Mapping[str, str]) -> None:
         """Bad samples that the run named before it was resumed."""
-        self._reasons = {**reasons, **self._reasons}
+        self.reasons = {**reasons, **self.reasons}
 
-    def record(self, *, samples: int, skipped: Iterable[tuple[str, str]]) -> None:
+    def record(self, *, samples: int, skipped: Sequence[tuple[str, str]]) -> None:
         """Takes note of one batch: how many samples were usable, and (id, reason) of the others."""
-        bad = list(skipped)
-        self._counts = BadSampleCounts(self._counts.seen + samples + len(bad), self._counts.bad + len(bad))
-        for sample_id, reason in bad:
-            if sample_id not in self._reasons:
-                self._reasons[sample_id] = reason
+        self.counts = BadSampleCounts(self.counts.seen + samples + len(skipped), self.counts.bad + len(skipped))
+        for sample_id, reason in skipped:
+            if sample_id not in self.reasons:
+                self.reasons[sample_id] = reason
                 _log.warning("skipped sample %s: %s", shown_text(sample_id, LONGEST_ID), one_line(reason))
 
     def judge(self, counts: BadSampleCounts | None = None) -> None:
@@ -231,21 +173,13 @@ class BadSampleLedger:
         Raises:
             UserError: one of the two rules is broken.
         """
-        seen, bad = counts or self._counts
-        if bad and (bad > self._allowed(seen) or self._clearly_broken(seen, bad)):
-            raise UserError(self._message(seen, bad))
-
-    def _allowed(self, seen: int) -> float:
-        passes = math.ceil(seen / self._read_in_a_pass)
-        return self._max_bad_share * self._total_samples * passes
-
-    def _clearly_broken(self, seen: int, bad: int) -> bool:
-        limit = min(TIMES_THE_SHARE * self._max_bad_share, (1 + self._max_bad_share) / 2)
-        return bad >= BAD_BEFORE_EARLY_END and bad > limit * seen
-
-    def _message(self, seen: int, bad: int) -> str:
-        example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self._reasons.items()), "")
-        return (
+        seen, bad = counts or self.counts
+        allowed = self._max_bad_share * self._total_samples * math.ceil(seen / self._read_in_a_pass)
+        broken_share = min(TIMES_THE_SHARE * self._max_bad_share, (1 + self._max_bad_share) / 2)
+        if bad <= allowed and (bad < BAD_BEFORE_EARLY_END or bad <= broken_share * seen):
+            return
+        example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self.reasons.items()), "")
+        raise UserError(
             f"{self._source}: {bad:,} of the {seen:,} samples read so far ({bad / seen:.2%}) cannot be used, and of all"
             f" {self._total_samples:,} at most {self._max_bad_share:.2%} may be bad{example}."
             " Repair them or raise data.max_bad_share"
@@ -258,10 +192,6 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
     with whole_file(path) as file:
         file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-
-
-# What is wrong with a run's samples, before any weight is read: their turns, their labels, and whether their files are
-# there.
 
 
 MOST = 20_000
@@ -287,38 +217,32 @@ def look_ahead(
         pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
         videos: likewise of videos.
         source: the set's name.
-
-    Raises:
-        UserError: as `BadSampleLedger.judge`, with the first sample's reason.
     """
     bad: dict[str, str] = {}
     places = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
     for example in table if len(places) == len(table) else table.select(places):
-        try:
-            if isinstance(example, BadSample):
-                raise example
-            for name in example.images:
-                if pictures is not None and name not in table.stored:
-                    _check_there(pictures, name, "picture", example.id)
-            for clip in example.videos:
-                if videos is not None:
-                    _check_there(videos, clip.path, "video", example.id)
-        except BadSample as error:
-            bad[error.sample_id] = error.reason
+        if isinstance(example, BadSample):
+            bad[example.sample_id] = example.reason
+            continue
+        files = [(pictures, name, "picture") for name in example.images if name not in table.stored]
+        files += [(videos, clip.path, "video") for clip in example.videos]
+        problems = (_why_missing(root, name, kind) for root, name, kind in files if root is not None)
+        if problem := next(filter(None, problems), None):
+            bad[example.id] = problem
     ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(table), source=source)
     ledger.carry_over(bad)
     ledger.judge(BadSampleCounts(seen=len(places), bad=len(bad)))
 
 
-def _check_there(root: MediaFolder, name: str, kind: str, sample_id: str) -> None:
+def _why_missing(root: MediaFolder, name: str, kind: str) -> str | None:
     try:
         if path_inside(root, name, kind=kind).exists():
-            return
-    except BadSample as error:  # it knows the path alone
-        raise BadSample(sample_id, error.reason) from None
+            return None
+    except BadSample as error:
+        return error.reason
     except OSError:  # a name that no file system takes
         pass
-    raise BadSample(sample_id, f"{kind} {name} is missing in {root}")
+    return f"{kind} {name} is missing in {root}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,18 +259,19 @@ class Labelled:
     tokenizer: PreTrainedTokenizerBase
     cut: bool = False
 
+    def read(self, ids: list[int]) -> str:
+        """Tokens as text, special ones too."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
 
 def check_labels(samples: Iterable[Labelled]) -> None:
     """Refuses a run whose labels are not the answers and what closes them.
 
     They are read back as text. White space is not compared: tokenizers put some before a text and take some off it.
-
-    Raises:
-        UserError: with the sample's id and both texts.
     """
     for sample in samples:
         labels = sample.labels[sample.labels != IGNORED_LABEL]
-        trained = _read(sample.tokenizer, labels.tolist())
+        trained = sample.read(labels.tolist())
         if _says(trained, sample):
             continue
         meant = "".join("".join(answer) for answer in sample.answers)
@@ -363,24 +288,19 @@ def _says(trained: str, sample: Labelled) -> bool:
     """Whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
     rest, closing = _squashed(trained), ""
     for answer in sample.answers:
-        forms = [form for text in ("".join(answer), answer.text + answer.closing) for form in _forms(text, sample)]
+        # Each as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it.
+        forms = [
+            _squashed(form)
+            for text in ("".join(answer), answer.text + answer.closing)
+            for form in (text, sample.read(sample.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        ]
         closing = answer.closing
         form = next((form for form in forms if rest.startswith(form)), None)
         if form is None:
-            kept = rest.removesuffix(_squashed(closing)).rstrip("\ufffd")  # of a character cut in two
-            return sample.cut and any(form.startswith(kept) for form in forms)
+            beginning = rest.removesuffix(_squashed(closing)).rstrip("\ufffd")  # of a character cut in two
+            return sample.cut and any(form.startswith(beginning) for form in forms)
         rest = rest[len(form) :]
     return not rest and (sample.cut or not closing.isspace() or trained[-1:].isspace())
-
-
-def _forms(text: str, sample: Labelled) -> tuple[str, str]:
-    """A text as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it."""
-    ids = sample.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _squashed(text), _squashed(_read(sample.tokenizer, ids))
-
-
-def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _squashed(text: str) -> str:

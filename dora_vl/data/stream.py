@@ -26,7 +26,7 @@ from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
 from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
-from dora_vl.data.pictures import HeldPictures, RowPictureBytes
+from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped
 from dora_vl.data.table import characters_of
@@ -80,9 +80,6 @@ class StreamSource:
         Args:
             share: of the rows; about as many, chosen by (seed, file, place).
             order: of the shards; None, or a limit, leaves them as they are.
-
-        Raises:
-            UserError: a row of another format than the first, or a file that cannot be read on.
         """
         # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
         mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
@@ -110,11 +107,7 @@ class StreamSource:
 
     @cached_property
     def first_rows(self) -> list[Read]:
-        """Its first rows.
-
-        Raises:
-            UserError: it cannot be read, holds no rows, or none of these can be a sample.
-        """
+        """Its first rows."""
         rows = list(islice(self.rows(), FIRST_ROWS))
         problems = [row.reason for row in rows if isinstance(row, BadSample)]
         check_usable(self.file.path, len(rows), len(rows) - len(problems), next(iter(problems), None))
@@ -193,11 +186,7 @@ class SampleStream:
         return any(row.videos for row in rows if isinstance(row, Example))
 
     def rows(self, epoch: int) -> Iterator[Read]:
-        """Yields an epoch's rows, an order that is a function of (seed, epoch) alone.
-
-        Raises:
-            UserError: a file that cannot be read on, or rows of two formats in one.
-        """
+        """Yields an epoch's rows, an order that is a function of (seed, epoch) alone."""
         passes = [(source, share, number) for source in self.sources for number, share in enumerate(source.passes)]
         streams = [
             source.rows(share=share, order=_generator(self._seed, epoch, source.file.path, number))
@@ -256,8 +245,6 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
     Args:
         stream: the rows.
         total: samples of the whole run; used where the stream does not know its own number.
-
-    Raises: UserError while it is read, as `SampleStream.rows`; or no row at all.
     """
 
     def __init__(self, stream: SampleStream, *, total: int) -> None:
@@ -322,4 +309,4 @@ class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         return self._length
 
     def __getitem__(self, row: Read) -> Sample | Skipped:
-        return self._make([row], RowPictureBytes(row.image_bytes if isinstance(row, Example) else {}))[0]
+        return self._make([row], row.image_bytes if isinstance(row, Example) else {})[0]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import datasets
 import datasets.config
@@ -28,9 +28,10 @@ from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import StoredPictures
+from dora_vl.data.plain_lines import NotPlain, plain_batches
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
-from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.errors import BadSample, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -72,10 +73,6 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
         path: what `containers.find_files` takes; of JSON the first character decides between list and lines.
         columns: what the file's columns are.
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
-
-    Raises:
-        UserError: no such file, one that cannot be read to its end (with the place), no record in it, none of a known
-            format, or records of several.
     """
     data = find_files(path)
     folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
@@ -122,38 +119,73 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
 
 def _write(name: str, data: DataFiles, file: BinaryIO, columns: Columns) -> int:
     """Writes an Arrow stream and returns the number of its rows."""
-    reader, held = RowReader(data.name, columns), set[str]()
-    number = usable = size = 0
+    if data.is_json:
+        with contextlib.suppress(NotPlain):
+            return _write_batches(name, file, plain_batches(data.files[0], _SCHEMA, columns, _Rows(data.name, columns)))
+        file.seek(0)
+        file.truncate()
+    return _write_batches(name, file, _batches(data, columns))
+
+
+def _write_batches(name: str, file: BinaryIO, batches: Iterable[pa.RecordBatch | pa.Table]) -> int:
+    rows = bad = 0
     first_problem: str | None = None
-    batch: list[dict[str, Any]] = []
     with pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for number, record in enumerate(data.rows(), 1):
-            known = len(reader.uses)
-            found = reader.read(record, number - 1)
-            row: dict[str, Any] = {
-                "format": reader.format,
-                "columns": json.dumps(reader.uses[-1]) if len(reader.uses) > known else None,
-            }
-            if isinstance(found, BadSample):
-                first_problem = first_problem or found.reason
-                row |= {"id": found.sample_id, "images": (), "videos": (), "turns": (), "problem": found.reason}
-            else:
-                usable += 1
-                new = {name: content for name, content in found.image_bytes.items() if name not in held}
-                held |= new.keys()
-                row |= {"id": found.id, "images": found.images, "videos": [asdict(clip) for clip in found.videos]}
-                row["turns"] = [vars(turn) for turn in found.turns]
-                row["held_pictures"] = [{"name": name, "content": content} for name, content in new.items()]
-            size += characters_of(found)
-            row["length"] = sum(len(turn["text"].split()) for turn in row["turns"])
-            batch.append(row)
-            if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
-                batch, size = [], 0
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
-    check_usable(name, number, usable, first_problem)
-    return number
+        for batch in batches:
+            writer.write(batch)
+            problems = batch["problem"].drop_null()
+            first_problem = first_problem or next((problem.as_py() for problem in problems), None)
+            rows, bad = rows + len(batch), bad + len(problems)
+    check_usable(name, rows, rows - bad, first_problem)
+    return rows
+
+
+def _batches(data: DataFiles, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """The rows of files, each read by itself, in batches of bounded size."""
+    read, batch, size = _Rows(data.name, columns), [], 0
+    for number, record in enumerate(data.rows()):
+        batch.append(read.row(number, record))
+        size += read.size
+        if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
+            yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
+            batch, size = [], 0
+    if batch:
+        yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
+
+
+class _Rows:
+    """Makes a table's rows of a file's records; a picture and the columns' roles stand in the first row alone."""
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self._reader = RowReader(name, columns)
+        self._pictures: set[str] = set()
+        self.size = 0
+        """Of the last row, see `characters_of`."""
+
+    def __call__(self, records: Iterable[tuple[int, Mapping[str, object]]]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist([self.row(number, record) for number, record in records], _SCHEMA)
+
+    def row(self, number: int, record: Mapping[str, object]) -> dict[str, Any]:
+        """The row `number`, from 0."""
+        reader = self._reader
+        kinds = len(reader.uses)
+        example = reader.read(record, number)
+        self.size = characters_of(example)
+        columns = json.dumps(reader.uses[-1]) if len(reader.uses) > kinds else None
+        row: dict[str, Any] = {"format": reader.format, "columns": columns}
+        if isinstance(example, BadSample):
+            problem = {"id": example.sample_id, "problem": example.reason, "length": 0}
+            return row | problem | {"images": (), "videos": (), "turns": ()}
+        new = {name: content for name, content in example.image_bytes.items() if name not in self._pictures}
+        self._pictures |= new.keys()
+        return row | {
+            "id": example.id,
+            "images": example.images,
+            "videos": [asdict(clip) for clip in example.videos],
+            "turns": [vars(turn) for turn in example.turns],
+            "length": sum(len(turn.text.split()) for turn in example.turns),
+            "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
+        }
 
 
 def characters_of(found: Example | BadSample) -> int:
@@ -191,13 +223,9 @@ class ExampleTable:
         """The rows at these places."""
         return ExampleTable(self.rows.select(places), self.stored)
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return self.rows.select_columns([name]).with_format("arrow")[:][name]
-
     def ids(self) -> Iterator[str]:
         """Yields each row's id, in order."""
-        for part in self._column("id").chunks:
-            yield from map(str, part.to_pylist())
+        yield from map(str, _column(self.rows, "id").to_pylist())
 
     @property
     def pictures(self) -> list[str]:
@@ -207,12 +235,21 @@ class ExampleTable:
     @property
     def has_pictures(self) -> bool:
         """Whether any row has a picture."""
-        return any(len(chunk.flatten()) for chunk in self._column("images").chunks)
+        return any(_counts(self.rows, "images"))
 
     @property
     def has_videos(self) -> bool:
         """Whether any row names a video."""
-        return any(len(chunk.flatten()) for chunk in self._column("videos").chunks)
+        return any(_counts(self.rows, "videos"))
+
+
+def _column(rows: datasets.Dataset, name: str) -> pa.Array:
+    return rows.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+
+
+def _counts(rows: datasets.Dataset, name: str) -> Counter[int]:
+    """How many rows have so many `images` or `videos`."""
+    return Counter(_column(rows, name).value_lengths().to_pylist())
 
 
 def _example(row: Mapping[str, Any]) -> Example | BadSample:
@@ -222,17 +259,10 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos))
 
 
-# The rows that a run trains on and those held out of them: several files, their weights, the split by picture.
-
-
 def load_rows(
     path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
 ) -> ExampleTable:
-    """The samples of one path, the first `limit` of them.
-
-    Raises:
-        UserError: see `load_table`.
-    """
+    """The samples of one path, the first `limit` of them."""
     table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
@@ -254,30 +284,33 @@ def load_training_rows(
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
         seed: of the split, and of what a weight below 1 leaves out.
         columns: what the files' columns are.
-
-    Raises:
-        UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
     """
     check_weights(files)
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([table.rows for table in tables]) if len(tables) > 1 else tables[0].rows
     stored = StoredPictures.joined([table.stored for table in tables])
-    media = (
-        [*images, *(f"video/{clip['path']}" for clip in clips)]
-        for images, clips in zip(rows["images"], rows["videos"], strict=True)
-    )
-    held = held_out_places(rows["id"], media, share=share, seed=seed) if share else np.zeros(0, np.int64)
+    held = np.zeros(0, np.int64)
+    if share:
+        media = (
+            [*images, *(f"video/{clip['path']}" for clip in clips)]
+            for images, clips in zip(rows["images"], rows["videos"], strict=True)
+        )
+        held = held_out_places(rows["id"], media, share=share, seed=seed)
     kept = np.setdiff1d(np.arange(len(rows)), held)
     edges = np.cumsum([0, *map(len, tables)])
-    places = [
-        weighted(kept[(kept >= start) & (kept < end)], file, seed=seed)
-        for file, start, end in zip(files, edges[:-1], edges[1:], strict=True)
-    ]
+    places: list[np.ndarray] = []
+    for file, start, end in zip(files, edges[:-1], edges[1:], strict=True):
+        of_file = kept[(kept >= start) & (kept < end)]
+        times, fraction = divmod(file.weight, 1)
+        # Which rows the fraction takes is a function of (seed, path); drawn of all, it changes with no other file.
+        digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
+        drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(of_file)
+        places.append(np.sort(np.concatenate([*[of_file] * int(times), drawn[: round(fraction * len(of_file))]])))
     trained = np.concatenate(places)
     if not len(trained):
         raise UserError("data.train: its weights leave no sample")
-    whole = len(trained) == len(rows) and len(files) == 1 and not share
-    train = ExampleTable(rows if whole else rows.select(trained), stored)
+    is_all = len(trained) == len(rows) and len(files) == 1 and not share
+    train = ExampleTable(rows if is_all else rows.select(trained), stored)
     return train, ExampleTable(rows.select(held), stored) if share else None
 
 
@@ -285,9 +318,6 @@ def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTabl
     """What is left of the samples, in a random order, and `size` of them for validation.
 
     As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
-
-    Raises:
-        UserError: nothing would be left.
     """
     if size >= len(train):
         raise UserError(f"data.validation_size {size} leaves none of {len(train)} samples")
@@ -304,57 +334,43 @@ def check_weights(files: Sequence[TrainFile]) -> None:
             raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
-def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:
-    """The places of one file as often as its weight says, in order; the fraction is chosen by (seed, path)."""
-    times, fraction = divmod(file.weight, 1)
-    digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
-    drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(places)
-    return np.sort(np.concatenate([*[places] * int(times), drawn[: round(fraction * len(places))]]))
-
-
 def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
     """Places of the samples held out: about `share` of all, and no picture or video on both sides.
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
-
-    Raises:
-        UserError: the share is not between 0 and 1, or no group is small enough, or nothing is left to train on.
     """
     if not 0 < share < 1:
         raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
-    groups = _groups(
-        [tuple(f"picture/{name}" for name in names) or (f"id/{own}",) for own, names in zip(ids, images, strict=True)]
-    )
-    sizes = Counter(groups)
-    wanted, taken, chosen = max(1, round(share * len(groups))), 0, set[str]()
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
-        if taken + sizes[group] <= wanted:
-            chosen.add(group)
-            taken += sizes[group]
-    if not chosen or taken == len(groups):
-        smallest = min(sizes.values())
-        raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
-            f"together, and the smallest group has {smallest}; set another share, or name a data.validation file"
-        )
-    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
-
-
-def _groups(members: Sequence[tuple[str, ...]]) -> list[str]:
-    """For each sample the name of its group, which is the least of all names in it."""
     parent: dict[str, str] = {}
 
-    def root(name: str) -> str:
+    def group_of(name: str) -> str:
+        """The least of all names that stand with this one, directly or through others."""
         while parent.setdefault(name, name) != name:
             parent[name] = name = parent[parent[name]]
         return name
 
-    for names in members:
-        for name in names[1:]:
-            first, second = sorted((root(names[0]), root(name)))
-            parent[second] = first
-    return [root(names[0]) for names in members]
+    firsts: list[str] = []
+    for sample_id, names in zip(ids, images, strict=True):
+        first, *others = [f"picture/{name}" for name in names] or [f"id/{sample_id}"]
+        firsts.append(first)
+        for other in others:
+            least, greatest = sorted((group_of(first), group_of(other)))
+            parent[greatest] = least
+    groups = [group_of(first) for first in firsts]
+    sizes = Counter(groups)
+    size, chosen = max(1, round(share * len(groups))), set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
+        if sizes[group] <= size:
+            chosen.add(group)
+            size -= sizes[group]
+    if not chosen or len(chosen) == len(sizes):
+        raise UserError(
+            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
+            f"together, and the smallest group has {min(sizes.values())}; set another share, or name a "
+            "data.validation file"
+        )
+    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
 
 
 def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
@@ -365,55 +381,33 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
     weight = "" if file.weight == 1 else f", weight {file.weight:g}"
     first = f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows"
     lines = [f"{first}{trouble}{weight}", *column_lines(map(json.loads, filter(None, rows.unique("columns"))))]
-    table = rows.select_columns(["images", "videos"]).with_format("arrow")[:]
     for name, kind in (("images", "pictures"), ("videos", "videos")):
-        counts = Counter(pc.call_function("list_value_length", [table[name]]).to_pylist())
-        if name == "images" or set(counts) != {0}:
-            lines.append(
-                f"  {kind}: " + ", ".join(f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts))
-            )
+        counts = _counts(rows, name)
+        if name == "images" or any(counts):
+            numbers = [f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts)]
+            lines.append(f"  {kind}: {', '.join(numbers)}")
     return lines
 
 
-@runtime_checkable
-class QuestionAboutPictures(Protocol):
-    """What is read of a test's question."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-
-    @property
-    def images(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def text(self) -> str: ...  # noqa: D102
-
-
-def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) -> list[tuple[str, str]]:
+def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
         rows: of `load_table`; any of a talk's questions counts.
-        questions: pictures named as in `rows`. Those without pictures are left out.
+        questions: id, pictures named as in `rows`, and text of each. Those without pictures are left out.
     """
-    asked = {(question.images, _words(question.text)): question.id for question in questions if question.images}
+
+    def words(text: str) -> str:
+        return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
+
+    asked = {(images, words(text)): question for question, images, text in questions if images}
     pictures = pa.array(sorted({name for names, _ in asked for name in names}), pa.string())
-    names = rows.select_columns(["images"]).with_format("arrow")[:]["images"].combine_chunks()
-    known = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # without making objects of it
-    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(known, bool)]
+    names = _column(rows, "images")
+    is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # before they are objects
+    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
     about = rows.select(np.unique(places))
     pairs: list[tuple[str, str]] = []
-    for own, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
-        keys = [(tuple(images), _words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
-        pairs += [(own, asked[key]) for key in dict.fromkeys(keys) if key in asked][:1]
+    for sample, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
+        keys = [(tuple(images), words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
+        pairs += [(sample, asked[key]) for key in keys if key in asked][:1]
     return pairs
-
-
-def _words(text: str) -> str:
-    return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
-
-
-def overlap_warning(pairs: Sequence[tuple[str, str]], train: str, test: str) -> str:
-    """One line that counts and names them."""
-    examples = "; ".join(f"{ours} is {theirs} there" for ours, theirs in pairs[:3])
-    return one_line(f"{len(pairs):,} training samples of {train} are asked again in {test}: {examples}")

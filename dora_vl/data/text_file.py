@@ -38,9 +38,6 @@ def opened(path: Path, wanted: str) -> Iterator[io.BufferedIOBase]:
 
     Args:
         wanted: what the file should be, such as "predictions; give JSON lines", for the message.
-
-    Raises:
-        UserError: no such file, or it cannot be opened or read.
     """
     try:
         if not path.is_file():
@@ -68,12 +65,7 @@ def text_of(line: bytes, where: str) -> str:
 
 
 def json_of(text: str, where: str) -> object:
-    """The value that a text holds.
-
-    Raises:
-        UserError: it is no JSON, nested too deeply, holds a number of thousands of digits, or half of a surrogate
-            pair, which is no character and which no file can hold.
-    """
+    """The value that a text holds."""
     value = _parsed(text, where)
     if "\\ud" in text or "\\uD" in text:
         refuse_half_pairs(value, where)
@@ -90,11 +82,7 @@ def _parsed(text: str, where: str, members: Callable[[list[tuple[str, object]]],
 
 
 def refuse_half_pairs(value: object, where: str) -> None:
-    """Refuses a value of JSON with half of a surrogate pair in it.
-
-    Raises:
-        UserError: it has one, or is nested more deeply than can be looked through.
-    """
+    """Refuses a value of JSON with half of a surrogate pair in it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -104,11 +92,7 @@ def refuse_half_pairs(value: object, where: str) -> None:
 
 
 def json_object(path: Path, wanted: str) -> dict[str, object]:
-    """A small file that is one JSON object, at once; half of a surrogate pair may be in it.
-
-    Raises:
-        UserError: no such file, not UTF-8, malformed, nested too deeply, a name twice in one object, or no object.
-    """
+    """A small file that is one JSON object, at once; half of a surrogate pair may be in it."""
     text = whole_text(path, wanted)
     found = _parsed(text, f"{path}", _unique_names)
     if not isinstance(found, dict):
@@ -140,11 +124,7 @@ MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 def encoding_of(path: Path, wanted: str) -> str:
-    """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged.
-
-    Raises:
-        UserError: as `opened`.
-    """
+    """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
     with opened(path, wanted) as file:
         beginning = file.read(2)
         if beginning in MARKS:
@@ -168,11 +148,7 @@ def _say_encoding(path: Path) -> None:
 
 
 def text_lines(path: Path, wanted: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
-    """Yields each line with its number, from 1, without its line break.
-
-    Raises:
-        UserError: no such file, a line that is not UTF-8, or one of more than 64 MiB.
-    """
+    """Yields each line with its number, from 1, without its line break."""
     return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None, encoding))
 
 
@@ -205,11 +181,7 @@ def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -
 
 
 def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yields the object of each line that is not blank, with the line's number.
-
-    Raises:
-        UserError: as `text_lines` and `json_of`; or a line that is no object.
-    """
+    """Yields the object of each line that is not blank, with the line's number."""
     for number, line in text_lines(path, wanted):
         if line.strip():
             value = json_of(line, f"{path}, line {number}")
@@ -238,10 +210,6 @@ def table_rows(
     Args:
         columns: their names where the file has no line for them.
         required: those of its line that must be there.
-
-    Raises:
-        UserError: as `text_lines`; or no such column, a row with more or fewer values than columns, a quotation mark
-            that is never closed, or a cell of more than 64 Mi characters.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     reader = csv.reader(_with_end(path, wanted, progress, encoding), delimiter=delimiter)
@@ -304,9 +272,6 @@ def stream_records(
         path: the file.
         key: the file is one object, and the list is what it holds under this name.
         progress: called with the number of bytes at each piece that is read.
-
-    Raises:
-        UserError: not UTF-8, malformed or cut off, an entry that is no object, or nothing under `key`.
     """
     with opened(path, "records") as file:
         stream = _JsonStream(path, file, progress)
@@ -319,9 +284,6 @@ def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
 
     Args:
         wanted: what the file should be, for the message.
-
-    Raises:
-        UserError: no such file, not UTF-8, malformed or cut off, or half of a surrogate pair in a text.
     """
     with opened(path, wanted) as file:
         stream = _JsonStream(path, file)

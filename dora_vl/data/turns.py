@@ -67,10 +67,6 @@ def arrange(
     the first question. The original folds repeated placeholders of one turn into one; here any other count than that of
     the pictures is an error. Videos have `<video>`, which stays where it is, or go before the first question; where a
     sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
-
-    Raises:
-        BadSample: turns that do not alternate, a last turn without an answer, an empty answer, or placeholders that are
-            not as many as the pictures or videos.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     talk = [*turns[len(system) :]]

@@ -288,12 +288,7 @@ class VideoReader:
         sampling: Sampling,
         prepare: Callable[[Image.Image], Kept],
     ) -> Frames[Kept]:
-        """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory.
-
-        Raises:
-            BadSample: no backend can read the file in time, or it has no such part.
-            UserError: no backend is installed.
-        """
+        """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
         request = str(clip_path(root, clip)), clip, sampling
         reasons: dict[str, Exception] = dict(self._missing)
         for backend in self._backends:

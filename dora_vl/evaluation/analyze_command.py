@@ -14,7 +14,7 @@ from dora_vl.evaluation.pictures import AS_IT_STANDS, INK, VALIDATION, new_figur
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from dora_vl.adapters.decomposition import Panel, Request
+    from dora_vl.adapters.decomposition import Panel
 
 MARKERS = "oDs^vP*X<>"
 PANEL_WIDTH, HEIGHT = 4.2, 4.6  # inches
@@ -45,6 +45,7 @@ def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> Non
 
 
 def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
+    every = -(-len(panel.steps) // LEGEND_ENTRIES)  # of many checkpoints the legend has a few that are evenly spread
     for number, step in enumerate(panel.steps):
         points = [point for point in panel.points if point.step == step]
         axes.scatter(
@@ -57,7 +58,7 @@ def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
             s=26,
             alpha=0.8,
             linewidths=0,
-            label=_legend(panel, number),
+            label=str(step) if number % every == 0 else None,
         )
     plain_axes(axes, "direction change ΔD", "")
     axes.margins(0.06)
@@ -75,12 +76,6 @@ def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
     axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **AS_IT_STANDS)
     if len(panel.steps) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="step", title_fontsize=8)
-
-
-def _legend(panel: Panel, number: int) -> str | None:
-    """A checkpoint's entry; of many checkpoints, a few that are evenly spread."""
-    every = -(-len(panel.steps) // LEGEND_ENTRIES)
-    return str(panel.steps[number]) if number % every == 0 else None
 
 
 DESCRIPTION = """\
@@ -118,10 +113,21 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from tqdm import tqdm
 
     from dora_vl.adapters.base_weights import BaseWeights  # seconds, so not for --help
-    from dora_vl.adapters.decomposition import layers_to_compare, measured
-    from dora_vl.adapters.merge import refuse_saved_on_another_base
+    from dora_vl.adapters.decomposition import (
+        Request,
+        as_json,
+        layers_to_compare,
+        measured,
+        refuse_saved_on_another_base,
+        saved_in,
+    )
+    from dora_vl.adapters.files import write_json
 
-    requests = _requests(arguments.tuned, arguments.label)
+    paths, labels = arguments.tuned, arguments.label
+    if labels is not None and len(labels) != len(paths):
+        raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
+    named = zip(labels or [str(path) for path in paths], paths, strict=True)
+    requests = [Request(label, path, saved_in(path)) for label, path in named]
     if not arguments.to.resolve().parent.is_dir():
         raise UserError(f"--to {arguments.to}: there is no folder {arguments.to.resolve().parent}")
     with BaseWeights(arguments.base) as base:
@@ -136,34 +142,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
                 measured(request, base, layers, axis=arguments.axis, done=progress.update) for request in requests
             ]
     for panel in panels:
-        yield _line(panel)
-    yield from _write(panels, layers, arguments)
-
-
-def _requests(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Request]:
-    if labels is not None and len(labels) != len(paths):
-        raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
-    from dora_vl.adapters.decomposition import Request
-    from dora_vl.adapters.merge import saved_in
-
-    named = zip(labels or [str(path) for path in paths], paths, strict=True)
-    return [Request(label, path, saved_in(path)) for label, path in named]
-
-
-def _line(panel: Panel) -> str:
-    fitted = panel.line
-    numbers = "no line" if fitted is None else f"slope {fitted.slope:.4g}, correlation {fitted.correlation:.3f}"
-    unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
-    return f"{panel.label} ({panel.method}): {numbers} over {len(panel.points)} points{unchanged}"
-
-
-def _write(panels: Sequence[Panel], layers: Sequence[str], arguments: argparse.Namespace) -> Iterator[str]:
-    from dora_vl.adapters.decomposition import as_json
-    from dora_vl.adapters.files import write_json
-
-    picture, numbers = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
+        line = panel.line
+        numbers = "no line" if line is None else f"slope {line.slope:.4g}, correlation {line.correlation:.3f}"
+        unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
+        yield f"{panel.label} ({panel.method}): {numbers} over {len(panel.points)} points{unchanged}"
+    picture, numbers_file = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
     draw_panels(panels, layers, picture)
-    beside = numbers.with_name(f".{numbers.name}.writing")
-    write_json(beside, as_json(panels, arguments.base, arguments.axis))
-    beside.replace(numbers)
-    yield f"{picture}, {numbers}"
+    write_json(numbers_file, as_json(panels, arguments.base, arguments.axis))
+    yield f"{picture}, {numbers_file}"

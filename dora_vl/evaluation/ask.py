@@ -56,10 +56,9 @@ from dora_vl.run.watched import SIDE, tiled
 
 log = logging.getLogger(__name__)
 
+WARNED_FAILURES = 20  # more are counted, and named in metrics.json
 Write = Callable[[str], object]
 By = Literal["generation", "letters", "outputs"]
-
-# What a question shows.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +78,7 @@ class MediaReader:
     stored: HeldPictures | None = None
 
     def read(self, question: Question) -> Shown:
-        """Everything that a question shows.
-
-        Raises:
-            BadSample: a picture or a video is missing or broken.
-        """
+        """Everything that a question shows."""
         videos = tuple(self.videos.read(question.videos))
         if self.features is not None:
             return Shown(features=tuple(self.features(path) for path in question.images), videos=videos)
@@ -95,11 +90,7 @@ class MediaReader:
         return self.videos.reader.read(self.videos.folder, clip, sampling)
 
     def picture(self, question: Question) -> Image.Image:
-        """One picture of all that a question shows, up to four of its pictures or frames, for people to look at.
-
-        Raises:
-            BadSample: as `read`; or it shows nothing.
-        """
+        """One picture of all that a question shows, up to four of its pictures or frames, for people to look at."""
         pictures = [open_picture(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
         frames = [frame for clip in question.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
         if not pictures and not frames:
@@ -127,9 +118,6 @@ def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting
     Args:
         of: what the pictures belong to, for the message.
         setting: what names the folder, for the message.
-
-    Raises:
-        UserError: it says how many pictures were looked for, and the first.
     """
     if not folder.is_dir():
         raise UserError(f"picture folder {folder} does not exist; set {setting}")
@@ -139,9 +127,6 @@ def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting
             f"{f'{of}: ' if of else ''}not one of {len(names)} pictures is in {folder}, first {shown(names[0])}; set "
             f"{setting} to the folder that their paths start from"
         )
-
-
-# Asking: a model, questions, and the predictions that come of them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +170,7 @@ class Asker(Protocol):
     """A model, ready to be asked."""
 
     def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """The answer to one question about these pictures or videos; `write` receives it piece by piece.
-
-        Raises:
-            UserError: it cannot be put to this model.
-        """
+        """The answer to one question about these pictures or videos; `write` receives it piece by piece."""
         ...
 
     def predict(
@@ -205,11 +186,7 @@ class Asker(Protocol):
         ...
 
     def view(self, example: Example, *, frames: int) -> View:
-        """What this model looks at of an example's video; `frames` of it where nothing else was trained.
-
-        Raises:
-            UserError: no such question can be put to it.
-        """
+        """What this model looks at of an example's video; `frames` of it where nothing else was trained."""
         ...
 
 
@@ -229,8 +206,8 @@ def ask(
         settings: what the answers depend on; earlier ones with other settings are not taken, without any none is.
 
     Raises:
-        UserError: the model's scores were no numbers for some questions, which have no line in the file either. Those
-            that it can answer are answered first; it ends after `batch_size` in a row that it cannot.
+        UserError: the model's scores were no numbers for some questions. Those that it can answer are answered first;
+            it ends after `batch_size` in a row that it cannot.
     """
     started = time.monotonic()
     failed: dict[str, str] = {}
@@ -251,7 +228,9 @@ def ask(
                         without_numbers.append(row.id)
                         in_a_row += 1
                     else:
-                        _note_failure(row, failed)
+                        failed[row.id] = row.error
+                        if len(failed) <= WARNED_FAILURES:
+                            log.warning("question %s could not be asked: %s", shown_text(row.id), one_line(row.error))
                 file.flush()
                 progress.update(len(rows))
                 if in_a_row >= min(decoding.batch_size, len(todo)):
@@ -264,15 +243,6 @@ def ask(
             "%d texts were cut, such as that of %s by %d tokens", len(cut), shown_text(cut[0].id), cut[0].cut_tokens
         )
     return Predictions(rows=rows, failed=failed, answered_before=before, seconds=time.monotonic() - started)
-
-
-WARNED_FAILURES = 20  # more are counted, and named in metrics.json
-
-
-def _note_failure(row: Prediction, failed: dict[str, str]) -> None:
-    failed[row.id] = row.error
-    if len(failed) <= WARNED_FAILURES:
-        log.warning("question %s could not be asked: %s", shown_text(row.id), one_line(row.error))
 
 
 def prediction(question: Question, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
@@ -330,7 +300,8 @@ def ask_together(
     stopped, whatever its number of processes. The file has the questions' order.
     """
     whole, order = folder / PREDICTIONS, [question.id for question in questions]
-    on_first_rank(partial(_join_parts, folder, settings, order))
+    join_parts = partial(_join_parts, folder, settings, order)
+    on_first_rank(join_parts)
     done = read_predictions(whole)
     before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
@@ -339,7 +310,7 @@ def ask_together(
     failures[rank] = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings).failed
     if ranks > 1:
         torch.distributed.all_gather_object(failures, failures[rank])
-    on_first_rank(partial(_join_parts, folder, settings, order))
+    on_first_rank(join_parts)
     done = read_predictions(whole)
     wait_for_everyone()
     failed = {name: reason for part in failures for name, reason in part.items()}
@@ -372,21 +343,17 @@ class TextStreamer(BaseStreamer):
         self._ids: list[int] = []
         self._written = ""
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: Tensor, *, is_last: bool = False) -> None:
         """Takes the next token; generate's first call brings the prompt's ids, of which embeddings have none."""
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
-        if not text.endswith(NOT_YET_A_CHARACTER):
-            self._hand_on(text)
+        if len(text) > len(self._written) and (is_last or not text.endswith(NOT_YET_A_CHARACTER)):
+            self._write(text[len(self._written) :])
+            self._written = text
 
     def end(self) -> None:
         """Hands on what is left."""
-        self._hand_on(self._decode(self._ids))
-
-    def _hand_on(self, text: str) -> None:
-        if len(text) > len(self._written):
-            self._write(text[len(self._written) :])
-            self._written = text
+        self.put(torch.tensor([], dtype=torch.long), is_last=True)
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, sample_id: str) -> None:
@@ -394,9 +361,6 @@ def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, s
 
     Args:
         positions: what the model takes of both together; None: no end.
-
-    Raises:
-        BadSample: it does not; both numbers are named.
     """
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise BadSample(
@@ -452,7 +416,7 @@ class Assistant:
     while_training: bool = False
 
     def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `Asker.answer`."""
+        """See `Asker`."""
         try:
             sample = self.prompts.sample(question.turns, seen)
             check_room(len(sample.input_ids), max_new_tokens, self.positions, "question")
@@ -460,7 +424,7 @@ class Assistant:
             raise UserError(f"the question cannot be put to this model: {error.reason}") from error
         streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
-        text = self._text(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
+        (text,) = self.answers(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         if text is None:
             raise NoNumbers
         return text
@@ -479,7 +443,11 @@ class Assistant:
 
         If memory is short, that shows at once, and the time left is never underestimated.
         """
-        longest_first = sorted(questions, key=_length, reverse=True)
+
+        def length(question: Question) -> tuple[int, int, int]:
+            return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)
+
+        longest_first = sorted(questions, key=length, reverse=True)
         if decoding.by != "generation":
             yield from self._likeliest(longest_first, media, decoding)
             return
@@ -498,6 +466,18 @@ class Assistant:
         """The likeliest of each question's texts, with what closes an answer; of equals the first."""
         rows: list[Sample] = []
         batch: list[tuple[Question, list[str]]] = []
+
+        def chosen() -> list[Prediction]:
+            size = decoding.batch_size
+            parts = [self.log_likelihoods(rows[start : start + size]) for start in range(0, len(rows), size)]
+            scores = iter(torch.cat(parts).tolist())
+            answered: list[Prediction] = []
+            for question, texts in batch:
+                own = [next(scores) for _ in texts]
+                best = None if any(map(isnan, own)) else texts[own.index(max(own))]
+                answered.append(prediction(question, best))
+            return answered
+
         for question in questions:
             try:
                 texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
@@ -508,27 +488,12 @@ class Assistant:
                 yield [prediction(question, None, error.reason)]
                 continue
             if rows and len(rows) + len(samples) > decoding.batch_size:
-                yield self._chosen(batch, rows, decoding.batch_size)
+                yield chosen()
                 rows, batch = [], []
             rows += samples
             batch.append((question, texts))
         if batch:
-            yield self._chosen(batch, rows, decoding.batch_size)
-
-    def _chosen(
-        self, batch: Sequence[tuple[Question, list[str]]], rows: Sequence[Sample], batch_size: int
-    ) -> list[Prediction]:
-        parts = [self.log_likelihoods(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-        scores = iter(torch.cat(parts).tolist())
-        chosen: list[Prediction] = []
-        for question, texts in batch:
-            own = [next(scores) for _ in texts]
-            chosen.append(prediction(question, None if any(map(isnan, own)) else texts[own.index(max(own))]))
-        return chosen
-
-    def _text(self, ids: Int[Tensor, " new"]) -> str | None:
-        """An answer's ids as text; None where the model's scores were no numbers."""
-        return None if NO_TOKEN in ids.tolist() else self.prompts.decode(ids)
+            yield chosen()
 
     @property
     def positions(self) -> int | None:
@@ -545,14 +510,17 @@ class Assistant:
     ) -> Int[Tensor, "batch new"]:
         """The ids that the model adds to left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = model_inputs(batch, self.device)
-        named = {"streamer": streamer, "options": options}
-        more = {name: value for name, value in named.items() if value is not None}
+        more = {"streamer": streamer} if streamer is not None else {}
+        more |= {"options": options} if options is not None else {}
         with torch.no_grad() if self.while_training else torch.inference_mode():
             return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
-    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str | None]:
+    def answers(
+        self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+    ) -> list[str | None]:
         """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
-        return [self._text(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
+        ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        return [None if NO_TOKEN in row.tolist() else self.prompts.decode(row) for row in ids]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample]) -> Features:
@@ -570,7 +538,7 @@ class Assistant:
     def logits(
         self, question: Question, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `Asker.logits`; an empty answer has none."""
+        """See `Asker`; an empty answer has none."""
         try:
             sample = self.prompts.with_answer(question.turns, media.read(question), answer)
         except BadSample:
@@ -582,10 +550,6 @@ class Assistant:
         """Where its weights are."""
         module: nn.Module = self.backbone
         return next(module.parameters()).device
-
-
-def _length(question: Question) -> tuple[int, int, int]:
-    return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)
 
 
 def _letters(question: Question) -> list[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.data.video import Frames, VideoReader
+    from dora_vl.data.video import Frames
     from dora_vl.evaluation.ask import Asker
     from dora_vl.evaluation.open_model import Opened
 
@@ -36,8 +36,6 @@ PICTURE_COMMAND = ":image "
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
 """Options that are about one of the two kinds alone, with their defaults."""
-_WEB = re.compile(r"(https?):/+(.*)")
-"""An address; as a path it has one slash less."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,11 +108,7 @@ def add_video_options(parser: argparse.ArgumentParser, *, required: bool = False
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Answers, each as it comes.
-
-    Raises:
-        UserError: pictures and videos at once, or an option of the other kind.
-    """
+    """Answers, each as it comes."""
     kind, others = ("video", OF_PICTURES) if options.video else ("image", OF_VIDEOS)
     mixed = [name for name, default in others.items() if getattr(options, name) != default]
     if options.video and options.image:
@@ -140,11 +134,7 @@ def ask_script(
 
 
 def files_of(names: Sequence[str], kind: str) -> list[Path]:
-    """The files that names and patterns (`*`, `?`, `[...]`) stand for; a shell that was kept from it did not ask.
-
-    Raises:
-        UserError: a pattern without a file.
-    """
+    """The files that names and patterns (`*`, `?`, `[...]`) stand for; a shell that was kept from it did not ask."""
     paths: list[Path] = []
     for name in names:
         if Path(name).exists() or "://" in name or not glob.has_magic(name):
@@ -158,12 +148,8 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
 
 
 def open_picture(path: Path) -> Image:
-    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once.
-
-    Raises:
-        UserError: it is missing or no picture, or an address on the web.
-    """
-    if address := _WEB.match(str(path)):
+    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once."""
+    if address := re.fullmatch(r"(https?):/+(.*)", str(path)):  # as a path an address has one slash less
         raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
     try:
         return open_image(MediaFolder(path.parent, follow_links=True), path.name)
@@ -193,11 +179,15 @@ def opened_by(options: argparse.Namespace) -> Opened:
     )
 
 
+def _write(text: str) -> None:
+    print(text, end="", flush=True)  # the next piece of an answer, at once
+
+
 def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
     """Prints the answer while it is made, and the one without the adapter under it; returns both, by speaker.
 
     Args:
-        answer: gives the answer of a speaker's model, and writes it with `write_piece` as it comes.
+        answer: gives the answer of a speaker's model, and writes it as it comes.
     """
     speakers: list[tuple[str, Asker]] = [("with adapter", opened.adapted)]
     if opened.base is not None:
@@ -208,11 +198,6 @@ def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[s
         answers[speaker] = answer(speaker, asker)
         print("" if answers[speaker] else "(the model ended its answer at once)", flush=True)
     return answers
-
-
-def write_piece(text: str) -> None:
-    """Shows the next piece of an answer at once."""
-    print(text, end="", flush=True)
 
 
 def answer_typed(answer: Callable[[str], object], *, hint: str) -> None:
@@ -285,7 +270,7 @@ def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: in
         text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
         turns = prompts[speaker] = [*earlier, Turn("user", text)]
         asked, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
-        return asker.answer(asked, seen, max_new_tokens=max_new_tokens, write=write_piece)
+        return asker.answer(asked, seen, max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
         if conversation and text:
@@ -298,54 +283,41 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     for path in paths:
         if not path.is_file():  # shows before the model loads
             raise UserError(f"video {path} is missing")
-    from dora_vl.data.video import VideoReader
-
-    opened = opened_by(options)
-    frames_of: dict[object, Frames[Image]] = {}
-    with VideoReader() as reader:
-
-        def answer(question: str) -> None:
-            for path in paths:
-                ask_clip(opened, reader, path, question, options, frames_of)
-
-        for question in options.question:
-            answer(question)
-        if not options.question:
-            answer_typed(answer, hint="Type a question, or an empty line to leave.")
-
-
-def ask_clip(
-    opened: Opened,
-    reader: VideoReader,
-    path: Path,
-    question: str,
-    options: argparse.Namespace,
-    frames_of: dict[object, Frames[Image]],
-) -> None:
-    """Puts one question to one video; `frames_of` keeps what was read, for every part and way of picking."""
     from dora_vl.data.example import Clip, Example, Subtitle
+    from dora_vl.data.video import VideoReader
     from dora_vl.evaluation.prompt_inputs import Shown
     from dora_vl.evaluation.questions import as_question
     from dora_vl.evaluation.scores.prompts import about_video
 
-    example = Example(
-        id="question",
-        question=question,
-        choices=tuple(options.choice),
-        subtitles=tuple(Subtitle(text) for text in options.subtitle),
-        videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
-    )
-    view = opened.adapted.view(example, frames=options.frames)
-    key = path, view.clip, view.sampling
-    if key not in frames_of:
-        frames_of[key] = reader.read(path.parent, view.clip, view.sampling)
-    frames = frames_of[key]
-    what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
-    times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
-    print(f"{path} ({times}, {frames.backend})  {question}")
+    opened = opened_by(options)
+    frames_of: dict[object, Frames[Image]] = {}  # what was read, for every part and way of picking
 
-    def answer(_: str, asker: Asker) -> str:
-        asked = as_question(view.example, about_video)
-        return asker.answer(asked, Shown(videos=(frames,)), max_new_tokens=options.max_new_tokens, write=write_piece)
+    def ask_clip(path: Path, question: str) -> None:
+        example = Example(
+            id="question",
+            question=question,
+            choices=tuple(options.choice),
+            subtitles=tuple(Subtitle(text) for text in options.subtitle),
+            videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
+        )
+        view = opened.adapted.view(example, frames=options.frames)
+        key = path, view.clip, view.sampling
+        if key not in frames_of:
+            frames_of[key] = reader.read(path.parent, view.clip, view.sampling)
+        frames = frames_of[key]
+        what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
+        times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
+        print(f"{path} ({times}, {frames.backend})  {question}")
+        asked, seen = as_question(view.example, about_video), Shown(videos=(frames,))
+        most = options.max_new_tokens
+        print_answers(opened, lambda _, asker: asker.answer(asked, seen, max_new_tokens=most, write=_write))
 
-    print_answers(opened, answer)
+    def answer(question: str) -> None:
+        for path in paths:
+            ask_clip(path, question)
+
+    with VideoReader() as reader:
+        for question in options.question:
+            answer(question)
+        if not options.question:
+            answer_typed(answer, hint="Type a question, or an empty line to leave.")

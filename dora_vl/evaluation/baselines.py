@@ -44,10 +44,8 @@ class Baseline:
     n: int
 
     def __str__(self) -> str:
-        low_high = self.interval_95
-        return f"{self.value:.2f} of {self.n:,}" + (
-            "" if low_high is None else f" (95 % interval {low_high[0]:.2f} to {low_high[1]:.2f})"
-        )
+        interval = self.interval_95 and " (95 % interval {:.2f} to {:.2f})".format(*self.interval_95)
+        return f"{self.value:.2f} of {self.n:,}{interval or ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +80,25 @@ class Baselines:
 
     def entry(self) -> dict[str, Any]:
         """What `metrics.json` holds, in the metric's own unit: percent, of an accuracy."""
-        found: dict[str, Any] = {"metric": self.metric}
+        entry: dict[str, Any] = {"metric": self.metric}
         if self.commonest is not None:
-            found[COMMONEST] = {**asdict(self.commonest), "how": HOW[COMMONEST]}
+            entry[COMMONEST] = {**asdict(self.commonest), "how": HOW[COMMONEST]}
         if self.exchanged is not None:
             apart = None if self.difference is None else asdict(self.difference)
             with_own = {"with_their_own": self.own, "difference": apart}
-            found[EXCHANGED] = {**asdict(self.exchanged), **with_own, "how": HOW[EXCHANGED]}
-        return found | ({} if self.warning is None else {WARNING: self.warning})
+            entry[EXCHANGED] = {**asdict(self.exchanged), **with_own, "how": HOW[EXCHANGED]}
+        return entry | ({} if self.warning is None else {WARNING: self.warning})
 
     def lines(self) -> list[str]:
         """What to print, the warning last."""
-        said = [] if self.commonest is None else [f"{self.metric} of each question's commonest answer {self.commonest}"]
+        lines: list[str | None] = []
+        if self.commonest is not None:
+            lines.append(f"{self.metric} of each question's commonest answer {self.commonest}")
         if self.exchanged is not None:
-            said.append(f"with pictures exchanged {self.exchanged}; of the same with their own {self.own:.2f}")
+            lines.append(f"with pictures exchanged {self.exchanged}; of the same with their own {self.own:.2f}")
         elif self.shows:
-            said.append("no pictures were exchanged: no two of the questions show as many and different ones")
-        return said if self.warning is None else [*said, self.warning]
+            lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
+        return [line for line in (*lines, self.warning) if line is not None]
 
 
 def compared(
@@ -187,10 +187,16 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
     for example in sample:
         by_shape[len(example.images), len(example.videos)].setdefault(_media(example), example)
     other: dict[Media, Example] = {}
-    for shown in by_shape.values():
-        following = [*shown.values()][1:] + [*shown.values()][:1]
-        other |= dict(zip(shown, following, strict=True)) if len(shown) > 1 else {}
-    return [_showing(example, other[_media(example)]) for example in sample if _media(example) in other]
+    for alike in by_shape.values():
+        following = [*alike.values()][1:] + [*alike.values()][:1]
+        other |= dict(zip(alike, following, strict=True)) if len(alike) > 1 else {}
+    exchanged_examples: list[Example] = []
+    for example in sample:
+        if shown := other.get(_media(example)):
+            extra = {name: value for name, value in example.extra.items() if name != MIDDLE_FRAME}
+            extra |= {MIDDLE_FRAME: shown.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in shown.extra else {}
+            exchanged_examples.append(replace(example, images=shown.images, videos=shown.videos, extra=extra))
+    return exchanged_examples
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -205,10 +211,3 @@ def _media(example: Example) -> Media:
 
 def _shows(example: Example) -> bool:
     return bool(example.images or example.videos)
-
-
-def _showing(example: Example, other: Example) -> Example:
-    """The example with what another shows."""
-    extra = {name: value for name, value in example.extra.items() if name != MIDDLE_FRAME}
-    frame = {MIDDLE_FRAME: other.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in other.extra else {}
-    return replace(example, images=other.images, videos=other.videos, extra=extra | frame)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 """Every benchmark that `dora-vl evaluate` knows, a row each, written by hand."""
 
 GROUP = "dora_vl.benchmarks"
-YAML_ENDINGS = (".yaml", ".yml")
 NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
-CHOICE, CAPTION = "choice", "caption"
-
 PROMPTS: Mapping[str, Prompt] = {
     "as_is": prompts.as_is,
     "short": prompts.short,
@@ -67,7 +64,6 @@ PROMPTS: Mapping[str, Prompt] = {
     "video": prompts.about_video,
 }
 """What `prompt:` may say."""
-USUAL_PROMPTS: Mapping[str, str] = {CHOICE: "letter", CAPTION: "caption"}  # else short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,36 +82,30 @@ class Found:
 
 
 def find_benchmark(wanted: str) -> Found:
-    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`.
-
-    Raises:
-        UserError: there is none of that name, or its file or package is broken.
-    """
-    if wanted.endswith(YAML_ENDINGS):
+    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
+    if wanted.endswith((".yaml", ".yml")):
         return read_own(Path(wanted))
     name, _, split = wanted.partition(":")
     if name in BENCHMARKS:
         return Found(name=name, benchmark=BENCHMARKS[name], split=split)
     installed = {point.name: point for point in entry_points(group=GROUP)}
-    if name in installed:
-        return Found(name=name, benchmark=_loaded(installed[name]), split=split)
-    known = [*BENCHMARKS, *installed]
-    nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(known)}; your own is a FILE.yaml"
-    )
-
-
-def _loaded(point: EntryPoint) -> Benchmark:
+    if name not in installed:
+        known = [*BENCHMARKS, *installed]
+        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(known)}; your own is a "
+            "FILE.yaml"
+        )
+    target = installed[name].value
     try:
-        found = point.load()
+        benchmark = installed[name].load()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"benchmark {point.name}: {point.value} of an installed package fails: {error}") from error
-    if not isinstance(found, Benchmark):
-        raise UserError(f"benchmark {point.name}: {point.value} is a {type(found).__name__}, it must be a Benchmark")
-    if not NAME.fullmatch(point.name):
-        raise UserError(f"benchmark {shown(point.name)}: a name is letters, digits, _ and -, as folders have it")
-    return found
+        raise UserError(f"benchmark {name}: {target} of an installed package fails: {error}") from error
+    if not isinstance(benchmark, Benchmark):
+        raise UserError(f"benchmark {name}: {target} is a {type(benchmark).__name__}, it must be a Benchmark")
+    if not NAME.fullmatch(name):
+        raise UserError(f"benchmark {shown(name)}: a name is letters, digits, _ and -, as folders have it")
+    return Found(name=name, benchmark=benchmark, split=split)
 
 
 OWN: Mapping[str, tuple[type, Any]] = {
@@ -130,16 +120,22 @@ OWN: Mapping[str, tuple[type, Any]] = {
 
 
 def read_own(path: Path) -> Found:
-    """The benchmark of a YAML file.
-
-    Raises:
-        UserError: no such file, or it says something else than it may.
-    """
+    """The benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
     for key, value in content.items():
-        _check(key, value, path)
+        if key not in OWN:
+            raise UserError(f"{path}: unknown setting {shown(key)}; there are {', '.join(OWN)}")
+        kind = OWN[key][0]
+        if value is None and key in ("file", "prompt"):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+            needed = "a whole number from 1" if kind is int else "text"
+            raise UserError(f"{path}: {key} must be {needed}, it is {shown(value)}")
+        known = {"scoring": SCORINGS, "prompt": PROMPTS}.get(key)
+        if known is not None and value not in known:
+            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
     own = {key: content.get(key, default) for key, (_, default) in OWN.items()}
@@ -148,27 +144,11 @@ def read_own(path: Path) -> Found:
     scoring = own["scoring"]
     benchmark = Benchmark(
         modes={"": SCORINGS[scoring]},
-        prompt=PROMPTS[own["prompt"] or USUAL_PROMPTS.get(scoring, "short")],
+        prompt=PROMPTS[own["prompt"] or {"choice": "letter", "caption": "caption"}.get(scoring, "short")],
         max_new_tokens=own["max_new_tokens"],
-        chooses=scoring == CHOICE,
-        together=caption.clip_of if scoring == CAPTION else None,
-        shares_answers=scoring == CAPTION,
+        chooses=scoring == "choice",
+        together=caption.clip_of if scoring == "caption" else None,
+        shares_answers=scoring == "caption",
         frames=own["frames"],
     )
     return Found(name=own["name"], benchmark=benchmark, file=own["file"] and path.parent / own["file"])
-
-
-def _check(key: object, value: object, path: Path) -> None:
-    if key not in OWN:
-        raise UserError(f"{path}: unknown setting {shown(key)}; there are {', '.join(OWN)}")
-    if value is None and key in ("file", "prompt"):
-        return
-    kind = OWN[str(key)][0]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = "a whole number" if kind is int else "text"
-        raise UserError(f"{path}: {key} must be {wanted}, it is {shown(value)}")
-    if isinstance(value, int) and value < 1:
-        raise UserError(f"{path}: {key} is {shown(value)}; at least 1 is needed")
-    known = {"scoring": SCORINGS, "prompt": PROMPTS}.get(str(key))
-    if known is not None and value not in known:
-        raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")

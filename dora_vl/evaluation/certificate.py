@@ -1,274 +1,373 @@
-"""Whether exported weights answer as the model that they came from: the same questions put to each, and compared.
+"""`--check`: whether weights that a command has written answer as the model that they came from.
 
-Each model answers greedily by itself. Then all are shown the reference's answers, token by token, so that their logits
-stand over the same text.
+The same questions are put to both models. Each answers greedily by itself; then both are shown the first one's answers,
+token by token, so that their logits stand over the same text.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
+from os import getpid
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dora_vl.adapters.adapter import versions
 from dora_vl.adapters.merge import CERTIFICATES
-from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Asker, Decoding, MediaReader, ask
-from dora_vl.evaluation.questions import Question
-from dora_vl.run.folder import write_json
+from dora_vl.data.example import iterate_examples
+from dora_vl.data.text_file import stream_values
+from dora_vl.errors import UserError, positive, shown
+from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
 
-Open = Callable[[], Asker]
+if TYPE_CHECKING:
+    from dora_vl.evaluation.ask import Decoding, MediaReader
+    from dora_vl.evaluation.open_model import ModelSource
+
+CHECK_HELP = """\
+With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file,
+and the differences are printed and written beside the weights (certificate.json, certificate.md). Exit status 1 where
+more answers differ than --most-different allows."""
+
+QUESTIONS, BATCH, LONGEST_ANSWER, FRAMES = 20, 8, 32, 8
+FAILED_STATUS = 1
+REFERENCE = "unmerged"
+JSON_FILE, TEXT_FILE = CERTIFICATES
+EQUAL_SHOWN = 20
+"""Questions with equal answers that the text shows; the JSON holds all."""
+
+
+def add_check_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that can check what it wrote."""
+    group = parser.add_argument_group("checking the result")
+    group.add_argument(
+        "--no-check", dest="check", action="store_const", const=0, help="merge: compares no logits either"
+    )
+    group.add_argument(
+        "--check",
+        type=positive,
+        nargs="?",
+        const=QUESTIONS,
+        metavar="N",
+        help=f"asks N questions (default {QUESTIONS})",
+    )
+    group.add_argument(
+        "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
+    )
+    group.add_argument(
+        "--images", type=Path, metavar="DIR", help="root of their pictures (default: the run's, or here)"
+    )
+    group.add_argument("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
+    group.add_argument(
+        "--check-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="that the models compute in (default: float32; the run's own where its base was quantised)",
+    )
+    group.add_argument("--check-tokens", type=positive, default=LONGEST_ANSWER, metavar="N", help="longest answer")
+    group.add_argument(
+        "--most-different",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the questions whose answers may differ, 0 to 1 (default: 0)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One model beside the reference on one question.
+class Check:
+    """What is going to be asked.
 
     Attributes:
-        answer: its own.
-        tokens: of the reference's answer, with what closes it.
-        agreeing: those of them behind which both models would say the same token next.
-        largest_difference: between their logits at any of these places.
+        questions: of a VL-BART as its tasks have them.
+        file: where they come from.
+        images: root of their pictures.
+        frames: of each video that are shown.
+        task: a VL-BART's that they belong to; "" where nothing says it.
     """
 
-    answer: str
-    tokens: int
-    agreeing: int
-    largest_difference: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One model beside the reference on all questions."""
-
-    different_answers: int
-    tokens: int
-    agreeing_tokens: int
-    largest_logit_difference: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Certificate:
-    """What came of it.
-
-    Attributes:
-        reference: the name of the model that the others are held to.
-        questions: those that were asked.
-        answers: the reference's, in the same order.
-        others: each other model's comparisons, by its name, in the same order.
-        most_different: the largest share of questions whose answers may differ.
-        failed: the reason for each question that could not be asked, by id.
-    """
-
-    reference: str
-    questions: Sequence[Question]
-    answers: Sequence[str]
-    others: Mapping[str, Sequence[Comparison]]
+    questions: list[Question]
+    file: Path
+    images: Path
+    frames: int
+    dtype: str | None
+    max_new_tokens: int
     most_different: float
-    failed: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """Each other model's, by its name."""
-        return {
-            name: Summary(
-                different_answers=sum(one.answer != own for one, own in zip(rows, self.answers, strict=True)),
-                tokens=sum(one.tokens for one in rows),
-                agreeing_tokens=sum(one.agreeing for one in rows),
-                largest_logit_difference=max(one.largest_difference for one in rows),
-            )
-            for name, rows in self.others.items()
-        }
-
-    @property
-    def worst(self) -> int:
-        """The most answers of any model that differ."""
-        return max(one.different_answers for one in self.summaries.values())
-
-    @property
-    def passed(self) -> bool:
-        """Whether no model's answers differ on more questions than may."""
-        return self.worst <= self.most_different * len(self.questions)
+    task: str = ""
 
 
-def certify(
-    reference: tuple[str, Open],
-    others: Mapping[str, Open],
-    questions: Sequence[Question],
-    media: MediaReader,
-    decoding: Decoding,
-    *,
-    most_different: float,
-    scratch: Path,
-) -> Certificate:
-    """Puts the questions to each model, one model in memory at a time.
+def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
+    """The questions, read and with a folder of pictures; None where no check is asked for.
 
     Args:
-        reference: its name and what opens it.
-        others: likewise, by name.
-        scratch: an empty folder; receives the reference's logits, tokens x vocabulary x 4 bytes of each answer.
+        adapter: the first adapter; a run's folder around it says what its test is.
+    """
+    if not options.check:
+        if options.questions is not None or options.images is not None or options.check_dtype is not None:
+            raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
+        return None
+    if not 0 <= options.most_different <= 1:
+        raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
+    from dora_vl.evaluation.ask import check_pictures
+    from dora_vl.evaluation.open_model import read_recipe
+    from dora_vl.run.base import VLBART
+    from dora_vl.run.folder import SETTINGS
+
+    run: dict[str, Any] = {}
+    for folder in adapter.resolve().parents[:2]:  # of a run's adapter, and of a checkpoint's
+        if (folder / SETTINGS).is_file():
+            run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            break
+    data, evaluation = run.get("data") or {}, run.get("evaluation") or {}
+    task, file, root = "", options.questions, "."
+    if file is None:
+        root = evaluation.get("image_folder") or data.get("image_folder") or "."
+        files = {"": evaluation["file"]} if evaluation.get("file") else evaluation.get("files") or {}
+        task, name = next(iter(files.items()), ("", None))
+        if not isinstance(name, str):
+            raise UserError(f"{adapter} lies in no run with a test of its own; say with --questions FILE what to ask")
+        file = Path(name)
+        if not file.is_file():
+            raise UserError(f"the run's test {file} is not there any more; say with --questions FILE what to ask")
+    is_vlbart = adapter.is_dir() and read_recipe(adapter).get("backbone") == VLBART
+    questions = [*map(as_question, iterate_examples(file))] if is_vlbart else _read(file)
+    if not questions:
+        raise UserError(f"{file}: holds no questions")
+    images = options.images or Path(root)
+    count = min(options.check, len(questions))  # evenly over the file: neighbours are often about one picture
+    questions = [questions[place * len(questions) // count] for place in range(count)]
+    check_pictures((path for question in questions for path in question.images), images, setting="--images")
+    return Check(
+        questions=questions,
+        file=file,
+        images=images,
+        frames=int(data.get("video_frames") or FRAMES),
+        dtype=options.check_dtype,
+        max_new_tokens=options.check_tokens,
+        most_different=options.most_different,
+        task=task,
+    )
+
+
+def _read(file: Path) -> list[Question]:
+    """Questions of any format that training reads, or as LLaVA's evaluation takes them."""
+    if file.is_file() and file.suffix in (".json", ".jsonl"):
+        _, first = next(stream_values(file, "questions"), (0, None))
+        if is_question(first):
+            return [Question(id=one.id, images=one.images, turns=one.turns) for one in read_question_file(file)]
+    questions, unreadable = read_questions(file)
+    if not questions:
+        name, reason = next(iter(unreadable.items()))
+        raise UserError(f"{file}: not one question can be read; {shown(name)}: {reason}")
+    return questions
+
+
+def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
+    """The model that an adapter folder and its base are, in the number type of the check.
+
+    That the base is the right one has been seen before.
+    """
+    from dora_vl.backbones.families import sees_pictures
+    from dora_vl.evaluation.open_model import Wanted, find_source
+    from dora_vl.run.base import VLBART
+
+    source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
+    if source.kind == VLBART:
+        known = source.recipe["features"]
+        if not known.get(check.task) and not (check.task == "" and any(known.values())):
+            raise UserError(
+                f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
+                "computed (data_prep.features did not make them); leave it out"
+            )
+    elif any(one.images or one.videos for one in check.questions) and not sees_pictures(source.place, source.revision):
+        raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
+    own = source.dtype if source.recipe.get("quantisation") else "float32"
+    return replace(source, dtype=check.dtype or own)
+
+
+def as_model(source: ModelSource, folder: Path) -> ModelSource:
+    """A model's folder, asked just as the adapter that it was made from."""
+    from dora_vl.evaluation.open_model import Wanted
+    from dora_vl.run.base import VLBART
+
+    recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
+    wanted = Wanted(model=str(folder), template=source.wanted.template)
+    if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
+        wanted = replace(source.wanted, model=str(folder))
+    return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=wanted)
+
+
+def checked(
+    check: Check,
+    unmerged: ModelSource,
+    name: str,
+    find: Callable[[], ModelSource],
+    folder: Path,
+    about: Mapping[str, object],
+) -> Iterator[str]:
+    """Asks, writes the certificate into the folder, and yields the lines to print; one model is in memory at a time.
+
+    Args:
+        name: of the other model in the certificate.
+        find: gives the other model.
+        about: what the certificate says was compared.
 
     Raises:
-        UserError: not one question can be asked, or a model has another vocabulary.
+        SystemExit: with status 1, more answers differ than may.
     """
-    name, open_reference = reference
-    model = open_reference()
-    predictions = ask(model, questions, media, decoding)
-    if not predictions.rows:
-        raise UserError(f"not one of {len(questions)} questions can be asked; the first: {_first(predictions.failed)}")
-    asked = [question for question in questions if question.id in predictions.answers]
-    answers = [predictions.answers[question.id] for question in asked]
-    for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-        torch.save(model.logits(question, answer, media, decoding), scratch / f"{number}.pt")
-    del model
-    compared = {
-        other: _compared(other, open_other(), asked, answers, media, decoding, scratch)
-        for other, open_other in others.items()
+    from dora_vl.evaluation.ask import Decoding, media_reader
+    from dora_vl.run.folder import write_json
+
+    scratch = folder.with_name(f".{folder.name}.checking-{getpid()}")
+    scratch.mkdir(parents=True)
+    media = media_reader(check.images, frames=check.frames, one_length=True)
+    decoding = Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task)
+    try:
+        answers, failed = _asked(check, unmerged, media, decoding, scratch)
+        _compare(answers, check, name, find, media, decoding, scratch)
+    finally:
+        media.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    n, compared = len(answers), [answer[name] for answer in answers]
+    different = sum(answer[REFERENCE] != answer[name]["answer"] for answer in answers)
+    summary = {
+        "different_answers": different,
+        "tokens": sum(one["tokens"] for one in compared),
+        "agreeing_tokens": sum(one["agreeing"] for one in compared),
+        "largest_logit_difference": max(one["largest_difference"] for one in compared),
     }
-    return Certificate(
-        reference=name,
-        questions=asked,
-        answers=answers,
-        others=compared,
-        most_different=most_different,
-        failed=predictions.failed,
-    )
+    passed = different <= check.most_different * n
+    about = {
+        **about,
+        "questions": str(check.file),
+        "images": str(check.images),
+        "longest answer": check.max_new_tokens,
+        "computed in": unmerged.dtype,
+    }
+    counts = f"{different} of {n} answers differ ({different / n:.1%}), {check.most_different:.1%} may"
+    more = "weights of a wider number type lose less to rounding, and --most-different allows more"
+    verdict = f"passed: {counts}" if passed else f"FAILED: {counts}; {more}"
+    content = {
+        **about,
+        "reference": REFERENCE,
+        "passed": passed,
+        "most_different": check.most_different,
+        "n": n,
+        "models": {name: summary},
+        "failed_questions": failed,
+        "answers": answers,
+        "versions": versions(),
+    }
+    write_json(folder / JSON_FILE, content)
+    tokens, largest = f"{summary['agreeing_tokens']} of {summary['tokens']}", summary["largest_logit_difference"]
+    row = [name, str(different), tokens, f"{largest:.2g}"]
+    text = "\n".join(_text(name, row, verdict, about, answers, failed)) + "\n"
+    (folder / TEXT_FILE).write_text(text, encoding="utf-8")
+    head = ["model", f"answers of {n} that differ", "tokens alike", "largest logit difference"]
+    widths = [max(len(title), len(cell)) for title, cell in zip(head, row, strict=True)]
+    for line in (head, row):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    yield f"{folder / TEXT_FILE}: {verdict}"
+    if failed:
+        yield f"{len(failed)} questions could not be asked; {folder / TEXT_FILE} names them"
+    if not passed:
+        raise SystemExit(FAILED_STATUS)
+
+
+def _asked(
+    check: Check, unmerged: ModelSource, media: MediaReader, decoding: Decoding, scratch: Path
+) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
+    """The unmerged model's answers, and why others have none; its logits lie in `scratch`, by the answers' places."""
+    from dora_vl.evaluation.ask import ask
+    from dora_vl.evaluation.open_model import open_model
+
+    model = open_model(unmerged).adapted
+    predictions = ask(model, check.questions, media, decoding)
+    if not predictions.rows:
+        raise UserError(
+            f"not one of {len(check.questions)} questions can be asked; the first: {_first(predictions.failed)}"
+        )
+    answers: list[dict[str, Any]] = []
+    for question in check.questions:
+        if question.id in predictions.answers:
+            answer = predictions.answers[question.id]
+            torch.save(model.logits(question, answer, media, decoding), scratch / f"{len(answers)}.pt")
+            about = {"id": question.id, "question": question.text, "images": [*question.images]}
+            answers.append({**about, "truth": question.truth, REFERENCE: answer})
+    return answers, predictions.failed
+
+
+def _compare(
+    answers: list[dict[str, Any]],
+    check: Check,
+    name: str,
+    find: Callable[[], ModelSource],
+    media: MediaReader,
+    decoding: Decoding,
+    scratch: Path,
+) -> None:
+    """Adds to each answer what the other model says to the question, and how its logits over the answer differ."""
+    from dora_vl.evaluation.ask import ask
+    from dora_vl.evaluation.open_model import open_model
+
+    model = open_model(find()).adapted
+    questions = {question.id: question for question in check.questions}
+    own = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
+    if own.failed:
+        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(own.failed)}")
+    for number, answer in enumerate(answers):
+        logits = model.logits(questions[answer["id"]], answer[REFERENCE], media, decoding)
+        expected = torch.load(scratch / f"{number}.pt", weights_only=True)
+        if logits.shape != expected.shape:
+            raise UserError(
+                f"the {name} model gives logits {list(logits.shape)} for the answer to {answer['id']}, the other "
+                f"{list(expected.shape)}; its vocabulary or its prompt is another"
+            )
+        answer[name] = {
+            "answer": own.answers[answer["id"]],
+            "tokens": len(expected),
+            "agreeing": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
+            "largest_difference": float((logits - expected).abs().max()) if len(expected) else 0.0,
+        }
 
 
 def _first(failed: Mapping[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in failed.items()), "none was given")
 
 
-def _compared(
+def _text(
     name: str,
-    model: Asker,
-    questions: Sequence[Question],
-    answers: Sequence[str],
-    media: MediaReader,
-    decoding: Decoding,
-    scratch: Path,
-) -> list[Comparison]:
-    own = ask(model, questions, media, decoding)
-    if own.failed:
-        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(own.failed)}")
-    rows: list[Comparison] = []
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        logits = model.logits(question, answer, media, decoding)
-        expected = torch.load(scratch / f"{number}.pt", weights_only=True)
-        if logits.shape != expected.shape:
-            raise UserError(
-                f"the {name} model gives logits {list(logits.shape)} for the answer to {question.id}, the other "
-                f"{list(expected.shape)}; its vocabulary or its prompt is another"
-            )
-        rows.append(
-            Comparison(
-                answer=own.answers[question.id],
-                tokens=len(expected),
-                agreeing=int((logits.argmax(-1) == expected.argmax(-1)).sum()),
-                largest_difference=float((logits - expected).abs().max()) if len(expected) else 0.0,
-            )
-        )
-    return rows
-
-
-# A certificate beside the weights that it is about: `certificate.json`, and `certificate.md` for people.
-
-
-JSON_FILE, TEXT_FILE = CERTIFICATES
-EQUAL_SHOWN = 20
-"""Questions with equal answers that the text shows; the JSON holds all."""
-
-
-def write_certificate(certificate: Certificate, folder: Path, about: Mapping[str, object]) -> None:
-    """Writes both files, replacing earlier ones.
-
-    Args:
-        about: what was compared and how the questions were put, as JSON values.
-    """
-    answers = [
-        {
-            "id": question.id,
-            "question": question.text,
-            "images": list(question.images),
-            "truth": question.truth,
-            certificate.reference: answer,
-            **{name: asdict(rows[number]) for name, rows in certificate.others.items()},
-        }
-        for number, (question, answer) in enumerate(zip(certificate.questions, certificate.answers, strict=True))
-    ]
-    content = {
-        **about,
-        "reference": certificate.reference,
-        "passed": certificate.passed,
-        "most_different": certificate.most_different,
-        "n": len(certificate.questions),
-        "models": {name: asdict(one) for name, one in certificate.summaries.items()},
-        "failed_questions": dict(certificate.failed),
-        "answers": answers,
-        "versions": versions(),
-    }
-    write_json(folder / JSON_FILE, content)
-    (folder / TEXT_FILE).write_text("\n".join(_text(certificate, about)) + "\n", encoding="utf-8")
-
-
-def table(certificate: Certificate) -> list[str]:
-    """The lines that are printed: a row for each model."""
-    head = ("model", f"answers of {len(certificate.questions)} that differ", "tokens alike", "largest logit difference")
-    rows = [head, *_model_rows(certificate)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _model_rows(certificate: Certificate) -> list[tuple[str, ...]]:
-    return [
-        (
-            name,
-            str(one.different_answers),
-            f"{one.agreeing_tokens} of {one.tokens}",
-            f"{one.largest_logit_difference:.2g}",
-        )
-        for name, one in certificate.summaries.items()
-    ]
-
-
-def verdict(certificate: Certificate) -> str:
-    """Whether it passed, in one line."""
-    n, worst = len(certificate.questions), certificate.worst
-    counts = f"{worst} of {n} answers differ ({worst / n:.1%}), {certificate.most_different:.1%} may"
-    if certificate.passed:
-        return f"passed: {counts}"
-    return f"FAILED: {counts}; weights of a wider number type lose less to rounding, and --most-different allows more"
-
-
-def _text(certificate: Certificate, about: Mapping[str, object]) -> Iterator[str]:
-    reference, names = certificate.reference, list(certificate.others)
-    yield from (f"# {' and '.join(names)} beside {reference}", "", verdict(certificate), "")
-    yield from _rows(
-        ["model", "answers that differ", "tokens alike", "largest logit difference"], _model_rows(certificate)
-    )
+    summary: Sequence[str],
+    verdict: str,
+    about: Mapping[str, object],
+    answers: Sequence[Mapping[str, Any]],
+    failed: Mapping[str, str],
+) -> Iterator[str]:
+    """The certificate for people, in Markdown."""
+    yield from (f"# {name} beside {REFERENCE}", "", verdict, "")
+    yield from _rows(["model", "answers that differ", "tokens alike", "largest logit difference"], [summary])
     explained = (
-        f"Each model answers greedily. Then all are shown the answers of {reference}, token by token: tokens alike are "
+        f"Each model answers greedily. Then all are shown the answers of {REFERENCE}, token by token: tokens alike are "
         "those after which both would say the same next."
     )
     yield from ("", explained, "")
-    yield from _rows(["", ""], [[name, str(value)] for name, value in about.items()])
-    head = ["id", "question", "right answer", reference, *names]
-    different: list[list[str]] = []
-    equal: list[list[str]] = []
-    for number, (question, answer) in enumerate(zip(certificate.questions, certificate.answers, strict=True)):
-        others = [rows[number].answer for rows in certificate.others.values()]
-        row = [question.id, question.text, question.truth, answer, *others]
-        (equal if all(other == answer for other in others) else different).append(row)
+    yield from _rows(["", ""], [[key, str(value)] for key, value in about.items()])
+    head = ["id", "question", "right answer", REFERENCE, name]
+    rows = [
+        [answer["id"], answer["question"], answer["truth"], answer[REFERENCE], answer[name]["answer"]]
+        for answer in answers
+    ]
+    different, equal = ([row for row in rows if (row[3] == row[4]) is same] for same in (False, True))
     if different:
         yield from ("", "## Answers that differ", "", *_rows(head, different))
     if equal:
         title = f"## Equal answers ({min(len(equal), EQUAL_SHOWN)} of {len(equal)})"
         yield from ("", title, "", *_rows(head, equal[:EQUAL_SHOWN]))
-    if certificate.failed:
-        failed = [[name, reason] for name, reason in certificate.failed.items()]
-        yield from ("", "## Not asked", "", *_rows(["id", "why"], failed))
+    if failed:
+        yield from ("", "## Not asked", "", *_rows(["id", "why"], [[*item] for item in failed.items()]))
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

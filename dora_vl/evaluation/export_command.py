@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from os import getpid
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_vl.adapters.base_weights import config_in, skeleton
 from dora_vl.adapters.convert_command import add_reading_arguments
@@ -17,9 +16,8 @@ from dora_vl.adapters.files import refuse_to_replace
 from dora_vl.adapters.gguf import KINDS, check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.commands import (
+from dora_vl.evaluation.certificate import (
     CHECK_HELP,
-    Check,
     add_check_options,
     as_model,
     checked,
@@ -27,9 +25,6 @@ from dora_vl.evaluation.commands import (
     unmerged_source,
 )
 from dora_vl.evaluation.merge_command import RESULT_DTYPES, Plan, about, adapter_folder
-
-if TYPE_CHECKING:
-    from dora_vl.evaluation.open_model import ModelSource
 
 DESCRIPTION = f"""\
 Writes a trained model as another server takes it.
@@ -76,38 +71,62 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.gguf is not None:
         check_package()
     check = planned_check(arguments, arguments.adapter[0])
-    plan = merge_command.plan(arguments, _refuse_gguf if arguments.gguf is not None else _refuse_vllm)
-    write = _write_gguf if arguments.gguf is not None else _write_for_vllm
+    plan = merge_command.plan(arguments, partial(_refuse, gguf=arguments.gguf is not None))
+    write = _write_for_vllm if arguments.gguf is None else _write_gguf
     if check is None:
         yield from write(plan, arguments)
         return
+    target: Path = arguments.to
+    read_back = target.with_name(f".{target.name}.read-{getpid()}")
     with adapter_folder(plan, arguments) as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
         yield from write(plan, arguments)
-        yield from (_check_gguf if arguments.gguf is not None else _check_for_vllm)(check, source, plan, arguments)
+        if arguments.gguf is None:
+            base = target / BASE if (target / BASE).is_dir() else plan.base
+            exported = partial(unmerged_source, check, target / ADAPTER, base, arguments.template)
+            yield from checked(check, source, "exported", exported, target, about(plan, arguments))
+            return
+        from dora_vl.evaluation.open_model import folder_of_gguf
+
+        weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
+        try:
+            yield from checked(
+                check,
+                source,
+                "gguf",
+                lambda: as_model(source, folder_of_gguf(target, plan.base, read_back)),
+                target,
+                weights,
+            )
+        finally:
+            shutil.rmtree(read_back, ignore_errors=True)
 
 
-def _refuse_gguf(target: Path, base: Path) -> None:
-    refuse_gguf_target(target)
-    refuse_gguf_base(base)
-
-
-def _refuse_vllm(target: Path, base: Path) -> None:
-    refuse_to_replace(target, ())
-    refuse_unserved_base(config_in(base), base)
-
-
-# -- vLLM ----------------------------------------------------------------------------------------------------
+def _refuse(target: Path, base: Path, *, gguf: bool) -> None:
+    """Refuses a target that may not be replaced, and a base that cannot be exported."""
+    if gguf:
+        refuse_gguf_target(target)
+        refuse_gguf_base(base)
+    else:
+        refuse_to_replace(target, ())
+        refuse_unserved_base(config_in(base), base)
 
 
 def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    language, head = _language_of(plan.base)
+    from dora_vl.backbones.places import resolved_layers
+
+    model = skeleton(config_in(plan.base))
+    if model is None:
+        raise UserError(
+            f"{plan.base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
+        )
+    head = model.get_output_embeddings()
     exported = export_for_vllm(
         plan.adapter,
         plan.base,
         arguments.to,
-        language,
-        head=head,
+        resolved_layers(model, "language"),
+        head=next((name for name, module in model.named_modules() if module is head), None),
         dtype=RESULT_DTYPES[arguments.dtype] if arguments.dtype else None,
         open_base=plan.open_base,
     )
@@ -125,33 +144,6 @@ def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         yield "vLLM by itself refuses DoRA (use_dora): install dora-vl beside it, whose plugin applies magnitudes"
 
 
-def _language_of(base: Path) -> tuple[frozenset[str], str | None]:
-    """Full names of the linear layers of the language model, and of its output head.
-
-    Raises:
-        UserError: transformers has no class for the base.
-    """
-    from dora_vl.backbones.places import resolved_layers
-
-    model = skeleton(config_in(base))
-    if model is None:
-        raise UserError(
-            f"{base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
-        )
-    head = model.get_output_embeddings()
-    return resolved_layers(model, "language"), next((n for n, one in model.named_modules() if one is head), None)
-
-
-def _check_for_vllm(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    base = arguments.to / BASE
-    folder = base if base.is_dir() else plan.base
-    exported = partial(unmerged_source, check, arguments.to / ADAPTER, folder, arguments.template)
-    yield from checked(check, source, {"exported": exported}, arguments.to, about(plan, arguments))
-
-
-# -- GGUF ----------------------------------------------------------------------------------------------------
-
-
 def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.backbones.loading import load_tokenizer
 
@@ -163,19 +155,3 @@ def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
     for line in exported.warnings:
         yield f"{arguments.to}: {line}"
-
-
-def _check_gguf(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    from dora_vl.evaluation.open_model import folder_of_gguf
-
-    target: Path = arguments.to
-    folder = target.with_name(f".{target.name}.read-{getpid()}")
-    found = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
-
-    def exported() -> ModelSource:
-        return as_model(source, folder_of_gguf(target, plan.base, folder))
-
-    try:
-        yield from checked(check, source, {"gguf": exported}, target, found)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -63,7 +63,7 @@ class Result:
             "without_answer": len(scored.failed),
             "failed": {name: self.failed.get(name, "the predictions hold no answer") for name in scored.failed},
             **({"not_scored": dict(self.set.not_scored)} if self.set.not_scored else {}),
-            "bootstrap": {"resamples": RESAMPLES, "units": len(scored.table.units)},
+            "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
             **({"difference": differences} if differences else {}),
             "baselines": self.baselines.entry(),
         }
@@ -105,15 +105,14 @@ def finish(
 ) -> Iterator[str]:
     """Scores, writes metrics, single scores and submissions; yields what there is to say.
 
+    A benchmark that cannot be scored is refused at the end, when what the others have is written.
+
     Args:
         predictions: by benchmark.
         against: another model's, to compare with.
         options: the command's.
         to: the folder of results.
         exchanges: answers about exchanged pictures, by benchmark, where some were asked for.
-
-    Raises:
-        UserError: a benchmark could not be scored; what the others have is written first.
     """
     finished: dict[str, tuple[EvaluationSet, Result | None]] = {}
     submissions: dict[str, tuple[str, str]] = {}
@@ -207,11 +206,7 @@ def _score(one: EvaluationSet, predictions: Predictions, scorer: Scorer) -> Scor
 
 @contextlib.contextmanager
 def _named_failures(one: EvaluationSet) -> Iterator[None]:
-    """What a scorer trips over in a record becomes a line; of an installed package's scorer as well.
-
-    Raises:
-        UserError: a record holds what the benchmark's code cannot read.
-    """
+    """What a scorer trips over in a record becomes a line; of an installed package's scorer as well."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -26,7 +26,7 @@ from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
 from dora_vl.errors import UserError, one_line
-from dora_vl.evaluation.commands import (
+from dora_vl.evaluation.certificate import (
     CHECK_HELP,
     FAILED_STATUS,
     add_check_options,
@@ -37,12 +37,13 @@ from dora_vl.evaluation.commands import (
 )
 from dora_vl.files import opening
 
-# Merging as `dora-vl merge` does it: adapters folded into their base, as a plain model folder that any tool opens.
-
-
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROWS, TOKENS = 3, 12
+"""Of the texts that are compared."""
+ROUNDING = {False: 1e-3, True: 5e-2}
+"""Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
 
-FOLDERS_DESCRIPTION = """\
+DESCRIPTION = f"""\
 Writes base + adapter as a plain model folder: sharded safetensors, configuration, tokenizer and processor. Computed in
 float32, one tensor in memory at a time, so a 7B model needs no second copy.
 
@@ -52,10 +53,18 @@ float32, one tensor in memory at a time, so a 7B model needs no second copy.
 Several adapters merge with weights: W' = W + sum of weight * (W'_i - W). Weight 1 of one adapter is that adapter.
 
   dora-vl merge --adapter a --adapter b --weight 0.7 --weight 0.3 --base BASE --to merged
+
+The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
+by more than rounding); --no-check leaves this out.
+
+{CHECK_HELP}
+
+  dora-vl merge --adapter runs/llava/adapter --to llava-merged --check 50
+  dora-vl merge --adapter adapter --to merged --check --questions test.jsonl --images pictures --most-different 0.02
 """
 
 
-def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl merge`."""
     parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
     parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
@@ -74,6 +83,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     add_reading_arguments(parser)
+    add_check_options(parser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +108,6 @@ def plan(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = r
 
     Args:
         refuse: raises where the result may not be written over what is there, given its folder and the base's.
-
-    Raises:
-        UserError: as reading, combining and `refuse`; or the base is another than the one trained on.
     """
     options = reading_options(arguments)
     adapters = [read_any(source, options) for source in arguments.adapter]
@@ -109,8 +116,18 @@ def plan(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = r
     if not arguments.any_base:
         for adapter in adapters:
             refuse_other_base(adapter.recipe, base, adapter.source)
-    open_base = _opener(adapters, stored=arguments.base_values == "stored")
-    adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base, open_base)
+    recipes = {adapter.source: adapter.recipe for adapter in adapters}
+    open_base = BaseWeights if arguments.base_values == "stored" else partial(as_trained, recipes=recipes)
+    weights = arguments.weight or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
+    adapter = adapters[0]
+    if len(adapters) > 1 or weights != [1.0]:
+        names = [str(index) for index in range(len(adapters))]
+        with open_base(base) as opened:
+            adapter = combine(
+                dict(zip(names, adapters, strict=True)), dict(zip(names, weights, strict=True)), opened
+            ).adapter
     return Plan(adapters=adapters, adapter=adapter, base=base, open_base=open_base)
 
 
@@ -129,48 +146,6 @@ def merge(found: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.to}: it has the closed answer lists of {tasks} with their heads"
 
 
-def _opener(adapters: list[Adapter], *, stored: bool) -> Callable[[Path], BaseWeights]:
-    """What opens the base: with the values that the adapters were trained on, or with the stored ones."""
-    if stored:
-        return BaseWeights
-    return partial(as_trained, recipes={adapter.source: adapter.recipe for adapter in adapters})
-
-
-def _one(
-    adapters: list[Adapter], weights: list[float], base: Path, open_base: Callable[[Path], BaseWeights]
-) -> Adapter:
-    if len(weights) != len(adapters):
-        raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
-    if len(adapters) == 1 and weights == [1.0]:
-        return adapters[0]
-    by_name = {str(index): adapter for index, adapter in enumerate(adapters)}
-    shares = {str(index): weight for index, weight in enumerate(weights)}
-    with open_base(base) as opened:
-        return combine(by_name, shares, opened).adapter
-
-
-ROWS, TOKENS = 3, 12
-"""Of the texts that are compared."""
-ROUNDING = {False: 1e-3, True: 5e-2}
-"""Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
-
-DESCRIPTION = f"""{FOLDERS_DESCRIPTION}
-The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
-by more than rounding); --no-check leaves this out.
-
-{CHECK_HELP}
-
-  dora-vl merge --adapter runs/llava/adapter --to llava-merged --check 50
-  dora-vl merge --adapter adapter --to merged --check --questions test.jsonl --images pictures --most-different 0.02
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl merge`."""
-    add_folder_arguments(parser)
-    add_check_options(parser)
-
-
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Merges, and checks where that is asked for; yields the lines to print."""
     check = planned_check(arguments, arguments.adapter[0])
@@ -183,7 +158,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         source = unmerged_source(check, folder, merging.base, arguments.template)
         yield from merge(merging, arguments)
         merged = as_model(source, arguments.to)
-        yield from checked(check, source, {"merged": lambda: merged}, arguments.to, about(merging, arguments))
+        yield from checked(check, source, "merged", lambda: merged, arguments.to, about(merging, arguments))
 
 
 def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
@@ -278,13 +253,9 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
     target: Path = arguments.to
     folder = target.with_name(f".{target.name}.adapter-{getpid()}")
     try:
-        write_adapter(_with_prompt(plan), folder)
+        # with what the first one's recipe says of how its model is asked
+        asked = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
+        write_adapter(replace(plan.adapter, recipe={**asked, **plan.adapter.recipe}), folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _with_prompt(plan: Plan) -> Adapter:
-    """The adapter with what the first one's recipe says of how its model is asked."""
-    asked = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
-    return replace(plan.adapter, recipe={**asked, **plan.adapter.recipe})

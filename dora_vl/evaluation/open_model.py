@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.files import HUB_ID
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
-
-# Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +113,7 @@ class ModelSource:
 
 
 def find_source(wanted: Wanted) -> ModelSource:
-    """What is to be opened.
-
-    Raises:
-        UserError: no such folder or hub id, an incomplete one, a base that is another than the one trained on, or a
-            kind of model that cannot be asked.
-    """
+    """What is to be opened: folders are read and checked, before any weight is loaded."""
     if (wanted.adapter is None) == (wanted.model is None):
         raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
     if wanted.adapter is None:
@@ -130,18 +123,14 @@ def find_source(wanted: Wanted) -> ModelSource:
     else:
         source = _of_peft(wanted, wanted.adapter)
     if wanted.template is not None:
-        _check_template(wanted.template, source)
+        if source.recipe:
+            raise UserError(
+                f"--template {shown(wanted.template)}: {wanted.adapter} says how its model is asked; leave it out"
+            )
+        names = (*TEMPLATES, *FORMATS, OWN_TEMPLATE)
+        if wanted.template not in names:
+            raise UserError(f"--template {shown(wanted.template)}: there are {', '.join(names)}")
     return source
-
-
-def _check_template(template: str, source: ModelSource) -> None:
-    """Refuses a prompt format where the model has its own, or of a name that there is not."""
-    if source.recipe:
-        raise UserError(
-            f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
-        )
-    if template not in (*TEMPLATES, *FORMATS, OWN_TEMPLATE):
-        raise UserError(f"--template {shown(template)}: there are {', '.join((*TEMPLATES, *FORMATS, OWN_TEMPLATE))}")
 
 
 def _model(wanted: Wanted, model: str) -> ModelSource:
@@ -166,6 +155,14 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
     if not wanted.any_base:
         check_base(recipe, place, adapter)
+    attention = recipe.get("attn_implementation")
+    kernels = [*attention.values()] if isinstance(attention, dict) else [attention]
+    if attention is not None and not all(kernel in KERNELS for kernel in kernels):
+        raise UserError(
+            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(attention)}; there are {', '.join(KERNELS)}"
+        )
+    if FLASH in kernels and not torch.cuda.is_available():  # it is for another machine: transformers' choice
+        attention = None
     return ModelSource(
         kind=kind,
         place=place,
@@ -173,24 +170,8 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
         revision=revision,
         recipe=recipe,
         dtype=str(recipe["dtype"]),
-        attention=_attention(recipe.get("attn_implementation"), adapter),
+        attention=attention,
     )
-
-
-def _attention(stated: object, adapter: Path) -> Attention:
-    """What a recipe states; transformers' choice where it is for another machine than this one.
-
-    Raises:
-        UserError: it states something else than `KERNELS`.
-    """
-    kernels = [*stated.values()] if isinstance(stated, dict) else [stated]
-    if stated is not None and not all(kernel in KERNELS for kernel in kernels):
-        raise UserError(
-            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(stated)}; there are {', '.join(KERNELS)}"
-        )
-    if FLASH in kernels and not torch.cuda.is_available():
-        return None
-    return cast(Attention, stated)
 
 
 def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:
@@ -209,11 +190,7 @@ def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:
 
 
 def kind_of_base(place: str, revision: str | None = None) -> str:
-    """Which kind of backbone a model is, by its config alone.
-
-    Raises:
-        UserError: none that can be asked; it names the type and what can.
-    """
+    """Which kind of backbone a model is, by its config alone."""
     model_type = model_type_of(place, revision)
     if model_type == VLBART:
         return VLBART
@@ -237,11 +214,7 @@ def _stated_dtype(place: str, revision: str | None) -> str:
 
 
 def read_recipe(adapter: Path) -> Mapping[str, Any]:
-    """The adapter's recipe; empty where the folder has none, as PEFT's.
-
-    Raises:
-        UserError: no such folder, or it is incomplete.
-    """
+    """The adapter's recipe; empty where the folder has none, as PEFT's."""
     if not adapter.is_dir():
         raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
     if not (adapter / WEIGHTS_FILE).is_file():
@@ -250,11 +223,7 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
 
 
 def find_base(base: str, adapter: Path) -> str:
-    """The base as a path, tried as given and under the repository; else as a hub id.
-
-    Raises:
-        UserError: no such folder, and the name cannot be a hub id; it lists the places.
-    """
+    """The base as a path, tried as given and under the repository; else as a hub id."""
     places = [Path(base), REPOSITORY / base]
     for place in places:
         if place.is_dir():
@@ -268,11 +237,7 @@ def find_base(base: str, adapter: Path) -> str:
 
 
 def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
-    """Refuses a base whose weights or config are not those the adapter was trained on.
-
-    Raises:
-        UserError: it is another one; both hashes are named.
-    """
+    """Refuses a base whose weights or config are not those the adapter was trained on."""
     try:
         found = content_hash(local_folder(base, recipe.get("revision")))
     except OSError:
@@ -299,11 +264,7 @@ LONGEST_ANSWERED = 1 << 20
 
 
 def open_model(source: ModelSource | Wanted) -> Opened:
-    """The model that is wanted, quietly, on the GPU where there is one.
-
-    Raises:
-        UserError: as `find_source`; or its weights, processor or tokenizer cannot be used.
-    """
+    """The model that is wanted, quietly, on the GPU where there is one."""
     if isinstance(source, Wanted):
         source = find_source(source)
     transformers_logging.set_verbosity_error()
@@ -317,11 +278,7 @@ def open_model(source: ModelSource | Wanted) -> Opened:
 
 
 def prompts_of(source: ModelSource) -> EncoderPrompts:
-    """What makes the inputs of a source's decoder; its weights are not read.
-
-    Raises:
-        UserError: it is no decoder, or its processor or tokenizer cannot be used.
-    """
+    """What makes the inputs of a source's decoder; its weights are not read."""
     if source.kind != DECODER:
         raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
     model = _model_config(source)
@@ -366,8 +323,10 @@ def with_adapter(
     if adapter is None:
         return backbone.to(device).eval(), None
     needs_base = with_base or strength != 1
-    plain = without_adapter(backbone, adapter).to(device).eval() if needs_base else None
-    load_adapter(backbone.model, adapter, change_base=not needs_base)  # the two share the frozen weights
+    plain = None
+    if needs_base:  # it shares every weight but those that the adapter replaces, such as the projector
+        plain = copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter))).to(device).eval()
+    load_adapter(backbone.model, adapter, change_base=not needs_base)
     adapted = backbone.to(device).eval()
     if plain is not None and strength == 0:
         adapted = plain
@@ -376,20 +335,8 @@ def with_adapter(
     return adapted, plain if with_base else None
 
 
-def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
-    """A second backbone that shares every weight but those the adapter folder replaces (such as the projector).
-
-    Call it before the adapter is loaded.
-    """
-    return copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter)))
-
-
 def _open_vlbart(source: ModelSource) -> Opened:
-    """Builds the VL-BART that an adapter folder's `recipe.json` describes.
-
-    Raises:
-        UserError: a vision tower is not there or another one, or nothing says how the features were computed.
-    """
+    """The VL-BART that an adapter folder's `recipe.json` describes."""
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
     from dora_vl.backbones.published_features import open_encoders
@@ -433,17 +380,11 @@ def _open_vlbart(source: ModelSource) -> Opened:
     return Opened(adapted=first, base=without)
 
 
-# An exported GGUF read back as a plain model folder, so that it can be asked like any other.
-#
-# The language model comes through transformers' own reader of the format, its configuration too; the tower and the
-# projector by gguf's table of names. Tokenizer and picture preparation are the base's.
-
-
 def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
-    """Writes what the files of an export hold as a model folder in float32.
+    """Writes what the files of an export hold as a model folder in float32, so that it can be asked like any other.
 
-    Raises:
-        UserError: transformers cannot read the language model, or a tensor is missing.
+    The language model comes through transformers' own reader of the format, its configuration too; the tower and the
+    projector by gguf's table of names. Tokenizer and picture preparation are the base's.
     """
     language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
     with BaseWeights(base_folder) as base:
@@ -466,9 +407,14 @@ def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
     with torch.device("meta"):
         model = type(shell)(config)
     if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights[_embedding(config)]
-    expected = {name: value.shape for name, value in model.state_dict().items() if name not in weights}
-    unread = {name: torch.zeros(shape) for name, shape in expected.items() if not _is_run(name, config)}
+        prefix = LANGUAGE_PREFIX if config.model_type == "llava" else "model."
+        weights["lm_head.weight"] = weights[f"{prefix}embed_tokens.weight"]
+    unread: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name not in weights and config.model_type == "llava" and name.startswith("model.vision_tower."):
+            hub = {name: name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)}
+            if not vision_names(hub, config):  # no answer depends on it, and an mmproj file leaves it out
+                unread[name] = torch.zeros(value.shape)
     model.load_state_dict(weights | unread, strict=True, assign=True)
     model.tie_weights()
     model.save_pretrained(target)
@@ -476,19 +422,6 @@ def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in {"config.json", *NOT_COPIED}:
             shutil.copyfile(path, target / path.name)
     return target
-
-
-def _embedding(config: Any) -> str:
-    prefix = LANGUAGE_PREFIX if config.model_type == "llava" else "model."
-    return f"{prefix}embed_tokens.weight"
-
-
-def _is_run(name: str, config: Any) -> bool:
-    """Whether a LLaVA's answers depend on a tensor; what they do not, an mmproj file leaves out."""
-    if config.model_type != "llava" or not name.startswith("model.vision_tower."):
-        return True
-    hub = {name: name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)}
-    return bool(vision_names(hub, config))
 
 
 def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:

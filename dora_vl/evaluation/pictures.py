@@ -66,9 +66,6 @@ def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
     Args:
         entries: the lines of the run's `log.jsonl`.
         to: the PNG file.
-
-    Raises:
-        UserError: no line holds a loss.
     """
     steps, losses = series(entries, "loss")
     if not steps:
@@ -141,9 +138,6 @@ def write_contact_sheet(
         shares: how right each answer is, from 0 to 1, by the prediction's id, as the test's score has it; half is
             right, and one that is not in it has neither colour.
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
-
-    Raises:
-        UserError: there are no predictions.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")

@@ -6,17 +6,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from dora_vl.data.example import JSON, Example, whole_file
-from dora_vl.data.text_file import json_lines
-from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.scores.benchmark import OWN_ID, AnswerRow, Benchmark
+from dora_vl.data.example import JSON, whole_file
+from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
+from dora_vl.errors import UserError, shown, shown_names
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +32,14 @@ class Prediction:
 
     Attributes:
         images: paths relative to the picture folder.
-        question: the text of the last question, without placeholders.
+        question: the text of the last question, without placeholders; of another tool's file its prompt.
         truth: the answer in the question file.
         prediction: the model's answer; without an error empty only where it ended its answer at once.
         kind: the question's kind, where the file has one.
         error: why there is no answer, "" where there is one; in no file.
         cut_tokens: how many the text lost; in no file.
+        ids: of another tool's file, everything in the row that names a question or its picture, by field.
+        is_number: that file has a whole number, which VALUE's submissions have for a choice.
     """
 
     id: str
@@ -50,6 +50,8 @@ class Prediction:
     kind: str | None = None
     error: str = ""
     cut_tokens: int = 0
+    ids: Mapping[str, str] = field(default_factory=dict)
+    is_number: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,6 @@ class PredictionsFile:
     Args:
         path: the predictions file; None keeps them in memory.
         settings: whatever the answers depend on, as plain JSON values; None: the file is begun anew.
-
-    Raises:
-        UserError: a line other than the last is not a prediction; it names the line.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:
@@ -124,9 +123,8 @@ class PredictionsFile:
                 log.info("%s was made with another adapter, questions or settings: started anew", path)
             path.unlink(missing_ok=True)  # before the settings change, so that the two never disagree
             if settings is not None:
-                scratch = settings_file(path).with_name(f".{settings_file(path).name}.part")
-                scratch.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
-                scratch.replace(settings_file(path))
+                with whole_file(settings_file(path)) as stream:
+                    stream.write(json.dumps(dict(settings), indent=1) + "\n")
         self._stream = path.open("a", encoding="utf-8")
 
     def add(self, prediction: Prediction) -> None:
@@ -149,11 +147,15 @@ class PredictionsFile:
 
 def same_settings(path: Path, settings: Mapping[str, object]) -> bool:
     """Whether a predictions file is there and was made with these settings."""
+    return path.exists() and _json_in(settings_file(path)) == json.loads(json.dumps(dict(settings)))
+
+
+def _json_in(path: Path) -> object:
+    """What a file of ours holds; None where there is none, or none that can be read."""
     try:
-        stated = json.loads(settings_file(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return path.exists() and stated == json.loads(json.dumps(dict(settings)))
+        return None
 
 
 def _line(prediction: Prediction) -> str:
@@ -188,29 +190,120 @@ def cut_broken_tail(path: Path) -> int:
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
-    """Every prediction of the file by its question's id, in the file's order; of two with one id the later stands.
-
-    Raises:
-        UserError: a line is not a prediction; it names the line.
-    """
+    """Every prediction of the file by its question's id, in the file's order; of two with one id the later stands."""
     predictions: dict[str, Prediction] = {}
     try:
         for number, record in json_lines(path, "predictions"):
-            prediction = _prediction(record, f"{path}, line {number}")
-            predictions[prediction.id] = prediction
+            name = record.get("id")
+            if not isinstance(name, str) or not isinstance(record.get("prediction"), str) or record.keys() - {*COLUMNS}:
+                raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, {COLUMNS} alone)")
+            predictions[name] = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
     except UserError as error:
         raise UserError(f"{error}; delete the file to start anew") from None
     return predictions
 
 
-def _prediction(record: Mapping[str, Any], where: str) -> Prediction:
-    try:
-        prediction = Prediction(**record)
-    except TypeError as error:
-        raise UserError(f"{where}: not a prediction ({one_line(str(error), 100)})") from None
-    if not isinstance(prediction.id, str) or not isinstance(record.get("prediction"), str):
-        raise UserError(f"{where}: not a prediction (id and prediction must be text)")
-    return prediction
+# Files of predictions that other tools write.
+
+
+IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
+"""Where a row's id stands; of several the first is its own."""
+MODEL_ANSWERS = (
+    *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
+    *("response", "output", "model_answer", "model_output"),
+)
+"""Keys of what a model said, whatever stands beside them: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and
+other tools'. An `answer` in such a row is the true one."""
+ANSWERS = ("answer", "text", "caption")
+"""Where the answer stands in rows that hold none of those: VQA's; LLaVA's; COCO's."""
+WANTED = "predictions; give JSON lines with an id and an answer each"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_rows(path: Path) -> list[Prediction]:
+    """Every answer of a file of predictions, in its order; which question a row answers is `benchmark.join`'s matter.
+
+    | form | whose |
+    | --- | --- |
+    | JSON lines or a list of objects with an id and an answer | this project; LLaVA; VQA, COCO, GQA, SEED-Bench |
+    | JSON lines with `clip_id` and `descs` | VALUE's captions |
+    | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
+    | `.csv` of an identifier and an answer, without a header | NLVR2 |
+    | `.csv` or `.tsv` whose first row names the columns | MMBench |
+    """
+    with opened(path, WANTED) as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    rows = list(_json_rows(path) if delimiter is None else _table_rows(path, delimiter))
+    if not rows:
+        raise UserError(f"{path}: holds no predictions")
+    return rows
+
+
+def _json_rows(path: Path) -> Iterator[Prediction]:
+    values = stream_values(path, WANTED)
+    first_two = [numbered for numbered in (next(values, None), next(values, None)) if numbered is not None]
+    only = first_two[0][1] if len(first_two) == 1 else None
+    if isinstance(only, dict) and not any(key in only for key in (*IDS, *MODEL_ANSWERS, *ANSWERS)):
+        for name, answer in only.items():
+            if not _is_id(answer):
+                raise UserError(
+                    f"{path}: an object of answers by id must hold text or a choice's index, {shown(name)} has "
+                    f"{shown(answer)}"
+                )
+            yield Prediction(id=name, ids={"id": name}, prediction=str(answer), is_number=not isinstance(answer, str))
+        return
+    for numbered in (first_two, values):
+        yield from (_row(value, f"{path}, line {number}") for number, value in numbered)
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
+    header = next((line for _, line in text_lines(path, WANTED)), "")
+    names = {cell.strip('"') for cell in header.split(delimiter)}
+    if names & set(IDS) and names & {*MODEL_ANSWERS, *ANSWERS}:
+        for number, row in table_rows(path, WANTED, delimiter=delimiter):
+            yield _row(row, f"{path}, line {number}")
+        return
+    for number, line in text_lines(path, WANTED):  # as NLVR2's script reads them, quotes included
+        name, *answers = line.strip().split(delimiter)
+        if line.strip() and not answers:
+            raise UserError(f"{path}, line {number}: {shown(line)} is no identifier, {shown(delimiter)} and answer")
+        if answers:
+            yield Prediction(id=name, ids={"id": name}, prediction=answers[0])
+
+
+def _row(record: object, where: str) -> Prediction:
+    """One object's answer: what the model said; a true answer beside it is left alone."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
+    names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
+    (first, answer), *others = [(key, record[key]) for key in names if record.get(key) is not None] or [("", None)]
+    for other, value in others:
+        if value != answer:
+            raise UserError(
+                f"{where}: {first} is {shown(answer)} and {other} is {shown(value)}, and either may be the model's "
+                "answer; leave out or rename the one that is not"
+            )
+    captions = record.get("descs")  # VALUE's, of which there is one for a clip
+    if answer is None and isinstance(captions, list) and len(captions) == 1 and isinstance(captions[0], Mapping):
+        answer = captions[0].get("desc")
+    ids = {key: str(record[key]) for key in IDS if _is_id(record.get(key))}
+    own = next((key for key in IDS if key in record), "")
+    if own not in ids or not isinstance(answer, str):
+        keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
+        raise UserError(f"{where}: needs {keys}; has {shown_names(record)}")
+    prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
+    return Prediction(id=ids[own], ids=ids, prediction=answer, question=prompt)
+
+
+def _is_id(value: object) -> bool:
+    """Text, or a whole number of no more digits than an id has."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
+    return isinstance(value, str) or is_number
+
+
+# metrics.json of `dora-vl evaluate`, which holds several benchmarks' numbers while they are true.
 
 
 METRICS = "metrics.json"
@@ -218,12 +311,8 @@ ENTRIES, OPTIONS = "benchmarks", "asked_with"
 
 
 def refuse_anothers(path: Path) -> None:
-    """Keeps a training run's own metrics file from being replaced.
-
-    Raises:
-        UserError: the file is there and was not written here.
-    """
-    if path.is_file() and (content := _read(path)) and not isinstance(content.get(ENTRIES), Mapping):
+    """Keeps a training run's own metrics file, which was not written here, from being replaced."""
+    if (content := _mapping_in(path)) and not isinstance(content.get(ENTRIES), Mapping):
         raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
 
 
@@ -246,26 +335,28 @@ def write_metrics(
     Returns:
         What to say: where the numbers are, and which of before stayed and which went.
     """
-    content = _read(path)
+    content = _mapping_in(path)
     before, options_before = (
         value if isinstance(value := content.get(name), Mapping) else {} for name in (ENTRIES, OPTIONS)
     )
     header = json.loads(json.dumps(dict(origin)))
-    same = all(content.get(name) == value for name, value in header.items())
-    kept = {name: entry for name, entry in before.items() if same and name not in asked and _holds(entry)}
-    gone = [name for name in before if name not in kept and name not in entries]
+    kept: dict[str, JSON] = {}
+    if all(content.get(name) == value for name, value in header.items()):
+        for name, entry in before.items():
+            file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
+            if name not in asked and file.is_file() and file_sha256(file) == entry.get("file_sha256"):
+                kept[name] = entry
     benchmarks = kept | dict(entries)
     if benchmarks:
         made_with = {name: value for name, value in options_before.items() if name in kept}
         made_with |= {name: value for name, value in options.items() if name in entries}
         with whole_file(path) as stream:
-            stream.write(
-                json.dumps({**header, OPTIONS: made_with, ENTRIES: benchmarks}, indent=1, ensure_ascii=False) + "\n"
-            )
+            json.dump({**header, OPTIONS: made_with, ENTRIES: benchmarks}, stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
     else:
         path.unlink(missing_ok=True)
     lines = []
-    if gone:
+    if gone := [name for name in before if name not in benchmarks]:
         lines.append(f"{path}: no longer holds {', '.join(gone)}: of other answers, questions, --limit or --against")
     if entries:
         stayed = f", those of {', '.join(kept)} from before" if kept else ""
@@ -273,62 +364,6 @@ def write_metrics(
     return lines
 
 
-def _holds(entry: JSON) -> bool:
-    """Whether the benchmark's file is what it was when it was scored."""
-    file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
-    return file.is_file() and file_sha256(file) == entry.get("file_sha256")
-
-
-def _read(path: Path) -> Mapping[str, JSON]:
-    """What is there; nothing where there is no file, or none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+def _mapping_in(path: Path) -> Mapping[str, JSON]:
+    content = _json_in(path)
     return content if isinstance(content, Mapping) else {}
-
-
-def join(
-    benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[AnswerRow], *, path: Path, questions: Path
-) -> Predictions:
-    """Each row of another tool's file under its question's id; of two for one question the later stands.
-
-    A row's question is found by the id, or as the benchmark's own files name it.
-
-    Raises:
-        UserError: no row has a question, or it is not clear which; with the numbers.
-    """
-    matches: dict[str, list[str | None]] = {}
-    unclear: list[str] = []
-    for way in (OWN_ID, *benchmark.joins):
-        try:
-            matches[way.by] = way.pairs(rows, examples)
-        except UserError as error:
-            unclear.append(str(error))
-    counts = {by: len(rows) - names.count(None) for by, names in matches.items()}
-    most = max(counts.values())
-    if not most:
-        raise UserError(
-            f"{path}: {unclear[0]}"
-            if unclear
-            else f"{path} ({len(rows)} answers) and {questions} ({len(examples)} questions) have no id in common, "
-            f"looked for by {'; '.join(counts)}; first ids {shown(rows[0].id, 40)} and {shown(examples[0].id, 40)}; "
-            "were they made from the same questions?"
-        )
-    by, *others = [way for way, count in counts.items() if count == most]
-    if differing := [other for other in others if matches[other] != matches[by]]:
-        raise UserError(
-            f"{path}: {most} of {len(rows)} answers fit a question of {questions} by {by}, and as many fit another "
-            f"one by {differing[0]}; give each answer its question's id"
-        )
-    answers = {
-        name: f"a{row.answer}" if row.is_number and benchmark.labels_choices else row.answer
-        for name, row in zip(matches[by], rows, strict=True)
-        if name is not None
-    }
-    strangers = {row.id: row.answer for name, row in zip(matches[by], rows, strict=True) if name is None}
-    return Predictions(
-        rows=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
-        joined_by=by,
-        strangers=tuple(strangers),
-    )

@@ -18,13 +18,7 @@ from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 
 if TYPE_CHECKING:
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
     from dora_vl.backbones.encoder import Encoder
-
-Side = Literal["left", "right"]
-NOT_ASKED = frozenset({"labels", *BOOKKEEPING})
-"""What a collator adds that no model takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +43,11 @@ class Shown:
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """What the model itself takes of a batch, on its device."""
+    not_asked = {"labels", *BOOKKEEPING}  # what a collator adds
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in NOT_ASKED
+        if name not in not_asked
     }
 
 
@@ -61,11 +56,6 @@ class EncoderPrompts:
     """A decoder's encoder as asking needs it; holds no model, and may be sent to data workers."""
 
     encoder: Encoder
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What makes a prompt's text into tokens, and an answer's tokens into text."""
-        return self.encoder.tokenizer
 
     @property
     def videos_of_one_length(self) -> bool:
@@ -78,23 +68,17 @@ class EncoderPrompts:
         return self.encoder.why_no_videos is not None
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
-        """Turns that end with a question, up to where the answer begins, without labels; never cut.
-
-        Raises: BadSample where they cannot be put to the model.
-        """
+        """Turns that end with a question, up to where the answer begins, without labels; never cut."""
         inputs = self.encoder.encode_prompt(turns, seen.features or seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
         return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
-        """The same with an answer behind it, which is labelled, with what closes it; never cut.
-
-        Raises: BadSample likewise.
-        """
+        """The same with an answer behind it, which is labelled, with what closes it; never cut."""
         encoded = self.encoder.encode_choice(turns, answer, seen.features or seen.pictures, seen.videos)
         return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
 
-    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
+    def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`."""
         return Collator(self.encoder.pad_token_id, pad_side=side)(samples)
 
@@ -104,4 +88,4 @@ class EncoderPrompts:
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
-        return growing_text(self.tokenizer, self.encoder.prompts.answer_in)
+        return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)

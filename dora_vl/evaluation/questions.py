@@ -20,14 +20,7 @@ from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.benchmarks import find_benchmark
-from dora_vl.evaluation.scores.benchmark import (
-    Benchmark,
-    Scorer,
-    check_choices,
-    has_answer,
-    has_right_choice,
-    not_scored,
-)
+from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, check_choices, has_answer, not_scored
 from dora_vl.evaluation.scores.llava import letter_cn, parsed
 from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, Prompt
 from dora_vl.evaluation.scores.prompts import turns_of as prompt_turns
@@ -64,19 +57,13 @@ class Question:
 
 
 def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Question:
-    """The last round of one row, of any format that training reads, as a question.
-
-    Raises:
-        BadSample: the record cannot be read.
-        ColumnsError: a column that means something would be left out.
-    """
+    """The last round of one row, of any format that training reads, as a question."""
     example = read_row(record, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    conversation = as_conversation(example)
     kind = record.get("kind")
     answer = example.answers[0].text if example.turns and example.answers else ""
-    return question_of_turns(conversation, answer=answer, kind=None if kind is None else str(kind))
+    return question_of_turns(as_conversation(example), answer=answer, kind=None if kind is None else str(kind))
 
 
 def question_of_turns(conversation: Example, **more: Any) -> Question:
@@ -97,10 +84,10 @@ def as_question(example: Example, prompt: Prompt | None = None) -> Question:
     turns: Sequence[Turn] = (Turn("user", example.question),)
     if prompt is not None:
         turns = prompt_turns(example, prompt)
-        user = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
-        if example.videos and user is not None and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
-            first = Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(example.videos) + turns[user].text)
-            turns = (*turns[:user], first, *turns[user + 1 :])
+        asked = next((turn for turn in turns if turn.role == "user"), None)
+        if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
+            placeholders = f"{VIDEO_PLACEHOLDER}\n" * len(example.videos)
+            turns = [Turn("user", placeholders + turn.text) if turn is asked else turn for turn in turns]
     return Question(
         id=example.id,
         images=example.images,
@@ -143,18 +130,12 @@ def has_truth(examples: Sequence[Example]) -> bool:
     return any(example.answers or "correct" in example.extra for example in examples)
 
 
-_FORMAT = re.compile(r"Answer format:\s*(\S.*?)\s*$")
-
-
 def outputs_of(question: Question) -> list[str]:
     """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
 
     What stands before the answer in the true output stands before each: "the correct answer is ".
-
-    Raises:
-        BadSample: no such line, or the true answer is not among them or does not end the true output.
     """
-    line = _FORMAT.search(question.turns[-1].instruction)
+    line = re.search(r"Answer format:\s*(\S.*?)\s*$", question.turns[-1].instruction)
     if line is None:
         raise BadSample(question.id, "its last line names no choices (`Answer format: a/b/...`)")
     choices = [choice.strip() for choice in line[1].split("/")]
@@ -170,14 +151,7 @@ def outputs_of(question: Question) -> list[str]:
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Question], dict[str, str]]:
-    """The first `limit` questions of a file of any format that training reads.
-
-    Beside them the reason for each that cannot be read, by id.
-
-    Raises:
-        UserError: the file is missing, malformed or empty, or two records share an id, so that their answers could
-            not be told apart.
-    """
+    """The first `limit` questions of a file of any format that training reads; why each other cannot be read, by id."""
     found = find_files(path)
     numbered = stream_values(found.files[0], "questions") if found.is_json else enumerate(found.rows(), 1)
     questions: list[Question] = []
@@ -204,68 +178,51 @@ def read_questions(
     return questions, unreadable
 
 
-ID, TEXT, IMAGE, CATEGORY = "question_id", "text", "image", "category"
-QUESTIONS_WANTED = "questions; give LLaVA's JSON lines"
-_OPTION = re.compile(r"^([A-Z])\. ?(.*)$")
-_OPTIONS_LINE = re.compile(r"^Options: (\(A\) .*)$", re.MULTILINE)
-_IN_LINE = re.compile(r"\([A-Z]\) ")
-
-
 def is_question(record: object) -> bool:
     """Whether a file whose first record this is holds LLaVA's questions."""
-    return isinstance(record, Mapping) and ID in record and TEXT in record
+    return isinstance(record, Mapping) and "question_id" in record and "text" in record
 
 
 def read_question_file(path: Path) -> list[Example]:
-    """Every question as an example without answers, its words and placeholder as turns.
+    """Every question of LLaVA's JSON lines as an example without answers, its words and placeholder as turns.
 
     An id that several questions have (TextVQA's and MME's are the picture's) gets `#1`, `#2`, ... in the file's order.
-
-    Raises:
-        UserError: no such file, malformed, a record that is no question, or one question twice.
     """
-    rows = [(line, _checked(record, f"{path}, line {line}")) for line, record in stream_values(path, QUESTIONS_WANTED)]
+    rows: list[tuple[str, Mapping[str, object]]] = []
+    lines: dict[tuple[str, str], int] = {}
+    for line, record in stream_values(path, "questions; give LLaVA's JSON lines"):
+        where = f"{path}, line {line}"
+        if not isinstance(record, Mapping) or not is_question(record):
+            raise UserError(f"{where}: not a question with question_id and text, found {shown(record)}")
+        name, text, image = record["question_id"], record["text"], record.get("image")
+        is_number = isinstance(name, int) and not isinstance(name, bool) and abs(name) < 1 << 64
+        if not is_number and not (isinstance(name, str) and name):
+            raise UserError(f"{where}: question_id must be text or a whole number, it is {shown(name)}")
+        if not isinstance(text, str) or not isinstance(image, str | None):
+            raise UserError(f"{where}: text and image must be text, they are {shown(text)} and {shown(image)}")
+        if (first := lines.setdefault((str(name), text), line)) != line:
+            raise UserError(
+                f"{path}: id {shown(name)} in lines {first} and {line} with one text; ids keep answers apart"
+            )
+        rows.append((str(name), record))
     if not rows:
         raise UserError(f"{path}: holds no questions")
-    asked: dict[tuple[str, str], int] = {}
-    for line, record in rows:
-        first = asked.setdefault((str(record[ID]), str(record[TEXT])), line)
-        if first != line:
-            raise UserError(
-                f"{path}: id {shown(record[ID])} in lines {first} and {line} with one text; ids keep answers apart"
-            )
-    counts, seen = Counter(str(record[ID]) for _, record in rows), Counter[str]()
+    counts, seen = Counter(name for name, _ in rows), Counter[str]()
     examples = []
-    for _, record in rows:
-        name = str(record[ID])
+    for name, record in rows:
         seen[name] += 1
-        examples.append(_example(record, f"{name}#{seen[name]}" if counts[name] > 1 else name))
+        image, category = str(record.get("image") or ""), record.get("category")
+        text = str(record["text"]).replace(IMAGE_PLACEHOLDER, "").strip()
+        examples.append(
+            Example(
+                id=f"{name}#{seen[name]}" if counts[name] > 1 else name,
+                images=(image,) if image else (),
+                question=text,
+                turns=(Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}" if image else text),),
+                extra={"category": category} if isinstance(category, str) else {},
+            )
+        )
     return examples
-
-
-def _checked(record: object, where: str) -> Mapping[str, object]:
-    if not isinstance(record, Mapping) or not is_question(record):
-        raise UserError(f"{where}: not a question with {ID} and {TEXT}, found {shown(record)}")
-    name, image = record[ID], record.get(IMAGE)
-    is_number = isinstance(name, int) and not isinstance(name, bool) and abs(name) < 1 << 64
-    if not is_number and not (isinstance(name, str) and name):
-        raise UserError(f"{where}: {ID} must be text or a whole number, it is {shown(name)}")
-    if not isinstance(record[TEXT], str) or not isinstance(image, str | None):
-        raise UserError(f"{where}: {TEXT} and {IMAGE} must be text, they are {shown(record[TEXT])} and {shown(image)}")
-    return record
-
-
-def _example(record: Mapping[str, object], name: str) -> Example:
-    image = str(record.get(IMAGE) or "")
-    text = str(record[TEXT]).replace(IMAGE_PLACEHOLDER, "").strip()
-    category = record.get(CATEGORY)
-    return Example(
-        id=name,
-        images=(image,) if image else (),
-        question=text,
-        turns=(Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}" if image else text),),
-        extra={CATEGORY: category} if isinstance(category, str) else {},
-    )
 
 
 def with_choices(example: Example, suffix: str) -> Example:
@@ -283,7 +240,8 @@ def with_choices(example: Example, suffix: str) -> Example:
         return example
     extra = dict(example.extra)
     truth = example.answers[0].text.strip() if example.answers else ""
-    letter = parsed(truth) or parsed(truth + ".") or _of_text(truth, choices)
+    same = [letter for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice == truth]
+    letter = parsed(truth) or parsed(truth + ".") or (same[0] if len(same) == 1 else "none")
     if letter in ascii_uppercase[: len(choices)]:
         extra["correct"] = ascii_uppercase.index(letter)
     if suffix not in text:
@@ -291,31 +249,18 @@ def with_choices(example: Example, suffix: str) -> Example:
     return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], asked))
 
 
-def _of_text(truth: str, choices: tuple[str, ...]) -> str:
-    same = [letter for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice == truth]
-    return same[0] if len(same) == 1 else "none"
-
-
 def _choices(text: str) -> tuple[str, ...]:
-    in_line = _OPTIONS_LINE.findall(text)
-    if in_line:
-        return tuple(one.strip() for one in _IN_LINE.split(in_line[-1])[1:])
-    found: list[str] = []
-    for line in text.split("\n"):
-        option = _OPTION.match(line)
-        if option and option.group(1) == "A":
-            found = []
-        if option and len(found) < len(ascii_uppercase) and option.group(1) == ascii_uppercase[len(found)]:
-            found.append(option.group(2))
-    return tuple(found) if len(found) > 1 else ()
+    if in_line := re.findall(r"^Options: (\(A\) .*)$", text, re.MULTILINE):
+        return tuple(choice.strip() for choice in re.split(r"\([A-Z]\) ", in_line[-1])[1:])
+    choices: list[str] = []
+    for letter, choice in re.findall(r"^([A-Z])\. ?(.*)$", text, re.MULTILINE):
+        choices = [] if letter == "A" else choices
+        if letter == ascii_uppercase[len(choices) : len(choices) + 1]:
+            choices.append(choice)
+    return tuple(choices) if len(choices) > 1 else ()
 
 
 # One benchmark as it was asked for on the command line: which file, which version, which examples.
-
-
-LLAVA_KEY = "conversations"
-UNREADABLE_CHOICES = ("",)
-EVALUATION_SET_WANTED = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,11 +288,6 @@ class EvaluationSet:
         return [example for example in self.examples if example.id not in self.not_scored]
 
     @property
-    def has_videos(self) -> bool:
-        """Whether any example is about a video."""
-        return any(example.videos for example in self.examples)
-
-    @property
     def scorer(self) -> Scorer | None:
         """The chosen version's, None where a judge or a server scores."""
         scorable = len(self.not_scored) < len(self.examples)
@@ -355,106 +295,83 @@ class EvaluationSet:
 
 
 def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
-    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for.
-
-    Raises:
-        UserError: no such benchmark, version, split or file, or the file is broken; it names what there is. A question
-            of a multiple-choice benchmark has no choices.
-    """
+    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
     wanted, _, file = request.partition("=")
     found = find_benchmark(wanted)
     name, benchmark = found.name, found.benchmark
+    if mode is not None and (mode not in benchmark.modes or mode == ""):
+        named = [version for version in benchmark.modes if version]
+        raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
     path = Path(file) if file else found.file or _split_file(name, benchmark, found.split, records)
-    examples, unreadable = read_file(path, limit)
+    examples, unreadable = _read_examples(path, limit)
     if benchmark.chooses:
-        examples = [_choosing(example, benchmark, unreadable) for example in examples]
-        asked = [one for one in examples if one.choices or has_answer(one) or not one.turns]
+        suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
+        for place, example in enumerate(examples):
+            if example.id in unreadable:
+                examples[place] = replace(example, choices=("",), extra={"correct": 0})
+            elif not example.choices and example.turns:
+                examples[place] = with_choices(example, suffix)
+        asked = [example for example in examples if example.choices or has_answer(example) or not example.turns]
         check_choices(asked, path, all_known=False)
-    missing = not_scored(
-        examples,
-        unreadable,
-        known=has_right_choice if benchmark.chooses else has_answer,
-        together=benchmark.together,
-        shared=benchmark.shares_answers,
-    )
     return EvaluationSet(
         request=request,
         name=name,
         benchmark=benchmark,
-        mode=_mode(name, benchmark, mode),
+        mode=next(iter(benchmark.modes), "") if mode is None else mode,
         file=path,
         examples=examples,
         unreadable=unreadable,
-        not_scored=missing,
+        not_scored=not_scored(benchmark, examples, unreadable),
     )
 
 
-def _choosing(example: Example, benchmark: Benchmark, unreadable: Mapping[str, str]) -> Example:
-    """A multiple-choice question with its choices, also where they stand in LLaVA's prompt."""
-    if example.id in unreadable:
-        return replace(example, choices=UNREADABLE_CHOICES, extra={"correct": 0})
-    if example.choices or not example.turns:
-        return example
-    return with_choices(example, LETTER_CN if benchmark.prompt is letter_cn else LETTER)
-
-
-def read_file(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read.
-
-    Raises:
-        UserError: no such file, or it is broken or empty.
-    """
-    _, first = next(stream_values(path, EVALUATION_SET_WANTED), (0, None))
+def _read_examples(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
+    """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read."""
+    wanted = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
+    _, first = next(stream_values(path, wanted), (0, None))
     if is_question(first):
         return read_question_file(path)[:limit], {}
-    if not (isinstance(first, dict) and LLAVA_KEY in first) and not _is_list(path):
+    with path.open("rb") as file:
+        is_list = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if not is_list and not (isinstance(first, dict) and "conversations" in first):
         examples = list(islice(iterate_examples(path), limit))
         if not examples:
             raise UserError(f"{path}: holds no examples")
         return examples, {}
     questions, unreadable = read_questions(path, limit)
-    lost = [Example(id=name, answers=(Answer(text=""),)) for name in unreadable]
-    return [*map(example_of, questions), *lost], unreadable
+    return examples_of(questions, unreadable), unreadable
 
 
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
-def example_of(question: Question) -> Example:
-    """A question of a LLaVA format, or of a run's test, as an example."""
-    return Example(
-        id=question.id,
-        images=question.images,
-        videos=question.videos,
-        question=question.text,
-        turns=question.turns,
-        answers=(Answer(text=question.truth),),
-        extra={} if question.kind is None else {"kind": question.kind},
-    )
+def examples_of(questions: Sequence[Question], unreadable: Mapping[str, str]) -> list[Example]:
+    """Questions of a LLaVA format, or of a run's test, as examples; what cannot be read counts as wrong."""
+    return [
+        *(
+            Example(
+                id=question.id,
+                images=question.images,
+                videos=question.videos,
+                question=question.text,
+                turns=question.turns,
+                answers=(Answer(text=question.truth),),
+                extra={} if question.kind is None else {"kind": question.kind},
+            )
+            for question in questions
+        ),
+        *(Example(id=name, answers=(Answer(text=""),)) for name in unreadable),
+    ]
 
 
 def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:
     folder = records / name
-    found = sorted(path.stem for path in folder.glob("*.jsonl"))
-    looked_for = (split,) if split else benchmark.splits
-    wanted = [one for one in looked_for if one in found]
-    if not wanted and not split and len(found) == 1:
-        wanted = found
-    if not wanted:
-        there = f"there are {', '.join(found)}; name one as {name}:SPLIT" if found else "there is none"
+    there = sorted(path.stem for path in folder.glob("*.jsonl"))
+    names = (split,) if split else benchmark.splits
+    matching = [one for one in names if one in there]
+    if not matching and not split and len(there) == 1:
+        matching = there
+    if not matching:
+        others = f"there are {', '.join(there)}; name one as {name}:SPLIT" if there else "there is none"
         raise UserError(
-            f"no {' or '.join(looked_for)} split of {name} in {folder}: {there} (`dora-vl prepare` writes it; "
+            f"no {' or '.join(names)} split of {name} in {folder}: {others} (`dora-vl prepare` writes it; "
             f"--records names the folder of records, {name}=FILE any file)"
         )
-    return folder / f"{wanted[0]}.jsonl"
-
-
-def _mode(name: str, benchmark: Benchmark, asked: str | None) -> str:
-    if asked is None:
-        return next(iter(benchmark.modes), "")
-    if asked not in benchmark.modes or asked == "":
-        named = [mode for mode in benchmark.modes if mode]
-        raise UserError(f"--mode {name}={asked}: {name} has {', '.join(named) or 'one version only'}")
-    return asked
+    return folder / f"{matching[0]}.jsonl"

@@ -49,7 +49,7 @@ from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
-    example_of,
+    examples_of,
     expected,
     has_truth,
     in_words,
@@ -75,9 +75,6 @@ ACCURACY, OF_KIND = "accuracy", "kind/"
 TITLE_CHARACTERS = 100
 
 
-# Of a decoder: one file of questions with short answers.
-
-
 def evaluate_run(
     model: Asker,
     evaluation: EvaluationConfig,
@@ -99,9 +96,6 @@ def evaluate_run(
 
     Returns:
         What `metrics.json` holds.
-
-    Raises:
-        UserError: `evaluation.file` is not set, missing, or holds no question.
     """
     questions, unreadable = read_test(evaluation, columns)
     settings: dict[str, object] = {
@@ -113,9 +107,7 @@ def evaluate_run(
         settings["frames"] = repr(media.videos.sampling)
     decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
     predictions = ask(model, questions, media, decoding, path=run_folder / PREDICTIONS, settings=settings)
-    failed = {**unreadable, **predictions.failed}
-    lost = [Example(id=name, answers=(Answer(text=""),)) for name in unreadable]
-    examples, after = [*map(example_of, questions), *lost], evaluation.answer_after
+    examples, after = examples_of(questions, unreadable), evaluation.answer_after
     score = partial(exact_match, answer_after=after)
     scored = score(examples, predictions.answers)
     low, high = intervals(scored)[ACCURACY]
@@ -135,10 +127,21 @@ def evaluate_run(
         "answers_from_earlier_run": predictions.answered_before,
         "evaluation_file": evaluation.file,
         "answer_after": after,
-        "failed_questions": failed,
+        "failed_questions": {**unreadable, **predictions.failed},
     }
     write_json(run_folder / METRICS, metrics)
-    _report(scored, metrics["empty_answers"], run_folder)
+    log.info(
+        "accuracy %.2f %% of %d questions (95 %% interval %.2f to %.2f)", scored.metrics[ACCURACY], scored.n, low, high
+    )
+    for kind, name in kinds.items():
+        log.info("  %-16s %.2f %% of %d", kind, scored.metrics[name], scored.items_of(name))
+    if scored.failed or metrics["empty_answers"]:
+        log.warning(
+            "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former",
+            len(scored.failed),
+            metrics["empty_answers"],
+            run_folder / METRICS,
+        )
     title = f"{scored.metrics[ACCURACY]:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
     draw(predictions.rows, partial(open_image, media.folder), title, scored.per_item, run_folder=run_folder)
     exchange = None
@@ -163,11 +166,7 @@ def evaluate_run(
 
 
 def adapter_sha256(run_folder: Path) -> str:
-    """The hash of the adapter that is tested.
-
-    Raises:
-        UserError: the run has none.
-    """
+    """The hash of the adapter that is tested."""
     weights = run_folder / ADAPTER / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
@@ -180,23 +179,6 @@ def _told(baselines: Baselines, prefix: str = "") -> dict[str, Any]:
     return baselines.entry()
 
 
-def _report(scored: Scored, empty: int, run_folder: Path) -> None:
-    low, high = intervals(scored)[ACCURACY]
-    log.info(
-        "accuracy %.2f %% of %d questions (95 %% interval %.2f to %.2f)", scored.metrics[ACCURACY], scored.n, low, high
-    )
-    for name, value in scored.metrics.items():
-        if name.startswith(OF_KIND):
-            log.info("  %-16s %.2f %% of %d", name.removeprefix(OF_KIND), value, scored.items_of(name))
-    if scored.failed or empty:
-        log.warning(
-            "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former",
-            len(scored.failed),
-            empty,
-            run_folder / METRICS,
-        )
-
-
 def run_test(
     assistant: Assistant,
     config: RunConfig,
@@ -204,11 +186,7 @@ def run_test(
     numbers: Mapping[str, object],
     features: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`.
-
-    Args:
-        features: a picture's stored features by its path, where the run keeps some.
-    """
+    """See `evaluate_run`: by the model with the saved adapter; `features`: stored ones, by a picture's path."""
     with VideoReader() as reader:
         media = replace(media_of_run(config, assistant, of_test=True, reader=reader), features=features)
         return evaluate_run(
@@ -246,23 +224,14 @@ def pictures_of_test(config: RunConfig) -> MediaFolder:
 
 
 def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Question], dict[str, str]]:
-    """The questions of `evaluation.file`, and the reason for each that cannot be read, by id.
-
-    Raises:
-        UserError: it is not set, missing, malformed or empty.
-    """
+    """The questions of `evaluation.file`, and the reason for each that cannot be read, by id."""
     if evaluation.file is None:
         raise UserError("evaluation.file is not set; give a file of questions with answers")
     return read_questions(Path(evaluation.file), evaluation.limit, columns)
 
 
 def check_test(config: RunConfig) -> list[Question]:
-    """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours.
-
-    Raises:
-        UserError: as `read_test`; the picture folder is none, or holds none of their pictures; or nothing decodes their
-            videos.
-    """
+    """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours."""
     questions, _ = read_test(config.evaluation, config.data.contract)
     images = (path for question in questions for path in question.images)
     check_pictures(images, pictures_of_test(config).root, setting="evaluation.image_folder (or data.image_folder)")
@@ -289,14 +258,11 @@ def evaluate_subtasks(
     `metrics.json` is written after each task. Where one task alone is scored by accuracy, its headline stands at the
     top as `accuracy` (a share) and `n`, with `by_kind` where examples name their kind, and the contact sheet shows that
     task; else the sheet shows all.
-
-    Raises:
-        UserError: the model's scores were no numbers for examples of a task; its other predictions are written.
     """
     backbone.eval()
     media = media_reader(Path(evaluation.image_folder or "."), frames=1)
     started, tasks = time.monotonic(), dict[str, dict[str, Any]]()
-    done: list[tuple[Callable[..., Predictions], list[Example], Predictions, Scored | None]] = []
+    done: list[tuple[Subtask, Callable[..., Predictions], list[Example], Predictions, Scored | None]] = []
     headlines: dict[str, dict[str, Any]] = {}
     metrics: dict[str, Any] = {}
     for subtask, file, reader in tested:
@@ -304,34 +270,36 @@ def evaluate_subtasks(
         decoding = Decoding(batch_size=evaluation.batch_size, task=subtask.name)
         ask_task = partial(ask, model, media=media, decoding=decoding)
         examples = list(file)
-        path = run_folder / BY_TASK / f"{subtask.name}.jsonl"
-        predictions = ask_task([*map(as_question, examples)], path=path)
+        predictions = ask_task([*map(as_question, examples)], path=run_folder / BY_TASK / f"{subtask.name}.jsonl")
         scored = subtask.score(examples, predictions.answers) if has_truth(examples) else None
-        done.append((ask_task, examples, predictions, scored))
-        tasks[subtask.name] = _task_entry(subtask, scored, predictions, asked=len(examples))
+        done.append((subtask, ask_task, examples, predictions, scored))
+        losses = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
+        entry = tasks[subtask.name] = {"metrics": {}, "n": len(examples), **losses}
+        if scored is None:
+            entry["note"] = "the publisher keeps the answers of this file"
+        else:
+            made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
+            entry |= {"metrics": scored.metrics, "n": scored.n, "intervals_95": intervals(scored)}
+            entry["settings"] = made_with
         if scored is not None and ACCURACY in scored.metrics:
-            headlines[subtask.name] = {
-                "accuracy": scored.metrics[ACCURACY] / PERCENT,
-                "n": scored.n,
-                "by_kind": by_kind(examples, scored.per_item),
-            }
-        log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
-        alone = headlines.values() if len(headlines) == 1 else [{"n": tasks[subtask.name]["n"]}] * (len(tasks) == 1)
+            headlines[subtask.name] = _headline(examples, scored)
+        log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in entry["metrics"].items()})
+        alone = next(iter(headlines.values())) if len(headlines) == 1 else {"n": entry["n"]} if len(tasks) == 1 else {}
         metrics = {
             **dict(numbers),
             "tasks": tasks,
             "settings": dict(settings),
             "evaluation_seconds": round(time.monotonic() - started, 1),
-            **{name: value for entry in alone for name, value in entry.items()},
+            **alone,
         }
         write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
     of_sheet = [
         (subtask.name, examples, predictions, scored)
-        for (subtask, _, _), (_, examples, predictions, scored) in zip(tested, done, strict=True)
+        for subtask, _, examples, predictions, scored in done
         if len(headlines) != 1 or subtask.name in headlines
     ]
     draw_tasks(of_sheet, run_folder=run_folder, image_folder=evaluation.image_folder)
-    for (subtask, _, _), (ask_task, examples, predictions, scored) in zip(tested, done, strict=True):
+    for subtask, ask_task, examples, predictions, scored in done:
         if scored is None:
             continue
         exchange = None
@@ -344,27 +312,16 @@ def evaluate_subtasks(
     return metrics
 
 
-def _task_entry(subtask: Subtask, scored: Scored | None, predictions: Predictions, *, asked: int) -> dict[str, Any]:
-    """What `metrics.json` says of a task."""
-    losses = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
-    if scored is None:
-        return {"metrics": {}, "n": asked, **losses, "note": "the publisher keeps the answers of this file"}
-    return {
-        "metrics": scored.metrics,
-        "intervals_95": intervals(scored),
-        "n": scored.n,
-        "settings": {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings},
-        **losses,
-    }
-
-
-def by_kind(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[str, dict[str, float | int]]:
-    """The mean of the examples' shares of the headline, by `extra["kind"]`."""
+def _headline(examples: Sequence[Example], scored: Scored) -> dict[str, Any]:
+    """The accuracy as a share, over all and by `extra["kind"]`."""
     kinds: dict[str, list[float]] = {}
     for example in examples:
-        if "kind" in example.extra and example.id in shares:
-            kinds.setdefault(str(example.extra["kind"]), []).append(shares[example.id])
-    return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(kinds.items())}
+        if "kind" in example.extra and example.id in scored.per_item:
+            kinds.setdefault(str(example.extra["kind"]), []).append(scored.per_item[example.id])
+    by_kind = {
+        kind: {"accuracy": sum(shares) / len(shares), "n": len(shares)} for kind, shares in sorted(kinds.items())
+    }
+    return {"accuracy": scored.metrics[ACCURACY] / PERCENT, "n": scored.n, "by_kind": by_kind}
 
 
 # Of instructions: each commonsense set by generation, by likelihood, or both.
@@ -374,9 +331,6 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], 
     """The questions of every set, of its kind, and the reason for each that cannot be read, by id (`openbookqa/17`).
 
     A row's `answer` is what is looked for; where it names none, what the set's pattern finds in its output.
-
-    Raises:
-        UserError: a set's name is not known, or its file is missing, malformed or empty.
     """
     if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
@@ -411,9 +365,6 @@ def evaluate_commonsense(
 
     Returns:
         What `metrics.json` holds: under each way's name the average over the sets, each set, 95 % intervals, counts.
-
-    Raises:
-        UserError: no question can be scored by likelihood.
     """
     questions, unreadable = read_sets(evaluation)
     examples = [
@@ -430,6 +381,7 @@ def evaluate_commonsense(
         "beams": evaluation.beams,
         "max_new_tokens": evaluation.max_new_tokens,
     }
+    way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
     metrics: dict[str, Any] = {**numbers, "evaluation_files": dict(evaluation.files)}
     for scoring in evaluation.scoring:
         by_likelihood = scoring == "likelihood"
@@ -445,7 +397,6 @@ def evaluate_commonsense(
             name, reason = next(iter(predictions.failed.items()))
             raise UserError(f"no question can be scored by likelihood; {name}: {reason}")
         scored = commonsense_score(examples, predictions.answers, rule=evaluation.rule)
-        way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
         metrics[scoring] = {
             "accuracy": scored.metrics,
             "interval_95": {name: list(pair) for name, pair in intervals(scored).items()},
@@ -469,9 +420,6 @@ def evaluate_commonsense(
     return metrics
 
 
-# The run's two pictures.
-
-
 def draw(
     predictions: Sequence[Prediction],
     open_picture: Callable[[str], Image.Image] | None,
@@ -485,7 +433,6 @@ def draw(
 
     Args:
         open_picture: None: nothing says where the pictures are, and there is no sheet.
-        shares, subtitles: as `write_contact_sheet` takes them.
     """
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
@@ -521,7 +468,14 @@ def draw_tasks(
                 words = [in_words(example, text) for text in (expected(example), row.prediction)]
                 rows.append(replace(row, id=name, images=media, truth=words[0], prediction=words[1]))
                 subtitles[name] = " ".join(line.text for line in example.subtitles)
-        titles.append(title_of(task, scored, len(predictions.rows)))
+        # what could not be asked counts as wrong in the title too, as metrics.json has it
+        name, value = ("", 0.0) if scored is None else next(iter(scored.metrics.items()))
+        if scored is None:
+            titles.append(f"{task}: {len(predictions.rows):,} answers, not scored")
+        elif name == ACCURACY:
+            titles.append(f"{task}: {value / PERCENT:.1%} of {scored.n:,} right")
+        else:
+            titles.append(f"{task}: {name} {value:.1f} of {scored.n:,}")
         if scored is not None and ACCURACY in scored.metrics:
             shares |= {f"{task}/{name}": share for name, share in scored.per_item.items()}
     clips = {one.video.path: one.video for _, examples, _, _ in tasks for one in examples if one.video is not None}
@@ -535,13 +489,3 @@ def draw_tasks(
     opened = None if image_folder is None else open_medium
     draw(rows, opened, title, shares, run_folder=run_folder, subtitles=subtitles)
     media.close()
-
-
-def title_of(task: str, scored: Scored | None, answers: int) -> str:
-    """The score as `metrics.json` has it; what could not be asked counts as wrong there."""
-    if scored is None:
-        return f"{task}: {answers:,} answers, not scored"
-    name, value = next(iter(scored.metrics.items()))
-    if name == ACCURACY:
-        return f"{task}: {value / PERCENT:.1%} of {scored.n:,} right"
-    return f"{task}: {name} {value:.1f} of {scored.n:,}"

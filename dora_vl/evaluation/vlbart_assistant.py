@@ -21,7 +21,6 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
-from dora_vl.data.video import Sampling
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Decoding, MediaReader, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
@@ -67,14 +66,10 @@ class VlBartAssistant:
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
-        """See `Asker.view`: what its features were trained on, whatever `frames` says.
+        """See `ask.Asker`: what its features were trained on, whatever `frames` says.
 
         A question about a part of a video is as its task's records have it: where the prompt states the part, that is
         in it, and the features are of the whole file.
-
-        Raises:
-            UserError: no task fits, or nothing says how its features were computed, or the prompt needs a part and the
-                example's video names none.
         """
         subtask, video = self.subtask(example, task), example.video
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
@@ -85,23 +80,10 @@ class VlBartAssistant:
         clip = clip_of_features(example)
         if clip is None or video is None:
             raise ValueError(f"example {example.id} has no video")
-        return View(example=example, clip=clip[1], sampling=self.sampling(example, task))
-
-    def sampling(self, example: Example, task: str = "") -> Sampling:
-        """Which frames of a video the task was trained on that such a question belongs to.
-
-        Raises:
-            UserError: no task fits, or nothing says how its features were computed.
-        """
-        return self._features_of(self.subtask(example, task)).settings.sampling
+        return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
     def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `Asker.answer`: to one question; a choice in its words. Its own search decides how long it is.
-
-        Raises:
-            UserError: there is more than one question, no picture, no task fits, or as `sample`.
-            NoNumbers: its scores are none.
-        """
+        """See `ask.Asker`: to one question; a choice in its words. Its own search decides how long it is."""
         if len(question.turns) != 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         example = question.example or Example(id="question", question=question.text)
@@ -123,7 +105,7 @@ class VlBartAssistant:
     def predict(
         self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Asker.predict`: in the questions' order; one at a time where features are computed on the way."""
+        """See `ask.Asker`: in the questions' order; one at a time where features are computed on the way."""
         size = 1 if self.stored is None else decoding.batch_size
         for start in range(0, len(questions), size):
             rows: list[Prediction] = []
@@ -147,7 +129,7 @@ class VlBartAssistant:
     def logits(
         self, question: Question, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `Asker.logits`; of a closed list, its answers' scores."""
+        """See `ask.Asker`; of a closed list, its answers' scores."""
         example, subtask, sample = self._read(question, media, decoding.task)
         ids, mask, features = self._inputs(subtask, [sample])
         if subtask.answer_by == "closed":
@@ -164,11 +146,8 @@ class VlBartAssistant:
             raise ValueError(f"question {question.id} was not made of a record")
         subtask = self.subtask(example, task)
         if self.stored is not None:
-            return (
-                example,
-                subtask,
-                make_sample(example, subtask, encoder=self.encoder, reader=self.stored, target=None),
-            )
+            sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored, target=None)
+            return example, subtask, sample
         if example.video is None:
             pictures: Sequence[Image.Image] = [open_image(media.folder, path) for path in example.images]
         else:
@@ -178,11 +157,7 @@ class VlBartAssistant:
 
     @torch.inference_mode()
     def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
-        """An example in tensors, the features of these pictures computed.
-
-        Raises:
-            UserError: there is no picture or another number than the task takes, or it needs `extra["ts"]`.
-        """
+        """An example in tensors, the features of these pictures computed."""
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         if subtask.state_span is not None and "ts" not in example.extra:
@@ -192,9 +167,8 @@ class VlBartAssistant:
         if self.is_video:
             features = fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None]
         else:
-            features = torch.stack(
-                [fixed_length(one, self.feature_tokens, frames=1) for one in encoder.pictures(pictures)]
-            )
+            several = encoder.pictures(pictures)
+            features = torch.stack([fixed_length(one, self.feature_tokens, frames=1) for one in several])
         if len(features) != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {len(features)}")
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
@@ -226,8 +200,7 @@ class VlBartAssistant:
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
                 for row, example in enumerate(examples):
-                    own = slice(row, row + 1)
-                    labels = self._labels(example.choices)
+                    own, labels = slice(row, row + 1), self._labels(example.choices)
                     scores = self.backbone.likelihoods(ids[own], mask[own], features[own], labels)
                     texts += with_numbers([f"a{int(likeliest(scores))}"], scores)
                 return texts
@@ -268,9 +241,6 @@ class VlBartAssistant:
         """The trained task of this name, or the first that such a question belongs to.
 
         One that learnt words, not labels, needs no choices.
-
-        Raises:
-            UserError: it was not trained for such a question.
         """
         named = next((one for one in self.subtasks if one.name == task), None)
         if named is not None:
@@ -308,11 +278,7 @@ def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
 
 
 def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training.
-
-    Raises:
-        UserError: no such task file.
-    """
+    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training."""
     if task not in SUBTASKS:
         raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(SUBTASKS)}")
     return SUBTASKS[task](task_prompt=task_prompt)

@@ -48,12 +48,7 @@ NAMED = 3
 
 
 def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile:
-    """A task's test file, each example read once, so that a long run does not end at one that cannot be scored.
-
-    Raises:
-        UserError: a question of a task that chooses has no choices, or does not say which is right.
-        BadSample: a record is misshapen.
-    """
+    """A task's test file, each example read once, so that a long run does not end at one that cannot be scored."""
     file = ExampleFile(path, limit=limit)
     if subtask.chooses:
         check_choices(file, path, most=None)
@@ -68,10 +63,6 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
     Args:
         max_bad_share: largest share of examples that cannot be asked, of all by the features' index and of those that
             were read; they are named and count as wrong in the test.
-
-    Raises:
-        BadSample: a record is misshapen.
-        UserError: more than that of a file, or all of it, cannot be asked, or a file cannot be scored here.
     """
     for subtask, file, reader in tested:
         examples = list(file)
@@ -112,21 +103,13 @@ def _reasons(examples: Sequence[Example], check: Callable[[Example], object]) ->
     return bad
 
 
-# Fixed questions that are asked while the model trains.
-
-
 MOST_NEW_TOKENS = 32
 
 
 def watch_assistant(
     assistant: Assistant, questions: Sequence[Question], media: MediaReader, *, max_new_tokens: int, source: str
 ) -> Watch | None:
-    """Has an assistant's model answer questions while it trains; None where there are none.
-
-    Args:
-        assistant: made with `while_training`.
-        max_new_tokens: longest answer; at most 32, to look at.
-    """
+    """Has an assistant's model, made with `while_training`, answer questions while it trains; None without any."""
     decoding = Decoding(batch_size=max(1, len(questions)), max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
     return _watch([(assistant, questions, decoding)], media, source=source)
 
@@ -146,11 +129,7 @@ def watch_subtasks(
     image_folder: str | None,
     source: str,
 ) -> Watch | None:
-    """So many examples, of each task in turn, evenly over its file; None where no file holds one that can be read.
-
-    Args:
-        image_folder: root of the pictures; None shows none.
-    """
+    """So many examples, of each task in turn, evenly over its file; None where no file holds one that can be read."""
     parts: list[tuple[Asker, Sequence[Question], Decoding]] = []
     for number, (subtask, file, reader) in enumerate(tested):
         questions: list[Question] = []

@@ -12,9 +12,17 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import base_of, read_adapter
 from dora_vl.adapters.base_weights import CONFIG_FILE, BaseWeights
-from dora_vl.adapters.decomposition import Panel, Point, Request, layers_to_compare, measured
+from dora_vl.adapters.decomposition import (
+    Panel,
+    Point,
+    Request,
+    Saved,
+    layers_to_compare,
+    measured,
+    refuse_saved_on_another_base,
+    saved_in,
+)
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.adapters.merge import Saved, refuse_saved_on_another_base, saved_in
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
 from dora_vl.report.page import InlinePictures

@@ -35,12 +35,8 @@ def threads_of_this_rank() -> int | None:
     ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     if torch.cuda.is_available() or ranks is None:
         return None
-    return max(1, available_cores() // int(ranks))
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    return max(1, cores // int(ranks))
 
 
 def stand_alone_environment() -> None:
@@ -67,10 +63,8 @@ def several_ranks() -> bool:
 def start_cpu_communication(*, limit: int = 1800) -> None:
     """On a CPU, starts DeepSpeed's process group over gloo before accelerate starts one that DeepSpeed does not see.
 
-    `limit` is how many seconds a collective may take; DeepSpeed's own is half an hour.
-
-    Its shared-memory collectives are left out: they need a C++ compiler and half a minute, gloo does the same
-    here, and DeepSpeed has no setting for it.
+    `limit` is how many seconds a collective may take. DeepSpeed's shared-memory collectives are left out: they need a
+    C++ compiler and half a minute, gloo does the same here, and DeepSpeed has no setting for it.
     """
     if torch.cuda.is_available():
         return
@@ -86,8 +80,7 @@ def keep_freed_memory() -> bool:
     """On a CPU with the GNU C library, keeps the memory that one step frees for the next; returns whether it does.
 
     Left alone, the allocator hands a step's activations back to the system and the next step faults every page in
-    again: 30,000 faults and 8 % of a DoRA step of a 135M-parameter language model on two cores. For the training loop,
-    where the peak comes back at every step; a process that only loads or converts keeps the system's habit.
+    again: 8 % of a DoRA step of a 135M-parameter language model on two cores. For the training loop alone.
     """
     if torch.cuda.is_available() or sys.platform != "linux":
         return False
@@ -171,15 +164,10 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        _wait_until_gloo_rests()
-
-
-def _wait_until_gloo_rests() -> None:
-    """Returns when each worker of gloo has slept twice in a row while this thread slept too, so not for the GIL."""
-    end, rested = time.monotonic() + GLOO_REST_SECONDS, 0
-    while rested < 2 and time.monotonic() < end:
-        time.sleep(0.01)
-        rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
+        end, rested = time.monotonic() + GLOO_REST_SECONDS, 0
+        while rested < 2 and time.monotonic() < end:  # twice in a row, while this thread slept too: not for the GIL
+            time.sleep(0.01)
+            rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
 
 
 def _gloo_states() -> Iterator[str]:
@@ -217,7 +205,7 @@ def gather_to_write(parameters: Iterable[nn.Parameter]) -> AbstractContextManage
 
 
 def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) -> AbstractContextManager[None]:
-    sharded = [one for one in parameters if "ds_id" in vars(one)]  # DeepSpeed's own mark of a sharded parameter
+    sharded = [parameter for parameter in parameters if "ds_id" in vars(parameter)]  # DeepSpeed's mark
     if not sharded:
         return contextlib.nullcontext()
     import deepspeed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,20 +69,25 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def begin(folder: Path, watch: Watch, *, step: int) -> None:
-    """Writes the questions and their pictures into a run's folder; of a resumed run the answers up to `step` stay."""
-    inside = folder / WATCHED
-    inside.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_log(inside / ANSWERS) if line["step"] <= step] if step else []
-    named = [_with_picture(one, number, watch, inside) for number, one in enumerate(watch.questions)]
-    write_json(inside / QUESTIONS, {"source": watch.source, "questions": [asdict(one) for one in named]})
-    write_log(inside / ANSWERS, kept)
-
-
-def add_answers(folder: Path, step: int, answers: Mapping[str, str]) -> None:
-    """Appends the answers of one step."""
-    with (folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "answers": dict(answers)}) + "\n")
+def begin(run_folder: Path, watch: Watch, *, step: int) -> None:
+    """Writes the questions and their pictures; of a resumed run the answers up to `step` stay."""
+    folder = run_folder / WATCHED
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [line for line in read_log(folder / ANSWERS) if line["step"] <= step] if step else []
+    questions = []
+    for number, question in enumerate(watch.questions):
+        if question.id in watch.pictures:
+            try:
+                picture = small_picture(watch.pictures[question.id]().convert("RGB"))
+            except BadSample as error:
+                question = replace(question, why_no_picture=error.reason)
+            else:
+                name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
+                picture.save(folder / name, quality=JPEG_QUALITY)
+                question = replace(question, picture=name)
+        questions.append(asdict(question))
+    write_json(folder / QUESTIONS, {"source": watch.source, "questions": questions})
+    write_log(folder / ANSWERS, earlier)
 
 
 def read_watched(run_folder: Path) -> Watched | None:
@@ -116,17 +121,3 @@ def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
         fitted = picture if picture.size == first.size else ImageOps.pad(picture, first.size, color=PAPER)
         tile.paste(fitted, (column * (width + GAP_PX), row * (height + GAP_PX)))
     return tile
-
-
-def _with_picture(one: WatchedQuestion, number: int, watch: Watch, folder: Path) -> WatchedQuestion:
-    """The question with its picture's name; the picture is in the folder then."""
-    if one.id not in watch.pictures:
-        return one
-    fields = asdict(one)
-    try:
-        picture = small_picture(watch.pictures[one.id]().convert("RGB"))
-    except BadSample as error:
-        return WatchedQuestion(**{**fields, "why_no_picture": error.reason})
-    name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
-    picture.save(folder / name, quality=JPEG_QUALITY)
-    return WatchedQuestion(**{**fields, "picture": name})

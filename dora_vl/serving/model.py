@@ -19,7 +19,7 @@ from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.model import decoder_of
-from dora_vl.core.active_adapters import share_of
+from dora_vl.core.rows import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown

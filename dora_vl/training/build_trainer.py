@@ -26,7 +26,6 @@ from dora_vl.run.watched import Watch
 from dora_vl.training.callbacks import (
     EpochCallback,
     LossLog,
-    NoteSteps,
     PlanFile,
     SaveAfterValidation,
     StopOnSignal,
@@ -46,6 +45,7 @@ from dora_vl.training.optim import (
 )
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import BatchStatistics
+from dora_vl.training.ranks import NoteSteps
 from dora_vl.training.trainer import AdapterTrainer, Monitors, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import WatchQuestions

@@ -20,7 +20,6 @@ from transformers.trainer_utils import IntervalStrategy
 from dora_vl.run.folder import read_log, write_json, write_log
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
-from dora_vl.training.ranks import note_progress, rest_from_steps
 from dora_vl.training.validation import validation_owed
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,7 @@ class LossLog(TrainerCallback):
         self._before, self._since = Counts(), 0.0
         self._rates: dict[str, float] = {}
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Keeps the rates of the step by part, when the Trainer notes the one that it logs."""
         groups = more["optimizer"].param_groups
         self._rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
@@ -67,17 +64,9 @@ class LossLog(TrainerCallback):
             kept = [line for line in lines if line["step"] < step + (not again or "eval_loss" not in line)]
             write_log(self._path, kept)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """One line; every rank takes part in the sums."""
-        if logs is None:
-            return
+        logs: dict[str, Any] = more["logs"]
         if "train_runtime" in logs:  # the end: what came after the last logged loss counts as well
             self._statistics.judge(self._statistics.over_ranks(args.device))
             return
@@ -218,17 +207,3 @@ class StopOnSignal(TrainerCallback):
             if os.getpid() == self._process:  # data workers, forked from here, hear a terminal's Ctrl-C as well
                 logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
             self._heard, self._since = number, time.monotonic()
-
-
-class NoteSteps(TrainerCallback):
-    """Tells the watch over the ranks that this one moves; it starts with the first step and rests after the last."""
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A step."""
-        note_progress(state.global_step)
-
-    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows has no steps."""
-        rest_from_steps()

@@ -67,7 +67,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
             "optimizer": optimizer_numbers(running.places),
             "schedule": running.schedule.state_dict(),
             "scaler": None if running.scaler is None else running.scaler.state_dict(),
-            "loss_scale": {name: one for name, one in scale_numbers.items() if isinstance(one, int | float)},
+            "loss_scale": {name: value for name, value in scale_numbers.items() if isinstance(value, int | float)},
             "counters": {} if engine is None else {name: getattr(engine, name) for name in COUNTERS},
         },
     )
@@ -99,8 +99,8 @@ def load_trained(checkpoint: Path, places: OptimizerPlaces) -> None:
 
 def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
     """The object that DeepSpeed keeps its scale in, under one of two names; None: nothing is scaled."""
-    held = {} if engine is None else vars(engine.optimizer)
-    return held.get("loss_scaler", held.get("loss_scale_config"))
+    attributes = {} if engine is None else vars(engine.optimizer)
+    return attributes.get("loss_scaler", attributes.get("loss_scale_config"))
 
 
 def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
@@ -110,11 +110,8 @@ def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
             setattr(holder, name, value)
 
 
-# The random states of a rank (Python's, numpy's, torch's, the GPU's) in a checkpoint's JSON, and back.
-
-
 def save_random_states(checkpoint: Path, rank: int, device: torch.device) -> None:
-    """Writes this rank's file, bytes in hexadecimal."""
+    """Writes this rank's random states (Python's, numpy's, torch's, the GPU's), bytes in hexadecimal."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {

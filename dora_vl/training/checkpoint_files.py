@@ -64,10 +64,7 @@ MAY_CHANGE = (
 """Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
 MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
-MOST_NAMED = 2
-"""Changed settings that a message spells out."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
-NOT_SET = "not set"
 DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
 """transformers' own, where a run does not say."""
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
@@ -134,20 +131,20 @@ def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
 
 def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     before, here = dict(_flat(then)), dict(_flat(now))
-    changed = {
-        name: f"{name} was {shown(before.get(name, NOT_SET))}, is {shown(here.get(name, NOT_SET))}"
-        for name in sorted(before.keys() | here.keys())
-        if before.get(name, NOT_SET) != here.get(name, NOT_SET)
-        and not any(fnmatch(name, pattern) for pattern in MAY_CHANGE)
-    }
-    for name in MAY_GROW:
-        if name in changed:
-            logger.info("resume: %s", changed.pop(name))
+    changed: list[str] = []
+    for name in sorted(before.keys() | here.keys()):
+        was, is_now = before.get(name, "not set"), here.get(name, "not set")
+        if was == is_now or any(fnmatch(name, pattern) for pattern in MAY_CHANGE):
+            continue
+        change = f"{name} was {shown(was)}, is {shown(is_now)}"
+        if name in MAY_GROW:
+            logger.info("resume: %s", change)
+        else:
+            changed.append(change)
     if changed:
-        named = "; ".join(list(changed.values())[:MOST_NAMED])
-        more = f" and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
+        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
         raise UserError(
-            f"resume: {checkpoint} was written with other settings: {named}{more}. Put them back, or "
+            f"resume: {checkpoint} was written with other settings: {'; '.join(changed[:2])}{more}. Put them back, or "
             f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}"
         )
 
@@ -161,12 +158,9 @@ def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{name}", value
 
 
-# Whether other processes may go on with a run: they must take the same samples in each step.
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A run's settings and processes, as far as they say who does what of a step."""
+    """A run's settings and processes: whether others may go on with it, who must take the same samples in each step."""
 
     settings: Mapping[str, Any]
     launch: Launch
@@ -196,16 +190,25 @@ class Shape:
 def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
     """Refuses processes that cannot go on with what others did, and logs it where others go on."""
     written = f"resume: {checkpoint} was written by {then.launch}"
-    if then.step_samples != now.step_samples:
+    samples, together = then.step_samples, now.micro_batch * now.launch.ranks
+    if samples != now.step_samples:
+        if samples % together == 0:
+            advice = f"set training.gradient_accumulation_steps to {samples // together}"
+        elif samples % now.launch.ranks == 0:
+            advice = (
+                "set training.per_device_train_batch_size and training.gradient_accumulation_steps so that their "
+                f"product is {samples // now.launch.ranks}"
+            )
+        else:
+            advice = f"start as many ranks as divide {samples}"
         raise UserError(
-            f"{written}, whose steps took {then.step_samples:,} samples; those of this run ({now.launch}) take "
-            f"{now.step_samples:,}: {_what_to_set(then.step_samples, now)}"
+            f"{written}, whose steps took {samples:,} samples; those of this run ({now.launch}) take "
+            f"{now.step_samples:,}: {advice}"
         )
     if (then.launch, then.micro_batch) == (now.launch, now.micro_batch):
         return
     drops = then.of_training("dataloader_drop_last") or now.of_training("dataloader_drop_last")
-    other_together = then.micro_batch * then.launch.ranks != now.micro_batch * now.launch.ranks
-    if drops and other_together and not now.mixes_tasks:
+    if drops and then.micro_batch * then.launch.ranks != together and not now.mixes_tasks:
         raise UserError(
             f"{written}, this run is {now.launch}, and training.dataloader_drop_last leaves others of an epoch's "
             "samples out for each: start it as then"
@@ -217,37 +220,21 @@ def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
             f"{written}, this run is {now.launch}, and the state of training.optim {optimizer} cannot be dealt out "
             "anew: start it as then"
         )
+    of_loss = ""
     by_micro_batch = now.settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not now.mixes_tasks
-    other_mean = (
-        f"; the loss is the mean of micro-batches (optim.loss_normalisation), which were of {then.micro_batch} samples "
-        f"and are of {now.micro_batch}"
-    )
-    of_loss = other_mean if by_micro_batch and then.micro_batch != now.micro_batch else ""
-    logger.info("resume: written by %s, goes on on %s%s", then.launch, now.launch, of_loss)
-
-
-def _what_to_set(samples: int, now: Shape) -> str:
-    ranks = now.launch.ranks
-    if samples % (now.micro_batch * ranks) == 0:
-        return f"set training.gradient_accumulation_steps to {samples // (now.micro_batch * ranks)}"
-    if samples % ranks == 0:
-        return (
-            "set training.per_device_train_batch_size and training.gradient_accumulation_steps so that their product "
-            f"is {samples // ranks}"
+    if by_micro_batch and then.micro_batch != now.micro_batch:
+        of_loss = (
+            "; the loss is the mean of micro-batches (optim.loss_normalisation), which were of "
+            f"{then.micro_batch} samples and are of {now.micro_batch}"
         )
-    return f"start as many ranks as divide {samples}"
+    logger.info("resume: written by %s, goes on on %s%s", then.launch, now.launch, of_loss)
 
 
 # State: tensors in safetensors, all else in JSON.
 
 
 def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int = FILE_BYTES) -> None:
-    """Writes tensors by name below a checkpoint's `state/`, as they come.
-
-    Args:
-        tensors: on the CPU, each of its own memory.
-        file_bytes: about the largest file.
-    """
+    """Writes tensors by name below a checkpoint's `state/`, as they come: on the CPU, each of its own memory."""
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, Tensor] = {}
@@ -302,8 +289,8 @@ class StateFiles:
             raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"resume: {path} is damaged; {NEXT_STEP}") from error
+        except (OSError, ValueError, RecursionError):
+            content = None
         if not isinstance(content, dict):
             raise UserError(f"resume: {path} is damaged; {NEXT_STEP}")
         return content

@@ -38,10 +38,7 @@ class Estimate:
     """Bytes of one rank, and what an optimizer step sends and computes on it.
 
     Attributes:
-        held: weights, gradients, optimizer's state.
-        step: of one micro-batch, with gradient checkpointing as the run has it.
-        other: the same with checkpointing the other way.
-        checkpointing: whether the run recomputes.
+        step: one micro-batch, with gradient checkpointing as the run has it (`checkpointing`); `other`: the other way.
         flop: floating-point operations of an optimizer step.
     """
 
@@ -63,15 +60,19 @@ class Estimate:
         """Bytes at the fullest moment of this run."""
         return self.peak(self.step)
 
+    def as_record(self) -> dict[str, Any]:
+        """For JSON, without the single phases of the steps."""
+        record = {**dataclasses.asdict(self), "total": self.total}
+        for step in (record["step"], record["other"]):
+            step["most"] = max(phase["most"] for phase in step.pop("phases"))
+        return record
+
 
 @dataclass(frozen=True)
 class ImaginedRun:
     """A run's model on the meta device and one micro-batch through it, which are the same on any number of ranks.
 
-    Attributes:
-        section: the settings' `training`.
-        plain: the micro-batch without gradient checkpointing.
-        recomputed: with it.
+    `section` is the settings' `training`; `plain` is the micro-batch without gradient checkpointing, `recomputed` with.
     """
 
     model: nn.Module
@@ -91,12 +92,16 @@ class ImaginedRun:
         micro_batches = int(self.section.get("gradient_accumulation_steps", 1))
         traffic = traffic_of(
             engine,
-            trained=bytes_of(one for one in self.model.parameters() if one.requires_grad),
+            trained=bytes_of(parameter for parameter in self.model.parameters() if parameter.requires_grad),
             split=bytes_of(self.model.parameters()),
             stay_whole=held.gathered,
             micro_batches=micro_batches,
         )
         return Estimate(engine, self.samples, held, step, other, checkpointing, traffic, step.flop * micro_batches)
+
+
+def _engine(deepspeed: Any, *, ranks: int, hidden_width: int) -> Engine:
+    return engine_of(None if deepspeed is None else read_deepspeed(deepspeed), ranks=ranks, hidden_width=hidden_width)
 
 
 def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> ImaginedRun:
@@ -111,62 +116,36 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
         UserError: settings that are wrong, or of which nothing can be said here.
     """
     section = check_training_section(pipeline.config.training)
-    backbone = _adapted_skeleton(pipeline)
+    settings: Any = pipeline.config
+    if settings.model.quantisation is not None:
+        raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
+    backbone = pipeline.skeleton()
+    backbone.model.to(getattr(torch, settings.model.dtype))
+    # Dropout keeps nothing on a GPU: its mask is drawn again from a seed.
+    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming", dropout=0.0))
     width = int(backbone.model.config.get_text_config().hidden_size)
     _engine(section.get("deepspeed"), ranks=1, hidden_width=width)  # its file may be wrong, which shows at once
-    samples = _samples(pipeline, backbone, int(section.get("per_device_train_batch_size", 8)), tokens, labelled)
-    plain, recomputed = _steps(pipeline, backbone, samples, section)
-    half = pipeline.config.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
+
+    tokens = int(settings.data.max_tokens if tokens is None else tokens)
+    pictures = backbone.model.config.image_seq_length if backbone.model.config.model_type == LLAVA else 0
+    if tokens < pictures + 2:
+        raise UserError(f"{tokens} tokens a sample: a picture of this model alone takes {pictures}; raise --tokens")
+    words = tokens - pictures - 1
+    rows = int(section.get("per_device_train_batch_size", 8))
+    samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
+
+    loss = pipeline.loss(backbone).train()
+    head: nn.Module = backbone.model.get_output_embeddings()
+    batch = _batch(backbone, samples, cached=settings.data.cache_features)
+    plain = imagine_step(loss, head, batch)
+    options = section.get("gradient_checkpointing_kwargs") or section.get("activation_checkpointing_kwargs")
+    loss.recompute_activations(options or {"use_reentrant": False})
+    recomputed = imagine_step(loss, head, batch)
+    half = settings.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
     return ImaginedRun(backbone.model, width, section, half, samples, plain, recomputed)
 
 
-def _engine(deepspeed: Any, *, ranks: int, hidden_width: int) -> Engine:
-    return engine_of(None if deepspeed is None else read_deepspeed(deepspeed), ranks=ranks, hidden_width=hidden_width)
-
-
-def _adapted_skeleton(pipeline: Pipeline) -> Backbone[Any]:
-    """The model without its weights, in the run's number types, with what trains put in."""
-    model: Any = pipeline.config.model
-    if model.quantisation is not None:
-        raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
-    backbone = pipeline.skeleton()
-    backbone.model.to(getattr(torch, model.dtype))
-    config = pipeline.dora_config(backbone)
-    # Dropout keeps nothing on a GPU: its mask is drawn again from a seed.
-    apply_dora(backbone.model, replace(config, init="kaiming", dropout=0.0))
-    return backbone
-
-
-def _samples(
-    pipeline: Pipeline, backbone: Backbone[Any], rows: int, tokens: int | None, labelled: int | None
-) -> Samples:
-    data: Any = pipeline.config.data
-    whole = data.max_tokens if tokens is None else tokens
-    pictures = backbone.model.config.image_seq_length if backbone.model.config.model_type == LLAVA else 0
-    if whole < pictures + 2:
-        raise UserError(f"{whole} tokens a sample: a picture of this model alone takes {pictures}; raise --tokens")
-    most = whole - pictures - 1
-    return Samples(rows, whole, most if labelled is None else min(labelled, most))
-
-
-def _steps(
-    pipeline: Pipeline, backbone: Backbone[Any], samples: Samples, section: Mapping[str, Any]
-) -> tuple[StepBytes, StepBytes]:
-    """A micro-batch without and with gradient checkpointing."""
-    loss = pipeline.loss(backbone).train()
-    head: nn.Module = backbone.model.get_output_embeddings()
-    batch = _batch(pipeline, backbone, samples)
-    plain = imagine_step(loss, head, batch)
-    options = (
-        section.get("gradient_checkpointing_kwargs")
-        or section.get("activation_checkpointing_kwargs")
-        or {"use_reentrant": False}
-    )
-    loss.recompute_activations(options)
-    return plain, imagine_step(loss, head, batch)
-
-
-def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dict[str, Tensor]:
+def _batch(backbone: Backbone[Any], samples: Samples, *, cached: bool) -> dict[str, Tensor]:
     """Rows of one length, each with a picture in front where the model is a LLaVA; another model's rows are text."""
     ids = torch.full((samples.rows, samples.tokens), 1)
     labels = torch.full_like(ids, IGNORED_LABEL)
@@ -175,11 +154,9 @@ def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dic
     config: Any = backbone.model.config
     if config.model_type == LLAVA:
         ids[:, : config.image_seq_length] = config.image_token_id
-        dtype = backbone.model.dtype
-        data: Any = pipeline.config.data
-        if data.cache_features:
-            features = (samples.rows, *LlavaTower(backbone.model).feature_shape)
-            batch["image_features"] = torch.empty(features, dtype=dtype, device=META)
+        if cached:
+            shape = (samples.rows, *LlavaTower(backbone.model).feature_shape)
+            batch["image_features"] = torch.empty(shape, dtype=backbone.model.dtype, device=META)
         else:
             side = int(config.to_dict()["vision_config"]["image_size"])
             batch["pixel_values"] = torch.empty((samples.rows, 3, side, side), device=META)
@@ -188,14 +165,12 @@ def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dic
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a run.
+    """The machines of a run, over which its GPUs are spread evenly.
 
     Attributes:
-        machines: GPUs are spread evenly over them.
-        flop_per_second: peak of one GPU in the weights' number type.
-        utilisation: share of it that the step's products reach, recomputed ones counted.
-        bandwidth: bytes a second that a GPU sends to the others of its machine.
-        network: bytes a second that a machine sends to the next.
+        flop_per_second: peak of one GPU in the weights' number type; `utilisation`: the share that a step's products
+            reach, recomputed ones counted.
+        bandwidth: bytes a second that a GPU sends to the others of its machine; `network`: a machine to the next.
     """
 
     machines: int
@@ -210,40 +185,35 @@ class Cluster:
         return flop / (self.flop_per_second * self.utilisation), traffic.total / slowest
 
 
-def as_record(estimate: Estimate) -> dict[str, Any]:
-    """For JSON, without the single phases of the steps."""
-    record = {**dataclasses.asdict(estimate), "total": estimate.total}
-    for step in (record["step"], record["other"]):
-        step["most"] = max(phase["most"] for phase in step.pop("phases"))
-    return record
-
-
 # Sizes of published models, from their `config.json`, where no folder of the model is at hand.
 
-_CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
+
+def _decoder(
+    vocabulary: int, width: int, inner: int, layers: int, heads: int, key_heads: int, positions: int
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+    }
 
 
 def _llava(width: int, inner: int, layers: int) -> dict[str, Any]:
     """LLaVA-1.5 on a Vicuna (llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf)."""
-    text = {
-        "model_type": "llama",
-        "vocab_size": 32064,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 128,
-        "num_key_value_heads": width // 128,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
     }
     return {
         "model_type": "llava",
@@ -252,8 +222,11 @@ def _llava(width: int, inner: int, layers: int) -> dict[str, Any]:
         "image_seq_length": 576,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
-        "vision_config": _CLIP,
-        "text_config": text,
+        "vision_config": vision,
+        "text_config": {
+            "model_type": "llama",
+            **_decoder(32064, width, inner, layers, width // 128, width // 128, 4096),
+        },
         "tie_word_embeddings": False,
     }
 
@@ -263,17 +236,6 @@ def _qwen2_5_vl(
 ) -> dict[str, Any]:
     """Qwen2.5-VL (Qwen/Qwen2.5-VL-7B-Instruct, Qwen2.5-VL-32B-Instruct)."""
     rotary = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    text = {
-        "vocab_size": 152064,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "max_position_embeddings": 128000,
-        "rope_parameters": rotary,
-        "tie_word_embeddings": False,
-    }
     vision = {
         "depth": 32,
         "hidden_size": 1280,
@@ -291,7 +253,7 @@ def _qwen2_5_vl(
         "video_token_id": 151656,
         "vision_start_token_id": 151652,
         "vision_config": vision,
-        "text_config": text,
+        "text_config": {**_decoder(152064, width, inner, layers, heads, key_heads, 128000), "rope_parameters": rotary},
         "tie_word_embeddings": False,
     }
 
@@ -311,7 +273,7 @@ def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
     Raises:
         UserError: there is no such shape, or none is named and the base is still to be composed.
     """
-    written_here = {one.name for one in dataclasses.fields(config.model)} & {"compose", "source"}
+    written_here = {field.name for field in dataclasses.fields(config.model)} & {"compose", "source"}
     if shape is None:
         if "compose" in written_here and config.model.compose is not None and not Path(config.model.base).exists():
             named = " or ".join(SHAPES)

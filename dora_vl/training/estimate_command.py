@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     config, task = settings_and_task(words, None, program="dora-vl estimate")
     if task.startswith("vlbart"):
         raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
-    from dora_vl.training.estimate import Cluster, as_record, imagine_run, with_shape
+    from dora_vl.training.estimate import Cluster, imagine_run, with_shape
 
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield from step_lines(estimate, Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network))
     if arguments.json is not None:
         try:
-            arguments.json.write_text(json.dumps(as_record(estimate), indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json.dumps(estimate.as_record(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
         yield f"{arguments.json}"

@@ -32,21 +32,16 @@ NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 
 
 class StepFaults(TrainerCallback):
-    """Watches every step's losses and gradient norm on all ranks.
+    """Watches every step's losses and gradient norm on all ranks, and writes faults to `file`, a line each.
 
     The weights survive a step that is no number: its gradients are dropped before the optimizer sees them
     (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
-    read once a step, when all of it is on its way.
-
-    Args:
-        file: where faults are written, a line each.
-        policy: `optim.not_finite`.
-        scaled: whether gradients overflow as part of float16's search for a loss scale; then losses alone are judged.
+    read once a step, when all of it is on its way. `policy` is `optim.not_finite`; `scaled`: gradients overflow as part
+    of float16's search for a loss scale, so losses alone are judged.
     """
 
     def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
-        self.ended_by: str | None = None
-        """Why the run ends early, for its error line; None: it does not."""
+        self.ended_by: str | None = None  # why the run ends early, for its error line
         self._file, self._policy, self._scaled = file, policy, scaled
         self._ids: Sequence[Sequence[str]] = ()
         self._losses: list[Tensor] = []
@@ -75,19 +70,19 @@ class StepFaults(TrainerCallback):
 
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes the norm of the gradients themselves."""
-        gradients = [one.grad for one in parameters if one.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             norms = torch._foreach_norm(gradients)
-            self._norm = torch.stack([one.to(norms[0].device) for one in norms]).norm()
+            self._norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before a torch optimizer's step: where a gradient is no number, the step has none and changes nothing."""
-        parameters = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._norm is None:
             self.note_gradients(parameters)
         if not self._gradient_is_finite():
-            for one in parameters:
-                one.grad = None
+            for parameter in parameters:
+                parameter.grad = None
 
     def _gradient_is_finite(self) -> bool:
         return self._scaled or self._norm is None or math.isfinite(float(self._norm))
@@ -109,7 +104,7 @@ class StepFaults(TrainerCallback):
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
             of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            ids = _on_all_ranks([one for ids in broken for one in ids])
+            ids = _on_all_ranks([sample_id for micro_batch in broken for sample_id in micro_batch])
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
             # A gradient that is a number was not dropped: an infinite loss may have one.
             done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
@@ -170,7 +165,7 @@ class StepFaults(TrainerCallback):
 def is_spike(loss: float, earlier: Sequence[float]) -> bool:
     """Whether a loss stands out of those before it: far above their median, in their own spread and by itself."""
     middle = median(earlier)
-    spread = median(abs(one - middle) for one in earlier)
+    spread = median(abs(loss - middle) for loss in earlier)
     return loss > SPIKE_TIMES * middle and loss > middle + SPIKE_DEVIATIONS * spread
 
 
@@ -199,12 +194,7 @@ def check_base_weights(model: nn.Module, base: str) -> None:
 
 
 def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str | None) -> None:
-    """Reads what trains before it is written; every rank must call it.
-
-    Args:
-        parts: what trains.
-        step: optimizer steps taken, for the message.
-        kept: name of the last whole checkpoint; None: there is none.
+    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint.
 
     Raises:
         UserError: on every rank, where a trained weight is NaN or infinite.
@@ -221,7 +211,7 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
 def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Names of floating weights that hold NaN or infinity on any rank."""
     # DeepSpeed's name for this rank's share of a parameter.
-    here = [name for name, one in named if not _is_finite(vars(one).get("ds_tensor", one).detach())]
+    here = [name for name, weight in named if not _is_finite(vars(weight).get("ds_tensor", weight).detach())]
     return sorted(set(_on_all_ranks(here)))
 
 

@@ -1,9 +1,7 @@
 """A training step that computes nothing: the model's own code on the meta device, its memory and products counted.
 
-Numbers that a model decides by are whole (ids, masks, grids, places), and there are few of them: they stay real, on
-the CPU. Weights, activations and gradients have shapes and number types alone. So the model's forward, the loss,
-autograd and a checkpoint's recomputation run as they are, whatever the architecture, and a 32B takes seconds and no
-memory.
+Numbers that a model decides by are whole (ids, masks, grids), and few: they stay real, on the CPU. Weights, activations
+and gradients have shapes and number types alone, so a 32B takes seconds and no memory, whatever the architecture.
 """
 
 from __future__ import annotations
@@ -35,10 +33,7 @@ ATTENTION_PRODUCTS = {ATTENTION: 4, aten._scaled_dot_product_flash_attention_for
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on, follows every storage that an operation makes: `now` is alive, `peak` the most there was.
-
-    `made` counts the storages.
-    """
+    """Follows every storage that an operation makes: `now` bytes are alive, `peak` at most; `made` counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +49,12 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation; what it returns in a storage of its own is new."""
         result = self.run(func, args, kwargs or {})
-        unknown = [one for one in storages_of(tree_leaves(result)) if id(one) not in self._alive]
+        unknown = [storage for storage in storages_of(tree_leaves(result)) if id(storage) not in self._alive]
         if unknown:
-            given = {id(one) for one in storages_of(tree_leaves((args, kwargs)))}
+            inputs = {id(storage) for storage in storages_of(tree_leaves((args, kwargs)))}
             for storage in unknown:
-                if id(storage) not in given:  # else a view of something older than this count, or it changed in place
+                if id(storage) not in inputs:  # else a view of something older than this count, or it changed in place
                     self._follow(storage)
         return result
 
@@ -75,11 +69,10 @@ class LiveBytes(TorchDispatchMode):
     def follow_existing(self) -> None:
         """Counts what is there already: every tensor that Python holds, those on the meta device aside."""
         gc.collect()
-        for one in gc.get_objects():
-            if issubclass(type(one), Tensor) and not one.is_meta:
-                for storage in storages_of([one]):
-                    if id(storage) not in self._alive:
-                        self._follow(storage)
+        tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor) and not value.is_meta]
+        for storage in storages_of(tensors):
+            if id(storage) not in self._alive:
+                self._follow(storage)
 
     def _follow(self, storage: Storage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -96,21 +89,16 @@ class LiveBytes(TorchDispatchMode):
 
 def storages_of(values: Iterable[object]) -> list[Storage]:
     """The storages of the tensors among them."""
-    return [one.untyped_storage() for one in values if isinstance(one, Tensor)]
+    return [value.untyped_storage() for value in values if isinstance(value, Tensor)]
 
 
 class ImaginedOperations(LiveBytes):
-    """While it is on, operations on the meta device run on shapes alone; their memory and products are counted.
+    """Operations on the meta device run on shapes alone; their memory and products (`flop`) are counted.
 
     Whether a weight is sound and the like is answered as in a healthy run: all is true, nothing is found.
-
-    Attributes:
-        flop: floating-point operations of the matrix products so far.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flop = 0
+    flop = 0
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation on shapes; on whole numbers it is the real one."""
@@ -126,9 +114,9 @@ class ImaginedOperations(LiveBytes):
             return True if args[0].dtype == torch.bool else 1
         if func in RANGES and kwargs.get("device") == META and kwargs.get("dtype") in (None, torch.int64):
             return func(*args, **on_cpu)
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        imagined = any(one.is_meta for one in tensors)
-        if imagined and not all(one.is_meta for one in tensors):
+        are_meta = [value.is_meta for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        imagined = any(are_meta)
+        if imagined and not all(are_meta):
             if func in INDEXED:
                 args = (args[0], _positions(args[1]), *args[2:])
             args, kwargs = tree_map(_without_values, (args, kwargs))
@@ -141,16 +129,16 @@ class ImaginedOperations(LiveBytes):
 def _positions(indices: Any) -> list[Any]:
     """Indices with each real mask as the positions that it chooses, so that the result's shape is known."""
     positions: list[Any] = []
-    for one in indices:
-        is_mask = isinstance(one, Tensor) and one.dtype == torch.bool and not one.is_meta
-        positions += one.nonzero(as_tuple=True) if is_mask else [one]
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta
+        positions += index.nonzero(as_tuple=True) if is_mask else [index]
     return positions
 
 
-def _without_values(one: Any) -> Any:
-    if not isinstance(one, Tensor) or one.is_meta:
-        return one
-    return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=META)
+def _without_values(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
 
 
 def _flop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -174,7 +162,7 @@ def _attention(  # noqa: PLR0913 - torch's own signature
 ) -> Tensor:
     """As the kernels of GPUs and CPUs do it: no matrix of scores is kept; on meta torch would take the plain one."""
     if enable_gqa:
-        key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
+        key, value = (heads.repeat_interleave(query.shape[-3] // heads.shape[-3], -3) for heads in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = query.new_empty(attn_mask.shape)
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -193,14 +181,11 @@ def _meta_device_understood() -> Iterator[None]:
         (torch, "autocast", imagined_autocast),
         (functional, "scaled_dot_product_attention", _attention),
     ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    try:
+    with contextlib.ExitStack() as stack:
         for module, name, function in replaced:
+            stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
         yield
-    finally:
-        for module, name, function in before:
-            setattr(module, name, function)
 
 
 @dataclass(frozen=True)
@@ -222,16 +207,13 @@ class StepBytes:
     @property
     def working(self) -> int:
         """What the passes need beside what they keep."""
-        return max(0, max(one.most for one in self.phases) - self.kept - self.logits)
+        return max(0, max(phase.most for phase in self.phases) - self.kept - self.logits)
 
 
 def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> StepBytes:
     """The second of two micro-batches through a model on the meta device; the first one fills caches.
 
-    Args:
-        loss: the module that is trained (`LossModel`), in training mode.
-        head: its output layer, before which the logits begin.
-        batch: whole numbers real, pictures on the meta device.
+    `loss` is in training mode; at its output layer `head` the logits begin. In `batch` whole numbers are real.
     """
     forward: Callable[..., Mapping[str, Tensor]] = loss
     at_head: list[int] = []
@@ -249,9 +231,9 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         stack.enter_context(_meta_device_understood())
         live = stack.enter_context(ImaginedOperations())
         stack.callback(head.register_forward_pre_hook(lambda *_: at_head.append(live.made)).remove)
-        for one in loss.parameters():
-            if one.requires_grad:
-                stack.callback(one.register_post_accumulate_grad_hook(gradient_came).remove)
+        for parameter in loss.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(gradient_came).remove)
         forward(**batch)["loss"].backward()
         before, flop = live.restart_peak(), live.flop
         at_head.clear()

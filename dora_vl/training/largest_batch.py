@@ -24,7 +24,7 @@ from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqSample
-from dora_vl.run.settings import RunSettings, SampleBound
+from dora_vl.run.settings import RunSettings
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
 from dora_vl.training.validation import random_state_kept
@@ -52,23 +52,22 @@ def asked_bytes(error: BaseException) -> int | None:
     return None if match is None else int(float(match[1]) * _UNITS[match[2]])
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are left: of the GPU, or of the machine and this process's own limit (`ulimit -v`)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free, (limit, _) = psutil.virtual_memory().available, resource.getrlimit(resource.RLIMIT_AS)
-    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - psutil.Process().memory_info().vms))
-
-
 def what_did_not_fit(error: BaseException, device: torch.device) -> str:
-    """The numbers of an error, in words."""
-    asked, free = asked_bytes(error), free_bytes(device)
-    wanted = "more was asked for" if asked is None else f"{_in_words(asked)} more were asked for"
-    return f"{wanted}, {_in_words(free)} are free on {'the GPU' if device.type == 'cuda' else 'this machine'}"
+    """Bytes that were asked for and bytes that are left, in words."""
 
+    def in_words(size: int) -> str:
+        return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size:,} bytes"
 
-def _in_words(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size:,} bytes"
+    if device.type == "cuda":
+        free, owner = torch.cuda.mem_get_info(device)[0], "the GPU"
+    else:
+        free, owner = psutil.virtual_memory().available, "this machine"
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+        if limit != resource.RLIM_INFINITY:
+            free = max(0, min(free, limit - psutil.Process().memory_info().vms))
+    asked = asked_bytes(error)
+    more = "more was asked for" if asked is None else f"{in_words(asked)} more were asked for"
+    return f"{more}, {in_words(free)} are free on {owner}"
 
 
 @contextlib.contextmanager
@@ -89,13 +88,11 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
     """The same around a run's steps, told by the step, or as a validation's; and a line for a data worker's end."""
 
     def where() -> str:
-        validates = not trainer.model.training
-        return "the validation" if validates else f"step {trainer.state.global_step + 1}"
+        return f"step {trainer.state.global_step + 1}" if trainer.model.training else "the validation"
 
     def advice() -> str:
-        return (
-            what_to_lower(config, trainer.args) if trainer.model.training else smaller_validation(config, trainer.args)
-        )
+        to_lower = what_to_lower if trainer.model.training else smaller_validation
+        return to_lower(config, trainer.args)
 
     with out_of_memory_reported(where, trainer.args.device, advice):
         try:
@@ -112,10 +109,7 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
 def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: int | None = None) -> str:
     """What makes a training step smaller, with its values, the mildest first.
 
-    Args:
-        config: the run's settings.
-        arguments: its arguments.
-        fits: samples of a micro-batch that were tried and fit; None: nothing was tried.
+    `fits` is how many samples of a micro-batch were tried and fit; None: nothing was tried.
     """
     micro, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     samples = config.data.step_samples
@@ -125,7 +119,8 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
             f"{samples} samples"
         )
     if micro > 1 and fits != 0:
-        smaller = smaller_micro_batch(micro * parts, at_most=fits or micro // 2)
+        # The largest number of samples that parts a step evenly, so that it stays the same step.
+        smaller = next(size for size in range(fits or micro // 2, 0, -1) if micro * parts % size == 0)
         tried = ", which has been tried and fits," if fits else ""
         return (
             f"Set training.per_device_train_batch_size to {smaller} (it is {micro}){tried} and "
@@ -134,21 +129,11 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
         )
     if not arguments.gradient_checkpointing:
         return "Set training.gradient_checkpointing to true (it is false): slower by about a third, far less memory"
-    return _smaller_samples(config.data.sample_bounds)
-
-
-def smaller_micro_batch(step: int, *, at_most: int) -> int:
-    """The largest number of samples up to `at_most` that parts a step evenly, so that it stays the same step."""
-    return next(size for size in range(max(1, at_most), 0, -1) if step % size == 0)
-
-
-def _smaller_samples(bounds: Mapping[SampleBound, int | None]) -> str:
-    """Where a micro-batch of one sample is too large, with its activations recomputed."""
-    changes = []
+    changes, bounds = [], config.data.sample_bounds
     if "max_pixels_per_step" in bounds:
-        now = bounds["max_pixels_per_step"]
-        to = PIXELS_TO_START_WITH if now is None else now // 2
-        changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if now is None else now})")
+        pixels = bounds["max_pixels_per_step"]
+        to = PIXELS_TO_START_WITH if pixels is None else pixels // 2
+        changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if pixels is None else pixels})")
     if (tokens := bounds.get("max_tokens") or 0) > SHORTEST:
         changes.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
     changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
@@ -199,33 +184,24 @@ class LargestBatch(TrainerCallback):
         """Before anything is asked or trained."""
         with random_state_kept(args.device):
             items = largest(self._pools(), self._cost, args.per_device_train_batch_size)
-            if items:
-                self._try(items, args)
-
-    def _try(self, items: list[Any], args: TrainingArguments) -> None:
-        trouble = self._trouble(items, args)
-        if trouble is None:
-            logger.info(
-                "the largest micro-batch fits, %s, with %.2f GiB",
-                described(self._collate(items)),
-                memory_gib(args.device),
-            )
-            return
-        fits = self._what_fits(items, args)
-        where = f"the largest micro-batch that the data can give ({described(self._collate(items))})"
+            if not items:
+                return
+            trouble, batch = self._trouble(items, args), self._collate(items)
+            rows, tokens = batch["input_ids"].shape
+            size = f"{batch['samples']} samples in {rows} rows of {tokens} tokens"
+            if trouble is None:
+                logger.info("the largest micro-batch fits, %s, with %.2f GiB", size, memory_gib(args.device))
+                return
+            fits = None
+            # Several ranks, or DeepSpeed, were left in midst: nothing more can be tried there.
+            if args.world_size == 1 and not self._trainer.is_deepspeed_enabled and len(items) > 1:
+                fits = len(items) // 2
+                while fits and self._trouble(items[:fits], args) is not None:
+                    fits //= 2
         raise UserError(
-            f"out of memory in {where}, tried before the first step: {trouble}. "
-            f"{what_to_lower(self._config, args, fits=fits)}"
+            f"out of memory in the largest micro-batch that the data can give ({size}), tried before the first step: "
+            f"{trouble}. {what_to_lower(self._config, args, fits=fits)}"
         )
-
-    def _what_fits(self, items: list[Any], args: TrainingArguments) -> int | None:
-        """How many of the items fit; None where that cannot be tried, since ranks or DeepSpeed were left in midst."""
-        if args.world_size > 1 or self._trainer.is_deepspeed_enabled or len(items) < 2:
-            return None
-        size = len(items) // 2
-        while size and self._trouble(items[:size], args) is not None:
-            size //= 2
-        return size
 
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
         """What did not fit; None where all did. The error itself is let go, since it holds what the step had made."""
@@ -250,37 +226,25 @@ def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> li
 
 
 def _samples(items: Pool) -> list[Sample | Seq2SeqSample]:
-    inside = [one for item in items for one in (item.items if isinstance(item, MicroBatch) else [item])]
-    return [one for one in inside if isinstance(one, Sample | Seq2SeqSample)]
+    samples = [sample for item in items for sample in (item.items if isinstance(item, MicroBatch) else [item])]
+    return [sample for sample in samples if isinstance(sample, Sample | Seq2SeqSample)]
 
 
 def cost_of(activations: Activations, vocabulary: int) -> Callable[[Pool], int]:
-    """Bytes of a micro-batch by its padded tokens and its labels, which are what differs between micro-batches.
-
-    Args:
-        activations: of the run's model, for bytes a token.
-        vocabulary: scores at each labelled place.
-    """
+    """Bytes of a micro-batch by its padded tokens and its labels, which are what differs between micro-batches."""
     token = activations.bytes // max(1, activations.tokens)
+
+    def tokens_of(sample: Sample | Seq2SeqSample) -> int:
+        features = sample.features.shape[0] * sample.features.shape[1] if isinstance(sample, Seq2SeqSample) else 0
+        return len(sample.input_ids) + features
 
     def cost(items: Pool) -> int:
         samples = _samples(items)
-        padded = len(samples) * max((_tokens(one) for one in samples), default=0)
-        labelled = sum(int((one.labels != IGNORED_LABEL).sum()) for one in samples)
+        padded = len(samples) * max(map(tokens_of, samples), default=0)
+        labelled = sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)
         return padded * token + labelled * vocabulary * BYTES_PER_SCORE
 
     return cost
-
-
-def _tokens(sample: Sample | Seq2SeqSample) -> int:
-    features = sample.features.shape[0] * sample.features.shape[1] if isinstance(sample, Seq2SeqSample) else 0
-    return len(sample.input_ids) + features
-
-
-def described(batch: Mapping[str, Any]) -> str:
-    """A batch's size in words."""
-    rows, tokens = batch["input_ids"].shape
-    return f"{batch['samples']} samples in {rows} rows of {tokens} tokens"
 
 
 # ---- one step, undone
@@ -324,12 +288,16 @@ def _nothing_learnt(trainer: Any) -> Iterator[None]:
 
     What is kept lies in the machine's memory, so that the device has as much room as ever.
     """
+
+    def on_host(value: Any) -> Any:
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
     optimizer: torch.optim.Optimizer = trainer.places.optimizer
-    trained = [(flat.data, _on_host(flat.data)) for flat in trainer.places.flats]
-    states = {key: {name: _on_host(value) for name, value in state.items()} for key, state in optimizer.state.items()}
+    trained = [(flat.data, on_host(flat.data)) for flat in trainer.places.flats]
+    states = {key: {name: on_host(value) for name, value in state.items()} for key, state in optimizer.state.items()}
     rates = [group["lr"] for group in optimizer.param_groups]
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
-    counters = [(owner, _counters(owner)) for owner in (engine, loss_scale_of(engine)) if owner is not None]
+    counters = [(vars(owner), _counters(owner)) for owner in (engine, loss_scale_of(engine)) if owner is not None]
     synchronises = trainer.accelerator.gradient_state.sync_gradients
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0
@@ -347,12 +315,8 @@ def _nothing_learnt(trainer: Any) -> Iterator[None]:
                 del optimizer.state[key]
             for key, before in states.items():
                 _restore(optimizer.state[key], before)
-        for owner, numbers in counters:
-            vars(owner).update(numbers)
-
-
-def _on_host(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for attributes, numbers in counters:
+            attributes.update(numbers)
 
 
 def _restore(state: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -25,6 +25,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.errors import shown_text
 from dora_vl.training.progress import lines_above
 
+MOST_SHARE, LEAST_SECONDS = 0.01, 0.25
+"""Of the time, for drawing: after a drawing the next waits so long."""
 BARS = "▁▂▃▄▅▆▇█"
 NO_NUMBER = "×"
 KEPT_LOSSES, SPARKS = 60, 30
@@ -45,18 +47,18 @@ class Asked:
     truth: str
 
     def __str__(self) -> str:
-        question, answer, truth = (shown_text(one, LONGEST_SHOWN) for one in (self.question, self.answer, self.truth))
+        question, answer, truth = (shown_text(text, LONGEST_SHOWN) for text in (self.question, self.answer, self.truth))
         return f"{question} -> {answer}   (right: {truth})"
 
 
 @dataclass
 class RunNumbers:
-    """What is known of a run at a moment; `logged` holds the newest line of `log.jsonl` that has a loss.
+    """What is known of a run at a moment.
 
     Attributes:
         first: the step from which the time left is reckoned, and when it ended (seconds of `time.monotonic`).
-        validation: losses by step.
-        validating: batches of a validation that goes on: done, and how many there are.
+        logged: the newest line of `log.jsonl` that has a loss.
+        validation: losses by step; `validating`: batches of a validation that goes on, done and in all.
     """
 
     title: str
@@ -95,21 +97,17 @@ class RunNumbers:
 def drawn(run: RunNumbers, now: float, *, columns: int) -> RenderableType:
     """The view for a terminal so wide: a bar and a table of numbers; what is not known yet has no row."""
     bar = Padding(ProgressBar(total=max(1, run.steps), completed=run.step), 0)  # which ends its line
-    inside = Group(bar, _table(rows(run, now), names_beside=columns >= NARROW))
+    if columns >= NARROW:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        for name, text in rows(run, now):
+            table.add_row(name, Text(text))
+    else:
+        table = Group(*(Text.assemble((f"{name} ", "dim"), text) for name, text in rows(run, now)))
     wide = max(LEAST_WIDE, columns - FOR_ECHO)
     title = Text(shown_text(run.title, wide - 6))
-    return Panel(inside, title=title, title_align="left", box=box.ROUNDED, width=wide)
-
-
-def _table(named: Sequence[tuple[str, str]], *, names_beside: bool) -> RenderableType:
-    if not names_beside:
-        return Group(*(Text.assemble((f"{name} ", "dim"), text) for name, text in named))
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for name, text in named:
-        table.add_row(name, Text(text))
-    return table
+    return Panel(Group(bar, table), title=title, title_align="left", box=box.ROUNDED, width=wide)
 
 
 def rows(run: RunNumbers, now: float) -> list[tuple[str, str]]:
@@ -133,12 +131,12 @@ def rows(run: RunNumbers, now: float) -> list[tuple[str, str]]:
     )
     counts = [f"{number:,} {name}{'' if number == 1 else plural}" for number, name, plural in left_out if number]
     lines.append(("skipped", ", ".join(counts) or "nothing"))
-    return lines + [(f"at step {one.step:,}", str(one)) for one in run.asked[:MOST_QUESTIONS]]
+    return lines + [(f"at step {asked.step:,}", str(asked)) for asked in run.asked[:MOST_QUESTIONS]]
 
 
 def _of_training(run: RunNumbers) -> list[tuple[str, str]]:
     line = run.logged
-    finite = [one for one in run.losses if math.isfinite(one)]
+    finite = [loss for loss in run.losses if math.isfinite(loss)]
     mean = f"  mean {sum(finite) / len(finite):.4f}" if finite else ""
     lines = [("loss", f"{run.losses[-1]:.4f}{mean}  {sparkline(run.losses)}")]
     optimizer = [f"{float(line['learning_rate']):.3g}"] if "learning_rate" in line else []
@@ -158,13 +156,11 @@ def _of_training(run: RunNumbers) -> list[tuple[str, str]]:
 def sparkline(values: Sequence[float] | deque[float], most: int = SPARKS) -> str:
     """The last values as bars between the least and the largest of them; what is no number is a cross."""
     shown = list(values)[-most:]
-    finite = [one for one in shown if math.isfinite(one)]
-    if not finite:
-        return NO_NUMBER * len(shown)
-    low, span = min(finite), max(finite) - min(finite)
-    top = len(BARS) - 1
-    height = [round((one - low) / span * top) if span and math.isfinite(one) else 0 for one in shown]
-    return "".join(BARS[high] if math.isfinite(one) else NO_NUMBER for one, high in zip(shown, height, strict=True))
+    finite = [value for value in shown if math.isfinite(value)]
+    low = min(finite, default=0.0)
+    span = max(finite, default=0.0) - low or math.inf
+    heights = [round((value - low) / span * (len(BARS) - 1)) if math.isfinite(value) else None for value in shown]
+    return "".join(NO_NUMBER if height is None else BARS[height] for height in heights)
 
 
 def clock(seconds: float) -> str:
@@ -177,11 +173,6 @@ def clock(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-MOST_SHARE = 0.01
-"""Of the time, for drawing: after a drawing the next waits so long."""
-LEAST_SECONDS = 0.25
-
-
 def can_show(stream: TextIO | TextIOBase) -> bool:
     """Whether a view can stand there: a terminal that moves its cursor and writes UTF-8, with a person before it."""
     if not stream.isatty() or os.environ.get("CI", "").lower() not in ("", "0", "false"):
@@ -192,9 +183,9 @@ def can_show(stream: TextIO | TextIOBase) -> bool:
 
 def close_views(callbacks: Iterable[TrainerCallback]) -> None:
     """Closes the views among a Trainer's callbacks; one that is closed stays so."""
-    for one in callbacks:
-        if isinstance(one, LiveView):
-            one.close()
+    for callback in callbacks:
+        if isinstance(callback, LiveView):
+            callback.close()
 
 
 class LiveView(TrainerCallback):
@@ -202,11 +193,6 @@ class LiveView(TrainerCallback):
 
     No thread draws: data workers are forked from this process, and a lock that a thread held then would stay locked in
     them. So the view moves on with steps, validation batches and lines, not in between.
-
-    Args:
-        asked: the watched questions with their newest answers.
-        steps_left_out: how many steps were, up to now.
-        clock: seconds that only grow.
     """
 
     def __init__(
@@ -248,28 +234,19 @@ class LiveView(TrainerCallback):
         if not control.should_log:  # its line comes next, and is drawn with the step
             self._draw_now_and_then()
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Counts the batches of a validation."""
         done, _ = self.run.validating or (0, 0)
         self.run.validating = done + 1, len(more["eval_dataloader"])
         self._draw_now_and_then()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Takes the newest numbers; a validation has a line above too."""
-        self.run.take_log(logs or {}, state.global_step)
+        logs: dict[str, Any] = more["logs"]
+        self.run.take_log(logs, state.global_step)
         self.run.steps_left_out = self._steps_left_out()
-        if "eval_loss" in (logs or {}):
-            skipped = (logs or {}).get("eval_skipped", 0)
-            loss = (logs or {})["eval_loss"]
+        if "eval_loss" in logs:
+            loss, skipped = logs["eval_loss"], logs.get("eval_skipped", 0)
             self._show_line(f"step {state.global_step}: validation loss {loss:.4f}, skipped {skipped}")
         self._draw_now_and_then()
 

@@ -26,13 +26,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.core.quantised import is_quantised
 
-ADAM_STATES, FLOAT32_BYTES, GIB = 2, 4, 2**30
+FLOAT32_BYTES, GIB = 4, 2**30
 # Vectors of hidden width that a layer keeps for each token: norm inputs, q, k, v and attention output, and four of the
 # gated MLP at about 2.7 times the width.
 VECTORS_PER_LAYER = 17
 MOST_REUSED = 1_000_000_000
-REUSED_TWICE = 2
-"""A layer that ran so many parameters before the end of the forward pass runs again after twice as many."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        """Lines in columns, the first one's words at the left, numbers at the right."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
@@ -54,10 +51,15 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of whole parameters."""
+    return sum(parameter_count(parameter) * parameter.element_size() for parameter in parameters)
+
+
 def weight_count(model: nn.Module) -> int:
     """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
     unpacked = unpacked_sizes(model)
-    return sum(unpacked.get(id(one), parameter_count(one)) for one in model.parameters())
+    return sum(unpacked.get(id(parameter), parameter_count(parameter)) for parameter in model.parameters())
 
 
 def unpacked_sizes(model: nn.Module) -> dict[int, int]:
@@ -114,18 +116,15 @@ def decoder_activations(model: PreTrainedModel, arguments: TrainingArguments, *,
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run's ranks share their work.
+    """How a run's ranks share their work; sizes are numbers, not bytes.
 
     Attributes:
         stage: of ZeRO; None without DeepSpeed.
-        ranks: GPUs in all.
-        bucket: numbers that are reduced at once.
-        buckets: how many such buffers there are.
+        bucket: numbers that are reduced at once, in each of so many `buckets`.
         prefetched: numbers gathered ahead under ZeRO-3.
         kept_whole: ZeRO-3 never splits parameters of fewer numbers.
         reused_within: ZeRO-3 keeps a weight gathered that is needed again after so many numbers.
-        offloads_optimizer: its state and the float32 copy are in the host's memory.
-        offloads_weights: so are the shards.
+        offloads_optimizer: its state and the float32 copy are in the host's memory; `offloads_weights`: so are shards.
     """
 
     stage: int | None
@@ -157,8 +156,8 @@ def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: 
         value = zero.get(name, default)
         return automatic if value == "auto" else int(float(value))
 
-    def offloads(what: str) -> bool:
-        return (zero.get(what) or {}).get("device", "none") != "none"
+    def offloads(name: str) -> bool:
+        return (zero.get(name) or {}).get("device", "none") != "none"
 
     return Engine(
         stage,
@@ -195,14 +194,10 @@ class Held:
 
     Attributes:
         weights: frozen weights by number type, such as `bfloat16`.
-        trained: what trains.
-        gradients: kept until the optimizer's step.
-        optimizer: Adam's moments.
-        masters: the float32 copy of what trains.
-        buckets: buffers in which gradients travel.
-        flattened: the gradients' second copy while the optimizer steps.
+        optimizer: Adam's moments; `masters`: the float32 copy of what trains.
+        buckets: buffers in which gradients travel; `flattened`: their second copy while the optimizer steps.
         gathered: weights whole for their layers, under ZeRO-3.
-        on_host: of these, what is offloaded.
+        on_host: of all these, what is offloaded.
     """
 
     weights: Mapping[str, int]
@@ -223,58 +218,59 @@ class Held:
 
     def at_most(self, engine: Engine, phases: Iterable[Phase]) -> int:
         """On the GPU at the fullest moment: in the loss, in the backward pass, or while the optimizer steps."""
+
+        def of_gradients(came: int) -> int:
+            if engine.stage == 3:  # their memory is there before
+                return 0
+            if engine.stage != 2:
+                return came
+            # Buckets and, from the first full one on, the memory of this rank's part.
+            return (self.buckets if came else 0) + (self.gradients if came > self.buckets // engine.buckets else 0)
+
         stepping = self.flattened
         if engine.stage != 3:
             stepping += self.gradients + (self.buckets if engine.stage == 0 else 0)
-        passes = max(one.most + self._of_gradients(engine, one.came) for one in phases)
+        passes = max(phase.most + of_gradients(phase.came) for phase in phases)
         return self.between_steps(engine) + max(passes + self.gathered, stepping)
-
-    def _of_gradients(self, engine: Engine, came: int) -> int:
-        """What the gradients that came take: themselves, or under ZeRO-2 buckets and, from the first full one on, the
-        memory of this rank's part."""
-        if engine.stage == 3:  # theirs is there before
-            return 0
-        if engine.stage != 2:
-            return came
-        return (self.buckets if came else 0) + (self.gradients if came > self.buckets // engine.buckets else 0)
 
 
 def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -> Held:
     """What a rank of this engine holds of a model whose trained parameters are decided.
 
-    Args:
-        half_precision: full training in bfloat16 or float16, with float32 masters (DeepSpeed's own switch).
+    `half_precision` is full training in bfloat16 or float16, with float32 masters (DeepSpeed's own switch).
     """
     frozen: dict[str, int] = defaultdict(int)
     split: list[nn.Parameter] = []
-    own = 0
-    for one in model.parameters():
-        held = -(-bytes_of([one]) // engine.shares(3))
-        if engine.stage == 3 and parameter_count(one) < engine.kept_whole:
-            held += bytes_of([one])
+    trained_bytes = 0
+    for parameter in model.parameters():
+        size = -(-bytes_of([parameter]) // engine.shares(3))
+        if engine.stage == 3 and parameter_count(parameter) < engine.kept_whole:
+            size += bytes_of([parameter])
         else:
-            split.append(one)
-        if one.requires_grad:
-            own += held
+            split.append(parameter)
+        if parameter.requires_grad:
+            trained_bytes += size
         else:
-            frozen[str(one.dtype).removeprefix("torch.")] += held
-    trained = [one for one in model.parameters() if one.requires_grad]
+            frozen[str(parameter.dtype).removeprefix("torch.")] += size
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradient = sum(map(parameter_count, trained)), bytes_of(trained)
     has_masters = engine.stage in (1, 2, 3) or (half_precision and engine.stage == 0)
     masters = numbers * FLOAT32_BYTES // engine.shares(1) if has_masters else 0
-    optimizer = numbers * FLOAT32_BYTES * ADAM_STATES // engine.shares(1)
+    optimizer = 2 * numbers * FLOAT32_BYTES // engine.shares(1)
     if engine.stage in (None, 0):
         in_buckets = numbers if engine.ranks > 1 else 0
     else:
         in_buckets = min(engine.bucket, numbers) if engine.stage == 1 else engine.bucket * engine.buckets
     gathered = 0
-    if engine.stage == 3 and engine.ranks > 1:  # where the forward pass ends, the layers that come again soon are whole
+    if engine.stage == 3 and engine.ranks > 1:
+        # Where the forward pass ends, the layers that come again soon are whole: one that ran so many parameters
+        # before the end runs again after twice as many.
         all_split = sum(map(parameter_count, split))
-        soon = min(all_split, engine.reused_within // REUSED_TWICE + engine.prefetched)
+        soon = min(all_split, engine.reused_within // 2 + engine.prefetched)
         gathered = bytes_of(split) * soon // max(all_split, 1)
     return Held(
         weights=dict(frozen),
-        trained=own,
+        trained=trained_bytes,
         gradients=gradient // engine.shares(2),
         optimizer=optimizer,
         masters=masters,
@@ -282,28 +278,22 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
         flattened=gradient // engine.shares(1) if engine.stage in (1, 2, 3) else 0,
         gathered=gathered,
         on_host=(optimizer + masters) * engine.offloads_optimizer
-        + (sum(frozen.values()) + own) * engine.offloads_weights,
+        + (sum(frozen.values()) + trained_bytes) * engine.offloads_weights,
     )
-
-
-def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
-    """Of whole parameters."""
-    return sum(parameter_count(one) * one.element_size() for one in parameters)
 
 
 def rough_table(held: Held, engine: Engine, activations: Activations) -> Table:
     """What a run's log says before its first step: GiB of one rank, activations by their rough size."""
-    phases = (Phase(0, activations.bytes), Phase(held.gradients, 0))
-    named = {
+    sizes = {
         "weights": sum(held.weights.values()) + held.trained,
         "gradients": held.gradients,
         "optimizer": held.optimizer + held.masters,
         "buffers": held.buckets + held.gathered,
         "activations (rough)": activations.bytes,
         "moved to the host": -held.on_host,
+        "at the fullest moment": held.at_most(engine, (Phase(0, activations.bytes), Phase(held.gradients, 0))),
     }
-    named["at the fullest moment"] = held.at_most(engine, phases)
-    rows = tuple((name, f"{size / GIB:.2f}") for name, size in named.items() if size)
+    rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
     return Table((f"memory a rank of {engine}", "GiB"), rows)
 
 
@@ -329,12 +319,7 @@ def traffic_of(engine: Engine, *, trained: int, split: int, stay_whole: int, mic
         ZeRO-2           (N-1)/N (a G + P)                gradients to their owner at each of a micro-batches
         ZeRO-3           (N-1)/N (a G + a (2 W - R))      weights, frozen ones too, gathered forward and backward
 
-    Args:
-        engine: the ranks.
-        trained: bytes of what trains (P), and of its gradients (G).
-        split: bytes of all weights, which ZeRO-3 splits (W).
-        stay_whole: of these, what stays whole from the forward to the backward pass (R).
-        micro_batches: in a step.
+    Bytes: `trained` is P and G, `split` all weights (W), `stay_whole` what stays whole from forward to backward (R).
     """
     share = (engine.ranks - 1) / engine.ranks
     if engine.stage in (None, 0):

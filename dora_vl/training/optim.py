@@ -12,7 +12,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dora_vl.core import TrainedPart, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 from dora_vl.run.launch import without_sharding
 from dora_vl.run.settings import Decayed, OptimConfig
@@ -22,14 +21,17 @@ from dora_vl.training.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rate by part."""
+    """Peak learning rate by part.
+
+    Attributes:
+        by_part: rate of a part (`dora`, `vision`, `projector`), of a factor in every part (`magnitude`), or of one
+            factor in one part (`vision.magnitude`).
+        b_ratio: B's rate as a multiple of its part's (LoRA+).
+    """
 
     default: float
     by_part: Mapping[str, float]
-    """Rate of a part (`dora`, `vision`, `projector`), of a factor in every part (`magnitude`), or of one factor in one
-    part (`vision.magnitude`)."""
     b_ratio: float = 1.0
-    """B's rate as a multiple of its part's (LoRA+)."""
 
     def of(self, part: TrainedPart) -> float:
         """The rate of a part: by its whole name, by its part, by its factor, or the default, in this order."""
@@ -89,15 +91,13 @@ def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedP
     if decayed == "matrices":
         return tuple(parts)
 
-    def is_bias(name: str) -> bool:
-        return name.rpartition(".")[2] == "bias"
-
-    return tuple(
-        replace(part, parameters=chosen, weight_decay=not biases)
-        for part in parts
-        for biases in (False, True)
-        if (chosen := {name: one for name, one in part.parameters.items() if is_bias(name) == biases})
-    )
+    split: list[TrainedPart] = []
+    for part in parts:
+        for biases in (False, True):
+            names = [name for name in part.parameters if (name.rpartition(".")[2] == "bias") == biases]
+            parameters = {name: part.parameters[name] for name in names}
+            split += [replace(part, parameters=parameters, weight_decay=not biases)] if names else []
+    return tuple(split)
 
 
 def parameter_groups(
@@ -135,25 +135,21 @@ def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: Learnin
     """A row for each part that trains: layers, numbers, their share of all, rank and learning rate."""
     total = weight_count(model)
     layers = dict(adapted_layers(model))
-    lines: dict[str, list[TrainedPart]] = {}
+    by_name: dict[str, list[TrainedPart]] = {}
     for part in parts:
-        lines.setdefault(part.name, []).append(part)
-    rows = [(name, *_line(found, layers, total, rates)) for name, found in lines.items() if any(map(_count, found))]
+        by_name.setdefault(part.name, []).append(part)
+    rows = []
+    for name, same in by_name.items():
+        if not (count := sum(map(_count, same))):
+            continue
+        owners = dict.fromkeys(owner.rpartition(".")[0] for part in same for owner in part.parameters)
+        ranks = {layers[owner].adapter.rank for owner in owners} if same[0].factor in ("A", "B", "d") else set()
+        rank = "-".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else ""
+        rows.append((name, f"{len(owners):,}", *_share(count, total), rank, f"{rates.of(same[0]):g}"))
     trained = sum(map(_count, parts))
-    rows += [
-        (what, "", *_share(count, total), "", "")
-        for what, count in (("trained", trained), ("frozen", total - trained), ("all", total))
-    ]
+    for name, count in (("trained", trained), ("frozen", total - trained), ("all", total)):
+        rows.append((name, "", *_share(count, total), "", ""))
     return Table(("part", "layers", "parameters", "share", "rank", "learning rate"), tuple(rows))
-
-
-def _line(
-    parts: Sequence[TrainedPart], layers: Mapping[str, AdaptedLayer], total: int, rates: LearningRates
-) -> tuple[str, ...]:
-    owners = dict.fromkeys(name.rpartition(".")[0] for part in parts for name in part.parameters)
-    ranks = {layers[name].adapter.rank for name in owners} if parts[0].factor in ("A", "B", "d") else set()
-    rank = "-".join(str(one) for one in sorted({min(ranks), max(ranks)})) if ranks else ""
-    return (f"{len(owners):,}", *_share(sum(map(_count, parts)), total), rank, f"{rates.of(parts[0]):g}")
 
 
 def _count(part: TrainedPart) -> int:
@@ -180,20 +176,16 @@ def frozen_table(model: nn.Module) -> Table:
 
 def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     """Kind, name and size of every frozen weight that no adapter changes."""
-    heads = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
-    adapted = {id(layer.weight) for _, layer in adapted_layers(model)}
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    seen = {id(layer.weight) for _, layer in adapted_layers(model)}
     unpacked = unpacked_sizes(model)
-    seen: set[int] = set()
     for owner, module in model.named_modules():
         for leaf, weight in module.named_parameters(recurse=False):
-            if weight.requires_grad or id(weight) in adapted or id(weight) in seen:
+            if weight.requires_grad or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            yield (
-                _kind(module, weight, heads),
-                f"{owner}.{leaf}".strip("."),
-                unpacked.get(id(weight), parameter_count(weight)),
-            )
+            size = unpacked.get(id(weight), parameter_count(weight))
+            yield _kind(module, weight, heads), f"{owner}.{leaf}".strip("."), size
 
 
 def _kind(module: nn.Module, weight: nn.Parameter, heads: set[int]) -> str:

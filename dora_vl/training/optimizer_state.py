@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,19 +21,14 @@ VALUE = "value"
 
 logger = logging.getLogger(__name__)
 
-# torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
-# every rank has a part. Here both are the same: flat tensors that a torch optimizer steps, and pieces of them.
-
 
 @dataclass(frozen=True)
 class Piece:
     """The part of one trained tensor that this rank's optimizer holds; `count` 0: another rank holds all of it.
 
     Attributes:
-        flat: number of the tensor that the optimizer steps.
-        start: first element in it.
+        flat: number of the tensor that the optimizer steps; `start`: first element in it.
         first: first element in the whole tensor, read row by row.
-        count: elements.
         group: the ranks that hold the others; None: this rank holds all.
     """
 
@@ -45,13 +41,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """An optimizer's tensors.
+    """An optimizer's tensors: flat ones that torch's, the innermost, steps, and pieces of trained tensors in them.
 
-    Attributes:
-        optimizer: torch's, the innermost.
-        flats: what it steps, by number.
-        pieces: by the `id` of the model's parameter.
-        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
+    torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
+    every rank has a part. `pieces` are by the `id` of the model's parameter; `stage3` is DeepSpeed's optimizer of
+    ZeRO-3, which lends `optimizer` its tensors for a step alone.
     """
 
     optimizer: torch.optim.Optimizer
@@ -63,17 +57,13 @@ class Layout:
 class OptimizerPlaces:
     """The tensors that an optimizer steps, and where in them each trained tensor is.
 
-    Args:
-        layout: as one rank has it.
-        trained: the model's parameters by name, in the same order on all ranks.
-        device: where ranks exchange tensors.
+    `trained` has the same order on all ranks, which exchange tensors on `device`.
     """
 
     def __init__(self, layout: Layout, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
         self.optimizer, self.flats = layout.optimizer, layout.flats
-        self.pieces = {name: layout.pieces[id(one)] for name, one in trained.items()}
-        self._trained = trained
-        self._device = device
+        self.pieces = {name: layout.pieces[id(parameter)] for name, parameter in trained.items()}
+        self._trained, self._device = trained, device
         self._stage3 = layout.stage3
 
     def shape(self, name: str) -> torch.Size:
@@ -84,28 +74,18 @@ class OptimizerPlaces:
         """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
         return self.optimizer.state.get(self.flats[self.pieces[name].flat], {})
 
-    def counts_in_integers(self) -> bool:
-        """Whether the optimizer keeps its steps as a plain integer, where torch has a tensor."""
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return isinstance(self.optimizer, DeepSpeedCPUAdam)
-
     def is_by_element(self, name: str, value: Any) -> bool:
         """Whether a value of `state_of` has a number for each element."""
         return isinstance(value, Tensor) and value.shape == self.flats[self.pieces[name].flat].shape
 
-    def whole(self, name: str, held: Tensor) -> Tensor:
-        """A trained tensor, or one that goes with it by element, on the CPU; every rank must call it.
-
-        Args:
-            held: what has the shape of the flat tensor.
-        """
+    def whole(self, name: str, flat: Tensor) -> Tensor:
+        """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
         piece = self.pieces[name]
+        part = flat.flatten()[piece.start : piece.start + piece.count]
         if piece.group is None:
-            own = held.flatten()[piece.start : piece.start + piece.count]
-            return own.to("cpu", copy=True).view(self.shape(name))
-        whole = torch.zeros(self.shape(name).numel(), dtype=held.dtype, device=self._device)
-        whole[piece.first : piece.first + piece.count] = held[piece.start : piece.start + piece.count]
+            return part.to("cpu", copy=True).view(self.shape(name))
+        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self._device)
+        whole[piece.first : piece.first + piece.count] = part
         # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
         torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
         return whole.cpu().view(self.shape(name))
@@ -116,8 +96,8 @@ class OptimizerPlaces:
         if piece.count == into.numel() == whole.numel():  # whatever its strides
             into.copy_(whole.reshape(into.shape))
         else:
-            own = whole.flatten()[piece.first : piece.first + piece.count]
-            into[piece.start : piece.start + piece.count] = own.to(into)
+            part = whole.flatten()[piece.first : piece.first + piece.count]
+            into[piece.start : piece.start + piece.count] = part.to(into)
 
     @torch.no_grad()
     def set_value(self, name: str, whole: Tensor) -> None:
@@ -156,7 +136,12 @@ def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
     Raises:
         UserError: its state could not be written as whole tensors.
     """
-    layout = _of_torch(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else _of_deepspeed(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        pieces = {id(flat): Piece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
+        layout = Layout(optimizer, flats, pieces)
+    else:
+        layout = _of_deepspeed(optimizer)
     places = OptimizerPlaces(layout, trained, device)
     partitioned = any(piece.group is not None for piece in places.pieces.values())
     if partitioned and type(places.optimizer).__module__.startswith("bitsandbytes"):
@@ -165,11 +150,6 @@ def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
             "them; set adamw_torch, or leave training.deepspeed out"
         )
     return places
-
-
-def _of_torch(optimizer: torch.optim.Optimizer) -> Layout:
-    flats = [one for group in optimizer.param_groups for one in group["params"]]
-    return Layout(optimizer, flats, {id(one): Piece(n, 0, 0, one.numel()) for n, one in enumerate(flats)})
 
 
 def _of_deepspeed(optimizer: Any) -> Layout:
@@ -184,32 +164,24 @@ def _of_deepspeed(optimizer: Any) -> Layout:
         return _of_linked(optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return _of_stage_3(optimizer)
-    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0 in half precision
-        return _of_copies(optimizer)
+    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
+        copies, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
+        pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
+        return Layout(optimizer.optimizer, copies, pieces)
     raise UserError(
         f"training.optim: a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch"
     )
-
-
-def _of_copies(optimizer: Any) -> Layout:
-    """Each parameter in half precision has a float32 copy, the same on every rank."""
-    groups = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
-    pairs = [pair for copies, halves in groups for pair in zip(copies, halves, strict=True)]
-    pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, (_, half) in enumerate(pairs)}
-    return Layout(optimizer.optimizer, [copy for copy, _ in pairs], pieces)
 
 
 def _of_linked(optimizer: Any, flats: Sequence[Tensor], groups: Sequence[Sequence[Any]]) -> Layout:
     """A flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
-        for one in group:
-            linked = one._hp_mapping
-            if linked is None:
-                pieces[id(one)] = Piece(number, 0, 0, 0, one._dp_group)
-            else:
-                held, own = linked.hp_fragment_address, linked.lp_fragment_address
-                pieces[id(one)] = Piece(number, held.start, own.start, held.numel, one._dp_group)
+        for parameter in group:
+            pieces[id(parameter)] = Piece(number, 0, 0, 0, parameter._dp_group)
+            if (linked := parameter._hp_mapping) is not None:
+                flat, half = linked.hp_fragment_address, linked.lp_fragment_address
+                pieces[id(parameter)] = Piece(number, flat.start, half.start, flat.numel, parameter._dp_group)
     return Layout(optimizer.optimizer, flats, pieces)
 
 
@@ -219,11 +191,12 @@ def _of_stage_3(optimizer: Any) -> Layout:
         raise UserError("training.deepspeed: a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
     pieces = {}
     for group in optimizer.fp16_groups:
-        for one in group:
-            number, start, count = optimizer.grad_position[optimizer.get_param_id(one)]
-            first = torch.distributed.get_rank(one.ds_process_group) * count
-            own = max(0, min(count, one.ds_numel - first))
-            pieces[id(one)] = Piece(number, start, first if own else 0, own, one.ds_process_group)
+        for parameter in group:
+            number, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            ranks = parameter.ds_process_group
+            first = torch.distributed.get_rank(ranks) * count
+            count = max(0, min(count, parameter.ds_numel - first))
+            pieces[id(parameter)] = Piece(number, start, first if count else 0, count, ranks)
     return Layout(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, pieces, stage3=optimizer)
 
 
@@ -274,10 +247,7 @@ def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
 
 
 def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
-    """Gives the optimizer its state; every rank must call it.
-
-    Args:
-        numbers: as `optimizer_numbers` gave them.
+    """Gives the optimizer its state, with `optimizer_numbers`; every rank must call it.
 
     Raises:
         UserError: the state is not that of this optimizer.
@@ -287,14 +257,14 @@ def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[
         raise files.damaged("the optimizer's numbers are missing")
     with places.in_optimizer():
         optimizer = places.optimizer
-        if [one.get("name") for one in optimizer.param_groups] != [one.get("name") for one in groups]:
+        if [group.get("name") for group in optimizer.param_groups] != [group.get("name") for group in groups]:
             raise files.damaged("the optimizer has other parts here")
         number_of = {id(flat): number for number, flat in enumerate(places.flats)}
         optimizer.load_state_dict(
             {
                 "state": _states(places, files, kept),
                 "param_groups": [
-                    {**_restored(group, saved), "params": [number_of[id(one)] for one in group["params"]]}
+                    {**_restored(group, saved), "params": [number_of[id(flat)] for flat in group["params"]]}
                     for group, saved in zip(optimizer.param_groups, groups, strict=True)
                 ],
             }
@@ -303,11 +273,8 @@ def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[
 
 def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """A group's settings, with the values of the checkpoint in their own kinds."""
-    restored = dict(group)
-    for key, value in saved.items():
-        if key in group:
-            restored[key] = tuple(value) if isinstance(group[key], tuple) else value
-    return restored
+    values = {key: value for key, value in saved.items() if key in group}
+    return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
 
 
 def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -325,7 +292,9 @@ def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
             raise files.damaged(f"there are numbers of {name}")
         state = states.setdefault(places.pieces[name].flat, {})
         state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
-    if places.counts_in_integers():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if isinstance(places.optimizer, DeepSpeedCPUAdam):  # it keeps its steps as an integer, where torch has a tensor
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
 

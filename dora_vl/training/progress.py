@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast, runtime_checkable
@@ -39,10 +40,10 @@ class Counts:
     shrunk_samples: int = 0
 
     def __sub__(self, earlier: Counts) -> Counts:
-        return Counts(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))
+        return Counts(*map(operator.sub, astuple(self), astuple(earlier)))
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Counts(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def padding_share(self) -> float:
@@ -99,9 +100,9 @@ class BatchStatistics:
         """The sums over all ranks, with those before a resume; every rank must call it."""
         if rank_and_ranks()[1] == 1:
             return self.earlier + self.counts
-        mine = torch.tensor([getattr(self.counts, one.name) for one in fields(Counts)], device=device)
-        torch.distributed.all_reduce(mine)
-        return self.earlier + Counts(*mine.tolist())
+        sums = torch.tensor(astuple(self.counts), device=device)
+        torch.distributed.all_reduce(sums)
+        return self.earlier + Counts(*sums.tolist())
 
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
@@ -111,7 +112,7 @@ class BatchStatistics:
             return mine
         everyone: list[dict[str, str]] = [{} for _ in range(ranks)]
         torch.distributed.all_gather_object(everyone, mine)
-        return {name: reason for one in everyone for name, reason in one.items()}
+        return {name: reason for of_rank in everyone for name, reason in of_rank.items()}
 
 
 @runtime_checkable
@@ -126,12 +127,7 @@ class EndlessOrder(Protocol):
 
 
 class Progress:
-    """Counts, skipped samples and seconds of a run, those before a resume included.
-
-    Args:
-        statistics: of training batches.
-        validation: of validation batches, where there are any.
-    """
+    """Counts, skipped samples and seconds of a run, those before a resume included."""
 
     def __init__(self, statistics: BatchStatistics, validation: BatchStatistics | None) -> None:
         self._statistics, self._validation = statistics, validation
@@ -153,12 +149,9 @@ class Progress:
     def trains_on(
         self, ids: Callable[[], Iterable[str]] | None, source: str, media: Callable[[], Mapping[str, str]] = dict
     ) -> None:
-        """Keeps an account of the training samples too.
+        """Keeps an account of the training samples too: their ids in order, and what the files of some of them hold.
 
-        Args:
-            ids: theirs, in order; None: they are not known beforehand, as of a stream.
-            source: the training file, for messages.
-            media: what the files of some of them hold.
+        `ids` is None where they are not known beforehand, as of a stream; `source` is the training file, for messages.
         """
         self._ids, self._source, self._media = ids, source, media
 
@@ -233,11 +226,8 @@ def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> di
     return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(media or {})}
 
 
-# Lines that are written while a live view stands at the bottom of a terminal: they go above it, not through it.
-
-
 class LinesAbove:
-    """Stands for a terminal's stream: whole lines are handed on, all else is the stream's own.
+    """Stands for a terminal's stream above a live view: whole lines are handed on, all else is the stream's own.
 
     A process forked from this one, such as a data worker, has no view and writes to the stream itself. A line that was
     drawn over (`\\r`, as progress bars do) is handed on as it was last.
@@ -282,25 +272,22 @@ class LinesAbove:
 def lines_above(show: Callable[[str], None]) -> Iterator[None]:
     """What is written to stdout and stderr where they are terminals, by loggers too, goes to `show`, line by line."""
     out, err = sys.stdout, sys.stderr
-    own = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
-    loggers = [
-        logging.root,
-        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
-    ]
+    above = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
+    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
     handlers = [
         (handler, handler.stream)
         for logger in loggers
         for handler in logger.handlers  # they keep the stream they were made with; some ask for sys.stderr each time
-        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in own
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in above
     ]
     for handler, stream in handlers:
-        handler.setStream(own[id(stream)])
-    sys.stdout, sys.stderr = (cast(TextIO, own.get(id(stream), stream)) for stream in (out, err))
+        handler.setStream(above[id(stream)])
+    sys.stdout, sys.stderr = (cast(TextIO, above.get(id(stream), stream)) for stream in (out, err))
     try:
         yield
     finally:
         sys.stdout, sys.stderr = out, err
         for handler, stream in handlers:
             handler.setStream(stream)
-        for stream in own.values():
+        for stream in above.values():
             stream.finish()

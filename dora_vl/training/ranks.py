@@ -28,35 +28,41 @@ from typing import Any, NoReturn, TypeVar
 
 import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import USER_ERROR_STATUS, UserError, is_communication, one_line
 from dora_vl.run.launch import rank_and_ranks, several_ranks, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS, FIRST_LOOK_SECONDS = 2.0, 0.1
+LOOK_SECONDS, FIRST_LOOK_SECONDS, STORE_SECONDS = 2.0, 0.1, 5.0
 NEWS_SECONDS = 10.0
 """How long a rank whose connection broke waits to read why, and after which a rank gives no sign of life."""
 SUSPENDED_SECONDS = 20.0
 """A look this late means that this process was suspended."""
-STORE_SECONDS = 5.0
+SAVE_SECONDS = 120.0
+"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
 STATUS = 1
 NEWS, STUCK = "news", "stuck"
 RESUME = "--resume last goes on from the last checkpoint"
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 """Code that a thread is in while it waits for other ranks."""
+DEEPSPEED_PARENT = "deepspeed.launcher.launch"
+"""What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's sign of life: where it runs, how many signs it gave, its step, and whether it waits for others."""
+    """A rank's sign of life: where it runs, how many signs it gave, its step, and whether it waits for others.
+
+    `namespace` is that of process numbers, which mean nothing in another one.
+    """
 
     rank: int
     host: str
     process: int
     namespace: str = ""
-    """Of process numbers, which mean nothing in another one."""
     count: int = 0
     step: int = 0
     waits: bool = False
@@ -98,8 +104,8 @@ def who_did_not_come(signs: Sequence[Sign], silent: Sequence[Sign]) -> str:
         ([sign for sign in signs if not sign.waits], "in no collective, as its stack says"),
     ):
         if 0 < len(missing) < len(signs):
-            named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
-            return f"{named} did not come ({why})"
+            names = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
+            return f"{names} did not come ({why})"
     return "all ranks wait for each other, as their stacks say"
 
 
@@ -118,10 +124,9 @@ def answer_within(seconds: float, work: Callable[[], Answer]) -> Answer | None:
 
 
 class RankWatch:
-    """One rank's share of the watch; `start` begins it, `close` ends it where the run ends well.
+    """One rank's share of the watch, from `start` to `close`, where the run ends well.
 
-    Args:
-        limit: seconds without a step after which the ranks give up.
+    After `limit` seconds without a step the ranks give up.
     """
 
     def __init__(self, store: Store, rank: int, ranks: int, *, limit: int) -> None:
@@ -160,7 +165,7 @@ class RankWatch:
         answer_within(STORE_SECONDS, self._give_sign)
 
     def announce(self, message: str, status: int = STATUS, *, rank: int | None = None) -> None:
-        """Tells all ranks that one, by default this one, ends; the first announcement counts."""
+        """Tells all ranks that `rank`, by default this one, ends; the first announcement counts."""
         news = {"rank": self._own.rank if rank is None else rank, "message": message, "status": status}
         answer_within(STORE_SECONDS, lambda: self._store.compare_set(NEWS, "", json.dumps(news)))
 
@@ -239,7 +244,8 @@ class RankWatch:
     def _neighbours(self) -> list[Sign]:
         """The other ranks of this machine, as far as they are known."""
         here = (self._own.host, self._own.namespace)
-        return [one for one in self._signs.values() if (one.host, one.namespace) == here and one.rank != self._own.rank]
+        others = (sign for sign in self._signs.values() if sign.rank != self._own.rank)
+        return [sign for sign in others if (sign.host, sign.namespace) == here]
 
     def _is_first_here(self, gone: object = None) -> bool:
         """Whether this rank speaks for its machine, where several have the same to say."""
@@ -250,7 +256,13 @@ class RankWatch:
         """Every rank prints its stacks; the first that is there says which did not come."""
         self._ending.acquire()  # never released: another thread of this rank has nothing to add
         self._gives_up = True
-        _write_stacks(f"{self._own} waits at step {self._step}; its stack:\n")
+        with tempfile.TemporaryFile() as file:  # all in one piece: the ranks write at the same time
+            file.write(f"{self._own} waits at step {self._step}; its stack:\n".encode())
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            sys.stderr.flush()
+            os.write(sys.stderr.fileno(), file.read())
         answer_within(STORE_SECONDS, lambda: self._store.set(STUCK, "1"))
         now = time.monotonic()
         silent = [
@@ -279,25 +291,12 @@ class RankWatch:
             os._exit(status)
 
 
-def _write_stacks(title: str) -> None:
-    """All threads' stacks to stderr, in one piece: the ranks write at the same time."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        sys.stderr.flush()
-        os.write(sys.stderr.fileno(), title.encode() + file.read())
-
-
 _WATCHES: list[RankWatch] = []
 """That of this process, while it runs."""
 
 
 def watch_ranks(*, limit: int) -> None:
-    """Begins the watch of a launch of several ranks; the process group must be there.
-
-    Args:
-        limit: seconds without a step after which the ranks give up (`training.ddp_timeout`).
-    """
+    """Begins the watch of a launch of several ranks; the process group must be there. `limit`: training.ddp_timeout."""
     rank, ranks = rank_and_ranks()
     if not several_ranks() or ranks == 1 or _WATCHES:
         return
@@ -312,16 +311,20 @@ def watch_ranks(*, limit: int) -> None:
     _WATCHES[0].start()
 
 
-def note_progress(step: int) -> None:
-    """The run moves; nothing where there is no watch."""
-    for watch in _WATCHES:
-        watch.note(step)
+class NoteSteps(TrainerCallback):
+    """Tells the watch that this rank moves; it counts from the first step on and rests after the last."""
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A step."""
+        for watch in _WATCHES:
+            watch.note(state.global_step)
 
-def rest_from_steps() -> None:
-    """No step is taken for a while."""
-    for watch in _WATCHES:
-        watch.rest()
+    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows has no steps."""
+        for watch in _WATCHES:
+            watch.rest()
 
 
 @contextlib.contextmanager
@@ -349,11 +352,6 @@ def ranks_end_together() -> Iterator[None]:
 
 # A rank ends with its launcher: nobody else would stop it, read its output or start it again.
 
-SAVE_SECONDS = 120.0
-"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
-DEEPSPEED_PARENT = "deepspeed.launcher.launch"
-"""What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
-
 
 def end_with_launcher(*, every: float = LOOK_SECONDS, patience: float = SAVE_SECONDS) -> None:
     """Watches the launcher of this process; a process without one is left alone when its shell closes."""
@@ -365,7 +363,7 @@ def end_with_launcher(*, every: float = LOOK_SECONDS, patience: float = SAVE_SEC
 
 
 def _watch_launchers(launchers: Sequence[psutil.Process], every: float, patience: float) -> None:
-    while all(one.is_running() for one in launchers):
+    while all(launcher.is_running() for launcher in launchers):
         time.sleep(every)
     logger.warning("the launcher is gone: this rank saves what it can and ends")
     os.kill(os.getpid(), signal.SIGTERM)

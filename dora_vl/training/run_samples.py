@@ -29,7 +29,7 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
@@ -41,10 +41,9 @@ from dora_vl.data.table import (
     load_rows,
     load_training_rows,
     overlap,
-    overlap_warning,
 )
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, SettingError, UserError, shown
+from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
@@ -184,7 +183,7 @@ class RunSamples:
         elif self._stream is not None:
             rows = [row for source in self._stream.sources for row in source.first_rows if isinstance(row, Example)]
             for place in _first_places([row.images for row in rows]):
-                yield rows[place], make([rows[place]], RowPictureBytes(rows[place].image_bytes))[0]
+                yield rows[place], make([rows[place]], rows[place].image_bytes)[0]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -197,8 +196,12 @@ class RunSamples:
                 "`dora-vl check-data` on both files tells it",
                 evaluation.file,
             )
-        elif repeated := overlap(self._train.rows, questions):
-            logger.warning(overlap_warning(repeated, self._name, str(evaluation.file)))
+        elif pairs := overlap(
+            self._train.rows, ((question.id, question.images, question.text) for question in questions)
+        ):
+            examples = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
+            where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
+            logger.warning("%s", one_line(f"{where}: {examples}"))
 
     def training_data(
         self,

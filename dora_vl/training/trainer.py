@@ -42,25 +42,20 @@ if TYPE_CHECKING:
 class Persistence:
     """Where a run is kept, and how its adapter folder is written and read; every rank calls `save` and `load`.
 
-    Reading it takes frozen tensors too, which a checkpoint's state does not hold.
+    Reading it takes frozen tensors too, which a checkpoint's state does not hold. The run's `settings` are for the
+    account of a checkpoint; the base's content hash is known on the rank that writes.
     """
 
     run_folder: Path
     save: Callable[[Path], None]
     load: Callable[[Path], object]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The run's, for the account of a checkpoint."""
     base_sha256: str | None = None
-    """Content hash of its base, on the rank that writes."""
 
 
 @dataclass(frozen=True)
 class Monitors:
-    """What keeps count of the batches and looks at the steps.
-
-    `statistics` counts what the training batches held, `validation` the same of validation batches and their loss (None
-    without validation data); `faults` watches losses and gradients.
-    """
+    """What counts training batches, what watches losses and gradients, and what sums validation batches and loss."""
 
     statistics: BatchStatistics
     faults: StepFaults
@@ -68,16 +63,10 @@ class Monitors:
 
 
 class AdapterTrainer(Trainer):
-    """Trains what `core.trained_parts` lists.
+    """Trains `parts`, as `core.trained_parts` lists them, and saves them at every checkpoint.
 
-    Args:
-        rates: learning rate of each part.
-        sampler: order of the training samples; None leaves it to the Trainer.
-        parts: what trains, as `core.trained_parts` lists it.
-        persistence: writes the adapter folder at every checkpoint, and reads it back.
-        monitors: counts of what the batches held, of validation batches too, and what watches the steps.
-        labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
-            leave it out then.
+    Without a `sampler` the Trainer orders the samples. Where `labels_shift`, a label at position 0 has nothing to be
+    predicted from, and the token count of a step leaves it out.
     """
 
     places: OptimizerPlaces

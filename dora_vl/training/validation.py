@@ -37,12 +37,7 @@ class WholeSteps(Dataset[Any]):
 
 
 class ValidationLoss:
-    """Sums of one evaluation, and the bad samples of all of them.
-
-    Args:
-        source: what messages call the data: its files.
-        samples: how many there are.
-    """
+    """Sums of one evaluation, and the bad samples of all of them; messages call the data by its `source`."""
 
     def __init__(self, *, source: str, samples: int) -> None:
         self._source = source
@@ -55,10 +50,11 @@ class ValidationLoss:
 
     def take(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The batch's tensors, and how many of its samples are usable."""
-        before = self.statistics.counts.samples, self.statistics.counts.skipped
+        before = self.statistics.counts
         inputs = self.statistics.take(batch)
-        self._skipped += self.statistics.counts.skipped - before[1]
-        return inputs, self.statistics.counts.samples - before[0]
+        counts = self.statistics.counts - before
+        self._skipped += counts.skipped
+        return inputs, counts.samples
 
     def add(self, loss: Tensor, samples: int) -> None:
         """A batch's mean loss over so many samples; one without any has no loss to speak of."""
@@ -77,12 +73,11 @@ class ValidationLoss:
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
         self._begin()
-        loss, samples, skipped = sums.tolist()
+        loss, samples, skips = sums.tolist()
         if not samples:
-            raise UserError(
-                nothing_usable(self._source, next(iter(self.statistics.skipped_on_all_ranks().items()), None))
-            )
-        return {"eval_loss": loss / samples, "eval_samples": int(samples), "eval_skipped": int(skipped)}
+            skipped = self.statistics.skipped_on_all_ranks()
+            raise UserError(nothing_usable(self._source, next(iter(skipped.items()), None)))
+        return {"eval_loss": loss / samples, "eval_samples": int(samples), "eval_skipped": int(skips)}
 
 
 @contextlib.contextmanager

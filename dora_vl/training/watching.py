@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +18,70 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.pictures import PICTURE_FORMATS
 from dora_vl.errors import UserError
-from dora_vl.run.watched import Watch, Watched, WatchedQuestion, add_answers, begin, read_watched
+from dora_vl.run.folder import WATCHED
+from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
 from dora_vl.training.live_view import Asked
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-# The same in TensorBoard, trackio and Weights & Biases: transformers' own reporters know nothing of pictures.
-
-NAME = "watched"
-COLUMNS = ("picture", "question", "right", "answer")
+TIMES_WITHOUT_VALIDATION = 5
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
-    """Sends the answers of one step to each tracker among a Trainer's callbacks; for the first rank alone."""
-    answers = watched.answers[step]
+    """Sends the answers of one step to TensorBoard, trackio and Weights & Biases, whose reporters know no pictures."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
-            _to_tensorboard(callback.tb_writer, watched, answers, step)
+            _to_tensorboard(callback.tb_writer, watched, step)
         elif isinstance(callback, TrackioCallback):
-            _as_table(callback._trackio, watched, answers, step)
+            _as_table(callback._trackio, watched, step)
         elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            _as_table(callback._wandb, watched, answers, step)
+            _as_table(callback._wandb, watched, step)
 
 
-def _to_tensorboard(writer: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
+def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
     """A text for each question, which TensorBoard shows by step, and its picture once."""
     if writer is None:  # before training begins, or after its end
         return
-    first = step == min(watched.answers)
-    for number, one in enumerate(watched.questions):
-        name = f"{NAME}/{number}"
-        if one.id in answers:
-            writer.add_text(name, "\n\n".join(map(_indented, (one.question, answers[one.id], one.truth))), step)
-        picture = _picture(watched, one) if first else None
-        if picture is not None:
+
+    def indented(text: str) -> str:  # as a block of code in Markdown: a model's answer is shown, not followed
+        return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+    answers = watched.answers[step]
+    for number, question in enumerate(watched.questions):
+        name = f"{WATCHED}/{number}"
+        if question.id in answers:
+            texts = question.question, answers[question.id], question.truth
+            writer.add_text(name, "\n\n".join(map(indented, texts)), step)
+        if step == min(watched.answers) and (picture := _picture(watched, question)) is not None:
             writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
     writer.flush()
 
 
-def _indented(text: str) -> str:
-    """As a block of code in Markdown: a model's answer is shown, not followed."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-
-def _as_table(tracker: Any, watched: Watched, answers: Mapping[str, str], step: int) -> None:
+def _as_table(tracker: Any, watched: Watched, step: int) -> None:
     """One table; trackio takes Weights & Biases' calls."""
-    asked = [(one, _picture(watched, one)) for one in watched.questions if one.id in answers]
-    rows = [
-        [None if picture is None else tracker.Image(picture), one.question, one.truth, answers[one.id]]
-        for one, picture in asked
-    ]
-    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), "train/global_step": step})
+    answers, rows = watched.answers[step], []
+    for question in watched.questions:
+        if question.id in answers:
+            picture = _picture(watched, question)
+            shown = None if picture is None else tracker.Image(picture)
+            rows.append([shown, question.question, question.truth, answers[question.id]])
+    columns = ["picture", "question", "right", "answer"]
+    tracker.log({WATCHED: tracker.Table(columns=columns, data=rows), "train/global_step": step})
 
 
-def _picture(watched: Watched, one: WatchedQuestion) -> Image.Image | None:
-    if not one.picture:
+def _picture(watched: Watched, question: WatchedQuestion) -> Image.Image | None:
+    if not question.picture:
         return None
-    with Image.open(watched.folder / one.picture, formats=PICTURE_FORMATS) as picture:
+    with Image.open(watched.folder / question.picture, formats=PICTURE_FORMATS) as picture:
         return picture.convert("RGB")
-
-
-TIMES_WITHOUT_VALIDATION = 5
 
 
 class WatchQuestions(TrainerCallback):
     """Has the questions answered before the first step, at every validation, or now and then where there is none.
 
     Every rank answers, since under ZeRO-3 they only can together; the first writes. Nothing that is drawn at random
-    afterwards, dropout say, is changed by it.
-
-    Args:
-        folder: the run's.
-        trackers: what else hears of the answers, looked up when there are some.
+    afterwards, dropout say, is changed by it. `trackers` also hear of the answers.
     """
 
     def __init__(self, watch: Watch, folder: Path, trackers: Callable[[], Sequence[TrainerCallback]]) -> None:
@@ -99,9 +90,7 @@ class WatchQuestions(TrainerCallback):
         self.newest: tuple[Asked, ...] = ()
         """The questions with their last answers, on the first rank."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_trainbegin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
         if state.is_world_process_zero:
             begin(self._folder, self._watch, step=state.global_step)
@@ -120,41 +109,34 @@ class WatchQuestions(TrainerCallback):
     def _ask(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         if self._failed:
             return
+        training = model.training
+        model.eval()
         try:
-            with random_state_kept(args.device), evaluating(model):
+            with random_state_kept(args.device):
                 answers = self._watch.ask()
         except UserError as error:  # of every rank, so that none waits for another
             self._failed = True
             logger.warning("the watched questions are not asked any more, watch: 0 leaves them out: %s", error)
             return
+        finally:
+            model.train(training)
         if not state.is_world_process_zero:
             return
-        add_answers(self._folder, state.global_step, answers)
+        with (self._folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": dict(answers)}) + "\n")
         self.newest = tuple(
-            Asked(state.global_step, one.question, answers[one.id], one.truth)
-            for one in self._watch.questions
-            if one.id in answers
+            Asked(state.global_step, question.question, answers[question.id], question.truth)
+            for question in self._watch.questions
+            if question.id in answers
         )
         if not args.disable_tqdm:
-            for one in self.newest:
-                tqdm.write(f"step {one.step}: {one}")
+            for asked in self.newest:
+                tqdm.write(f"step {asked.step}: {asked}")
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers(), watched, state.global_step)
 
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:
     """At which steps of a run without validation; the last is one of them."""
-    return frozenset(
-        -(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in range(1, TIMES_WITHOUT_VALIDATION + 1)
-    )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards in the one that it was in."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
+    parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
+    return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)

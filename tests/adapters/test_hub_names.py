@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.base_weights import BaseWeights, save_under_hub_names
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.hub_names import save_under_hub_names
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.backbones.places import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora

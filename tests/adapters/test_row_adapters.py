@@ -16,8 +16,7 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.several import Layers, RowAdapters, rows_seen
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.active_adapters import Row
-from dora_vl.core.rows import RowLayer
+from dora_vl.core.rows import Row, RowLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import write_adapter
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.adapters.foreign import LAYOUTS, to_adapter
+from dora_vl.adapters.foreign import LAYOUTS
+from dora_vl.adapters.read import ReadOptions, from_vl_adapter, to_adapter
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone
 from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, load_original, original_state
 from dora_vl.errors import UserError
@@ -77,15 +78,13 @@ def test_nvlabs_dora_gives_the_same_forward(tmp_path: Path) -> None:
 
     base = tiny(seed=7)
     load_original(base, as_original(state, source="LAST.pth"))
-    adapter = to_adapter(state, LAYOUTS["nvlabs-vlbart"], config={}, source="LAST.pth")
+    adapter = to_adapter(state, LAYOUTS["nvlabs-vlbart"], config={}, options=ReadOptions(), source="LAST.pth")
     write_adapter(adapter, tmp_path / "adapter")
     assert len(load_adapter(base, tmp_path / "adapter")) == len(whole) == 12
     torch.testing.assert_close(VlBartBackbone(base.eval())(**batch()).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_vl_adapter_lora_gives_the_same_forward(tmp_path: Path) -> None:
-    from dora_vl.adapters.foreign import from_vl_adapter
-
     trained = tiny(seed=8)
     generator = torch.Generator().manual_seed(9)
     state, whole = saved(trained, prefix=""), {}
@@ -98,7 +97,8 @@ def test_vl_adapter_lora_gives_the_same_forward(tmp_path: Path) -> None:
     expected_model.load_state_dict({**expected_model.state_dict(), **whole})
     base = tiny(seed=10)
     load_original(base, as_original(state, source="LAST.pth"))
-    adapter = to_adapter(from_vl_adapter(state, None, "LAST.pth"), LAYOUTS["vl-adapter"], config={}, alpha=1.0)
+    plain = from_vl_adapter(state, None, "LAST.pth")
+    adapter = to_adapter(plain, LAYOUTS["vl-adapter"], config={}, options=ReadOptions(alpha=1.0), source="LAST.pth")
     write_adapter(adapter, tmp_path / "adapter")
     load_adapter(base, tmp_path / "adapter")
     found, expected = (VlBartBackbone(one.eval())(**batch()).logits for one in (base, expected_model))

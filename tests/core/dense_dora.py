@@ -6,10 +6,18 @@ product with a given mask.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core.layer import AdaptedLayer
+
+
+def config(**changes: Any) -> DoRAConfig:
+    """Settings where nothing is neutral: alpha is not the rank."""
+    return DoRAConfig(**{"targets": ("*",), "rank": 2, "alpha": 6.0, "dropout": 0.0, **changes})
 
 
 def dense_dora(
@@ -39,30 +47,35 @@ def dense_dora(
     return y if bias is None else y + bias
 
 
+@torch.no_grad()
+def move_layer(layer: AdaptedLayer) -> None:
+    """Moves an adapted layer of any kind away from where it started."""
+    if layer.lora_B is not None:
+        layer.lora_B.normal_(std=0.3)
+    if layer.magnitude is not None:
+        layer.magnitude.mul_(torch.linspace(0.5, 1.7, layer.magnitude.numel(), device=layer.magnitude.device))
+
+
+def move(model: nn.Module) -> None:
+    """Moves every adapted linear layer inside `model`."""
+    for module in model.modules():
+        if isinstance(module, DoRALinear):
+            move_layer(module)
+
+
 def moved_layer(
-    config: DoRAConfig,
+    settings: DoRAConfig,
     *,
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
     in_features: int = 6,
     out_features: int = 5,
 ) -> DoRALinear:
-    """A layer where nothing is neutral: alpha is not the rank, B not zero, the magnitude not the norm, bias on."""
-    layer = DoRALinear(nn.Linear(in_features, out_features, bias=bias, dtype=dtype), config)
-    move(layer)
+    """A layer where nothing is neutral: B is not zero, the magnitude not the norm."""
+    layer = DoRALinear(nn.Linear(in_features, out_features, bias=bias, dtype=dtype), settings)
+    move_layer(layer)
     layer.weight.requires_grad_(False)
     return layer
-
-
-@torch.no_grad()
-def move(model: nn.Module) -> None:
-    """Moves every adapter inside `model` away from where it started."""
-    for module in model.modules():
-        if isinstance(module, DoRALinear):
-            if module.lora_B is not None:
-                module.lora_B.normal_(std=0.3)
-            if module.magnitude is not None:
-                module.magnitude.mul_(torch.linspace(0.5, 1.7, module.magnitude.numel()))
 
 
 def reference_of(layer: DoRALinear, x: Tensor, *, kept: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,12 +85,11 @@ def reference_of(layer: DoRALinear, x: Tensor, *, kept: Tensor | None = None) ->
         for name, parameter in layer.named_parameters()
     }
     leaves["x"] = x.detach().clone().requires_grad_(x.requires_grad)
-    factors = (leaves["lora_A"], leaves["lora_B"]) if "lora_A" in leaves else None
     y = dense_dora(
         leaves["x"],
         leaves["weight"],
         leaves.get("bias"),
-        factors,
+        (leaves["lora_A"], leaves["lora_B"]) if "lora_A" in leaves else None,
         leaves.get("magnitude"),
         scale=layer.adapter.alpha / layer.adapter.rank,
         detach_norm=layer.adapter.detach_norm,
@@ -96,11 +108,15 @@ def assert_same_gradients(
     upstream = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
     y.backward(upstream)
     expected.backward(upstream)
-    found = {**dict(layer.named_parameters()), "x": x}
+    tensors = {**dict(layer.named_parameters()), "x": x}
     for name, leaf in leaves.items():
-        grad = found[name].grad
-        if not leaf.requires_grad:
-            assert grad is None, name
-            continue
-        assert grad is not None, name
-        torch.testing.assert_close(grad, leaf.grad, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensors[name].grad, leaf.grad, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_fresh(layer: DoRALinear) -> None:
+    """Holds the layer to the reference of its present parameters, with a graph and without."""
+    x = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected, _ = reference_of(layer, x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)

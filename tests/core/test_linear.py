@@ -1,43 +1,27 @@
-"""One adapted linear layer against the dense reference: outputs and all gradients, away from identity points."""
+"""One adapted linear layer where numbers are hard: dropout, precision, rows that cancel, vanish or hide in a bias."""
 
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core import DoRALinear
 from dora_vl.core.fast.dropout import draw_dropped
-from tests.core.dense_dora import assert_same_gradients, moved_layer, reference_of
+from tests.core.dense_dora import assert_same_gradients, config, moved_layer, reference_of
 
-SHAPES = [(6,), (3, 6), (2, 4, 6)]
-
-
-def config(**changes) -> DoRAConfig:
-    return DoRAConfig(**{"targets": ("*",), "rank": 2, "alpha": 6.0, "dropout": 0.0, **changes})
+methods = pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 
 
-def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype).requires_grad_()
+def leaf(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
-@pytest.mark.parametrize("detach_norm", [True, False])
-def test_outputs_and_gradients(bias, shape, method, detach_norm):
-    torch.manual_seed(0)
-    layer = moved_layer(config(method=method, detach_norm=detach_norm), bias=bias)
-    x = leaf(shape)
-    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
-
-
-@pytest.mark.parametrize(("sizes", "rows"), [((6, 5, 2), 4), ((576, 192, 16), 96), ((192, 576, 100), 96)])
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize(("sizes", "rows"), [((6, 5, 2), 4), ((192, 576, 100), 96)])
+@methods
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_float32_is_within_1e_6_of_float64(sizes, rows, method, detach_norm):
     """Of each tensor's largest value: a sum of many products cannot keep 1e-6 of a small element in float32.
@@ -64,7 +48,7 @@ def test_float32_is_within_1e_6_of_float64(sizes, rows, method, detach_norm):
 @pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 @pytest.mark.parametrize("detach_norm", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(6,), (2, 4, 6)])
 def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
     torch.manual_seed(1)
     layer = moved_layer(config(method=method, dropout=0.4, dropout_mode=mode, detach_norm=detach_norm))
@@ -78,14 +62,6 @@ def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
     torch.manual_seed(5)
     y = layer(x)
     assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept.detach()), tolerance=1e-10)
-
-
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
-def test_trained_bias(method):
-    layer = moved_layer(config(method=method))
-    layer.bias.requires_grad_(True)
-    x = leaf((3, 6))
-    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -104,16 +80,13 @@ def test_rows_that_the_change_cancels_take_the_dense_norm(detach_norm):
     torch.manual_seed(0)
     layer = moved_layer(config(rank=5, alpha=5.0, detach_norm=detach_norm), dtype=torch.float32, in_features=7)
     with torch.no_grad():
-        # Row 1 of s B A becomes -(1 - 1e-5) W: solve B A = -W for that row's A in the span of rank 5.
         layer.lora_A[0].copy_(layer.weight[1])
         layer.lora_B[1].copy_(torch.tensor([-(1 - 1e-5), 0, 0, 0, 0]))
-    layer.forget_norms()
-    dense = torch.linalg.vector_norm(layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double(), dim=1)
-    x = torch.randn(3, 7)
-    gain = (layer.magnitude.double() / dense).unsqueeze(1)
-    expected = x.double() @ (gain * (layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double())).t()
+    direction = layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double()
+    norms, x = torch.linalg.vector_norm(direction, dim=1), torch.randn(3, 7)
+    assert float(norms[1].detach()) < 1e-4
+    expected = x.double() @ ((layer.magnitude.double() / norms).unsqueeze(1) * direction).t()
     found = layer.eval()(x).double() - layer.bias.double()
-    assert float(dense[1].detach()) < 1e-4
     # The row is 1e-5 of W, known to 1e-7/1e-5 relative in float32; an uncorrected norm is off by a factor.
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-5)
 
@@ -122,55 +95,19 @@ def test_zero_rows_never_give_nan_once_B_moves():
     base = nn.Linear(6, 5)
     with torch.no_grad():
         base.weight[1].zero_()
-    layer = DoRALinear(base, config())
-    x = torch.randn(4, 6)
-    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B, layer.magnitude], lr=0.3)
+    layer, x = DoRALinear(base, config()), torch.randn(4, 6)
+    trained = (layer.lora_A, layer.lora_B, layer.magnitude)
+    optimizer = torch.optim.SGD(trained, lr=0.3)
     for _ in range(4):
         optimizer.zero_grad()
         layer(x).square().sum().backward()
-        for parameter in (layer.lora_A, layer.lora_B, layer.magnitude):
-            assert torch.isfinite(parameter.grad).all()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in trained)
         optimizer.step()
         assert torch.isfinite(layer(x)).all()
-    assert float(layer.magnitude[1].abs()) > 0, "the zero row's magnitude must be able to leave 0"
+    assert float(layer.magnitude[1].detach().abs()) > 0, "the zero row's magnitude must be able to leave 0"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_injection_changes_no_bit(dtype, method, training, bias):
-    torch.manual_seed(0)
-    base = nn.Linear(67, 129, bias=bias, dtype=dtype)
-    with torch.no_grad():
-        base.weight[5:9].zero_()
-    x = torch.randn(2, 11, 67, dtype=dtype)
-    expected = base(x)
-    layer = DoRALinear(base, config(method=method, rank=8)).train(training)
-    assert torch.equal(layer(x), expected)
-    with torch.no_grad():
-        assert torch.equal(layer(x), expected)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
-def test_inference_equals_training_forward_and_merged(bias, method):
-    layer = moved_layer(config(method=method), bias=bias).eval()
-    x = torch.randn(2, 3, 6, dtype=torch.float64)
-    with_graph = layer(x)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), with_graph, rtol=1e-12, atol=1e-12)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), with_graph, rtol=1e-12, atol=1e-12)
-    before = layer.weight.clone()
-    layer.merge()
-    torch.testing.assert_close(layer(x), with_graph, rtol=1e-10, atol=1e-10)
-    layer.unmerge()
-    assert torch.equal(layer.weight, before)
-    torch.testing.assert_close(layer(x), with_graph, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@methods
 def test_autocast_computes_in_half_precision_with_float32_gradients(method):
     torch.manual_seed(0)
     layer = moved_layer(config(method=method, rank=4), dtype=torch.float32, in_features=64, out_features=33)
@@ -194,33 +131,26 @@ def test_half_precision_gradients_stay_near_float32():
     """z rebuilt from a bfloat16 y must not cost the magnitude its gradient, bias included."""
     torch.manual_seed(0)
     layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=33)
-    with torch.no_grad():
-        layer.bias.normal_(std=1.0)
     half = copy.deepcopy(layer)
     half.weight.data, half.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
-    x = torch.randn(200, 64)
-    upstream = torch.randn(200, 33)
+    x, upstream = torch.randn(200, 64), torch.randn(200, 33)
     layer(x).backward(upstream)
     half(x.bfloat16()).backward(upstream.bfloat16())
     for name in ("lora_A", "lora_B", "magnitude"):
-        expected = getattr(layer, name).grad
-        found = getattr(half, name).grad
+        expected, found = getattr(layer, name).grad, getattr(half, name).grad
         assert found.dtype == torch.float32
         assert float((found - expected).norm() / expected.norm()) < 2e-2, name
 
 
-def test_deepcopy_and_pickle_keep_the_adapter_and_its_freshness():
-    layer = moved_layer(config()).eval()
-    x = torch.randn(3, 6, dtype=torch.float64)
-    expected = layer(x)
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
-        assert torch.equal(twin(x), expected)
-        optimizer = torch.optim.SGD([twin.magnitude], lr=1.0)
-        twin(x).sum().backward()
-        optimizer.step()
-        reference, _ = reference_of(twin, x)
-        torch.testing.assert_close(twin(x), reference, rtol=1e-10, atol=1e-10)
-    assert torch.equal(layer(x), expected)
+def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
+    torch.manual_seed(0)
+    layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=48)
+    with torch.no_grad():
+        layer.bias.normal_(std=1e3)
+    x, upstream = torch.randn(33, 64), torch.randn(33, 48)
+    layer(x).backward(upstream)
+    y, leaves = reference_of(copy.deepcopy(layer).double(), x.double())
+    y.backward(upstream.double())
+    expected = leaves["magnitude"].grad
+    error = float((layer.magnitude.grad - expected).abs().max() / expected.abs().max())
+    assert error < 2e-6, error

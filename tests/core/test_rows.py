@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
-from dora_vl.core.active_adapters import ActiveAdapters
-from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.rows import RowChange, RowLayer
+from dora_vl.core.other_layers import DoRAEmbedding
+from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
 from tests.core.dense_dora import dense_dora
 
 SETTINGS: dict[str, dict[str, Any]] = {

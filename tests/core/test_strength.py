@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear, functional
 from dora_vl.core import rows as rows_module
-from dora_vl.core.active_adapters import ActiveAdapters
-from dora_vl.core.conv import DoRAConv2d
-from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.other_layers import DoRAConv2d, DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.rows import RowChange, RowLayer
+from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
 from dora_vl.core.strength import MOST_STRENGTH, GainByStrength, Share, checked_strength, layer_between
 from dora_vl.errors import UserError
 from tests.core.test_rows import SETTINGS, Strange, adapted

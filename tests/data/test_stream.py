@@ -59,7 +59,7 @@ def test_each_container_gives_the_rows_of_its_table(tmp_path: Path, name: str) -
     assert [replace(row, image_bytes={}) for row in found] == list(table)
     for row in found:
         assert [*row.image_bytes] == (list(row.images) if name in HOLD_PICTURES else [])
-        assert all(table.stored.read(held) == content for held, content in row.image_bytes.items())
+        assert all(table.stored[held] == content for held, content in row.image_bytes.items())
 
 
 def test_a_set_of_the_hub_comes_as_a_stream_with_its_pictures(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ class Illustrated:
 
     def __call__(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         def seen(conversation: Example) -> Encoded:
-            pixels = [torch.full((3, 1, 1), float(crc32(stored.read(path)) % 9973)) for path in conversation.images]
+            pixels = [torch.full((3, 1, 1), float(crc32(stored[path]) % 9973)) for path in conversation.images]
             return replace(encode(conversation), inputs={"pixel_values": torch.stack(pixels)} if pixels else {})
 
         return ConversationDataset(rows, encode=seen)

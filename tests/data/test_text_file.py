@@ -22,6 +22,7 @@ from dora_vl.data.text_file import (
     text_lines,
 )
 from dora_vl.errors import LONGEST_MESSAGE, UserError
+from dora_vl.files import read_yaml
 
 BOM = b"\xef\xbb\xbf"
 DEEP = b"[" * 100_000
@@ -226,3 +227,16 @@ def test_lines_are_right_beyond_the_first_piece_that_is_read(tmp_path: Path) -> 
     path.write_text("".join(f'{{"number": {number}, "text": "{"x" * 1000}"}}\n' for number in range(1, 3000)))
     found = [(line, value["number"]) for line, value in stream_values(path, "values") if isinstance(value, dict)]
     assert found == [(number, number) for number in range(1, 3000)]
+
+
+LAUGHS = "a0: &a0 [x, y]\n" + "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "a: &a {b: *a}"])
+def test_yaml_whose_aliases_have_no_end_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="aliases"):
+        read_yaml(path)
+    path.write_text("a: &a {x: [1, 2]}\nb: *a\nc: [*a, *a]\n")
+    assert read_yaml(path) == {"a": (value := {"x": [1, 2]}), "b": value, "c": [value, value]}

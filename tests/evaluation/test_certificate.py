@@ -1,9 +1,11 @@
-"""`dora-vl merge --check`: merged and unmerged answer the same questions; what differs is counted and shown."""
+"""`--check` of merge and export: what was written answers as the unmerged model, or what differs is shown."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
-from dora_vl.evaluation import commands
+from dora_vl.data.pictures import open_picture
+from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.questions import read_questions
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
+from tests.tasks.test_closed_answers import COLOURS, asked
+from tests.tasks.test_video_qa import place, vlbart
 from tests.training.tiny_run import write_tiny_data, write_tiny_llava
+
+__all__ = ["asked", "place", "vlbart"]
 
 
 @pytest.fixture(scope="module")
@@ -30,143 +37,139 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(folders: Path, to: Path, *more: object) -> list[str]:
-    asked = ["--questions", folders / "data" / "train.json", "--images", folders / "data", "--check-tokens", 6]
-    return [str(one) for one in ("merge", "--adapter", folders / "adapter", "--to", to, *asked, *more)]
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter, with a trained projector, of a wider LLaVA."""
+    folder = tmp_path_factory.mktemp("export")
+    return adapter_on(spread(write_tiny_llava(folder / "base", width=64)), folder / "adapter")
 
 
-def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: Path, capsys) -> None:
-    main(words(folders, tmp_path / "merged", "--check", 4))
-    said = capsys.readouterr().out
-    assert "0 of 4 answers differ (0.0%), 0.0% may" in said
-    found = json.loads((tmp_path / "merged" / "certificate.json").read_text())
-    assert found["passed"] is True
-    assert found["n"] == 4
-    assert [one["id"] for one in found["answers"]] == ["sample-0", "sample-2", "sample-5", "sample-7"]
+def certified(*words: object) -> dict[str, Any]:
+    """The certificate of a command that passes."""
+    main([str(word) for word in words])
+    return certificate(Path(str(words[words.index("--to") + 1])))
+
+
+def certificate(target: Path) -> dict[str, Any]:
+    return json.loads((target / "certificate.json").read_text())
+
+
+def exit_status(*words: object) -> object:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    return stopped.value.code
+
+
+def asking(folders: Path) -> tuple[object, ...]:
+    return "--questions", folders / "data" / "train.json", "--images", folders / "data", "--check-tokens", 6
+
+
+def merging(folders: Path, to: Path, *more: object) -> tuple[object, ...]:
+    return "merge", "--adapter", folders / "adapter", "--to", to, *asking(folders), *more
+
+
+def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: Path, capsys: Any) -> None:
+    merge = merging(folders, tmp_path / "merged", "--check", 4)
+    found = certified(*merge)
+    assert "0 of 4 answers differ (0.0%), 0.0% may" in capsys.readouterr().out
+    assert (found["passed"], found["n"], found["computed in"]) == (True, 4, "float32")
+    assert [one["id"] for one in found["answers"]] == ["sample-0", "sample-2", "sample-5", "sample-7"]  # spread
     merged = found["models"]["merged"]
     assert merged["different_answers"] == 0
     assert merged["agreeing_tokens"] == merged["tokens"] > 4
     assert 0 < merged["largest_logit_difference"] < 1e-3
-    assert found["computed in"] == "float32"
     text = (tmp_path / "merged" / "certificate.md").read_text()
     assert "passed: 0 of 4" in text
     assert "Answers that differ" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
-    main(words(folders, tmp_path / "merged", "--check", 4))  # an earlier result with its certificate is replaced
+    certified(*merge)  # an earlier result with its certificate is replaced
     assistant = open_model(Wanted(adapter=folders / "adapter")).adapted
     assert isinstance(assistant, Assistant)
+    questions = {question.id: question for question in read_questions(folders / "data" / "train.json")[0]}
     for one in found["answers"]:
-        assert one["unmerged"] == one["merged"]["answer"] == answer(assistant, folders, one["id"])
+        question = questions[one["id"]]
+        shown = Shown(pictures=tuple(open_picture(folders / "data", path) for path in question.images))
+        alone = assistant.answer(question, shown, max_new_tokens=6).strip()
+        assert one["unmerged"] == one["merged"]["answer"] == alone
 
 
-def answer(assistant: Assistant, folders: Path, name: str) -> str:
-    """What the unmerged model says, asked by itself."""
-    from dora_vl.data.pictures import open_picture
-    from dora_vl.evaluation.questions import read_questions
+def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    """Merging that gets the weight of this name's end wrong."""
+    merge = merge_command.merge
 
-    questions, _ = read_questions(folders / "data" / "train.json")
-    question = next(one for one in questions if one.id == name)
-    pictures = [open_picture(folders / "data", path) for path in question.images]
-    return assistant.answer(question, Shown(pictures=tuple(pictures)), max_new_tokens=6).strip()
-
-
-def broken_merge(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Merging that gets the output head wrong."""
-    from dora_vl.evaluation import merge_command
-
-    right = merge_command.merge
-
-    def wrong(plan, arguments):
-        yield from right(plan, arguments)
+    def wrong(plan: Any, arguments: Any) -> Iterator[str]:
+        yield from merge(plan, arguments)
         file = arguments.to / "model.safetensors"
         weights = load_file(file)
-        key = next(key for key in weights if key.endswith("lm_head.weight"))
+        key = next(key for key in weights if key.endswith(head))
         noise = torch.randn(weights[key].shape, generator=torch.Generator().manual_seed(0))
-        save_file({**weights, key: weights[key] + factor * noise}, file, metadata={"format": "pt"})
+        save_file({**weights, key: weights[key] + 30 * noise}, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(merge_command, "merge", wrong)
 
 
 def test_a_merge_that_answers_otherwise_fails_with_status_1(
-    folders: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_merge(monkeypatch, 30.0)
-    with pytest.raises(SystemExit) as stopped:
-        main(words(folders, tmp_path / "merged", "--check"))
-    assert stopped.value.code == 1
-    assert "FAILED: " in capsys.readouterr().out
-    found = json.loads((tmp_path / "merged" / "certificate.json").read_text())
+    break_merge(monkeypatch, "lm_head.weight")
+    merge = merging(folders, tmp_path / "merged", "--check")
+    assert exit_status(*merge) == 1
+    found = certificate(tmp_path / "merged")
     merged = found["models"]["merged"]
     differing = [one for one in found["answers"] if one["unmerged"] != one["merged"]["answer"]]
-    assert found["passed"] is False
-    assert found["n"] == 10  # as many as the file has
+    assert (found["passed"], found["n"]) == (False, 10)  # as many as the file has
     assert merged["different_answers"] == len(differing) > 5
     assert merged["agreeing_tokens"] < merged["tokens"]
     assert merged["largest_logit_difference"] > 1
     text = (tmp_path / "merged" / "certificate.md").read_text()
-    table = text.split("## Answers that differ")[1].split("##")[0]
-    assert table.count("\n| sample-") == len(differing)
-    main(words(folders, tmp_path / "merged", "--check", "--most-different", 1.0))
-    assert "100.0% may" in capsys.readouterr().out
+    assert text.split("## Answers that differ")[1].split("##")[0].count("\n| sample-") == len(differing)
+    assert certified(*merge, "--most-different", 1.0)["passed"] is True
 
 
-def test_the_runs_own_test_is_asked(folders: Path, tmp_path: Path, capsys) -> None:
+def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     for path in (folders / "adapter").iterdir():
         if path.is_file():
             (run / "adapter" / path.name).write_bytes(path.read_bytes())
-    settings = {
-        "evaluation": {"file": str(folders / "data" / "train.json"), "image_folder": None},
-        "data": {"image_folder": str(folders / "data")},
-    }
+    evaluation = {"file": str(folders / "data" / "train.json"), "image_folder": None}
+    settings = {"evaluation": evaluation, "data": {"image_folder": str(folders / "data")}}
     (run / "settings.json").write_text(json.dumps(settings))
-    main([str(one) for one in ("merge", "--adapter", run / "adapter", "--to", tmp_path / "m", "--check", 3)])
-    assert "0 of 3 answers differ" in capsys.readouterr().out
-
-
-def test_several_adapters_are_checked_as_their_combination(folders: Path, tmp_path: Path, capsys) -> None:
     other = peft_adapter(folders / "base", tmp_path / "other", use_dora=True, targets=("v_proj", "down_proj"))
-    more = ["--adapter", other, "--weight", 0.6, "--weight", 0.5, "--check", 3]
-    main(words(folders, tmp_path / "merged", *more))
-    assert "0 of 3 answers differ" in capsys.readouterr().out
-    found = json.loads((tmp_path / "merged" / "certificate.json").read_text())
-    assert list(found["adapters"].values()) == [0.6, 0.5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other"]
+    adapters = ("--adapter", run / "adapter", "--adapter", other, "--weight", 0.6, "--weight", 0.5)
+    found = certified("merge", *adapters, "--to", tmp_path / "merged", "--check", 3)
+    assert (found["passed"], found["n"], list(found["adapters"].values())) == (True, 3, [0.6, 0.5])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other", "run"]
 
 
-def refused(capsys, *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(one) for one in arguments])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge --adapter {adapter} --check",  # in no run with a test of its own
+        "merge --adapter {adapter} --questions {questions}",  # without --check
+        "merge --adapter {adapter} --check --questions {questions} --images {tmp}",
+        "merge --adapter {adapter} --check --questions {questions} --most-different 2",
+        "merge --adapter {words} --check --questions {questions} --images {data} --template vicuna_v1",
+        "export --adapter {adapter}",
+        "export --adapter {adapter} --gguf --dtype float16",
+        "export --adapter {adapter} --adapter {adapter} --for vllm",
+        "export --adapter {qwen} --gguf",
+    ],
+)
+def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
+    words: str, folders: Path, tmp_path: Path
+) -> None:
+    places = {"adapter": folders / "adapter", "data": folders / "data", "tmp": tmp_path}
+    places["questions"] = folders / "data" / "train.json"
+    for name, model in (("words", "language"), ("qwen", "qwen2_5_vl")):
+        if f"{{{name}}}" in words:
+            base = write_model(model, tmp_path / "base")
+            places[name] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+    assert exit_status(*words.format(**places).split(), "--to", tmp_path / "to") == 2
+    assert not (tmp_path / "to").exists()
 
 
-def test_what_cannot_be_checked_is_said_before_anything_is_merged(folders: Path, tmp_path: Path, capsys) -> None:
-    merge = ("merge", "--adapter", folders / "adapter", "--to", tmp_path / "merged")
-    questions = ("--questions", folders / "data" / "train.json")
-    assert "lies in no run with a test of its own" in refused(capsys, *merge, "--check")
-    assert "add --check" in refused(capsys, *merge, *questions)
-    assert "not one of 10 pictures is in" in refused(capsys, *merge, "--check", *questions, "--images", tmp_path)
-    assert "it is a share" in refused(capsys, *merge, "--check", *questions, "--most-different", 2)
-    language = write_model("language", tmp_path / "language")
-    adapter = peft_adapter(language, tmp_path / "words", use_dora=True)
-    words = ("merge", "--adapter", adapter, "--to", tmp_path / "merged", "--check", *questions)
-    said = refused(capsys, *words, "--images", folders / "data", "--template", "vicuna_v1")
-    assert "is a language model, which takes none" in said
-    assert not (tmp_path / "merged").exists()
-
-
-def test_questions_are_spread_over_the_file() -> None:
-    questions = [Question(id=str(number), turns=()) for number in range(10)]
-    assert [one.id for one in commands.spread(questions, 3)] == ["0", "3", "6"]
-    assert commands.spread(questions, 30) == questions
-
-
-def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, capsys) -> None:
+def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path) -> None:
     """A base that was quantised for training merges into its values after that; its stored ones make another model."""
     pytest.importorskip("bitsandbytes", reason="pip install 'dora-vl[quantised]'")
     base = spread(write_tiny_llava(tmp_path / "base", width=64))
@@ -175,10 +178,93 @@ def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, c
     recipe |= {"base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
     recipe |= {"revision": None, "image_aspect": "pad", "dtype": "float32", "max_tokens": 256, "quantisation": "nf4"}
     (adapter / "recipe.json").write_text(json.dumps(recipe))
-    asked = ("--questions", folders / "data" / "train.json", "--images", folders / "data", "--check", 4)
-    merge = [str(one) for one in ("merge", "--adapter", adapter, "--to", tmp_path / "merged", *asked)]
-    main(merge)
-    assert "0 of 4 answers differ" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        main([*merge, "--base-values", "stored"])
-    assert stopped.value.code == 1
+    merge = ("merge", "--adapter", adapter, "--to", tmp_path / "merged", *asking(folders), "--check", 4)
+    assert certified(*merge)["models"]["merged"]["different_answers"] == 0
+    assert exit_status(*merge, "--base-values", "stored") == 1
+
+
+# A VL-BART: closed answers about pictures, captions and choices about videos.
+
+
+def test_answers_from_a_list_are_those_of_the_adapter(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = ("merge", "--adapter", asked / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
+    merge = (*merge, "--images", asked / "pictures")  # the run's own test
+    found = certified(*merge, "--questions", asked / "gqa.jsonl")
+    assert found["passed"] is True
+    assert [one["id"] for one in found["answers"]] == [COLOURS[place] for place in (0, 1, 3, 4)]
+    assert 0 < found["models"]["merged"]["largest_logit_difference"] < 1e-3
+    assert all(one["unmerged"] == one["merged"]["answer"] for one in found["answers"])
+    assert all(one["question"] == "what color is it?" for one in found["answers"])
+    break_merge(monkeypatch, "answer_heads.gqa.logit_fc.3.weight")
+    assert exit_status(*merge) == 1
+    assert certificate(tmp_path / "merged")["models"]["merged"]["largest_logit_difference"] > 1
+
+
+@pytest.mark.slow
+def test_captions_and_choices_about_videos(vlbart: Path, place: Path, tmp_path: Path) -> None:
+    merge = ("merge", "--adapter", vlbart, "--to", tmp_path / "merged", "--check", 3)
+    captions = certified(*merge)
+    assert captions["passed"] is True
+    assert captions["questions"].endswith("moving_shapes_caption/test.jsonl")
+    assert captions["models"]["merged"]["agreeing_tokens"] == captions["models"]["merged"]["tokens"] > 0
+    records = place / "data/records/moving_shapes/test.jsonl"
+    choices = certified(*merge, "--questions", records, "--images", place / "data")
+    assert choices["passed"] is True
+    assert {one["unmerged"] for one in choices["answers"]} <= {"a0", "a1", "a2", "a3"}
+    assert 0 < choices["models"]["merged"]["largest_logit_difference"] < 1e-3
+
+
+def test_features_that_nobody_can_compute_are_told_before_the_merge(asked: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for path in (asked / "run" / "adapter").iterdir():
+        (adapter / path.name).write_bytes(path.read_bytes())
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    (adapter / "recipe.json").write_text(json.dumps({**recipe, "features": {"gqa": None}}))
+    questions = ("--questions", asked / "gqa.jsonl", "--images", asked / "pictures")
+    assert exit_status("merge", "--adapter", adapter, "--to", tmp_path / "merged", "--check", *questions) == 2
+    assert not (tmp_path / "merged").exists()
+
+
+# `dora-vl export`.
+
+
+def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "served"
+    found = certified(
+        *("export", "--adapter", projected, "--to", target, "--for", "vllm", *asking(folders)), "--check", 4
+    )
+    printed = capsys.readouterr().out
+    assert "4 tensors and 2 layers folded in" in printed
+    assert f"vllm serve {target / 'base'} --enable-lora --max-lora-rank 8 --lora-modules served=" in printed
+    exported = found["models"]["exported"]
+    assert (exported["different_answers"], exported["largest_logit_difference"] < 1e-2) == (0, True)
+    files = ["adapter", "base", "certificate.json", "certificate.md"]
+    assert sorted(path.name for path in target.iterdir()) == files
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("kind", [[], ["q8_0"]])
+def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -> None:
+    pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
+    export = ("export", "--adapter", projected, "--to", tmp_path / "files", "--gguf", *kind, *asking(folders))
+    found = certified(*export, "--check", 4, "--most-different", 1)
+    assert (found["passed"], found["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
+    gguf = found["models"]["gguf"]
+    assert gguf["agreeing_tokens"] > 0.7 * gguf["tokens"] > 0
+    files = ["certificate.json", "certificate.md", "mmproj.gguf", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == files
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+
+
+def test_a_language_model_as_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
+    base = write_model("language", tmp_path / "base")
+    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+    rows = [{"id": str(n), "question": f"What is {n} and {n}?", "answer": str(2 * n)} for n in range(5)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--check", 5, "--questions", tmp_path / "questions.jsonl", "--template", "vicuna_v1")
+    found = certified("export", "--gguf", "f32", "--adapter", adapter, "--to", tmp_path / "files", *asked)
+    assert (found["n"], found["models"]["gguf"]["different_answers"]) == (5, 0)

@@ -46,30 +46,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
     model = open_model(Wanted(adapter=folder / "run" / "adapter")).adapted
-    for number, row in enumerate(rows):
-        row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
-    for row in rows[::2]:
-        picture = open_picture(folder / "data" / row["image"])
-        asked = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
-        row["conversations"][1]["value"] = model.answer(
-            asked, Shown(pictures=(picture,)), max_new_tokens=ANSWER_TOKENS
-        ).strip()
     (folder / "data" / "broken.png").write_bytes(b"no picture")
-    rows[5]["image"] = "broken.png"
+    examples: list[Example] = []
     for number, row in enumerate(rows):
         row["kind"] = ("even", "odd")[number % 2]
+        row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
+        if number % 2 == 0:
+            shown = Shown(pictures=(open_picture(folder / "data" / row["image"]),))
+            asked = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
+            answer = model.answer(asked, shown, max_new_tokens=ANSWER_TOKENS).strip()
+            row["conversations"][1]["value"] = answer
+        if number == 5:
+            row["image"] = "broken.png"
+            continue
+        truth = (Answer(text=("yes", "no")[number % 2]),)
+        about = {"images": (row["image"],), "question": "Is it red?", "extra": {"category": "random"}}
+        examples.append(Example(id=f"random-{number}", answers=truth, **about))
     (folder / "test.json").write_text(json.dumps(rows))
-    examples = [
-        Example(
-            id=f"random-{number}",
-            images=(row["image"],),
-            question="Is it red?",
-            answers=(Answer(text=("yes", "no")[number % 2]),),
-            extra={"category": "random"},
-        )
-        for number, row in enumerate(rows)
-        if number != 5
-    ]
     write_examples(folder / "records" / "pope" / "test.jsonl", examples)
     return folder
 
@@ -83,6 +76,10 @@ def move(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
+def options_of(trained: Path, to: Path, *more: object) -> list[object]:
+    return ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", to, *more]
+
+
 def evaluate(capsys: Any, *words: object) -> list[str]:
     capsys.readouterr()
     main(["evaluate", *map(str, words)])
@@ -90,10 +87,8 @@ def evaluate(capsys: Any, *words: object) -> list[str]:
 
 
 def on_test_file(trained: Path, to: Path, *more: object) -> list[object]:
-    adapter, questions = trained / "run" / "adapter", f"exact_match={trained / 'test.json'}"
-    common = ["--adapter", adapter, "--images", trained / "data", "--to", to]
-    common += ["--max-new-tokens", ANSWER_TOKENS]
-    return [*common, "--benchmarks", questions, *more]
+    questions = f"exact_match={trained / 'test.json'}"
+    return options_of(trained, to, "--max-new-tokens", ANSWER_TOKENS, "--benchmarks", questions, *more)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -111,21 +106,18 @@ def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) ->
     entry = metrics_of(alone)["exact_match"]
     predictions = read_predictions(alone / "exact_match" / "predictions.jsonl")
     right = sum(one.prediction == one.truth for one in predictions.values())
-    assert entry["n"] == 24
-    assert len(predictions) == 23
+    assert (entry["n"], len(predictions), entry["without_answer"]) == (24, 23, 1)
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 24)
     low, high = entry["metrics"]["accuracy"]["interval_95"]
     assert low <= 100 * right / 24 <= high
     assert {"kind/even", "kind/odd"} < set(entry["metrics"])
-    assert entry["without_answer"] == 1
-    assert "broken.png" in entry["failed"]["sample-5"]
+    assert entry["failed"].keys() == {"sample-5"}
     assert {one.id: one.kind for one in predictions.values()} == {
         f"sample-{number}": ("even", "odd")[number % 2] for number in range(24) if number != 5
     }
     scores = [json.loads(line) for line in (alone / "exact_match" / "scores.jsonl").read_text().splitlines()]
     assert sum(one["score"] for one in scores) == right
-    assert right >= 12
-    assert right < 20
+    assert 12 <= right < 20
     assert len({one.prediction for one in predictions.values()}) > 2  # equal answers would prove nothing below
 
 
@@ -165,17 +157,10 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29651", "-m"],
         "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29652", "--module"],
     }[launcher]
-    command = [
-        sys.executable,
-        "-m",
-        *start,
-        "dora_vl.cli",
-        "evaluate",
-        *map(str, on_test_file(trained, tmp_path, "--batch-size", 4)),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=550
-    )
+    words = map(str, on_test_file(trained, tmp_path, "--batch-size", 4))
+    command = [sys.executable, "-m", *start, "dora_vl.cli", "evaluate", *words]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_answers(tmp_path, alone)
     assert not list((tmp_path / "exact_match").glob("*part*"))
@@ -257,53 +242,44 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
 def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     trained: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--max-new-tokens", 2]
-    records = ["--records", trained / "records", "--to", tmp_path]
-    evaluate(capsys, *options, *records, "--benchmarks", "pope", "--limit", 7)
+    records = ["--max-new-tokens", 2, "--records", trained / "records", "--benchmarks", "pope"]
+    evaluate(capsys, *options_of(trained, tmp_path, *records, "--limit", 7))
     entry = metrics_of(tmp_path)["pope"]
     assert (entry["n"], entry["headline"]) == (7, "f1")
     assert entry["settings"]["labels"] == "7 random"
     (first, *_) = read_predictions(tmp_path / "pope" / "predictions.jsonl").values()
     assert first.question == "Is it red?\nAnswer the question using a single word or phrase."
-    evaluate(capsys, *options, *records, "--benchmarks", "pope")  # the rest; the first seven are not asked again
+    evaluate(capsys, *options_of(trained, tmp_path, *records))  # the rest; the first seven are not asked again
     assert metrics_of(tmp_path)["pope"]["n"] == 23
 
 
-def test_a_video_that_is_not_there_is_named(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    choices = {"choices": ("a", "b", "c", "d"), "extra": {"correct": 0}}
-    clip = Example(id="q1", videos=(Clip(path="v.mp4"),), question="?", answers=(Answer(text="a"),), **choices)
-    write_examples(tmp_path / "how2qa.jsonl", [clip])
-    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
-    evaluate(capsys, *options, "--benchmarks", f"how2qa={tmp_path / 'how2qa.jsonl'}")
-    entry = metrics_of(tmp_path)["how2qa"]
-    assert "video v.mp4 is missing" in entry["failed"]["q1"]
-    assert entry["metrics"]["accuracy"]["value"] == 0.0
-
-
-def test_seeds_videos_are_asked_by_their_middle_frame(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    def example(name: str, frame: str) -> Example:
-        extra = {"correct": 0, "data_type": "video", "middle_frame": frame}
-        clip, choices = Clip(path="v.mp4"), ("a", "b", "c", "d")
-        return Example(id=name, videos=(clip,), question="?", answers=(Answer(text="a"),), choices=choices, extra=extra)
-
+def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_frame(
+    trained: Path, tmp_path: Path, capsys: Any
+) -> None:
     picture = json.loads((trained / "test.json").read_text())[0]["image"]
-    examples = [example("there", picture), example("gone", "SEED-Bench-video-image/9_1.png")]
+    clip = {"videos": (Clip(path="v.mp4"),), "question": "?", "choices": ("a", "b", "c", "d")}
+    frames = {"there": picture, "gone": "SEED-Bench-video-image/9_1.png"}
+    examples = [
+        Example(id=name, extra={"correct": 0, "data_type": "video", "middle_frame": frame}, **clip)
+        for name, frame in frames.items()
+    ]
     write_examples(tmp_path / "seed.jsonl", examples)
-    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
-    evaluate(capsys, *options, "--benchmarks", f"seed={tmp_path / 'seed.jsonl'}", "--max-new-tokens", 2)
+    write_examples(tmp_path / "how2qa.jsonl", [Example(id="q1", extra={"correct": 0}, **clip)])
+    benchmarks = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("how2qa", "seed"))
+    evaluate(capsys, *options_of(trained, tmp_path, "--benchmarks", benchmarks, "--max-new-tokens", 2))
+    found = metrics_of(tmp_path)
+    assert found["how2qa"]["failed"].keys() == {"q1"}
+    assert found["how2qa"]["metrics"]["accuracy"]["value"] == 0.0
     (answered,) = read_predictions(tmp_path / "seed" / "predictions.jsonl").values()
     assert (answered.id, answered.images) == ("there", [picture])
-    entry = metrics_of(tmp_path)["seed"]
-    assert entry["failed"].keys() == {"gone"}
-    assert "9_1.png" in entry["failed"]["gone"]
-    assert entry["bootstrap"]["units"] == 1  # two questions about one video
+    assert found["seed"]["failed"].keys() == {"gone"}
+    assert found["seed"]["bootstrap"]["units"] == 1  # two questions about one video
 
 
 def test_metrics_of_another_benchmark_stay_while_the_model_is_the_same(
     trained: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
-    options += ["--max-new-tokens", 2, "--limit", 4]
+    options = options_of(trained, tmp_path, "--max-new-tokens", 2, "--limit", 4)
     pope = ["--benchmarks", "pope", "--records", trained / "records", "--batch-size", 3]
     evaluate(capsys, *options, *pope)
     before = metrics_of(tmp_path)["pope"]

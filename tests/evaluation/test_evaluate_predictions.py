@@ -1,10 +1,12 @@
-"""`dora-vl evaluate --predictions`: answers of a file, scored without a model; mistakes are one line."""
+"""`dora-vl evaluate --predictions`: answers of a file, scored without a model; what is true of metrics.json."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,160 +14,327 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.errors import UserError
+from dora_vl.evaluation import commands
+from dora_vl.evaluation.finish import finish
+from dora_vl.evaluation.predictions import Prediction, Predictions, file_sha256, refuse_anothers, write_metrics
+from dora_vl.evaluation.questions import EvaluationSet, read_set
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
+CHOICES = ("red", "blue")
 
 
-def predictions_file(path: Path, answers: dict[str, str], key: str = "answer") -> Path:
-    path.write_text("".join(json.dumps({"id": name, key: text}) + "\n" for name, text in answers.items()))
+def right(name: str, *answers: str, images: Sequence[str] = (), **extra: Any) -> Example:
+    return Example(id=name, images=tuple(images), answers=tuple(Answer(text=text) for text in answers), extra=extra)
+
+
+def predictions_file(path: Path, answers: Mapping[str, str]) -> Path:
+    path.write_text("".join(json.dumps({"id": name, "answer": text}) + "\n" for name, text in answers.items()))
     return path
 
 
-def evaluate(capsys: Any, *words: object) -> list[str]:
-    capsys.readouterr()
-    main(["evaluate", *map(str, words)])
-    return capsys.readouterr().out.splitlines()
-
-
-def metrics_of(folder: Path) -> dict[str, Any]:
+def entries(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())["benchmarks"]
+
+
+def evaluated(
+    name: str, examples: Sequence[Example], answers: Mapping[str, str], folder: Path, *more: object
+) -> dict[str, Any]:
+    """A benchmark's entry of metrics.json."""
+    write_examples(folder / "records.jsonl", examples)
+    file = predictions_file(folder / "p.jsonl", answers)
+    options = ["--benchmarks", f"{name}={folder / 'records.jsonl'}", "--predictions", file, "--to", folder, *more]
+    main(["evaluate", *map(str, options)])
+    return entries(folder).get(name, {})
+
+
+def refused(words: Sequence[object]) -> None:
+    """By the command with status 2, which is a `UserError` of the function behind it."""
+    parser = argparse.ArgumentParser()
+    commands.add_arguments(parser)
+    with pytest.raises(UserError):
+        list(commands.run(parser.parse_args([str(word) for word in words])))
+    with pytest.raises(SystemExit) as status:
+        main(["evaluate", *map(str, words)])
+    assert status.value.code == 2
 
 
 @pytest.fixture
 def pope(tmp_path: Path) -> Path:
     """POPE records of 23 pictures: yes and no in turn, number 5 left out."""
     path = tmp_path / "records" / "pope" / "test.jsonl"
-    random = {"category": "random"}
+    numbers = [n for n in range(24) if n != 5]
     write_examples(
-        path,
-        (
-            Example(id=f"random-{n}", images=(f"{n}.jpg",), answers=(Answer(text=("yes", "no")[n % 2]),), extra=random)
-            for n in range(24)
-            if n != 5
-        ),
+        path, (right(f"random-{n}", ("yes", "no")[n % 2], images=[f"{n}.jpg"], category="random") for n in numbers)
     )
     return path
 
 
 def test_a_file_of_predictions_is_scored_without_a_model(pope: Path, tmp_path: Path, capsys: Any) -> None:
-    yes = predictions_file(tmp_path / "yes.jsonl", {f"random-{n}": "Yes" for n in range(24) if n != 5})
-    right = predictions_file(
-        tmp_path / "right.jsonl", {f"random-{n}": ("Yes", "No")[n % 2] for n in range(24) if n != 5}
-    )
+    names = [f"random-{n}" for n in range(24) if n != 5]
+    yes = predictions_file(tmp_path / "yes.jsonl", dict.fromkeys(names, "Yes"))
+    true = {name: ("Yes", "No")[int(name.removeprefix("random-")) % 2] for name in names}
     options = ["--benchmarks", "pope", "--records", pope.parents[1], "--to", tmp_path / "scores"]
-    lines = evaluate(capsys, *options, "--predictions", right, "--against", yes, "--all-metrics")
-    entry = metrics_of(tmp_path / "scores")["pope"]
+    more = ["--predictions", predictions_file(tmp_path / "right.jsonl", true), "--against", yes, "--all-metrics"]
+    main(["evaluate", *map(str, [*options, *more])])
+    entry = entries(tmp_path / "scores")["pope"]
     assert entry["metrics"]["f1"]["value"] == 100.0
     assert entry["difference"]["random/accuracy"]["value"] == pytest.approx(100 * 11 / 23)
-    assert sum("random/" in line for line in lines) == 5
+    assert sum("random/" in line for line in capsys.readouterr().out.splitlines()) == 5
     script = (
         "import sys; [sys.modules.__setitem__(name, None) for name in ('torch', 'transformers')]; "
         "from dora_vl.cli import main; main(sys.argv[1:])"
     )
     words = ["evaluate", *map(str, options), "--predictions", str(yes)]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("benchmark")
 
 
-def test_a_split_without_answers_gives_a_submission_and_no_score(tmp_path: Path, capsys: Any) -> None:
-    examples = [Example(id=str(n), images=(f"{n}.jpg",), question="?") for n in range(3)]
-    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
+def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
+    asked = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
+    evaluated("vqav2", [right("0", human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
+    assert (tmp_path / "vqav2" / "scores.jsonl").exists()
+    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", asked)
     answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
     options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]
-    lines = evaluate(capsys, *options)
-    assert "no score here" in lines[-1]
+    main(["evaluate", *map(str, options)])
     assert json.loads((tmp_path / "vqav2" / "vqav2.json").read_text()) == [
         {"question_id": 0, "answer": "dogs"},
         {"question_id": 1, "answer": ""},
         {"question_id": 2, "answer": "2"},
     ]
     assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "vqav2" / "scores.jsonl").exists()
 
 
-def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path, capsys: Any) -> None:
+def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat"}]
     rows = [{"id": "good", "conversations": turns}, {"id": "bad", "conversations": turns[:1]}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     answers = predictions_file(tmp_path / "answers.jsonl", {"good": "a cat", "bad": ""})
     options = ["--benchmarks", f"exact_match={tmp_path / 'test.json'}", "--to", tmp_path, "--against", answers]
-    evaluate(capsys, *options, "--predictions", answers)
-    entry = metrics_of(tmp_path)["exact_match"]
+    main(["evaluate", *map(str, options), "--predictions", str(answers)])
+    entry = entries(tmp_path)["exact_match"]
     assert (entry["n"], entry["metrics"]["accuracy"]["value"], entry["without_answer"]) == (2, 50.0, 1)
     assert entry["failed"].keys() == {"bad"}
-    assert "predictions hold no answer" not in entry["failed"]["bad"]
     assert entry["difference"]["accuracy"]["value"] == 0.0
 
 
-def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path, capsys: Any) -> None:
-    people = {"human_answers": ["No"] * 10}
-    write_examples(tmp_path / "vqa.jsonl", [Example(id="1", answers=(Answer(text="No"),), extra=people)])
-    answers = predictions_file(tmp_path / "answers.jsonl", {"1": "No"})
-    options = ["--benchmarks", f"vqav2={tmp_path / 'vqa.jsonl'}", "--predictions", answers, "--to", tmp_path]
+def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path) -> None:
+    examples = [right("1", "No", human_answers=["No"] * 10)]
     for mode, score in (("after_2021", 100.0), ("before_2021", 0.0)):
-        evaluate(capsys, *options, "--mode", f"vqav2={mode}")
-        entry = metrics_of(tmp_path)["vqav2"]
-        assert entry["metrics"]["accuracy"]["value"] == score
-        assert entry["settings"]["vqa_version"] == mode
+        entry = evaluated("vqav2", examples, {"1": "No"}, tmp_path, "--mode", f"vqav2={mode}")
+        assert (entry["metrics"]["accuracy"]["value"], entry["settings"]["vqa_version"]) == (score, mode)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words",
     [
-        (["--benchmarks", "popee", "--predictions", "x"], "no benchmark 'popee'; did you mean 'pope'?"),
-        (
-            ["--benchmarks", "pope", "--predictions", "x"],
-            "no test or validation split of pope in records/pope: there is none",
-        ),
-        (["--benchmarks", "tvqa", "--predictions", "x"], "no validation or test split of tvqa in records/tvqa"),
-        (["--benchmarks", "textvqa", "--predictions", "x"], "no validation split of textvqa in records/textvqa"),
-        (["--benchmarks", "pope:dev", "--predictions", "x"], "no dev split of pope in records/pope"),
-        (["--benchmarks", "pope=none.jsonl", "--predictions", "x"], "none.jsonl: no such file"),
-        (["--benchmarks", "pope"], "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE"),
-        (["--benchmarks", "pope,gqa", "--predictions", "x"], "--predictions holds one benchmark's answers"),
-        (["--benchmarks", "pope,pope", "--predictions", "x"], "each once"),
-        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa=llava"], "--mode names gqa"),
-        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa"], "write it as NAME=VERSION"),
-        (["--benchmarks", "pope", "--predictions", "x", "--against", "gone"], "--against gone: no such"),
+        *("popee --predictions x", "pope --predictions x", "tvqa --predictions x", "pope:dev --predictions x"),
+        *("pope=none.jsonl --predictions x", "pope", "pope,gqa --predictions x", "pope,pope --predictions x"),
+        *("pope --predictions x --mode gqa=llava", "pope --predictions x --mode gqa"),
+        *("pope --predictions x --against gone", "pope={pope} --predictions {strange}"),
+        "pope={pope} --model {model} --images {folder} --to {folder}/out",  # a language model, and pictures
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as status:
-        main(["evaluate", *words])
-    error = capsys.readouterr().err
-    assert status.value.code == 2
-    assert error.count("\n") == 1
-    assert message in error
-
-
-def test_a_language_model_is_not_asked_about_pictures(pope: Path, tmp_path: Path, capsys: Any) -> None:
-    model = write_tiny_language(tmp_path / "model")
-    (tmp_path / "0.jpg").touch()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as status:
-        main(
-            [
-                "evaluate",
-                "--benchmarks",
-                f"pope={pope}",
-                "--model",
-                str(model),
-                "--images",
-                str(tmp_path),
-                "--to",
-                str(tmp_path / "out"),
-            ]
-        )
-    assert status.value.code == 2
-    error = capsys.readouterr().err
-    assert f"pope shows pictures or videos, and {model} is a language model, which takes none" in error
-    assert error.count("\n") == 1
-
-
-def test_other_questions_predictions_are_refused(pope: Path, tmp_path: Path, capsys: Any) -> None:
+def test_mistakes_are_refused(words: str, pope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path / "records")
     strange = predictions_file(tmp_path / "strange.jsonl", {"a": "yes"})
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--benchmarks", f"pope={pope}", "--predictions", str(strange)])
-    assert "have no id in common" in capsys.readouterr().err
+    (tmp_path / "0.jpg").touch()
+    model = write_tiny_language(tmp_path / "model") if "{model}" in words else ""
+    places = {"pope": pope, "strange": strange, "model": model, "folder": tmp_path}
+    refused(["--benchmarks", *words.format(**places).split()])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_score_leaves_no_upload_file(tmp_path: Path) -> None:
+    write_examples(tmp_path / "how2qa.jsonl", [Example(id="1", choices=CHOICES, extra={"correct": 0})])
+    answers = predictions_file(tmp_path / "p.jsonl", {"1": "a0", "2": "a1"})
+    benchmark = f"how2qa={tmp_path / 'how2qa.jsonl'}"
+    refused(["--benchmarks", benchmark, "--predictions", answers, "--to", tmp_path / "to"])
+    assert not (tmp_path / "to").exists()
+
+
+OPTIONS = argparse.Namespace(
+    adapter=Path("adapter"), predictions=None, against=None, limit=None, answer_after=None, all_metrics=False
+)
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[EvaluationSet]:
+    """MME with a picture of one question, which cannot be scored, between two that can."""
+    for name, example in {
+        "exact_match": right("1", "x"),
+        "mme": right("1", "Yes", images=["a.jpg"], category="count"),
+        "how2qa": Example(id="1", choices=CHOICES, extra={"correct": 0}),
+    }.items():
+        write_examples(tmp_path / f"{name}.jsonl", [example])
+    requests = [f"{name}={tmp_path / name}.jsonl" for name in ("exact_match", "mme", "how2qa")]
+    return [read_set(request, tmp_path, mode=None, limit=None) for request in requests]
+
+
+def test_the_other_benchmarks_keep_their_scores(sets: list[EvaluationSet], tmp_path: Path) -> None:
+    said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
+    answered = {name: Predictions(rows=[Prediction(id="1", prediction=one)]) for name, one in said.items()}
+    with pytest.raises(UserError):
+        list(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
+    assert {name: entry["n"] for name, entry in entries(tmp_path / "to").items()} == {"exact_match": 1, "how2qa": 1}
+    assert (tmp_path / "to/how2qa/how2qa_test_public_predictions.json").is_file()
+    assert not (tmp_path / "to/mme").exists()
+
+
+def test_what_was_true_of_a_failed_benchmark_stays(sets: list[EvaluationSet], tmp_path: Path) -> None:
+    answered = {one.name: Predictions(rows=[Prediction(id="1", prediction="x")]) for one in sets}
+    list(finish(sets[:1], answered, None, OPTIONS, tmp_path))
+    before = entries(tmp_path)["exact_match"]
+    object.__setattr__(sets[0], "examples", [Example(id="1", extra={"correct": 0})])  # its scorer reads answers
+    with pytest.raises(UserError):
+        list(finish(sets, answered, None, OPTIONS, tmp_path))
+    assert entries(tmp_path).keys() == {"exact_match", "how2qa"}
+    assert entries(tmp_path)["exact_match"] == before
+
+
+def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None:
+    examples, answers = [right("1", "x"), right("2", "x")], {"1": "x", "8": "x", "9": "x"}
+    entry = evaluated("exact_match", examples, answers, tmp_path)
+    line = "exact_match: 2 answers belong to none of its questions and are left out, first '8'"
+    assert line in capsys.readouterr().out.splitlines()
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (2, 50.0)
+    assert entry["settings"]["answers found by"] == "id"
+    evaluated("exact_match", examples, answers | {"2": "y"}, tmp_path, "--limit", 1)
+    assert line in capsys.readouterr().out.splitlines()  # the answer to question 2 is no mistake
+
+
+# Records without a right answer are counted and named; the others are scored, in whole groups.
+
+
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "textvqa"])
+@pytest.mark.parametrize(
+    "bare", [right("2"), right("2", human_answers=[]), right("2", "", human_answers=[" "] * 10)], ids=str
+)
+def test_one_record_without_answers_leaves_the_others_their_score(name: str, bare: Example, tmp_path: Path) -> None:
+    examples = [right("1", "yes", human_answers=["yes"] * 10), bare, right("3", "no", human_answers=["no"] * 10)]
+    entry = evaluated(name, examples, {"1": "yes", "2": "yes", "3": "dog"}, tmp_path)
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (2, 50.0)
+    assert entry["not_scored"].keys() == {"2"}
+
+
+def choice(name: str, **extra: int) -> Example:
+    return Example(id=name, choices=CHOICES, extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "examples", "answers", "metric", "n", "value", "not_scored"),
+    [
+        (  # an answer to a record without its own is no stranger
+            "pope",
+            [
+                *(right(name, "yes", images=["a"], category="random") for name in "12"),
+                right("3", images=["a"], category="random"),
+            ],
+            {"1": "yes", "2": "no", "3": "no"},
+            *("accuracy", 2, 50.0, {"3"}),
+        ),
+        (  # rotations of one question
+            "mmbench",
+            [choice("1", index=1, correct=0), choice("2", index=1_000_001), choice("3", index=2, correct=1)],
+            {"1": "A", "2": "A", "3": "B"},
+            *("accuracy", 1, 100.0, {"1", "2"}),
+        ),
+        (  # items of one sentence
+            "nlvr2",
+            [right("dev-1-0-0", "True"), right("dev-1-1-0"), right("dev-2-0-0", "True")],
+            dict.fromkeys(("dev-1-0-0", "dev-1-1-0", "dev-2-0-0"), "True"),
+            *("consistency", 1, 100.0, {"dev-1-0-0", "dev-1-1-0"}),
+        ),
+        ("seed", [choice("0", correct=0), choice("1")], {"0": "A", "1": "A"}, "accuracy", 1, 100.0, {"1"}),
+    ],
+)
+def test_what_is_scored_together_is_left_out_together(
+    name: str,
+    examples: list[Example],
+    answers: dict[str, str],
+    metric: str,
+    n: int,
+    value: float,
+    not_scored: set[str],
+    tmp_path: Path,
+) -> None:
+    entry = evaluated(name, examples, answers, tmp_path)
+    assert (entry["n"], entry["metrics"][metric]["value"]) == (n, value)
+    assert entry["not_scored"].keys() == not_scored
+
+
+def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
+    examples = [right("1", clip_id=5), right("2", "a dog", clip_id=5), right("3", clip_id=6)]
+    write_examples(tmp_path / "tvc.jsonl", examples)
+    one = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
+    assert (list(one.not_scored), [example.id for example in one.scored]) == (["3"], ["1", "2"])
+    write_examples(tmp_path / "kept.jsonl", [choice("1")])
+    assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
+
+
+@pytest.mark.parametrize("name", ["exact_match", "pope", "mme", "gqa", "openbookqa", "boolq"])
+def test_a_record_that_names_a_choice_and_no_answer_is_refused(name: str, tmp_path: Path) -> None:
+    extra = {"task": name, "category": "color", "global_group": "color"}
+    bare = Example(id="b", images=("a.jpg",), choices=("yes", "no"), extra={**extra, "correct": 0})
+    if name == "gqa":
+        bare = right("b", images=["a.jpg"], human_answers=["yes"], **extra)
+    with pytest.raises(SystemExit) as status:
+        evaluated(name, [right("a", "yes", images=["a.jpg"], **extra), bare], {"a": "yes", "b": "yes"}, tmp_path)
+    assert status.value.code == 2
+
+
+# metrics.json holds what is true of one model's answers: entries of before stay or go, and no file is another's.
+
+
+ORIGIN: dict[str, Any] = {"answers_of": "run/adapter", "answers_sha256": {"adapter": "a", "base": "b"}, "limit": 4}
+
+
+def add(folder: Path, name: str, value: float, origin: dict[str, Any] = ORIGIN) -> dict[str, Any]:
+    """What the file holds, once a benchmark of this value was added."""
+    file = folder / f"{name}.jsonl"
+    file.touch()
+    entry = {"file": str(file), "file_sha256": file_sha256(file), "metrics": {"accuracy": value}}
+    options = {name: {"batch_size": value}}
+    write_metrics(folder / "metrics.json", origin, {name: entry}, asked=[name], options=options)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
+    add(tmp_path, "gqa", 1.0)
+    add(tmp_path, "pope", 2.0)
+    content = add(tmp_path, "gqa", 3.0)
+    assert {name: one["metrics"]["accuracy"] for name, one in content["benchmarks"].items()} == {"gqa": 3, "pope": 2}
+    assert content["asked_with"] == {"gqa": {"batch_size": 3.0}, "pope": {"batch_size": 2.0}}
+    assert {name: content[name] for name in ORIGIN} == ORIGIN
+    (tmp_path / "gqa.jsonl").write_text("{}")  # its numbers are of another file
+    assert add(tmp_path, "pope", 2.0)["benchmarks"].keys() == {"pope"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answers_sha256": {"adapter": "c", "base": "b"}},
+        {"answers_of": "other/adapter"},
+        {"against": "other/adapter", "against_sha256": {"adapter": "c", "base": "b"}},
+        {"limit": None},
+    ],
+)
+def test_numbers_of_other_answers_go(tmp_path: Path, changes: dict[str, Any]) -> None:
+    add(tmp_path, "gqa", 1.0)
+    content = add(tmp_path, "pope", 2.0, ORIGIN | changes)
+    assert content["benchmarks"].keys() == content["asked_with"].keys() == {"pope"}
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"benchmarks": {"gqa": {}}, "answers_of": "x"}'])
+def test_a_file_that_says_too_little_is_replaced_and_a_training_run_s_is_not(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "metrics.json"
+    refuse_anothers(path)
+    path.write_text(content)
+    refuse_anothers(path)
+    assert add(tmp_path, "pope", 2.0)["benchmarks"].keys() == {"pope"}
+    path.write_text('{"accuracy": 0.5}')
+    with pytest.raises(UserError):
+        refuse_anothers(path)

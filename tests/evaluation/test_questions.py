@@ -1,57 +1,55 @@
-"""Questions from LLaVA's format: the last round is asked, the rest is context, what cannot be read is named."""
+"""What a model is asked: the last round of any format's rows, LLaVA's question files, the outputs that are admitted."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dora_vl.cli import main
 from dora_vl.data.turns import Turn
-from dora_vl.errors import UserError
-from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions, read_set
+from dora_vl.evaluation.scores.prompts import LETTER, SHORT, turns_of
 
 
 def record(name: object, *texts: str, **more: object) -> dict[str, object]:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return {"id": name, "image": "a.png", "conversations": turns, **more}
+    turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    return {"id": name, "conversations": turns, **more}
 
 
-def write(folder: Path, *records: dict[str, object]) -> Path:
-    path = folder / "test.json"
-    path.write_text(json.dumps(records))
+def about_picture(name: object, *texts: str, **more: object) -> dict[str, object]:
+    return record(name, *texts, image="a.png", **more)
+
+
+def lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_the_last_round_is_the_question_and_the_rounds_before_it_are_its_context(tmp_path: Path) -> None:
-    path = write(tmp_path, record(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color"))
-    questions, unreadable = read_questions(path)
-    assert unreadable == {}
-    assert questions == [
-        Question(
-            id="7",
-            images=("a.png",),
-            turns=(Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?")),
-            truth="grey",
-            kind="color",
-        )
+    rows = [
+        about_picture(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color"),
+        about_picture("a", "<image>\nwhat?", "a cat"),
     ]
-    assert questions[0].text == "which colour?"
-
-
-def test_a_first_question_is_shown_without_its_placeholder(tmp_path: Path) -> None:
-    questions, _ = read_questions(write(tmp_path, record("a", "<image>\nwhat?", "a cat")))
-    assert (questions[0].text, questions[0].kind) == ("what?", None)
+    (asked, first), unreadable = read_questions(lines(tmp_path / "q.jsonl", rows))
+    assert unreadable == {}
+    turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?"))
+    assert asked == Question(id="7", images=("a.png",), turns=turns, truth="grey", kind="color")
+    assert asked.text == "which colour?"
+    assert (first.text, first.kind) == ("what?", None)  # without its placeholder
 
 
 def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, record("a", "<image><image> two", "x"), record("b", "<image> q", "x"), record("c", "<image>", "x")
-    )
-    questions, unreadable = read_questions(path, limit=2)
+    held = {"id": "d", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}
+    rows = [about_picture(name, text, "x") for name, text in (("a", "<image><image> two"), ("b", "<image> q"))]
+    path = lines(tmp_path / "q.jsonl", [*rows, held, about_picture("c", "<image>", "x")])
+    questions, unreadable = read_questions(path, limit=3)
     assert [question.id for question in questions] == ["b"]
-    assert list(unreadable) == ["a"]
-    assert "2 <image> placeholders" in unreadable["a"]
+    assert unreadable.keys() == {"a", "d"}
 
 
 def test_other_formats_and_containers_are_questions_too(tmp_path: Path) -> None:
@@ -60,27 +58,124 @@ def test_other_formats_and_containers_are_questions_too(tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]},
         {"role": "assistant", "content": "red"},
     ]
-    path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({"id": "a", "messages": messages}))
-    (asked,), _ = read_questions(path)
+    (asked,), _ = read_questions(lines(tmp_path / "q.jsonl", [{"id": "a", "messages": messages}]))
     assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
     assert [turn.role for turn in asked.turns] == ["system", "user"]
     (tmp_path / "q.csv").write_text("id,image,question,answer\na,a.png,Which?,red\nb,b.png,Why?,\n")
     (asked,), unreadable = read_questions(tmp_path / "q.csv")
     assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
-    assert unreadable == {"b": "answer 1 of 1 is empty"}
+    assert unreadable.keys() == {"b"}
 
 
-def test_pictures_as_bytes_in_a_question_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({"id": "a", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}))
-    assert "holds its pictures itself" in read_questions(path)[1]["a"]
+@pytest.mark.parametrize("rows", [None, [], [about_picture("a", "<image>", answer) for answer in "xy"]])
+def test_what_is_no_question_file_is_refused(rows: list[dict[str, Any]] | None, tmp_path: Path) -> None:
+    if rows is not None:
+        lines(tmp_path / "q.jsonl", rows)
+    with pytest.raises(UserError):
+        read_questions(tmp_path / "q.jsonl")
 
 
-def test_what_is_no_question_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        read_questions(tmp_path / "none.json")
-    with pytest.raises(UserError, match="two questions have the id 'a', in lines 1 and "):
-        read_questions(write(tmp_path, record("a", "<image>", "x"), record("a", "<image>", "y")))
-    with pytest.raises(UserError, match="holds no questions"):
-        read_questions(write(tmp_path))
+# LLaVA's own question files as a benchmark's file: asked as they stand, scored where they hold the answers.
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "textvqa", "pope", "mme", "vizwiz", "seed", "mmbench", "mmvet"])
+def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 5, "image": "a.jpg", "text": f"Is it <image> red?\n{SHORT}", "category": "random"},
+        {"question_id": "x7", "text": f"Why?\nA. so\nB. no\n{LETTER}"},
+    ]
+    path = lines(tmp_path / "q.jsonl", rows)
+    one = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
+    first, second = one.examples
+    assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
+    assert turns_of(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
+    assert turns_of(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
+    assert one.scorer is None
+    assert read_set(f"{name}={path}", tmp_path, mode=None, limit=1).examples == [first]
+
+
+def test_questions_of_one_id_are_numbered(tmp_path: Path) -> None:
+    rows = [{"question_id": name, "text": f"{name}{n}?"} for name, n in (("a", 1), ("b", 1), ("a", 2), ("a", 3))]
+    names = [one.id for one in read_question_file(lines(tmp_path / "q.jsonl", rows))]
+    assert names == ["a#1", "b", "a#2", "a#3"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_id": [1], "text": "?"},
+        {"question_id": 1, "text": 2},
+        {"question_id": 1, "text": "?", "image": ["a"]},
+        {"id": 1, "text": "?"},
+        {"question_id": 0, "text": "?"},  # the same once more
+    ],
+)
+def test_what_is_no_question_is_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        read_question_file(lines(tmp_path / "q.jsonl", [{"question_id": 0, "text": "?"}, row]))
+
+
+def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
+    options = "Which?\nA. map\nB. pen"
+    rows = [
+        record("4", f"Context: A. Look.\n{options}\n<image>", "The answer is B.", image="4/image.png"),
+        record("5", "Which?\nContext: N/A\nOptions: (A) red (B) pale blue (C) green", "The answer is A.\nBECAUSE: so"),
+        record("6", options, "pen"),
+        record("7", options, "nothing of it"),
+        record("8", options, ""),
+    ]
+    path = tmp_path / "llava_test_CQM-A.json"
+    path.write_text(json.dumps(rows))
+    one = read_set(f"scienceqa={path}", tmp_path, mode=None, limit=None)
+    by_id = {example.id: example for example in one.examples}
+    assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
+    assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
+    (asked,) = turns_of(by_id["4"], one.benchmark.prompt)
+    assert asked.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
+    assert (one.not_scored.keys(), one.unreadable.keys()) == ({"7"}, {"8"})
+    answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}
+    lines(tmp_path / "p.jsonl", [{"question_id": name, "text": text} for name, text in answers.items()])
+    predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
+    main(["evaluate", "--benchmarks", f"scienceqa={path}", *predictions])
+    entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["scienceqa"]
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
+    assert entry["metrics"]["image accuracy"]["value"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("name", "upload"),
+    [
+        ("vqav2", [{"question_id": 7, "answer": ""}, {"question_id": 8, "answer": "dogs"}]),
+        ("mmvet", {"v1_7": "", "v1_8": "The  dogs"}),
+    ],
+)
+def test_answers_to_questions_give_the_servers_file(name: str, upload: object, tmp_path: Path) -> None:
+    rows = [{"question_id": n, "image": f"{n}.jpg", "text": f"Is it red?\n{SHORT}"} for n in (7, 8)]
+    lines(tmp_path / "p.jsonl", [{"question_id": 8, "prompt": "?", "text": "The  dogs"}])
+    predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
+    main(["evaluate", "--benchmarks", f"{name}={lines(tmp_path / 'q.jsonl', rows)}", *predictions])
+    assert json.loads((tmp_path / name / f"{name}.json").read_text()) == upload
+
+
+# Instructions name the outputs that they admit, of which the likeliest is taken.
+
+
+TRUTH = "the correct answer is answer2"
+TEXT = "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
+
+
+def instruction(text: str, answer: str = "answer2", added: str = "") -> Question:
+    turn = Turn("user", f"{text}\n{added}" if added else text, len(added))
+    return Question(id="q", turns=(turn,), truth=TRUTH, answer=answer)
+
+
+@pytest.mark.parametrize("added", ["", "a text\nabout it"])
+def test_the_choices_stand_in_the_instruction_s_last_line(added: str) -> None:
+    assert outputs_of(instruction(TEXT, added=added)) == ["the correct answer is answer1", TRUTH]
+
+
+@pytest.mark.parametrize(("text", "answer"), [("Is it?", "answer2"), (TEXT, "answer3"), (TEXT, "answer1")])
+def test_without_choices_or_with_another_answer_it_cannot_be_asked(text: str, answer: str) -> None:
+    with pytest.raises(BadSample) as refused:
+        outputs_of(instruction(text, answer))
+    assert refused.value.sample_id == "q"

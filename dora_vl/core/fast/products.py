@@ -1,12 +1,11 @@
-"""The matrix products of a step, each in the form that its shape is fastest in.
+"""The matrix products of a step, each in the form that its shape is fastest in; and whether Triton's kernels run.
 
 On CPU, products with the frozen weight are taken in two halves of their rows where that keeps both halves of the
 cores busy. oneDNN gives some products of half-precision numbers to fewer cores than there are: on two cores with AMX,
 bfloat16, 768 rows and 576 columns, to one of the two. The same product in two halves of its rows then runs in two
-thirds of the time. Which shapes are concerned depends on the processor, the cores and the library, so no table of
-them stands here: a shape that comes again and again is timed both ways, once. Timings differ from run to run, so
-halves are taken only of shapes where they give the bits of the whole product, whatever the numbers: no result hangs
-on a timing.
+thirds of the time. Which shapes are concerned depends on the processor, the cores and the library, so a shape that
+comes again and again is timed both ways, once. Timings differ from run to run, so halves are taken only of shapes
+where they give the bits of the whole product, whatever the numbers: no result hangs on a timing.
 """
 
 from __future__ import annotations
@@ -61,10 +60,18 @@ class RowHalves:
         self, count: int, matrix: Float[Tensor, "inner columns"], bias: Float[Tensor, " columns"] | None
     ) -> bool:
         """Whether products of `count` contiguous rows with such a matrix are taken in halves."""
-        if not _is_worth_asking(count, matrix):
+        threads = torch.get_num_threads()
+        if not (
+            matrix.device.type == "cpu"
+            and matrix.element_size() == 2
+            and FEWEST_ROWS <= count <= MOST_ROWS
+            and matrix.numel() >= SMALLEST_WEIGHT
+            and threads > 1
+            and (matrix.is_contiguous() or matrix.t().is_contiguous())
+        ):
             return False
-        alike = count, matrix.shape, matrix.stride(), matrix.dtype, bias is None
-        key = (*alike, torch.get_num_threads())  # the very number of rows: the next may be summed in another order
+        # The very number of rows: the next may be summed in another order.
+        key = (count, matrix.shape, matrix.stride(), matrix.dtype, bias is None, threads)
         answer = self._halved.get(key, 0)
         if answer is not True and answer is not False:
             answer = answer + 1
@@ -87,45 +94,28 @@ def scaled_product(
     return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)
 
 
-NARROW = 64
-"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
-
-
-def factor_gradient(dz: Float[Tensor, "rows out"], hidden: Float[Tensor, "rows rank"]) -> Float[Tensor, "out rank"]:
-    """The transpose of `dz` times `hidden`, in the faster of its two orientations."""
-    return dz.t() @ hidden if hidden.shape[1] >= NARROW else (hidden.t() @ dz).t()
-
-
-def _is_worth_asking(count: int, matrix: Tensor) -> bool:
-    return (
-        matrix.device.type == "cpu"
-        and matrix.element_size() == 2
-        and FEWEST_ROWS <= count <= MOST_ROWS
-        and matrix.numel() >= SMALLEST_WEIGHT
-        and torch.get_num_threads() > 1
-        and (matrix.is_contiguous() or matrix.t().is_contiguous())
-    )
-
-
-def whole_product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def whole_product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """In one call."""
-    return torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
+    return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
 
 
 def halved_product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """In two calls, of which each writes its half."""
     product, half = rows.new_empty(len(rows), matrix.shape[1]), (len(rows) + 1) // 2
-    for part, place in zip(rows.split(half), product.split(half), strict=True):
-        if bias is None:
-            torch.mm(part, matrix, out=place)
-        else:
-            torch.addmm(bias, part, matrix, out=place)
+    for rows_half, product_half in zip(rows.split(half), product.split(half), strict=True):
+        whole_product(rows_half, matrix, bias, out=product_half)
     return product
 
 
 def halves_are_faster(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     """Whether halves take clearly less time than the whole product."""
-    turns = [[_seconds(way, rows, matrix, bias) for way in (whole_product, halved_product)] for _ in range(ATTEMPTS)]
+
+    def seconds(way: Callable[..., Tensor]) -> float:
+        start = time.perf_counter()
+        way(rows, matrix, bias)
+        return time.perf_counter() - start
+
+    turns = [(seconds(whole_product), seconds(halved_product)) for _ in range(ATTEMPTS)]
     whole, halves = map(min, zip(*turns, strict=True))
     return halves < WORTH * whole
 
@@ -138,22 +128,13 @@ def halves_have_the_bits(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> b
     operands at hand would not do: a gradient's rows may be zero, and large sums round their last bits away.
     """
     draw, pairs = torch.Generator().manual_seed(0), rows.shape[1] // 2
-    one, other = torch.randperm(rows.shape[1], generator=draw)[: 2 * pairs].chunk(2)
+    left, right = torch.randperm(rows.shape[1], generator=draw)[: 2 * pairs].chunk(2)
     terms = rows.new_empty(len(rows), pairs).normal_(generator=draw)
     rows, matrix = torch.zeros_like(rows), torch.empty_like(matrix).normal_(generator=draw)
-    rows[:, one], rows[:, other] = terms, -terms
-    matrix[one] = matrix[other]
+    rows[:, left], rows[:, right] = terms, -terms
+    matrix[left] = matrix[right]
     bias = bias if bias is None else torch.empty_like(bias).normal_(std=ROUNDING, generator=draw)
     return torch.equal(whole_product(rows, matrix, bias), halved_product(rows, matrix, bias))
-
-
-def _seconds(way: Callable[..., Tensor], *operands: Tensor | None) -> float:
-    start = time.perf_counter()
-    way(*operands)
-    return time.perf_counter() - start
-
-
-# Whether the Triton kernels stand in for the eager operations: on CUDA, where Triton is there.
 
 
 SWITCH = "DORA_VL_TRITON"
@@ -162,23 +143,26 @@ OLDEST_CAPABILITY = (8, 0)
 """Of the GPU: the first with bfloat16 matrix products."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Of activations and weights that the kernels know."""
+_left_out: list[object] = []
 
 
 def triton_kernels(tensor: Tensor) -> ModuleType | None:
     """The kernels for activations and weights like `tensor`, imported once they are wanted; None: eager operations."""
-    if not are_wanted(tensor.device, tensor.dtype):
+    return None if _left_out else kernels_for(tensor.device, tensor.dtype)
+
+
+@cache
+def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The kernels where they run for this device and dtype, as the environment and the card decide."""
+    on_gpu = device.type == "cuda"
+    wanted = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if not wanted or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+        return None
+    if dtype not in DTYPES or (on_gpu and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY):
         return None
     from dora_vl.core.fast import triton
 
     return triton
-
-
-def are_wanted(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels run for this device and dtype, decided once for each."""
-    return not _left_out and decided(device, dtype)
-
-
-_left_out: list[object] = []
 
 
 @contextmanager
@@ -189,13 +173,3 @@ def without_kernels() -> Iterator[None]:
         yield
     finally:
         _left_out.pop()
-
-
-@cache
-def decided(device: torch.device, dtype: torch.dtype) -> bool:
-    """`are_wanted`, from the environment and the card."""
-    on_gpu = device.type == "cuda"
-    wanted = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    if not wanted or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
-        return False
-    return dtype in DTYPES and (not on_gpu or torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY)

@@ -4,7 +4,10 @@
 
 Each equals what torch's operations do, with one rounding to the activations' dtype at the end instead of one an
 operation. The large products (W x, dz W, h^T dz) are the vendor's. On CPU the kernels run under Triton's interpreter
-alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there.
+alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there. The first call for a
+bucket of shapes times the tiles of a small space once, into scratch memory and never into a caller's buffer; later
+calls are plain launches of the winner. Buckets are powers of two of rows: batches of variable length are timed some
+ten times at most in a run.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -25,13 +28,6 @@ from triton import Config
 from triton.testing import do_bench
 
 from dora_vl.core.gain import CANCELLATION, Gain
-
-# How the Triton kernels are launched: on their tensors' device, in tiles from a small space, in torch's precision.
-#
-# The first call for a bucket of shapes times the tiles of the space once with `triton.autotune`, into scratch memory
-# and never into a caller's buffer; later calls are plain launches of the winner. Row counts are bucketed by powers of
-# two, so that batches of variable length are timed some ten times at most in a run, and not at every step.
-
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed.
@@ -47,21 +43,8 @@ LARGEST_EXACT_RANK = 64
 """Float32 products of more ranks take three TF32 products, whose digits are float32's, in place of scalar ones."""
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What one launch is given, by the kernel's own names."""
-
-    tensors: Mapping[str, Tensor]
-    numbers: Mapping[str, int | float]
-    constants: Mapping[str, Any]
-
-    def device(self) -> torch.device:
-        """Where the kernel runs."""
-        return next(iter(self.tensors.values())).device
-
-    def everything(self) -> dict[str, Any]:
-        """As keyword arguments."""
-        return {**self.tensors, **self.numbers, **self.constants}
+Named = Mapping[str, Any]
+"""What a launch is given, by the kernel's own names: tensors, numbers and constants."""
 
 
 @dataclass
@@ -71,7 +54,7 @@ class TiledKernel:
     kernel: Any
     space: Sequence[Config]
     """What is timed; the first that fits is the fixed choice, so the most moderate stands first."""
-    fits: Callable[[Config, Mapping[str, Any]], bool]
+    fits: Callable[[Config, Named], bool]
     """Whether a configuration fits into shared memory and registers."""
     keys: Sequence[str]
     """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
@@ -79,56 +62,50 @@ class TiledKernel:
     _tuners: dict[object, Any] = field(default_factory=dict)
     """One for each kind of card: triton's own cache knows shapes alone."""
 
-    def config(self, operands: Operands, grid: Callable[..., Any], scratch: Callable[[], Operands]) -> Config:
+    def config(self, named: Named, grid: Callable[..., Any], scratch: Callable[[], Named]) -> Config:
         """The tiles for these operands; timed on `scratch`, whose outputs nobody reads."""
-        if not _may_time(operands.device()):
-            return self.fixed(operands)
-        card, named = _card(operands.device()), {**operands.numbers, **operands.constants}
-        named["rows"] = row_bucket(int(named["rows"]))
-        dtypes = (tensor.dtype for tensor in operands.tensors.values())
-        case = (card, *(named[name] for name in self.keys), *dtypes)
+        device = _device_of(named)
+        if not _may_time(device):
+            return self.fitting(named)[0]
+        card, bucketed = _card(device), {**named, "rows": row_bucket(int(named["rows"]))}
+        dtypes = (value.dtype for value in named.values() if isinstance(value, Tensor))
+        case = (card, *(bucketed[name] for name in self.keys), *dtypes)
         if case not in self._chosen:
             if card not in self._tuners:
                 self._tuners[card] = triton.autotune(
                     configs=list(self.space),
                     key=list(self.keys),
-                    prune_configs_by={"early_config_prune": self._pruned},
+                    prune_configs_by={
+                        "early_config_prune": lambda configs, positional, **named: self.fitting({**positional, **named})
+                    },
                     do_bench=partial(do_bench, warmup=5, rep=20),
                 )(self.kernel)
-            with on_device(operands.device()):
-                self._tuners[card][grid](**scratch().everything())
+            with on_device(device):
+                self._tuners[card][grid](**scratch())
             self._chosen[case] = self._tuners[card].best_config
         return self._chosen[case]
 
-    def _pruned(self, configs: Sequence[Config], positional: Mapping[str, Any], **named: Any) -> list[Config]:
-        return self.fitting({**positional, **named})
-
-    def fixed(self, operands: Operands) -> Config:
-        """The first of the space that fits."""
-        return self.fitting(operands.everything())[0]
-
-    def fitting(self, named: Mapping[str, Any]) -> list[Config]:
+    def fitting(self, named: Named) -> list[Config]:
         """Those of the space that fit; the last, which is the smallest, where none does."""
         return [config for config in self.space if self.fits(config, named)] or [self.space[-1]]
 
-    def launch(self, operands: Operands, grid: Callable[..., Any], config: Config) -> None:
+    def launch(self, named: Named, grid: Callable[..., Any], config: Config) -> None:
         """Runs the kernel once."""
-        with on_device(operands.device()):
-            self.kernel[grid](**operands.everything(), **config.all_kwargs())
+        with on_device(_device_of(named)):
+            self.kernel[grid](**named, **config.all_kwargs())
+
+    def launch_on_tiles(self, named: Named, columns: str, result: str) -> None:
+        """Runs it over the tiles of [rows, columns]; what is timed writes into scratch, not into `result`."""
+
+        def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
+            return triton.cdiv(named["rows"], tile["BLOCK_ROWS"]), triton.cdiv(named[columns], tile["BLOCK_OUT"])
+
+        config = self.config(named, grid, lambda: {**named, result: torch.empty_like(named[result])})
+        self.launch(named, grid, config)
 
 
-def _launch_on_tiles(tiled: TiledKernel, operands: Operands, columns: str, result: str) -> None:
-    """Runs a kernel over the tiles of [rows, columns]; what is timed writes into scratch, not into `result`."""
-    sizes = int(operands.numbers["rows"]), int(operands.numbers[columns])
-
-    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(sizes[0], tile["BLOCK_ROWS"]), triton.cdiv(sizes[1], tile["BLOCK_OUT"])
-
-    def scratch() -> Operands:
-        own = operands.tensors[result]
-        return replace(operands, tensors={**operands.tensors, result: torch.empty_like(own)})
-
-    tiled.launch(operands, grid, tiled.config(operands, grid, scratch))
+def _device_of(named: Named) -> torch.device:
+    return next(value.device for value in named.values() if isinstance(value, Tensor))
 
 
 def _may_time(device: torch.device) -> bool:
@@ -168,25 +145,15 @@ def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: in
     """
     tile = config.kwargs["BLOCK_ROWS"] * config.kwargs["BLOCK_OUT"]
     exchanged = 4 * tile  # a tile changes its layout through shared memory
+    shared = SHARED_BYTES
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
     return (
         config.kwargs["BLOCK_ROWS"] <= max(16, triton.next_power_of_2(rows))
         and accumulators + tile <= ACCUMULATORS * 32 * config.num_warps
-        and config.num_stages * operand_bytes + exchanged <= shared_bytes(device)
+        and config.num_stages * operand_bytes + exchanged <= shared
     )
-
-
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a block may ask for on this device."""
-    if device.type != "cuda":
-        return SHARED_BYTES
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_BYTES)
-
-
-def programs_wanted(device: torch.device) -> int:
-    """Enough for every multiprocessor of the device to have two."""
-    if device.type != "cuda":
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
@@ -205,20 +172,17 @@ def dot_precision(dtype: torch.dtype, rank: int) -> str:
     `ieee` runs on the scalar units, which is no loss while the pass is bound by memory; from larger ranks on
     `tf32x3` gives float32's digits on the tensor cores.
     """
-    if dtype != torch.float32 or _torch_precision() == "tf32":
+    matmul = torch.backends.cuda.matmul
+    try:
+        precision = str(matmul.fp32_precision)  # from torch 2.9 on
+    except AttributeError:
+        precision = "tf32" if matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32 or precision == "tf32":
         return "tf32"
     return "ieee" if rank <= LARGEST_EXACT_RANK else "tf32x3"
 
 
-def _torch_precision() -> str:
-    matmul = torch.backends.cuda.matmul
-    try:
-        return str(matmul.fp32_precision)  # from torch 2.9 on
-    except AttributeError:
-        return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def _product_fits(config: Config, named: Mapping[str, Any]) -> bool:
+def _product_fits(config: Config, named: Named) -> bool:
     """`TiledKernel.fits` of a kernel that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
@@ -316,7 +280,7 @@ def _sums_kernel(  # noqa: PLR0913
         tl.store(db + column, tl.sum(of_bias, axis=0), mask=in_out)
 
 
-def _backward_fits(config: Config, named: Mapping[str, Any]) -> bool:
+def _backward_fits(config: Config, named: Named) -> bool:
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     size, rank = named["dy"].element_size(), named["BLOCK_RANK"]
     return fits_on_chip(config, named["rows"], out * rank * size, rows * rank, named["minus_one"].device)
@@ -331,19 +295,6 @@ BACKWARD = TiledKernel(
 )  # fmt: skip
 
 
-class Backward(NamedTuple):
-    """What one pass over dy gives."""
-
-    dz: Float[Tensor, "rows out"]
-    """g dy, in the dtype of dy."""
-    dh: Float[Tensor, "rows rank"] | None
-    """s dz B, in the dtype of dy."""
-    dm: Float[Tensor, " out"] | None
-    """(dy * (kept - b)).sum(0) / m in float32, the magnitude's gradient."""
-    db: Float[Tensor, " out"] | None
-    """dy.sum(0) in float32, the bias's gradient."""
-
-
 def backward_pass(
     dy: Float[Tensor, "rows out"],
     kept: Float[Tensor, "rows out"] | None,
@@ -353,128 +304,92 @@ def backward_pass(
     scale: float,
     *,
     with_bias_sum: bool,
-) -> Backward:
-    """dz, dh and the gradients of magnitude and bias, for a gain without fragile rows.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dz = g dy and dh = s dz B in the dtype of dy, dm = (dy (kept - b)).sum(0) / m and db = dy.sum(0) in float32.
 
-    `kept` is y, for a gain whose `per_magnitude` is 1 / m; None where no magnitude trains. `bias` stands in it outside
-    the gain and is subtracted before anything is added up.
+    For a gain without fragile rows. `kept` is y, for a gain whose `per_magnitude` is 1 / m; None where no magnitude
+    trains. `bias` stands in it outside the gain and is subtracted before anything is added up. In the first kernel dy
+    stands for a tensor that is not there, which is then not read.
     """
     dy = dy.contiguous()
-    factor = None if lora_B is None else cast_factor(lora_B, dy.dtype)
-    operands = _operands(dy, kept, factor, bias, gain, scale, with_bias_sum)
-    found = _run_backward(operands, gain.per_magnitude)
-    if factor is None or found.dh is not None:
-        return found
-    return found._replace(dh=torch.addmm(found.dz.new_empty(()), found.dz, factor, beta=0, alpha=scale))
-
-
-def _operands(
-    dy: Tensor,
-    kept: Tensor | None,
-    factor: Tensor | None,
-    bias: Tensor | None,
-    gain: Gain,
-    scale: float,
-    with_bias_sum: bool,
-) -> Operands:
-    """Of the first kernel; dy stands for a tensor that is not there, which is then not read."""
     rows, out = dy.shape
+    factor = None if lora_B is None else cast_factor(lora_B, dy.dtype)
     rank = 1 if factor is None else factor.shape[1]
     inside = factor is not None and rank <= LARGEST_RANK[dy.element_size()]
-    return Operands(
-        {
-            "dy": dy,
-            "kept": dy if kept is None else kept.contiguous(),
-            "bias": dy if bias is None else bias.detach().contiguous(),
-            "factor": dy if factor is None else factor,
-            "minus_one": gain.minus_one.contiguous(),
-        },
-        {"rows": rows, "out": out, "rank": rank, "scale": scale},
-        {
-            "HAS_KEPT": kept is not None,
-            "HAS_BIAS": bias is not None and kept is not None,
-            "SUM_BIAS": with_bias_sum,
-            "HAS_LOW_RANK": inside,
-            "WIDE_DOT": not dy.is_cuda,
-            "PRECISION": dot_precision(dy.dtype, rank),
-            "BLOCK_RANK": padded(rank) if inside else 16,
-        },
-    )
+    named = {
+        "dy": dy,
+        "kept": dy if kept is None else kept.contiguous(),
+        "bias": dy if bias is None else bias.detach().contiguous(),
+        "factor": dy if factor is None else factor,
+        "minus_one": gain.minus_one.contiguous(),
+        "rows": rows,
+        "out": out,
+        "rank": rank,
+        "scale": scale,
+        "HAS_KEPT": kept is not None,
+        "HAS_BIAS": bias is not None and kept is not None,
+        "SUM_BIAS": with_bias_sum,
+        "HAS_LOW_RANK": inside,
+        "WIDE_DOT": not dy.is_cuda,
+        "PRECISION": dot_precision(dy.dtype, rank),
+        "BLOCK_RANK": padded(rank) if inside else 16,
+    }
+    dh = None
+    new = dy.new_empty if dy.numel() else dy.new_zeros
+    dm, db = (new(out, dtype=torch.float32) if wanted else None for wanted in (kept is not None, with_bias_sum))
+    if dy.numel():
+        dz, dh = _launch_backward(named, gain.per_magnitude.contiguous(), dm, db)
+    else:
+        dz, dh = torch.empty_like(dy), dy.new_zeros(rows, rank) if inside else None
+    if factor is not None and dh is None:
+        dh = torch.addmm(dz.new_empty(()), dz, factor, beta=0, alpha=scale)
+    return dz, dh, dm, db
 
 
-def _run_backward(operands: Operands, per_magnitude: Tensor) -> Backward:
-    dy, wants = operands.tensors["dy"], operands.constants
-    rows, out = dy.shape
-    if not dy.numel():
-        sums = [dy.new_zeros(out, dtype=torch.float32) if wants[name] else None for name in ("HAS_KEPT", "SUM_BIAS")]
-        dh = dy.new_zeros(rows, int(operands.numbers["rank"])) if wants["HAS_LOW_RANK"] else None
-        return Backward(torch.empty_like(dy), dh, *sums)
+def _launch_backward(
+    named: Named, per_magnitude: Tensor, dm: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """dz and dh; fills dm and db with what the programs found, in one launch and always in one order."""
+    dy, rows, out, inside = named["dy"], named["rows"], named["out"], named["HAS_LOW_RANK"]
+    programs = 2 * torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else 4
+    none = dy.new_empty(1, dtype=torch.float32)
 
     def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
+        # Splits of the columns, so that every multiprocessor has two programs.
         parts, blocks = triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(out, tile["BLOCK_OUT"])
-        return parts, min(blocks, max(1, triton.cdiv(programs_wanted(dy.device), parts)))
+        return parts, min(blocks, max(1, triton.cdiv(programs, parts)))
 
-    def results(tiles: list[Config]) -> Operands:
+    def with_results(tiles: list[Config]) -> dict[str, Any]:
         parts, splits = (max(sizes) for sizes in zip(*(grid(tile.kwargs) for tile in tiles), strict=True))
-        return replace(operands, tensors={**operands.tensors, **_result_tensors(operands, parts, splits)})
+        dz, hidden_dtype = torch.empty_like(dy), dy.dtype if splits == 1 else torch.float32
+        return {
+            **named,
+            "dz": dz,
+            "dh": dy.new_empty((splits, rows, named["rank"]), dtype=hidden_dtype) if inside else dz,
+            "magnitude_parts": none if dm is None else none.new_empty(parts, out),
+            "bias_parts": none if db is None else none.new_empty(parts, out),
+        }
 
-    config = BACKWARD.config(operands, grid, lambda: results(BACKWARD.fitting(operands.everything())))
-    filled = results([config])
-    BACKWARD.launch(filled, grid, config)
-    found = filled.tensors
-    return Backward(found["dz"], *_sums(found, per_magnitude, wants))
-
-
-def _result_tensors(operands: Operands, parts: int, splits: int) -> dict[str, Tensor]:
-    """Room for the results; dh in the end's dtype where nothing is left to add up."""
-    dy, wants = operands.tensors["dy"], operands.constants
-    dz, none = torch.empty_like(dy), dy.new_empty(1, dtype=torch.float32)
-    dh_shape = (splits, dy.shape[0], int(operands.numbers["rank"]))
-    sums = (parts, dy.shape[1])
-    return {
-        "dz": dz,
-        "dh": dy.new_empty(dh_shape, dtype=dy.dtype if splits == 1 else torch.float32) if wants["HAS_LOW_RANK"] else dz,
-        "magnitude_parts": none.new_empty(sums) if wants["HAS_KEPT"] else none,
-        "bias_parts": none.new_empty(sums) if wants["SUM_BIAS"] else none,
-    }
-
-
-def _sums(
-    found: Mapping[str, Tensor], per_magnitude: Tensor, wants: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dm and db from what the programs found, in one launch and always in one order."""
-    dz, dh_parts = found["dz"], found["dh"]
-    parts = found["magnitude_parts" if wants["HAS_KEPT"] else "bias_parts"]
-    sum_hidden = wants["HAS_LOW_RANK"] and len(dh_parts) > 1
-    dh = dh_parts[0] if wants["HAS_LOW_RANK"] else None
+    config = BACKWARD.config(named, grid, lambda: with_results(BACKWARD.fitting(named)))
+    results = with_results([config])
+    BACKWARD.launch(results, grid, config)
+    dz, dh_parts = results["dz"], results["dh"]
+    parts = results["bias_parts" if dm is None else "magnitude_parts"]
+    sum_hidden = inside and len(dh_parts) > 1
+    dh = dh_parts[0] if inside else None
     if sum_hidden:
         dh = dz.new_empty(dh_parts.shape[1:])
-    dm, db = (parts.new_empty(dz.shape[1]) if wants[name] else None for name in ("HAS_KEPT", "SUM_BIAS"))
-    if dm is None and db is None and not sum_hidden:
-        return dh, None, None
-    out = 0 if dm is None and db is None else dz.shape[1]
+    summed = 0 if dm is None and db is None else out
     numbers = dh.numel() if sum_hidden and dh is not None else 0
-    with on_device(dz.device):
-        _sums_kernel[(max(triton.cdiv(out, SUMMED_COLUMNS), triton.cdiv(numbers, SUMMED_HIDDEN)),)](
-            found["magnitude_parts"],
-            found["bias_parts"],
-            per_magnitude.contiguous(),
-            dh_parts,
-            parts if dm is None else dm,
-            parts if db is None else db,
-            dz if dh is None else dh,
-            len(parts),
-            out,
-            len(dh_parts),
-            numbers,
-            HAS_KEPT=wants["HAS_KEPT"],
-            SUM_BIAS=wants["SUM_BIAS"],
-            SUM_HIDDEN=sum_hidden,
-            BLOCK_PARTS=32,
-            BLOCK_OUT=SUMMED_COLUMNS,
-            BLOCK_HIDDEN=SUMMED_HIDDEN,
-        )
-    return dh, dm, db
+    if summed or numbers:
+        operands = (results["magnitude_parts"], results["bias_parts"], per_magnitude, dh_parts)
+        sums = (parts if dm is None else dm, parts if db is None else db, dz if dh is None else dh)
+        blocks = max(triton.cdiv(summed, SUMMED_COLUMNS), triton.cdiv(numbers, SUMMED_HIDDEN))
+        flags = {"HAS_KEPT": dm is not None, "SUM_BIAS": db is not None, "SUM_HIDDEN": sum_hidden}
+        tile = {"BLOCK_PARTS": 32, "BLOCK_OUT": SUMMED_COLUMNS, "BLOCK_HIDDEN": SUMMED_HIDDEN}
+        with on_device(dz.device):
+            _sums_kernel[(blocks,)](*operands, *sums, len(parts), summed, len(dh_parts), numbers, **flags, **tile)
+    return dz, dh
 
 
 # The forward pass: y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
@@ -563,29 +478,24 @@ def _output(
     if not product.numel():
         return
     out = product.shape[-1]
-    rows = product.numel() // out
-    low_rank = hidden is not None and lora_B is not None
     rank = lora_B.shape[1] if lora_B is not None else 1
-    operands = Operands(
-        {
-            "product": product,
-            "y": y,
-            "hidden": hidden.contiguous() if hidden is not None else product,
-            "factor": cast_factor(lora_B, product.dtype) if lora_B is not None else product,
-            "bias": product if bias is None else bias.detach().contiguous(),
-            "minus_one": minus_one.contiguous(),
-        },
-        {"rows": rows, "out": out, "rank": rank},
-        {
-            "HAS_BIAS": bias is not None,
-            "HAS_LOW_RANK": low_rank,
-            "WIDE_DOT": not product.is_cuda,
-            "PRECISION": dot_precision(product.dtype, rank),
-            "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // product.element_size()),
-        },
-    )
-
-    _launch_on_tiles(OUTPUT, operands, "out", "y")
+    named = {
+        "product": product,
+        "y": y,
+        "hidden": hidden.contiguous() if hidden is not None else product,
+        "factor": cast_factor(lora_B, product.dtype) if lora_B is not None else product,
+        "bias": product if bias is None else bias.detach().contiguous(),
+        "minus_one": minus_one.contiguous(),
+        "rows": product.numel() // out,
+        "out": out,
+        "rank": rank,
+        "HAS_BIAS": bias is not None,
+        "HAS_LOW_RANK": hidden is not None and lora_B is not None,
+        "WIDE_DOT": not product.is_cuda,
+        "PRECISION": dot_precision(product.dtype, rank),
+        "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // product.element_size()),
+    }
+    OUTPUT.launch_on_tiles(named, "out", "y")
 
 
 # The norms of V's rows on CUDA: many layers in one launch, and no number that the host must wait for.
@@ -685,21 +595,11 @@ def norms_squared(
     """n^2 of layers of one shape from W A^T and A A^T, these in one dtype; exact but for rows that cancel."""
     layers, out, rank = lora_B.shape
     squared = torch.empty_like(weight_norms_squared, memory_format=torch.contiguous_format)
+    operands = (tensor.contiguous() for tensor in (weight_norms_squared, lora_B, weight_on_A, gram))
+    tile = {"BLOCK_ROWS": ROWS, "BLOCK_RANK": min(padded(rank), RANK_BLOCK)}
+    products = {"WIDE_DOT": not squared.is_cuda, "PRECISION": dot_precision(lora_B.dtype, rank)}
     with on_device(squared.device):
-        _squared_kernel[(triton.cdiv(out, ROWS), layers)](
-            weight_norms_squared.contiguous(),
-            lora_B.contiguous(),
-            weight_on_A.contiguous(),
-            gram.contiguous(),
-            squared,
-            out,
-            rank,
-            scale,
-            WIDE_DOT=not squared.is_cuda,
-            PRECISION=dot_precision(lora_B.dtype, rank),
-            BLOCK_ROWS=ROWS,
-            BLOCK_RANK=min(padded(rank), RANK_BLOCK),
-        )
+        _squared_kernel[(triton.cdiv(out, ROWS), layers)](*operands, squared, out, rank, scale, **products, **tile)
     return squared
 
 
@@ -720,25 +620,14 @@ def norms(
     cast_a, cast_b = a.to(weight.dtype), b.to(weight.dtype)
     frozen = weight_norms_squared.contiguous()
     squared = norms_squared(frozen[None], cast_b[None], (weight @ cast_a.t())[None], (cast_a @ cast_a.t())[None], scale)
-    found = torch.empty_like(frozen)
+    trusted, rank = torch.empty_like(frozen), a.shape[0]
+    sizes = (*weight.shape, rank, *weight.stride())
+    tile = {"BLOCK_ROWS": CAREFUL_ROWS, "BLOCK_COLUMNS": CAREFUL_COLUMNS, "BLOCK_RANK": min(padded(rank), RANK_BLOCK)}
     with on_device(weight.device):
         _careful_kernel[(triton.cdiv(len(frozen), CAREFUL_ROWS),)](
-            frozen,
-            squared,
-            weight,
-            a,
-            b,
-            found,
-            *weight.shape,
-            a.shape[0],
-            *weight.stride(),
-            scale,
-            CANCELLATION,
-            BLOCK_ROWS=CAREFUL_ROWS,
-            BLOCK_COLUMNS=CAREFUL_COLUMNS,
-            BLOCK_RANK=min(padded(a.shape[0]), RANK_BLOCK),
+            frozen, squared, weight, a, b, trusted, *sizes, scale, CANCELLATION, **tile
         )
-    return found.sqrt_()  # torch's, as the magnitudes came to be, so that a change of nothing has gain 1
+    return trusted.sqrt_()  # torch's, as the magnitudes came to be, so that a change of nothing has gain 1
 
 
 # Dropout whose mask is never stored: drawn inside the kernel from a seed, and drawn again by the backward pass.
@@ -839,17 +728,9 @@ def masked_copy(x: Float[Tensor, "rows in_"], seed: Int[Tensor, ""], probability
     if x.numel():
         rows, columns = x.shape
         grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(columns, COPIED_COLUMNS))
+        tile = {"BLOCK_ROWS": COPIED_ROWS, "BLOCK_COLUMNS": COPIED_COLUMNS}
         with on_device(x.device):
-            _masked_copy_kernel[grid](
-                x,
-                copy,
-                seed,
-                rows,
-                columns,
-                threshold_of(probability),
-                BLOCK_ROWS=COPIED_ROWS,
-                BLOCK_COLUMNS=COPIED_COLUMNS,
-            )
+            _masked_copy_kernel[grid](x, copy, seed, rows, columns, threshold_of(probability), **tile)
     return copy
 
 
@@ -864,20 +745,19 @@ def add_masked_product_(
     if not dx.numel():
         return dx
     whole, rank = dx.contiguous(), lora_A.shape[0]
-    operands = Operands(
-        {
-            "base": whole,
-            "changed": whole,
-            "hidden": hidden.contiguous(),
-            "factor": cast_factor(lora_A, dx.dtype),
-            "seed": seed,
-        },
-        {"rows": dx.shape[0], "columns": dx.shape[1], "rank": rank, "threshold": threshold_of(probability)},
-        {
-            "WIDE_DOT": not dx.is_cuda,
-            "PRECISION": dot_precision(dx.dtype, rank),
-            "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // dx.element_size()),
-        },
-    )
-    _launch_on_tiles(MASKED_PRODUCT, operands, "columns", "changed")
+    named = {
+        "base": whole,
+        "changed": whole,
+        "hidden": hidden.contiguous(),
+        "factor": cast_factor(lora_A, dx.dtype),
+        "seed": seed,
+        "rows": dx.shape[0],
+        "columns": dx.shape[1],
+        "rank": rank,
+        "threshold": threshold_of(probability),
+        "WIDE_DOT": not dx.is_cuda,
+        "PRECISION": dot_precision(dx.dtype, rank),
+        "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // dx.element_size()),
+    }
+    MASKED_PRODUCT.launch_on_tiles(named, "columns", "changed")
     return dx if whole is dx else dx.copy_(whole)

@@ -32,23 +32,9 @@ import numpy as np
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scores import prompts
-from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Key, Submission, json_lines, published_id
+from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Submission, json_lines, published_id
 from dora_vl.evaluation.scores.prompts import Prompt
 from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers, Ratio, Scored, Sums, Tally
-
-# Captions as the words that caption metrics count.
-#
-# With Java, the tokenizer is the official one: Stanford's PTBTokenizer (CoreNLP 3.4.1) through pycocoevalcap, lower
-# case, most punctuation dropped. Its quirks stay: brackets survive as "-lrb-" and the like (they are dropped in
-# capitals only), "!!" and "?!" survive, "£" becomes "#", "€" becomes "$", "½" becomes "1/2", some tokens hold a
-# no-break space.
-#
-# Without Java, `fallback_tokens` does the same for ordinary captions; on odd ones it differs, so that scores are
-# comparable with each other only. The settings say which one it was.
-#
-# A line break inside a caption (CR, CRLF, VT, FF, NEL, U+2028, U+2029...) shifts every later caption of the official
-# tokenizer by one: `one_line` removes them first.
-
 
 Tokenizer = Literal["ptb", "fallback"]
 
@@ -56,6 +42,7 @@ DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "
 """The official list; its bracket names are in capitals and never met."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _SYMBOLS = str.maketrans(
     {"£": "#", "€": "$", "½": "1/2", "¼": "1/4", "¾": "3/4", "’": "'", "‘": "`", "“": '"', "”": '"'}
     | dict.fromkeys("–—", "--")
@@ -73,15 +60,18 @@ _TOKEN = re.compile(
 
 
 def one_line(caption: str) -> str:
-    """The caption without line breaks of any kind, single spaces in their place."""
+    """The caption without line breaks of any kind, each of which shifts the official tokenizer's later captions."""
     return " ".join(caption.splitlines()).replace("\x00", " ")
 
 
 def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Every caption as its words with a space between them.
+    """Every caption of each clip as its words with a space between them.
 
-    Args:
-        captions: the captions of each clip.
+    With Java, the tokenizer is the official one: Stanford's PTBTokenizer (CoreNLP 3.4.1) through pycocoevalcap, lower
+    case, most punctuation dropped. Its quirks stay: brackets survive as "-lrb-" and the like (they are dropped in
+    capitals only), "!!" and "?!" survive, "£" becomes "#", "€" becomes "$", "½" becomes "1/2", some tokens hold a
+    no-break space. Without Java, `fallback_tokens` does the same for ordinary captions; on odd ones it differs, so that
+    scores are comparable with each other only. The settings say which one it was.
     """
     clean = {clip: [one_line(caption) for caption in several] for clip, several in captions.items()}
     if tokenizer == "fallback":
@@ -142,7 +132,8 @@ class Bleu:
             product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
         ratio = (sums["words"] + _ALMOST_ZERO) / (sums["reference words"] + _SMALL)
         brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)
-        return _rounded(PERCENT * product ** (1 / self.order) * brevity, self.decimals)
+        value = PERCENT * product ** (1 / self.order) * brevity
+        return value if self.decimals is None else np.round(value, self.decimals)
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,8 @@ class Meteor:
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The score of each draw; every draw has clips."""
         moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
-        return _rounded(PERCENT * self.whole * moved, self.decimals)
+        value = PERCENT * self.whole * moved
+        return value if self.decimals is None else np.round(value, self.decimals)
 
 
 def score(
@@ -175,9 +167,13 @@ def score(
     """
     tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
     truth, answered = _references(examples), _predictions(examples, answers)
-    text = _ascii if style == "value" else str
-    references = tokenized({clip: [text(caption) for caption in several] for clip, several in truth.items()}, tokenizer)
-    predictions = tokenized({clip: [text(caption or "")] for clip, caption in answered.items()}, tokenizer)
+    said = {clip: [caption or ""] for clip, caption in answered.items()}
+    if style == "value":
+        truth, said = (
+            {clip: [_NOT_ASCII.sub(" ", caption) for caption in several] for clip, several in captions.items()}
+            for captions in (truth, said)
+        )
+    references, predictions = tokenized(truth, tokenizer), tokenized(said, tokenizer)
     cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in _scorers())
     meteor = None
     if with_meteor or (with_meteor is None and tokenizer == "ptb"):
@@ -194,13 +190,11 @@ def score(
     formulas["ROUGE-L"] = Ratio("rouge", "clips", decimals=decimals)
     if meteor:
         formulas["METEOR"] = Meteor(meteor[0], float(np.mean(meteor[1])), decimals)
-    return tally.scored(formulas, settings={"style": style, "tokenizer": _TOKENIZER_NAMES[tokenizer]})
-
-
-_TOKENIZER_NAMES: Mapping[Tokenizer, str] = {
-    "ptb": "PTBTokenizer (CoreNLP 3.4.1)",
-    "fallback": "fallback without Java; compare only with scores made by it",
-}
+    made_by = {
+        "ptb": "PTBTokenizer (CoreNLP 3.4.1)",
+        "fallback": "fallback without Java; compare only with scores made by it",
+    }
+    return tally.scored(formulas, settings={"style": style, "tokenizer": made_by[tokenizer]})
 
 
 def score_value(examples: Sequence[Example], answers: Answers) -> Scored:
@@ -257,10 +251,6 @@ def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str
     return predictions
 
 
-def _ascii(caption: str) -> str:
-    return "".join(character if character.isascii() else " " for character in caption)
-
-
 def _scorers() -> tuple[Any, Any]:
     """CIDEr and ROUGE-L of pycocoevalcap."""
     try:
@@ -293,10 +283,6 @@ def _meteor(
     return whole, each
 
 
-def _rounded(values: Numbers, decimals: int | None) -> Numbers:
-    return values if decimals is None else np.round(values, decimals)
-
-
 def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """COCO's caption server: a caption for each image."""
     predictions = _predictions(examples, answers)
@@ -322,11 +308,6 @@ tvc = partial(value_captions, file="tvc_test_predictions.jsonl")
 yc2c = partial(value_captions, file="yc2c_test_predictions.jsonl", video_name="video_id")
 
 
-def _own_clip(example: Example) -> Key:
-    clip = example.extra.get("clip_id", example.extra.get("image_id"))
-    return None if clip is None else str(clip)
-
-
 def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tuple[str, ...]) -> Benchmark:
     other: Style = "coco" if style == "value" else "value"
     return Benchmark(
@@ -336,7 +317,13 @@ def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tup
         submission=submission,
         together=clip_of,
         shares_answers=True,
-        joins=(ByKey("clip_id or image_id", lambda row: row.id, _own_clip),),
+        joins=(
+            ByKey(
+                "clip_id or image_id",
+                lambda row: row.id,
+                lambda example: clip_of(example) if {"clip_id", "image_id"} & example.extra.keys() else None,
+            ),
+        ),
     )
 
 

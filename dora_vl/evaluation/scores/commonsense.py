@@ -39,17 +39,13 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
 """Task -> what an answer looks like; the paper's order of columns."""
 
 
-def response(text: str, rule: Rule) -> str:
-    """The part of a generated text that is searched; the scripts see the prompt, which ends in the marker, before."""
-    return text.split(RESPONSE)[0 if rule == "llm_adapters" else -1].strip()
-
-
 def extracted(text: str, task: str, rule: Rule) -> str:
     """The answer in a generated text, "" where there is none."""
     if task not in PATTERNS:
         raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
-    found = PATTERNS[task].search(response(text, rule))
-    return found.group() if found else ""
+    # The scripts see the prompt, which ends in the marker, before.
+    match = PATTERNS[task].search(text.split(RESPONSE)[0 if rule == "llm_adapters" else -1])
+    return match.group() if match else ""
 
 
 def score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:

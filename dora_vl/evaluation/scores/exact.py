@@ -7,7 +7,7 @@ from string import ascii_uppercase
 
 from dora_vl.data.example import Example
 from dora_vl.evaluation.scores import caption, llava
-from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, correct_index, only, right_answer
+from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, correct_index, right_answer
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Scored, score_points
 
 
@@ -21,24 +21,16 @@ def final_answer(text: str | None, after: str | None) -> str | None:
     return text if text is None or not after else text.rpartition(after)[2]
 
 
-def is_match(truth: str, prediction: str | None) -> bool:
-    """Whether the model's answer is the true one, after normalisation of both."""
-    return prediction is not None and normalised(prediction) == normalised(truth)
-
-
 def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
     """Accuracy in percent: all, and by `extra["kind"]`. A question without an answer counts as wrong.
 
     Args:
         answer_after: as `final_answer` takes it, for answers that reason first.
-
-    Raises:
-        ValueError: there is nothing to score.
     """
 
     def points(example: Example, answer: str) -> float:
         truth = final_answer(right_answer(example), answer_after) or ""
-        return float(is_match(truth, final_answer(answer, answer_after)))
+        return float(normalised(final_answer(answer, answer_after) or "") == normalised(truth))
 
     settings = {"answer_after": answer_after} if answer_after else {}
     return score_points(examples, answers, points, kinds=_kind, settings=settings)
@@ -48,7 +40,7 @@ def _kind(example: Example) -> list[str]:
     return [f"kind/{example.extra['kind']}"] if "kind" in example.extra else []
 
 
-BENCHMARK = Benchmark(modes=only(score))
+BENCHMARK = Benchmark(modes={"": score})
 
 
 # Scores for a benchmark of one's own: each is the best over an example's right answers; everything in percent.
@@ -142,7 +134,7 @@ def _number(text: str) -> float | None:
 
 
 SCORINGS: Mapping[str, Scorer] = {
-    "exact": best_of(is_match, "accuracy"),
+    "exact": best_of(lambda answer, true: normalised(answer) == normalised(true), "accuracy"),
     "choice": choice,
     "anls": best_of(similarity, "anls"),
     "relaxed": best_of(is_close, "relaxed accuracy"),

@@ -1,12 +1,6 @@
-"""LLaVA-Bench (in the wild): what an external judge is asked, and the score from its reviews.
+"""The benchmarks of LLaVA's own scripts (commit c121f04): their questions, scores and files, quirks included.
 
-LLaVA had GPT-4-0314 at temperature 0.2 compare each answer with a reference answer (GPT-4's own, from a description of
-the picture in words): the first line of a review holds two numbers, the reference's score and the model's. The
-benchmark's number is 100 times the mean of the model's over the mean of the reference's, for each category and over
-all. No judge is called here.
-
-Reads `question`, `answers[0]` (the reference answer), `extra["category"]` (conv, detail, complex) and
-`extra["context"]` (the picture's description).
+Two of them, LLaVA-Bench and MM-Vet, an external judge scores: no judge is called here, but what it says is scored.
 """
 
 from __future__ import annotations
@@ -18,16 +12,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import PurePosixPath
 from string import ascii_uppercase
 from typing import Literal
 
 from dora_vl.data.benchmarks.llava import MME_COGNITION, MME_PERCEPTION, POPE_CATEGORIES, POPE_VERSIONS
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
+from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     LONG_ANSWER_TOKENS,
     REPEATED,
-    AnswerRow,
     Benchmark,
     ByKey,
     ByOrder,
@@ -35,13 +30,11 @@ from dora_vl.evaluation.scores.benchmark import (
     correct_index,
     json_lines,
     letters,
-    only,
-    picture_stem,
     plain,
     question_in,
     right_answer,
 )
-from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, Prompt, letter, lettered, short
+from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, letter, lettered, short
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
     Answers,
@@ -56,11 +49,16 @@ from dora_vl.evaluation.scores.scored import (
     unit_of,
 )
 
+# LLaVA-Bench (in the wild). LLaVA had GPT-4-0314 at temperature 0.2 compare each answer with a reference answer
+# (GPT-4's own, from a description of the picture in words).
+
 
 def judge_requests(
     examples: Sequence[Example], answers: Answers, rules: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
     """One request for each question: its id, category and the text to put to the judge.
+
+    Reads `question`, `answers[0]` (the reference), `extra["category"]` (conv, detail, complex) and `extra["context"]`.
 
     Args:
         rules: category -> the instruction that ends the text (`prompt` of `llava_bench_<category>` in LLaVA's
@@ -82,9 +80,8 @@ def judge_requests(
 def scores_of(review: str) -> tuple[float, float]:
     """The reference's and the model's score in a review's first line, separated by a space or a comma."""
     first, *_ = review.strip().split("\n", maxsplit=1)
-    words = first.replace(",", " ").split()
     try:
-        reference, model = map(float, words)
+        reference, model = map(float, first.replace(",", " ").split())
     except ValueError:
         raise UserError(f"a review must begin with two numbers, found {first[:60]!r}") from None
     return reference, model
@@ -92,34 +89,69 @@ def scores_of(review: str) -> tuple[float, float]:
 
 def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
     """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10)."""
-    tally, categories = Tally(), []
+    tally, categories = Tally(), set[str]()
     for example in examples:
         if example.id not in reviews:
             raise UserError(f"LLaVA-Bench question {example.id} has no review; ask the judge again")
         reference, model = scores_of(reviews[example.id])
         category = str(example.extra.get("category", "all"))
-        categories.append(category)
+        categories.add(category)
         columns = {"reference": reference, "model": model, "asked": 1.0}
         columns |= {f"reference {category}": reference, f"model {category}": model}
         tally.add(example.id, model / reference if reference else 0.0, columns, unit=unit_of(example))
     formulas: dict[str, Formula] = {"relative score": Ratio("model", "reference")}
-    formulas |= {f"category/{kind}": Ratio(f"model {kind}", f"reference {kind}") for kind in sorted(set(categories))}
+    formulas |= {f"category/{kind}": Ratio(f"model {kind}", f"reference {kind}") for kind in sorted(categories)}
     formulas |= {f"mean/{name}": Ratio(name, "asked", scale=1.0) for name in ("model", "reference")}
     return tally.scored(formulas, settings={"judge": "external"})
 
 
-def llava_bench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """One request to the judge a line."""
-    return "llava_bench_judge.jsonl", json_lines(judge_requests(examples, answers))
+LLAVA_BENCH = Benchmark(
+    modes={},
+    max_new_tokens=LONG_ANSWER_TOKENS,
+    submission=lambda examples, answers: ("llava_bench_judge.jsonl", json_lines(judge_requests(examples, answers))),
+)
 
 
-LLAVA_BENCH = Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=llava_bench_submission)
+# MM-Vet. Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1.
+
+
+def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
+    """What the online grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
+    names = {
+        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
+    }
+    return {published: answers.get(name, "") for name, published in names.items()}
+
+
+def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
+    """The total and each capability (`extra["capability"]`, several a question), 0 to 100; a missing grade is 0."""
+    for name, grade in grades.items():
+        if not 0 <= grade <= 1:
+            raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
+    return score_points(
+        examples,
+        dict.fromkeys(grades, ""),
+        lambda example, _: grades[example.id],
+        metrics={"total": ACCURACY},
+        kinds=lambda example: [f"capability/{kind}" for kind in example.extra.get("capability", ())],
+        settings={"judge": "external"},
+    )
+
+
+MMVET = Benchmark(
+    modes={},
+    max_new_tokens=LONG_ANSWER_TOKENS,
+    submission=lambda examples, answers: (
+        "mmvet.json",
+        json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1),
+    ),
+    joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
+)
 
 
 # MMBench and MMBench-CN: circular evaluation, all rotations of a question must be answered rightly.
 #
-# Rotations of one question share their `extra["index"]` modulo 1,000,000. An answer's letter is read out by the rules
-# of an evaluation tool, of which there were several; two are here, and the one used is in the settings:
+# An answer's letter is read out by the rules of an evaluation tool, of which there were several; two are here:
 #
 # - `opencompass_2023` (an older script in OpenCompass, of LLaVA-1.5's days; VLMEvalKit's of that time read other
 #   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a word
@@ -148,7 +180,6 @@ _REFUSALS_2025 = (
     "Cannot determine the answer",
 )
 _LAST_WORDS_2025 = 4
-_NO_ANSWER = "Failed to obtain answer via API"
 
 
 def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | None:
@@ -157,14 +188,38 @@ def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | N
     Args:
         choices: letter -> text.
     """
-    letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
-    if letter is not None:
-        return letter
-    length = sum(map(len, choices.values()))
-    if matcher == "2025" and len(answer) > 2 * length:
+    if "Failed to obtain answer via API" not in answer:
+        letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
+        if letter is not None:
+            return letter
+    if matcher == "2025" and len(answer) > 2 * sum(map(len, choices.values())):
         return None
-    said = answer.lower()
-    return _only([letter for letter, text in choices.items() if text.lower() in said])
+    return _only([letter for letter, text in choices.items() if text.lower() in answer.lower()])
+
+
+def _letter_2023(answer: str) -> str | None:
+    words = answer.split()
+    alone = _only([letter for letter in _LETTERS_2023 if letter in words])
+    if alone and not ("A" in words and len(words) > 3):
+        return alone
+    for decoration in _DECORATIONS_2023:
+        if found := _only([letter for letter in _LETTERS_2023 if decoration.format(letter) in words]):
+            return found
+    return None
+
+
+def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
+    if any(refusal in answer for refusal in _REFUSALS_2025):
+        return NO_CHOICE
+    words = answer.translate(_MARKS_2025).split()
+    found = [letter for letter in letters if letter in words]
+    if len(found) == 1:
+        return found[0] if words.index(found[0]) >= len(words) - _LAST_WORDS_2025 else None
+    return NO_CHOICE if not found and NO_CHOICE in words else None
+
+
+def _only(found: Sequence[str]) -> str | None:
+    return found[0] if len(found) == 1 else None
 
 
 def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:
@@ -174,7 +229,12 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
         groups[question_of(example)].append(example)
     tally, kinds = Tally(), set[str]()
     for question, rotations in groups.items():
-        hits = [_is_right(example, answers, matcher) for example in rotations]
+        hits: list[bool] = []
+        for example in rotations:
+            choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
+            hits.append(
+                answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
+            )
         first = min(rotations, key=lambda example: example.extra["index"])
         named = {"l2": first.extra.get("l2_category"), "category": first.extra.get("category")}
         of_question = {f"{prefix}/{kind}" for prefix, kind in named.items() if kind}
@@ -192,48 +252,11 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
 
 
 def question_of(example: Example) -> int:
-    """What all rotations of one question share."""
+    """What all rotations of one question share: their index modulo 1,000,000."""
     index = example.extra.get("index")
     if not isinstance(index, int):
         raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
     return index % ROTATION
-
-
-def _is_right(example: Example, answers: Answers, matcher: Matcher) -> bool:
-    if example.id not in answers:
-        return False
-    choices = dict(zip(ascii_uppercase, example.choices, strict=False))
-    return chosen(answers[example.id], choices, matcher) == ascii_uppercase[correct_index(example)]
-
-
-def _letter_2023(answer: str) -> str | None:
-    if _NO_ANSWER in answer:
-        return None
-    words = answer.split()
-    alone = _only([letter for letter in _LETTERS_2023 if letter in words])
-    if alone and not ("A" in words and len(words) > 3):
-        return alone
-    for decoration in _DECORATIONS_2023:
-        found = _only([letter for letter in _LETTERS_2023 if decoration.format(letter) in words])
-        if found:
-            return found
-    return None
-
-
-def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
-    if _NO_ANSWER in answer:
-        return None
-    if any(refusal in answer for refusal in _REFUSALS_2025):
-        return NO_CHOICE
-    words = answer.translate(_MARKS_2025).split()
-    found = [letter for letter in letters if letter in words]
-    if len(found) == 1:
-        return found[0] if words.index(found[0]) >= len(words) - _LAST_WORDS_2025 else None
-    return NO_CHOICE if not found and NO_CHOICE in words else None
-
-
-def _only(found: Sequence[str]) -> str | None:
-    return found[0] if len(found) == 1 else None
 
 
 def letter_cn(example: Example) -> str:
@@ -244,10 +267,9 @@ def letter_cn(example: Example) -> str:
 def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
     """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
     widest = max(len(example.choices) for example in examples)
-    letters = ascii_uppercase[:widest]
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    writer.writerow(["index", "question", *letters, "hint", "category", "prediction"])
+    writer.writerow(["index", "question", *ascii_uppercase[:widest], "hint", "category", "prediction"])
     for example in examples:
         choices = [*example.choices, *[""] * (widest - len(example.choices))]
         extra = [str(example.extra.get(name) or "") for name in ("hint", "category")]
@@ -256,8 +278,8 @@ def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[s
     return "mmbench.tsv", stream.getvalue()
 
 
-def _benchmark(prompt: Prompt) -> Benchmark:
-    return Benchmark(
+MMBENCH, CHINESE = (
+    Benchmark(
         modes={"2025": mmbench_score, "opencompass_2023": partial(mmbench_score, matcher="opencompass_2023")},
         prompt=prompt,
         max_new_tokens=LONG_ANSWER_TOKENS,
@@ -266,37 +288,32 @@ def _benchmark(prompt: Prompt) -> Benchmark:
         chooses=True,
         together=question_of,
     )
+    for prompt in (letter, letter_cn)
+)
 
 
-MMBENCH = _benchmark(letter)
-CHINESE = _benchmark(letter_cn)
-
-
-# MME as its calculation.py gives it: in each subtask accuracy + accuracy+ (both questions of a picture right).
-#
-# Quirks kept in `said`: the answer is lower-cased, not stripped; "yes", then "no", is looked for in its first four
-# characters. So "know" is no, "unknown" is neither, "eyes" is yes. The script pairs questions by their position; here
-# by picture, and a picture that has not exactly two questions is refused. A missing answer is wrong.
-#
-# Perception (ten subtasks, at most 2,000) is the headline, cognition (four, at most 800) the second; neither is in
-# percent. Reads `answers[0]` (Yes or No), `images[0]` and `extra["category"]`, the subtask.
-
-
-PREFIX_CHARACTERS = 4
+# MME as its calculation.py gives it.
 
 
 def said(answer: str) -> Literal["yes", "no", "other"]:
-    """How the script reads an answer."""
-    beginning = answer.lower()[:PREFIX_CHARACTERS]
+    """How the script reads an answer: lower-cased, not stripped; "yes", then "no", in its first four characters.
+
+    So "know" is no, "unknown" is neither, "eyes" is yes.
+    """
+    beginning = answer.lower()[:4]
     if "yes" in beginning:
         return "yes"
     return "no" if "no" in beginning else "other"
 
 
 def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Perception, cognition and every subtask's score from 0 to 200."""
-    read = {example.id: said(answers[example.id]) for example in examples if example.id in answers}
-    right = {example.id: read.get(example.id) == right_answer(example).lower() for example in examples}
+    """Perception, cognition and every subtask's score from 0 to 200; none is in percent.
+
+    A subtask's is accuracy + accuracy+ (both questions of a picture right). The script pairs questions by their
+    position; here by picture, and a picture that has not exactly two questions is refused. A missing answer is wrong.
+    Perception (ten subtasks) is the headline, cognition (four) the second. `extra["category"]` is the subtask.
+    """
+    right = {example.id: said(answers.get(example.id, "")) == right_answer(example).lower() for example in examples}
     pictures = Counter(picture_of(example) for example in examples)
     both = Counter(picture_of(example) for example in examples if right[example.id])
     odd = [name for name, count in pictures.items() if count != 2]
@@ -305,10 +322,10 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
     tally = Tally()
     for example in examples:
         task, picture = picture_of(example)
-        columns = {f"right {task}": float(right[example.id]), f"asked {task}": 1.0}
+        hit = float(right[example.id])
+        columns = {f"right {task}": hit, f"asked {task}": 1.0}
         columns |= {f"both {task}": (both[task, picture] == 2) / 2, f"pictures {task}": 0.5}
-        failed = example.id not in answers
-        tally.add(example.id, float(right[example.id]), columns, unit=f"{task}\n{picture}", failed=failed)
+        tally.add(example.id, hit, columns, unit=f"{task}\n{picture}", failed=example.id not in answers)
     known, found = (*MME_PERCEPTION, *MME_COGNITION), {task for task, _ in pictures}
     tasks: dict[str, Formula] = {
         task: Total((share_of(task), Ratio(f"both {task}", f"pictures {task}")))
@@ -333,150 +350,91 @@ def mme_prompt(example: Example) -> str:
     return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
 
 
-def _mme_row(row: AnswerRow) -> Key:
-    path, question = REPEATED.sub("", row.id), question_in(row.prompt)
-    return (path.partition("/")[0], picture_stem(path), question) if question else None
+def _mme_row(row: Prediction) -> Key:
+    path, question = REPEATED.sub("", row.id), question_in(row.question)
+    return (path.partition("/")[0], PurePosixPath(path).stem, question) if question else None
 
 
 def _mme_example(example: Example) -> Key:
     if not example.images:
         return None
-    return str(example.extra.get("category")), picture_stem(example.images[0]), plain(example.question)
+    return str(example.extra.get("category")), PurePosixPath(example.images[0]).stem, plain(example.question)
 
 
 MME = Benchmark(
-    modes=only(mme_score),
+    modes={"": mme_score},
     prompt=mme_prompt,
     together=picture_of,
     joins=(ByKey("subtask, picture and question", _mme_row, _mme_example),),
 )
 
 
-# MM-Vet: the file its grader takes, and its score from the grades an external judge gave.
-#
-# Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1; the online grader takes one JSON
-# object `{"v1_0": answer, ...}`. No judge is called here. `score_grades` averages the grades, times 100, over all and
-# over the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
-# several).
-
-
-def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
-    """What the grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
-    names = {
-        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
-    }
-    return {published: answers.get(name, "") for name, published in names.items()}
-
-
-def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """The total and each capability, from 0 to 100; a missing grade counts as 0."""
-    for name, grade in grades.items():
-        if not 0 <= grade <= 1:
-            raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
-    return score_points(
-        examples,
-        dict.fromkeys(grades, ""),
-        lambda example, _: grades[example.id],
-        metrics={"total": ACCURACY},
-        kinds=lambda example: [f"capability/{kind}" for kind in example.extra.get("capability", ())],
-        settings={"judge": "external"},
-    )
-
-
-def mmvet_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """The grader's file."""
-    return "mmvet.json", json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1)
-
-
-MMVET = Benchmark(
-    modes={},
-    max_new_tokens=LONG_ANSWER_TOKENS,
-    submission=mmvet_submission,
-    joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
-)
-
-
-# POPE as LLaVA's eval_pope.py gives it: accuracy, precision, recall, F1 and the share of "yes", for each category.
-#
-# Quirks kept in `says_no`: only the first sentence counts, commas go, and then one of the words "No", "not", "no" must
-# stand between *spaces*. So "NO", "Not", "nope", "", "isn't", "No\n" and "no!" all count as yes.
+# POPE as LLaVA's eval_pope.py gives it.
 #
 # The script matches answers and labels by their position and cuts the longer list in silence. Label files come in two
 # versions: LLaVA's question file belongs to POPE commit e3e3926 (2,910 random, 3,000 popular, 3,000 adversarial);
 # today's files have 3,000 each, `random` in another order. Here the id matches, and an answer to a question that is not
-# there is refused. Which version it was, by its counts, is written into the settings. Division by zero gives 0.
-#
-# The headline is the mean F1 of the categories, as LLaVA's table has it. Reads `answers[0]` (yes or no) and
-# `extra["category"]`.
+# there is refused. Which version it was, by its counts, is written into the settings.
 
 
 def says_no(answer: str) -> bool:
-    """How the script reads an answer; whatever is not no is yes."""
+    """How the script reads an answer; whatever is not no is yes.
+
+    Only the first sentence counts, commas go, and then one of the words "No", "not", "no" must stand between *spaces*.
+    So "NO", "Not", "nope", "", "isn't", "No\\n" and "no!" all count as yes.
+    """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return any(word in words for word in ("No", "not", "no"))
 
 
 def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """F1 and its parts in percent.
+    """The categories' mean F1, as LLaVA's table has it, and its parts in percent; each category's.
 
-    A missing answer counts as the wrong one of the two.
+    A missing answer counts as the wrong one of the two. Division by zero gives 0.
     """
-    strangers = sorted(answers.keys() - {example.id for example in examples})
-    if strangers:
+    if strangers := sorted(answers.keys() - {example.id for example in examples}):
         raise UserError(
             f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
             "come in two versions, so prepare the one that the questions were asked from"
         )
     tally, categories = Tally(), Counter[str]()
     for example in examples:
-        category = str(example.extra.get("category", "all"))
+        category, label = str(example.extra.get("category", "all")), right_answer(example)
         categories[category] += 1
-        truth, answer = right_answer(example) == "yes", answers.get(example.id)
-        if not truth and right_answer(example) != "no":
-            raise UserError(
-                f"POPE example {example.id} has the label {shown(right_answer(example))}; it must be yes or no"
-            )
-        said = (not truth) if answer is None else not says_no(answer)
-        cell = {(True, True): "tp", (True, False): "fp", (False, False): "tn", (False, True): "fn"}[said, truth]
+        if label not in ("yes", "no"):
+            raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
+        truth, answer = label == "yes", answers.get(example.id)
+        yes = (not truth) if answer is None else not says_no(answer)
+        cell = {(True, True): "tp", (True, False): "fp", (False, False): "tn", (False, True): "fn"}[yes, truth]
         columns = {f"{cell} {category}": 1.0, f"asked {category}": 1.0}
-        columns |= {f"right {category}": float(said == truth), f"yes {category}": float(said)}
-        tally.add(example.id, float(said == truth), columns, unit=unit_of(example), failed=answer is None)
-    own = {category: _of_category(category) for category in sorted(categories)}
+        columns |= {f"right {category}": float(yes == truth), f"yes {category}": float(yes)}
+        tally.add(example.id, float(yes == truth), columns, unit=unit_of(example), failed=answer is None)
+    by_category: dict[str, dict[str, Formula]] = {}
+    for category in sorted(categories):
+        tp, fp, fn = (f"{cell} {category}" for cell in ("tp", "fp", "fn"))
+        by_category[category] = {
+            "f1": Ratio(tp, (tp, tp, fp, fn), scale=200.0),  # 2 tp / (2 tp + fp + fn) is 2 P R / (P + R)
+            "accuracy": share_of(category),
+            "precision": Ratio(tp, (tp, fp)),
+            "recall": Ratio(tp, (tp, fn)),
+            "yes share": Ratio(f"yes {category}", f"asked {category}"),
+        }
     formulas: dict[str, Formula] = {
-        name: Mean(tuple(of_category[name] for of_category in own.values())) for name in _of_category("")
+        name: Mean(tuple(metrics[name] for metrics in by_category.values()))
+        for name in ("f1", "accuracy", "precision", "recall", "yes share")
     }
-    formulas |= {f"{kind}/{name}": formula for kind, metrics in own.items() for name, formula in metrics.items()}
+    formulas |= {
+        f"{kind}/{name}": formula for kind, metrics in by_category.items() for name, formula in metrics.items()
+    }
     counts = tuple(categories[category] for category in POPE_CATEGORIES)
     described = ", ".join(f"{count} {category}" for category, count in sorted(categories.items()))
     return tally.scored(formulas, settings={"labels": POPE_VERSIONS.get(counts, described)})
 
 
-def _of_category(category: str) -> dict[str, Formula]:
-    tp, fp, fn = (f"{cell} {category}" for cell in ("tp", "fp", "fn"))
-    return {
-        "f1": Ratio(tp, (tp, tp, fp, fn), scale=200.0),  # 2 tp / (2 tp + fp + fn) is 2 P R / (P + R)
-        "accuracy": share_of(category),
-        "precision": Ratio(tp, (tp, fp)),
-        "recall": Ratio(tp, (tp, fn)),
-        "yes share": Ratio(f"yes {category}", f"asked {category}"),
-    }
+POPE = Benchmark(modes={"": pope_score}, prompt=short, joins=(ByOrder("order, each prompt being the question's"),))
 
 
-POPE = Benchmark(modes=only(pope_score), prompt=short, joins=(ByOrder("order, each prompt being the question's"),))
-
-
-# ScienceQA as LLaVA's eval_science_qa.py (commit c121f04) gives it: accuracy over all, and over those with a picture.
-#
-# Quirks kept, in the order in which the rules are tried:
-#
-# 1. the whole answer is one of A to E;
-# 2. it begins with a letter of A to E, a period and a space;
-# 3. "The answer is X" followed by *any* character, found exactly once: "The answer is C" with nothing after it fails,
-# and "The answer is Because" parses as B.
-#
-# Anything else has failed and is wrong, and so is a letter beyond the question's choices. Image accuracy, the number in
-# LLaVA's tables, is over questions asked with a picture (the script looks for `<image>` in the stored prompt; here
-# the example has images).
+# ScienceQA as LLaVA's eval_science_qa.py gives it, and SEED-Bench as LLaVA's convert and SEED's own script do.
 
 
 OPTIONS = "ABCDE"
@@ -484,17 +442,25 @@ SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
 def parsed(answer: str) -> str | None:
-    """The letter an answer gives, or None where the parsing fails."""
+    """The letter an answer gives ScienceQA's script, or None where the parsing fails. In this order:
+
+    1. the whole answer is one of A to E;
+    2. it begins with a letter of A to E, a period and a space;
+    3. "The answer is X" followed by *any* character, found exactly once: "The answer is C" with nothing after it fails,
+       and "The answer is Because" parses as B.
+    """
     if len(answer) == 1 and answer in OPTIONS:
         return answer
     if len(answer) >= 3 and answer[0] in OPTIONS and answer[1:3] == ". ":
         return answer[0]
-    found = SENTENCE.findall(answer)
-    return found[0] if len(found) == 1 else None
+    return _only(SENTENCE.findall(answer))
 
 
 def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Image accuracy first where any question has a picture, then accuracy, in percent."""
+    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent.
+
+    What cannot be parsed is wrong, and so is a letter beyond the question's choices.
+    """
     image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
     return score_points(
         examples,
@@ -510,22 +476,12 @@ def scienceqa_prompt(example: Example) -> str:
     return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
 
 
-SCIENCEQA = Benchmark(
-    modes=only(scienceqa_score), prompt=scienceqa_prompt, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
-)
-
-
-# SEED-Bench as LLaVA's convert and SEED's own script give it: exact letter, over images, videos, all, and each type.
-#
-# The published script stops when an answer is missing or a type has no right answer; here the former is wrong and the
-# latter 0. Nothing is parsed out of longer answers: "A." is wrong. (lmms-eval takes the first character instead.)
-#
-# Reads `choices`, `extra["correct"]`, `extra["data_type"]` (image or video; absent means image) and
-# `extra["question_type"]`.
-
-
 def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Accuracies in percent."""
+    """Exact letter, over all, images, videos (`extra["data_type"]`) and each `extra["question_type"]`, in percent.
+
+    The published script stops when an answer is missing or a type has no right answer; here the former is wrong and the
+    latter 0. Nothing is parsed out of longer answers: "A." is wrong. (lmms-eval takes the first character instead.)
+    """
 
     def kinds(example: Example) -> list[str]:
         kind = example.extra.get("question_type")
@@ -539,4 +495,7 @@ def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
     )
 
 
-SEED = Benchmark(modes=only(seed_score), prompt=letter, chooses=True)
+SCIENCEQA = Benchmark(
+    modes={"": scienceqa_score}, prompt=scienceqa_prompt, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
+)
+SEED = Benchmark(modes={"": seed_score}, prompt=letter, chooses=True)

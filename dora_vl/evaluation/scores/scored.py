@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +22,13 @@ from dora_vl.errors import UserError
 Numbers = NDArray[np.float64]
 Sums = Mapping[str, Numbers]
 """A column's name -> its sum over the drawn items, one number for each draw."""
+Formula = Callable[..., Numbers]
+"""A metric of each draw, from its sums (a column without entries is not in them) and those of the whole set.
+A draw that lacks what the whole set has (such as every item of a rare kind) is NaN; without the latter it is 0."""
 Answers = Mapping[str, str]
 """By the examples' ids; one that is not there is missing."""
+Limits = tuple[float, float]
 PERCENT = 100.0
-
-
-@runtime_checkable
-class Formula(Protocol):
-    """A metric as a function of column sums; a column without entries is not in them."""
-
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The metric of each draw.
-
-        Args:
-            whole: the sums of the whole set; a draw that lacks what the set has (such as every item of a rare kind)
-                is then NaN, which is no number of it. Without `whole`, 0.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -72,49 +62,17 @@ class Total:
     """The sum of other metrics; NaN for a draw where one of them is."""
 
     parts: tuple[Formula, ...]
+    join: ClassVar[Callable[..., Any]] = staticmethod(np.sum)
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The sum of each draw."""
-        return self.joined([part(sums, whole) for part in self.parts])
-
-    def joined(self, values: Sequence[Numbers] | Sequence[Limits]) -> Numbers:
-        """The parts' values together."""
-        return np.sum(values, axis=0)
+        """The parts' values together, of each draw."""
+        return self.join([part(sums, whole) for part in self.parts], axis=0)
 
 
 class Mean(Total):
     """The unweighted mean of other metrics; NaN for a draw where one of them is."""
 
-    def joined(self, values: Sequence[Numbers] | Sequence[Limits]) -> Numbers:
-        """The parts' values together."""
-        return np.mean(values, axis=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """The columns a score was made from: `columns[unit, column]`.
-
-    Attributes:
-        units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
-    """
-
-    units: tuple[str, ...]
-    names: tuple[str, ...]
-    columns: Numbers
-    formulas: Mapping[str, Formula]
-
-    def values(self) -> dict[str, float]:
-        """Every metric of the whole set."""
-        whole = self._sums(np.ones((1, len(self.units))))
-        return {name: float(formula(whole)[0]) for name, formula in self.formulas.items()}
-
-    def drawn(self, counts: Numbers) -> dict[str, Numbers]:
-        """Every metric of each draw, NaN where the draw has none of its items; counts: `[draws, units]`."""
-        sums, whole = self._sums(counts), self._sums(np.ones((1, len(self.units))))
-        return {name: formula(sums, whole) for name, formula in self.formulas.items()}
-
-    def _sums(self, counts: Numbers) -> Sums:
-        return dict(zip(self.names, (counts @ self.columns).T, strict=True))
+    join = staticmethod(np.mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +85,8 @@ class Scored:
         n: items scored, those without an answer included.
         settings: the mode and whatever else decides the numbers.
         failed: ids without an answer; each counts as wrong.
-        table: what the intervals are drawn from.
+        units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
+        columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
     """
 
     metrics: dict[str, float]
@@ -135,16 +94,18 @@ class Scored:
     n: int
     settings: dict[str, str]
     failed: tuple[str, ...]
-    table: Table
+    units: tuple[str, ...]
+    names: tuple[str, ...]
+    columns: Numbers
+    formulas: Mapping[str, Formula]
 
     def items_of(self, metric: str) -> int:
         """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
-        formula = self.table.formulas.get(metric)
+        formula = self.formulas.get(metric)
         bottom = formula.bottom if isinstance(formula, Ratio) else None
         if not isinstance(bottom, str) or not bottom.startswith("asked"):
             return self.n
-        names = self.table.names
-        return round(float(self.table.columns[:, names.index(bottom)].sum())) if bottom in names else 0
+        return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
 
 
 class Tally:
@@ -173,24 +134,28 @@ class Tally:
             self._failed.append(item)
 
     def scored(self, formulas: Mapping[str, Formula], *, settings: Mapping[str, str] | None = None) -> Scored:
-        """The result of everything added; of the formulas the headline stands first.
-
-        Raises:
-            ValueError: nothing was added.
-        """
+        """The result of everything added; of the formulas the headline stands first."""
         if not self._columns:
             raise ValueError("nothing to score")
         names = tuple(dict.fromkeys(name for sums in self._columns.values() for name in sums))
         columns = np.array([[sums.get(name, 0.0) for name in names] for sums in self._columns.values()])
-        table = Table(units=tuple(self._columns), names=names, columns=columns, formulas=dict(formulas))
+        whole = _sums(names, columns, np.ones((1, len(columns))))
         return Scored(
-            metrics=table.values(),
+            metrics={name: float(formula(whole)[0]) for name, formula in formulas.items()},
             per_item=dict(self._items),
             n=len(self._items),
             settings=dict(settings or {}),
             failed=tuple(self._failed),
-            table=table,
+            units=tuple(self._columns),
+            names=names,
+            columns=columns,
+            formulas=dict(formulas),
         )
+
+
+def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
+    """The sums of each draw; counts: `[draws, units]`."""
+    return dict(zip(names, (counts @ columns).T, strict=True))
 
 
 def unit_of(example: Example) -> str:
@@ -225,33 +190,29 @@ def score_points(
         metrics: the first metrics; accuracy alone without them.
         kinds: the metrics' names of the kinds that an example belongs to, such as "answer type/number".
         more: further columns of an example, for `metrics`.
-
-    Raises:
-        ValueError: there is nothing to score.
     """
-    tally, found = Tally(), dict[str, None]()
+    tally, seen = Tally(), dict[str, None]()
     for example in examples:
         answer = answers.get(example.id)
         share = 0.0 if answer is None else points(example, answer)
         columns = {"right": share, "asked": 1.0}
         for kind in kinds(example):
-            found[kind] = None
+            seen[kind] = None
             columns |= {f"right {kind}": share, f"asked {kind}": 1.0}
         tally.add(example.id, share, columns | dict(more(example)), unit=unit_of(example), failed=answer is None)
-    prefixes = list(dict.fromkeys(kind.partition("/")[0] for kind in found))
-    ordered = sorted(found, key=lambda kind: (prefixes.index(kind.partition("/")[0]), kind))
+    prefixes = list(dict.fromkeys(kind.partition("/")[0] for kind in seen))
+    ordered = sorted(seen, key=lambda kind: (prefixes.index(kind.partition("/")[0]), kind))
     formulas: dict[str, Formula] = {**(metrics or {"accuracy": ACCURACY})}
     formulas |= {kind: share_of(kind) for kind in ordered if kind not in formulas}
     return tally.scored(formulas, settings=settings)
 
 
-# Wilson's limits where all units agree, as where every answer is right: percentiles of equal draws would call that
-# certain. Forty of forty right may be 91 % of all such questions; the bootstrap of forty equal units says 100 %.
-
-
 Z = 1.959963984540054
 """Of a normal distribution 95 % lies within so many standard deviations."""
-Limits = tuple[float, float]
+RESAMPLES = 2000
+COUNTS_AT_ONCE = 4_000_000  # 32 MB
+PERCENTILES = (2.5, 97.5)
+LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
 
 
 def wilson(share: float, units: int) -> Limits:
@@ -260,49 +221,6 @@ def wilson(share: float, units: int) -> Limits:
     middle = (share + Z**2 / (2 * units)) / scale
     half = Z * sqrt(share * (1 - share) / units + Z**2 / (4 * units**2)) / scale
     return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
-
-
-def limits_of(formula: Formula, ours: Table, theirs: Table | None = None) -> Limits | None:
-    """Limits of a metric that is a share, or of the difference of two tables' that is the same in every unit.
-
-    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
-    a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of
-    them, and each of these anything from -1 to 1.
-    """
-    if isinstance(formula, Total):
-        known = [limits for part in formula.parts if (limits := limits_of(part, ours, theirs)) is not None]
-        if len(known) < len(formula.parts) or not known:
-            return None
-        low, high = formula.joined(known)
-        return float(low), float(high)
-    shares = [_shares(formula, table) for table in (ours, theirs) if table is not None]
-    if not isinstance(formula, Ratio) or None in shares:
-        return None
-    (value, units), *others = [share for share in shares if share is not None]
-    if not others:
-        low, high = wilson(value, units)
-    else:
-        value -= others[0][0]
-        other = wilson(0.0, units)[1]
-        low, high = value - other * (value + 1), value + other * (1 - value)
-    return formula.scale * low, formula.scale * high
-
-
-def _shares(formula: Formula, table: Table) -> tuple[float, int] | None:
-    """A ratio without its scale, and the units that have any of it; None where its top is no part of its bottom."""
-    if not isinstance(formula, Ratio):
-        return None
-    top, bottom = formula.sides(dict(zip(table.names, table.columns.T, strict=True)))
-    asked = bottom > 0
-    if not asked.any() or (top < 0).any() or (top > bottom).any():
-        return None
-    return float(top[asked].sum() / bottom[asked].sum()), int(asked.sum())
-
-
-RESAMPLES = 2000
-COUNTS_AT_ONCE = 4_000_000  # 32 MB
-PERCENTILES = (2.5, 97.5)
-LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,23 +240,17 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
-
-    Where all draws are the same, which says nothing, a share has Wilson's interval.
     """
     (drawn,) = _drawn([scored], seed, resamples)
-    found: dict[str, Limits] = {}
-    for name, values in drawn.items():
-        if limits := _interval(values):
-            agreed = limits_of(scored.table.formulas[name], scored.table) if _equal(limits) else None
-            found[name] = agreed or limits
-    return found
+    found = {name: _interval(values, scored.formulas[name], [scored]) for name, values in drawn.items()}
+    return {name: limits for name, limits in found.items() if limits is not None}
 
 
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
     """The difference of each metric that has an interval, both scored on the same draws of units."""
-    if set(ours.per_item) != set(theirs.per_item) or ours.table.units != theirs.table.units:
+    if set(ours.per_item) != set(theirs.per_item) or ours.units != theirs.units:
         alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
         raise UserError(
             f"a paired difference needs the same items: {len(ours.per_item)} against {len(theirs.per_item)}, "
@@ -346,10 +258,8 @@ def paired_differences(
         )
     first, second = _drawn([ours, theirs], seed, resamples)
     differences: dict[str, Difference] = {}
-    for name in ours.metrics:
-        if name in first and name in second and (limits := _interval(first[name] - second[name])):
-            if _equal(limits):
-                limits = limits_of(ours.table.formulas[name], ours.table, theirs.table) or limits
+    for name, formula in ours.formulas.items():
+        if name in second and (limits := _interval(first[name] - second[name], formula, [ours, theirs])):
             value = ours.metrics[name] - theirs.metrics[name]
             differences[name] = Difference(value=value, low=limits[0], high=limits[1])
     return differences
@@ -366,23 +276,57 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
 
 
 def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
-    """Each score's metrics on the same draws."""
+    """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
-    for counts in draws(len(several[0].table.units), seed, resamples):
+    for counts in draws(len(several[0].units), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            part.append(scored.table.drawn(counts))
+            sums, whole = (_sums(scored.names, scored.columns, drawn) for drawn in (counts, np.ones_like(counts[:1])))
+            part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
     return [{name: np.concatenate([drawn[name] for drawn in part]) for name in part[0]} for part in parts]
 
 
-def _equal(limits: Limits) -> bool:
-    """Draws of equal units differ by rounding alone."""
-    return limits[1] - limits[0] <= 1e-9 * max(1.0, abs(limits[1]))
+def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
+    """Percentiles of the draws that are a number, None where too few are.
 
-
-def _interval(values: Numbers) -> Limits | None:
-    """Percentiles of the draws that are a number; None where too few are."""
+    Percentiles of equal draws, as where every answer is right, would call that certain. There a share has Wilson's
+    limits: forty of forty right may be 91 % of all such questions. Equal units differ by rounding alone.
+    """
     numbers = values[~np.isnan(values)]
     if len(numbers) < max(1, LEAST_SHARE * len(values)):
         return None
-    low, high = np.percentile(numbers, PERCENTILES)
-    return float(low), float(high)
+    low, high = (float(limit) for limit in np.percentile(numbers, PERCENTILES))
+    if high - low > 1e-9 * max(1.0, abs(high)):
+        return low, high
+    return _limits_of(formula, scores) or (low, high)
+
+
+def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
+    """Limits of a metric that is a share, or of the difference of two scores' that is the same in every unit.
+
+    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
+    a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of
+    them, and each of these anything from -1 to 1.
+    """
+    if isinstance(formula, Total):
+        known = [limits for part in formula.parts if (limits := _limits_of(part, scores)) is not None]
+        if len(known) < len(formula.parts) or not known:
+            return None
+        low, high = formula.join(known, axis=0)
+        return float(low), float(high)
+    if not isinstance(formula, Ratio):
+        return None
+    shares: list[tuple[float, int]] = []
+    for scored in scores:
+        top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
+        asked = bottom > 0
+        if not asked.any() or (top < 0).any() or (top > bottom).any():  # its top is no part of its bottom
+            return None
+        shares.append((float(top[asked].sum() / bottom[asked].sum()), int(asked.sum())))
+    (value, units), *others = shares
+    if not others:
+        low, high = wilson(value, units)
+    else:
+        value -= others[0][0]
+        other = wilson(0.0, units)[1]
+        low, high = value - other * (value + 1), value + other * (1 - value)
+    return formula.scale * low, formula.scale * high

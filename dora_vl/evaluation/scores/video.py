@@ -19,7 +19,7 @@ from functools import partial
 
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, only
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters
 from dora_vl.evaluation.scores.prompts import about_video
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Ratio, Scored, score_points
 
@@ -69,7 +69,7 @@ def submission(examples: Sequence[Example], answers: Answers, *, file: str) -> t
 
 
 TVQA = Benchmark(
-    modes=only(score),
+    modes={"": score},
     prompt=about_video,
     splits=("validation", "test"),
     submission=partial(submission, file="tvqa_test_predictions.json"),
@@ -78,6 +78,6 @@ TVQA = Benchmark(
 )
 HOW2QA = replace(
     TVQA,
-    modes=only(score_how2qa),
+    modes={"": score_how2qa},
     submission=partial(submission, file="how2qa_test_public_predictions.json"),
 )

@@ -1,18 +1,7 @@
-"""VQAv2 accuracy as the official script gives it, before and after its change of 2021.
+"""The benchmarks of VQA's kind and of sentences about pictures: VQAv2, TextVQA, VizWiz, GQA, NLVR and NLVR2.
 
-Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. The two versions disagree on about a fifth of tricky
-questions, so a number needs its version beside it:
-
-- `before_2021` (also VL-T5's and VL-Adapter's `evaluate_raw`, so the paper's VL-BART numbers): the prediction is always
-  normalised. The people's answers get punctuation handling only, and that only if they differ: an answer such as
-  "Two" or "the dog" can never be matched.
-- `after_2021`: both sides get the whole treatment, but only if the ten answers differ. If all ten agree, nothing is
-  normalised: "No" against ten "no" scores 0.
-
-`upload accuracy` is that of the server's file, whose answers EvalAI's normaliser has been over, as in LLaVA's upload.
-
-The script rounds to two decimals; here nothing is rounded. A question without an answer counts as wrong (the script
-stops there).
+Each is scored as its publisher's script does, or the one that LLaVA used; where a script stops at a question without an
+answer, that counts as wrong here, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -29,14 +18,12 @@ from typing import Literal
 from dora_vl.data.benchmarks.fields import PEOPLE
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
+from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     REPEATED,
-    AnswerRow,
     Benchmark,
     ByKey,
     Key,
-    only,
-    picture_stem,
     plain,
     published_id,
     question_in,
@@ -90,13 +77,12 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 """
 
 
-def _one_apostrophe_less(form: str) -> list[str]:
-    return [form[:place] + form[place + 1 :] for place, letter in enumerate(form) if letter == "'"]
-
-
-CONTRACTIONS = {spelling: form for form in _FORMS.split() for spelling in _one_apostrophe_less(form)} | {
-    "somebody'd": "somebodyd"
-}
+CONTRACTIONS = {
+    form[:place] + form[place + 1 :]: form
+    for form in _FORMS.split()
+    for place, letter in enumerate(form)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}
 """A spelling that lacks one apostrophe -> the form; the official table holds just these."""
 
 
@@ -146,20 +132,16 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (same - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
-# How EvalAI's VQA server and TextVQA's m4c evaluator rewrite an answer before they compare.
-#
-# The steps of `vqa_normaliser` with three differences, which change about a tenth of tricky strings:
-#
-# - Lower case first, then "," and "?" go, so that the rule for a comma between digits never applies ("1,2/3" -> "12
-#   3").
-# - "'s" is split off before numbers and contractions are looked up: "two's" -> "2 's", "she's" -> "she 's".
-# - Line breaks become spaces after the ends were stripped, not before.
-#
-# Like there, at most 32 periods go, and the contractions with a capital I never match.
-
-
 def normalise_evalai(answer: str) -> str:
-    """The whole treatment, for predictions and references alike."""
+    """How EvalAI's VQA server and TextVQA's m4c evaluator rewrite predictions and references before they compare.
+
+    The steps of `normalise` with three differences, which change about a tenth of tricky strings:
+
+    - Lower case first, then "," and "?" go, so that the rule for a comma between digits never applies ("1,2/3" -> "12
+      3").
+    - "'s" is split off before numbers and contractions are looked up: "two's" -> "2 's", "she's" -> "she 's".
+    - Line breaks become spaces after the ends were stripped, not before.
+    """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return map_words(strip_punctuation(one_line(text)))
 
@@ -168,7 +150,19 @@ Version = Literal["after_2021", "before_2021"]
 
 
 def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version = "after_2021") -> Scored:
-    """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one."""
+    """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one.
+
+    Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. Its versions before and after a change of 2021 disagree
+    on about a fifth of tricky questions, so a number needs its version beside it:
+
+    - `before_2021` (also VL-T5's and VL-Adapter's `evaluate_raw`, so the paper's VL-BART numbers): the prediction is
+      always normalised. The people's answers get punctuation handling only, and that only if they differ: an answer
+      such as "Two" or "the dog" can never be matched.
+    - `after_2021`: both sides get the whole treatment, but only if the ten answers differ. If all ten agree, nothing is
+      normalised: "No" against ten "no" scores 0.
+
+    `upload accuracy` is that of the server's file, whose answers EvalAI's normaliser has been over, as in LLaVA's.
+    """
 
     def uploaded(example: Example) -> Mapping[str, float]:
         upload = normalise_evalai(answers.get(example.id, ""))
@@ -206,7 +200,6 @@ def vqa_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, 
 
 
 _AFTER, _BEFORE = partial(vqa_score, version="after_2021"), partial(vqa_score, version="before_2021")
-
 VQA = Benchmark(
     modes={"after_2021": _AFTER, "before_2021": _BEFORE},
     prompt=short,
@@ -216,28 +209,17 @@ VQA = Benchmark(
 KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, prompt=short)
 
 
-# TextVQA accuracy as m4c's evaluator gives it (used by LLaVA's eval_textvqa.py).
-#
-# Both sides go through `evalai_normaliser`; the points are those of VQA, leaving each of exactly ten people out in
-# turn. LLaVA finds the question again by (image id, lower-cased question) parsed out of the prompt; here the id does
-# that. A question without an answer counts as wrong.
-
-
-def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Mean soft accuracy in percent."""
-    return score_points(examples, answers, _soft_points, settings=EVALAI)
-
-
 EVALAI = {"normaliser": "evalai (m4c)"}
 
 
 def _soft_points(example: Example, answer: str) -> float:
-    return soft_accuracy(answer, human_answers(example))
+    people = [normalise_evalai(text) for text in human_answers(example)]
+    return leave_one_out(normalise_evalai(answer), people)
 
 
-def soft_accuracy(prediction: str, people: Sequence[str]) -> float:
-    """One question's points, from 0 to 1."""
-    return leave_one_out(normalise_evalai(prediction), [normalise_evalai(answer) for answer in people])
+def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
+    """Mean soft accuracy in percent, as m4c's evaluator gives it (used by LLaVA's eval_textvqa.py)."""
+    return score_points(examples, answers, _soft_points, settings=EVALAI)
 
 
 def textvqa_prompt(example: Example) -> str:
@@ -247,32 +229,31 @@ def textvqa_prompt(example: Example) -> str:
     return f"{example.question}\n{line}{SHORT}"
 
 
-def _textvqa_row(row: AnswerRow) -> Key:
-    question = question_in(row.prompt)
+def _textvqa_row(row: Prediction) -> Key:
+    question = question_in(row.question)
     return (REPEATED.sub("", row.id), question) if question else None
 
 
-def _textvqa_example(example: Example) -> Key:
-    return str(example.extra.get("image_id")), plain(example.question)
-
-
 TEXTVQA = Benchmark(
-    modes=only(textvqa_score),
+    modes={"": textvqa_score},
     prompt=textvqa_prompt,
     splits=("validation",),
-    joins=(ByKey("picture and question", _textvqa_row, _textvqa_example),),
+    joins=(
+        ByKey(
+            "picture and question",
+            _textvqa_row,
+            lambda example: (str(example.extra.get("image_id")), plain(example.question)),
+        ),
+    ),
 )
 
 
-# VizWiz accuracy: VQA's soft accuracy over EvalAI's normaliser, as LLaVA's upload is scored.
-#
-# The prompt adds "When the provided information is insufficient, respond with 'Unanswerable'.". The test answers are
-# the server's; this is for the validation split, and for a look before an upload (`submission` writes that file).
-# Questions that the publisher marks as unanswerable (`extra["answerable"]` false) are also counted on their own.
-
-
 def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Mean soft accuracy in percent, a missing answer scored as the empty one that the file holds."""
+    """Mean soft accuracy over EvalAI's normaliser, in percent, as LLaVA's upload is scored.
+
+    A missing answer is scored as the empty one that the file holds. Questions that the publisher marks as unanswerable
+    (`extra["answerable"]` false) are also counted on their own.
+    """
 
     def kinds(example: Example) -> list[str]:
         if "answerable" not in example.extra:
@@ -296,62 +277,55 @@ def vizwiz_submission(examples: Sequence[Example], answers: Answers) -> tuple[st
     return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
 
 
-def _picture_name(row: AnswerRow) -> Key:
-    return PurePosixPath(row.ids.get("image", row.id)).name
-
-
-def _picture_of(example: Example) -> Key:
-    return PurePosixPath(example.images[0]).name if example.images else None
-
-
-def _number_row(row: AnswerRow) -> Key:
+def _number_row(row: Prediction) -> Key:
     number = number_of(row.id)
-    return None if number is None else (number, question_in(row.prompt))
+    return None if number is None else (number, question_in(row.question))
 
 
 def _number_example(example: Example) -> Key:
-    found = re.search(r"_(\d+)$", picture_stem(example.images[0])) if example.images else None
-    number = number_of(found.group(1)) if found else None
+    match = re.search(r"_(\d+)$", PurePosixPath(example.images[0]).stem) if example.images else None
+    number = number_of(match.group(1)) if match else None
     return None if number is None else (number, plain(example.question))
 
 
 VIZWIZ = Benchmark(
-    modes=only(vizwiz_score),
+    modes={"": vizwiz_score},
     prompt=vizwiz_prompt,
     submission=vizwiz_submission,
     joins=(
-        ByKey("picture", _picture_name, _picture_of),
+        ByKey(
+            "picture",
+            lambda row: PurePosixPath(row.ids.get("image", row.id)).name,
+            lambda example: PurePosixPath(example.images[0]).name if example.images else None,
+        ),
         ByKey("number in the picture's name, and question", _number_row, _number_example),
     ),
 )
-
-
-# GQA as its eval.py gives it, on answers converted the way LLaVA does.
-#
-# Quirks kept: the conversion takes the periods off the end *before* lower-casing and strips no white space, so " yes"
-# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without the
-# publisher's choices file validity and plausibility are 0 and are not listed here. Consistency is the mean over
-# *rightly answered* questions that entail others (`extra["entailed"]`) of how many of those are right; an entailed
-# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms of
-# true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
-#
-# `vl_t5` (so the paper's VL-BART numbers) compares the generated text as it is, and gives an answer's weight where a
-# question has several.
-#
-# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only balanced
-# questions are scored; absent means balanced).
 
 
 Conversion = Literal["llava", "vl_t5"]
 
 
 def converted(answer: str) -> str:
-    """A model's answer as LLaVA's submission holds it."""
+    """A model's answer as LLaVA's submission holds it.
+
+    Periods go off the end *before* lower-casing, white space stays: " yes" and "yes. " are wrong.
+    """
     return answer.rstrip(".").lower()
 
 
 def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava") -> Scored:
-    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
+
+    As GQA's eval.py gives it, on answers that are converted as LLaVA does. `vl_t5` (so the paper's VL-BART numbers)
+    compares the generated text as it is, and gives an answer's weight where a question has several.
+
+    A question whose structural type is "query" counts as open, every other as binary. Without the publisher's choices
+    file validity and plausibility are 0 and are not listed here. Consistency is the mean over *rightly answered*
+    questions that entail others (`extra["entailed"]`) of how many of those are right. Distribution is chi-square
+    between the histograms of true and given answers in each `extra["global_group"]`, weighted by the group's size, /
+    100: lower is better, and no percent. Only questions with `extra["is_balanced"]`, or without it, are scored.
+    """
     said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
     right = {example.id: points(example, said) for example in examples}
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
@@ -361,6 +335,11 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
         if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
             raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(found)}")
         return [name for name in found if name != example.id]
+
+    def kinds(example: Example) -> list[str]:
+        shape, meaning = _types(example)
+        of_shape = [f"accuracy/{'open' if shape == 'query' else 'binary'}", f"structural/{shape}"] if shape else []
+        return [*of_shape, *([f"semantic/{meaning}"] if meaning else [])]
 
     def consistency(example: Example) -> Mapping[str, float]:
         names, hit = entailed(example), right[example.id]
@@ -377,17 +356,11 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
         answers,
         lambda example, _: right[example.id],
         metrics=metrics,
-        kinds=_gqa_kinds,
+        kinds=kinds,
         more=consistency,
         settings={"conversion": conversion},
     )
     return replace(scored, metrics={**scored.metrics, **_distribution(balanced, said)})  # no bootstrap can draw it
-
-
-def _gqa_kinds(example: Example) -> list[str]:
-    shape, meaning = _types(example)
-    kinds = [f"accuracy/{'open' if shape == 'query' else 'binary'}", f"structural/{shape}"] if shape else []
-    return [*kinds, f"semantic/{meaning}"] if meaning else kinds
 
 
 def _types(example: Example) -> tuple[str, str]:
@@ -447,33 +420,23 @@ GQA = Benchmark(
 )
 
 
-# NLVR2 and NLVR as their metrics.py gives them: accuracy (called precision there) and consistency.
-#
-# A sentence is consistent when all of its examples are right. For NLVR2 they share their identifier without its third
-# field ("dev-850-0-0" and "dev-850-1-0"), for NLVR the part before the "-" ("1572-0").
-#
-# Quirks kept: the script strips a line of its CSV, parts it at commas and takes the second field; letter case aside
-# that must be the label exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right. The script
-# ends when an id is missing; here a missing answer is wrong.
-#
-# Reads `id` and `answers[0]`.
+# NLVR2 and NLVR as their metrics.py gives them.
 
 
 def sentence_of_nlvr2(identifier: str) -> str:
-    """What all examples of one sentence share."""
+    """What all examples of one sentence share: the identifier without its third field ("dev-850-0-0")."""
     fields = identifier.split("-")
     if len(fields) != 4:
         raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
     return "-".join([*fields[:2], "", fields[3]])
 
 
-def sentence_of_nlvr(identifier: str) -> str:
-    """What all examples of one sentence share; a picture order after the pair number does not count."""
-    return identifier.split("-")[0]
-
-
 def as_read(answer: str) -> str:
-    """What the script reads of a line that holds an identifier and this answer."""
+    """What the script reads of a line that holds an identifier and this answer.
+
+    It strips a line of its CSV, parts it at commas and takes the second field; letter case aside that must be the label
+    exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right.
+    """
     return f"identifier,{answer}".strip().split(",")[1]
 
 
@@ -483,7 +446,10 @@ def nlvr2_score(
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy and consistency in percent; an interval draws sentences."""
+    """Accuracy (called precision there) and consistency in percent; an interval draws sentences.
+
+    A sentence is consistent when all of its examples are right.
+    """
     if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
@@ -500,8 +466,8 @@ def nlvr2_score(
 
 
 def score_nlvr(examples: Sequence[Example], answers: Answers) -> Scored:
-    """NLVR's own grouping of sentences."""
-    return nlvr2_score(examples, answers, sentence_of=sentence_of_nlvr)
+    """NLVR's own grouping of sentences: the part before the "-" ("1572-0"); a picture order behind does not count."""
+    return nlvr2_score(examples, answers, sentence_of=lambda identifier: identifier.split("-")[0])
 
 
 def nlvr2_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
@@ -510,9 +476,9 @@ def nlvr2_submission(examples: Sequence[Example], answers: Answers) -> tuple[str
     return "nlvr2.csv", "\n".join(rows) + "\n"
 
 
-NLVR = Benchmark(modes=only(score_nlvr), prompt=true_or_false, together=lambda example: sentence_of_nlvr(example.id))
+NLVR = Benchmark(modes={"": score_nlvr}, prompt=true_or_false, together=lambda example: example.id.split("-")[0])
 NLVR2 = Benchmark(
-    modes=only(nlvr2_score),
+    modes={"": nlvr2_score},
     prompt=true_or_false,
     submission=nlvr2_submission,
     together=lambda example: sentence_of_nlvr2(example.id),

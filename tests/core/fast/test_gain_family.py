@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora, functional, merge_dora
-from dora_vl.core.gain import Gain, scaled_with_sums
-from dora_vl.core.linear import DoRALinear
+from dora_vl.core import apply_dora, functional, merge_dora
+from dora_vl.core.gain import Gain
+from tests.core.dense_dora import config
 
 
 def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 3, width: int = 7) -> nn.Sequential:
     """Layers of one shape and one of another, everything moved away from its start."""
     torch.manual_seed(0)
-    layers = [nn.Linear(width, width) for _ in range(count)]
+    layers = [nn.Linear(width, width, bias=number != 1) for number in range(count)]
     model = nn.Sequential(*layers, nn.Linear(width, 5)).to(dtype)
-    apply_dora(model, DoRAConfig(targets=("*",), rank=rank, alpha=5.0, dropout=0.0))
+    apply_dora(model, config(rank=rank, alpha=5.0))
     with torch.no_grad():
         for layer in model:
             layer.lora_B.normal_(std=0.1)
@@ -26,56 +27,47 @@ def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 
     return model
 
 
-def alone(layer: DoRALinear, dtype: torch.dtype) -> Gain:
-    with torch.no_grad():
-        return layer._own_gain(dtype)
-
-
-def assert_same(found: Gain | None, expected: Gain) -> None:
-    assert found is not None
+@torch.no_grad()
+def assert_as_alone(layer: Any, dtype: torch.dtype) -> None:
+    gain, expected = layer._gain[0], layer._own_gain(dtype)
     for name in ("full", "minus_one", "per_magnitude"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert (found.fragile is None) == (expected.fragile is None)
+        assert torch.equal(getattr(gain, name), getattr(expected, name)), name
+    assert (gain.fragile is None) == (expected.fragile is None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_one_call_brings_everybody_up_to_date_with_their_own_gains(dtype):
-    model = stack_of(dtype=dtype)
-    model[2](torch.randn(2, 7, dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "rank", "width"),
+    [
+        (torch.float32, 3, 7),
+        (torch.bfloat16, 3, 7),
+        (torch.float64, 3, 7),
+        (torch.float32, 16, 576),  # so wide that cores share a product
+        (torch.bfloat16, 128, 576),
+    ],
+)
+def test_one_call_brings_all_up_to_date_with_their_own_gains(dtype, rank, width):
+    model = stack_of(dtype=dtype, rank=rank, width=width)
+    model[2](torch.randn(2, width, dtype=dtype))
     for layer in model[:4]:
         assert not layer.gain_is_out_of_date()
-        assert_same(layer._gain[0], alone(layer, dtype))
+        assert_as_alone(layer, dtype)
     assert model[4].gain_is_out_of_date()  # of another shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [16, 128])
-def test_layers_so_wide_that_cores_share_a_product_have_their_own_gains_too(dtype, rank):
-    model = stack_of(5, dtype=dtype, rank=rank, width=576)
-    model[0](torch.randn(2, 576, dtype=dtype))
-    for layer in model[:5]:
-        assert_same(layer._gain[0], alone(layer, dtype))
-
-
 def test_a_layer_with_a_zero_row_or_a_tiny_gain_is_computed_with_care_beside_its_kin():
-    model = stack_of()
+    model, x = stack_of(), torch.randn(3, 7)
     with torch.no_grad():
         model[1].weight[3], model[1].lora_B[3] = 0.0, 0.0
         model[2].magnitude[4] = 1e-4
-    x = torch.randn(3, 7)
     for layer in model[:4]:
-        expected = x @ dense(layer).t() + layer.bias
+        direction = layer.weight + layer.scale() * layer.lora_B @ layer.lora_A
+        norms = direction.norm(dim=1)
+        gains = torch.where(norms > 0, layer.magnitude / norms.clamp_min(1e-30), 1.0)
+        expected = x @ (gains.unsqueeze(1) * direction).t() + (0 if layer.bias is None else layer.bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     assert model[1]._gain[0].full[3] == 1.0
     assert model[2]._gain[0].fragile is not None
     assert model[0]._gain[0].fragile is None
-
-
-def dense(layer: DoRALinear) -> torch.Tensor:
-    direction = layer.weight + layer.scale() * layer.lora_B @ layer.lora_A
-    norms = direction.norm(dim=1)
-    gains = torch.where(norms > 0, layer.magnitude / norms.clamp_min(1e-30), 1.0)
-    return gains.unsqueeze(1) * direction
 
 
 def test_merged_sharded_and_offloaded_layers_are_left_out():
@@ -90,35 +82,31 @@ def test_merged_sharded_and_offloaded_layers_are_left_out():
 
 
 def test_copies_found_a_family_of_their_own():
-    model = stack_of()
+    model, x = stack_of(), torch.randn(2, 7)
     twin = copy.deepcopy(model)
-    x = torch.randn(2, 7)
     assert torch.equal(twin(x), model(x))
     assert twin[0].family is not model[0].family
     assert twin[0].family is twin[1].family
-    with torch.no_grad():
-        for layer in twin:
-            layer.lora_B.mul_(2.0)
-    twin(x)  # every layer has joined by now: the next change is computed in one go
-    with torch.no_grad():
-        for layer in twin:
-            layer.lora_B.mul_(0.7)
-    twin[0](x)
+    for factor in (2.0, 0.7):  # every layer has joined by the second change, which is computed in one go
+        with torch.no_grad():
+            for layer in twin:
+                layer.lora_B.mul_(factor)
+        twin[0](x) if factor == 0.7 else twin(x)
     assert not twin[3].gain_is_out_of_date()
     assert torch.equal(model(x), model(x))
 
 
 def test_wide_layers_are_taken_in_batches(monkeypatch):
-    monkeypatch.setattr("dora_vl.core.fast.change.LARGEST_BATCH_BYTES", 1)
-    seen = []
+    monkeypatch.setattr("dora_vl.core.linear.LARGEST_BATCH_BYTES", 1)
+    shapes = []
     computed = functional.with_growth
     monkeypatch.setattr(
-        functional, "with_growth", lambda frozen, *rest: seen.append(frozen.shape) or computed(frozen, *rest)
+        functional, "with_growth", lambda frozen, *rest: shapes.append(tuple(frozen.shape)) or computed(frozen, *rest)
     )
     model = stack_of(5)
     model[0](torch.randn(1, 7))
-    assert [tuple(shape) for shape in seen] == [(2, 7), (2, 7), (1, 7)]
-    assert_same(model[4]._gain[0], alone(model[4], torch.float32))
+    assert shapes == [(2, 7), (2, 7), (1, 7)]
+    assert_as_alone(model[4], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -126,14 +114,15 @@ def test_wide_layers_are_taken_in_batches(monkeypatch):
 def test_scaled_gradient_and_sums_are_those_written_out(dtype, layout):
     torch.manual_seed(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gradient, output = torch.randn(9, 5).to(dtype), torch.randn(9, 5).to(dtype)
+    dy, y = torch.randn(9, 5).to(dtype), torch.randn(9, 5).to(dtype)
     if layout == "transposed":
-        gradient, output = (one.t().contiguous().t() for one in (gradient, output))
+        dy, y = (tensor.t().contiguous().t() for tensor in (dy, y))
     if layout == "expanded":
-        gradient = torch.tensor(0.3, dtype=dtype).expand(9, 5)
-    full = 1 + 0.3 * torch.randn(5, dtype=wide)
-    scaled, products, sums = scaled_with_sums(gradient, output, Gain(full, (full - 1).to(dtype), 1 / full))
-    assert scaled.dtype == dtype
-    torch.testing.assert_close(scaled, (gradient.double() * full.double()).to(dtype))
-    torch.testing.assert_close(products, (gradient.double() * output.double()).sum(0).to(wide))
-    torch.testing.assert_close(sums, gradient.double().sum(0).to(wide))
+        dy = torch.tensor(0.3, dtype=dtype).expand(9, 5)
+    full, magnitude = 1 + 0.3 * torch.randn(5, dtype=wide), torch.rand(5, dtype=wide) + 1
+    gain = Gain(full, (full - 1).to(dtype), 1 / magnitude)
+    dz, _, dm, db = functional.backward_pass(dy, y, None, None, gain, 1.0, with_bias_sum=True)
+    assert dz.dtype == dtype
+    torch.testing.assert_close(dz, (dy.double() * full.double()).to(dtype))
+    torch.testing.assert_close(dm, ((dy.double() * y.double()).sum(0) / magnitude.double()).to(wide))
+    torch.testing.assert_close(db, dy.double().sum(0).to(wide))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core import apply_dora
 from dora_vl.core.fast import products
 from dora_vl.core.fast.products import RowHalves, halved_product, halves_have_the_bits, whole_product
+from tests.core.dense_dora import config, move
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +21,18 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def operands(rows: int = 515, inner: int = 391, columns: int = 400, dtype: torch.dtype = torch.bfloat16):
+def operands(rows: int = 515, inner: int = 391, columns: int = 400) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = (rows, inner), (columns, inner), (columns,)
-    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    x, weight, bias = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
     return x, weight.t(), bias
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[int, ...]]:
     """Answers every question with `answer`; the shapes that were asked about are listed."""
     shapes: list[tuple[int, ...]] = []
-
-    def answered(rows: Tensor, *_: Tensor | None) -> bool:
-        shapes.append(tuple(rows.shape))
-        return answer
-
     monkeypatch.setattr(products, "SIGHTINGS", 1)
-    monkeypatch.setattr(products, "halves_are_faster", answered)
+    monkeypatch.setattr(products, "halves_are_faster", lambda rows, *_: shapes.append(tuple(rows.shape)) or answer)
     monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: True)
     return shapes
 
@@ -57,10 +53,8 @@ def test_halves_are_the_product(monkeypatch, rows, with_bias, transposed):
 def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(391, 400)).to(torch.bfloat16)
-    apply_dora(model, DoRAConfig(targets=("*",), rank=3, alpha=5.0, dropout=0.0))
-    with torch.no_grad():
-        model[0].lora_B.normal_(std=0.1)
-        model[0].magnitude.mul_(1.2)
+    apply_dora(model, config(rank=3))
+    move(model)
     x = torch.randn(2, 300, 391).to(torch.bfloat16).requires_grad_()
     results = []
     for answer in (False, True):
@@ -77,50 +71,47 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
 
 
 def test_a_shape_is_asked_about_once_and_other_products_again(monkeypatch):
-    shapes = asked(monkeypatch, True)
-    taken = RowHalves()
+    shapes, halves = asked(monkeypatch, True), RowHalves()
     x, matrix, bias = operands(639)
     for _ in range(3):
-        taken.product(x, matrix, bias)
+        halves.product(x, matrix, bias)
     assert shapes == [(639, 391)]
-    taken.product(x[:300], matrix, bias)
-    taken.product(x, matrix)
-    taken.product(x, matrix.contiguous(), bias)
-    taken.product(x.half(), matrix.half(), bias.half())
+    halves.product(x[:300], matrix, bias)
+    halves.product(x, matrix)
+    halves.product(x, matrix.contiguous(), bias)
+    halves.product(x.half(), matrix.half(), bias.half())
     torch.set_num_threads(3)
-    taken.product(x, matrix, bias)
-    assert shapes == [(639, 391), (300, 391), (639, 391), (639, 391), (639, 391), (639, 391)]
+    halves.product(x, matrix, bias)
+    assert shapes == [(639, 391), (300, 391), *[(639, 391)] * 4]
 
 
 def test_a_shape_is_asked_about_when_it_comes_again_and_again_and_few_are_remembered(monkeypatch):
-    shapes = asked(monkeypatch, True)
+    shapes, halves = asked(monkeypatch, True), RowHalves()
     monkeypatch.setattr(products, "SIGHTINGS", 3)
     monkeypatch.setattr(products, "MOST_SHAPES", 4)
-    taken = RowHalves()
     x, matrix, _ = operands(600)
-    for count in range(300, 400):  # batches of varying length
-        taken.product(x[:count], matrix)
+    for count in range(300, 320):  # batches of varying length
+        halves.product(x[:count], matrix)
     assert shapes == []
-    assert len(taken._halved) == 4
+    assert len(halves._halved) == 4
     for _ in range(5):
-        taken.product(x, matrix)
-        assert torch.equal(taken.product(x[:301], matrix), whole_product(x[:301], matrix, None))
+        halves.product(x, matrix)
+        assert torch.equal(halves.product(x[:301], matrix), whole_product(x[:301], matrix, None))
     assert shapes == [(600, 391), (301, 391)]
-    assert list(taken._halved.values())[-2:] == [True, True]
+    assert list(halves._halved.values())[-2:] == [True, True]
 
 
 def test_where_nothing_can_be_won_nothing_is_asked(monkeypatch):
-    shapes = asked(monkeypatch, True)
-    taken = RowHalves()
+    shapes, halves = asked(monkeypatch, True), RowHalves()
     x, matrix, _ = operands()
-    taken.product(x[:255], matrix)
-    taken.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
-    taken.product(x.float(), matrix.float())
-    taken.product(x, matrix[:, :300])
-    taken.product(x[:, ::2], matrix[::2])
-    taken.product(x[:, :390].contiguous(), matrix[:390])
+    halves.product(x[:255], matrix)
+    halves.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
+    halves.product(x.float(), matrix.float())
+    halves.product(x, matrix[:, :300])
+    halves.product(x[:, ::2], matrix[::2])
+    halves.product(x[:, :390].contiguous(), matrix[:390])
     torch.set_num_threads(1)
-    taken.product(x, matrix)
+    halves.product(x, matrix)
     assert shapes == []
 
 
@@ -151,9 +142,7 @@ def test_another_order_of_sums_is_found(monkeypatch, inner, with_bias):
         assert halves_have_the_bits(*given) is equal
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "inner"), [(600, 576, 576), (768, 192, 576), (515, 400, 391), (300, 768, 3072)]
-)
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(600, 576, 576), (515, 400, 391), (300, 192, 768)])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_what_was_found_equal_once_is_equal_for_other_numbers(rows, columns, inner, transposed):
     generator = torch.Generator().manual_seed(rows)
@@ -164,7 +153,7 @@ def test_what_was_found_equal_once_is_equal_for_other_numbers(rows, columns, inn
         return x, matrix if transposed else matrix.contiguous(), bias
 
     claimed = halves_have_the_bits(*drawn())
-    samples = [drawn() for _ in range(5)]
+    samples = [drawn() for _ in range(3)]
     equal = all(torch.equal(whole_product(*given), halved_product(*given)) for given in samples)
     assert equal or not claimed
 

@@ -16,18 +16,17 @@ from dora_vl.core.fast.products import SWITCH, triton_kernels
 ROOT = Path(__file__).parents[3]
 LOWEST = "3.9"
 """Version whose interpreter and compiler take these checks; 3.2 and 3.4 do not, nor 3.5 beside numpy 2.4."""
-QUICK, SLOW = ("triton_checks.py", "triton_layer_checks.py"), ("triton_dropout_checks.py", "triton_norm_checks.py")
-CHECKS = (*QUICK, *SLOW)
+quick_and_slow = pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 
 
-def run_checks(file: str, *more: str, **environment: str) -> None:
+def run_checks(file: str, marked: str, **environment: str) -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     pytest.importorskip(
         "triton", minversion=LOWEST, reason=f'torch\'s CPU builds bring no Triton: pip install "triton>={LOWEST}"'
     )
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **environment}
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file)), *more]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file)), "-m", marked]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
@@ -36,56 +35,47 @@ def run_checks(file: str, *more: str, **environment: str) -> None:
     assert "skipped" not in done.stdout
 
 
-@pytest.fixture
-def undecided():
-    """As in a process that asked for no kernels yet."""
-    products.decided.cache_clear()
-    yield
-    products.decided.cache_clear()
-
-
-@pytest.mark.parametrize("file", [*QUICK, *(pytest.param(file, marks=pytest.mark.slow) for file in SLOW)])
-def test_kernels_equal_torch_in_the_interpreter(file):
-    run_checks(file, TRITON_INTERPRET="1")
+@quick_and_slow
+def test_kernels_equal_torch_in_the_interpreter(marked):
+    run_checks("triton_checks.py", marked, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_kernels_become_machine_code_without_a_gpu(monkeypatch, which):
+@quick_and_slow
+def test_kernels_become_machine_code_without_a_gpu(monkeypatch, marked):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    run_checks("triton_compile_checks.py", "-m", which)
+    run_checks("triton_compile_checks.py", marked)
 
 
-@pytest.mark.usefixtures("undecided")
-def test_the_switch(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv(SWITCH, "0")
-    assert triton_kernels(torch.empty(1)) is None
-    products.decided.cache_clear()
-    monkeypatch.delenv(SWITCH)
-    assert products.are_wanted(torch.device("cpu"), torch.bfloat16)
-    assert not products.are_wanted(torch.device("cpu"), torch.float64)
-    assert not products.are_wanted(torch.device("meta"), torch.float32)
-
-
-@pytest.mark.usefixtures("undecided")
-def test_a_block_without_kernels(monkeypatch):
+@pytest.fixture
+def interpreted(monkeypatch):
+    """As in a process that runs the interpreter and asked for no kernels yet."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv(SWITCH, raising=False)
+    products.kernels_for.cache_clear()
+    yield
+    products.kernels_for.cache_clear()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_where_kernels_run_and_what_turns_them_off(monkeypatch):
+    assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is not None
+    assert triton_kernels(torch.empty(1, dtype=torch.float64)) is None
+    assert triton_kernels(torch.empty(1, device="meta")) is None
     with products.without_kernels():
-        assert triton_kernels(torch.empty(1)) is None
-    assert products.are_wanted(torch.device("cpu"), torch.float32)
+        assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
+    monkeypatch.setenv(SWITCH, "0")
+    products.kernels_for.cache_clear()
+    assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("undecided")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("file", CHECKS)
 @pytest.mark.parametrize("tiles", ["fixed", "timed"])
-def test_kernels_on_a_gpu(monkeypatch, file, tiles):
+def test_kernels_on_a_gpu(monkeypatch, tiles):
     monkeypatch.delenv(SWITCH, raising=False)
+    products.kernels_for.cache_clear()
     assert triton_kernels(torch.empty(1, device="cuda")) is not None
     assert triton_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
-    run_checks(file, CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)
+    run_checks("triton_checks.py", "slow or not slow", CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)

@@ -1,4 +1,4 @@
-"""The fused passes against plain torch in float64, and whole layers through them against the eager ones.
+"""The Triton kernels against plain torch in float64, and whole layers through them against the eager ones.
 
 Run by test_triton_kernels.py in a process of its own: Triton decides when it is imported whether it interprets.
 """
@@ -6,27 +6,37 @@ Run by test_triton_kernels.py in a process of its own: Triton decides when it is
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from dora_vl.core import DoRAConfig, DoRALinear
-from dora_vl.core.fast.products import are_wanted
-from dora_vl.core.gain import Gain
+from dora_vl.core import DoRALinear, apply_dora, functional
+from dora_vl.core import rows as rows_module
+from dora_vl.core.fast import dropout
+from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped, draw_dropped
+from dora_vl.core.fast.products import kernels_for
+from dora_vl.core.gain import CANCELLATION, Gain
+from dora_vl.core.layer import AdaptedLayer
+from tests.core.dense_dora import config, move_layer
 
-if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
+if kernels_for(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32) is None:
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
 from dora_vl.core.fast import triton as kernels
-from dora_vl.core.fast.triton import Config, Operands, TiledKernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# Odd sizes, one row as in decoding, several blocks and splits; ranks below, between and above blocks.
-SHAPES = [(1, 5, 1), (7, 130, 3), (65, 70, 16), (130, 257, 130), (18, 33, 257)]
+SCALE, LOW = 1.7, 2**32 - 1
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +77,16 @@ def every_other(tensor: Tensor) -> Tensor:
 
 def turned(tensor: Tensor) -> Tensor:
     """The same values, columns first."""
-    return tensor.t().contiguous().t()
+    return tensor.t().contiguous().t() if tensor.ndim == 2 else every_other(tensor)
 
 
-@pytest.mark.parametrize("low_rank", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# -- the passes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("with_bias", "low_rank"), [(True, True), (False, True), (True, False)])
+@each_dtype
+# Odd sizes, one row as in decoding, several blocks and splits; ranks below, between and above blocks.
+@pytest.mark.parametrize("shape", [(1, 5, 1), (7, 130, 3), (130, 257, 130), (18, 33, 257)], ids=str)
 def test_both_passes(shape, dtype, with_bias, low_rank):
     rows, out, rank = shape
     product, dy, gain = torch.randn(rows, out, dtype=dtype), torch.randn(rows, out, dtype=dtype), gain_of(out, dtype)
@@ -87,18 +100,18 @@ def test_both_passes(shape, dtype, with_bias, low_rank):
     close(y, reference_output(product, hidden, b, bias, gain.minus_one), dtype, "y")
     assert torch.equal(kernels.adapted_output_(product, hidden, b, bias, gain.minus_one), y)
     assert torch.equal(product, y)
-    found = kernels.backward_pass(dy, y, b, bias, gain, 0.7, with_bias_sum=with_bias)
-    close(found.dz, (1 + gain.minus_one.double()) * dy.double(), dtype, "dz")
+    dz, dh, dm, db = kernels.backward_pass(dy, y, b, bias, gain, 0.7, with_bias_sum=with_bias)
+    assert dz.dtype == dtype
+    close(dz, (1 + gain.minus_one.double()) * dy.double(), dtype, "dz")
     z = y.double() - (0 if bias is None else bias.double())
-    close(found.dm, gain.per_magnitude * (dy.double() * z).sum(0), torch.float32, "dm")
-    assert found.dz.dtype == dtype
-    assert (found.db is None) == (not with_bias)
-    assert (found.dh is None) == (not low_rank)
-    if found.db is not None:
-        close(found.db, dy.double().sum(0), torch.float32, "db")
-    if found.dh is not None and b is not None:
-        assert found.dh.dtype == dtype
-        close(found.dh, 0.7 * found.dz.double() @ b.to(dtype).double(), dtype, "dh")
+    close(dm, gain.per_magnitude * (dy.double() * z).sum(0), torch.float32, "dm")
+    assert (db is None) == (not with_bias)
+    assert (dh is None) == (not low_rank)
+    if db is not None:
+        close(db, dy.double().sum(0), torch.float32, "db")
+    if dh is not None and b is not None:
+        assert dh.dtype == dtype
+        close(dh, 0.7 * dz.double() @ b.to(dtype).double(), dtype, "dh")
 
 
 @pytest.mark.parametrize("layout", [every_other, turned], ids=["gaps", "columns first"])
@@ -106,22 +119,13 @@ def test_any_layout_of_any_operand(layout):
     """Each operand in turn, and all together, gives the bits of contiguous ones."""
     rows, out, rank = 21, 75, 19
     gain = gain_of(out, torch.float32)
-    forward = {
-        "product": torch.randn(rows, out),
-        "hidden": torch.randn(rows, rank),
-        "lora_B": torch.randn(out, rank),
-        "bias": torch.randn(out),
-        "minus_one": gain.minus_one,
-    }
-    backward = {"dy": torch.randn(rows, out), "kept": torch.randn(rows, out), "lora_B": forward["lora_B"]}
-    backward["bias"] = forward["bias"]
+    b, bias = torch.randn(out, rank), torch.randn(out)
+    forward = {"product": torch.randn(rows, out), "hidden": torch.randn(rows, rank)}
+    forward |= {"lora_B": b, "bias": bias, "minus_one": gain.minus_one}
+    backward = {"dy": torch.randn(rows, out), "kept": torch.randn(rows, out), "lora_B": b, "bias": bias}
 
     def changed(operands: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-        fits = every_other if layout is every_other else turned
-        return {
-            name: (fits if one.ndim == 2 else every_other)(one) if name in names else one.clone()
-            for name, one in operands.items()
-        }
+        return {name: layout(one) if name in names else one.clone() for name, one in operands.items()}
 
     plain = kernels.adapted_output(**forward)
     straight = kernels.backward_pass(**backward, gain=gain, scale=0.7, with_bias_sum=True)
@@ -133,8 +137,7 @@ def test_any_layout_of_any_operand(layout):
         assert torch.equal(operands["product"], plain), names
     for names in [*({name} for name in backward), set(backward)]:
         found = kernels.backward_pass(**changed(backward, names), gain=strided, scale=0.7, with_bias_sum=True)
-        for one, other in zip(found, straight, strict=True):
-            assert torch.equal(one, other), names
+        assert all(torch.equal(one, other) for one, other in zip(found, straight, strict=True)), names
 
 
 @pytest.mark.parametrize("with_kept", [True, False])
@@ -142,25 +145,24 @@ def test_any_layout_of_any_operand(layout):
 def test_only_what_is_asked_for(with_kept, with_sum):
     dy, b, gain = torch.ones(()).expand(5, 12), torch.randn(12, 300), gain_of(12, torch.float32)
     kept = torch.randn(5, 12) if with_kept else None
-    found = kernels.backward_pass(dy, kept, b, torch.randn(12), gain, 2.0, with_bias_sum=with_sum)
-    close(found.dh, 2 * ((1 + gain.minus_one) * dy) @ b, torch.float32, "dh of a rank left to torch")
-    assert (found.dm is None) == (not with_kept)
-    assert (found.db is None) == (not with_sum)
+    _, dh, dm, db = kernels.backward_pass(dy, kept, b, torch.randn(12), gain, 2.0, with_bias_sum=with_sum)
+    close(dh, 2 * ((1 + gain.minus_one) * dy) @ b, torch.float32, "dh of a rank left to torch")
+    assert (dm is None, db is None) == (not with_kept, not with_sum)
 
 
 def test_no_rows():
-    gain, b = gain_of(12, torch.bfloat16), torch.randn(12, 3)
-    empty = torch.empty(0, 12, dtype=torch.bfloat16)
-    hidden = torch.empty(0, 3, dtype=torch.bfloat16)
+    gain, b, seed = gain_of(12, torch.bfloat16), torch.randn(12, 3), torch.tensor(1)
+    empty, hidden = torch.empty(0, 12, dtype=torch.bfloat16), torch.empty(0, 3, dtype=torch.bfloat16)
     assert kernels.adapted_output_(empty, hidden, b, None, gain.minus_one).shape == (0, 12)
-    found = kernels.backward_pass(empty, empty, b, torch.randn(12), gain, 2.0, with_bias_sum=True)
-    assert found.dz.shape == (0, 12)
-    assert found.dh.shape == (0, 3)
-    assert torch.equal(found.dm, torch.zeros(12))
-    assert torch.equal(found.db, torch.zeros(12))
+    dz, dh, dm, db = kernels.backward_pass(empty, empty, b, torch.randn(12), gain, 2.0, with_bias_sum=True)
+    assert (dz.shape, dh.shape) == ((0, 12), (0, 3))
+    assert torch.equal(dm, torch.zeros(12))
+    assert torch.equal(db, torch.zeros(12))
+    assert kernels.masked_copy(empty, seed, 0.5).shape == (0, 12)
+    assert kernels.add_masked_product_(empty, hidden, torch.randn(3, 12), seed, 0.5) is empty
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_a_neutral_change_changes_no_bit(dtype):
     product, hidden, bias = torch.randn(9, 33).to(dtype), torch.randn(9, 3).to(dtype), torch.randn(33).to(dtype)
     y = kernels.adapted_output(product, hidden, torch.zeros(33, 3), bias, torch.zeros(33, dtype=dtype))
@@ -172,9 +174,11 @@ def test_a_large_bias_leaves_the_magnitude_its_gradient():
     gain, bias = gain_of(40, torch.float32), 1e3 * torch.randn(40)
     z, dy = torch.randn(300, 40), torch.randn(300, 40) + 1
     y = z + bias
-    found = kernels.backward_pass(dy, y, None, bias, gain, 1.0, with_bias_sum=False)
-    exact = gain.per_magnitude.double() * (dy.double() * (y - bias).double()).sum(0)
-    close(found.dm, exact, torch.float32, "dm")
+    _, _, dm, _ = kernels.backward_pass(dy, y, None, bias, gain, 1.0, with_bias_sum=False)
+    close(dm, gain.per_magnitude.double() * (dy.double() * (y - bias).double()).sum(0), torch.float32, "dm")
+
+
+# -- tiles ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiled", [kernels.OUTPUT, kernels.BACKWARD], ids=["output", "backward"])
@@ -184,8 +188,8 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
     gain, b, bias = gain_of(out, torch.float32), torch.randn(out, rank), torch.randn(out)
     product, hidden, dy = torch.randn(rows, out), torch.randn(rows, rank), torch.randn(rows, out)
     results = []
-    for config in tiled.space:
-        monkeypatch.setattr(tiled, "config", lambda *_, config=config: config)
+    for tile in tiled.space:
+        monkeypatch.setattr(tiled, "config", lambda *_, tile=tile: tile)
         y = kernels.adapted_output(product, hidden, b, bias, gain.minus_one)
         results.append((y, *kernels.backward_pass(dy, product, b, bias, gain, 0.7, with_bias_sum=True)))
     for other in results[1:]:
@@ -193,52 +197,13 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
             close(one, expected, torch.float32)
 
 
-class RecordingTuner:
-    """Stands in for `triton.autotune`: overwrites what it is given, as timing does, and takes the last tile."""
-
-    def __init__(self, tiled: TiledKernel) -> None:
-        self.tiled, self.calls, self.best_config = tiled, 0, tiled.space[-1]
-
-    def __getitem__(self, grid: object):
-        def run(**named: object) -> None:
-            self.calls += 1
-            names = ("y",) if "y" in named else ("dz", "dh", "magnitude_parts", "bias_parts")
-            for config in self.tiled.fitting(named):
-                self.tiled.kernel[grid](**named, **config.all_kwargs())
-            for name in names:
-                named[name].fill_(float("nan"))
-
-        return run
-
-
-@pytest.mark.parametrize("which", ["output", "backward"])
-def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, which):
-    tiled = replace(kernels.OUTPUT if which == "output" else kernels.BACKWARD, _chosen={}, _tuners={})
-    monkeypatch.setattr(kernels, which.upper(), tiled)
-    tiled._tuners["cpu"] = tuner = RecordingTuner(tiled)
-    other = kernels.BACKWARD if which == "output" else kernels.OUTPUT
-    monkeypatch.setitem(other._tuners, "cpu", RecordingTuner(other))
-    monkeypatch.setattr(kernels, "_may_time", lambda device: True)
-    gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
-    for count, rows in enumerate((33, 40, 64, 65, 128, 5, 1), start=1):
-        product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
-        expected = reference_output(product, hidden, b, bias, gain.minus_one)
-        y = kernels.adapted_output_(product.clone(), hidden, b, bias, gain.minus_one)
-        close(y, expected, torch.float32, "y")
-        found = kernels.backward_pass(dy, y, b, bias, gain, 0.7, with_bias_sum=True)
-        close(found.dz, gain.full * dy, torch.float32, "dz")
-        close(found.dh, 0.7 * found.dz @ b, torch.float32, "dh")
-        close(found.db, dy.sum(0), torch.float32, "db")
-        assert tuner.calls == (1, 1, 1, 2, 2, 3, 3)[count - 1]
-
-
-@pytest.mark.parametrize("which", ["output", "backward"])
-def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken(monkeypatch, which):
-    """Times are made up: the interpreter's mean nothing."""
-    other = kernels.BACKWARD if which == "output" else kernels.OUTPUT
-    tiled = replace(getattr(kernels, which.upper()), _chosen={}, _tuners={})
-    monkeypatch.setattr(kernels, which.upper(), tiled)
-    monkeypatch.setattr(other, "config", lambda operands, *_: other.fixed(operands))
+@pytest.mark.parametrize("which", ["OUTPUT", "BACKWARD"])
+def test_tiles_are_timed_once_a_bucket_into_scratch_memory_and_the_quickest_is_taken(monkeypatch, which):
+    """By Triton's own autotuner; times are made up, since the interpreter's mean nothing."""
+    tiled = replace(getattr(kernels, which), _chosen={}, _tuners={})
+    other = kernels.BACKWARD if which == "OUTPUT" else kernels.OUTPUT
+    monkeypatch.setattr(kernels, which, tiled)
+    monkeypatch.setattr(other, "config", lambda named, *_: other.fitting(named)[0])
     monkeypatch.setattr(kernels, "_may_time", lambda device: True)
     times: list[float] = []
 
@@ -248,17 +213,22 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
         return [times[-1]] * 3
 
     monkeypatch.setattr(kernels, "do_bench", made_up)
-    gain, b = gain_of(70, torch.float32), torch.randn(70, 5)
-    for scale in (0.7, 0.8):  # no reason to time again
-        product, hidden, dy = torch.randn(33, 70), torch.randn(33, 5), torch.randn(33, 70)
-        expected = reference_output(product, hidden, b, None, gain.minus_one)
-        close(kernels.adapted_output_(product, hidden, b, None, gain.minus_one), expected, torch.float32, "y")
-        found = kernels.backward_pass(dy, product, b, None, gain, scale, with_bias_sum=False)
-        close(found.dh, scale * (gain.full * dy) @ b, torch.float32, "dh")
-    fitting = tiled.fitting({"rows": 33, "BLOCK_RANK": 16, **dict.fromkeys(("factor", "dy", "minus_one"), product)})
-    assert len(times) == len(fitting) > 3
-    (chosen,) = tiled._chosen.values()
-    assert chosen == fitting[2]
+    gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
+    timed = []
+    for rows, scale in ((33, 0.7), (40, 0.8), (64, 0.7), (65, 0.7), (5, 0.7)):
+        product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
+        expected = reference_output(product, hidden, b, bias, gain.minus_one)
+        y = kernels.adapted_output_(product, hidden, b, bias, gain.minus_one)
+        close(y, expected, torch.float32, "y")
+        dz, dh, _, db = kernels.backward_pass(dy, y, b, bias, gain, scale, with_bias_sum=True)
+        close(dz, gain.full * dy, torch.float32, "dz")
+        close(dh, scale * dz @ b, torch.float32, "dh")
+        close(db, dy.sum(0), torch.float32, "db")
+        timed.append(len(tiled._chosen))
+    assert timed == [1, 1, 1, 2, 3]
+    fitting = tiled.fitting({"rows": 33, "BLOCK_RANK": 16, **dict.fromkeys(("factor", "dy", "minus_one"), gain.full)})
+    assert next(iter(tiled._chosen.values())) == fitting[2]
+    assert len(times) > len(fitting) > 3
 
 
 def test_what_forbids_timing(monkeypatch):
@@ -282,60 +252,461 @@ def test_what_forbids_timing(monkeypatch):
 
 
 def test_only_tiles_that_fit_are_timed():
-    def fitting(tiled: TiledKernel, rows: int, rank: int, dtype: torch.dtype) -> list[Config]:
-        tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one")}
-        constants = {"BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank, "HAS_LOW_RANK": True}
-        return tiled.fitting(Operands(tensors, {"rows": rows}, constants).everything())
+    def fitting(tiled: Any, rows: int, rank: int) -> list[Any]:
+        tensors = {name: torch.empty(1, dtype=torch.bfloat16) for name in ("factor", "dy", "minus_one")}
+        return tiled.fitting(
+            {**tensors, "rows": rows, "BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank}
+        )
 
     for tiled in (kernels.OUTPUT, kernels.BACKWARD):
-        assert {config.kwargs["BLOCK_ROWS"] for config in fitting(tiled, 1, 16, torch.bfloat16)} == {16}
-        assert len(fitting(tiled, 4096, 16, torch.bfloat16)) == len(tiled.space), "small ranks exclude nothing"
-    wide = fitting(kernels.BACKWARD, 4096, 256, torch.bfloat16)
+        assert {tile.kwargs["BLOCK_ROWS"] for tile in fitting(tiled, 1, 16)} == {16}
+        assert len(fitting(tiled, 4096, 16)) == len(tiled.space), "small ranks exclude nothing"
+    wide = fitting(kernels.BACKWARD, 4096, 256)
     assert 0 < len(wide) < len(kernels.BACKWARD.space)
-    assert all(config.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * config.num_warps for config in wide)
+    assert all(tile.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * tile.num_warps for tile in wide)
 
 
 def test_products_follow_torchs_precision():
-    from dora_vl.core.fast.triton import dot_precision
-
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert dot_precision(torch.float32, 16) == "ieee"
-        assert dot_precision(torch.float32, 128) == "tf32x3"
+        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["ieee", "tf32x3"]
         torch.set_float32_matmul_precision("high")
-        assert dot_precision(torch.float32, 16) == dot_precision(torch.float32, 128) == "tf32"
+        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["tf32", "tf32"]
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def adapted_layer(*, bias: bool = True, **changes) -> DoRALinear:
-    settings = {"targets": ("*",), "rank": 5, "alpha": 7.0, "dropout": 0.0}
-    layer = DoRALinear(nn.Linear(33, 70, bias=bias), DoRAConfig(**{**settings, **changes}))
-    layer.weight.requires_grad_(False)
-    with torch.no_grad():
-        if layer.lora_B is not None:
-            layer.lora_B.normal_(std=0.3)
-        if layer.magnitude is not None:
-            layer.magnitude.mul_(torch.linspace(0.5, 1.7, 70))
+# -- whole layers -----------------------------------------------------------------------------------------------------
+
+
+class Sealed(nn.Module):
+    """A linear layer that is only ever called."""
+
+    def __init__(self, *, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 33, 70
+        self.secret = nn.Parameter(torch.randn(70, 33), requires_grad=False)
+        self.bias = nn.Parameter(3 * torch.randn(70), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(self.secret.dtype), self.secret, self.bias)
+
+
+SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often the kernel of the output ran."""
+    calls: list[int] = []
+    real = kernels._output
+    monkeypatch.setattr(kernels, "_output", lambda *operands: calls.append(1) or real(*operands))
+    return calls
+
+
+def adapted_layer(kind: str, *, bias: bool = True, through_zero: bool = False, **changes: Any) -> Any:
+    model = nn.Sequential(Sealed(bias=bias) if kind == "opaque" else nn.Linear(33, 70, bias=bias))
+    apply_dora(model, config(rank=changes.pop("rank", 5), alpha=7.0, opaque_layers=(SEALED,), **changes))
+    layer = model[0]
+    assert isinstance(layer, AdaptedLayer)
+    move_layer(layer)
+    if through_zero and layer.magnitude is not None:
+        with torch.no_grad():
+            layer.magnitude.mul_(torch.linspace(-0.04, 1.0, 70))
     return layer
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"method": "magnitude"}, {"rank": 130}, {"detach_norm": False}], ids=str)
-def test_layers_equal_the_eager_ones(changes, bias):
-    """Forward and backward through the kernels in float32, and eagerly in float64."""
-    narrow = adapted_layer(bias=bias, **changes)
+def passed(layer: nn.Module, x: Tensor, upstream: Tensor, *, edit: bool) -> dict[str, Tensor]:
+    """Output and gradients; a reader may change the output in place."""
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    found = {"y": y.detach().clone()}
+    if edit:
+        y = y.relu_() if y.dtype == torch.float32 else y.relu()
+    y.backward(upstream.to(y.dtype))
+    return {
+        **found,
+        "x": x.grad,
+        **{name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "opaque"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bias": False},
+        {"method": "magnitude"},
+        {"method": "lora"},
+        {"rank": 130},
+        {"detach_norm": False},
+        {"dropout": 0.4},
+        {"dropout": 0.4, "edit": True},
+        {"through_zero": True, "edit": True},
+        {"trained_bias": True},
+    ],
+    ids=str,
+)
+def test_layers_equal_the_eager_ones(monkeypatch, launches, kind, changes):
+    """Through the kernels in float32, and eagerly in float64 under the same mask."""
+    changes = dict(changes)
+    edit, trained_bias = changes.pop("edit", kind == "opaque"), changes.pop("trained_bias", False)
+    narrow = adapted_layer(kind, **changes)
+    if narrow.bias is not None:
+        narrow.bias.requires_grad_(trained_bias)
     wide, x, upstream = copy.deepcopy(narrow).double(), torch.randn(2, 9, 33), torch.randn(2, 9, 70)
-    results: list[dict[str, Tensor]] = []
-    for layer, dtype in ((narrow, torch.float32), (wide, torch.float64)):
-        inputs = x.detach().to(dtype).requires_grad_()
-        y = layer(inputs)
-        y.backward(upstream.to(dtype))
-        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "x": inputs.grad, **gradients})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[1].items():
-        close(results[0][name], expected, torch.float32, name, times=3)
+    seed = torch.tensor(13)
+    positions = (kernels.masked_copy(torch.ones(18, 33), seed, 0.4) == 0).flatten().nonzero().flatten()
+    masks = {torch.float32: seed, torch.float64: positions}
+    monkeypatch.setattr(SHARED_DROPOUT, "draw", lambda tensor, p, user: Dropped(p, masks[tensor.dtype]))
+    eager = changes.get("method") == "lora" or (kind == "opaque" and not changes.get("detach_norm", True))
+    found = passed(narrow, x, upstream, edit=edit)
+    assert len(launches) == (0 if eager else 1)
+    expected = passed(wide, x.double(), upstream, edit=edit)
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        loose = "magnitude" in name and changes.get("through_zero", False)
+        close(found[name], one, torch.float32, name, times=30 if loose else 4)
     with torch.no_grad():
-        close(narrow.eval()(x), wide.eval()(x.double()), torch.float32, "eval", times=3)
+        for _ in range(2):
+            close(narrow.eval()(x), wide.eval()(x.double()), torch.float32, "eval", times=4)
+
+
+def test_rows_that_keep_their_product_train_through_the_kernels(launches):
+    """Gains through 0, and a bias a thousand times the product."""
+    narrow = adapted_layer("linear", through_zero=True)
+    with torch.no_grad():
+        narrow.bias[::7] = 1e3
+    x, upstream = torch.randn(9, 33), torch.randn(9, 70)
+    found = passed(narrow, x, upstream, edit=False)
+    assert launches == [1]
+    assert narrow._gain[0].fragile is not None
+    for name, one in passed(copy.deepcopy(narrow).double(), x.double(), upstream, edit=False).items():
+        close(found[name], one, torch.float32, name, times=30 if name == "magnitude" else 4)
+
+
+def test_an_opaque_layers_gain_is_kept_and_fresh():
+    layer, x = adapted_layer("opaque"), torch.randn(5, 33)
+    layer(x)
+    kept = layer._kept["gain"]
+    layer(x)
+    assert layer._kept["gain"] is kept
+    before, bias = layer(x).detach(), layer.base.bias.detach()
+    with torch.no_grad():
+        layer.magnitude.mul_(1.5)
+    torch.testing.assert_close(layer(x).detach() - bias, 1.5 * (before - bias), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layer.base.secret.mul_(2)
+    fresh = copy.deepcopy(layer)
+    fresh.forget_norms(frozen=True)
+    torch.testing.assert_close(layer(x), fresh(x))
+
+
+def test_every_launch_is_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current device; a model spread over several has its layers on others."""
+    assert isinstance(kernels.on_device(torch.device("cuda", 1)), torch.cuda.device)
+    assert kernels.on_device(torch.device("cuda", 1)).idx == 1
+    entered: list[torch.device] = []
+    monkeypatch.setattr(kernels, "on_device", lambda device: entered.append(device) or nullcontext())
+    launched: list[str] = []
+    jit = type(kernels._output_kernel)
+    run = jit.run
+    monkeypatch.setattr(
+        jit, "run", lambda kernel, *operands, **named: launched.append(str(kernel)) or run(kernel, *operands, **named)
+    )
+    layer = adapted_layer("linear", dropout=0.4)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(4, 33, requires_grad=True)).sum().backward()
+    weight, a, b = layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach()
+    kernels.norms(weight, weight.square().sum(1), a, b, 2.0)
+    assert len(launched) == 8, "masked copy, output, backward, sums, masked copy and product, two for the norms"
+    assert entered == [layer.weight.device] * 8
+
+
+@torch.no_grad()
+def test_rows_of_several_adapters(monkeypatch, launches):
+    """Each adapter's rows go through the kernel, in place; those of the base are left alone."""
+    monkeypatch.setattr(rows_module, "ONE_PRODUCT", 0)
+    linear, batch = nn.Linear(26, 37), rows_module.ActiveAdapters()
+    layer, alone = rows_module.RowLayer(linear, batch, "rows"), {}
+    for name, rank in (("one", 3), ("two", 5)):
+        adapted = DoRALinear(linear, config(rank=rank, alpha=7.0)).eval()
+        move_layer(adapted)
+        layer.put(name, rows_module.RowChange.of(adapted, torch.float32))
+        alone[name] = copy.deepcopy(adapted).double()
+    x = torch.randn(4, 9, 26)
+    with batch.holding(("one", None, "two", "two")):
+        found = layer(x)
+    assert launches == [1, 1]
+    assert torch.equal(found[1], linear(x)[1])
+    for number, name in ((0, "one"), (2, "two"), (3, "two")):
+        torch.testing.assert_close(found[number].double(), alone[name](x[number].double()), rtol=1e-5, atol=1e-5)
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+def norm_operands(out: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(out, columns).to(dtype), 0.1 * torch.randn(rank, columns), 0.3 * torch.randn(out, rank)
+
+
+def cancel(weight: Tensor, a: Tensor, b: Tensor, rows: list[int]) -> None:
+    """Makes W_i nearly -s B_i A: what is left of V_i is a thousandth of it."""
+    weight[rows] = (-SCALE * (b[rows] @ a) * 1.001).to(weight.dtype)
+
+
+def dense_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight.double() + SCALE * (b.double() @ a.double()), dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 3, 16, 130, 257])
+@each_dtype
+def test_squared_norms_of_several_layers(dtype, rank):
+    layers = [norm_operands(75, 40, rank, dtype) for _ in range(3)]
+    frozen = torch.stack([weight.float().square().sum(1) for weight, _, _ in layers])
+    a, b = (torch.stack([layer[place] for layer in layers]).to(dtype) for place in (1, 2))
+    weights = torch.stack([weight.float() for weight, _, _ in layers])
+    on_A, gram = (weights @ a.float().mT).to(dtype), (a.float() @ a.float().mT).to(dtype)
+    change = b.double() * (on_A.double() + SCALE / 2 * b.double() @ gram.double())
+    expected = frozen.double() + 2 * SCALE * change.sum(-1)
+    found = kernels.norms_squared(frozen, b, on_A, gram, SCALE)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.max()))
+    strided = [one.mT.contiguous().mT for one in (b, on_A, gram)]
+    assert torch.equal(kernels.norms_squared(frozen.t().contiguous().t(), *strided, SCALE), found)
+    for place in range(3):
+        alone = [one[place : place + 1] for one in (frozen, b, on_A, gram)]
+        assert torch.equal(kernels.norms_squared(*alone, SCALE)[0], found[place]), "each as it would be alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True], ids=["out x in", "in x out"])
+@pytest.mark.parametrize("rows", [[], [0], [3, 16, 17, 74], list(range(75))], ids=lambda rows: f"{len(rows)} cancel")
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 1), (torch.bfloat16, 5), (torch.float16, 130)], ids=str)
+def test_rows_that_cancel_are_dense(dtype, rank, rows, transposed):
+    weight, a, b = norm_operands(75, 100, rank, dtype)
+    cancel(weight, a, b, rows)
+    weight = turned(weight) if transposed else weight
+    frozen = functional.row_norms_squared(weight)
+    found, expected = kernels.norms(weight, frozen, a, b, SCALE), dense_norms(weight, a, b)
+    cancelled = expected.square() <= CANCELLATION * frozen
+    assert int(cancelled.sum()) >= len(rows)
+    torch.testing.assert_close(found[cancelled].double(), expected[cancelled], rtol=1e-4, atol=0)
+    factored = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(found[~cancelled].double(), expected[~cancelled], rtol=factored, atol=0)
+
+
+def test_rows_without_length_and_a_change_of_nothing():
+    weight, a, b = norm_operands(40, 30, 4, torch.float32)
+    weight[5], b[5] = 0, 0
+    frozen = functional.row_norms_squared(weight)
+    assert float(kernels.norms(weight, frozen, a, b, SCALE)[5]) == 0
+    unchanged = kernels.norms(weight, frozen, a, torch.zeros_like(b), SCALE)
+    assert torch.equal(unchanged, functional.root(frozen)), "a gain of 1 to the last bit"
+
+
+class Asked(TorchDispatchMode):
+    """Fails on whatever makes the host wait for a number of the device."""
+
+    def __torch_dispatch__(self, func, types, positional=(), named=None):
+        assert str(func).split(".")[1] not in {"nonzero", "_local_scalar_dense", "masked_select", "index"}, func
+        return func(*positional, **(named or {}))
+
+
+def test_the_host_asks_for_nothing():
+    weight, a, b = norm_operands(40, 30, 4, torch.float32)
+    cancel(weight, a, b, [7])
+    frozen = functional.row_norms_squared(weight)
+    with Asked():  # a mode sees the operation from outside alone, hence its inside
+        found = functional.trusted_norms(weight, frozen, a, b, SCALE)
+    assert torch.equal(found, functional.safe_norms(weight, frozen, a, b, SCALE))
+    torch.testing.assert_close(found.double(), dense_norms(weight, a, b), rtol=1e-4, atol=0)
+    with Asked(), pytest.raises(AssertionError):
+        functional.direction_norms(frozen, frozen)
+
+
+def test_a_family_computes_its_gains_through_them(monkeypatch):
+    calls = []
+    real = kernels.norms_squared
+    monkeypatch.setattr(kernels, "norms_squared", lambda *operands: calls.append(1) or real(*operands))
+    model = nn.ModuleList(nn.Linear(30, 40) for _ in range(3))
+    apply_dora(model, config(rank=5, alpha=5 * SCALE))
+    for layer in model:
+        move_layer(layer)
+    for layer in model:
+        layer(torch.randn(2, 30))
+        norms = dense_norms(layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach())
+        expected = layer.magnitude.detach().double() / norms
+        torch.testing.assert_close(layer._gain[0].full.double(), expected, rtol=1e-5, atol=0)
+    assert calls == [1]
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
+    """Philox4x32-10 as in Salmon et al. 2011, with Python's whole numbers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = second >> 32 ^ c1 ^ k0, second & LOW, first >> 32 ^ c3 ^ k1, first & LOW
+        k0, k1 = k0 + 0x9E3779B9 & LOW, k1 + 0xBB67AE85 & LOW
+    return [c0, c1, c2, c3]
+
+
+def test_philox_as_published():
+    """The generator's known answers (Random123, kat_vectors)."""
+    assert philox((0, 0, 0, 0), (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox((LOW, LOW, LOW, LOW), (LOW, LOW)) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probability", [0.05, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 515)], ids=str)
+@each_dtype
+def test_the_copys_mask_is_philoxs(dtype, shape, probability):
+    seed, x = 0x1234_5678_9ABC_DEF, torch.rand(shape).to(dtype) + 1
+    (rows, columns), key = shape, (seed & LOW, seed >> 32)
+    drawn = [
+        [number for quad in range(-(-columns // 4)) for number in philox((quad, row, 0, 0), key)][:columns]
+        for row in range(rows)
+    ]
+    kept = torch.tensor(drawn) >= round(probability * 2**32)
+    found = kernels.masked_copy(x, torch.tensor(seed), probability)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.where(kept, x, 0.0).to(dtype))
+    assert torch.equal(kernels.masked_copy(every_other(x), torch.tensor(seed), probability), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 3, 16, 130, 257])
+@each_dtype
+def test_the_backward_pass_repeats_the_mask(dtype, rank):
+    seed, rows, columns = torch.tensor(2**61 + 7), 37, 75
+    dx, dh, a = torch.randn(rows, columns).to(dtype), torch.randn(rows, rank).to(dtype), torch.randn(rank, columns)
+    kept = kernels.masked_copy(torch.ones(rows, columns, dtype=dtype), seed, 0.3).double()
+    expected = dx.double() + kept * (dh.double() @ a.to(dtype).double())
+    found = kernels.add_masked_product_(dx.clone(), dh, a, seed, 0.3)
+    close(found, expected, dtype)
+    assert torch.equal(found[kept == 0], dx[kept == 0]), "where x was dropped, nothing is added"
+    strided = every_other(dx)
+    assert torch.equal(kernels.add_masked_product_(strided, turned(dh), turned(a), seed, 0.3), found)
+    assert torch.equal(strided, found)
+
+
+def test_what_is_dropped_leaves_no_infinity():
+    found = kernels.masked_copy(torch.full((4, 30), float("inf")), torch.tensor(5), 0.5)
+    assert set(found.unique().tolist()) == {0.0, float("inf")}
+
+
+@pytest.mark.slow
+def test_the_mask_hangs_on_no_tile(monkeypatch):
+    seed, dh, a = torch.tensor(11), torch.ones(140, 2), torch.ones(2, 150)
+    expected = 2 * kernels.masked_copy(torch.ones(140, 150), seed, 0.4)
+    for tile in kernels.MASKED_PRODUCT.space:
+        monkeypatch.setattr(kernels.MASKED_PRODUCT, "config", lambda *_, tile=tile: tile)
+        assert torch.equal(kernels.add_masked_product_(torch.zeros(140, 150), dh, a, seed, 0.4), expected)
+    for rows, columns in ((1, 16), (16, 64), (64, 1024)):
+        monkeypatch.setattr(kernels, "COPIED_ROWS", rows)
+        monkeypatch.setattr(kernels, "COPIED_COLUMNS", columns)
+        assert torch.equal(2 * kernels.masked_copy(torch.ones(140, 150), seed, 0.4), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probability", [0.001, 0.05, 0.5, 0.999])
+def test_the_rate_and_the_independence_of_neighbours(probability):
+    """Shares within five standard deviations of the binomial's; pairs of neighbours along either axis, and of seeds."""
+    ones = torch.ones(300, 700)
+    one, other = (draw_dropped(ones, probability).apply(ones) == 0 for _ in range(2))
+
+    def assert_share(hits: Tensor, chance: float) -> None:
+        bound = 5 * (chance * (1 - chance) / hits.numel()) ** 0.5
+        assert abs(float(hits.double().mean()) - chance) < bound
+
+    assert_share(one, probability)
+    for pair in (one[:, 1:] & one[:, :-1], one[1:] & one[:-1], one & other, one[:, 4:] & one[:, :-4]):
+        assert_share(pair, probability**2)
+
+
+def test_a_seed_is_drawn_from_torchs_generator():
+    def drawn() -> Tensor:
+        return draw_dropped(torch.ones(9, 40), 0.5).apply(torch.ones(9, 40))
+
+    torch.manual_seed(3)
+    first, second = drawn(), drawn()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(drawn(), first)
+    state = torch.get_rng_state() if not first.is_cuda else torch.cuda.get_rng_state()
+    third = drawn()
+    torch.set_rng_state(state) if not first.is_cuda else torch.cuda.set_rng_state(state)
+    assert torch.equal(drawn(), third)
+    assert draw_dropped(torch.ones(9, 40), 0.5).positions.ndim == 0, "no mask is kept"
+
+
+def test_layers_share_a_seed_and_a_masked_copy_that_no_graph_keeps(monkeypatch):
+    copies: list[weakref.ReferenceType[Tensor]] = []
+    real = kernels.masked_copy
+
+    def watched(*operands: object) -> Tensor:
+        masked = real(*operands)
+        copies.append(weakref.ref(masked))
+        return masked
+
+    monkeypatch.setattr(kernels, "masked_copy", watched)
+    model = nn.ModuleDict({"q": nn.Linear(6, 5), "k": nn.Linear(6, 3)})
+    apply_dora(model, config(dropout=0.5))
+    x = torch.randn(50, 6, requires_grad=True)
+    q = model["q"](x)
+    drawn = SHARED_DROPOUT._dropped
+    y = q.sum() + model["k"](x).sum()
+    assert SHARED_DROPOUT._dropped is drawn
+    assert len(copies) == 1, "one for both"
+    assert q.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr(), "what is kept is x"
+    SHARED_DROPOUT.draw(torch.randn(2, 2), 0.5, 0)
+    del drawn
+    gc.collect()
+    assert copies[0]() is None, "the next draw lets go of it"
+    y.backward()
+    assert len(copies) == 3, "each layer draws it again"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_draws_the_same_and_keeps_no_seed(monkeypatch, reentrant):
+    seeds: list[weakref.ReferenceType[Tensor]] = []
+    draw = dropout.draw_dropped
+
+    def remembered(*operands):
+        drawn = draw(*operands)
+        seeds.append(weakref.ref(drawn.positions))
+        return drawn
+
+    monkeypatch.setattr(dropout, "draw_dropped", remembered)
+    model = nn.Sequential(nn.Linear(33, 33), nn.Linear(33, 33))
+    apply_dora(model, config(dropout=0.4))
+    for layer in model:
+        move_layer(layer)
+    x, results = torch.randn(12, 33), []
+    for checkpointed in (False, True):
+        torch.manual_seed(9)
+        model.zero_grad()
+        seeds.clear()
+        inputs = x.clone().requires_grad_()
+        y = inputs
+        for layer in model:
+            y = checkpoint(layer, y, use_reentrant=reentrant) if checkpointed else layer(y)
+        gc.collect()
+        assert not checkpointed or [seed() is None for seed in seeds] == [True, False]
+        y.square().sum().backward()
+        results.append([y.detach(), inputs.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_copy_has_the_masks_gradient():
+    x = torch.randn(3, 4, 9, requires_grad=True)
+    y = Dropped(0.5, torch.tensor(3)).apply(x)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, (y != 0).to(x.dtype))

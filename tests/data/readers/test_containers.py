@@ -50,7 +50,7 @@ def test_each_container_gives_the_same_table(tmp_path: Path, name: str) -> None:
         assert found["images"][:] == expected["images"][:]
         return
     stored = StoredPictures([found])
-    assert [stored.read(names[0]) for names in found["images"]] == [item.content for item in MADE]
+    assert [stored[names[0]] for names in found["images"]] == [item.content for item in MADE]
 
 
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, endi
         path = write_tar(tmp_path / "a.tar", {f"a.{ending}": b"pixels", "a.json": json.dumps(fields).encode()})
         table = load_table(path, cache_folder=tmp_path / "cache")
         (names,) = table["images"]
-        assert [StoredPictures([table]).read(name) for name in names] == [b"pixels"]
+        assert [StoredPictures([table])[name] for name in names] == [b"pixels"]
         assert table["problem"][:] == [None]
 
 

@@ -1,4 +1,4 @@
-"""DVoRA and the starts of A and B, against computations written out here."""
+"""DVoRA, and how A and B start, against computations written out here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import apply_dora
+from tests.core.dense_dora import config, move
+from tests.core.test_inject import Small
 
 
 class Two(nn.Module):
@@ -23,7 +26,7 @@ class Two(nn.Module):
 def test_dvora_equals_the_written_out_computation(detach_norm):
     model, x = Two().double(), torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
-    apply_dora(model, DoRAConfig(targets=("*",), rank=3, dropout=0.0, method="dvora", detach_norm=detach_norm))
+    apply_dora(model, config(rank=3, method="dvora", detach_norm=detach_norm))
     assert torch.equal(model(x), before)
     with torch.no_grad():
         for layer in (model.up, model.down):
@@ -48,26 +51,20 @@ def test_dvora_equals_the_written_out_computation(detach_norm):
     hidden.square().sum().backward()
     for name, values in leaves.items():
         for leaf, value in values.items():
-            found = getattr(getattr(model, name), leaf).grad
-            torch.testing.assert_close(found, value.grad, rtol=1e-10, atol=1e-10, msg=f"{name} {leaf}")
+            gradient = getattr(getattr(model, name), leaf).grad
+            torch.testing.assert_close(gradient, value.grad, rtol=1e-10, atol=1e-10, msg=f"{name} {leaf}")
 
 
-def test_dvora_random_matrices_come_from_the_seed():
-    matrices = []
+def test_dvora_random_matrices_come_from_the_seed_under_a_root_that_calls_its_children():
+    matrices, x = [], torch.randn(4, 6)
     for seed in (1, 1, 2):
-        model = Two()
-        apply_dora(model, DoRAConfig(targets=("*",), rank=3, method="dvora", random_seed=seed))
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        before = model(x)
+        apply_dora(model, config(rank=3, method="dvora", random_seed=seed))
+        assert torch.equal(model(x), before)
         matrices.append(model.dvora_shared.random_A)
     assert torch.equal(matrices[0], matrices[1])
     assert not torch.equal(matrices[0], matrices[2])
-
-
-def test_a_root_that_calls_its_children_in_turn():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)), torch.randn(4, 6)
-    before = model(x)
-    apply_dora(model, DoRAConfig(targets=("*",), rank=3, dropout=0.0, method="dvora"))
-    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa"])
@@ -75,7 +72,7 @@ def test_a_root_that_calls_its_children_in_turn():
 def test_every_start_leaves_the_output_as_it_was(init, method):
     model, x = Two().double(), torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
-    apply_dora(model, DoRAConfig(targets=("*",), rank=4, alpha=6.0, dropout=0.0, init=init, method=method))
+    apply_dora(model, config(rank=4, init=init, method=method))
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     assert (float(model.up.lora_B.detach().abs().max()) > 0) == (init != "gaussian")
 
@@ -83,7 +80,20 @@ def test_every_start_leaves_the_output_as_it_was(init, method):
 def test_pissa_holds_the_largest_singular_values():
     model = Two().double()
     weight = model.up.weight.detach().clone()
-    apply_dora(model, DoRAConfig(targets=("up",), rank=2, alpha=6.0, dropout=0.0, init="pissa"))
+    apply_dora(model, config(targets=("up",), init="pissa"))
     singular = torch.linalg.svdvals(weight)
     torch.testing.assert_close(torch.linalg.svdvals(3 * (model.up.lora_B @ model.up.lora_A))[:2], singular[:2])
     torch.testing.assert_close(torch.linalg.svdvals(model.up.weight)[0], singular[2])
+
+
+@pytest.mark.parametrize("scaling", ["linear", "sqrt"])
+def test_pissa_as_a_change_of_the_original_weight(scaling, tmp_path):
+    """What `AdapterSet` needs: the same outputs, and no frozen weight changes."""
+    model, x = Small(), torch.randn(2, 6)
+    apply_dora(model, config(targets=("text.*_proj",), init="pissa", rank_scaling=scaling))
+    move(model)
+    save_adapter(model, tmp_path / "a")
+    fresh = Small()
+    load_adapter(fresh, tmp_path / "a", change_base=False)
+    torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(fresh.text[0].q_proj.weight, Small().text[0].q_proj.weight)
