@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from benchmarks.contenders import (
+from benchmarks.dora_step import (
     TRAINED,
     Setting,
     Tokens,

@@ -47,9 +47,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines])
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any], *, name: str | None = None) -> None:
     """Puts the figures, with the machine beside them, into a file of JSON lines in place of this script's line."""
-    target, name = Path(path), Path(sys.argv[0]).stem
+    target, name = Path(path), name or Path(sys.argv[0]).stem
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []
     kept = [line for line in lines if json.loads(line)["name"] != name]

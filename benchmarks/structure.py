@@ -2,24 +2,28 @@
 
     python -m benchmarks.structure [--root CHECKOUT] [--json FILE]
 
-Imports inside functions count as imports. Trips are followed call by call in real runs
-of two steps on tiny models (`structure_trace.py`), so that another checkout is measured by the same rule.
+Imports inside functions count as imports. Trips are followed call by call in real runs of two steps on tiny models,
+so that another checkout is measured by the same rule: a row of the training file to a sample, a batch to the loss, and
+the rank from the settings to the first layer (files of functions that are handed a rank or settings that hold one).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
-
-from benchmarks.report import table
 
 PACKAGE = "dora_vl"
 COMMANDS = ("serve", "evaluate")
@@ -52,7 +56,13 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout that is measured")
     parser.add_argument("--no-trace", action="store_true", help="without the runs, which take two minutes")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--trace", metavar="MODEL", help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
+    if options.trace is not None:
+        print(json.dumps(traced(options.trace)))
+        return
+    from benchmarks.report import table  # another checkout's own may differ
+
     root = options.root.resolve()
     figures = {**sizes(root), **arrows(root), **pages(root), **({} if options.no_trace else trips(root))}
     rows = [(name, was, figures.get(name, ""), promised) for name, (was, promised) in ISSUE_31.items()]
@@ -159,17 +169,107 @@ def pages(root: Path) -> dict[str, Any]:
 
 def trips(root: Path) -> dict[str, Any]:
     """Files and functions that runs of two steps cross, and parts of them."""
-    tracer = Path(__file__).with_name("structure_trace.py")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DORA_VL_CPU_STEP": "0"}
     figures: dict[str, Any] = {}
     for model in ("Qwen", "LLaVA"):
         done = subprocess.run(
-            [sys.executable, str(tracer), model], cwd=root, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, __file__, "--trace", model],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"the traced run failed:\n{done.stderr[-3000:]}")
         figures |= json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+class Trace:
+    """The functions of the package that ran, by part; a part begins with a function of a package."""
+
+    def __init__(self, model: str) -> None:
+        self.row = f"a {model} row to a sample"
+        self._begins = {self.row: ("data/", "__getitem__"), "a batch to the loss": ("training/", "forward")}
+        self._package = str(Path.cwd() / PACKAGE)
+        self.whole: set[CodeType] = set()
+        self.parts: dict[str, set[CodeType]] = defaultdict(set)
+        self.rank: set[str] = set()
+        self._open: dict[str, FrameType] = {}
+        self._layer_is_there = False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        """One event of the interpreter."""
+        code = frame.f_code
+        # Bodies of modules and classes, and comprehensions, are no functions.
+        named = bool(code.co_flags & inspect.CO_OPTIMIZED) and not code.co_name.startswith("<")
+        if event not in ("call", "return") or not (named and code.co_filename.startswith(self._package)):
+            return
+        path = code.co_filename[len(self._package) + 1 :]
+        for part, (package, function) in self._begins.items():
+            if path.startswith(package) and code.co_name == function:
+                if event == "call" and part not in self._open:
+                    self._open[part] = frame
+                elif event == "return" and self._open.get(part) is frame:
+                    del self._open[part]
+                    self.parts[part].add(code)
+        if event == "return":
+            self._layer_is_there = self._layer_is_there or (
+                path.startswith("core/") and code.co_name == "start_adapter"
+            )
+            return
+        self.whole.add(code)
+        for part in self._open:
+            self.parts[part].add(code)
+        if not self._layer_is_there and any(_holds_rank(name, value) for name, value in frame.f_locals.items()):
+            self.rank.add(path)
+
+    def figures(self) -> dict[str, Any]:
+        """`files, functions` of each part."""
+        rows = {f"{part}: files, functions": _counted(codes) for part, codes in sorted(self.parts.items())}
+        if "LLaVA" not in self.row:
+            return {f"{self.row}: files, functions": rows[f"{self.row}: files, functions"]}
+        return {
+            "a run of two steps: files, functions": _counted(self.whole),
+            "a run of two steps: modules": sum(name.partition(".")[0] == "dora_vl" for name in sys.modules),
+            "rank to a layer: files": len(self.rank),
+        } | rows
+
+
+def _holds_rank(name: str, value: object) -> bool:
+    kind = type(value)
+    return name in ("rank", "adapter") or (
+        "rank" in getattr(kind, "__dataclass_fields__", ()) or "adapter" in getattr(kind, "__dataclass_fields__", ())
+    )
+
+
+def _counted(codes: set[CodeType]) -> str:
+    return f"{len({code.co_filename for code in codes})}, {len(codes)}"
+
+
+def traced(model: str) -> dict[str, Any]:
+    """The figures of one run, in this process."""
+    sys.path.insert(0, str(Path.cwd()))
+    from tests.backbones.tiny_image_text import write_tiny
+    from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base, data = folder / "base", write_tiny_data(folder / "data", samples=8)
+        if model == "LLaVA":
+            write_tiny_llava(base)
+        else:
+            write_tiny("qwen2_5_vl", base)
+        config = write_run(folder / "run.yaml", base, data, training={"max_steps": 2, "warmup_steps": 0})
+        sys.argv = ["llava_instruct.py", "--config", str(config)]
+        trace = Trace(model)
+        sys.setprofile(trace)
+        try:
+            runpy.run_path("tasks/llava_instruct.py", run_name="__main__")
+        finally:
+            sys.setprofile(None)
+    return trace.figures()
 
 
 if __name__ == "__main__":

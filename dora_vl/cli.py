@@ -130,11 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the script.
-
-    Raises:
-        UserError: shtab, which writes it, is not installed.
-    """
+    """Yields the script."""
     if find_spec("shtab") is None:
         raise UserError("completion needs the package shtab; pip install shtab (or 'dora-vl[shell]')")
     import shtab

@@ -63,20 +63,11 @@ def test_a_bad_sample_is_short_too_and_travels() -> None:
         (b"y" * LONG, "b'" + "y" * 55 + "..."),
         ([0] * LONG, "[" + "0, " * 18 + "0," + "..."),
         ([10**5000], "a list too large to be shown"),
-    ],
-)
-def test_a_quoted_value_is_short(value: object, text: str) -> None:
-    assert shown(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
         ({"a": [1, {"b": None}], 2: "\ud83d"}, "{'a': [1, {'b': None}], 2: '\\ud83d'}"),
         ({name: name for name in range(LONG)}, "{0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9:..."),
     ],
 )
-def test_no_more_of_a_value_is_written_than_is_shown(value: object, text: str) -> None:
+def test_a_quoted_value_is_short(value: object, text: str) -> None:
     assert shown(value) == text
 
 
@@ -116,19 +107,14 @@ def test_the_line_on_stderr_has_at_most_500_characters(capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--records", "--against"])
-def test_a_path_of_any_length_is_one_line(option: str, capsys: Any, tmp_path: Path) -> None:
+def test_a_path_of_any_length_is_a_persons_error(option: str, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(f"name: own\nscoring: exact\nfile: {'y' * LONG}\n")
-    options = {"--benchmarks": "pope", "--predictions": str(own), option: f"{tmp_path}/{'x' * LONG}"}
     for benchmark in ("pope", str(own)):
-        words = [word for pair in (options | {"--benchmarks": benchmark}).items() for word in pair]
+        options = {"--predictions": str(own), option: f"{tmp_path}/{'x' * LONG}", "--benchmarks": benchmark}
         with pytest.raises(SystemExit) as status:
-            main(["evaluate", *words])
+            main(["evaluate", *(word for pair in options.items() for word in pair)])
         assert status.value.code == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        assert len(said) <= 500
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -47,12 +47,10 @@ class Combination:
 
 
 def combine_factors(weight: Tensor, parts: Sequence[tuple[float, Factors]], *, as_dora: bool = False) -> Factors:
-    """The exact combination on one layer, of rank sum of ranks and scale 1.
+    """The exact combination of (weight of the adapter, its factors) on one layer, of rank sum of ranks and scale 1.
 
-    Args:
-        weight: The layer's own weight, in its own shape.
-        parts: (weight of the adapter, its factors); a single one with weight 1 comes back as it is.
-        as_dora: with a magnitude also where no part has one: beside a DoRA's layers those of a LoRA need theirs.
+    A single one with weight 1 comes back as it is. `as_dora` gives a magnitude also where no part has one: beside a
+    DoRA's layers those of a LoRA need theirs.
     """
     parts = [(share, factors) for share, factors in parts if share != 0]
     plain = not as_dora and all(factors.magnitude is None for _, factors in parts)
@@ -117,23 +115,15 @@ def combine(
             merged = exact.merged(weight)
             change = float((merged - weight.to(merged.dtype)).norm())
             errors[layer] = float((results[layer].merged(weight) - merged).norm()) / change if change else 0.0
-    extras = _combined_extras({name: adapters[name] for name in active}, active, base)
-    return Combination(_as_adapter(results, extras, [adapters[name] for name in active], base), errors)
-
-
-def _combined_extras(
-    adapters: Mapping[str, Adapter], shares: Mapping[str, float], base: BaseWeights
-) -> dict[str, Tensor]:
-    combined: dict[str, Tensor] = {}
-    for name in sorted({extra for adapter in adapters.values() for extra in adapter.extras}):
+    extras: dict[str, Tensor] = {}
+    for name in sorted({extra for key in active for extra in adapters[key].extras}):
         start = kept_rows(name, base.read(split_rows(name)[0]))
-        dtype = functional.accumulation_dtype(start.dtype)
-        total = start.to(dtype)
-        for adapter, share in ((adapters[key], shares[key]) for key in adapters):
-            if name in adapter.extras:
-                total = total + share * (adapter.extras[name].to(dtype) - start.to(dtype))
-        combined[name] = total
-    return combined
+        start = start.to(functional.accumulation_dtype(start.dtype))
+        extras[name] = start
+        for key, share in active.items():
+            if name in adapters[key].extras:
+                extras[name] = extras[name] + share * (adapters[key].extras[name].to(start.dtype) - start)
+    return Combination(_as_adapter(results, extras, [adapters[name] for name in active], base), errors)
 
 
 def _as_adapter(

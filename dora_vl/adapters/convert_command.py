@@ -139,8 +139,8 @@ def _to_original(arguments: argparse.Namespace) -> str:
         refuse_other_base(adapter.recipe, base_folder, adapter.source)
     tasks = tuple((arguments.task or "").split(",")) if is_lora else ()
     with BaseWeights(base_folder) as base:
-        original = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
-        write_original(original, arguments.to)
-    stated = f", lora_alpha {original.alpha:g} (the file does not say it)" if tasks else ""
-    size = f"{len(adapter.layers)} layers of rank {original.rank}, {len(original.tensors)} tensors"
+        tensors, rank, alpha = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
+        write_original(tensors, arguments.to)
+    stated = f", lora_alpha {alpha:g} (the file does not say it)" if tasks else ""
+    size = f"{len(adapter.layers)} layers of rank {rank}, {len(tensors)} tensors"
     return f"{arguments.to}: {size}{stated}"

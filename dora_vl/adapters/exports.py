@@ -1,7 +1,10 @@
-"""A plain LoRA that comes nearest to an adapter, for tools that cannot serve magnitudes; its error is stated.
+"""Adapters for tools that cannot serve all of one: the nearest plain LoRA, its error stated.
 
 The change of a DoRA layer, W' - W = (g - 1) W + g s B A, has full rank, so no LoRA below full rank equals it. The
 nearest one of rank R is the change's truncated SVD (Eckart-Young); what is lost is measured, layer by layer.
+
+And an adapter as vLLM serves it: its slots hold A and B of the language model's linear layers (and, with a plugin,
+magnitudes); all else that was trained is folded into the base beside it. Both together are exactly the trained model.
 """
 
 from __future__ import annotations
@@ -47,10 +50,10 @@ def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[La
             "nothing to write as a LoRA; dora-vl merge writes it with its base as a model"
         )
     factors = planned_factors(base, adapter)
-    for layer, found in factors.items():
+    for layer, own in factors.items():
         weight = base.weight_of(layer)
-        merged = found.merged(weight)
-        change = found.as_matrix(merged - weight.to(merged.dtype))
+        merged = own.merged(weight)
+        change = own.as_matrix(merged - weight.to(merged.dtype))
         a, b = truncated(change, rank)
         norm = float(change.norm())
         error = float((change - b @ a).norm()) / norm if norm else 0.0
@@ -102,13 +105,6 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 
 
-# An adapter as vLLM serves it: what its LoRA slots hold stays an adapter, all else is folded into the base beside it.
-#
-# The slots hold A and B of the language model's linear layers (and, with a plugin, magnitudes); a trained projector,
-# and adapted layers of the vision tower, are no adapter there. Base and adapter together are exactly the trained
-# model.
-
-
 BASE, ADAPTER = "base", "adapter"
 """The two folders of an export."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -155,9 +151,19 @@ def export_for_vllm(
         if folded.tensors or renamed or not is_plain:
             merged = merge_to_folder(folded, base_folder, staging / BASE, dtype=dtype, open_base=open_base)
         base_of_result = base_folder if merged is None else target / BASE
-        digest = content_hash(base_folder if merged is None else staging / BASE)
-        write_adapter(_on_base(served, base_of_result, digest), staging / ADAPTER)
-    rank = next(one for one in RANKS if one >= served.config["r"])
+        recipe = served.recipe
+        if "base" in recipe:
+            digest = content_hash(base_folder if merged is None else staging / BASE)
+            recipe = {
+                **recipe,
+                "base": str(base_of_result),
+                "revision": None,
+                "base_sha256": digest,
+                "quantisation": None,
+            }
+        config = {**served.config, "base_model_name_or_path": str(base_of_result)}
+        write_adapter(replace(served, config=config, recipe=recipe), staging / ADAPTER)
+    rank = next(rank for rank in RANKS if rank >= served.config["r"])
     return Exported(len(served.layers), base_of_result, merged, rank, bool(served.config["use_dora"]))
 
 
@@ -180,36 +186,29 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
             f"{adapter.source}: vLLM's slots hold A and B, and a {adapter.method} adapter has none; {WHOLE}"
         )
     for name, layer in adapter.layers.items():
-        reason = "is the output head" if name == head else _unserved(name, layer, adapter, base)
-        if reason is not None:
+        reasons = {
+            "is the output head": name == head,
+            "is experts in one tensor": name in adapter.experts,
+            "is an embedding or a convolution": name in adapter.not_linear,
+            "has a magnitude alone": "lora_A" not in layer,
+            "has a magnitude for each input column": name in adapter.input_axis,
+            "is a Conv1D": name in base.transposed_layers,
+        }
+        if (reason := next((reason for reason, holds in reasons.items() if holds), None)) is not None:
             raise UserError(f"{adapter.source}: {name} {reason}, which vLLM serves no adapter of; {WHOLE}")
     inside = [name for name in adapter.layers if name in language]
     if not inside:
         raise UserError(
             f"{adapter.source}: no linear layer of the language model is adapted, nothing to serve; {WHOLE}"
         )
-    highest = max(found.rank for found in adapter.factors.values())
+    highest = max(factors.rank for factors in adapter.factors.values())
     if highest > RANKS[-1]:
         raise UserError(f"{adapter.source}: rank {highest} is above vLLM's largest, {RANKS[-1]}; {WHOLE}")
 
 
-def _unserved(name: str, layer: Mapping[str, Any], adapter: Adapter, base: BaseWeights) -> str | None:
-    if name in adapter.experts:
-        return "is experts in one tensor"
-    if name in adapter.not_linear:
-        return "is an embedding or a convolution"
-    if "lora_A" not in layer:
-        return "has a magnitude alone"
-    if name in adapter.input_axis:
-        return "has a magnitude for each input column"
-    if name in base.transposed_layers:
-        return "is a Conv1D"
-    return None
-
-
 def split(adapter: Adapter, language: Collection[str]) -> tuple[Adapter, Adapter]:
     """The part that is served, every layer with one scale, and the part that is folded into the base."""
-    served = {name: found for name, found in adapter.factors.items() if name in language}
+    served = {name: factors for name, factors in adapter.factors.items() if name in language}
     rest = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key) or split_key(key)[0] not in served}
     recipe = {name: value for name, value in adapter.recipe.items() if name != "adapter"}
     return _of_one_scale(adapter, served), replace(adapter, tensors=rest, recipe=recipe)
@@ -220,19 +219,18 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
 
     vLLM reads `r` and `lora_alpha` alone, PEFT the patterns too: where a layer's scale is another, B takes it up.
     """
-    scale = Counter(found.scale for found in served.values()).most_common(1)[0][0]
-    highest = max(found.rank for found in served.values())
-    use_dora = bool(adapter.config.get("use_dora"))
+    scale = Counter(factors.scale for factors in served.values()).most_common(1)[0][0]
+    ranks = {name: factors.rank for name, factors in served.items()}
+    highest, use_dora = max(ranks.values()), bool(adapter.config.get("use_dora"))
     tensors = {}
-    for name, found in served.items():
-        assert found.lora_A is not None  # refused before
-        assert found.lora_B is not None
-        factor = found.scale / scale
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = found.lora_A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = found.lora_B if factor == 1 else factor * found.lora_B
-        if found.magnitude is not None:
-            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = found.magnitude
-    ranks = {name: found.rank for name, found in served.items()}
+    for name, factors in served.items():
+        assert factors.lora_A is not None  # refused before
+        assert factors.lora_B is not None
+        share = factors.scale / scale
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.lora_A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.lora_B if share == 1 else share * factors.lora_B
+        if factors.magnitude is not None:
+            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude
     others = {name: rank for name, rank in ranks.items() if rank != highest}
     config = peft_fields(
         ranks,
@@ -247,10 +245,3 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
     )
     recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
-
-
-def _on_base(served: Adapter, base: Path, digest: str) -> Adapter:
-    recipe = served.recipe
-    if "base" in recipe:
-        recipe = {**recipe, "base": str(base), "revision": None, "base_sha256": digest, "quantisation": None}
-    return replace(served, config={**served.config, "base_model_name_or_path": str(base)}, recipe=recipe)

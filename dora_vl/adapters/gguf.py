@@ -97,8 +97,8 @@ def architecture_of(config: Any, source: str) -> Architecture:
         )
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != architecture.activation:
-        message = f"hidden_act is {activation!r}, and llama.cpp's {architecture.name} has {architecture.activation}"
-        raise UserError(f"{source}: {message}")
+        has = f"llama.cpp's {architecture.name} has {architecture.activation}"
+        raise UserError(f"{source}: hidden_act is {activation!r}, and {has}")
     return architecture
 
 
@@ -135,18 +135,18 @@ def add_settings(writer: Any, config: Any, architecture: Architecture, source: s
 
 def _add_positions(writer: Any, config: Any, head_dim: int) -> None:
     rope = positions_of(config)
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"its rotary positions are of type {kind!r}; written are default, linear and llama3")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("its rotary positions cover a part of each head, which is not written")
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    kind = rope.get("rope_type", "default")
     if kind == "linear":
         import gguf
 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind not in ("default", "llama3"):
-        raise UserError(f"its rotary positions are of type {kind!r}; written are default, linear and llama3")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("its rotary positions cover a part of each head, which is not written")
 
 
 def positions_of(config: Any) -> Mapping[str, Any]:
@@ -173,9 +173,6 @@ def in_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, width).transpose(1, 2).reshape(weight.shape)
 
 
-# Writes a GGUF file tensor by tensor: one is in memory at a time.
-
-
 KINDS = ("f16", "f32", "q8_0")
 """Number types of the matrices; vectors are float32 in each."""
 BLOCK = 32
@@ -194,21 +191,20 @@ class WrittenTensor:
     read: Callable[[], Tensor]
 
 
-def kind_for(shape: Sequence[int], wanted: str) -> str:
+def kind_for(shape: Sequence[int], kind: str) -> str:
     """How a tensor of this shape is stored: vectors whole, and as F16 what Q8_0 has no blocks for."""
     if len(shape) < 2:
         return "f32"
-    blocks = len(shape) == 2 and shape[-1] % BLOCK == 0
-    return "f16" if wanted == "q8_0" and not blocks else wanted
+    return "f16" if kind == "q8_0" and (len(shape) > 2 or shape[-1] % BLOCK) else kind
 
 
 def write_gguf(
     path: Path, architecture: str, kind: str, tensors: Sequence[WrittenTensor], add_fields: Callable[[Any], None]
 ) -> int:
-    """Writes one file, most of whose tensors are of a kind; returns its size in bytes."""
+    """Writes one file, most of whose tensors are of a kind, one in memory at a time; returns its size in bytes."""
     import gguf
 
-    types = {one: gguf.GGMLQuantizationType[one.upper()] for one in KINDS}
+    types = {name: gguf.GGMLQuantizationType[name.upper()] for name in KINDS}
     dtypes = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -233,9 +229,6 @@ def write_gguf(
     return path.stat().st_size
 
 
-# A tokenizer as GGUF holds it: tokens with their kinds, merges or scores, and how llama.cpp has to split text.
-
-
 SPACE_MARK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED_TOKEN, BYTE = range(1, 7)
 """gguf's `TokenType`."""
@@ -247,17 +240,15 @@ SPLITS: Mapping[str, str] = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the fields `tokenizer.ggml.*` say of tokens."""
+    """What the fields `tokenizer.ggml.*` say of tokens: merges of bytes, or SentencePiece's with their scores."""
 
-    model: str
-    """`gpt2`: merges of bytes; `llama`: SentencePiece's, by scores."""
     pre: str
     """llama.cpp's name of how text is split first."""
     tokens: list[str]
     kinds: list[int]
-    merges: list[str]
-    scores: list[float]
-    space_prefix: bool
+    merges: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    space_prefix: bool = False
     """Whether a text gets a space in front."""
 
 
@@ -265,40 +256,42 @@ def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
     """A fast tokenizer's vocabulary; ids below the embedding's `rows` that no token has are filled up."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    tokens, kinds = _tokens(state, rows, source)
     if model["type"] != "BPE":
         raise UserError(f"{source}: its tokenizer is a {model['type']}; as GGUF are written BPE and SentencePiece")
+    tokens, kinds = _tokens(state, rows, source)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if not model.get("byte_fallback"):
-        return Vocabulary(
-            "gpt2", _split_name(state, source), tokens, kinds, [" ".join(pair) for pair in merges], [], False
-        )
+        return Vocabulary(_split_name(state, source), tokens, kinds, merges=[" ".join(pair) for pair in merges])
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-    for number, token in enumerate(tokens):
-        if kinds[number] == NORMAL and re.fullmatch("<0x..>", token):
-            kinds[number] = BYTE
-    prepends = (step for step in _steps(state.get("normalizer"), "normalizers") if step["type"] == "Prepend")
-    metaspaces = (step for step in _steps(state.get("pre_tokenizer"), "pretokenizers") if step["type"] == "Metaspace")
-    space_prefix = any(step["prepend"] == SPACE_MARK for step in prepends) or any(
-        step["prepend_scheme"] != "never" for step in metaspaces
+    kinds = [
+        BYTE if kind == NORMAL and re.fullmatch("<0x..>", token) else kind
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    steps = [
+        *_steps(state.get("normalizer"), "normalizers"),
+        *_steps(state.get("pre_tokenizer"), "pretokenizers"),
+    ]
+    space_prefix = any(
+        (step["type"] == "Prepend" and step["prepend"] == SPACE_MARK)
+        or (step["type"] == "Metaspace" and step["prepend_scheme"] != "never")
+        for step in steps
     )
-    return Vocabulary("llama", "default", tokens, kinds, [], scores, space_prefix)
+    scores = [-float(ranks.get(token, len(merges))) for token in tokens]
+    return Vocabulary("default", tokens, kinds, scores=scores, space_prefix=space_prefix)
 
 
 def _tokens(state: Mapping[str, Any], rows: int, source: str) -> tuple[list[str], list[int]]:
-    vocabulary, added = state["model"]["vocab"], state["added_tokens"]
-    highest = max([*vocabulary.values(), *(one["id"] for one in added)])
+    vocabulary, added, unknown = state["model"]["vocab"], state["added_tokens"], state["model"].get("unk_token")
+    highest = max([*vocabulary.values(), *(token["id"] for token in added)])
     if highest >= rows:
         raise UserError(f"{source}: its tokenizer has the id {highest}, and its embedding {rows} rows")
     tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [UNUSED_TOKEN] * rows
-    for token, number in vocabulary.items():
-        tokens[number], kinds[number] = token, NORMAL
-    for one in added:
-        tokens[one["id"]], kinds[one["id"]] = one["content"], CONTROL if one["special"] else USER_DEFINED
-    unknown = state["model"].get("unk_token")
+    for text, number in vocabulary.items():
+        tokens[number], kinds[number] = text, NORMAL
+    for token in added:
+        tokens[token["id"]], kinds[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
     if unknown in vocabulary and state["model"].get("byte_fallback"):
         kinds[vocabulary[unknown]] = UNKNOWN
     return tokens, kinds
@@ -319,9 +312,9 @@ def _split_name(state: Mapping[str, Any], source: str) -> str:
     if plain and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
         return "smollm"
     if plain and kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        found = SPLITS.get(str(steps[0]["pattern"].get("Regex")))
-        if found is not None and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-            return found
+        name = SPLITS.get(str(steps[0]["pattern"].get("Regex")))
+        if name is not None and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+            return name
     raise UserError(
         f"{source}: its tokenizer splits text by {' and '.join(kinds) or 'nothing'} in a way that llama.cpp has no "
         f"known name for; known are gpt-2, smollm, {', '.join(SPLITS.values())}, and SentencePiece"
@@ -329,16 +322,16 @@ def _split_name(state: Mapping[str, Any], source: str) -> str:
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
-    """Writes the fields: tokens, special ids, what is put around a text, and the chat template."""
-    writer.add_tokenizer_model(vocabulary.model)
+    """Writes the tokenizer's fields: tokens, special ids, what is put around a text, and the chat template."""
+    writer.add_tokenizer_model("llama" if vocabulary.scores else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
+        writer.add_token_scores(list(vocabulary.scores))
         writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
+        writer.add_token_merges(list(vocabulary.merges))
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     for kind, number in ids.items():
         if number is not None:
@@ -348,9 +341,6 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_eos_token(bool(text) and text[-1] == ids["eos"])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-
-
-# A LLaVA's tower and projector as llama.cpp's `mmproj` file: keys `clip.*`, tensors `v.*` and `mm.*`.
 
 
 SELECTED = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -391,9 +381,15 @@ def blocks_run(config: Any) -> int:
 
 
 def add_vision(writer: Any, config: Any, folder: Path) -> None:
-    """Writes the file's settings."""
+    """Writes the settings of a tower and its projector, llama.cpp's `mmproj` file."""
     tower, blocks = config.vision_config, blocks_run(config)
-    mean, deviation = _colours(folder)
+    contents = [json.loads((folder / n).read_text("utf-8")) for n in PICTURE_FILES if (folder / n).is_file()]
+    colours = [content.get("image_processor", content) for content in contents]
+    stated = next(
+        (one for one in colours if isinstance(one, Mapping) and {"image_mean", "image_std"} <= one.keys()), None
+    )
+    if stated is None:
+        raise UserError(f"{folder}: neither {' nor '.join(PICTURE_FILES)} says image_mean and image_std")
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
@@ -407,23 +403,16 @@ def add_vision(writer: Any, config: Any, folder: Path) -> None:
     # Said twice, since without it llama.cpp leaves the last of the blocks out.
     writer.add_vision_block_count(blocks)
     writer.add_array("clip.vision.feature_layer", [blocks])
-    writer.add_vision_image_mean(mean)
-    writer.add_vision_image_std(deviation)
+    writer.add_vision_image_mean([float(value) for value in stated["image_mean"]])
+    writer.add_vision_image_std([float(value) for value in stated["image_std"]])
     writer.add_vision_use_gelu(ACTIVATIONS[tower.hidden_act])
 
 
-def _colours(folder: Path) -> tuple[list[float], list[float]]:
-    for name in PICTURE_FILES:
-        if (folder / name).is_file():
-            content: Mapping[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = content.get("image_processor", content)
-            if isinstance(found, Mapping) and {"image_mean", "image_std"} <= found.keys():
-                return [float(one) for one in found["image_mean"]], [float(one) for one in found["image_std"]]
-    raise UserError(f"{folder}: neither {' nor '.join(PICTURE_FILES)} says image_mean and image_std")
-
-
 def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
-    """The file's name of each tensor, from its key in published folders; what a LLaVA does not run is left out."""
+    """The file's name of each tensor, from its key in published folders; what a LLaVA does not run is left out.
+
+    That is what stands behind the block whose output is taken, and a table of places.
+    """
     import gguf
 
     blocks = blocks_run(config)
@@ -433,28 +422,24 @@ def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
         owner, _, leaf = key.rpartition(".")
         if owner in PROJECTOR:
             names[name] = f"{PROJECTOR[owner]}.{leaf}"
-        elif key.startswith(TOWER) and not key.removeprefix(TOWER).startswith(UNUSED_TENSORS) and _runs(key, blocks):
-            names[name] = _name_in(table, key, "a vision tower")
+        elif key.startswith(TOWER) and leaf != "position_ids":
+            part, block = key.removeprefix(TOWER), re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(TOWER))
+            if not part.startswith(UNUSED_TENSORS) and (block is None or int(block[1]) < blocks):
+                names[name] = _name_in(table, key, "a vision tower")
     return names
 
 
 def _name_in(table: Any, name: str, model: str) -> str:
-    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    """llama.cpp's name of a tensor."""
+    own = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    if own is None:
         raise UserError(f"llama.cpp has no name for {name} of {model}")
-    return found
+    return own
 
 
-def _runs(key: str, blocks: int) -> bool:
-    """Whether a tower's tensor is read: not of blocks behind the one whose output is taken, nor a table of places."""
-    inside = key.removeprefix(f"{TOWER}encoder.layers.")
-    return not key.endswith("position_ids") and (inside == key or int(inside.split(".")[0]) < blocks)
-
-
-def vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[WrittenTensor]:
-    """The tensors of the vision file, each read when it is written."""
-    stored = {one.name: one for one in weights.stored}
-    keys = {name: weights.base.hub_keys.get(one.key, one.key) for name, one in stored.items()}
+def _vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[WrittenTensor]:
+    stored = {tensor.name: tensor for tensor in weights.stored}
+    keys = {name: weights.base.hub_keys.get(tensor.key, tensor.key) for name, tensor in stored.items()}
     for name, own in vision_names(keys, config).items():
         # Positions are added to what comes out of the convolution, and cost next to nothing.
         small = own.startswith(("v.position_embd", "v.class_embd"))
@@ -523,7 +508,7 @@ def export_gguf(
             files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, architecture.name, kind, tensors, add_language)}
             if config.model_type == LLAVA:
                 add_fields = partial(add_vision, config=config, folder=base_folder)
-                tensors = list(vision_tensors(weights, config, kind))
+                tensors = list(_vision_tensors(weights, config, kind))
                 files[VISION_FILE] = write_gguf(folder / VISION_FILE, "clip", kind, tensors, add_fields)
                 if config.vision_config.model_type == "clip_vision_model":
                     warnings.append(CLASS_TOKEN_IS_MISREAD)

@@ -44,20 +44,14 @@ class Acceleration:
 
 
 @dataclass
-class _Core:
-    layer: DoRALinear
-    operands: _Operands
-
-
-@dataclass
 class _CoreState:
     """This core's layers over PEFT's parameters; no module, so that PEFT's layer has no new child."""
 
     dropout_mode: DropoutMode
     families: dict[object, GainFamily]
     """Of all layers; an adapter's layers of one shape compute their gains together."""
-    cores: dict[str, _Core] = field(default_factory=dict)
-    """Adapter's name -> the layer over it, built when it first runs."""
+    cores: dict[str, tuple[DoRALinear, _Operands]] = field(default_factory=dict)
+    """Adapter's name -> the layer over it, built when it first runs, and what that computes with."""
 
 
 class AcceleratedLinear(PeftLinear):
@@ -83,14 +77,14 @@ class AcceleratedLinear(PeftLinear):
 
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what this core keeps, after a change that leaves no trace in torch: a kernel that writes by address."""
-        for core in _state(self).cores.values():
-            core.layer.forget_norms(frozen=frozen)
+        for core, _ in _state(self).cores.values():
+            core.forget_norms(frozen=frozen)
 
     def train(self, mode: bool = True) -> AcceleratedLinear:
         """Switches this core's layers too, which a compiled graph cannot do."""
         super().train(mode)
-        for core in _state(self).cores.values():
-            core.layer.train(mode)
+        for core, _ in _state(self).cores.values():
+            core.train(mode)
         return self
 
 
@@ -99,14 +93,8 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
 
     Layers that this core would compute differently stay as they are and are named in the result: quantised bases,
     convolutions and embeddings, LoRA variants other than DoRA, several active adapters at once. The question is
-    asked again at every forward pass, so `set_adapter`, `disable_adapter` and merging keep working.
-
-    Args:
-        model: Anything with PEFT layers in it; changed in place. Call it before wrapping in DDP or DeepSpeed.
-        dropout_mode: `low_rank` (one frozen product) or `whole_change` (PEFT's form, two; see the module's text).
-
-    Raises:
-        ValueError: there is no PEFT layer in the model.
+    asked again at every forward pass, so `set_adapter`, `disable_adapter` and merging keep working. Call it before
+    wrapping in DDP or DeepSpeed; the model is changed in place.
     """
     done: list[str] = []
     left: dict[str, str] = {}
@@ -156,12 +144,18 @@ def reason_to_leave(layer: object) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1:
         return f"{len(active)} adapters are active on it; one is needed"
-    return _reason_in_adapter(layer, active[0]) or _reason_in_base(base)
+    if base.weight.requires_grad:
+        return "its base weight trains"
+    if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
+        return "its base weight is sharded or offloaded"
+    if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+        return "its base layer has hooks of its own"
+    return _reason_in_adapter(layer, active[0])
 
 
 def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
     variant = layer.lora_variant.get(active)
-    if variant is not None and not _is_dora(variant):
+    if variant is not None and variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant):
         return f"LoRA variant {variant} is not DoRA"
     if layer.lora_bias.get(active):
         return "it has lora_bias"
@@ -174,20 +168,6 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
     if not all(tensor is None or is_plain_parameter(tensor) for tensor in tensors):
         return "its adapter's tensors are no parameters, as in torch.func.functional_call"
     return None
-
-
-def _reason_in_base(base: nn.Linear) -> str | None:
-    if base.weight.requires_grad:
-        return "its base weight trains"
-    if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
-        return "its base weight is sharded or offloaded"
-    if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
-        return "its base layer has hooks of its own"
-    return None
-
-
-def _is_dora(variant: Any) -> bool:
-    return variant is DoraLinearVariant or isinstance(variant, DoraLinearVariant)
 
 
 @dataclass(frozen=True)
@@ -235,24 +215,25 @@ def _active_adapter(layer: PeftLinear) -> str:
 def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
     """The layer over an adapter's parameters, built again when PEFT has put others in their place."""
     state, operands = _state(layer), _operands(layer, adapter)
-    core = state.cores.get(adapter)
-    if core is None or not core.operands.are(operands):
-        core = _Core(_over(operands, state.dropout_mode), operands)
-        state.cores = {name: kept for name, kept in state.cores.items() if name in layer.lora_A} | {adapter: core}
-        core.layer.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
-        core.layer.family.join(core.layer)
-    if core.layer.training != layer.training:
-        core.layer.train(layer.training)
-    return core.layer
+    core, built_over = state.cores.get(adapter, (None, None))
+    if core is None or built_over is None or not built_over.are(operands):
+        core = _over(operands, state.dropout_mode)
+        remaining = {name: pair for name, pair in state.cores.items() if name in layer.lora_A}
+        state.cores = {**remaining, adapter: (core, operands)}
+        core.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
+        core.family.join(core)
+    if core.training != layer.training:
+        core.train(layer.training)
+    return core
 
 
 def _kept_layer(layer: PeftLinear) -> DoRALinear | None:
     """The layer over the active adapter as far as it stands; None where it must be built, which no graph can hold."""
     adapter = _active_adapter(layer)
-    core = _state(layer).cores.get(adapter)
-    if core is None or core.layer.training != layer.training:
+    if adapter not in _state(layer).cores:
         return None
-    return core.layer if core.operands.are(_operands(layer, adapter)) else None
+    core, built_over = _state(layer).cores[adapter]
+    return core if core.training == layer.training and built_over.are(_operands(layer, adapter)) else None
 
 
 def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -33,46 +34,36 @@ NEXT = "set model.quantisation to another kind, or null"
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantise a linear layer.
-
-    Attributes:
-        package: what pip installs for it.
-        layer: a linear layer with its weight quantised as it is loaded in a number type, on a device.
-        width: what a layer's number of inputs must be a multiple of; others stay whole.
-    """
+    """One way to quantise a linear layer."""
 
     package: str
+    """What pip installs for it."""
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
+    """A linear layer with its weight quantised as it is loaded in a number type, on a device."""
     width: int = 1
-
-
-def _bitsandbytes_layers() -> Any:
-    """Its classes, whose parameters pyright takes for modules."""
-    import bitsandbytes.nn
-
-    return bitsandbytes.nn
+    """What a layer's number of inputs must be a multiple of; others stay whole."""
 
 
 def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers = _bitsandbytes_layers()
+    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
     width, height = linear.in_features, linear.out_features
-    made: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
-    made.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=made)
-    made.bias = linear.bias
-    return made.to(device)
+    layer: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
+    layer.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=layer)
+    layer.bias = linear.bias
+    return layer.to(device)
 
 
 def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers = _bitsandbytes_layers()
+    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
     width, height = linear.in_features, linear.out_features
-    made: Any = layers.Linear8bitLt(
+    layer: Any = layers.Linear8bitLt(
         width, height, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
     )
-    made.weight = layers.Int8Params(linear.weight.data.to(dtype), requires_grad=False, has_fp16_weights=False).to(
+    layer.weight = layers.Int8Params(linear.weight.data.to(dtype), requires_grad=False, has_fp16_weights=False).to(
         device
     )
-    made.bias = linear.bias
-    return made
+    layer.bias = linear.bias
+    return layer
 
 
 @torch.no_grad()
@@ -82,9 +73,9 @@ def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
     copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")  # HQQ empties what it is given
     copy.weight, copy.bias = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False), linear.bias
     settings = BaseQuantizeConfig(nbits=HQQ_BITS, group_size=HQQ_GROUP)
-    made: Any = HQQLinear(copy, settings, compute_dtype=dtype, device=str(device))
-    made.in_features, made.out_features = linear.in_features, linear.out_features
-    return made
+    layer: Any = HQQLinear(copy, settings, compute_dtype=dtype, device=str(device))
+    layer.in_features, layer.out_features = linear.in_features, linear.out_features
+    return layer
 
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(

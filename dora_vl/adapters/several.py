@@ -21,7 +21,7 @@ from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
+from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
 from dora_vl.core.trainable import (
     adapted_layers,
     choose_trained,
@@ -71,11 +71,12 @@ class AdapterSet:
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> list[str]:
         """Loads an adapter folder under a name and makes it active; returns the adapted layers' names."""
-        self._refuse_taken(name)
+        if name in self._loaded:
+            raise UserError(f"an adapter {name!r} is loaded already; there are {list(self.names)}")
         adapter = read_adapter(folder)
         if adapter.method == "dvora":
             raise UserError(
-                f"{folder} is a DVoRA adapter, one for a model: its layers share matrices; use load_adapter"
+                f"{folder} is a DVoRA adapter, one for a model, whose layers share matrices; use load_adapter"
             )
         if adapter.experts:
             raise UserError(f"{folder} adapts experts that are one tensor, which cannot be switched; use load_adapter")
@@ -100,29 +101,32 @@ class AdapterSet:
 
         Its rank is the sum of the ranks; `merge_dora` folds it into the weights, `save_adapter` writes it.
         """
-        self._refuse_taken(name)
+        if name in self._loaded:
+            raise UserError(f"an adapter {name!r} is loaded already; there are {list(self.names)}")
         unknown = sorted(set(shares) - set(self._loaded))
         if unknown or not any(shares.values()):
             raise UserError(f"cannot combine {dict(shares)}: there are {list(self.names)}, and one must not be 0")
         loaded = {key: self._loaded[key] for key, share in shares.items() if share != 0}
         # Before anything is put into the model, because one of the layers may be refused.
-        found = {
-            layer: [
-                (shares[key], _factors(one.layers[layer], layer)) for key, one in loaded.items() if layer in one.layers
-            ]
-            for layer in sorted({layer for one in loaded.values() for layer in one.layers})
-        }
-        as_dora = any(factors.magnitude is not None for parts in found.values() for _, factors in parts)
+        factors: dict[str, list[tuple[float, Factors]]] = {}
+        for key, adapter in loaded.items():
+            for layer, module in adapter.layers.items():
+                factors.setdefault(layer, []).append((shares[key], _factors(module, layer)))
+        as_dora = any(part.magnitude is not None for parts in factors.values() for _, part in parts)
         self.switch(None)
-        for layer, parts in found.items():
+        for layer, parts in sorted(factors.items()):
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
             self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
-        values = self._combined_values(loaded, shares)
+        values: dict[str, Tensor] = {}
         trained: dict[str, tuple[str, ...]] = {}
-        for part, names in ((part, names) for one in loaded.values() for part, names in one.parts.items()):
-            trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
-        kept = tuple(dict.fromkeys(name for one in loaded.values() for name in one.kept))
+        for key, adapter in loaded.items():
+            for extra, tensor in adapter.extras.items():
+                base_value = self._base_values[extra].float()
+                values[extra] = values.get(extra, base_value) + shares[key] * (tensor - base_value)
+            for part, names in adapter.parts.items():
+                trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
+        kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.kept))
         choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
         self._set_values(values)
         self._keep(name)
@@ -153,12 +157,6 @@ class AdapterSet:
         )
         self._set_values(chosen.extras)
         self.active = name
-
-    # -- inside ----------------------------------------------------------------------------------------------
-
-    def _refuse_taken(self, name: str) -> None:
-        if name in self._loaded:
-            raise UserError(f"an adapter {name!r} is loaded already; there are {list(self.names)}")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
@@ -198,14 +196,6 @@ class AdapterSet:
         device = next(self._base_layers[layer].parameters()).device
         setattr(self.model.get_submodule(owner), leaf, module.to(device))
 
-    def _combined_values(self, loaded: Mapping[str, _Loaded], shares: Mapping[str, float]) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for extra in {extra for one in loaded.values() for extra in one.extras}:
-            base = self._base_values[extra].float()
-            changes = (shares[key] * (one.extras[extra] - base) for key, one in loaded.items() if extra in one.extras)
-            values[extra] = base + sum(changes, torch.zeros(()))
-        return values
-
 
 def _factors(layer: nn.Module, name: str) -> Factors:
     if not isinstance(layer, DoRALinear):
@@ -236,9 +226,6 @@ def _layer_of(factors: Factors, base: nn.Linear) -> DoRALinear:
     return layer
 
 
-# Many adapters of one model at once, for batches whose rows have different ones; loaded and dropped while it runs.
-
-
 @dataclass(frozen=True)
 class Layers:
     """What the layers of a model count along the first axis of their inputs, by name."""
@@ -264,6 +251,7 @@ class ReadAdapter:
 class RowAdapters:
     """The adapters of one model by name; each row of a batch names one, or none for the base.
 
+    They are loaded and dropped while it runs.
     Layers are replaced from outside, the first time that an adapter changes them. The base's tensors are never copied
     nor written to; an adapter costs its own.
     """
@@ -273,12 +261,12 @@ class RowAdapters:
         self.batch = ActiveAdapters()
         self._layers = layers
         self._plain = copy.deepcopy(model, shared_tensors(model))
-        self._held: dict[str, tuple[str, ...]] = {}
+        self._loaded: dict[str, tuple[str, ...]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that rows may name."""
-        return tuple(self._held)
+        return tuple(self._loaded)
 
     def read(self, folder: str | os.PathLike[str]) -> ReadAdapter:
         """Reads an adapter folder, ours or PEFT's, and computes its gains; the model is not touched.
@@ -294,37 +282,39 @@ class RowAdapters:
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
         """Makes a read adapter one that rows may name; between batches only. Where a layer fails, none has it."""
-        self._held[name] = tuple(adapter.layers)
+        self._loaded[name] = tuple(adapter.layers)
         try:
-            for layer, held in adapter.layers.items():
-                self._row_layer(layer).put(name, held)
+            for layer, change in adapter.layers.items():
+                self._row_layer(layer).put(name, change)
         except BaseException:
             self.drop(name)
             raise
 
     def drop(self, name: str) -> None:
         """Forgets an adapter, and puts the base's layer back where no other changes it; between batches only."""
-        for layer in self._held.pop(name):
-            held = self._row_layer(layer)
-            held.drop(name)
-            if not held.keys:
-                put_in_place(self.model, held, held.base)
-
-    # -- inside ----------------------------------------------------------------------------------------------
+        for layer_name in self._loaded.pop(name):
+            layer = self._row_layer(layer_name)
+            layer.drop(name)
+            if not layer.keys:
+                put_in_place(self.model, layer, layer.base)
 
     def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, RowChange | nn.Module]]:
         """Every layer that an adapted copy of the model does not share with it, and what stands for it."""
         whole: list[str] = []
-        known = {name for name, _ in self._plain.named_modules()}
+        in_base = {name for name, _ in self._plain.named_modules()}
         for name, module in own.named_modules():
-            if name not in known or any(name.startswith(f"{outer}.") for outer in whole):  # what DVoRA's layers share
+            if name not in in_base or any(name.startswith(f"{outer}.") for outer in whole):  # what DVoRA's layers share
                 continue
             parameter = self._own_parameter(name, module)
             if parameter is None:
                 continue
             self._refuse(source, name, module, parameter)
             whole.append(name)
-            yield name, self._change(name, module)
+            plain_bias = vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
+            if isinstance(module, ProductLayer | QuantisedLinear) and module.bias is plain_bias:
+                yield name, RowChange.of(module, module.compute_dtype())
+            else:
+                yield name, module
 
     def _own_parameter(self, name: str, module: nn.Module) -> str | None:
         """The first tensor of a module's own that the base has not; None where there is none."""
@@ -334,12 +324,6 @@ class RowAdapters:
         before = {**plain._parameters, **plain._buffers}
         now = {**module._parameters, **module._buffers}
         return next((leaf for leaf, tensor in now.items() if tensor is not before.get(leaf)), None)
-
-    def _change(self, name: str, module: nn.Module) -> RowChange | nn.Module:
-        plain_bias = vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
-        if not isinstance(module, ProductLayer | QuantisedLinear) or module.bias is not plain_bias:
-            return module
-        return RowChange.of(module, module.compute_dtype())
 
     def _refuse(self, source: Path, name: str, module: nn.Module, parameter: str) -> None:
         by_row, vision = name in self._layers.by_row, name not in self._layers.decoder
@@ -358,12 +342,12 @@ class RowAdapters:
         )
 
     def _row_layer(self, name: str) -> RowLayer:
-        found = self.model.get_submodule(name)
-        if not isinstance(found, RowLayer):
-            place: Place = "rows" if name in self._layers.by_row else "pictures"
-            base, found = found, RowLayer(found, self.batch, place)
-            put_in_place(self.model, base, found)
-        return found
+        layer = self.model.get_submodule(name)
+        if isinstance(layer, RowLayer):
+            return layer
+        row_layer = RowLayer(layer, self.batch, "rows" if name in self._layers.by_row else "pictures")
+        put_in_place(self.model, layer, row_layer)
+        return row_layer
 
 
 def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:

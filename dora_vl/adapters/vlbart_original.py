@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,27 +21,15 @@ from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 
 
-@dataclass(frozen=True)
-class OriginalDictionary:
-    """What the original's `torch.save(model.state_dict())` writes."""
-
-    tensors: dict[str, Tensor]
-    rank: int
-    alpha: float
-    """Of a LoRA: what `lora_alpha` of VL-Adapter's configuration has to be, since the file does not say it."""
-
-
 def original_dictionary(
     adapter: Adapter, base: BaseWeights, form: str, *, tasks: Sequence[str] = (), alpha: float | None = None
-) -> OriginalDictionary:
-    """The adapter on its base as one of `ORIGINAL_FORMS`, every floating-point tensor in float32.
+) -> tuple[dict[str, Tensor], int, float]:
+    """The adapter on its base as one of `ORIGINAL_FORMS`, every floating-point tensor in float32; its rank and alpha.
 
     A, B, magnitudes and weights are copied bit by bit. Only where a layer's scale is not the form's (1 for NVlabs,
-    alpha / rank for VL-Adapter) B takes the difference, rounded once.
-
-    Args:
-        tasks: VL-Adapter's `--tasks`; all have this one adapter, as with `--use_single_lora`.
-        alpha: VL-Adapter's `lora_alpha`; None: the adapter's own.
+    alpha / rank for VL-Adapter) B takes the difference, rounded once. VL-Adapter's configuration has to state the
+    alpha, since the file does not; None takes the adapter's own. All its `tasks` have this one adapter, as with
+    `--use_single_lora`.
     """
     _check_form(adapter, base, form, tasks)
     factors, is_dora = planned_factors(base, adapter), form == "nvlabs-vlbart"
@@ -66,7 +53,7 @@ def original_dictionary(
             factors_of = {f"lora_{side}s.{task}": part for task in tasks for side, part in (("A", a), ("B", b))}
             leaves = {"weight": weight, **factors_of}
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
-    return OriginalDictionary(state, rank, alpha)
+    return state, rank, alpha
 
 
 def _check_form(adapter: Adapter, base: BaseWeights, form: str, tasks: Sequence[str]) -> None:
@@ -112,13 +99,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def write_original(original: OriginalDictionary, file: Path) -> None:
+def write_original(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes the `.pth` under a temporary name and renames it."""
     refuse_to_overwrite(file)
     staging = file.with_name(f".{file.name}.writing-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(original.tensors, staging)
+        torch.save(dict(tensors), staging)
         staging.replace(file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error})") from error

@@ -160,7 +160,7 @@ class DoRAConfig(AdapterSettings):
         method: Method = "magnitude" if magnitude_alone else self.method
         if (rank, alpha, method) == (self.rank, self.alpha, self.method):
             return self
-        return replace(self, rank=rank, alpha=alpha, method=method, rank_pattern={}, init=self.init)
+        return replace(self, rank=rank, alpha=alpha, method=method, rank_pattern={})
 
     @property
     def scale(self) -> float:

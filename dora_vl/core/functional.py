@@ -96,40 +96,6 @@ def root(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
 
-def change_norms_squared(
-    lora_A: Float[Tensor, "rank in_"], lora_B: Float[Tensor, "out rank"], scale: float
-) -> Float[Tensor, " out"]:
-    """||(s B A)_i||^2 = s^2 B_i (A A^T) B_i^T of each row in float32; memory out*rank."""
-    dtype = accumulation_dtype(lora_A.dtype)
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
-    return torch.linalg.vecdot(b @ (a @ a.t()), b).clamp_min(0) * scale**2
-
-
-def norms_between(
-    weight_norms: Float[Tensor, " out"],
-    norms: Float[Tensor, " out"],
-    change_squared: Float[Tensor, " out"],
-    strength: float,
-) -> Float[Tensor, " out"]:
-    """||V_t|| of V_t = W + t s B A from ||W||, n = ||V|| and ||s B A||^2; no product of W.
-
-    V_t lies on the line through W and V, so ||V_t||^2 = (1 - t) ||W||^2 + t n^2 - t (1 - t) ||s B A||^2 (Stewart's
-    theorem). The sum is float64: its terms may cancel, and a float32 number's square has its root exactly, so that at
-    t = 0 and t = 1 these are ||W|| and n to the last bit.
-    """
-    base, whole, change = weight_norms.double().square(), norms.double().square(), change_squared.double()
-    squared = (1 - strength) * base + strength * whole - strength * (1 - strength) * change
-    return root(squared).to(norms.dtype)
-
-
-def magnitude_between(
-    base_norms: Float[Tensor, " out"], magnitude: Float[Tensor, " out"], strength: float
-) -> Float[Tensor, " out"]:
-    """m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude that was above 0 ends at 0: a row never turns round."""
-    moved = torch.lerp(base_norms, magnitude.to(base_norms.dtype), strength)
-    return torch.where(magnitude > 0, moved.clamp_min(0), moved) if strength > 1 else moved
-
-
 def dense_direction(
     weight: Float[Tensor, "rows in_"],
     lora_A: Float[Tensor, "rank in_"] | None,

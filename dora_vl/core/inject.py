@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
 from dora_vl.core.experts import AdaptedExperts, expert_projections
-from dora_vl.core.layer import AdaptedLayer, fill_from_weights, start_loftq, take_starts
+from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
 from dora_vl.core.other_layers import SCALED_EMBEDDINGS, DoRAConv1d, DoRAConv2d, DoRAEmbedding
 from dora_vl.core.quantised import (
@@ -176,7 +176,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
 
 
 def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
-    also_keep, full_modules = config.also_keep, []
+    also_keep, full_modules, pissa = config.also_keep, [], {}
     if config.method == "full":
         names = full_modules = matching((name for name, _ in model.named_modules()), config.targets, "targets")
     else:
@@ -192,7 +192,9 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         for name, layer_config in layers.items():
             _adapt(model, name, layer_config, gather)
         adapted = dict(adapted_layers(model))
-        fill_from_weights(adapted)
+        pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}
+        for name, layer in pissa.items():
+            _start_from_weight(name, layer)
         families: defaultdict[tuple[object, ...], GainFamily] = defaultdict(GainFamily)
         for layer in adapted.values():
             if isinstance(layer, ProductLayer):
@@ -207,8 +209,26 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         gather=gather,
         part_of=config.part_of,
     )
-    take_starts(dict(adapted_layers(model)))  # last, because what it takes out of the weights is not put back
+    with torch.no_grad():  # last, because what is taken out of the weights is not put back
+        for layer in pissa.values():
+            take_from_weight(layer, cast(Tensor, layer.lora_A), cast(Tensor, layer.lora_B))
+            if layer.magnitude is not None:  # the norm of what is left and what was taken
+                layer.magnitude.copy_(layer.live_norms())
     return names
+
+
+def _has_values(layer: AdaptedLayer) -> bool:
+    return layer.lora_A is not None and layer.lora_A.device.type != "meta"
+
+
+def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
+    rank, shape = layer.adapter.rank, layer.matrix_shape()
+    if rank > min(shape):
+        raise UserError(f"init: pissa: {name} has rank {rank}, above the smaller side of its weight {list(shape)}")
+    try:
+        layer.start_from(layer.dense_weight())
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?") from error
 
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
@@ -241,12 +261,20 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
 
 
 def loftq(model: nn.Module, original_weight: Callable[[str], Tensor]) -> None:
-    """Starts every A and B from what quantisation took from its layer's weight, as LoftQ does (one iteration).
+    """Starts every A and B from what quantisation took from its layer's weight, as LoftQ does.
 
-    `original_weight` gives the full-precision weight [out, in] of a layer by its full name, one at a time.
+    s B A is the best approximation of W - quantised W, and the magnitude the norm of the corrected weight. One
+    iteration (arXiv 2310.08659, algorithm 1 with T = 1), which leaves the quantised weight as it is, so the adapter
+    folder needs nothing more. `original_weight` gives the full-precision weight [out, in] of a layer by its full name.
     """
     for name, layer in adapted_layers(model):
-        start_loftq(layer, original_weight(name))
+        if layer.lora_A is None:
+            raise UserError("LoftQ starts A and B; this layer has none (method: magnitude or dvora)")
+        layer.start_from(original_weight(name).to(torch.float32) - layer.dense_weight())
+        layer.forget_norms()
+        if layer.magnitude is not None:
+            with torch.no_grad():
+                layer.magnitude.copy_(layer.live_norms())
 
 
 def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.gain import OPTIMIZER_STEPS, Snapshot, unwatch
-from dora_vl.errors import UserError
 
 
 def is_traced() -> bool:
@@ -38,57 +37,6 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
     layer.weight.copy_(layer.from_matrix(residual).to(layer.weight.dtype))
     layer.register_buffer("start_A", a.detach().clone(), persistent=False)
     layer.register_buffer("start_B", b.detach().clone(), persistent=False)
-
-
-def _pissa_factors(layers: Mapping[str, AdaptedLayer]) -> Iterator[tuple[str, AdaptedLayer, Tensor, Tensor]]:
-    for name, layer in layers.items():
-        a, b = layer.lora_A, layer.lora_B
-        if layer.adapter.init == "pissa" and a is not None and b is not None and a.device.type != "meta":
-            yield name, layer, a, b
-
-
-@torch.no_grad()
-def fill_from_weights(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Gives A and B of the `pissa` layers (by name) their start; no frozen weight changes."""
-    for name, layer, a, b in _pissa_factors(layers):
-        rank, shape = layer.adapter.rank, layer.matrix_shape()
-        if rank > min(shape):
-            raise UserError(f"init: pissa: {name} has rank {rank}, above the smaller side of its weight {list(shape)}")
-        try:
-            start_A, start_B = principal_factors(layer.dense_weight(), rank, layer.scale())
-        except torch.linalg.LinAlgError as error:
-            raise UserError(
-                f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?"
-            ) from error
-        a.copy_(start_A.view_as(a))
-        b.copy_(start_B.view_as(b))
-
-
-@torch.no_grad()
-def take_starts(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Takes the start of each `pissa` layer out of its frozen weight; the magnitude is then the norm of both."""
-    for _, layer, a, b in _pissa_factors(layers):
-        take_from_weight(layer, a, b)
-        if layer.magnitude is not None:
-            layer.magnitude.copy_(layer.live_norms())
-
-
-@torch.no_grad()
-def start_loftq(layer: AdaptedLayer, original_weight: Float[Tensor, "out in_"]) -> None:
-    """Starts A and B from what quantisation lost: s B A is the best approximation of W - quantised W (LoftQ).
-
-    One iteration, which leaves the quantised weight as it is, so the adapter folder needs nothing more. The
-    magnitude becomes the norm of the corrected weight. Source: arXiv 2310.08659, algorithm 1 with T = 1.
-    """
-    if layer.lora_A is None or layer.lora_B is None:
-        raise UserError("LoftQ starts A and B; this layer has none (method: magnitude or dvora)")
-    lost = original_weight.to(torch.float32) - layer.dense_weight()
-    start_A, start_B = principal_factors(lost, layer.adapter.rank, layer.scale())
-    layer.lora_A.copy_(start_A.view_as(layer.lora_A))
-    layer.lora_B.copy_(start_B.view_as(layer.lora_B))
-    layer.forget_norms()
-    if layer.magnitude is not None:
-        layer.magnitude.copy_(layer.live_norms())
 
 
 Self = TypeVar("Self", bound="AdaptedLayer")
@@ -136,7 +84,7 @@ class AdaptedLayer(nn.Module):
     def create_parameters(self) -> None:
         """A and B with B A = 0 as `adapter.init` says, and the magnitude: nothing changes yet.
 
-        With `pissa` A is zero until `fill_from_weights`.
+        With `pissa` A is zero until `start_from`.
         """
         if self.adapter.method != "magnitude":
             shape_A, shape_B = self.factor_shapes(self.adapter.rank)
@@ -168,6 +116,15 @@ class AdaptedLayer(nn.Module):
             changed = self.factors() is not None and self.adapter.init == "orthogonal"
             norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
             self.magnitude = nn.Parameter(norms.clone())
+
+    @torch.no_grad()
+    def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:
+        """Gives A and B the principal factors of a matrix; no frozen weight changes."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        start_A, start_B = principal_factors(matrix, self.adapter.rank, self.scale())
+        self.lora_A.copy_(start_A.view_as(self.lora_A))
+        self.lora_B.copy_(start_B.view_as(self.lora_B))
 
     # -- what a kind of layer says about itself --------------------------------------------------------------
 

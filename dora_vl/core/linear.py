@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -267,7 +266,7 @@ class GainFamily:
             alike = (layer.adapter.rank, layer.scale(), layer.weight.dtype) == settings
             return alike and not layer.merged and layer.gain_is_out_of_date() and layer.is_here(device)
 
-        self.join(caller)
+        self._members[id(caller)] = caller
         device, settings = caller.weight.device, (caller.adapter.rank, caller.scale(), caller.weight.dtype)
         if not caller.is_here(device):
             return False
@@ -299,20 +298,16 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     B A A^T is one product for all, at rank 128 four times as fast as one for each. W A^T and A A^T are taken layer by
     layer: W would have to be copied, and how the cores divide the sums of A A^T depends on the number of layers.
     """
-
-    def stacked(factors: Sequence[Tensor]) -> Tensor:
-        # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
-        stack = factors[0].new_empty(len(factors), *factors[0].shape, dtype=weights[0].dtype)
-        for row, factor in zip(stack.unbind(), factors, strict=True):
-            row.copy_(factor)
-        return stack
-
     weights = [layer.as_matrix(layer.weight) for layer in layers]
-    a, b = map(stacked, zip(*(layer.factors() or () for layer in layers), strict=True))
-    weight_on_A, gram = torch.empty_like(b), a.new_empty(len(a), a.shape[1], a.shape[1])
-    for weight, lora_A, product, square in zip(weights, a, weight_on_A, gram, strict=True):
-        torch.mm(weight, lora_A.t(), out=product)
-        torch.mm(lora_A, lora_A.t(), out=square)
+    (rows, columns), rank, count = layers[0].matrix_shape(), layers[0].adapter.rank, len(layers)
+    a, b = (weights[0].new_empty(count, *shape) for shape in ((rank, columns), (rows, rank)))
+    weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank)
+    for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
+        for stack, factor in zip((a, b), layer.factors() or (), strict=True):
+            stack[number].copy_(factor)
+        torch.mm(weight, a[number].t(), out=weight_on_A[number])
+        torch.mm(a[number], a[number].t(), out=gram[number])
     kernels = triton_kernels(b)
     norms_squared = functional.with_growth if kernels is None else kernels.norms_squared
     return norms_squared(frozen, b, weight_on_A, gram, layers[0].scale())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -44,13 +45,9 @@ class QuantisedKind:
     """Tensors that W is made of and that are neither parameters nor buffers."""
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors of a dictionary, and of those in it."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from tensors_in(entry)
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    entries = value.values() if isinstance(value, dict) else ()
+    yield from (value,) if isinstance(value, Tensor) else chain.from_iterable(map(_tensors_in, entries))
 
 
 def _four_bit_state(layer: Any) -> Any:
@@ -103,12 +100,12 @@ QUANTISED_KINDS: Mapping[str, QuantisedKind] = {
         lambda layer: torch.float32,
         _int8_weight,
         _hold_own_codes,
-        lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
+        lambda layer: _tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
     ),
     "hqq.core.quantize.HQQLinear": QuantisedKind(
         lambda layer: layer.compute_dtype,
         lambda layer: layer.dequantize(),
-        loose_tensors=lambda layer: tensors_in({**layer.meta, "bias": layer.bias}),
+        loose_tensors=lambda layer: _tensors_in({**layer.meta, "bias": layer.bias}),
     ),  # scales and zeros, which may be quantised themselves
 }
 TENSOR_SUBCLASS = QuantisedKind(lambda layer: layer.weight.dtype)
@@ -266,7 +263,7 @@ class QuantisedLinear(AdaptedLayer):
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The layer's own bias."""
+        """The layer's own."""
         return cast("Tensor | None", self.base.bias)
 
     def matrix_shape(self) -> tuple[int, int]:

@@ -65,18 +65,34 @@ class GainByStrength:
             return None
         norms, factors = layer.norms(), layer.factors()
         squared = torch.zeros_like(norms)
-        if factors is not None:
-            squared = functional.change_norms_squared(*factors, layer.scale())
+        if factors is not None:  # s^2 B_i (A A^T) B_i^T of each row: memory out*rank
+            dtype = functional.accumulation_dtype(factors[0].dtype)
+            a, b = factors[0].to(dtype), factors[1].to(dtype)
+            squared = torch.linalg.vecdot(b @ (a @ a.t()), b).clamp_min(0) * layer.scale() ** 2
         return cls(functional.root(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
 
     def norms_at(self, strength: float) -> Float[Tensor, " out"]:
-        """||V_t|| of each row."""
-        return functional.norms_between(self.base_norms, self.norms, self.change_squared, strength)
+        """||V_t|| of each row from ||W||, n = ||V|| and ||s B A||^2; no product of W.
+
+        V_t lies on the line through W and V, so ||V_t||^2 = (1 - t) ||W||^2 + t n^2 - t (1 - t) ||s B A||^2 (Stewart's
+        theorem). The sum is float64: its terms may cancel, and a float32 number's square has its root exactly, so that
+        at t = 0 and t = 1 these are ||W|| and n to the last bit.
+        """
+        base, adapted, change = (self.base_norms.double().square(), self.norms.double().square(), self.change_squared)
+        squared = (1 - strength) * base + strength * adapted - strength * (1 - strength) * change.double()
+        return functional.root(squared).to(self.norms.dtype)
 
     def at(self, strength: float) -> Float[Tensor, " out"]:
         """g_t: 1 at strength 0, m / n at 1."""
-        magnitude = functional.magnitude_between(self.base_norms, self.magnitude, strength)
-        return functional.gain(magnitude, self.norms_at(strength))
+        return functional.gain(magnitude_between(self.base_norms, self.magnitude, strength), self.norms_at(strength))
+
+
+def magnitude_between(
+    base_norms: Float[Tensor, " out"], magnitude: Float[Tensor, " out"], strength: float
+) -> Float[Tensor, " out"]:
+    """m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude that was above 0 ends at 0: a row never turns round."""
+    moved = torch.lerp(base_norms, magnitude.to(base_norms.dtype), strength)
+    return torch.where(magnitude > 0, moved.clamp_min(0), moved) if strength > 1 else moved
 
 
 @torch.no_grad()
@@ -103,7 +119,7 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
                 adapted._parameters[leaf] = _frozen(factor * strength)
         if own.magnitude is not None:
             norms = functional.root(own.weight_norms_squared())
-            adapted.magnitude = _frozen(functional.magnitude_between(norms, own.magnitude, strength))
+            adapted.magnitude = _frozen(magnitude_between(norms, own.magnitude, strength))
         if isinstance(adapted, ProductLayer):
             adapted.family = None  # that of the layers which the model has
         adapted.forget_norms()

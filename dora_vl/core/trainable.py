@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dora_vl.core.config import MAIN_PART
 from dora_vl.core.functional import accumulation_dtype
@@ -28,13 +27,7 @@ Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
-FACTORS = (
-    ("A", "lora_A"),
-    ("B", "lora_B"),
-    ("d", "lambda_d"),
-    ("b", "lambda_b"),
-    ("magnitude", "magnitude"),
-)
+FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}
 """What a trained part of adapted layers is called behind the part's name, `dora.A` -> the layers' own name of its
 tensor; `d` and `b` are DVoRA's vectors."""
 
@@ -108,9 +101,9 @@ def choose_trained(
     """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train."""
     model.requires_grad_(False)
     # By part and factor: `dora.A`, `dora.B`, ... before `vision.A`.
-    by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor, _ in FACTORS}
+    by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor in FACTORS}
     for layer, module in adapted_layers(model):
-        for factor, leaf in FACTORS:
+        for factor, leaf in FACTORS.items():
             if module._parameters.get(leaf) is not None:
                 by_part.setdefault(f"{part_of(layer)}.{factor}", []).append(f"{layer}.{leaf}")
     adapting = frozenset(by_part)
@@ -118,7 +111,7 @@ def choose_trained(
     by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
     if full and not by_part["full"]:
         raise UserError(f"targets match {sorted(full)[:3]}, which hold no parameters; name modules with weights")
-    adapter_tensors = {f"{layer}.{leaf}" for layer, _ in adapted_layers(model) for _, leaf in FACTORS}
+    adapter_tensors = {f"{layer}.{leaf}" for layer, _ in adapted_layers(model) for leaf in FACTORS.values()}
     candidates = [name for name, _ in model.named_parameters() if name not in adapter_tensors]
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
@@ -238,15 +231,7 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
 
 
 _BEFORE = "_dora_vl_before_float32"
-"""Attribute of a module that `_train_in_float32` changed: its `_Before`."""
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What undoing takes: the dtypes that a module's parameters had, by their names in it, and the hooks that cast."""
-
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+"""Attribute of a module that `_train_in_float32` changed: its parameters' dtypes of before, and the hooks that cast."""
 
 
 def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:
@@ -272,18 +257,18 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
         trained |= tied
     halves = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
     for module, half in halves.items():
-        before: _Before = vars(module).setdefault(_BEFORE, _Before())
+        dtypes, hooks = vars(module).setdefault(_BEFORE, ({}, []))
         for leaf in leaves[module]:
             parameter = module.get_parameter(leaf)
             wide = accumulation_dtype(parameter.dtype)
             if parameter.dtype != wide:
-                before.dtypes[leaf] = parameter.dtype
+                dtypes[leaf] = parameter.dtype
                 _replace(model, parameter, wide, gather)
         if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
             continue
         if next(module.children(), None) is None:
-            before.hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
-        before.hooks.append(module.register_forward_hook(partial(_leave, dtype=half)))
+            hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(_leave, dtype=half)))
 
 
 def train_in_own_dtype(model: nn.Module) -> None:
@@ -295,10 +280,10 @@ def train_in_own_dtype(model: nn.Module) -> None:
         own = dict(module.named_parameters(recurse=False))
         if any(parameter.numel() == 0 for parameter in own.values()):
             continue
-        before: _Before = vars(module).pop(_BEFORE, _Before())
-        for leaf, half in before.dtypes.items():
+        dtypes, hooks = vars(module).pop(_BEFORE, ({}, []))
+        for leaf, half in dtypes.items():
             _replace(model, own[leaf], half, no_gather)
-        for hook in before.hooks:
+        for hook in hooks:
             hook.remove()
 
 

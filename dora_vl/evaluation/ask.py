@@ -66,7 +66,6 @@ class MediaReader:
     """Reads what questions show; it may be sent to data workers.
 
     Attributes:
-        folder: root of the pictures.
         videos: which frames of a video, and from which root.
         features: a picture's stored features by its path; None opens the picture.
         stored: pictures that a data file holds itself.
@@ -103,22 +102,13 @@ class MediaReader:
 
 
 def media_reader(folder: Path | MediaFolder, *, frames: int, one_length: bool = False) -> MediaReader:
-    """Reads pictures and so many frames of a video below one folder.
-
-    Args:
-        one_length: shorter videos show some of their frames again.
-    """
+    """Reads pictures and so many frames of a video below one folder."""
     videos = VideoReading(folder=folder, sampling=Uniform(frames), frames=frames if one_length else None)
     return MediaReader(folder=folder, videos=videos)
 
 
 def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting: str) -> None:
-    """Refuses a picture folder that is none, or holds not one of the pictures; before any model is loaded.
-
-    Args:
-        of: what the pictures belong to, for the message.
-        setting: what names the folder, for the message.
-    """
+    """Refuses a picture folder that is none, or holds not one of the pictures; before any model is loaded."""
     if not folder.is_dir():
         raise UserError(f"picture folder {folder} does not exist; set {setting}")
     names = list(dict.fromkeys(images))
@@ -134,8 +124,6 @@ class Decoding:
     """How questions are answered.
 
     Attributes:
-        batch_size: questions at once.
-        max_new_tokens: longest answer.
         workers: processes that read pictures ahead; 0 reads them in this one.
         by: what the model says, or of the question's choices the likeliest letter, or of the outputs that its last
             line admits the likeliest one.

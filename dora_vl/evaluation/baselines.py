@@ -12,7 +12,7 @@ from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
-from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
@@ -35,72 +35,6 @@ class Exchange:
     answers: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A headline's value with its interval, None where it is no formula, over `n` items."""
-
-    value: float
-    interval_95: tuple[float, float] | None
-    n: int
-
-    def __str__(self) -> str:
-        interval = self.interval_95 and " (95 % interval {:.2f} to {:.2f})".format(*self.interval_95)
-        return f"{self.value:.2f} of {self.n:,}{interval or ''}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baselines:
-    """What a score's headline is compared with, each None where it cannot be.
-
-    Attributes:
-        own: the model's value on the questions of `exchanged`, with their own pictures.
-        difference: `own` minus `exchanged`, paired question by question.
-        shows: whether the test shows any pictures, and the model was to be asked about others.
-    """
-
-    metric: str
-    commonest: Baseline | None
-    exchanged: Baseline | None = None
-    own: float | None = None
-    difference: Difference | None = None
-    shows: bool = False
-
-    @property
-    def warning(self) -> str | None:
-        """What to say where exchanged pictures leave the score where it was, as far as chance goes."""
-        apart = self.difference
-        if self.exchanged is None or apart is None or not apart.low <= 0 <= apart.high:
-            return None
-        return (
-            f"the answers do not depend on the pictures, as far as {self.exchanged.n} questions tell: {self.metric} "
-            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
-            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
-            "adapter.train_projector: true), more pictures, more epochs"
-        )
-
-    def entry(self) -> dict[str, Any]:
-        """What `metrics.json` holds, in the metric's own unit: percent, of an accuracy."""
-        entry: dict[str, Any] = {"metric": self.metric}
-        if self.commonest is not None:
-            entry[COMMONEST] = {**asdict(self.commonest), "how": HOW[COMMONEST]}
-        if self.exchanged is not None:
-            apart = None if self.difference is None else asdict(self.difference)
-            with_own = {"with_their_own": self.own, "difference": apart}
-            entry[EXCHANGED] = {**asdict(self.exchanged), **with_own, "how": HOW[EXCHANGED]}
-        return entry | ({} if self.warning is None else {WARNING: self.warning})
-
-    def lines(self) -> list[str]:
-        """What to print, the warning last."""
-        lines: list[str | None] = []
-        if self.commonest is not None:
-            lines.append(f"{self.metric} of each question's commonest answer {self.commonest}")
-        if self.exchanged is not None:
-            lines.append(f"with pictures exchanged {self.exchanged}; of the same with their own {self.own:.2f}")
-        elif self.shows:
-            lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
-        return [line for line in (*lines, self.warning) if line is not None]
-
-
 def compared(
     scored: Scored,
     examples: Sequence[Example],
@@ -109,42 +43,54 @@ def compared(
     *,
     says: Callable[[Example], str],
     exchange: Exchange | None,
-) -> Baselines:
-    """The baselines of a model's score.
+) -> tuple[dict[str, Any], list[str]]:
+    """What `metrics.json` holds of a model's score beside its baselines, and the lines to print, the warning last.
+
+    A baseline is left out where there is none; its values are in the metric's own unit: percent, of an accuracy.
 
     Args:
-        scored: the model's.
-        examples: those that the score is over.
-        answers: the model's, to these.
-        score: the test's scorer.
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
     """
     metric = next(iter(scored.metrics))
-    commonest = commonest_answers(examples, says)
-    found = Baselines(
-        metric=metric,
-        commonest=_baseline(score(examples, commonest), metric) if commonest else None,
-        shows=exchange is not None and any(map(_shows, examples)),
-    )
+    entry: dict[str, Any] = {"metric": metric}
+    lines: list[str] = []
+    if commonest := commonest_answers(examples, says):
+        baseline, text = _baseline(score(examples, commonest), metric)
+        entry[COMMONEST] = {**baseline, "how": HOW[COMMONEST]}
+        lines.append(f"{metric} of each question's commonest answer {text}")
+    if exchange is not None and not exchange.examples and any(map(_shows, examples)):
+        lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
     if exchange is None or not exchange.examples:
-        return found
+        return entry, lines
     by_id = {example.id: example for example in examples}
-    sample = [by_id[one.id] for one in exchange.examples]
+    sample = [by_id[example.id] for example in exchange.examples]
     own, others = (
-        score(sample, {one.id: said[one.id] for one in sample if one.id in said})
-        for said in (answers, exchange.answers)
+        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
+        for texts in (answers, exchange.answers)
     )
-    return replace(
-        found,
-        exchanged=_baseline(others, metric),
-        own=own.metrics[metric],
-        difference=paired_differences(own, others).get(metric),
-    )
+    apart = paired_differences(own, others).get(metric)
+    baseline, text = _baseline(others, metric)
+    difference = None if apart is None else asdict(apart)
+    with_own = {"with_their_own": own.metrics[metric], "difference": difference}
+    entry[EXCHANGED] = {**baseline, **with_own, "how": HOW[EXCHANGED]}
+    lines.append(f"with pictures exchanged {text}; of the same with their own {own.metrics[metric]:.2f}")
+    if apart is not None and apart.low <= 0 <= apart.high:  # the score stays where it was, as far as chance goes
+        entry[WARNING] = (
+            f"the answers do not depend on the pictures, as far as {others.n} questions tell: {metric} "
+            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
+            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
+            "adapter.train_projector: true), more pictures, more epochs"
+        )
+        lines.append(entry[WARNING])
+    return entry, lines
 
 
-def _baseline(scored: Scored, metric: str) -> Baseline:
-    return Baseline(value=scored.metrics[metric], interval_95=intervals(scored).get(metric), n=scored.n)
+def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
+    """A baseline's value with its interval, None where it is no formula; and as text."""
+    value, limits = scored.metrics[metric], intervals(scored).get(metric)
+    text = "" if limits is None else f" (95 % interval {limits[0]:.2f} to {limits[1]:.2f})"
+    return {"value": value, "interval_95": limits, "n": scored.n}, f"{value:.2f} of {scored.n:,}{text}"
 
 
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
@@ -201,7 +147,7 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
 
 def digest(examples: Sequence[Example]) -> str:
     """Tells one exchanged sample from another."""
-    pairs = [(one.id, one.images, [repr(clip) for clip in one.videos]) for one in examples]
+    pairs = [(example.id, example.images, [repr(clip) for clip in example.videos]) for example in examples]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 

@@ -84,8 +84,6 @@ class Check:
     Attributes:
         questions: of a VL-BART as its tasks have them.
         file: where they come from.
-        images: root of their pictures.
-        frames: of each video that are shown.
         task: a VL-BART's that they belong to; "" where nothing says it.
     """
 
@@ -182,7 +180,9 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
                 f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
                 "computed (data_prep.features did not make them); leave it out"
             )
-    elif any(one.images or one.videos for one in check.questions) and not sees_pictures(source.place, source.revision):
+    elif not sees_pictures(source.place, source.revision) and any(
+        question.images or question.videos for question in check.questions
+    ):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
     own = source.dtype if source.recipe.get("quantisation") else "float32"
     return replace(source, dtype=check.dtype or own)
@@ -211,8 +211,6 @@ def checked(
     """Asks, writes the certificate into the folder, and yields the lines to print; one model is in memory at a time.
 
     Args:
-        name: of the other model in the certificate.
-        find: gives the other model.
         about: what the certificate says was compared.
 
     Raises:
@@ -235,9 +233,9 @@ def checked(
     different = sum(answer[REFERENCE] != answer[name]["answer"] for answer in answers)
     summary = {
         "different_answers": different,
-        "tokens": sum(one["tokens"] for one in compared),
-        "agreeing_tokens": sum(one["agreeing"] for one in compared),
-        "largest_logit_difference": max(one["largest_difference"] for one in compared),
+        "tokens": sum(comparison["tokens"] for comparison in compared),
+        "agreeing_tokens": sum(comparison["agreeing"] for comparison in compared),
+        "largest_logit_difference": max(comparison["largest_difference"] for comparison in compared),
     }
     passed = different <= check.most_different * n
     about = {

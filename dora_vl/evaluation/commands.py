@@ -18,12 +18,7 @@ from dora_vl.evaluation.baselines import Exchange, digest, exchanged
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.finish import finish
 from dora_vl.evaluation.predictions import METRICS, Predictions, file_sha256, read_rows, refuse_anothers
-from dora_vl.evaluation.questions import (
-    EvaluationSet,
-    as_question,
-    read_set,
-    with_middle_frame,
-)
+from dora_vl.evaluation.questions import EvaluationSet, as_question, read_set, with_middle_frame
 from dora_vl.evaluation.scores.benchmark import join
 
 if TYPE_CHECKING:
@@ -108,9 +103,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")
         to = options.to or options.adapter.parent / "evaluation"
         refuse_anothers(to / METRICS)
-        for one in sets:
-            images = (path for example in one.examples for path in example.images)
-            check_pictures(images, options.images, of=one.name, setting="--images")
+        for dataset in sets:
+            images = (path for example in dataset.examples for path in example.images)
+            check_pictures(images, options.images, of=dataset.name, setting="--images")
         predictions, exchanges = _ask(
             sets, options.adapter, options.model, options, to, exchange=not options.no_exchange
         )
@@ -152,20 +147,24 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
         read_set(request, options.records, mode=modes.get(name), limit=options.limit)
         for request, name in zip(requests, names, strict=True)
     ]
-    if options.answer_by == "likelihood" and (without := [one.name for one in sets if not one.benchmark.chooses]):
+    if options.answer_by == "likelihood" and (
+        without := [dataset.name for dataset in sets if not dataset.benchmark.chooses]
+    ):
         raise UserError(
             f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
         )
     return sets
 
 
-def _from_file(path: Path, one: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
+def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
     """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
-    whole = one if options.limit is None else read_set(one.request, options.records, mode=None, limit=None)
-    joined = join(one.benchmark, whole.examples, read_rows(path), path=path, questions=one.file)
-    known = {*joined.strangers, *({example.id for example in one.examples} - one.unreadable.keys())}
+    whole = dataset if options.limit is None else read_set(dataset.request, options.records, mode=None, limit=None)
+    joined = join(dataset.benchmark, whole.examples, read_rows(path), path=path, questions=dataset.file)
+    known = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
     rows = [row for row in joined.rows if row.id in known]
-    return {one.name: replace(joined, rows=rows, failed=one.unreadable, sha256={"predictions": file_sha256(path)})}
+    return {
+        dataset.name: replace(joined, rows=rows, failed=dataset.unreadable, sha256={"predictions": file_sha256(path)})
+    }
 
 
 def _ask(
@@ -184,7 +183,10 @@ def _ask(
 
     about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
     source = find_source(Wanted(adapter=adapter, model=model, template=options.template, **about_adapter))
-    shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
+    shows = next(
+        (dataset.name for dataset in sets if any(example.images or example.videos for example in dataset.examples)),
+        None,
+    )
     if source.kind != VLBART and not sees_pictures(source.place, source.revision) and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {adapter or source.place} is a language model, which takes "
@@ -198,21 +200,21 @@ def _ask(
     ask_set = partial(_ask_set, open_model(source).adapted, options=options, pictures=pictures)
     predictions: dict[str, Predictions] = {}
     exchanges: dict[str, Exchange] = {}
-    for one in sets:
-        examples = [example for example in one.examples if example.id not in one.unreadable]
-        mine = ask_set(one, examples, to / one.name, made_with)
-        predictions[one.name] = replace(mine, failed={**one.unreadable, **mine.failed}, sha256=sha256)
-        if exchange and one.scorer is not None:
-            sample = exchanged(one.scored, mine.answers, together=one.benchmark.together)
-            folder, extra = to / one.name / "exchanged", {**made_with, "exchanged": digest(sample)}
-            others = ask_set(one, sample, folder, extra) if sample else Predictions()
-            exchanges[one.name] = Exchange(examples=sample, answers=others.answers)
+    for dataset in sets:
+        examples = [example for example in dataset.examples if example.id not in dataset.unreadable]
+        mine = ask_set(dataset, examples, to / dataset.name, made_with)
+        predictions[dataset.name] = replace(mine, failed={**dataset.unreadable, **mine.failed}, sha256=sha256)
+        if exchange and dataset.scorer is not None:
+            sample = exchanged(dataset.scored, mine.answers, together=dataset.benchmark.together)
+            folder, extra = to / dataset.name / "exchanged", {**made_with, "exchanged": digest(sample)}
+            others = ask_set(dataset, sample, folder, extra) if sample else Predictions()
+            exchanges[dataset.name] = Exchange(examples=sample, answers=others.answers)
     return predictions, exchanges
 
 
 def _ask_set(
     model: Asker,
-    one: EvaluationSet,
+    dataset: EvaluationSet,
     examples: Sequence[Example],
     folder: Path,
     depends_on: Mapping[str, object],
@@ -223,19 +225,19 @@ def _ask_set(
     """Examples of a benchmark put to a model: to a VL-BART as the task that it was trained on, else by the prompt."""
     from dora_vl.evaluation.ask import Assistant, Decoding, ask_together, media_reader
 
-    benchmark = one.benchmark
+    benchmark = dataset.benchmark
     frames, by_likelihood = options.frames or benchmark.frames, options.answer_by == "likelihood"
     decoding = Decoding(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
         workers=options.workers,
         by="letters" if by_likelihood else "generation",
-        task=TASKS.get(one.name, one.name),
+        task=TASKS.get(dataset.name, dataset.name),
         letters=not benchmark.labels_choices,
     )
     settings: dict[str, object] = {
         **depends_on,
-        "questions_sha256": file_sha256(one.file),
+        "questions_sha256": file_sha256(dataset.file),
         "images": str(options.images.resolve()),
         "max_new_tokens": decoding.max_new_tokens,
     }
@@ -258,7 +260,7 @@ def _ask_set(
         "images": str(options.images),
         "max_new_tokens": decoding.max_new_tokens,
         "batch_size": options.batch_size,
-        **({"frames": frames} if any(example.videos for example in one.examples) else {}),
+        **({"frames": frames} if any(example.videos for example in dataset.examples) else {}),
         **({"answer_by": options.answer_by} if by_likelihood else {}),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }

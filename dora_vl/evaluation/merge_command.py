@@ -93,7 +93,6 @@ class Plan:
     Attributes:
         adapters: as they were given.
         adapter: the one that is merged: the given one, or their combination.
-        base: the base's folder.
         open_base: gives the values that are merged into.
     """
 
@@ -213,7 +212,7 @@ def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
     ids = plain[torch.randint(len(plain), (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))]
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with BaseWeights(folder) as stored:
-        dtypes = {DTYPES[one.dtype] for one in stored.tensors.values() if DTYPES[one.dtype].is_floating_point}
+        dtypes = {DTYPES[tensor.dtype] for tensor in stored.tensors.values() if DTYPES[tensor.dtype].is_floating_point}
     try:
         logits = model(input_ids=ids, **both).logits
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:

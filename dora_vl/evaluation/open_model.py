@@ -49,11 +49,9 @@ class Wanted:
     """Which model is to be opened: an adapter on its base, or a model by itself.
 
     Attributes:
-        adapter: the folder that training or PEFT wrote.
         model: a model's folder or hub id, to be asked without an adapter.
         base: where the adapter's base is now; None looks where the adapter says.
         any_base: accepts a base with other content than the one trained on.
-        with_base: also opens the model without the adapter; it shares all weights that the adapter leaves alone.
         template: the prompt format of a LLaVA-1.5 or a language model of which nothing says it.
         strength: how much of the adapter is applied: 0 nothing, 1 all, beyond it more of the same.
     """
@@ -99,7 +97,6 @@ class ModelSource:
         kind: of the backbone, as `run.adapting` and `recipe.json` call it.
         place: folder or hub id of the base, or of the model itself.
         recipe: the adapter's; empty where no training run of ours wrote one.
-        dtype: of the weights.
         attention: as the adapter was trained with it; None: transformers' choice.
     """
 
@@ -428,7 +425,7 @@ def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
     """The tower's and the projector's tensors by the model's own names."""
     import gguf
 
-    keys = {one.name: base.hub_keys.get(one.key, one.key) for one in base.tensors.values()}
+    keys = {tensor.name: base.hub_keys.get(tensor.key, tensor.key) for tensor in base.tensors.values()}
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     found: dict[str, Tensor] = {}
     for name, own in vision_names(keys, config).items():

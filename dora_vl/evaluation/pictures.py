@@ -61,12 +61,7 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
-    """Draws training loss (each logged step faint, its geometric average on top), validation loss and learning rate.
-
-    Args:
-        entries: the lines of the run's `log.jsonl`.
-        to: the PNG file.
-    """
+    """Draws training loss (each logged step faint, its geometric average on top), validation loss and learning rate."""
     steps, losses = series(entries, "loss")
     if not steps:
         raise UserError(f"the training log holds no loss at any step, so there is no curve for {to}")
@@ -133,8 +128,6 @@ def write_contact_sheet(
 
     Args:
         open_picture: the picture at a prediction's relative path; its first picture is drawn.
-        to: the PNG file.
-        title: the line on top.
         shares: how right each answer is, from 0 to 1, by the prediction's id, as the test's score has it; half is
             right, and one that is not in it has neither colour.
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.

@@ -33,9 +33,7 @@ class Prediction:
     Attributes:
         images: paths relative to the picture folder.
         question: the text of the last question, without placeholders; of another tool's file its prompt.
-        truth: the answer in the question file.
         prediction: the model's answer; without an error empty only where it ended its answer at once.
-        kind: the question's kind, where the file has one.
         error: why there is no answer, "" where there is one; in no file.
         cut_tokens: how many the text lost; in no file.
         ids: of another tool's file, everything in the row that names a question or its picture, by field.
@@ -60,9 +58,6 @@ class Predictions:
 
     Attributes:
         rows: the answered ones, in the questions' order.
-        failed: the reason for each question that could not be asked, by id.
-        answered_before: how many an earlier run had answered.
-        seconds: how long it took.
         sha256: of what gave the answers: adapter and base, or a file.
         options: that they were made with; empty for a file.
         joined_by: what a file's rows and the questions had in common; "" for a model's own answers.

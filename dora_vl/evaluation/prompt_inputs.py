@@ -26,7 +26,6 @@ class Shown:
     """What one prompt shows.
 
     Attributes:
-        pictures: RGB, in the order of the prompt's `<image>`.
         features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
         videos: frames with their times, in the order of the prompt's `<video>`.
     """

@@ -33,10 +33,7 @@ class Question:
     Attributes:
         images: paths relative to the picture folder.
         turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
-        truth: the answer to the last question.
         answer: the part of it that is scored, where the row says it; else empty.
-        kind: the record's `kind`, if it has one; scores are also given by kind.
-        videos: in the order of their `<video>` in `turns`.
         example: what the question was made of, with its choices.
     """
 
@@ -230,9 +227,6 @@ def with_choices(example: Example, suffix: str) -> Example:
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
     answer's letter names, or whose text it is. Without choices the example stays as it is.
-
-    Args:
-        suffix: what LLaVA's script puts behind the question.
     """
     asked, text = example.turns[-1], example.turns[-1].text
     choices = _choices(text)
@@ -268,7 +262,6 @@ class EvaluationSet:
     """A benchmark's examples and how they are scored.
 
     Attributes:
-        request: what was asked for on the command line.
         unreadable: the reason for each record that cannot be asked, by id; it counts as wrong.
         not_scored: the reason for each that is asked but in no score, by id: its right answer is not there.
     """
@@ -365,7 +358,7 @@ def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> P
     folder = records / name
     there = sorted(path.stem for path in folder.glob("*.jsonl"))
     names = (split,) if split else benchmark.splits
-    matching = [one for one in names if one in there]
+    matching = [name for name in names if name in there]
     if not matching and not split and len(there) == 1:
         matching = there
     if not matching:

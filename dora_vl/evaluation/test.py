@@ -26,25 +26,10 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import (
-    Asker,
-    Assistant,
-    Decoding,
-    MediaReader,
-    ask,
-    check_pictures,
-    media_reader,
-)
-from dora_vl.evaluation.baselines import Baselines, Exchange, compared, digest, exchanged, right_text
+from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, ask, check_pictures, media_reader
+from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predictions import (
-    BY_SCORING,
-    BY_TASK,
-    PREDICTIONS,
-    Prediction,
-    Predictions,
-    file_sha256,
-)
+from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
@@ -90,8 +75,6 @@ def evaluate_run(
 
     Args:
         run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
-        media: reads the questions' pictures and videos; the contact sheet draws from its folder.
-        columns: what the columns of `evaluation.file` are.
         numbers: more entries for `metrics.json`, such as `train_seconds`.
 
     Returns:
@@ -147,12 +130,12 @@ def evaluate_run(
     exchange = None
     if evaluation.exchange_pictures:
         sample, by_id = exchanged(examples, predictions.answers), {question.id: question for question in questions}
-        others = [replace(by_id[one.id], images=one.images, videos=one.videos) for one in sample]
+        others = [replace(by_id[example.id], images=example.images, videos=example.videos) for example in sample]
         again = {**settings, "exchanged": digest(sample)}
         path = run_folder / EXCHANGED
         answers = ask(model, others, media, decoding, path=path, settings=again).answers if sample else {}
         exchange = Exchange(examples=sample, answers=answers)
-    baselines = compared(
+    metrics["baselines"], lines = compared(
         scored,
         examples,
         predictions.answers,
@@ -160,7 +143,8 @@ def evaluate_run(
         says=lambda example: final_answer(right_text(example), after) or "",
         exchange=exchange,
     )
-    metrics["baselines"] = _told(baselines)
+    for line in lines:
+        log.info("%s", line)
     write_json(run_folder / METRICS, metrics)
     return metrics
 
@@ -171,12 +155,6 @@ def adapter_sha256(run_folder: Path) -> str:
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
     return file_sha256(weights)
-
-
-def _told(baselines: Baselines, prefix: str = "") -> dict[str, Any]:
-    for line in baselines.lines():
-        log.info("%s%s", prefix, line)
-    return baselines.entry()
 
 
 def run_test(
@@ -306,8 +284,12 @@ def evaluate_subtasks(
         if evaluation.exchange_pictures:
             sample = exchanged(examples, predictions.answers)
             exchange = Exchange(examples=sample, answers=ask_task([*map(as_question, sample)]).answers)
-        baselines = compared(scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange)
-        tasks[subtask.name]["baselines"] = _told(baselines, f"{subtask.name}: ")
+        baselines, lines = compared(
+            scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange
+        )
+        tasks[subtask.name]["baselines"] = baselines
+        for line in lines:
+            log.info("%s: %s", subtask.name, line)
     write_json(run_folder / METRICS, metrics)
     return metrics
 
@@ -368,7 +350,8 @@ def evaluate_commonsense(
     """
     questions, unreadable = read_sets(evaluation)
     examples = [
-        Example(id=one.id, answers=(Answer(text=one.answer),), extra={"task": str(one.kind)}) for one in questions
+        Example(id=question.id, answers=(Answer(text=question.answer),), extra={"task": str(question.kind)})
+        for question in questions
     ]
     backbone.eval()
     model = Assistant(backbone, EncoderPrompts(encoder))
@@ -478,7 +461,12 @@ def draw_tasks(
             titles.append(f"{task}: {name} {value:.1f} of {scored.n:,}")
         if scored is not None and ACCURACY in scored.metrics:
             shares |= {f"{task}/{name}": share for name, share in scored.per_item.items()}
-    clips = {one.video.path: one.video for _, examples, _, _ in tasks for one in examples if one.video is not None}
+    clips = {
+        example.video.path: example.video
+        for _, examples, _, _ in tasks
+        for example in examples
+        if example.video is not None
+    }
     title = "\n".join(textwrap.wrap(", ".join(titles), TITLE_CHARACTERS, max_lines=2))
     media = media_reader(Path(image_folder or "."), frames=1)
 

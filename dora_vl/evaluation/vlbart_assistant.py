@@ -48,7 +48,6 @@ class VlBartAssistant:
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
     Attributes:
-        subtasks: those it was trained for, in the recipe's order.
         stored: the features of what questions show; None computes them.
         features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         feature_tokens: tokens of one picture, or of a whole video.
@@ -192,7 +191,9 @@ class VlBartAssistant:
                 scores = head(self.backbone.first_hidden(ids, mask, features))
                 return with_numbers(head.chosen(scores), scores)
             if subtask.answer_by == "choice":
-                labels = self._labels([f"a{index}" for index in range(max(len(one.choices) for one in examples))])
+                labels = self._labels(
+                    [f"a{index}" for index in range(max(len(example.choices) for example in examples))]
+                )
                 scores = self.backbone.likelihoods(ids, mask, features, labels)
                 for row, example in enumerate(examples):
                     scores[row, len(example.choices) :] = float("-inf")
@@ -242,7 +243,7 @@ class VlBartAssistant:
 
         One that learnt words, not labels, needs no choices.
         """
-        named = next((one for one in self.subtasks if one.name == task), None)
+        named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named
         wanted = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
@@ -250,8 +251,8 @@ class VlBartAssistant:
             if wanted in _ways_to_ask(subtask):
                 by_text = wanted == FREE and subtask.answer_by == "words"
                 return replace(subtask, answer_by="text") if by_text else subtask
-        known = ", ".join(one.name for one in self.subtasks)
-        possible = dict.fromkeys(way for one in self.subtasks for way in _ways_to_ask(one))
+        known = ", ".join(subtask.name for subtask in self.subtasks)
+        possible = dict.fromkeys(way for subtask in self.subtasks for way in _ways_to_ask(subtask))
         raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
 
     def _features_of(self, subtask: Subtask) -> FeatureEncoder:

@@ -17,13 +17,7 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.data.samples import Examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import (
-    Asker,
-    Assistant,
-    Decoding,
-    MediaReader,
-    media_reader,
-)
+from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, media_reader
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
@@ -158,21 +152,23 @@ def _watch(
     def ask_now() -> Mapping[str, str]:
         answers: dict[str, str] = {}
         for model, several, decoding in parts:
+            by_id = {question.id: question.example for question in several}
             for rows in model.predict(several, reader, decoding) if several else ():
-                answers |= {row.id: row.prediction for row in rows if not row.error}
-        return {one.id: in_words(one.example, answers[one.id]) for one in questions if one.id in answers}
+                answers |= {row.id: in_words(by_id[row.id], row.prediction) for row in rows if not row.error}
+        return answers
 
     missing = "evaluation.image_folder names no folder of pictures"
     watched = [
         WatchedQuestion(
-            id=one.id,
-            question=one.text or "(describe it)",
-            truth=one.truth,
-            why_no_picture=missing if media is None and one.id in shows else "",
+            id=question.id,
+            question=question.text or "(describe it)",
+            truth=question.truth,
+            why_no_picture=missing if media is None and question.id in shows else "",
         )
-        for one in questions
+        for question in questions
     ]
-    pictures = {} if media is None else {one.id: partial(media.picture, one) for one in questions if one.id in shows}
+    shown = [] if media is None else [question for question in questions if question.id in shows]
+    pictures = {question.id: partial(reader.picture, question) for question in shown}
     return Watch(questions=tuple(watched), pictures=pictures, ask=ask_now, source=source) if questions else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class SetAnswers:
-    """The answers to one set.
-
-    Attributes:
-        scored: None where it cannot be scored again here; `note` says why.
-        pictures: root of the pictures; None: nothing names it.
-    """
+    """The answers to one set; `note` says why it cannot be `scored` again, `pictures` is their root, if known."""
 
     name: str
     items: tuple[Item, ...]
@@ -87,32 +83,31 @@ def set_name(file: object) -> str:
 
 def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     """Short answers compared with the right one; questions that could not be asked count as wrong."""
-    predictions = read_predictions(run.folder / PREDICTIONS)
+    rows = read_predictions(run.folder / PREDICTIONS)
     after = evaluation.get("answer_after")
     failed = run.metrics.get("failed_questions")
-    unasked = [name for name in failed if name not in predictions] if isinstance(failed, Mapping) else []
+    unasked = [name for name in failed if name not in rows] if isinstance(failed, Mapping) else []
     examples = [
         Example(
-            id=one.id,
-            images=tuple(one.images),
-            answers=(Answer(text=one.truth),),
-            extra={} if one.kind is None else {"kind": one.kind},
+            id=row.id,
+            images=tuple(row.images),
+            answers=(Answer(text=row.truth),),
+            extra={} if row.kind is None else {"kind": row.kind},
         )
-        for one in predictions.values()
+        for row in rows.values()
     ]
     examples += [Example(id=name, answers=(Answer(text=""),)) for name in unasked]
-    answers = {name: one.prediction for name, one in predictions.items()}
+    answers = {name: row.prediction for name, row in rows.items()}
     scored = exact_match_score(examples, answers, answer_after=after) if examples else None
     shares = {} if scored is None else scored.per_item
     folder = evaluation.get("image_folder") or run.section("data").get("image_folder")
+    items = [
+        _item(row, final_answer(row.truth, after) or "", final_answer(row.prediction, after) or "", shares.get(row.id))
+        for row in rows.values()
+    ]
     return SetAnswers(
         name=set_name(evaluation.get("file")),
-        items=tuple(
-            _item(
-                one, final_answer(one.truth, after) or "", final_answer(one.prediction, after) or "", shares.get(one.id)
-            )
-            for one in predictions.values()
-        ),
+        items=tuple(items),
         scored=scored,
         pictures=None if folder is None else run.path(folder),
     )
@@ -140,65 +135,59 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
     from dora_vl.evaluation import vlbart_tasks
 
     subtasks = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
-    found: list[SetAnswers] = []
+    sets: list[SetAnswers] = []
     trouble: list[str] = [] if evaluation["files"] else [f"{run.label}: its settings name no evaluation.files."]
-    for task, path in evaluation["files"].items():
+    for task, records in evaluation["files"].items():
         try:
-            path = run.folder / BY_TASK / f"{task}.jsonl"
-            rows = read_predictions(path)
+            rows = read_predictions(run.folder / BY_TASK / f"{task}.jsonl")
             answers = {name: row.prediction for name, row in rows.items()}
-            examples = list(ExampleFile(run.path(path), limit=evaluation.get("limit")))
+            examples = list(ExampleFile(run.path(records), limit=evaluation.get("limit")))
             scored = subtasks[task].score(examples, answers) if has_truth(examples) else None
         except (UserError, ImportError, KeyError) as error:
             trouble.append(f"{run.label}: the answers to {task} cannot be shown: {error}")
             continue
         shares = {} if scored is None else scored.per_item
         folder = evaluation.get("image_folder")
-        found.append(
+        asked = [example for example in examples if example.id in rows]
+        items = [
+            _item(rows[example.id], expected(example), answers[example.id], shares.get(example.id), example)
+            for example in asked
+        ]
+        sets.append(
             SetAnswers(
                 name=task,
-                items=tuple(
-                    _item(rows[one.id], expected(one), answers[one.id], shares.get(one.id), one)
-                    for one in examples
-                    if one.id in rows
-                ),
+                items=tuple(items),
                 scored=scored,
                 pictures=None if folder is None else run.path(folder),
                 note="" if scored is not None else "The publisher keeps the answers of this file.",
             )
         )
-    return found, trouble
+    return sets, trouble
 
 
 def _read_commonsense(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[SetAnswers], list[str]]:
     """The commonsense sets, in each way that they were asked."""
-    found: list[SetAnswers] = []
+    rule: Any = evaluation.get("rule", "nvlabs")
+    sets: list[SetAnswers] = []
     trouble: list[str] = []
     for scoring in evaluation["scoring"]:
         try:
-            predictions = read_predictions(run.folder / BY_SCORING[scoring])
-            found.append(_commonsense(scoring, predictions, evaluation.get("rule", "nvlabs")))
+            rows = read_predictions(run.folder / BY_SCORING[scoring])
+            right = {name: extracted(row.truth, str(row.kind), rule) for name, row in rows.items()}
+            examples = [
+                Example(id=name, answers=(Answer(text=right[name]),), extra={"task": str(row.kind)})
+                for name, row in rows.items()
+            ]
+            scored = commonsense_score(examples, {name: row.prediction for name, row in rows.items()}, rule=rule)
         except UserError as error:
             trouble.append(f"{run.label}: the answers by {scoring} cannot be shown: {error}")
-    return found, trouble
-
-
-def _commonsense(scoring: str, predictions: Mapping[str, Prediction], rule: Any) -> SetAnswers:
-    right = {name: extracted(one.truth, str(one.kind), rule) for name, one in predictions.items()}
-    examples = [
-        Example(id=name, answers=(Answer(text=right[name]),), extra={"task": str(one.kind)})
-        for name, one in predictions.items()
-    ]
-    answers = {name: one.prediction for name, one in predictions.items()}
-    scored = commonsense_score(examples, answers, rule=rule)
-    items = [
-        _item(one, right[name], extracted(one.prediction, str(one.kind), rule), scored.per_item.get(name))
-        for name, one in predictions.items()
-    ]
-    return SetAnswers(name=scoring, items=tuple(items), scored=scored)
-
-
-# Scores with their intervals, run beside run with paired differences, and who was taken for whom in closed answers.
+            continue
+        items = [
+            _item(row, right[name], extracted(row.prediction, str(row.kind), rule), scored.per_item.get(name))
+            for name, row in rows.items()
+        ]
+        sets.append(SetAnswers(name=scoring, items=tuple(items), scored=scored))
+    return sets, trouble
 
 
 BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}
@@ -209,14 +198,13 @@ DETAIL = "/"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run's number of a metric over `n` items; `difference` is from the first run, "" where there is none."""
+    """A run's number of a metric over `n` items; its `difference` from the first run is `clear` if not maybe 0."""
 
     value: float
     n: int
     interval: tuple[float, float] | None
     difference: str = ""
     clear: bool = False
-    """The difference's interval leaves 0 out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,32 +242,33 @@ class Confusion:
 
 
 def score_rows(runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]]) -> tuple[list[ScoreRow], list[str]]:
-    """A row for each metric of each set, and sentences about what cannot be compared.
+    """A row for each metric of each set that a run was tested on, and sentences about what cannot be compared.
 
-    Args:
-        tests: of each run; what cannot be scored again is as its `metrics.json` has it.
+    What cannot be scored again is as the run's `metrics.json` has it.
     """
-    by_name = [{one.name: one for one in several if one.scored is not None} for several in tests]
+    by_name = [{answers.name: answers for answers in several if answers.scored is not None} for several in tests]
     rows: list[ScoreRow] = []
     notes: list[str] = []
     recorded = [_recorded(run) for run in runs]
-    for name in dict.fromkeys(name for one in (*by_name, *recorded) for name in one):
-        found = [one.get(name) for one in by_name]
+    for name in dict.fromkeys(name for sets in (*by_name, *recorded) for name in sets):
+        sets = [of_run.get(name) for of_run in by_name]
         cells = [
-            kept.get(name, {}) | ({} if one is None else _cells(one, found[0] if place else None, notes))
-            for place, (one, kept) in enumerate(zip(found, recorded, strict=True))
+            record.get(name, {}) | ({} if answers is None else _cells(answers, sets[0] if number else None, notes))
+            for number, (answers, record) in enumerate(zip(sets, recorded, strict=True))
         ]
         rows += _rows(name, cells)
     return rows, list(dict.fromkeys(notes))
 
 
 def _rows(name: str, cells: Sequence[Mapping[str, Cell]]) -> list[ScoreRow]:
-    metrics = dict.fromkeys(metric for one in cells for metric in one)
-    return [ScoreRow(test=name, metric=one, cells=tuple(cell.get(one) for cell in cells)) for one in metrics]
+    metrics = dict.fromkeys(metric for of_run in cells for metric in of_run)
+    return [
+        ScoreRow(test=name, metric=metric, cells=tuple(of_run.get(metric) for of_run in cells)) for metric in metrics
+    ]
 
 
-def _cells(one: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[str, Cell]:
-    scored = one.scored
+def _cells(answers: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[str, Cell]:
+    scored = answers.scored
     if scored is None:
         return {}
     ranges = intervals(scored)
@@ -288,29 +277,29 @@ def _cells(one: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[
         try:
             differences = paired_differences(scored, first.scored)
         except UserError as error:
-            notes.append(f"No paired difference for {one.name}: {error}.")
-    found = {}
+            notes.append(f"No paired difference for {answers.name}: {error}.")
+    cells = {}
     for name, value in scored.metrics.items():
         apart = differences.get(name)
-        told = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
+        difference = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
         clear = apart is not None and (apart.low > 0 or apart.high < 0)
         n = scored.items_of(name)
-        found[name] = Cell(value=value, n=n, interval=ranges.get(name), difference=told, clear=clear)
-    return found
+        cells[name] = Cell(value=value, n=n, interval=ranges.get(name), difference=difference, clear=clear)
+    return cells
 
 
 def _recorded(run: RunRecord) -> dict[str, dict[str, Cell]]:
     """The numbers of `metrics.json` by set and metric, in percent."""
-    tasks, found = run.metrics.get("tasks"), dict[str, dict[str, Cell]]()
-    for name, one in tasks.items() if isinstance(tasks, Mapping) else ():
-        limits = one.get("intervals_95") or {}
-        own = {metric: _cell(value, one["n"], limits.get(metric)) for metric, value in one["metrics"].items()}
-        found[name] = own | _baseline_cells(one)
+    tasks, sets = run.metrics.get("tasks"), dict[str, dict[str, Cell]]()
+    for name, task in tasks.items() if isinstance(tasks, Mapping) else ():
+        limits = task.get("intervals_95") or {}
+        cells = {metric: _cell(value, task["n"], limits.get(metric)) for metric, value in task["metrics"].items()}
+        sets[name] = cells | _baseline_cells(task)
     if "accuracy" in run.metrics and "interval_95" in run.metrics:
         limits = [100 * limit for limit in run.metrics["interval_95"]]
-        own = {"accuracy": _cell(100 * run.metrics["accuracy"], run.metrics["n"], limits)}
-        found[set_name(run.metrics.get("evaluation_file"))] = own | _baseline_cells(run.metrics)
-    return found
+        cells = {"accuracy": _cell(100 * run.metrics["accuracy"], run.metrics["n"], limits)}
+        sets[set_name(run.metrics.get("evaluation_file"))] = cells | _baseline_cells(run.metrics)
+    return sets
 
 
 def _cell(value: float, n: int, limits: Sequence[float] | None) -> Cell:
@@ -319,45 +308,43 @@ def _cell(value: float, n: int, limits: Sequence[float] | None) -> Cell:
 
 def _baseline_cells(entry: Mapping[str, Any]) -> dict[str, Cell]:
     """What a score is compared with, by what a row of it is called."""
-    known = entry.get("baselines") or {}
+    numbers = entry.get("baselines") or {}
     return {
-        title: _cell(one["value"], one["n"], one["interval_95"])
+        title: _cell(number["value"], number["n"], number["interval_95"])
         for name, title in BASELINES.items()
-        if (one := known.get(name)) is not None
+        if (number := numbers.get(name)) is not None
     }
 
 
 def blind(runs: Sequence[RunRecord]) -> list[str]:
     """A sentence for each set whose answers do not depend on its pictures."""
-    said = []
+    sentences = []
     for run in runs:
         parts = [run.metrics.get("tasks"), run.benchmarks.get("benchmarks"), {"": run.metrics}]
         for name, entry in (pair for part in parts if isinstance(part, Mapping) for pair in part.items()):
-            warning = (entry.get("baselines") or {}).get(WARNING)
-            said += [f"{', '.join(filter(None, (run.label, name)))}: {warning}."] if warning else []
-    return said
+            if warning := (entry.get("baselines") or {}).get(WARNING):
+                sentences.append(f"{', '.join(filter(None, (run.label, name)))}: {warning}.")
+    return sentences
 
 
 def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:
     """What `dora-vl evaluate` wrote beside the runs: headline and other whole metrics of each benchmark."""
-    found = [_benchmarks(run) for run in runs]
-    names = dict.fromkeys(name for one in found for name in one)
-    rows = [row for name in names for row in _rows(name, [one.get(name, {}) for one in found])]
+    by_run: list[dict[str, dict[str, Cell]]] = []
+    for run in runs:
+        benchmarks, cells = run.benchmarks.get("benchmarks"), dict[str, dict[str, Cell]]()
+        for name, entry in benchmarks.items() if isinstance(benchmarks, Mapping) else ():
+            metrics = entry["metrics"].items()
+            cells[name] = {key: _cell(one["value"], one["n"], one["interval_95"]) for key, one in metrics}
+            cells[name] |= _baseline_cells(entry)
+        by_run.append(cells)
+    names = dict.fromkeys(name for cells in by_run for name in cells)
+    rows = [row for name in names for row in _rows(name, [cells.get(name, {}) for cells in by_run])]
     return [row for row in rows if not row.is_part]
-
-
-def _benchmarks(run: RunRecord) -> dict[str, dict[str, Cell]]:
-    entries = run.benchmarks.get("benchmarks")
-    return {
-        name: {metric: _cell(one["value"], one["n"], one["interval_95"]) for metric, one in entry["metrics"].items()}
-        | _baseline_cells(entry)
-        for name, entry in (entries.items() if isinstance(entries, Mapping) else ())
-    }
 
 
 def confusion(title: str, items: Sequence[Item]) -> Confusion | None:
     """The table of a set whose answers are a closed list; None where they are none: too many, or hardly repeated."""
-    pairs = [(normalised(one.label), normalised(one.said_label)) for one in items if one.label]
+    pairs = [(normalised(item.label), normalised(item.said_label)) for item in items if item.label]
     counts = Counter(truth for truth, _ in pairs)
     if not 2 <= len(counts) <= MOST_LABELS or len(pairs) < 2 * len(counts):
         return None
@@ -371,10 +358,9 @@ def confusion(title: str, items: Sequence[Item]) -> Confusion | None:
 
 def worst(items: Sequence[Item], most: int, *, is_accuracy: bool) -> list[Item]:
     """The answers with the lowest scores, of every kind in turn; of right and wrong ones those that are wrong."""
-    scored = [one for one in items if one.share is not None and (one.share < 0.5 or not is_accuracy)]
+    scored = [item for item in items if item.share is not None and (item.share < 0.5 or not is_accuracy)]
     by_kind: dict[str, list[Item]] = {}
-    for one in sorted(scored, key=lambda one: one.share or 0.0):
-        by_kind.setdefault(one.kind, []).append(one)
-    longest = max(map(len, by_kind.values()), default=0)
-    in_turn = [of_kind[place] for place in range(longest) for of_kind in by_kind.values() if place < len(of_kind)]
+    for item in sorted(scored, key=lambda item: item.share or 0.0):
+        by_kind.setdefault(item.kind, []).append(item)
+    in_turn = [item for items in zip_longest(*by_kind.values()) for item in items if item is not None]
     return in_turn[:most]

@@ -52,13 +52,7 @@ class BatchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchView:
-    """All rows, the samples' pictures, and counts.
-
-    Attributes:
-        facts: name and value.
-        skipped: (id, reason) of samples that cannot be used.
-        pictures: (sample's id, what opens its picture).
-    """
+    """All rows, the samples' pictures (id, what opens it), counts, and samples that cannot be used (id, reason)."""
 
     rows: tuple[BatchRow, ...]
     facts: tuple[tuple[str, str], ...]
@@ -67,12 +61,7 @@ class BatchView:
 
 
 class TokenText:
-    """The text of single tokens.
-
-    Args:
-        tokenizer: of the batch.
-        places: ids that stand for a piece of a picture or a video.
-    """
+    """The text of single tokens; `places` are ids that stand for a piece of a picture or a video."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, places: frozenset[int]) -> None:
         self._places = places
@@ -94,13 +83,12 @@ class TokenText:
         """A row's tokens; stretches of picture places and of padding are joined."""
         pieces: list[Piece] = []
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
-            piece = (
-                Piece(self.of(token), "trained" if is_trained else "context")
-                if is_real
-                else Piece("padding", "padding")
-            )
-            if is_real and token in self._places:
-                piece = Piece(piece.text, "picture-place")
+            if not is_real:
+                piece = Piece("padding", "padding")
+            elif token in self._places:
+                piece = Piece(self.of(token), "picture-place")
+            else:
+                piece = Piece(self.of(token), "trained" if is_trained else "context")
             last = pieces[-1] if pieces else None
             if last is not None and piece.kind in JOINED and (last.text, last.kind) == (piece.text, piece.kind):
                 pieces[-1] = Piece(piece.text, piece.kind, last.count + 1)
@@ -112,13 +100,9 @@ class TokenText:
 def batch_view(
     batch: Mapping[str, Any], names: Sequence[str], text: TokenText, pictures: Sequence[Opens], *, shifted: bool
 ) -> BatchView:
-    """A collated micro-batch.
+    """A collated micro-batch with its bookkeeping, its usable samples' ids, and what opens each one's picture.
 
-    Args:
-        batch: as the loss takes it, with its bookkeeping.
-        names: the usable samples' ids, in the batch's order.
-        pictures: what opens each one's picture.
-        shifted: labels are of the input itself (a decoder); else they are an answer of their own.
+    Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
     count = len(batch["input_ids"])
     if "layout" not in batch and len(names) <= count:  # a row is a sample; what is behind them stands in for media
@@ -210,24 +194,18 @@ def shown(piece: Piece) -> str:
 
 def batch_page(view: BatchView, *, title: str) -> str:
     """The batch as a page, pictures beside their samples."""
-    beside = dict(_pictures(view.pictures))
-    rows = [{"row": row, "picture": beside.get(row.title, ("", ""))} for row in view.rows]
-    apart = [] if all(row.title in beside for row in view.rows) else list(beside.items())
+    pictures: dict[str, tuple[str, str]] = {}
+    for name, opens in view.pictures:
+        try:
+            pictures[name] = ("" if opens is None else data_url(opens()), "")
+        except BadSample as error:
+            pictures[name] = ("", error.reason)
+    rows = [{"row": row, "picture": pictures.get(row.title, ("", ""))} for row in view.rows]
+    apart = [] if all(row.title in pictures for row in view.rows) else list(pictures.items())
     return rendered(
         "batch.html.j2",
         {"view": view, "rows": rows, "apart": apart, "title": title, "names": NAMES, "shown": shown, "joined": JOINED},
     )
-
-
-def _pictures(pictures: Sequence[tuple[str, Opens]]) -> Iterator[tuple[str, tuple[str, str]]]:
-    for name, opens in pictures:
-        if opens is None:
-            yield name, ("", "")
-            continue
-        try:
-            yield name, (data_url(opens()), "")
-        except BadSample as error:
-            yield name, ("", error.reason)
 
 
 WIDTH, MARGIN, LINE, SIDE, TEXT, FACTS_CHARACTERS = 1280, 24, 26, 112, 15, 130

@@ -31,12 +31,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line or cloud of points.
-
-    Attributes:
-        colour: which of the page's colours, from 0.
-        names: of each point, shown when a pointer is on it.
-    """
+    """One line or cloud of points, in one of the page's colours; `names` are shown when a pointer is on a point."""
 
     name: str
     x: Sequence[float]
@@ -49,11 +44,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What a template draws.
-
-    Attributes:
-        data: what the page's script shows beside the pointer: the drawing's limits, and the numbers of each series.
-    """
+    """What a template draws; `data` is for the page's script: the drawing's limits, and the numbers of each series."""
 
     title: str
     x_label: str
@@ -65,7 +56,7 @@ class Chart:
 
 def chart(
     title: str,
-    given: Sequence[Series],
+    lines: Sequence[Series],
     *,
     y_label: str,
     x_label: str = "step",
@@ -75,12 +66,9 @@ def chart(
 ) -> Chart | None:
     """A drawing of all series that have a point; None where none has.
 
-    Args:
-        log: y is drawn by its logarithm, where all are above 0.
-        zero: y begins at 0.
-        always_legend: for a single line too.
+    With `log` y is drawn by its logarithm, where all are above 0; with `zero` it begins at 0.
     """
-    drawn = [kept for item in given if len((kept := _thinned(_finite(item))).x)]
+    drawn = [line for line in map(_drawable, lines) if line.x]
     if not drawn:
         return None
     least, most = min(min(item.y) for item in drawn), max(max(item.y) for item in drawn)
@@ -144,28 +132,17 @@ def _svg(figure: Any) -> str:
     return text.replace("#e4e7eb", "var(--grid)")
 
 
-def _finite(item: Series) -> Series:
-    kept = [position for position, pair in enumerate(zip(item.x, item.y, strict=True)) if all(map(math.isfinite, pair))]
-    names = [item.names[position] for position in kept] if item.names else ()
-    return replace(
-        item, x=[item.x[position] for position in kept], y=[item.y[position] for position in kept], names=names
-    )
+def _drawable(line: Series) -> Series:
+    """Its finite points; where there are more than a screen shows, the means of equally long stretches of a line."""
+    finite = [index for index, pair in enumerate(zip(line.x, line.y, strict=True)) if all(map(math.isfinite, pair))]
+    x, y = ([axis[index] for index in finite] for axis in (line.x, line.y))
+    names = [line.names[index] for index in finite] if line.names else ()
+    length = -(-len(finite) // MOST_POINTS)
+    if length > 1 and line.look != "dots":
+        parts = [slice(start, start + length) for start in range(0, len(finite), length)]
+        x, y = ([sum(axis[part]) / len(axis[part]) for part in parts] for axis in (x, y))
+    return replace(line, x=x, y=y, names=names)
 
-
-def _thinned(item: Series) -> Series:
-    """Means of equally long stretches, where there are more points than a screen shows."""
-    every = -(-len(item.x) // MOST_POINTS)
-    if every <= 1 or item.look == "dots":
-        return item
-    starts = range(0, len(item.x), every)
-    x, y = (
-        [sum(part) / len(part) for start in starts if (part := axis[start : start + every])]
-        for axis in (item.x, item.y)
-    )
-    return replace(item, x=x, y=y)
-
-
-# -- the lines of `log.jsonl`: loss, rates by part, gradients, speed, padding, memory; runs over each other ------------
 
 RATE = "learning_rate"
 NUMBERS = (

@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,30 +40,20 @@ def write_page(path: Path, text: str) -> int:
     return path.stat().st_size
 
 
-# -- small pictures, each once and up to a budget, so that a page stays a few megabytes --------------------------------
-
 MOST_BYTES = 3_400_000
 TOO_MANY = "left out, so that the page stays small"
 
 
 class InlinePictures:
-    """Pictures as data URLs; use it as a context manager.
-
-    Args:
-        most_bytes: of all of them together; later ones are left out.
-    """
+    """Small pictures as data URLs, each once and up to a budget of bytes; to be closed."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._left = most_bytes
         self._seen: set[str] = set()
         self._reader = VideoReader()
 
-    def __enter__(self) -> InlinePictures:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Closes the videos."""
         self._reader.close()
 
     def file(self, path: Path) -> tuple[str, str]:

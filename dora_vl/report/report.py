@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dora_vl.errors import UserError
 from dora_vl.report.answers import SetAnswers, benchmark_rows, blind, confusion, read_tests, score_rows, worst
 from dora_vl.report.charts import Chart, curves
 from dora_vl.report.page import InlinePictures, rendered, write_page
-from dora_vl.report.run_record import RunRecord
+from dora_vl.report.run_record import RunRecord, read_run
 from dora_vl.report.views import setting_tables, watched_tables, weight_charts
 
 WORST = 12
@@ -35,9 +36,7 @@ SECTIONS = (
 def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows; `notes` are sentences by section.
 
-    Args:
-        weights: whether layers are compared with the base, which reads its weights.
-        base: where the base is now.
+    With `weights`, layers are compared with the base, which is read from `base` where that is named.
     """
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -49,7 +48,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     scores, incomparable = score_rows(runs, tests)
     notes["scores"] += [*incomparable, *blind(runs)]
     answered = [(run, entry) for run, several in zip(runs, tests, strict=True) for entry in several]
-    with InlinePictures() as pictures:
+    with closing(InlinePictures()) as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)
         bad = [_worst(run, entry, pictures) for run, entry in answered if entry.scored is not None]
     tables = [confusion(f"{run.label}: {entry.name}", entry.items) for run, entry in answered]
@@ -58,6 +57,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         notes["worst"].append("No run has answers that can be scored here.")
     if not confusions:
         notes["confusion"].append("No test has a short closed list of answers.")
+    versions = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
     changes: list[Chart] = []
     if not weights:
         notes["weights"].append("Not measured: --no-weights was given.")
@@ -84,7 +84,10 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         "weights": changes,
         "data": [_data(run) for run in runs],
         "settings": setting_tables(runs),
-        "versions": _versions(runs),
+        "versions": {
+            name: [str(of_run.get(name, "–")) for of_run in versions]
+            for name in dict.fromkeys(name for of_run in versions for name in of_run)
+        },
         "notes": notes,
     }
 
@@ -155,12 +158,6 @@ def _data(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _versions(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    versions = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
-    names = dict.fromkeys(name for of_run in versions for name in of_run)
-    return {name: [str(of_run.get(name, "–")) for of_run in versions] for name in names}
-
-
 DESCRIPTION = """\
 Makes one HTML file of a run, or of several side by side: scores with 95 % intervals and paired differences, curves,
 the watched questions through training, the worst answers with their pictures, confusion of closed answers, magnitude
@@ -190,8 +187,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     Raises:
         UserError: a folder is no run's, or the file cannot be written.
     """
-    from dora_vl.report.run_record import labels_of, read_run
-
     folders = list(arguments.runs)
     if arguments.label is not None and len(arguments.label) != len(folders):
         raise UserError(f"{len(folders)} times RUN and {len(arguments.label)} times --label; give one for each")
@@ -200,9 +195,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     to = arguments.to or folders[0] / "report.html"
     if to.suffix not in (".html", ".htm") or to.is_dir():
         raise UserError(f"--to {to}: give the name of an .html file")
-    runs = [
-        read_run(folder, label) for folder, label in zip(folders, arguments.label or labels_of(folders), strict=True)
-    ]
+    names = [folder.resolve().name for folder in folders]
+    unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = [read_run(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
     for entry in runs:
         yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
     report = gather(runs, weights=not arguments.no_weights, base=arguments.base)

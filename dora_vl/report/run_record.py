@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,6 @@ def read_lines(
         named = shown_names(bad)
         damaged.append(f"{path.name}: {len(bad)} of {len(lines) + len(bad)} lines cannot be read (line {named})")
     return lines
-
-
-def labels_of(folders: Sequence[Path]) -> list[str]:
-    """What runs are called: their folders' names, or whole paths where two have one name."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _object(path: Path, damaged: list[str]) -> dict[str, Any]:

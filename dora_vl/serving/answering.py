@@ -1,4 +1,4 @@
-"""A request from its prompt to its last event, and what may become of it."""
+"""A request from its prompt to its last event, and which of those that wait make the next batch."""
 
 from __future__ import annotations
 
@@ -71,11 +71,7 @@ Event = Piece | Finished | Failed
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose prompt stands.
-
-    Attributes:
-        strength: how much of the adapter is applied.
-    """
+    """A request whose prompt stands; `strength` says how much of the adapter is applied."""
 
     entry: Entry
     sample: Sample
@@ -88,9 +84,14 @@ class Prepared:
         return self.entry.share(self.strength)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.sample.input_ids)
+
+    @property
     def tokens(self) -> int:
         """Prompt and longest answer."""
-        return len(self.sample.input_ids) + self.sampling.max_new_tokens
+        return self.prompt_tokens + self.sampling.max_new_tokens
 
     @property
     def media(self) -> frozenset[str]:
@@ -111,8 +112,6 @@ class Answering:
     Attributes:
         put: receives its events.
         deadline: when its answer comes too late, by `time.monotonic`.
-        over: whether it got its last event.
-        pieces: how many pieces it got.
     """
 
     prepared: Prepared
@@ -127,14 +126,9 @@ class Answering:
         self._cancelled.set()
 
     @property
-    def late(self) -> bool:
-        """Whether its time is over."""
-        return time.monotonic() > self.deadline
-
-    @property
     def unwanted(self) -> bool:
         """Whether the answer comes too late, or for nobody."""
-        return self._cancelled.is_set() or self.late
+        return self._cancelled.is_set() or time.monotonic() > self.deadline
 
     def tell(self, event: Event) -> None:
         """Hands an event on; none after the last."""
@@ -146,10 +140,8 @@ class Answering:
 
     def give_up(self) -> None:
         """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
-        self.tell(Failed(TooLate() if self.late else Stopped("nobody waits for it any more")))
-
-
-# -- requests that wait, and which of them make the next batch --------------------------------------------------------
+        late = time.monotonic() > self.deadline
+        self.tell(Failed(TooLate() if late else Stopped("nobody waits for it any more")))
 
 
 ENDING = "the server is ending"
@@ -160,11 +152,9 @@ class EngineSettings:
     """How requests become batches.
 
     Attributes:
-        batch_rows: most requests in a batch.
         batch_tokens: most tokens of a batch, prompts padded and answers at their longest; a single request may have
             more.
         window_seconds: how long the first request of a batch waits for others.
-        waiting: most requests that wait.
         answer_seconds: longest time from handing a request in to the end of its answer.
         prompt_tokens: longest prompt; None: as the model takes.
         joining: requests come to a batch that is being answered, where the model allows it.
@@ -183,8 +173,7 @@ class WaitingRoom:
     """Where requests wait, in order; any thread may hand one in, one thread takes batches.
 
     Args:
-        settings: how many may wait, and how large a batch is.
-        one_kind: whether pictures and videos of this many kinds of inputs cannot be in one batch.
+        one_kind: whether the model cannot tell pictures from videos of one batch.
     """
 
     def __init__(self, settings: EngineSettings, one_kind: Callable[[], bool]) -> None:
@@ -197,13 +186,8 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, item: Answering, check: Callable[[], object]) -> None:
-        """Takes a request in, where `check` raises nothing while no other request comes or goes.
-
-        Raises:
-            TooManyRequests: as many wait as may.
-            Stopped: the room is closed.
-        """
+    def add(self, request: Answering, check: Callable[[], object]) -> None:
+        """Takes a request in, where `check` raises nothing while no other request comes or goes."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
@@ -212,14 +196,14 @@ class WaitingRoom:
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
             check()
-            self._waiting.append(item)
+            self._waiting.append(request)
             self._changed.notify()
 
     def remove(self, name: str) -> list[Answering]:
         """The requests for an adapter, which wait no longer."""
         with self._changed:
-            gone = [item for item in self._waiting if item.prepared.entry.name == name]
-            self._waiting = deque(item for item in self._waiting if item.prepared.entry.name != name)
+            gone = [request for request in self._waiting if request.prepared.entry.name == name]
+            self._waiting = deque(request for request in self._waiting if request.prepared.entry.name != name)
         return gone
 
     def close(self) -> None:
@@ -228,60 +212,55 @@ class WaitingRoom:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
             self._changed.notify()
-        for item in left:
-            item.tell(Failed(Stopped(ENDING)))
+        for request in left:
+            request.tell(Failed(Stopped(ENDING)))
 
     def next_batch(self) -> list[Answering] | None:
         """What is answered next: waits for a request, and a little for others; None when the room is closed."""
-        rows = self._settings.batch_rows
         with self._changed:
             while not self._waiting and not self.closed:
                 self._changed.wait()
             until = time.monotonic() + self._settings.window_seconds
+            rows = self._settings.batch_rows
             while len(self._waiting) < rows and not self.closed and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return None if self.closed else self._taken()
+            return None if self.closed else self._take()
 
     def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
         """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
 
         Args:
-            rows: of the batch.
-            columns: tokens that it has places for.
+            columns: tokens that it has room for.
             left: most tokens that a row of it may still get.
         """
 
         def room(new: Sequence[Prepared]) -> bool:
-            prompts = [len(item.sample.input_ids) for item in new]
-            longest = max(columns, *prompts) + max(left, *(item.sampling.max_new_tokens for item in new))
-            whole = rows + len(new)
-            return whole <= self._settings.batch_rows and whole * longest <= self._settings.batch_tokens
+            longest = max(columns, *(prepared.prompt_tokens for prepared in new))
+            longest += max(left, *(prepared.sampling.max_new_tokens for prepared in new))
+            count = rows + len(new)
+            return count <= self._settings.batch_rows and count * longest <= self._settings.batch_tokens
 
         with self._changed:
-            return self._taken(room) if self._waiting and not self.closed else []
+            return self._take(room) if self._waiting and not self.closed else []
 
     def _let_go(self) -> None:
         """Gives those up that nobody waits for."""
-        for item in self._waiting:
-            if item.unwanted:
-                item.give_up()
-        self._waiting = deque(item for item in self._waiting if not item.over)
+        for request in self._waiting:
+            if request.unwanted:
+                request.give_up()
+        self._waiting = deque(request for request in self._waiting if not request.over)
 
-    def _taken(self, also: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
-        """The first of those that wait, and those after it that fit beside it, in order.
-
-        Args:
-            also: whether there is room for these; where it is not for the first, nothing is taken.
-        """
+    def _take(self, room: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
+        """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
         self._let_go()
         batch: list[Answering] = []
         left: deque[Answering] = deque()
-        for item in self._waiting:
-            rows = [*(other.prepared for other in batch), item.prepared]
-            fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and also(rows)
+        for request in self._waiting:
+            rows = [*(other.prepared for other in batch), request.prepared]
+            fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and room(rows)
             if not fits and not batch:
                 return []
-            (batch if fits else left).append(item)
+            (batch if fits else left).append(request)
         self._waiting = left
         return batch
 
@@ -297,41 +276,31 @@ class WaitingRoom:
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
 
 
-# -- whoever waits for an answer: whether it is still there, and how much of its time is left -------------------------
-
-
 LOOK_SECONDS = 0.5
 """How often it is looked whether a client that waits is still there."""
 
 
 class WaitingClient:
-    """The client of a request, from the moment that it came.
+    """The client of a request, from the moment that it came: whether it is still there, how much of its time is left.
 
     Args:
         request: its body is read before `watched`.
-        seconds: longest time from now to the end of its answer.
     """
 
     def __init__(self, request: Request, seconds: float) -> None:
         self._request = request
         self.deadline = time.monotonic() + seconds
-        """By `time.monotonic`, as `Answering` has it."""
         self._gone = threading.Event()
 
     def check(self) -> None:
-        """Goes on only where somebody waits; from any thread.
-
-        Raises:
-            Stopped: the client has gone away.
-            TooLate: its time is over.
-        """
+        """Goes on only where somebody waits; from any thread."""
         if self._gone.is_set():
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
             raise TooLate()
 
     @contextlib.asynccontextmanager
-    async def watched(self, leave: Callable[[], object]) -> AsyncIterator[None]:
+    async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
         """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
 
         def gone() -> None:

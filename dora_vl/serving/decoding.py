@@ -29,11 +29,9 @@ class Sampling:
     """How one answer is chosen.
 
     Attributes:
-        max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token.
         top_p: of the likeliest tokens, as few as have this probability together.
         stop: texts that end the answer, and are not part of it.
-        seed: the same answer again; None: another each time.
     """
 
     max_new_tokens: int
@@ -48,11 +46,10 @@ class RowText:
     """One row's answer while it is made.
 
     Attributes:
-        sampling: how it is chosen.
         decode: its tokens as text.
-        write: receives the text piece by piece.
         over: whether nobody waits for the rest; asked at every token.
         done: is told once, when the row is over.
+        error: what broke it, and no other row.
     """
 
     sampling: Sampling
@@ -62,11 +59,8 @@ class RowText:
     done: Callable[[RowText], object] = lambda row: None
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    """What has been written."""
     reason: Reason | None = None
-    """Why it is over; None while it goes on."""
     error: Exception | None = None
-    """What broke it, and no other row."""
 
     def take(self, token: int, ends: Collection[int]) -> None:
         """Takes the next token, and writes what it adds to the text; an error ends this row alone."""
@@ -75,33 +69,29 @@ class RowText:
         try:
             self._take(token, ends)
         except Exception as error:  # noqa: BLE001 - the other rows of the batch go on
-            self._break(error)
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Ends this row alone, unless it is over."""
+        if self.reason is None:
+            self.error, self.reason = error, "ended"
+            self.done(self)
 
     def draw(self, scores: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
         """The next token, drawn; scores that are no numbers end this row alone, and the token is any."""
         try:
             return token_of(scores, self.sampling, generator)
         except UserError as error:
-            if self.reason is None:
-                self._break(error)
+            self.fail(error)
             return 0
-
-    def end_without_numbers(self) -> None:
-        """Ends this row alone: its scores are no numbers, and the likeliest of them would be any token."""
-        if self.reason is None:
-            self._break(UserError(NO_NUMBERS))
-
-    def _break(self, error: Exception) -> None:
-        self.error, self.reason = error, "ended"
-        self.done(self)
 
     def _take(self, token: int, ends: Collection[int]) -> None:
         if self.over():
             self._finish("ended", self.text)
             return
         self.ids.append(token)
-        text = self.decode(self.ids)
-        stopped = _first_place(text, self.sampling.stop)
+        text, stops = self.decode(self.ids), self.sampling.stop
+        stopped = min((start for stop in stops if (start := text.find(stop)) >= 0), default=None)
         if stopped is not None:
             self._finish("stop", text[:stopped])
         elif token in ends:
@@ -109,7 +99,10 @@ class RowText:
         elif len(self.ids) >= self.sampling.max_new_tokens:
             self._finish("length", text)
         elif not text.endswith(NOT_YET_A_CHARACTER):
-            self._write(text[: len(text) - _begun(text, self.sampling.stop)])
+            # The last characters may be the beginning of a stopping text, and are kept back then.
+            sizes = range(min(max(map(len, stops), default=1) - 1, len(text)), 0, -1)
+            begun = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
+            self._write(text[: len(text) - begun])
 
     def _finish(self, reason: Reason, text: str) -> None:
         self._write(text)
@@ -120,19 +113,6 @@ class RowText:
         if len(text) > len(self.text):
             self.write(text[len(self.text) :])
             self.text = text
-
-
-def _first_place(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stopping texts begins."""
-    result = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(result, default=None)
-
-
-def _begun(text: str, stops: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stopping text, and are kept back."""
-    most = max(map(len, stops), default=1) - 1
-    sizes = range(min(most, len(text)), 0, -1)
-    return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
 
 
 class RowStops(StoppingCriteria):
@@ -148,8 +128,7 @@ class RowStops(StoppingCriteria):
         """Which rows are over."""
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             row.take(token, self._ends)
-        over = [row.reason is not None for row in self._rows]
-        return torch.tensor(over, device=input_ids.device)
+        return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
 
 
 class RowSampling(LogitsProcessor):
@@ -160,18 +139,18 @@ class RowSampling(LogitsProcessor):
 
     def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
         self._rows = rows
-        result = ((number, drawing(item.sampling, device)) for number, item in enumerate(rows))
-        self._draws = {number: item for number, item in result if item is not None}
+        self._draws = [drawing(row.sampling, device) for row in rows]
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
         """The scores, of a row that samples all but one minus infinity."""
         likeliest(scores, self._rows)
-        for number, generator in self._draws.items():
-            drawn = self._rows[number].draw(scores[number], generator)
-            scores[number] = float("-inf")
-            scores[number, drawn] = 0.0
+        for index, (row, generator) in enumerate(zip(self._rows, self._draws, strict=True)):
+            if generator is not None:
+                drawn = row.draw(scores[index], generator)
+                scores[index] = float("-inf")
+                scores[index, drawn] = 0.0
         return scores
 
 
@@ -181,9 +160,9 @@ def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[RowText]) -> l
     A row's largest score is NaN where any is, so that looking at it costs no more than choosing.
     """
     most, tokens = scores.max(-1)
-    for row, number in zip(rows, most.isfinite().tolist(), strict=True):
-        if not number:
-            row.end_without_numbers()
+    for row, is_number in zip(rows, most.isfinite().tolist(), strict=True):
+        if not is_number:
+            row.fail(UserError(NO_NUMBERS))
     return tokens.tolist()
 
 
@@ -200,11 +179,7 @@ def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
 
 
 def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn at the row's temperature from the likeliest that have `top_p` together.
-
-    Raises:
-        UserError: the scores are no numbers, as those of an adapter that is applied too strongly.
-    """
+    """A token drawn at the row's temperature from the likeliest that have `top_p` together."""
     probabilities = (scores.float() / sampling.temperature).softmax(-1)
     if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
         raise UserError(NO_NUMBERS)
@@ -217,50 +192,42 @@ def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: tor
 
 def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
     """What transformers' generate is called with so that it decodes these rows, each in its own way."""
-    stops = StoppingCriteriaList([RowStops(rows, ends)])
-    chosen = LogitsProcessorList([RowSampling(rows, device)])
-    # One beam whatever the model's folder says.
-    return {"stopping_criteria": stops, "logits_processor": chosen, "num_beams": 1}
+    return {
+        "stopping_criteria": StoppingCriteriaList([RowStops(rows, ends)]),
+        "logits_processor": LogitsProcessorList([RowSampling(rows, device)]),
+        "num_beams": 1,  # whatever the model's folder says
+    }
 
 
 # -- rows that are decoded together and come and go one by one: their keys and values, padded on the left --------------
-#
-# Nothing of a model is known here but transformers' own ways: how generate prepares a prompt and one more token. Rows
-# may come to others where all that the model remembers of them is in a plain cache of keys and values, and where it is
-# told each token's position.
-
 
 MASK, POSITIONS = "attention_mask", "position_ids"
-ALIGNED = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """What else has an entry for each token; that of an answer's is the same for all."""
-OF_PROMPTS = frozenset({"input_ids", "inputs_embeds"})
-NEVER = frozenset({"cross_attention_mask", "encoder_outputs"})
-"""What a model asks for at every token and is not in its cache of keys and values."""
 
 
 def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
     """Whether rows may come to those of a generate call, by what it hands to its decoding method.
 
+    They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
+    each token's position.
+
     Args:
-        arguments: its keyword arguments for the model.
         media: names of the inputs that hold pictures and videos, which are read with the prompt alone.
     """
-    cache, positions = _cache(arguments), arguments.get(POSITIONS)
-    if cache is None or not isinstance(positions, Tensor):
+    caches = list(_caches(arguments).values())
+    if not caches or not isinstance(arguments.get(POSITIONS), Tensor):
         return False
-    plain = type(cache[1]) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache[1].layers)
-    known = {*ALIGNED, *OF_PROMPTS, *media, MASK, POSITIONS} - NEVER
-    return plain and all(name in known for name, value in arguments.items() if isinstance(value, Tensor))
+    plain = type(caches[0]) is DynamicCache and all(type(layer) is DynamicLayer for layer in caches[0].layers)
+    expected = {*TOKEN_TYPES, *media, "input_ids", "inputs_embeds", MASK, POSITIONS}
+    expected -= {"cross_attention_mask", "encoder_outputs"}  # asked for at every token, and not in the cache
+    return plain and all(name in expected for name, value in arguments.items() if isinstance(value, Tensor))
 
 
-def _cache(arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """The cache and its name, which transformers has changed."""
-    result = (
-        (name, arguments[name])
-        for name in ("cache", "past_key_values")
-        if isinstance(arguments.get(name), DynamicCache)
-    )
-    return next(result, None)
+def _caches(arguments: Mapping[str, Any]) -> dict[str, DynamicCache]:
+    """The cache by its name, which transformers has changed."""
+    names = ("cache", "past_key_values")
+    return {name: cache for name in names if isinstance(cache := arguments.get(name), DynamicCache)}
 
 
 @dataclass
@@ -270,7 +237,6 @@ class JoinedRows:
     Attributes:
         cache: of all tokens but the last of each row.
         mask: 0 where a row has padding; a column for each cached token, and the next one's.
-        positions: of the next token.
         others: what else the model is called with.
     """
 
@@ -286,21 +252,18 @@ class JoinedRows:
     ) -> tuple[JoinedRows, Float[Tensor, "rows vocab"]]:
         """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
         outputs = model._prefill(input_ids, config, arguments)
-        result = _cache({**arguments, **outputs})
-        assert result is not None
-        name, cache = result
-        given = arguments.get(MASK)
-        rows, columns = len(outputs.logits), cache.get_seq_length()
-        mask = given if given is not None else input_ids.new_ones(rows, columns)
+        name, cache = next(iter(_caches({**arguments, **outputs}).items()))
+        mask = arguments.get(MASK)
+        rows = len(outputs.logits)
+        if mask is None:
+            mask = input_ids.new_ones(rows, cache.get_seq_length())
         positions = arguments[POSITIONS][..., -1:] + 1
         if positions.shape[-2] != rows:  # without padding one row of positions stood for all
             positions = positions.expand(*positions.shape[:-2], rows, 1)
-        others = {
-            name: value for name, value in arguments.items() if not isinstance(value, Tensor | DynamicCache | None)
-        }
-        for aligned in ALIGNED:
-            if isinstance(value := arguments.get(aligned), Tensor):
-                others[aligned] = value[:, -1:] if aligned == ALIGNED[0] else torch.zeros_like(value[:, -1:])
+        others = {key: value for key, value in arguments.items() if not isinstance(value, Tensor | DynamicCache | None)}
+        for key in TOKEN_TYPES:
+            if isinstance(value := arguments.get(key), Tensor):
+                others[key] = value[:, -1:] if key == TOKEN_TYPES[0] else torch.zeros_like(value[:, -1:])
         return cls(name, cache, F.pad(mask, (0, 1), value=1), positions, others), outputs.logits[:, -1].float()
 
     def __len__(self) -> int:
@@ -308,7 +271,7 @@ class JoinedRows:
 
     @property
     def columns(self) -> int:
-        """How many tokens the cache has places for."""
+        """How many tokens the cache has room for."""
         return self.mask.shape[1] - 1
 
     def step(self, model: Any, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
@@ -332,23 +295,21 @@ class JoinedRows:
         for layer in layers:
             layer.keys = layer.keys[index, :, start:]
             layer.values = layer.values[index, :, start:]
-        self._keep_aligned(lambda value: value[index])
+        for key in self.others.keys() & TOKEN_TYPES:
+            self.others[key] = self.others[key][index]
 
     def join(self, new: JoinedRows) -> None:
         """Takes further rows in, behind its own; `new` is used up."""
         columns = max(self.columns, new.columns)
-        self.mask = torch.cat([F.pad(item.mask, (columns - item.columns, 0)) for item in (self, new)])
+        self.mask = torch.cat([F.pad(rows.mask, (columns - rows.columns, 0)) for rows in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)
 
-        def stacked(own: Tensor, other: Tensor) -> Tensor:
-            return torch.cat([F.pad(part, (0, 0, columns - part.shape[-2], 0)) for part in (own, other)])
+        def stacked(*parts: Tensor) -> Tensor:
+            return torch.cat([F.pad(part, (0, 0, columns - part.shape[-2], 0)) for part in parts])
 
         layers: list[tuple[Any, Any]] = [*zip(self.cache.layers, new.cache.layers, strict=True)]
-        for own, other in layers:
-            own.keys, own.values = stacked(own.keys, other.keys), stacked(own.values, other.values)
-        self._keep_aligned(lambda value: torch.cat([value, value.new_zeros(len(new), 1)]))
-
-    def _keep_aligned(self, change: Any) -> None:
-        for aligned in ALIGNED:
-            if aligned in self.others:
-                self.others[aligned] = change(self.others[aligned])
+        for layer, other in layers:
+            layer.keys, layer.values = stacked(layer.keys, other.keys), stacked(layer.values, other.values)
+        for key in self.others.keys() & TOKEN_TYPES:
+            value = self.others[key]
+            self.others[key] = torch.cat([value, value.new_zeros(len(new), 1)])

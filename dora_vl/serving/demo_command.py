@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import add_model_options
@@ -61,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Opens the model and serves the page until Ctrl-C; yields a line when it is ready.
-
-    Raises:
-        UserError: an option, a folder or a package is wrong; nothing listens then.
-    """
+    """Opens the model and serves the page until Ctrl-C; yields a line when it is ready."""
     if not options.adapter:
         raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
     adapters = adapters_by_name(options.adapter)
@@ -74,10 +70,13 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install 'dora-vl[web]'")
     with (
         contextlib.suppress(KeyboardInterrupt),
-        _leaving_at_sigterm(),
+        contextlib.ExitStack() as at_end,
         listening(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="dora-vl-page-") as folder,
     ):
+        # SIGTERM ends the program as an exit does, so that the uploads' folder goes then too.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        at_end.callback(signal.signal, signal.SIGTERM, before)
         yield from _serve(options, adapters, listener, Path(folder))
 
 
@@ -92,7 +91,8 @@ def _serve(
 
     named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
     model = open_served(options.base, adapters, **named)
-    from dora_vl.serving.page import Page, PageSettings, Uploads, build_page_app, serve_page
+    from dora_vl.serving.door import http_config
+    from dora_vl.serving.page import Page, PageSettings, QuietServer, Uploads, build_page_app
     from dora_vl.serving.page_parts import example_questions
     from dora_vl.serving.side_by_side import SideBySide
 
@@ -106,7 +106,7 @@ def _serve(
         app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
         host, port = listener.getsockname()[:2]
         yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
-        serve_page(app, listener)
+        QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 
 def keep_gradio_quiet(uploads: Path) -> None:
@@ -117,17 +117,3 @@ def keep_gradio_quiet(uploads: Path) -> None:
         "GRADIO_SSR_MODE": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-
-
-@contextlib.contextmanager
-def _leaving_at_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as an exit does, so that the uploads' folder goes then too."""
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import secrets
 import time
 from collections.abc import Container, Mapping
@@ -29,8 +30,6 @@ from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import LOCAL, name_of
 from dora_vl.serving.requests import BadRequest, TooLarge
 
-# -- how each error is told over HTTP: status, and OpenAI's error object -----------------------------------------------
-
 
 class Refused(UserError):
     """Whoever asks may not, or not for this."""
@@ -44,11 +43,7 @@ class NotJson(UserError):
     """A request's content is not declared as JSON."""
 
 
-Problem = tuple[int, str, str | None]
-"""An HTTP status, and OpenAI's type and code."""
-INVALID: Problem = (400, "invalid_request_error", None)
-INTERNAL: Problem = (500, "server_error", "internal_error")
-PROBLEMS: Mapping[type[Exception], Problem] = {
+PROBLEMS: Mapping[type[Exception], tuple[int, str, str | None]] = {
     NoKey: (401, "invalid_request_error", "invalid_api_key"),
     Refused: (403, "invalid_request_error", "refused"),
     UnknownModel: (404, "invalid_request_error", "model_not_found"),
@@ -57,10 +52,10 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     TooManyRequests: (429, "rate_limit_error", "too_many_requests"),
     Stopped: (503, "server_error", "stopped"),
     TooLate: (504, "server_error", "timeout"),
-    BadSample: INVALID,
-    UserError: INVALID,
+    UserError: (400, "invalid_request_error", None),
+    Exception: (500, "server_error", "internal_error"),
 }
-"""The first class that an error is of counts, from the top."""
+"""HTTP status, OpenAI's type and code; the first class that an error is of counts, from the top."""
 HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},
     429: {"Retry-After": "1"},
@@ -69,26 +64,21 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
 """What an answer of a status has besides; a browser asks for the key where this scheme stands alone."""
 
 
-def _problem_of(error: Exception) -> Problem:
-    return next((problem for kind, problem in PROBLEMS.items() if isinstance(error, kind)), INTERNAL)
-
-
 def error_response(error: Exception) -> JSONResponse:
     """An error as OpenAI's JSON."""
-    status = _problem_of(error)[0]
+    status = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))[0]
     return JSONResponse(error_content(error), status_code=status, headers=HEADERS.get(status))
 
 
 def error_content(error: Exception) -> dict[str, Any]:
     """OpenAI's error object; what went wrong inside is in the log alone."""
-    _, kind, code = problem = _problem_of(error)
-    message = error.reason if isinstance(error, BadSample) else str(error)
-    message = "the server failed to answer this request" if problem is INTERNAL else message
+    _, kind, code = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))
+    message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
+    if isinstance(error, BadSample):
+        message = error.reason
     place = error.place if isinstance(error, BadRequest) else None
     return {"error": {"message": message, "type": kind, "param": place, "code": code}}
 
-
-# -- who may come in, and how fast ------------------------------------------------------------------------------------
 
 HEAD_SECONDS, HEAD_BYTES = 10.0, 64 * 1024
 """For a request's line and headers, from the moment that the connection stands or the first of them comes."""
@@ -102,7 +92,6 @@ class Admission:
     Attributes:
         hosts: names and addresses that requests may be sent to, in lower case.
         origins: those of them whose pages may send requests here whatever their port, such as a proxy's.
-        key: what a client must know; None: nothing.
     """
 
     hosts: frozenset[str] = frozenset(LOCAL)
@@ -110,12 +99,7 @@ class Admission:
     key: str | None = None
 
     def check(self, headers: Headers) -> None:
-        """Lets a request in.
-
-        Raises:
-            Refused: it was sent to another name, or by a page of another origin.
-            NoKey: it lacks the key.
-        """
+        """Lets a request in."""
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
@@ -124,27 +108,21 @@ class Admission:
             place = origin.lower().partition("://")[2]
             if place != hosts[0] and name_of(place) not in self.origins:
                 raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
-        if self.key is not None and not secrets.compare_digest(_given_key(headers), self.key.encode()):
+        if self.key is None:
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        key = given.strip().encode() if kind.lower() == "bearer" else b""
+        if kind.lower() == "basic":  # the password that a browser has asked its person for
+            with contextlib.suppress(binascii.Error):
+                key = base64.b64decode(given, validate=True).partition(b":")[2]
+        if not secrets.compare_digest(key, self.key.encode()):
             raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
-
-
-def _given_key(headers: Headers) -> bytes:
-    """A client's key: a bearer's token, or the password that a browser has asked its person for."""
-    kind, _, given = headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer":
-        return given.strip().encode()
-    try:
-        return base64.b64decode(given, validate=True).partition(b":")[2] if kind.lower() == "basic" else b""
-    except binascii.Error:
-        return b""
 
 
 class Door:
     """Stands before an application: who may come in, with how much, in what time.
 
     Args:
-        app: the application, which finds a POST's JSON in `scope["content"]` too.
-        admission: who may come in.
         body_seconds: longest time that a request's content may take to come.
         largest: most bytes of a request's content.
         at_once: so many times as many bytes may be on their way, of all clients.
@@ -232,10 +210,7 @@ def _again(content: bytes, receive: Receive) -> Receive:
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
-    """Messages of a request, whose content must come within so many seconds; what comes after it has all the time.
-
-    Receiving raises TooLate where it does not.
-    """
+    """Messages of a request, whose content must come within so many seconds (else TooLate); not what comes after it."""
     deadline, coming = time.monotonic() + seconds, True
 
     async def next_message() -> Message:

@@ -58,11 +58,6 @@ from dora_vl.serving.decoding import (
 )
 from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
 
-# -- a batch that takes requests in while it is decoded: a decoding method for transformers' generate -----------------
-#
-# A request that comes reads its prompt at the next token and goes on with the others; one that is over leaves. Models
-# whose rows cannot come to others (`may_join`) are decoded as generate does it, from the first to the last.
-
 
 @dataclass
 class Member:
@@ -117,22 +112,14 @@ class Decoding:
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
     """Whether each token is chosen by the row's own sampling alone; what looks at the tokens before is generate's."""
-    own = all(isinstance(item, RowSampling) for item in logits_processor)
-    return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
-
-
-# -- requests as rows of a served model: their inputs, their adapters, and how each tells what becomes of it ----------
-
-
-TOKENS = frozenset({"input_ids", *ALIGNED, *BOOKKEEPING})
-"""Of a batch's inputs, those that are no pictures and videos."""
+    by_row = all(isinstance(processor, RowSampling) for processor in logits_processor)
+    return by_row and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
 
 class ModelRows:
-    """Puts requests to a model.
+    """Puts requests to a model, as rows with their adapters, and tells each what becomes of it.
 
     Args:
-        model: what is asked.
         ending: whether nobody waits for any answer any more.
     """
 
@@ -140,7 +127,6 @@ class ModelRows:
         self._model = model
         self._ending = ending
         self.ends = end_tokens(model.backbone.model)
-        """Tokens that end an answer."""
 
     def answer(self, batch: Sequence[Answering], newcomers: Callable[[Members, int], Sequence[Read]]) -> None:
         """Answers a batch, and what comes meanwhile.
@@ -150,15 +136,13 @@ class ModelRows:
         """
         members, inputs, media = self.begin(batch)
         most = max(member.text.sampling.max_new_tokens for member in members)
-        decoding = Decoding(media, partial(self._decode, members, newcomers))
-        self._run(members, inputs, most, decoding)
+        self._run(members, inputs, most, Decoding(media, partial(self._decode, members, newcomers)))
 
     def read(self, come: Sequence[Answering]) -> Read:
         """Reads the prompts of requests that may join a batch. Raises ValueError: they cannot."""
         members, inputs, media = self.begin(come)
         read: list[tuple[JoinedRows, Tensor]] = []
-        decoding = Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True)
-        self._run(members, inputs, 1, decoding)
+        self._run(members, inputs, 1, Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True))
         ((rows, logits),) = read
         return members, rows, logits
 
@@ -173,7 +157,7 @@ class ModelRows:
         """Token by token, until no member is left."""
         tokens = self._next(members, logits)
         while True:
-            members, tokens = _kept(members, tokens, rows)
+            members, tokens = _without_finished(members, tokens, rows)
             if not members:
                 return
             come = newcomers(members, rows.columns)
@@ -181,7 +165,7 @@ class ModelRows:
                 rows.join(read)
                 members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
             if come:
-                members, tokens = _kept(members, tokens, rows)
+                members, tokens = _without_finished(members, tokens, rows)
                 if not members:
                     return
             with self._holding(members):
@@ -202,11 +186,12 @@ class ModelRows:
     def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any], frozenset[str]]:
         """The rows of requests, the base first and then adapter by adapter, their inputs, and which are media."""
         assistant = self._model.assistant
-        device = assistant.device
-        made = (Member(request, self._text(request), drawing(request.prepared.sampling, device)) for request in batch)
-        members = sorted(made, key=lambda member: member.share)
+        members = sorted(
+            (Member(item, self._text(item), drawing(item.prepared.sampling, assistant.device)) for item in batch),
+            key=lambda member: member.share,
+        )
         inputs = assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
-        return members, inputs, frozenset(inputs).difference(TOKENS)
+        return members, inputs, frozenset(inputs).difference({"input_ids", *ALIGNED, *BOOKKEEPING})
 
     def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Decoding) -> None:
         assistant = self._model.assistant
@@ -229,7 +214,7 @@ class ModelRows:
             if row.error is not None:
                 request.tell(Failed(row.error))
             elif row.reason != "ended":
-                request.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+                request.tell(Finished(row.reason or "length", row.text, prepared.prompt_tokens, len(row.ids)))
             elif self._ending():
                 request.tell(Failed(Stopped(ENDING)))
             else:
@@ -244,8 +229,8 @@ class ModelRows:
         )
 
 
-def _kept(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-    """Without those that are over, adapter by adapter."""
+def _without_finished(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
+    """Those that go on, adapter by adapter."""
     on = [index for index, member in enumerate(members) if member.text.reason is None]
     on.sort(key=lambda index: members[index].share)
     if on and on != [*range(len(members))]:
@@ -255,21 +240,14 @@ def _kept(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[l
 
 log = logging.getLogger(__name__)
 
-GIVE_WAY_SECONDS = 0.001
-
 
 class Engine:
-    """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`.
-
-    Args:
-        model: what is asked.
-        settings: how requests become batches.
-    """
+    """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`."""
 
     def __init__(self, model: ServedModel, settings: EngineSettings | None = None) -> None:
         self.model = model
         self.settings = settings or EngineSettings()
-        self._room = WaitingRoom(self.settings, self._one_kind)
+        self._room = WaitingRoom(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
         """Tokenizers and processors are for one thread at a time."""
         self._running = threading.Lock()
@@ -279,8 +257,6 @@ class Engine:
         self._rows = ModelRows(model, lambda: self._room.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
         self._thread.start()
-
-    # -- asking ------------------------------------------------------------------------------------------------
 
     def prepare(
         self,
@@ -298,9 +274,6 @@ class Engine:
         Args:
             name: an adapter's, or the base's.
             turns: the talk so far, its last turn a question; `<image>` and `<video>` where pictures and videos go.
-            sampling: how its answer is chosen.
-            pictures: RGB.
-            videos: frames with their times.
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
@@ -312,7 +285,7 @@ class Engine:
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
         positions, most = self.model.max_positions, self.settings.prompt_tokens
-        allowed = min((item for item in (positions, most) if item is not None), default=None)
+        allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
         refuse_endless(turns, allowed, entry.longest_token)
         with self._encoding:
             sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
@@ -340,11 +313,7 @@ class Engine:
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
-        """Hands a request in and gives its events as they come; whoever stops reading ends it.
-
-        Raises:
-            UserError: it could not be answered.
-        """
+        """Hands a request in and gives its events as they come; whoever stops reading ends it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         answering = self.submit(prepared, events.put)
         try:
@@ -362,23 +331,14 @@ class Engine:
         return len(self._room)
 
     def load(self, name: str, folder: Path) -> None:
-        """Serves an adapter from now on; it is read beside the batches, and put in between two.
-
-        Raises:
-            UserError: as `ServedModel.read`.
-        """
+        """Serves an adapter from now on; it is read beside the batches, and put in between two."""
         with self._loading:
             read = self.model.read(name, folder)
             with self._between_batches():
                 self.model.put(*read)
 
     def unload(self, name: str) -> None:
-        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            UserError: it is the base.
-        """
+        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told."""
         with self._loading, self._between_batches():
             self.model.drop(name)
             gone = self._room.remove(name)
@@ -395,8 +355,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- the thread --------------------------------------------------------------------------------------------
 
     def _refuse_gone(self, entry: Entry) -> None:
         if entry.name is None:
@@ -416,18 +374,16 @@ class Engine:
             self._changing = False
             yield
 
+    # -- the thread --------------------------------------------------------------------------------------------
+
     def _work(self) -> None:
         while (batch := self._room.next_batch()) is not None:
             while self._changing:  # a lock alone would come back to this thread at once
-                time.sleep(GIVE_WAY_SECONDS)
-            try:
-                with self._running:
-                    self._answer([request for request in batch if self._is_served(request)])
-            except Exception as error:
-                log.exception("a batch of %d requests failed", len(batch))
-                _let_go(error)
-                for request in batch:
-                    request.tell(Failed(error))
+                time.sleep(0.001)
+            with self._running:
+                served = [request for request in batch if self._is_served(request)]
+                if served:
+                    self._answer(served)
 
     def _is_served(self, request: Answering) -> bool:
         """Whether its adapter is still there now that nobody can take it away; else it is told."""
@@ -437,45 +393,40 @@ class Engine:
             request.tell(Failed(error))
         return not request.over
 
-    def _one_kind(self) -> bool:
-        """Whether the model cannot tell pictures from videos of one batch."""
-        encoder = self.model.encoder
-        return encoder is not None and encoder.one_kind_in_a_batch
-
     def _answer(self, batch: Sequence[Answering]) -> None:
         """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
-        if not batch:
-            return
         joined: list[Answering] = []
         try:
-            self._generate(batch, joined if self.settings.joining else None)
-        except Exception as error:
-            if len(batch) + len(joined) <= 1:
-                raise
-            whole = [*batch, *joined]
-            log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
-            _let_go(error)
-            for request in whole:
-                self._answer_again(request, error)
-
-    def _answer_again(self, request: Answering, error: Exception) -> None:
-        if request.pieces or request.over:
-            request.tell(Failed(error))
+            self._rows.answer(batch, partial(self._newcomers, joined))
             return
+        except Exception as error:  # noqa: BLE001 - its rows are tried one by one
+            failed = error
+            _let_go(error)
+        requests = [*batch, *joined]
+        if len(requests) == 1:
+            log.error("a request failed", exc_info=failed)
+            requests[0].tell(Failed(failed))
+            return
+        log.warning("a batch of %d requests failed (%s); one by one", len(requests), one_line(str(failed), 200))
+        for request in requests:
+            if request.pieces or request.over:  # what was said cannot be taken back
+                request.tell(Failed(failed))
+            else:
+                self._alone(request, lambda item: self._rows.answer([item], lambda *_: ()))
+
+    def _alone(self, request: Answering, put: Callable[[Answering], Any]) -> Any:
+        """What comes of putting one request to the model; where that fails it is told, and nobody else."""
         try:
-            self._generate([request], None)
-        except Exception as again:  # noqa: BLE001 - it is this request's alone
-            log.warning("a request failed: %s", one_line(str(again), 200))
-            _let_go(again)
-            request.tell(Failed(again))
+            return put(request)
+        except Exception as error:  # noqa: BLE001 - it is this request's alone
+            log.warning("a request failed: %s", one_line(str(error), 200))
+            _let_go(error)
+            request.tell(Failed(error))
+            return None
 
-    def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
-        """Answers a batch, and what comes meanwhile, which `joined` receives; None: nobody may come."""
-        self._rows.answer(batch, lambda members, columns: self._newcomers(members, columns, joined))
-
-    def _newcomers(self, running: Members, columns: int, joined: list[Answering] | None) -> Sequence[Read]:
+    def _newcomers(self, joined: list[Answering], running: Members, columns: int) -> Sequence[Read]:
         """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
-        if joined is None or self._changing:  # whoever changes the adapters waits for this batch's end
+        if not self.settings.joining or self._changing:  # whoever changes the adapters waits for this batch's end
             return ()
         left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)
         taken = self._room.next_joiners(len(running), columns, left)
@@ -487,18 +438,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the rows at hand go on
             log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
             _let_go(error)
-            read = [alone for request in come if (alone := self._read_alone(request)) is not None]
+            alone = (self._alone(request, lambda item: self._rows.read([item])) for request in come)
+            read = [rows for rows in alone if rows is not None]
         joined += [member.answering for members, _, _ in read for member in members]
         return read
-
-    def _read_alone(self, request: Answering) -> Read | None:
-        try:
-            return self._rows.read([request])
-        except Exception as error:  # noqa: BLE001 - it is this request's alone
-            log.warning("a request failed: %s", one_line(str(error), 200))
-            _let_go(error)
-            request.tell(Failed(error))
-            return None
 
 
 def _let_go(error: BaseException | None) -> None:

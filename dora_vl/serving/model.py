@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
 from dora_vl.backbones.base import Backbone, max_positions
-from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.model import decoder_of
 from dora_vl.core.rows import share_of
@@ -38,31 +37,21 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-# -- what no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised ---------
-
 MOST_TURNS = 512
 """A template's time grows with the square of the turns."""
-SWALLOWED = ("\ue000", " ")
-"""Of what some tokenizers make one token of any length, or none: characters that they do not know, and spaces."""
 
 
 def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int | None) -> None:
-    """Refuses a talk that is too long whatever its tokens are.
+    """Refuses a talk that is too long whatever its tokens are: before it is rendered, or a huge text tokenised.
 
     Args:
-        turns: the talk.
         tokens: most that a prompt may have; None: any number.
         longest_token: most characters of one; None: any number.
-
-    Raises:
-        BadSample: it has too many turns, or more characters than so many tokens.
     """
     if len(turns) > MOST_TURNS:
         raise BadSample("request", f"the talk has {len(turns)} turns, and {MOST_TURNS} are allowed; begin a new one")
-    if tokens is None or longest_token is None:
-        return
     characters = sum(len(turn.text) for turn in turns)
-    if characters > tokens * longest_token:
+    if tokens is not None and longest_token is not None and characters > tokens * longest_token:
         reason = f"its {characters:,} characters are more than a prompt of {tokens:,} tokens can hold; shorten it"
         raise BadSample("request", reason)
 
@@ -71,13 +60,11 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Most characters that one token of a prompt stands for; None where they may be any number, or are not known.
 
     Of a tokenizer's entries each character stands for at most one of the text: of bytes, and of `<0x0A>`, for less.
-
-    Args:
-        tokenizer: of the prompts.
     """
     try:
         longest = max(map(len, tokenizer.get_vocab()))
-        texts = [character * 16 * longest for character in SWALLOWED]
+        # Some tokenizers make one token of any length, or none, of characters that they do not know, and of spaces.
+        texts = [character * 16 * longest for character in ("\ue000", " ")]
         bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
     except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
         return None
@@ -99,7 +86,6 @@ class Entry:
 
     Attributes:
         name: of the adapter; None is the base.
-        prompts: what makes its inputs.
         alone: whether the pictures of a batch must all be its own.
         longest_token: most characters that one token of its prompts stands for.
     """
@@ -121,10 +107,6 @@ class ServedModel:
         source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
         base_name: what the base is called among the adapters; None: as its folder.
         template: the prompt format of adapters that do not say their own.
-        any_base: accepts adapters that were trained on another base.
-
-    Raises:
-        UserError: it is no decoder, or cannot be opened.
     """
 
     def __init__(
@@ -143,12 +125,10 @@ class ServedModel:
         prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
-        base = Entry(None, prompts, longest_token=longest_token(prompts.tokenizer))
+        base = Entry(None, prompts, longest_token=longest_token(prompts.encoder.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
         self._entries: dict[str, Entry] = {self.base_name: base}
-
-    # -- adapters ----------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,16 +142,12 @@ class ServedModel:
         return self._entries[name]
 
     def read(self, name: str, folder: Path) -> tuple[Entry, ReadAdapter]:
-        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
-
-        Raises:
-            UserError: the name is taken, the folder is no adapter of this base, or it cannot be served per row.
-        """
+        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served."""
         self._refuse_taken(name)
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = prompts_of(source)
         read = self.adapters.read(folder)
-        return Entry(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
+        return Entry(name, prompts, read.alone, longest_token(prompts.encoder.tokenizer)), read
 
     def put(self, entry: Entry, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
@@ -181,36 +157,29 @@ class ServedModel:
         self._entries[name] = entry
 
     def drop(self, name: str) -> None:
-        """Serves an adapter no longer; between batches only.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            UserError: it is the base.
-        """
+        """Serves an adapter no longer; between batches only."""
         if self.entry(name).name is None:
             raise UserError(f"{name} is the base, which stays; name an adapter")
         del self._entries[name]
         self.adapters.drop(name)
 
-    # -- batches -----------------------------------------------------------------------------------------------
-
     @contextmanager
     def rows(
-        self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] | None = None
+        self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
     ) -> Iterator[None]:
         """Meanwhile the model's batch has a row for each of these, with so many pictures each.
 
         Args:
-            strengths: how much of its adapter is applied to each; None: all of it.
+            strengths: how much of its adapter is applied to each; none: all of it.
         """
         strengths = strengths or [1.0] * len(entries)
         shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
-        seeing = list(zip(entries, shares, pictures, strict=True))
-        alone = {share for item, share, count in seeing if count and item.alone and share}
+        rows = list(zip(entries, shares, pictures, strict=True))
+        alone = [share for entry, share, count in rows if count and entry.alone and share]
         if alone or not self.by_picture:
-            shown_by: list[Share | None] = [next(iter(alone), None)]
+            shown_by: list[Share | None] = [alone[0] if alone else None]
         else:
-            shown_by = [share for _, share, count in seeing for _ in range(count)] or [None]
+            shown_by = [share for _, share, count in rows for _ in range(count)] or [None]
         with self.adapters.batch.holding(shares, shown_by):
             yield
 
@@ -224,14 +193,6 @@ class ServedModel:
     def max_positions(self) -> int | None:
         """What the model takes of a prompt and its answer together."""
         return max_positions(self.backbone.config)
-
-    @property
-    def encoder(self) -> Encoder | None:
-        """The processor's, where the model is asked through one."""
-        prompts = self.assistant.prompts
-        return prompts.encoder if isinstance(prompts, EncoderPrompts) else None
-
-    # -- inside ------------------------------------------------------------------------------------------------
 
     def _refuse_taken(self, name: str) -> None:
         if name == self.base_name:
@@ -266,11 +227,7 @@ def open_served(
     template: str | None = None,
     any_base: bool = False,
 ) -> ServedModel:
-    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's.
-
-    Raises:
-        UserError: there is neither, or one of them cannot be served.
-    """
+    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
     first = next(iter(adapters.values()), None)
     if first is None:
         wanted = Wanted(model=model, template=template)
@@ -286,26 +243,22 @@ def open_served(
 
 
 def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
-    """An adapter over the base that is served; no weight is read.
-
-    Raises:
-        UserError: the folder is no adapter, or one of another base, kind or quantisation.
-    """
+    """An adapter over the base that is served; no weight is read."""
     wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
     source = find_source(wanted)
     stated = str(source.recipe.get("base_sha256") or "")
-    own_hash = None if any_base or not stated else _sha256_of(served.place, served.revision)
-    if own_hash and own_hash != stated:
+    sha256 = None if any_base or not stated else _sha256_of(served.place, served.revision)
+    if sha256 and sha256 != stated:
         raise UserError(
-            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {own_hash[:12]}…; serve it "
+            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {sha256[:12]}…; serve it "
             "with its own base, or start with --any-base to try it"
         )
     if source.kind != served.kind:
         raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
-    own, theirs = (item.recipe.get("quantisation") for item in (source, served))
-    if source.recipe and own != theirs and not any_base:
+    trained, now = (recipe.get("quantisation") for recipe in (source.recipe, served.recipe))
+    if source.recipe and trained != now and not any_base:
         raise UserError(
-            f"{folder} was trained on a base with quantisation {own}, the served one has {theirs}; serve it apart, "
+            f"{folder} was trained on a base with quantisation {trained}, the served one has {now}; serve it apart, "
             "or start with --any-base"
         )
     return source

@@ -140,11 +140,7 @@ def media_limits(options: argparse.Namespace) -> MediaLimits:
 
 
 def adapters_by_name(given: Sequence[str]) -> dict[str, Path]:
-    """The adapters' folders by name: as `NAME=DIR` states, else as their run is called.
-
-    Raises:
-        UserError: one is no folder, or two have one name.
-    """
+    """The adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
     adapters: dict[str, Path] = {}
     for text in given:
         stated, sign, rest = text.partition("=")
@@ -169,11 +165,7 @@ def run_name(folder: Path) -> str:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket on this address, taken before the weights are read.
-
-    Raises:
-        UserError: there is no such address here, or another program has it.
-    """
+    """A socket on this address, taken before the weights are read."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

@@ -1,6 +1,8 @@
 """What happens on the page: pictures are shown, questions asked, a dial turned. Each is one call here.
 
-What a talk is stands in `side_by_side.py`, how it looks and the page's parts in `page_parts.py`.
+What a talk is stands in `side_by_side.py`, how it looks and the page's parts in `page_parts.py`. Gradio has many more
+addresses than the page needs: some give files, fetch from the web or run other programs. Here only those are there that
+the page itself asks for, and a file that a request names must be one that was uploaded.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, no_type_check
@@ -29,14 +31,12 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Admission, Door, Refused, http_config
+from dora_vl.serving.door import Admission, Door, Refused
 from dora_vl.serving.page_parts import (
     DIAL,
     STYLE,
     TAKE_QUESTION,
-    Column,
     ExampleQuestion,
-    Start,
     Talks,
     column_view,
     lay_out,
@@ -45,12 +45,6 @@ from dora_vl.serving.page_parts import (
     theme,
 )
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
-
-# The page over HTTP: Gradio's application, kept from asking anybody else, and from giving or keeping any file.
-#
-# Gradio has many more addresses than the page needs: some give files, fetch from the web or run other programs. Here
-# only those are there that the page itself asks for, and a file that a request names must be one that was uploaded.
-
 
 UPLOAD = "/gradio_api/upload"
 ADDRESSES = {
@@ -104,15 +98,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def coming(self, size: str) -> Iterator[None]:
-        """Meanwhile an upload is on its way.
-
-        Args:
-            size: its bytes, as its header says.
-
-        Raises:
-            Refused: it does not say.
-            TooManyRequests: there is no room for it.
-        """
+        """Meanwhile an upload is on its way."""
         if not size.isdecimal():
             raise Refused("an upload must say its size (Content-Length)")
         sizes = self.forget()
@@ -129,9 +115,9 @@ class Uploads:
         sizes, oldest = [], time.time() - FORGET_SECONDS
         for file in [path for path in self.folder.rglob("*") if not path.is_dir()]:
             with contextlib.suppress(FileNotFoundError):  # it was read just now
-                seen = file.lstat()
-                if seen.st_mtime >= oldest:
-                    sizes.append(seen.st_size)
+                status = file.lstat()
+                if status.st_mtime >= oldest:
+                    sizes.append(status.st_size)
                 else:
                     self._remove(file)
         return sizes
@@ -159,8 +145,8 @@ class Uploads:
             task.cancel()
 
 
-class OwnFilesAlone:
-    """Lets through what the page asks for, where it names no file but uploaded ones."""
+class OwnAlone:
+    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer."""
 
     def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
         self._app = app
@@ -174,13 +160,21 @@ class OwnFilesAlone:
         addresses = ADDRESSES.get(scope["method"])
         if addresses is None or not addresses.fullmatch(scope["path"]):
             raise Refused("the page has no such address")
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
         if scope["path"] == UPLOAD:
             with self._uploads.coming(Headers(scope=scope).get("content-length", "")):
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, with_policy)
             return
         if scope["method"] == "POST":
             self._check_files(scope["content"])
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, with_policy)
 
     def _check_files(self, content: bytes) -> None:
         try:
@@ -197,30 +191,6 @@ class OwnFilesAlone:
                 values += value
 
 
-class OwnHostAlone:
-    """Puts `POLICY` on every answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-
-        async def with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "no-referrer"
-            await send(message)
-
-        await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
-
-
-def serve_page(app: FastAPI, listener: socket.socket) -> None:
-    """Serves until somebody ends it."""
-    QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
-
-
 class QuietServer(uvicorn.Server):
     """Cuts open pages off when it ends: they listen for ever, and that they are cut off is no error."""
 
@@ -234,16 +204,12 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
     """The application.
 
     Args:
-        page: a `Page`.
-        admission: who may open it.
         upload_bytes: largest file that is taken at all.
-        waiting: most questions that wait for their turn.
     """
     app = FastAPI(
         title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
     )
-    app.add_middleware(OwnFilesAlone, uploads=page.uploads)
-    app.add_middleware(OwnHostAlone)
+    app.add_middleware(OwnAlone, uploads=page.uploads)
     limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
     app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS, **limits)
     page.blocks.queue(max_size=waiting, api_open=False)
@@ -274,8 +240,6 @@ class PageSettings:
 
     Attributes:
         uploads: what visitors have sent; no other file is ever read or deleted.
-        new_tokens: longest answer, where nobody chooses another.
-        temperature: likewise; 0 takes the likeliest token.
     """
 
     uploads: Uploads
@@ -287,8 +251,6 @@ class Page:
     """One page for all who open it.
 
     Args:
-        side: what answers.
-        settings: how it is set up.
         examples: questions that a click takes.
     """
 
@@ -298,14 +260,14 @@ class Page:
         self.talks = Talks()
         self.uploads = settings.uploads
         self._base = side.engine.model.base_name
-        start = Start(
-            models=side.engine.model.names,
-            place=Path(side.engine.model.source.place).name,
+        model = side.engine.model
+        self.blocks, self.parts = lay_out(
+            model.names,
+            Path(model.source.place).name,
+            self.examples,
             new_tokens=settings.new_tokens,
             temperature=settings.temperature,
-            examples=self.examples,
         )
-        self.blocks, self.parts = lay_out(start)
         with self.blocks:
             self._connect()
 
@@ -360,10 +322,9 @@ class Page:
 
     def begin_anew(self, person: str, key: str) -> Update:
         """The same pictures, and nothing said about them yet."""
-        try:
+        shown = NOTHING
+        with contextlib.suppress(UserError):
             shown = self.talks.get(key).shown
-        except UserError:
-            shown = NOTHING
         return self._begun(Talk(shown=shown), person)
 
     def take_example(self, person: str, number: int) -> Update:
@@ -380,27 +341,16 @@ class Page:
             yield gr.skip()
             return
         yield {self.parts.answered: asked}
-        question = asked.partition(" ")[2]
-        yield from self._answers(person, key, settings, lambda talk: (talk, question), typed=question)
+        yield from self._answers(person, key, settings, asked.partition(" ")[2])
 
     @no_type_check  # likewise
     def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
         """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
-        try:
-            last = self.talks.get(key).exchanges[-1:]
-        except UserError:
-            last = ()
-        if not last:
-            yield gr.skip()  # a generator without anything would empty all parts
-            return
-        before = [answer.speaker for answer in last[0].answers]
-        yield from self._answers(
-            person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question), before=before
-        )
+        yield from self._answers(person, key, chosen, None)
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
-        self.side.stop(_person(request))
+        self.side.stop(str(request.session_hash))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -410,74 +360,58 @@ class Page:
     def _begun(self, talk: Talk, person: str) -> Update:
         self.side.stop(person)
         parts = self.parts
-        shown = {
+        return {
+            parts.key: self.talks.begin(talk),
             parts.seen: shown_view(talk.shown, frames_are_pictures=self.side.frames_are_pictures),
             parts.notice: notice_view(""),
+            **self._columns(talk),
         }
-        return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
 
-    def _answers(
-        self,
-        person: str,
-        key: str,
-        chosen: Sequence[Any],
-        which: Callable[[Talk], tuple[Talk, str]],
-        *,
-        typed: str = "",
-        before: Sequence[Speaker] = (),
-    ) -> Iterator[Update]:
+    def _answers(self, person: str, key: str, chosen: Sequence[Any], question: str | None) -> Iterator[Update]:
         """The talk as it grows by the answers to a question.
 
         Args:
             chosen: as `Parts.chosen` has them, behind the key.
-            which: the talk so far, and the question.
-            typed: what goes back into the box where it cannot be asked.
-            before: who has answered it; the same are not asked again.
+            question: what was typed, which goes back into its box where it cannot be asked; None: the last one again.
         """
         parts = self.parts
         *_, tokens, temperature, remember = chosen
+        again: Update = {} if question is None else {parts.question: question}
         try:
-            speakers = self._speakers(chosen)
-            if speakers == before:
-                yield gr.skip()
-                return
+            talk = self.talks.get(key)
+            # The base has no strength.
+            speakers = [
+                Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+                for name, strength in zip(chosen[:2], chosen[2:4], strict=True)
+            ]
+            if question is None:
+                last = talk.exchanges[-1:]
+                if not last or speakers == [answer.speaker for answer in last[0].answers]:
+                    yield gr.skip()  # a generator without anything would empty all parts
+                    return
+                talk, question = replace(talk, exchanges=talk.exchanges[:-1]), last[0].question
             if tokens is None or temperature is None:
                 raise UserError("the settings lack a number; type one")
             sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
-            talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
-            label = talk if remember else replace(talk, exchanges=())
+            told = talk if remember else replace(talk, exchanges=())
             yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, label, question, speakers, sampling):
-                whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
-                self.talks.keep(key, whole)
-                yield {parts.key: key, parts.notice: notice_view(""), **self._columns(whole)}
+            for answered in self.side.ask(person, told, question, speakers, sampling):
+                grown = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
+                self.talks.keep(key, grown)
+                yield {parts.key: key, parts.notice: notice_view(""), **self._columns(grown)}
         except UserError as error:
-            yield {parts.notice: notice_view(plain(error)), **({parts.question: typed} if typed else {})}
+            yield {parts.notice: notice_view(plain(error)), **again}
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
-
-    def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
-        """Who is asked, one a column; the base has no strength. Raises UserError: a strength is none."""
-        both = zip(chosen[:2], chosen[2:4], strict=True)
-        return [
-            Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
-            for name, strength in both
-        ]
 
     def _columns(self, talk: Talk) -> Update:
         names = (next(iter(self.side.engine.model.names[1:]), self._base), self._base)
-        parts: tuple[Column, ...] = self.parts.columns
         return {
             part.talk: column_view(talk, number, named=name)
-            for number, (part, name) in enumerate(zip(parts, names, strict=True))
+            for number, (part, name) in enumerate(zip(self.parts.columns, names, strict=True))
         }
 
 
 def _begin(request: gr.Request) -> tuple[str, Any]:
-    """The page is ready: questions are taken from now on."""
-    return _person(request), gr.update(interactive=True)
-
-
-def _person(request: gr.Request) -> str:
-    """Who has the page open, as Gradio knows them."""
-    return str(request.session_hash)
+    """The page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
+    return str(request.session_hash), gr.update(interactive=True)

@@ -1,8 +1,10 @@
-"""The parts of the page and where they stand; what they do is in `page.py`."""
+"""The parts of the page and where they stand; what they do is in `page.py`. All text in its HTML is escaped."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 import secrets
 import threading
 from collections import OrderedDict
@@ -19,15 +21,11 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.report.answers import PREDICTIONS
-from dora_vl.report.run_record import RunRecord, read_run
-from dora_vl.run.watched import evenly
+from dora_vl.run.folder import SETTINGS
+from dora_vl.run.watched import evenly, read_watched
 from dora_vl.serving.side_by_side import NOTHING, Answer, Talk
-
-# What the page shows of a talk as HTML: what the model sees, answers, what went wrong. All text is escaped.
-
 
 THUMB_PX = 320
 JPEG_QUALITY = 85
@@ -53,11 +51,7 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
 
 
 def column_view(talk: Talk, column: int, *, named: str) -> str:
-    """What one model was asked and said.
-
-    Args:
-        named: what stands there before the first question.
-    """
+    """What one model was asked and said."""
     if not talk.exchanges:
         return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
     turns = "".join(
@@ -70,15 +64,6 @@ def column_view(talk: Talk, column: int, *, named: str) -> str:
 def notice_view(text: str) -> str:
     """What went wrong; nothing where nothing did."""
     return f'<div class="dv-notice" role="alert">{escape(text)}</div>' if text else ""
-
-
-def heading_view(base: str, adapters: Sequence[str]) -> str:
-    """The head of the page."""
-    named = ", ".join(f"<b>{escape(name)}</b>" for name in adapters)
-    return (
-        '<header class="dv-head"><h1>Ask, side by side</h1>'
-        f"<p>{named} over <b>{escape(base)}</b>, unmerged: both columns are rows of one batch.</p></header>"
-    )
 
 
 def _answer_view(answer: Answer) -> str:
@@ -118,9 +103,6 @@ def _data_url(picture: Image.Image) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-# Questions that a run's own folder has at hand, for whoever opens the page: of its test, else those it watched.
-
-
 MOST_EXAMPLES = 6
 LOOKED_AT = 5
 """So many times as many are looked at for pictures that are still there and questions that differ."""
@@ -136,54 +118,54 @@ class ExampleQuestion:
 
 
 def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[ExampleQuestion, ...]:
-    """A few questions with one picture each from the run that an adapter is of; none where that run is not there."""
-    for folder in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
-        try:
-            run = read_run(folder, folder.name)
-        except UserError:
-            continue
-        for result in (_of_test(run, most), _watched(run)):
+    """A few questions with one picture each from the run that an adapter is of: of its test, else those it watched."""
+    for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
+        for examples in (_of_test(run, most), _watched(run)):
             chosen: dict[str, ExampleQuestion] = {}
-            for example in result:  # each question once
+            for example in examples:  # each question once
                 chosen.setdefault(example.question, example)
                 if len(chosen) == most:
                     break
             if chosen:
                 return tuple(chosen.values())
-        return ()
     return ()
 
 
-def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
-    folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
-    path = run.folder / PREDICTIONS
-    if folder is None or not path.is_file():
-        return
+def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
+    """One of each kind of question, then the next of each, evenly from the whole test."""
     try:
-        asked = [item for item in read_predictions(path).values() if len(item.images) == 1]
-    except UserError:
+        settings = json.loads((run / SETTINGS).read_bytes())
+        predictions = read_predictions(run / PREDICTIONS).values()
+    except (OSError, ValueError, UserError):
         return
+    stated = [(settings.get(section) or {}).get("image_folder") for section in ("evaluation", "data")]
+    if not any(stated):
+        return
+    # From the folder that the run was started in, where its own still ends as it was named then; else from here.
+    folder, output = Path(next(filter(None, stated))), Path(settings["training"]["output_dir"])
+    started_in = Path(*run.parts[: -len(output.parts)])
+    if not output.is_absolute() and run.parts[-len(output.parts) :] == output.parts and (started_in / folder).exists():
+        folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
-    for item in asked:
-        kinds.setdefault(item.kind, []).append(item)
-    # One of each kind of question, then the next of each, evenly from the whole test.
-    rounds = zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values()))
-    for item in (item for of_each in rounds for item in of_each if item is not None):
-        yield from _opened(run.path(folder), item.images, item.question, item.truth)
+    for prediction in predictions:
+        if len(prediction.images) == 1:
+            kinds.setdefault(prediction.kind, []).append(prediction)
+    for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):
+        for prediction in filter(None, of_each):
+            yield from _opened(folder, prediction.images[0], prediction.question, prediction.truth)
 
 
-def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:
-    for item in run.watched.questions if run.watched is not None else ():
-        if run.watched is not None and item.picture:
-            yield from _opened(run.watched.folder, [item.picture], item.question, item.truth)
+def _watched(run: Path) -> Iterator[ExampleQuestion]:
+    watched = read_watched(run)
+    for question in watched.questions if watched is not None else ():
+        if watched is not None and question.picture:
+            yield from _opened(watched.folder, question.picture, question.question, question.truth)
 
 
-def _opened(folder: Path, images: Sequence[str], question: str, truth: str) -> Iterator[ExampleQuestion]:
+def _opened(folder: Path, image: str, question: str, truth: str) -> Iterator[ExampleQuestion]:
     """The example, where its picture can be opened."""
-    try:
-        yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), images[0]), truth)
-    except BadSample:
-        return
+    with contextlib.suppress(BadSample):
+        yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), image), truth)
 
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
@@ -241,17 +223,6 @@ class Parts:
         return [*shown, self.question, self.answered, self.ask, self.stop]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What the page starts with: models (the base first), where the base is from, settings, questions to click."""
-
-    models: tuple[str, ...]
-    place: str
-    new_tokens: int
-    temperature: float
-    examples: tuple[ExampleQuestion, ...] = ()
-
-
 def theme() -> gr.themes.Base:
     """Colours and the visitor's own fonts."""
     own = gr.themes.Default(
@@ -265,12 +236,20 @@ def theme() -> gr.themes.Base:
     return own.set(body_background_fill="*neutral_50", block_shadow="none")
 
 
-def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
-    """The page without anything happening on it yet."""
-    base, *adapters = start.models
-    longest = max(LONGEST_ANSWER, start.new_tokens)
+def lay_out(
+    models: Sequence[str], base: str, examples: Sequence[ExampleQuestion], *, new_tokens: int, temperature: float
+) -> tuple[gr.Blocks, Parts]:
+    """The page without anything happening on it yet.
+
+    Args:
+        base: where the base is from.
+    """
+    named = ", ".join(f"<b>{escape(name)}</b>" for name in models[1:])
     with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(heading_view(start.place, adapters))
+        gr.HTML(
+            '<header class="dv-head"><h1>Ask, side by side</h1>'
+            f"<p>{named} over <b>{escape(base)}</b>, unmerged: both columns are rows of one batch.</p></header>"
+        )
         person, key, answered = gr.State(""), gr.State(""), gr.State("")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):  # what the models are shown, examples, settings
@@ -282,16 +261,17 @@ def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
                                       image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
                 seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
                 nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
-                examples = _examples(start.examples) if start.examples else None
+                clicked = _examples(examples) if examples else None
                 with gr.Accordion("Settings", open=False):
-                    tokens = gr.Slider(1, longest, start.new_tokens, step=1, label="Longest answer, in tokens")
-                    temperature = gr.Slider(0, 2, start.temperature, step=0.1, label="Temperature",
-                                            info="0 takes the likeliest token each time")  # fmt: skip
+                    tokens = gr.Slider(1, max(LONGEST_ANSWER, new_tokens), new_tokens, step=1,
+                                       label="Longest answer, in tokens")  # fmt: skip
+                    heat = gr.Slider(0, 2, temperature, step=0.1, label="Temperature",
+                                     info="0 takes the likeliest token each time")  # fmt: skip
                     remember = gr.Checkbox(True, label="Later questions see the earlier ones")
             with gr.Column(scale=9, min_width=480):  # who answers, and what is asked and said
                 notice = gr.HTML(notice_view(""), elem_id="dv-notice")
                 with gr.Row(equal_height=True):
-                    columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
+                    columns = (_column(models, models[1], "left"), _column(models, models[0], "right"))
                 with gr.Row(equal_height=True, elem_id="dv-asking"):
                     question = gr.Textbox(placeholder="Type a question, then Enter", show_label=False, container=False,
                                           lines=1, scale=8, autofocus=True, elem_id="dv-question")  # fmt: skip
@@ -302,9 +282,9 @@ def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
                     anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
                 asked = gr.Textbox(visible="hidden")
     return blocks, Parts(
-        person=person, key=key, files=files, webcam=webcam, seen=seen, nothing=nothing, examples=examples,
+        person=person, key=key, files=files, webcam=webcam, seen=seen, nothing=nothing, examples=clicked,
         notice=notice, columns=columns, question=question, asked=asked, answered=answered, ask=ask, stop=stop,
-        anew=anew, tokens=tokens, temperature=temperature, remember=remember,
+        anew=anew, tokens=tokens, temperature=heat, remember=remember,
     )  # fmt: skip
 
 
@@ -323,18 +303,15 @@ def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
     )
 
 
-def _column(start: Start, chosen: str, side: str) -> Column:
+def _column(models: Sequence[str], chosen: str, side: str) -> Column:
     with gr.Column(min_width=230):
-        model = gr.Dropdown(list(start.models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
+        model = gr.Dropdown(list(models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
         strength = gr.Slider(
-            0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != start.models[0],
+            0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != models[0],
             info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
         )  # fmt: skip
         talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}")
     return Column(model, strength, talk)
-
-
-# The talks that people have on the page, so many of them, each under a key that nobody can guess.
 
 
 MOST_TALKS = 64
@@ -342,7 +319,7 @@ MOST_TALKS = 64
 
 
 class Talks:
-    """Talks by key, for several threads."""
+    """The talks that people have on the page, each under a key that nobody can guess; for several threads."""
 
     def __init__(self, most: int = MOST_TALKS) -> None:
         self._most = most

@@ -50,35 +50,26 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     """
     deadline = time.monotonic() + limits.seconds
     for _ in range(MOST_REDIRECTS + 1):
-        content = _get(_checked(url), limits.bytes, deadline)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise NotFetched(f"{shown(url)} is no address: {error}") from None
+        if parts.scheme not in PORTS or not parts.hostname or port == 0:
+            raise NotFetched(f"{shown(url)}: only http:// and https:// addresses are fetched")
+        if parts.username is not None or not url.isascii() or not url.isprintable() or " " in url:
+            raise NotFetched(
+                f"{shown(url)}: an address holds no user name, and ASCII without spaces alone; escape the rest"
+            )
+        content = _get(parts, limits.bytes, deadline)
         if isinstance(content, bytes):
             return content
         url = urljoin(url, content)
     raise NotFetched(f"{shown(url)}: more than {MOST_REDIRECTS} redirects")
 
 
-def _checked(url: str) -> SplitResult:
-    """The address in its parts. Raises NotFetched: not http(s), without a host, or with a password."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise NotFetched(f"{shown(url)} is no address: {error}") from None
-    if parts.scheme not in PORTS or not parts.hostname or port == 0:
-        raise NotFetched(f"{shown(url)}: only http:// and https:// addresses are fetched")
-    if parts.username is not None or not url.isascii() or not url.isprintable() or " " in url:
-        raise NotFetched(
-            f"{shown(url)}: an address holds no user name, and ASCII without spaces alone; escape the rest"
-        )
-    return parts
-
-
 def public_addresses(host: str, port: int, seconds: float) -> list[str]:
-    """The IP addresses of a host, where they are known within so many seconds.
-
-    Raises:
-        NotFetched: it has none, or one that is not public, or nobody says in time.
-    """
+    """The IP addresses of a host, where they are known within so many seconds."""
     answer: Future[list[Any]] = Future()
 
     def resolve() -> None:
@@ -167,10 +158,17 @@ def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
                 return moved
             if answer.status != http.client.OK:
                 raise NotFetched(f"{shown(host)} answered with status {answer.status}")
-            content = _read(answer, host, most, deadline)
+            content = bytearray()
+            while chunk := answer.read1(CHUNK):
+                content += chunk
+                if len(content) > most:
+                    raise NotFetched(f"what {shown(host)} sends is larger than the {most:,} bytes allowed")
+                _left(host, deadline)
+            if answer.length:
+                raise NotFetched(f"{shown(host)} sent less than it said")
         if connection.aborted:  # what was cut off may look whole
             raise _too_slow(host)
-        return content
+        return bytes(content)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if connection.aborted or isinstance(error, TimeoutError):  # the socket's own timeout, just before the watch
             raise _too_slow(host) from None
@@ -178,18 +176,6 @@ def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
     finally:
         watch.cancel()
         connection.close()
-
-
-def _read(answer: http.client.HTTPResponse, host: str, most: int, deadline: float) -> bytes:
-    content = bytearray()
-    while chunk := answer.read1(CHUNK):
-        content += chunk
-        if len(content) > most:
-            raise NotFetched(f"what {shown(host)} sends is larger than the {most:,} bytes allowed")
-        _left(host, deadline)
-    if answer.length:
-        raise NotFetched(f"{shown(host)} sent less than it said")
-    return bytes(content)
 
 
 def _left(host: str, deadline: float) -> float:

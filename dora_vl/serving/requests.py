@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -25,10 +25,6 @@ from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.run.media import VideoReading
 from dora_vl.serving.remote_media import FetchLimits, NotFetched, fetch
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 
 LONGEST_NAME = 256
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -86,21 +82,20 @@ Part = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator="type")
 
 
 class Message(_Strict):
-    """One turn of the talk; clients send an earlier answer back as they got it, with a refusal that is null."""
+    """One turn of the talk, words alone as one part; clients send answers back as they got them, `refusal` null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+    content: Annotated[
+        list[Part],
+        Field(min_length=1, max_length=MOST_PARTS, fail_fast=True),
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+    ]
     name: str | None = None
     refusal: None = None
 
-    @property
-    def parts(self) -> list[Part]:
-        """The content as parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
     @model_validator(mode="after")
     def _media_are_the_users(self) -> Message:
-        if self.role != "user" and not all(isinstance(part, TextPart) for part in self.parts):
+        if self.role != "user" and not all(isinstance(part, TextPart) for part in self.content):
             raise ValueError(f"a message of the {self.role} holds words alone; pictures belong to the user's")
         return self
 
@@ -117,7 +112,11 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
+    Field(max_length=MOST_STOPS, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 
 
 class ChatRequest(_Strict):
@@ -133,7 +132,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop: Stops | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -155,11 +154,6 @@ class ChatRequest(_Strict):
     safety_identifier: str | None = None
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
     def longest(self) -> int | None:
         """The longest answer that is asked for."""
         return self.max_completion_tokens or self.max_tokens
@@ -176,9 +170,6 @@ class UnloadRequest(_Strict):
     """An adapter to be served no longer."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-
-
-# A request's messages as turns, and the pictures and videos in them: decoded, limited, nothing left on the disk.
 
 
 class TooLarge(UserError):
@@ -198,12 +189,7 @@ class MediaLimits:
     """What a request may show.
 
     Attributes:
-        pictures: most of them in a request.
-        videos: likewise.
-        picture_pixels: most pixels of a picture.
-        bytes: most bytes of one picture or video.
         frames: how many frames of a video the model sees.
-        video_seconds: longest time that decoding a video may take.
         fetch_seconds: longest time that fetching one address may take.
         remote: whether http(s) addresses are fetched at all.
     """
@@ -232,7 +218,6 @@ class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
 
     Attributes:
-        limits: what a request may show.
         same_length: whether the videos of a batch must have equally many frames.
     """
 
@@ -254,86 +239,63 @@ class RequestMedia:
 
         Args:
             go_on: is called before each picture and video, and raises what ends the reading.
-
-        Raises:
-            BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
-            TooLarge: there are too many, or one is too large.
         """
-        parts = [part for message in messages for part in message.parts]
-        shown_videos = sum(isinstance(part, VideoPart) for part in parts)
-        self.refuse_many(sum(isinstance(part, PicturePart) for part in parts), shown_videos, "the request shows")
+        parts = [part for message in messages for part in message.content]
+        video_count = sum(isinstance(part, VideoPart) for part in parts)
+        self.refuse_many(sum(isinstance(part, PicturePart) for part in parts), video_count, "the request shows")
         pictures: list[Image.Image] = []
         videos: list[Video] = []
-
-        def text_of(part: Part, where: str) -> str:
-            if isinstance(part, TextPart):
-                return words(part.text, where, shows_videos=shown_videos > 0)
-            go_on()
-            if isinstance(part, VideoPart):
-                where += ".video_url"
-                videos.append(self.video(self._content(part.video_url.url, where), where))
-                return f"{VIDEO_PLACEHOLDER}\n"
-            where += ".image_url"
-            pictures.append(self.picture(self._content(part.image_url.url, where), where))
-            return f"{IMAGE_PLACEHOLDER}\n"
-
         turns: list[Turn] = []
         for number, message in enumerate(messages):
-            where = f"messages[{number}].content"
-            is_text = isinstance(message.content, str)
-            text = "".join(
-                text_of(part, where if is_text else f"{where}[{place}]") for place, part in enumerate(message.parts)
-            )
-            ends_with_words = isinstance(message.parts[-1], TextPart)
+            text = ""
+            for index, part in enumerate(message.content):
+                where = f"messages[{number}].content[{index}].{part.type}"
+                if isinstance(part, TextPart):
+                    text += words(part.text, where, shows_videos=video_count > 0)
+                    continue
+                go_on()
+                if isinstance(part, VideoPart):
+                    videos.append(self.video(self._content(part.video_url.url, where), where))
+                    text += f"{VIDEO_PLACEHOLDER}\n"
+                else:
+                    pictures.append(self.picture(self._content(part.image_url.url, where), where))
+                    text += f"{IMAGE_PLACEHOLDER}\n"
+            ends_with_words = isinstance(message.content[-1], TextPart)
             turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
-        """Refuses more pictures or videos than may be shown.
-
-        Args:
-            who: shows them, for the message, such as "the request shows".
-
-        Raises:
-            TooLarge: there are more.
-        """
+        """Refuses more pictures or videos than may be shown."""
         limits = self.limits
         for count, most, what in ((pictures, limits.pictures, "pictures"), (videos, limits.videos, "videos")):
             if count > most:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
-        """A picture's file as RGB, upright.
-
-        Raises:
-            BadRequest: it is none of `FORMATS`, or broken.
-            TooLarge: it has too many pixels.
-        """
+        """A picture's file as RGB, upright."""
         try:
             with opened_picture(BytesIO(content)) as image:
                 width, height = image.size
+            if width * height > (most := self.limits.picture_pixels):
+                raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")
+            return decode_image(BytesIO(content), "it", "the request")
         except NoPicture as error:
             raise BadRequest(where, f"it {error}") from None
-        except NOT_DECODED as error:
-            raise BadRequest(where, f"it cannot be read: {type(error).__name__}") from None
-        if width * height > self.limits.picture_pixels:
-            most = self.limits.picture_pixels
-            raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")
-        try:
-            return decode_image(BytesIO(content), "it", "the request")
         except BadSample as error:
             raise BadRequest(where, error.reason) from None
+        except NOT_DECODED as error:
+            raise BadRequest(where, f"it cannot be read: {type(error).__name__}") from None
 
     def video(self, content: bytes, where: str) -> Video:
         """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""
         limits = self.limits
-        with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, self._decoding:
-            (Path(folder) / "video").write_bytes(content)
-            frames = limits.frames if self.same_length else None
-            sampling = Uniform(limits.frames)
-            reading = VideoReading(folder=Path(folder), sampling=sampling, frames=frames, reader=self._reader)
+        frames = limits.frames if self.same_length else None
+        with tempfile.TemporaryDirectory(prefix="dora-vl-") as name, self._decoding:
+            folder = Path(name)
+            (folder / "video").write_bytes(content)
+            reading = VideoReading(folder=folder, sampling=Uniform(limits.frames), frames=frames, reader=self._reader)
             try:
                 (video,) = reading.read([Clip(path="video")])
             except BadSample as error:
@@ -371,70 +333,27 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
         raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
 
 
-# -- the JSON that a request brings: of at most so many values, and checked --------------------------------------------
-
 Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 200_000
 """Commas and opening brackets of a request: each value has one before it, and may take a hundred times its bytes."""
-BEFORE_A_VALUE = (b",", b"[", b"{")
-NO_MARKS = bytes(set(range(256)).difference(b'"', *BEFORE_A_VALUE))
+NO_MARKS = bytes(set(range(256)).difference(b'",[{'))
 LONGEST_PLACE, LONGEST_REASON = 80, 300
-REASONS = {
-    "missing": "it is missing",
-    "extra_forbidden": "there is no such field here",
-    "union_tag_invalid": "its type must be text, image_url or video_url",
-    "union_tag_not_found": "it needs a type: text, image_url or video_url",
-}
-WORDS = {
-    "Input should be": "it must be",
-    "List should have": "it must have",
-    "String should have": "it must have",
-    " after validation": "",
-    "a valid ": "a ",
-    "a integer": "an integer",
-    "a object": "an object",
-    "Value error, ": "",
-    "Invalid JSON": "it is no JSON",
-}
-"""Pydantic's words, and those for a person who knows OpenAI's fields."""
+_TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:
-    """A request's JSON, checked.
-
-    Raises:
-        TooLarge: it holds more values than any request needs.
-        BadRequest: it names the first place that is wrong.
-    """
+    """A request's JSON, checked."""
     if _holds_too_many(content):
         beyond = f"the request holds more than {MOST_VALUES:,} commas and opening brackets outside of its texts"
         raise TooLarge(f"{beyond}; none needs as many")
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        # Of several forms of one place the one that came farthest: deepest, and beyond its type.
-        first = max(errors, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
-        place, reason = _place(first), REASONS.get(first["type"], first["msg"])
-        for theirs, ours in WORDS.items():
-            reason = reason.replace(theirs, ours)
-        others = {other for other in map(_place, errors) if not place.startswith(other)}
-        more = f" (and {len(others)} more)" if others else ""
-        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(reason, LONGEST_REASON) + more) from None
-
-
-def _place(error: ErrorDetails) -> str:
-    """Where it is, such as `messages[0].content[1].image_url`: without pydantic's names for the forms of a value."""
-    place, form = "", False
-    for number, piece in enumerate(error["loc"]):
-        named = error["type"] == "extra_forbidden" and number == len(error["loc"]) - 1
-        if isinstance(piece, int):
-            place += f"[{piece}]"
-        elif (form or re.fullmatch(r"(constrained-)?str|list\[.*\]", piece)) and not named:
-            form = not form and not piece.endswith("str")  # an item's form comes after its number
-        else:
-            place += f".{piece}"
-    return place.removeprefix(".") or "the request"
+        first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+        pieces = [f"[{piece}]" if isinstance(piece, int) else f".{piece}" for piece in first["loc"]]
+        place = _TAG.sub(r"\1", "".join(pieces)).removeprefix(".")  # without pydantic's names for the kinds of parts
+        reason = one_line(first["msg"], LONGEST_REASON) + (f" (and {len(others)} more)" if others else "")
+        raise BadRequest(one_line(place or "the request", LONGEST_PLACE), reason) from None
 
 
 def _holds_too_many(content: bytes) -> bool:
@@ -444,7 +363,7 @@ def _holds_too_many(content: bytes) -> bool:
     """
 
     def values(part: bytes) -> int:
-        return sum(map(part.count, BEFORE_A_VALUE))
+        return part.count(b",") + part.count(b"[") + part.count(b"{")
 
     if values(content) <= MOST_VALUES:  # nearly always, and its texts need not be told apart
         return False

@@ -82,11 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Opens the model, serves until Ctrl-C; yields a line when it is ready.
-
-    Raises:
-        UserError: an option, a folder or a package is wrong; nothing listens then.
-    """
+    """Opens the model, serves until Ctrl-C; yields a line when it is ready."""
     adapters = adapters_by_name(options.adapter)
     if options.adapter_root is not None and not options.adapter_root.is_dir():
         raise UserError(f"--adapter-root {options.adapter_root} is not a folder")

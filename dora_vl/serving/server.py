@@ -46,30 +46,23 @@ from dora_vl.serving.requests import (
     parsed,
 )
 
-# -- answers as OpenAI's objects: whole, or as a stream of server-sent events ------------------------------------------
-
-
-def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
-    return {**head, "model": request.model}
-
-
-def _usage(finished: Finished) -> dict[str, int]:
-    prompt, new = finished.prompt_tokens, finished.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
 
 def completion(request: ChatRequest, finished: Finished) -> dict[str, Any]:
-    """A whole answer."""
+    """A whole answer as OpenAI's object."""
     message = {"role": "assistant", "content": finished.text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
     return {**_head(request, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
 
 
 async def chunks(
-    request: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
+    request: ChatRequest, event: Event, answering: Answering, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
-    """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
+    """The events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
+
+    Args:
+        event: the first one.
+        events: the others.
+    """
     head = _head(request, "chat.completion.chunk")
     with_usage = request.stream_options is not None and request.stream_options.include_usage
 
@@ -82,7 +75,6 @@ async def chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        event = first
         while isinstance(event, Piece):
             yield chunk({"content": event.text})
             event = await events.get()
@@ -97,6 +89,16 @@ async def chunks(
         answering.cancel()
 
 
+def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
+    name = f"chatcmpl-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
+
+
+def _usage(finished: Finished) -> dict[str, int]:
+    prompt, new = finished.prompt_tokens, finished.new_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
 PREPARED_AT_ONCE = 8
 """Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
 SENT_AT_ONCE = 8
@@ -108,13 +110,8 @@ class ServerSettings:
     """What a client may ask for, and what it gets without asking.
 
     Attributes:
-        admission: who may ask.
-        media: what a request may show.
-        body_bytes: largest request.
         body_seconds: longest time that a client may take to send it.
         held: most requests that have come whole, wait or are answered.
-        new_tokens: longest answer of a request that does not say.
-        temperature: of a request that does not say.
         adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
@@ -133,7 +130,6 @@ class Server:
 
     Args:
         engine: what answers; the server does not close it.
-        settings: what a client may ask for.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
@@ -149,8 +145,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.media.close()
-
-    # -- what is served ----------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -181,7 +175,16 @@ class Server:
     async def load(self, request: Request) -> Response:
         """`POST /v1/load_lora_adapter`, as vLLM has it."""
         async with self._read(request, LoadRequest) as body:
-            folder = self._allowed(body.lora_path)
+            root = folder = self._adapter_root().resolve()
+            is_below = False
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path, or links in a circle
+                folder = (root / body.lora_path).resolve()
+                is_below = folder.is_relative_to(root) and folder.is_dir()
+            if not is_below:
+                raise BadRequest(
+                    "lora_path",
+                    f"there is no folder {shown(body.lora_path)} below the one that adapters are loaded from",
+                )
             await run_sync(partial(self.engine.load, body.lora_name, folder))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -191,8 +194,6 @@ class Server:
             self._adapter_root()
             await run_sync(partial(self.engine.unload, body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-    # -- reading a request -------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
@@ -215,7 +216,7 @@ class Server:
             max_new_tokens=body.longest or settings.new_tokens,
             temperature=settings.temperature if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            stop=body.stops,
+            stop=tuple(body.stop or ()),
             seed=body.seed,
         )
         return self.engine.prepare(
@@ -224,7 +225,7 @@ class Server:
             sampling,
             pictures=talk.pictures,
             videos=talk.videos,
-            fill=body.longest is None and self.engine.model.max_positions is not None,
+            fill=body.longest is None,
             strength=1.0 if body.strength is None else body.strength,
         )
 
@@ -234,25 +235,12 @@ class Server:
             raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
         return self.settings.adapter_root
 
-    def _allowed(self, path: str) -> Path:
-        """An adapter's folder that a client may load."""
-        root = self._adapter_root()
-        try:
-            folder = (root / path).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadRequest("lora_path", f"{shown(path)} is no path ({type(error).__name__})") from None
-        if not folder.is_relative_to(root.resolve()) or not folder.is_dir():
-            raise BadRequest(
-                "lora_path", f"there is no folder {shown(path)} below the one that adapters are loaded from"
-            )
-        return folder
-
     async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
         """The answer, as long as the client waits for it.
 
         What goes wrong before the first piece of a stream has its own status, as in a whole answer.
         """
-        async with client.watched(lambda: None):
+        async with client.watched():
             prepared = await run_sync(partial(self._prepared, body, client.check), limiter=self._preparing)
         client.check()
         events: asyncio.Queue[Event] = asyncio.Queue()

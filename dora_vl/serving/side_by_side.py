@@ -6,12 +6,11 @@ here knows how it is shown.
 
 from __future__ import annotations
 
-import contextlib
 import mimetypes
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
+from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.requests import RequestMedia, TooLarge, words
@@ -47,7 +46,6 @@ class Answer:
     Attributes:
         reason: why it is over; None while it goes on.
         trouble: why there is no more of it, in a sentence; "" where all is well.
-        seconds: from handing the question in to now, or to its end.
         prompt_tokens, new_tokens: known at its end.
     """
 
@@ -109,17 +107,8 @@ class Talk:
             if message:  # else that question was never answered
                 turns += [Turn("user", exchange.question), Turn("assistant", message)]
         turns.append(Turn("user", question))
-        places = [IMAGE_PLACEHOLDER] * len(self.shown.pictures) + [VIDEO_PLACEHOLDER] * len(self.shown.videos)
-        first = "".join(f"{index}\n" for index in places) + turns[0].text
-        return [Turn("user", first), *turns[1:]]
-
-    def with_last(self, exchange: Exchange) -> Talk:
-        """This talk with another last exchange."""
-        return replace(self, exchanges=(*self.exchanges[:-1], exchange))
-
-    def without_last(self) -> Talk:
-        """This talk before its last question."""
-        return replace(self, exchanges=self.exchanges[:-1])
+        media = f"{IMAGE_PLACEHOLDER}\n" * len(self.shown.pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(self.shown.videos)
+        return [Turn("user", media + turns[0].text), *turns[1:]]
 
 
 def plain(error: Exception) -> str:
@@ -130,12 +119,7 @@ def plain(error: Exception) -> str:
 
 
 class SideBySide:
-    """Puts people's questions to an engine.
-
-    Args:
-        engine: what answers; it is not closed here.
-        media: what reads the files that are shown, and limits them.
-    """
+    """Puts people's questions to an engine."""
 
     def __init__(self, engine: Engine, media: RequestMedia) -> None:
         self.engine = engine
@@ -145,11 +129,7 @@ class SideBySide:
         self._lock = threading.Lock()
 
     def look(self, files: Sequence[Path]) -> Shown:
-        """The pictures and videos in some files, as a model will see them.
-
-        Raises:
-            UserError: there are too many, or one is too large or broken; it names the file.
-        """
+        """The pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
@@ -168,30 +148,42 @@ class SideBySide:
 
         Args:
             person: who asks; a person's earlier questions that are still being answered are ended.
-            talk: so far.
-            question: as it was typed.
             speakers: one a column; as many as the talk has had.
-            sampling: how long, and how an answer is chosen.
-
-        Raises:
-            UserError: it cannot be put to a model, or too many wait; nobody was asked then.
         """
         self.stop(person)
         question = words(question.strip(), "the question", shows_videos=True)
         if not question and not (talk.shown.pictures or talk.shown.videos):
             raise UserError("type a question, or show a picture or a video")
-        shown = {"pictures": talk.shown.pictures, "videos": talk.shown.videos}
         prepared = [
             self.engine.prepare(
-                item.name, talk.turns(column, question), sampling, fill=True, strength=item.strength, **shown
+                speaker.name,
+                talk.turns(column, question),
+                sampling,
+                pictures=talk.shown.pictures,
+                videos=talk.shown.videos,
+                fill=True,
+                strength=speaker.strength,
             )
-            for column, item in enumerate(speakers)
+            for column, speaker in enumerate(speakers)
         ]
-        exchange = Exchange(question=question, answers=tuple(Answer(speaker=item) for item in speakers))
-        talk = replace(talk, exchanges=(*talk.exchanges, exchange))
-        with contextlib.closing(self._answers(person, exchange, prepared)) as growing:
-            for exchange in growing:
-                yield talk.with_last(exchange)
+        exchange = Exchange(question=question, answers=tuple(Answer(speaker=speaker) for speaker in speakers))
+        running, start = _Running(), time.monotonic()
+        try:
+            for column, request in enumerate(prepared):
+                put = partial(lambda column, event: running.events.put((column, event)), column)
+                running.handed_in.append(self.engine.submit(request, put))
+            with self._lock:
+                self._running[person] = running
+            while True:
+                yield replace(talk, exchanges=(*talk.exchanges, exchange))
+                if exchange.over:
+                    return
+                exchange = _after(exchange, running.events, start)
+        finally:
+            running.halt()
+            with self._lock:
+                if self._running.get(person) is running:
+                    del self._running[person]
 
     def stop(self, person: str) -> None:
         """Ends what is being answered for a person; what was said so far stays."""
@@ -199,28 +191,6 @@ class SideBySide:
             running = self._running.pop(person, None)
         if running is not None:
             running.halt()
-
-    # -- inside ------------------------------------------------------------------------------------------------
-
-    def _answers(
-        self, person: str, exchange: Exchange, prepared: Sequence[Prepared]
-    ) -> Generator[Exchange, None, None]:
-        running, start = _Running(), time.monotonic()
-        try:
-            for column, item in enumerate(prepared):
-                put = partial(lambda column, event: running.events.put((column, event)), column)
-                running.handed_in.append(self.engine.submit(item, put))
-            with self._lock:
-                self._running[person] = running
-            yield exchange
-            while not exchange.over:
-                exchange = _after(exchange, running.events, start)
-                yield exchange
-        finally:
-            running.halt()
-            with self._lock:
-                if self._running.get(person) is running:
-                    del self._running[person]
 
     def _content(self, file: Path) -> bytes:
         most = self.media.limits.bytes

@@ -25,7 +25,7 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
 from dora_vl.data.readers import read_row
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.files import content_key
 from dora_vl.start.run_file import (
@@ -105,16 +105,16 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         share = arguments.test_share
         if share is None:  # a fifth, of large sets as many as tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
-        train, test = split(look, share=share, seed=arguments.seed)
-        yield (
-            f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} {look.media}; to train on: "
-            f"{len(train):,} rows about {_media(train):,}"
+        halves = split(look, share=share, seed=arguments.seed)
+        train, test = (
+            f"{len(rows):,} rows about {len({name for row in rows for name in row.media}):,}" for rows in halves
         )
+        yield f"held out by seed {arguments.seed}: {test} {look.media}; to train on: {train}"
         on_gpu = _on_gpu()
         command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
         start = f"{command} {quote(str(to / RUN_FILE))}"
-        text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=on_gpu, command=start)
-        _write(staging, to, train, test, text)
+        text = written(base, _data(look, len(halves[0]), to), output_dir=str(to), on_gpu=on_gpu, command=start)
+        _write(staging, to, dict(zip((TRAIN, TEST), halves, strict=True)), text)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
@@ -122,37 +122,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"\nnext:  {start}"
 
 
-def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], text: str) -> None:
-    """Writes all files under other names, reads the settings as a run would, and moves them into place."""
-    from dora_vl.run.reading import read_run_file
-
-    staging.mkdir(parents=True, exist_ok=True)
-    seen = Counter[str]()
-    for name, rows in ((TRAIN, train), (TEST, test)):
-        with (staging / name).open("w", encoding="utf-8") as file:
-            for row in rows:
-                seen[row.conversation.id] += 1
-                times = seen[row.conversation.id]
-                record = row.record(row.conversation.id if times == 1 else f"{row.conversation.id}#{times}")
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    (staging / RUN_FILE).write_text(text, encoding="utf-8")
-    read_run_file(staging / RUN_FILE)
-    to.mkdir(parents=True, exist_ok=True)
-    for path in sorted((staging / MEDIA).iterdir()) if (staging / MEDIA).is_dir() else ():
-        (to / MEDIA).mkdir(exist_ok=True)
-        path.replace(to / MEDIA / path.name)
-    for name in (TRAIN, TEST, RUN_FILE):
-        (staging / name).replace(to / name)
-
-
-def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
+def _data(look: Look, count: int, to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
         train=str(to / TRAIN),
         test=str(to / TEST),
         root=str(to if look.holds else look.root),
-        rows=len(train),
+        rows=count,
         answer_words=max(words),
         answer_characters=max(map(len, answers)),
         usual_answer_words=float(median(words)),
@@ -161,8 +138,27 @@ def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
     )
 
 
-def _media(rows: Sequence[Row]) -> int:
-    return len({name for row in rows for name in row.media})
+def _write(staging: Path, to: Path, halves: Mapping[str, Sequence[Row]], text: str) -> None:
+    """Writes all files under other names, reads the settings as a run would, and moves them into place."""
+    from dora_vl.run.reading import read_run_file
+
+    staging.mkdir(parents=True, exist_ok=True)
+    count = Counter[str]()
+    for name, rows in halves.items():
+        with (staging / name).open("w", encoding="utf-8") as file:
+            for row in rows:
+                key = row.conversation.id
+                count[key] += 1
+                record = row.record(key if count[key] == 1 else f"{key}#{count[key]}")
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    (staging / RUN_FILE).write_text(text, encoding="utf-8")
+    read_run_file(staging / RUN_FILE)
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted((staging / MEDIA).iterdir()) if (staging / MEDIA).is_dir() else ():
+        (to / MEDIA).mkdir(exist_ok=True)
+        path.replace(to / MEDIA / path.name)
+    for name in (*halves, RUN_FILE):
+        (staging / name).replace(to / name)
 
 
 def _on_gpu() -> bool:
@@ -178,9 +174,6 @@ def _program(name: str) -> str:
         return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
     module = {"dora-vl": "dora_vl.cli", "deepspeed": "deepspeed.launcher.runner"}[name]
     return name if in_path else f"{quote(sys.executable)} -m {module}"
-
-
-# -- what a person's questions and pictures are: read once, each row checked as `dora-vl check-data` does ------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,34 +195,34 @@ class Row:
 
     def record(self, name: str) -> dict[str, object]:
         """Itself as LLaVA's JSON, under this id."""
-        talk, images = self.conversation, list(self.conversation.images)
-        kept: dict[str, object] = {"id": name}
-        if images:
-            kept["image"] = images[0] if len(images) == 1 else images
+        talk = self.conversation
+        record: dict[str, object] = {"id": name}
+        if talk.images:
+            record["image"] = talk.images[0] if len(talk.images) == 1 else list(talk.images)
         if talk.videos:
-            kept["videos"] = [_clip(clip) for clip in talk.videos]
+            videos: list[object] = []
+            for clip in talk.videos:
+                times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
+                set_times = {key: value for key, value in times.items() if value is not None}
+                videos.append({"path": clip.path, **set_times} if set_times else clip.path)
+            record["videos"] = videos
         if self.kind is not None:
-            kept["kind"] = self.kind
-        return {**kept, "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in talk.turns]}
+            record["kind"] = self.kind
+        return {**record, "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in talk.turns]}
 
 
 @dataclass(kw_only=True)
 class Pictures:
-    """What the pictures are that usable rows name; each is looked at once."""
+    """What the pictures and videos are that usable rows name; `keys` tell by name a content, copies the same."""
 
-    root: Path
     keys: dict[str, str] = field(default_factory=dict)
-    """By name what tells its content: equal for a copy under another name."""
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     turned: int = 0
     transparent: int = 0
 
-    def add(self, name: str) -> None:
-        """Looks at one, if it has not been."""
-        if name in self.keys:
-            return
-        path = self.root / name
+    def add(self, name: str, path: Path) -> None:
+        """Looks at one."""
         self.keys[name] = content_key(path)
         try:
             with opened_picture(path) as image:
@@ -288,7 +281,20 @@ class Look:
         """What is told of it."""
         yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
         yield from self.columns
-        yield from self._picture_lines()
+        pictures = self.pictures
+        if pictures.keys:
+            formats = ", ".join(f"{name} {count:,}" for name, count in pictures.formats.most_common())
+            more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
+            where = "the file itself" if self.holds else self.root
+            yield f"{self.media}: {len(pictures.keys):,} in {where}, {formats}{more}"
+        else:
+            yield "pictures: none, the rows are words alone"
+        if pictures.sizes:
+            by_area = sorted(pictures.sizes, key=lambda size: size[0] * size[1])
+            least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+            turned = f"; turned upright by their EXIF notes {pictures.turned:,}" if pictures.turned else ""
+            white = f"; shown on white for their transparency {pictures.transparent:,}" if pictures.transparent else ""
+            yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
         questions, answers = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )
@@ -302,33 +308,13 @@ class Look:
         if self.trouble:
             yield from ("left out, as check-data tells:", *self.trouble)
 
-    def _picture_lines(self) -> Iterator[str]:
-        seen = self.pictures
-        if not seen.keys:
-            yield "pictures: none, the rows are words alone"
-            return
-        formats = ", ".join(f"{name} {count:,}" for name, count in seen.formats.most_common())
-        more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
-        where = "the file itself" if self.holds else self.root
-        yield f"{self.media}: {len(seen.keys):,} in {where}, {formats}{more}"
-        if seen.sizes:
-            by_area = sorted(seen.sizes, key=lambda size: size[0] * size[1])
-            least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-            turned = f"; turned upright by their EXIF notes {seen.turned:,}" if seen.turned else ""
-            white = f"; shown on white for their transparency {seen.transparent:,}" if seen.transparent else ""
-            yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
-
 
 def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns = USUAL) -> Look:
     """Reads the questions and looks at every picture that they name.
 
     Args:
-        folder: holds the pictures.
         media_to: gets the pictures that the questions file holds itself.
         columns: what the file's columns are.
-
-    Raises:
-        UserError: the file cannot be read to its end, no picture is found, or no row can be used.
     """
     records = find_files(questions)
     limits = Limits(most=10**9, unit="words", length=lambda text: len(text.split()), answers_needed=True)
@@ -356,10 +342,10 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
             f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
             f"example {worst.ids[0]}: {shown_text(worst.example, 120)}"
         )
-    pictures = Pictures(root=root)
-    named = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
-    for name in tqdm(named, "pictures", disable=None, leave=False):
-        pictures.add(name)
+    pictures = Pictures()
+    names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
+    for name in tqdm(names, "pictures", disable=None, leave=False):
+        pictures.add(name, root / name)
     there = 0 if held else sum(1 for _ in picture_files(root))
     return Look(
         questions=questions,
@@ -395,16 +381,10 @@ def _usable(
     return Row(conversation=talk, kind=kind if isinstance(kind, str) and kind else None)
 
 
-def _clip(clip: Clip) -> object:
-    times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
-    set_times = {name: value for name, value in times.items() if value is not None}
-    return {"path": clip.path, **set_times} if set_times else clip.path
-
-
 def _lengths(texts: Sequence[str]) -> str:
     """How many words they have."""
     words = _spread(len(text.split()) for text in texts)
-    return f"{words} word" if words == "1" else f"{words} words"
+    return f"{words} word{'' if words == '1' else 's'}"
 
 
 def _spread(numbers: Iterable[int]) -> str:
@@ -419,9 +399,6 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
     """The rows to train on and those to test with, each in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy.
-
-    Raises:
-        UserError: the share is none, or leaves one side empty.
     """
     if not 0 < share < 1:
         raise UserError(f"--test-share is {share}; it must be above 0 and below 1")

@@ -176,6 +176,12 @@ def _data_set(entry: Any, folder: str) -> _DataSet:
     return _DataSet(path, {column: role for column, role in roles.items() if column != role}, "; ".join(trouble))
 
 
+LLAMA_FACTORY_DEFAULTS: Mapping[str, Any] = {
+    "finetuning_type": "lora", "use_dora": False, "lora_rank": 8, "lora_alpha": "", "lora_dropout": 0.0,
+    "lora_target": "all", "freeze_vision_tower": True, "freeze_multi_modal_projector": True, "cutoff_len": 2048,
+    "disable_gradient_checkpointing": False, "image_max_pixels": 768 * 768, "dataset_dir": "data", "media_dir": "",
+    "dataloader_num_workers": 0, "train_sampling_strategy": "random",
+}  # fmt: skip
 LLAMA_FACTORY = Tool(
     name="LLaMA-Factory",
     method=lambda settings: "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings),
@@ -222,22 +228,6 @@ LLAMA_FACTORY = Tool(
         "video_maxlen": to("data.video_frames"),
         "hf_hub_token": lost("the environment's HF_TOKEN"),
     },
-    defaults={
-        "finetuning_type": "lora",
-        "use_dora": False,
-        "lora_rank": 8,
-        "lora_alpha": "",
-        "lora_dropout": 0.0,
-        "lora_target": "all",
-        "freeze_vision_tower": True,
-        "freeze_multi_modal_projector": True,
-        "cutoff_len": 2048,
-        "disable_gradient_checkpointing": False,
-        "image_max_pixels": 768 * 768,
-        "dataset_dir": "data",
-        "media_dir": "",
-        "dataloader_num_workers": 0,
-        "train_sampling_strategy": "random",
-    },
+    defaults=LLAMA_FACTORY_DEFAULTS,
     always={"(loss)": shared.MICRO_BATCH, "(decay)": shared.DECAY},
 )

@@ -135,8 +135,8 @@ class Translation:
 
 def translate(tool: Tool, given: Mapping[str, Any], file: Path) -> Translation:
     """All settings of one file; null is silence. Raises UserError: a value that its setting cannot have."""
-    spoken = {key: value for key, value in given.items() if value is not None}
-    settings = {**tool.defaults, **spoken}
+    stated = {key: value for key, value in given.items() if value is not None}
+    settings = {**tool.defaults, **stated}
     method = tool.method(settings)
 
     def row(key: str, *, is_in_file: bool) -> Row:
@@ -146,20 +146,22 @@ def translate(tool: Tool, given: Mapping[str, Any], file: Path) -> Translation:
             counterpart = Counterpart(note="not read by full")
         return Row(key, settings[key], counterpart, is_in_file)
 
-    rows = [row(key, is_in_file=True) for key in spoken]
+    rows = [row(key, is_in_file=True) for key in stated]
     settled = {name for line in rows for name in line.counterpart.settings}
-    rows += [Row(key, None, Counterpart(note="null: as if it were not there")) for key in given if key not in spoken]
-    defaults = [row(key, is_in_file=False) for key in tool.defaults if key not in spoken]
+    rows += [Row(key, None, Counterpart(note="null: as if it were not there")) for key in given if key not in stated]
+    defaults = [row(key, is_in_file=False) for key in tool.defaults if key not in stated]
     # A default whose setting the file says under another name (torch_dtype, dtype) is none of this run's.
     rows += [line for line in defaults if not line.counterpart.settings or line.counterpart.settings.keys() - settled]
     rows += [Row(key, None, counterpart, is_in_file=False) for key, counterpart in tool.always.items()]
-    made: dict[str, Any] = {}
+    run: dict[str, Any] = {}
     for line in rows:  # what the file says comes first, and wins
-        made = {**line.counterpart.settings, **made}
-    missing = {name: value for name, value in tool.needed.items() if name not in made}
+        run = {**line.counterpart.settings, **run}
     note = "the file does not say it: put yours here"
-    rows += [Row("", None, Counterpart({name: value}, note), is_in_file=False) for name, value in missing.items()]
-    return Translation(rows=tuple(rows), settings={**made, **missing})
+    for name, value in tool.needed.items():
+        if name not in run:
+            run[name] = value
+            rows.append(Row("", None, Counterpart({name: value}, note), is_in_file=False))
+    return Translation(rows=tuple(rows), settings=run)
 
 
 # -- rules --------------------------------------------------------------------------------------------------------
@@ -226,24 +228,21 @@ def one_of(name: str, values: Mapping[Any, Any], why: str) -> Rule:
 
 def table(translation: Translation) -> Iterator[str]:
     """A line a setting: its name and value there, and what it is here. Names in brackets are not in the file."""
-    texts = [
-        (row.name, "" if row.value is None else shown_text(_plain(row.value), 44), _result(row.counterpart))
+    rows = [
+        (row.name, "" if row.value is None else shown_text(_plain(row.value), 44), row.counterpart)
         for row in translation.rows
     ]
-    first = min(max((len(name) for name, _, _ in texts), default=0), 34)
-    second = max((len(value) for _, value, _ in texts), default=0)
-    for name, value, result in texts:
-        yield f"{name:{first}}  {value:{second}}  {result}".rstrip()
-
-
-def _result(counterpart: Counterpart) -> str:
-    note = counterpart.note
-    if not counterpart.settings:
-        head = "NO COUNTERPART" if counterpart.is_lost else "as here"
-        return shown_text(f"{head}: {note}" if note else head, 400)
-    made = "; ".join(f"{name}: {_plain(value)}" for name, value in counterpart.settings.items())
-    note = f"IN PART: {note}" if counterpart.is_lost else note
-    return shown_text(f"{made}  ({note})" if note else made, 400)
+    first = min(max((len(name) for name, _, _ in rows), default=0), 34)
+    second = max((len(value) for _, value, _ in rows), default=0)
+    for name, value, counterpart in rows:
+        note = counterpart.note
+        if counterpart.settings:
+            head = "; ".join(f"{name}: {_plain(value)}" for name, value in counterpart.settings.items())
+            result = head + (f"  ({'IN PART: ' if counterpart.is_lost else ''}{note})" if note else "")
+        else:
+            head = "NO COUNTERPART" if counterpart.is_lost else "as here"
+            result = f"{head}: {note}" if note else head
+        yield f"{name:{first}}  {value:{second}}  {shown_text(result, 400)}".rstrip()
 
 
 def _plain(value: Any) -> str:
@@ -253,9 +252,11 @@ def _plain(value: Any) -> str:
 def summary(translation: Translation) -> str:
     """How many settings are taken over, and which are not; the tool's defaults in brackets, as in the table."""
     count = sum(row.is_in_file for row in translation.rows)
-    without = [row.name for row in translation.rows if row.counterpart.is_lost and not row.counterpart.settings]
-    in_part = [row.name for row in translation.rows if row.counterpart.is_lost and row.counterpart.settings]
-    groups = {"without a counterpart": without, "in part": in_part}
+    lost = [(row.name, bool(row.counterpart.settings)) for row in translation.rows if row.counterpart.is_lost]
+    groups = {
+        how: [name for name, in_part in lost if in_part is part]
+        for how, part in (("without a counterpart", False), ("in part", True))
+    }
     named = [f"{len(names)} {how}: {', '.join(names)}" for how, names in groups.items() if names]
     return f"{count} settings, {'; '.join(named) or 'each has its counterpart'}"
 

@@ -17,7 +17,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from dora_vl.backbones.loading import SETTINGS_FILE as MADE_HERE
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
 from dora_vl.data.pictures import MediaFolder, path_inside
@@ -66,9 +65,6 @@ def base_of(model: str | None) -> Base:
 
     Args:
         model: None is what the demo trained where it is, else a small model of the hub.
-
-    Raises:
-        UserError: no such folder and no hub id, or a model that cannot be trained here.
     """
     name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
     folder = Path(name)
@@ -81,19 +77,17 @@ def base_of(model: str | None) -> Base:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
     from dora_vl.backbones.families import LLAVA, check_trained, model_type_of  # transformers: not for --help
+    from dora_vl.backbones.loading import SETTINGS_FILE, load_tokenizer
+    from dora_vl.backbones.prompts import usual_template
 
     kind = model_type_of(name)
     if kind != LLAVA:
         check_trained(name, kind)
-        return Base(name=name, is_new=(folder / MADE_HERE).is_file(), parameters=_parameters_in(folder))
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import usual_template
-
     return Base(
         name=name,
-        is_llava=True,
-        is_new=(folder / MADE_HERE).is_file(),
-        template=usual_template(load_tokenizer(name)),
+        is_llava=kind == LLAVA,
+        is_new=(folder / SETTINGS_FILE).is_file(),
+        template=usual_template(load_tokenizer(name)) if kind == LLAVA else None,
         parameters=_parameters_in(folder),
     )
 
@@ -112,11 +106,7 @@ def _parameters_in(folder: Path) -> float:
 
 
 def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
-    """The file's text.
-
-    Args:
-        command: what starts it, for its second line.
-    """
+    """The file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
@@ -144,18 +134,14 @@ def _text(value: str) -> str:
 
     A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes write an emoji as two halves.
     """
-    if _reads_as_itself(value):
+    if re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) and yaml.safe_load(value) == value:
         return value
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
 
 
-def _reads_as_itself(value: str) -> bool:
-    return re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) is not None and yaml.safe_load(value) == value
-
-
 def _read_twice(value: str) -> str:
     """The same where a list or anything may stand: it is read once more without quotes. `./no` is the folder no."""
-    return _text(value if _reads_as_itself(value) or Path(value).is_absolute() else f"./{value}")
+    return _text(value if _text(value) == value or Path(value).is_absolute() else f"./{value}")
 
 
 # -- which file of a person's folder holds the questions, and which folder the pictures' paths start from ------------
@@ -168,11 +154,7 @@ RUN_FILE = "run.yaml"
 
 
 def find_questions(folder: Path, columns: Columns = USUAL) -> Path:
-    """The one file, or folder of shards, below a folder whose rows are questions or captions.
-
-    Raises:
-        UserError: there is none (it says what one looks like), or there are several.
-    """
+    """The one file, or folder of shards, below a folder whose rows are questions or captions."""
     problems = {path: _why_no_questions(path, columns) for path in islice(_data_files(folder), MOST_FILES)}
     usable = [path for path, problem in problems.items() if problem is None]
     if len(usable) == 1:
@@ -201,22 +183,13 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
         return str(error)
     if first is None:
         return f"{path.name} is empty"
-    return (
-        None
-        if columns.resolve(first, strict=False).format is not None
-        else f"{path.name}: its columns are {shown_names(first)}"
-    )
+    if columns.resolve(first, strict=False).format is None:
+        return f"{path.name}: its columns are {shown_names(first)}"
+    return None
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
-    """The folder from which most of the first names lead to files; of equals the nearest to `folder`.
-
-    Args:
-        names: of pictures and videos, as rows have them.
-
-    Raises:
-        UserError: from no folder does any of them.
-    """
+    """The folder from which most of the first names lead to files; of equals the nearest to `folder`."""
     some = list(dict.fromkeys(names))[:MOST_NAMES]
     if not some:
         return folder

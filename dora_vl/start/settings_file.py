@@ -38,14 +38,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
 
 
 def read_settings(path: Path, tool: str | None = None) -> tuple[str, dict[str, Any]]:
-    """The tool's name, a member of `TOOLS`, and the file's settings.
-
-    Args:
-        tool: whose they are, where that is known.
-
-    Raises:
-        UserError: it is no file of settings, of no tool that is known, or of ours.
-    """
+    """The tool's name, a member of `TOOLS`, and the file's settings."""
     text = _text(path)
     settings = _mapping(path, text)
     if settings is None:
@@ -193,11 +186,7 @@ def _lines(text: str, variables: Mapping[str, str]) -> Iterator[list[str]]:
 
 
 def options(words: Sequence[str], file: Path) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--name` alone (true) and `--name a b`, with each value as YAML reads it.
-
-    Raises:
-        UserError: a word before any option, or a variable that the script does not set.
-    """
+    """`--name value`, `--name=value`, `--name` alone (true) and `--name a b`, with each value as YAML reads it."""
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:

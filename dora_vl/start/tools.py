@@ -106,6 +106,12 @@ def _trl_labels(setting: Setting) -> Counterpart:
     return missing(f"TRL labels the questions' tokens too; here {shared.ON_ANSWERS}")
 
 
+TRL_DEFAULTS: Mapping[str, Any] = {
+    "use_peft": False, "use_dora": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
+    "lora_target_modules": "", "lora_modules_to_save": [], "dtype": "float32", "learning_rate": 2e-5,
+    "gradient_checkpointing": True, "max_length": 1024, "assistant_only_loss": False, "dataloader_num_workers": 0,
+    "train_sampling_strategy": "random",
+}  # fmt: skip
 TRL = Tool(
     name="TRL",
     method=lambda settings: shared.lora_or_dora(settings) if is_on(settings["use_peft"]) else "full",
@@ -145,22 +151,7 @@ TRL = Tool(
         ),
         "model_init_kwargs": lost("model.dtype, model.attn_implementation and model.revision say what there is"),
     },
-    defaults={
-        "use_peft": False,
-        "use_dora": False,
-        "lora_r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "lora_target_modules": "",
-        "lora_modules_to_save": [],
-        "dtype": "float32",
-        "learning_rate": 2e-5,
-        "gradient_checkpointing": True,
-        "max_length": 1024,
-        "assistant_only_loss": False,
-        "dataloader_num_workers": 0,
-        "train_sampling_strategy": "random",
-    },
+    defaults=TRL_DEFAULTS,
     always={"(loss)": shared.STEP_TOKENS, "(decay)": shared.DECAY},
 )
 
@@ -252,6 +243,13 @@ def _swift_length(setting: Setting) -> Counterpart:
     return Counterpart({"data.max_tokens": setting.value}, "pictures are never cut")
 
 
+MS_SWIFT_DEFAULTS: Mapping[str, Any] = {
+    "use_dora": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear",
+    "modules_to_save": [], "torch_dtype": "bfloat16", "learning_rate": "", "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": "", "gradient_checkpointing": True, "lr_scheduler_type": "cosine",
+    "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": "", "truncation_strategy": "delete",
+    "dataloader_num_workers": 1, "train_sampling_strategy": "random",
+}  # fmt: skip
 MS_SWIFT = Tool(
     name="ms-swift",
     method=_swift_method,
@@ -304,26 +302,7 @@ MS_SWIFT = Tool(
         "gradient_accumulation_steps": _swift_accumulation,
         **dict.fromkeys(("model_author", "model_name"), same("of self-cognition data alone")),
     },
-    defaults={
-        "use_dora": False,
-        "lora_rank": 8,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "target_modules": "all-linear",
-        "modules_to_save": [],
-        "torch_dtype": "bfloat16",
-        "learning_rate": "",
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": "",
-        "gradient_checkpointing": True,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "max_length": "",
-        "truncation_strategy": "delete",
-        "dataloader_num_workers": 1,
-        "train_sampling_strategy": "random",
-    },
+    defaults=MS_SWIFT_DEFAULTS,
     always={"(loss)": shared.STEP_TOKENS, "(decay)": shared.DECAY},
 )
 
@@ -404,6 +383,12 @@ def _llava_bits(setting: Setting) -> Counterpart:
     return Counterpart({"model.quantisation": name}) if name else Counterpart(note="not quantised")
 
 
+LLAVA_DEFAULTS: Mapping[str, Any] = {
+    "lora_enable": False, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "version": "v0",
+    "freeze_mm_mlp_adapter": False, "mm_vision_select_layer": -1, "mm_projector_type": "linear",
+    "mm_use_im_patch_token": True, "image_aspect_ratio": "square", "group_by_modality_length": False,
+    "model_max_length": 512, "optim": "adamw_torch", "bf16": False, "dataloader_num_workers": 0,
+}  # fmt: skip
 LLAVA = Tool(
     name="LLaVA",
     method=_llava_method,
@@ -451,23 +436,7 @@ LLAVA = Tool(
         "quant_type": unless("nf4", "4 bits are nf4 here, or hqq"),
         "mpt_attn_impl": lost("model.attn_implementation, for any language model"),
     },
-    defaults={
-        "lora_enable": False,
-        "lora_r": 64,
-        "lora_alpha": 16,
-        "lora_dropout": 0.05,
-        "version": "v0",
-        "freeze_mm_mlp_adapter": False,
-        "mm_vision_select_layer": -1,
-        "mm_projector_type": "linear",
-        "mm_use_im_patch_token": True,
-        "image_aspect_ratio": "square",
-        "group_by_modality_length": False,
-        "model_max_length": 512,
-        "optim": "adamw_torch",
-        "bf16": False,
-        "dataloader_num_workers": 0,
-    },
+    defaults=LLAVA_DEFAULTS,
     always={"(loss)": shared.MICRO_BATCH},
     needed={"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json", "training.output_dir": "runs/llava"},
 )
@@ -486,6 +455,10 @@ OF_THE_FILE = (
     "megatron_core", "qalora_group_size",
 )  # fmt: skip
 OTHER_STARTS = ("loftq_config", "corda_config", "eva_config", "lora_ga_config")
+PEFT_DEFAULTS: Mapping[str, Any] = {
+    "use_dora": False, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "modules_to_save": [],
+    "init_lora_weights": True,
+}  # fmt: skip
 PEFT = Tool(
     name="PEFT",
     method=shared.lora_or_dora,
@@ -512,15 +485,7 @@ PEFT = Tool(
         **dict.fromkeys(OF_THE_FILE, same("of the file, or seen from the base")),
         **dict.fromkeys(OTHER_STARTS, unless_off(shared.STARTS)),
     },
-    defaults={
-        "use_dora": False,
-        "r": 8,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "modules_to_save": [],
-        "init_lora_weights": True,
-    },
+    defaults=PEFT_DEFAULTS,
 )
 TOOLS: Mapping[str, Tool] = {
     "llama-factory": LLAMA_FACTORY,

@@ -27,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Translates; yields the lines to print.
-
-    Raises:
-        UserError: a file that cannot be read, or is of no known tool; nothing is written then.
-    """
+    """Translates; yields the lines to print."""
     file, target = arguments.file, arguments.write
     if target is not None and target.exists():
         raise UserError(f"--write {target} is there already; name a new file")

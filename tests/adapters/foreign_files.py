@@ -14,8 +14,8 @@ K = "model.layers.1.self_attn.k_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def tiny_llama(**settings: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=WIDTH,
@@ -24,6 +24,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         num_attention_heads=HEADS,
         num_key_value_heads=KEY_HEADS,
         max_position_embeddings=32,
+        **settings,
     )
     return LlamaForCausalLM(config).eval()
 

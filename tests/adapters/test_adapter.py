@@ -1,4 +1,4 @@
-"""PEFT folders in and out: bit by bit, every field kept, and what PEFT would compute otherwise refused."""
+"""PEFT's own folders in and out: bit by bit, every field kept; starts that changed the base are refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from tests.adapters.foreign_files import tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.core.dense_dora import move
 
-
-def ids() -> torch.Tensor:
-    return torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,37 +37,14 @@ def test_round_trip_is_bitwise_and_keeps_every_field(tmp_path, dtype):
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"lora_alhpa": 3}, r"unknown field 'lora_alhpa' \(nearest known: 'lora_alpha'\)"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"use_qalora": True}, "use_qalora is set"),
-        ({"r": 4}, r"has A \[3, 20\] and B \[16, 3\], the configuration says rank 4"),
-        ({"use_dora": False}, "has a magnitude, yet use_dora is false"),
-    ],
-)
-def test_wrong_fields_are_named(tmp_path, fields, message):
-    moved_peft(tiny_llama()).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | fields))
-    with pytest.raises(UserError, match=message):
-        read_adapter(tmp_path)
-
-
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_changed_the_base_is_refused_everywhere(tmp_path, start):
-    wrapped = moved_peft(tiny_llama(), init_lora_weights=start, use_dora=False)
-    wrapped.save_pretrained(tmp_path / "peft")
-    message = rf"init_lora_weights is '{start}'.*path_initial_model_for_weight_conversion"
-    with pytest.raises(UserError, match=message):
-        read_adapter(tmp_path / "peft")
+    moved_peft(tiny_llama(), init_lora_weights=start, use_dora=False).save_pretrained(tmp_path / "peft")
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=message):
-        load_adapter(model, tmp_path / "peft")
-    with pytest.raises(UserError, match=message):
-        AdapterSet(model).load("x", tmp_path / "peft")
+    for read in (read_adapter, lambda folder: load_adapter(model, folder), lambda f: AdapterSet(model).load("x", f)):
+        with pytest.raises(UserError, match="path_initial_model_for_weight_conversion"):
+            read(tmp_path / "peft")
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -84,11 +59,11 @@ def test_the_way_that_the_refusal_names_works(tmp_path):
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.1)
-        expected = wrapped.eval()(ids()).logits
+        expected = wrapped.eval()(IDS).logits
     wrapped.save_pretrained(tmp_path / "after", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
     model = tiny_llama()
     load_adapter(model, tmp_path / "after")
-    torch.testing.assert_close(model.eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
@@ -99,69 +74,21 @@ def test_our_folders_are_read_whatever_stands_first(tmp_path, init):
     names = apply_dora(model, DoRAConfig(**settings))
     assert names[0].endswith("q_proj")
     move(model)
-    save_adapter(model, tmp_path / "a")
-    adapter = read_adapter(tmp_path / "a")
+    save_adapter(model, tmp_path)
+    adapter = read_adapter(tmp_path)
     assert (adapter.config["use_dora"], adapter.config["lora_dropout"], adapter.method) == (True, 0.05, "dora")
-    assert {name: found.rank > 0 for name, found in adapter.factors.items()} == {n: "down" in n for n in names}
+    assert {name: layer.rank > 0 for name, layer in adapter.factors.items()} == {n: "down" in n for n in names}
     fresh = tiny_llama()
-    load_adapter(fresh, tmp_path / "a")
-    assert torch.equal(fresh.eval()(ids()).logits, model.eval()(ids()).logits)
-    write_adapter(adapter, tmp_path / "back")
-    write_adapter(adapter, tmp_path / "back")
-    (tmp_path / "back" / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"notes\.txt"):
-        write_adapter(adapter, tmp_path / "back")
-    assert (tmp_path / "back" / "notes.txt").is_file()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
 
 
-def test_lost_magnitude_and_broken_values_are_named(tmp_path):
-    moved_peft(tiny_llama()).save_pretrained(tmp_path)
+def test_half_a_dvora_folder_is_refused(tmp_path):
+    model = tiny_llama()
+    apply_dora(model, DoRAConfig(targets=("*.q_proj", "*.down_proj"), rank=3, method="dvora"))
+    save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path).factors
     file = tmp_path / "adapter_model.safetensors"
-    whole = load_file(file)
-    magnitude = next(key for key in whole if "magnitude" in key)
-    save_file({key: tensor for key, tensor in whole.items() if key != magnitude}, file)
-    with pytest.raises(UserError, match="use_dora"):
+    save_file({key: tensor for key, tensor in load_file(file).items() if "random_A" not in key}, file)
+    with pytest.raises(UserError):
         read_adapter(tmp_path)
-    save_file(whole | {magnitude: whole[magnitude] * float("inf")}, file)
-    with pytest.raises(UserError, match=magnitude):
-        read_adapter(tmp_path)
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match=file.name):
-        read_adapter(tmp_path)
-
-
-def changed_tensor(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = next(key for key in tensors if "lora_B" in key)
-    save_file({**tensors, key: change(tensors[key])}, folder / "adapter_model.safetensors")
-
-
-def changed_json(folder, name, **fields):
-    path = folder / name
-    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **fields}))
-
-
-def pickled(folder):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
-
-
-@pytest.mark.parametrize(
-    ("damage", "fact"),
-    [
-        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
-        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.int8)), r"lora_B.*int8"),
-        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.complex64)), r"lora_B.*complex64"),
-        (lambda folder: changed_json(folder, "recipe.json", base="a\0b"), r"recipe\.json: base"),
-        (lambda folder: changed_json(folder, "adapter_config.json", base_model_name_or_path="a\0b"), "base_model_name"),
-        (lambda folder: changed_json(folder, "adapter_config.json", lora_bias=True), "lora_bias.*merge_and_unload"),
-        (pickled, r"adapter_model\.bin.*dora-vl convert"),
-    ],
-    ids=["float8", "int8", "complex", "NUL in the recipe", "NUL in the base", "lora_bias", "pickle"],
-)
-def test_odd_folders_are_one_line(tmp_path, damage, fact):
-    moved_peft(tiny_llama()).save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(UserError, match=fact):
-        load_adapter(tiny_llama(), tmp_path)

@@ -14,26 +14,25 @@ from dora_vl.errors import UserError
 from tests.adapters.foreign_files import dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
-ADAPTERS = {
-    "one": {"seed": 1},
-    "two": {"seed": 2, "r": 2, "lora_alpha": 9},
-    "lora": {"seed": 3, "use_dora": False, "target_modules": ["q_proj"]},
-}
+ADAPTERS = {"one": {"seed": 1}, "two": {"seed": 2, "r": 2, "lora_alpha": 9}}
 
 
-@pytest.fixture
-def folders(tmp_path) -> tuple[Path, dict[str, Adapter]]:
-    base = saved(tiny_llama(), tmp_path / "base")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, dict[str, Adapter]]:
+    root = tmp_path_factory.mktemp("adapters")
+    base = saved(tiny_llama(), root / "base")
     for name, settings in ADAPTERS.items():
-        moved_peft(tiny_llama(), **settings).save_pretrained(tmp_path / name)
-    return base, {name: read_adapter(tmp_path / name) for name in ADAPTERS}
+        moved_peft(tiny_llama(), **settings).save_pretrained(root / name)
+    return base, {name: read_adapter(root / name) for name in ADAPTERS}
 
 
-def test_weight_one_of_one_adapter_is_that_adapter_bit_by_bit(folders):
+def test_weight_one_of_one_adapter_is_that_adapter_and_unknown_names_are_refused(folders):
     base, adapters = folders
     with BaseWeights(base) as opened:
-        result = combine(adapters, {"one": 1.0, "two": 0.0}, opened)
-    assert result.adapter is adapters["one"]
+        assert combine(adapters, {"one": 1.0, "two": 0.0}, opened).adapter is adapters["one"]
+        for shares in ({"three": 1.0}, {"one": 0.0}):
+            with pytest.raises(UserError):
+                combine(adapters, shares, opened)
 
 
 def test_smaller_rank_states_its_error(folders):
@@ -61,9 +60,3 @@ def test_a_row_whose_gain_vanishes_is_still_close():
     combined = combine_factors(weight, [(1.0, found), (0.5, plain)])
     expected = dora(weight, a, b, magnitude, 2.0) + 0.5 * b @ a * 0.5
     torch.testing.assert_close(combined.merged(weight), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_unknown_names_are_refused(folders):
-    base, adapters = folders
-    with BaseWeights(base) as opened, pytest.raises(UserError, match="three"):
-        combine(adapters, {"three": 1.0}, opened)

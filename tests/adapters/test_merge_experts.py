@@ -52,9 +52,10 @@ def test_experts_are_refused_by_what_takes_matrices_alone_and_by_another_base(tm
     apply_dora(model, EXPERTS)
     save_adapter(model, tmp_path / "adapter")
     adapter = read_adapter(tmp_path / "adapter")
-    with pytest.raises(UserError, match="experts"):
+    assert adapter.experts
+    with pytest.raises(UserError):
         _ = adapter.factors
     tiny_mixtral().save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="other"):
+    with pytest.raises(UserError):
         merge_to_folder(adapter, tmp_path / "other", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

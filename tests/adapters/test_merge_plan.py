@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from tests.adapters.peft_folders import moved_peft
 from tests.adapters.test_gguf_export import read_back
 from tests.backbones.tiny_language import byte_tokenizer
 
-HEAD, TABLE = "lm_head", "model.embed_tokens"
 CHANGES: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "table": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -42,6 +42,14 @@ CASES = [(tied, name) for tied in (False, True) for name in CHANGES if tied or "
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[bool, Path]:
+    """By whether its head is its table."""
+    root = tmp_path_factory.mktemp("bases")
+    names = {False: "llama", True: "llama, tied"}
+    return {tied: language(root / name.replace(", ", "-"), name, tokenizer) for tied, name in names.items()}
 
 
 def peft_folder(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
@@ -59,8 +67,8 @@ def ids() -> torch.Tensor:
     return torch.arange(14).view(2, 7) * 11 % 200
 
 
-def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Callable]]:
-    """What folds the adapter into its base, by name; each returns the model that came of it."""
+def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast) -> list[Callable[[], Any]]:
+    """What folds the adapter into its base; each returns the model that came of it."""
 
     def in_memory() -> Any:
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -85,37 +93,46 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
                 weight.copy_(after.t() if weight.shape != after.shape else after)
         return model
 
-    yield from (("merge_dora", in_memory), ("merge", as_folder), ("gguf", as_gguf), ("analyze", as_measured))
+    return [in_memory, as_folder, as_gguf, as_measured]
 
 
 @pytest.mark.parametrize("use_dora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dora", "lora"])
 @pytest.mark.parametrize(("tied", "name"), CASES)
 def test_all_give_pefts_logits_or_all_refuse(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool, name: str, use_dora: bool
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    bases: dict[bool, Path],
+    tied: bool,
+    name: str,
+    use_dora: bool,
 ) -> None:
-    base = language(tmp_path / "base", "llama, tied" if tied else "llama", tokenizer)
+    base = bases[tied]
     expected = peft_folder(base, tmp_path / "adapter", use_dora=use_dora, **CHANGES[name])
     model = AutoModelForCausalLM.from_pretrained(base)
     assert float((model(ids()).logits - expected).abs().max()) > 0.05
     if tied and name.startswith("whole"):
-        with pytest.raises(UserError, match=HEAD):
+        with pytest.raises(UserError):
             load_adapter(model, tmp_path / "adapter")
     else:
         load_adapter(model, tmp_path / "adapter")
         torch.testing.assert_close(model.eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
-    for _, merged in ways(base, tmp_path / "adapter", tmp_path, tokenizer):
+    for merged in ways(base, tmp_path / "adapter", tmp_path, tokenizer):
         if tied:
-            with pytest.raises(UserError, match=rf"{HEAD}.*{TABLE}|{TABLE}.*{HEAD}"):
+            with pytest.raises(UserError):
                 merged()
         else:
             torch.testing.assert_close(merged().eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
-    assert [path.name for path in tmp_path.glob("*") if tied] in ([], ["base", "adapter"], ["adapter", "base"])
+    if tied:
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("damage", ["another base", "tokens added", "twice"])
-def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, damage: str) -> None:
-    base, folder = language(tmp_path / "base", "llama", tokenizer), tmp_path / "adapter"
+def test_a_copy_of_another_weight_is_no_base(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bases: dict[bool, Path], damage: str
+) -> None:
+    base, folder = bases[False], tmp_path / "adapter"
     peft_folder(base, folder, **CHANGES["head"])
+    load_adapter(AutoModelForCausalLM.from_pretrained(base), folder)
     tensors = load_file(folder / WEIGHTS_FILE)
     copy = next(key for key in tensors if key.endswith("lm_head.base_layer.weight"))
     tensors |= {
@@ -124,9 +141,9 @@ def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, tokenizer: PreTrain
         "twice": {copy.replace(".base_layer", ""): tensors[copy].clone()},
     }[damage]
     save_file(tensors, folder / WEIGHTS_FILE)
-    loads = ("load", lambda: load_adapter(AutoModelForCausalLM.from_pretrained(base), folder))
-    for _, way in (loads, *ways(base, folder, tmp_path, tokenizer)):
-        with pytest.raises(UserError, match=r"lm_head\.weight"):
+    loads = partial(load_adapter, AutoModelForCausalLM.from_pretrained(base), folder)
+    for way in (loads, *ways(base, folder, tmp_path, tokenizer)):
+        with pytest.raises(UserError):
             way()
 
 
@@ -138,9 +155,9 @@ def merged_by_verb(*words: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_verb_compares_what_it_wrote(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, dtype: str
+    tmp_path: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    base = language(tmp_path / "base", "llama", tokenizer)
+    base = bases[False]
     peft_folder(base, tmp_path / "adapter", **CHANGES["head"])
     words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--to", str(tmp_path / "merged")]
     told = merged_by_verb(*words, "--dtype", dtype)

@@ -1,61 +1,350 @@
-"""`accelerate_peft`: PEFT's numbers on this core, with PEFT's parameters, and PEFT again after `restore_peft`."""
+"""`accelerate_peft`: what users do with a PEFT model, once on PEFT's model and once on its accelerated copy.
+
+PEFT's numbers on this core with PEFT's parameters, and PEFT again after `restore_peft`.
+"""
 
 from __future__ import annotations
 
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import Linear as PeftLinear
-from torch import nn
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dora_vl.adapters.peft_model import AcceleratedLinear, accelerate_peft, restore_peft
 from tests.adapters.foreign_files import tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
-IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(32, (4, 7), generator=torch.Generator().manual_seed(0))
+X = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(1))
+TARGETS = ["q_proj", "down_proj"]
+DORA, LORA = {"use_dora": True}, {"use_dora": False}
+
+Flow = Callable[[Any], list[Tensor]]
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_dora": False}, {"use_rslora": True}], ids=["dora", "lora", "rslora"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_outputs_and_gradients_are_pefts(settings, bias):
+def twins(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """PEFT's model with two adapters, and the same one accelerated; both have run once, so that norms are kept."""
     model = tiny_llama()
-    if bias:
+    if settings.get("bias"):
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.bias = nn.Parameter(torch.randn(module.out_features))
-    wrapped = moved_peft(model, **settings)
-    outputs, before = wrapped.eval()(IDS).logits, gradients(wrapped.train())
-    done = accelerate_peft(wrapped)
-    assert (len(done.layers), done.left) == (4, {})
+                module.bias = nn.Parameter(0.1 * torch.randn(module.out_features))
+    plain = moved_peft(model, **{key: value for key, value in settings.items() if key != "bias"}).eval()
+    plain.add_adapter("other", LoraConfig(r=3, lora_alpha=5, use_dora=settings["use_dora"], target_modules=TARGETS))
+    torch.manual_seed(9)
     with torch.no_grad():
-        torch.testing.assert_close(wrapped.eval()(IDS).logits, outputs, rtol=1e-6, atol=1e-6)
-    after = gradients(wrapped.train())
-    assert after.keys() == before.keys()
-    for name, gradient in before.items():
-        torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        for name, parameter in plain.named_parameters():
+            if ".other." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    fast = copy.deepcopy(plain)
+    assert len(accelerate_peft(fast).layers) == (0 if settings.get("lora_bias") else 4)
+    for model in (plain, fast):
+        logits(model)
+    return plain, fast
+
+
+@torch.no_grad()
+def logits(model: Any, **named: Any) -> Tensor:
+    return model(IDS, **named).logits
+
+
+def gradients(model: Any) -> list[Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [parameter.grad for _, parameter in sorted(model.named_parameters()) if parameter.grad is not None]
+
+
+def everything(model: Any) -> list[Tensor]:
+    return [logits(model), *gradients(model.train())]
+
+
+def layer_of(model: Any) -> Any:
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+# -- the flows -------------------------------------------------------------------------------------------------
+
+
+def after(*changes: Callable[[Any], object]) -> Flow:
+    """Everything of a model that was changed."""
+
+    def flow(model: Any) -> list[Tensor]:
+        for change in changes:
+            change(model)
+        return everything(model)
+
+    return flow
+
+
+def weighted(kind: str) -> Flow:
+    shares = {"adapters": ["default", "other"], "weights": [0.3, 0.6], "adapter_name": "mix"}
+    return after(lambda m: m.add_weighted_adapter(**shares, combination_type=kind), lambda m: m.set_adapter("mix"))
+
+
+def added_again(model: Any) -> None:
+    torch.manual_seed(4)
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+    model.set_adapter("default")
+
+
+def switched(model: Any) -> list[Tensor]:
+    """Other adapters, both, none, half the scale, and merged and unmerged."""
+    scenes = []
+
+    def look(change: Callable[[], object]) -> None:
+        change()
+        scenes.append(logits(model))
+
+    def scale(factor: float) -> None:
+        for module in model.modules():
+            if isinstance(module, PeftLinear):
+                module.set_scale("default", factor)
+
+    look(lambda: model.set_adapter("other"))
+    with model.disable_adapter():
+        look(lambda: None)
+    look(lambda: model.base_model.set_adapter(["default", "other"]))
+    look(lambda: model.set_adapter("default"))
+    look(lambda: scale(0.5))
+    look(model.merge_adapter)
+    look(model.unmerge_adapter)
+    look(lambda: scale(1.0))
+    assert all((scenes[0] - scene).abs().max() > 1e-3 for scene in scenes[1:])
+    return scenes
+
+
+def pickled(model: Any) -> list[Tensor]:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return everything(torch.load(file, weights_only=False))
+
+
+def checkpointed(*, reentrant: bool) -> Flow:
+    def flow(model: Any) -> list[Tensor]:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        return gradients(model.train())
+
+    return flow
+
+
+def under_autocast(model: Any) -> list[Tensor]:
+    """In two contexts: torch 2.8 keeps the weights that the first run cast without a gradient, and PEFT's get none."""
+    with torch.autocast("cpu", torch.bfloat16):
+        first = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        return [first, *gradients(model.train())]
+
+
+def called_with_others(wrap: Callable[[Tensor], Tensor], part: str) -> Flow:
+    """Two sets of other tensors in turn, then the model's own again."""
+
+    def flow(model: Any) -> list[Tensor]:
+        outputs = []
+        for factor in (1.1, 0.9):
+            others = {name: wrap(p.detach() * factor) for name, p in model.named_parameters() if part in name}
+            outputs.append(torch.func.functional_call(model, others, (IDS,)).logits.detach())
+        assert (outputs[0] - outputs[1]).abs().max() > 1e-4
+        return [*outputs, *everything(model)]
+
+    return flow
+
+
+def parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def functional_gradient(model: Any) -> list[Tensor]:
+    own = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name and "default" in name}
+    loss = torch.func.grad(lambda p: torch.func.functional_call(model, p, (IDS,)).logits.square().mean())
+    return list(loss(own).values())
+
+
+def inference_then_training(model: Any) -> list[Tensor]:
+    with torch.inference_mode():
+        first = model(IDS).logits.clone()
+    return [first.clone(), *gradients(model.train())]
+
+
+def loaded(*, assign: bool) -> Flow:
+    return after(lambda m: m.load_state_dict({k: 1.1 * v for k, v in m.state_dict().items()}, assign=assign))
+
+
+@torch.no_grad()
+def edit(model: Any) -> None:
+    for name, own in model.named_parameters():
+        if "lora_A" in name or "q_proj.base_layer" in name:
+            own.mul_(1.3)
+
+
+@torch.no_grad()
+def halve_base(model: Any) -> None:
+    for name, own in model.named_parameters():
+        if "lora_" not in name:
+            own.data = own.data.bfloat16()
+
+
+def rescaled(by: float) -> Flow:
+    def flow(model: Any) -> list[Tensor]:
+        with rescale_adapter_scale(model, by):
+            inside = everything(model)
+        return [*inside, *everything(model.eval())]
+
+    return flow
+
+
+def only_trains(part: str) -> Callable[[Any], object]:
+    return lambda model: [own.requires_grad_(part in name) for name, own in model.named_parameters()]
+
+
+COARSE = 3e-2
+"""Relative: two roads through bfloat16 or float16."""
+FLOWS: dict[str, tuple[Flow, dict[str, Any], float]] = {
+    **{
+        f"everything, {settings}": (everything, {**DORA, **settings}, 1e-5)
+        for settings in ({}, {"bias": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]})
+    },
+    **{f"everything, {more}": (everything, {**LORA, **more}, 1e-5) for more in ({"bias": True}, {"lora_bias": True})},
+    "switching": (switched, DORA, 1e-4),
+    "merge_and_unload": (lambda model: [logits(model.merge_and_unload())], DORA, 1e-5),
+    "merge safely": (lambda model: [logits(model.merge_and_unload(safe_merge=True))], DORA, 1e-5),
+    "merge two": (lambda m: [logits(m.merge_and_unload(adapter_names=["default", "other"]))], DORA, 1e-5),
+    "unload": (lambda model: [logits(model.unload())], DORA, 1e-5),
+    **{f"weighted {kind}": (weighted(kind), LORA, 1e-4) for kind in ("linear", "svd", "cat")},
+    **{f"weighted DoRA {kind}": (weighted(kind), DORA, 1e-4) for kind in ("linear", "svd", "cat")},
+    "delete another": (after(lambda model: model.delete_adapter("other")), DORA, 1e-5),
+    "delete the active one": (lambda model: [model.delete_adapter("default"), logits(model)][1:], DORA, 1e-5),
+    "delete and add again": (
+        after(lambda m: m.set_adapter("other"), lambda m: m.delete_adapter("default"), added_again),
+        DORA,
+        1e-5,
+    ),
+    "mixed batch": (
+        lambda m: [logits(m, adapter_names=["default", "other", "__base__", "other"]), *everything(m)],
+        LORA,
+        1e-5,
+    ),
+    "DataParallel": (lambda model: [logits(nn.DataParallel(model))], DORA, 1e-5),
+    "deepcopy": (lambda model: everything(copy.deepcopy(model)), DORA, 1e-5),
+    "pickle": (pickled, DORA, 1e-5),
+    "checkpointing": (checkpointed(reentrant=False), DORA, 1e-5),
+    "reentrant checkpointing": (checkpointed(reentrant=True), DORA, 1e-5),
+    "autocast": (under_autocast, DORA, COARSE),
+    "bfloat16": (lambda model: everything(model.to(torch.bfloat16)), DORA, COARSE),
+    "float16": (lambda model: everything(model.to(torch.float16)), DORA, COARSE),
+    "float64": (lambda model: everything(model.to(torch.float64)), DORA, 1e-12),
+    "bfloat16 base": (after(halve_base), DORA, COARSE),
+    "functional_call, tensors": (called_with_others(lambda tensor: tensor, ""), DORA, 1e-5),
+    "functional_call, parameters": (called_with_others(parameter, ""), DORA, 1e-5),
+    "functional_call, adapter alone": (called_with_others(lambda tensor: tensor, "lora_"), DORA, 1e-5),
+    "functional_call, parameters of LoRA": (called_with_others(parameter, "lora_"), LORA, 1e-5),
+    "func.grad": (functional_gradient, DORA, 1e-5),
+    "func.vmap": (lambda model: [torch.func.vmap(layer_of(model))(X).detach()], DORA, 1e-5),
+    "func.vmap of func.grad": (
+        lambda m: [torch.func.vmap(torch.func.grad(lambda x: layer_of(m)(x).square().sum()))(X)],
+        DORA,
+        1e-5,
+    ),
+    "inference mode, then training": (inference_then_training, DORA, 1e-5),
+    "generate": (
+        lambda m: [m.generate(input_ids=IDS, max_new_tokens=5, do_sample=False, pad_token_id=0).double()],
+        DORA,
+        0.0,
+    ),
+    "load_state_dict": (loaded(assign=False), DORA, 1e-5),
+    "load_state_dict, assign": (loaded(assign=True), DORA, 1e-5),
+    "set_peft_model_state_dict": (
+        after(lambda m: set_peft_model_state_dict(m, {k: 1.2 * v for k, v in get_peft_model_state_dict(m).items()})),
+        DORA,
+        1e-5,
+    ),
+    "edit in place": (after(edit), DORA, 1e-5),
+    "rescaled": (rescaled(0.4), DORA, 1e-5),
+    "rescaled to nothing": (rescaled(0.0), DORA, 1e-5),
+    "B alone trains": (after(only_trains("lora_B")), DORA, 1e-5),
+    "the base trains": (after(only_trains("base_layer")), DORA, 1e-5),
+    "one vector": (lambda m: [layer_of(m)(X[0, 0]).detach().flatten()], DORA, 1e-5),  # PEFT's is a batch of one
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_is_pefts(name):
+    flow, settings, tolerance = FLOWS[name]
+    plain, fast = twins(settings)
+    assert_all_close(flow(fast), flow(plain), tolerance)
+
+
+def assert_all_close(ours: list[Tensor], pefts: list[Tensor], tolerance: float) -> None:
+    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in pefts]
+    for own, theirs in zip(ours, pefts, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_hot_swapping_is_pefts(tmp_path):
+    def swapped(model: Any, folder: Path) -> list[Tensor]:
+        before = logits(model)
+        model.save_pretrained(folder)
+        edit(model)
+        moved = logits(model)
+        hotswap_adapter(model, str(folder), "default")
+        return [before, moved, *everything(model)]
+
+    plain, fast = twins(LORA)
+    assert_all_close(swapped(fast, tmp_path / "fast"), swapped(plain, tmp_path / "plain"), 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_that_change_behind_torchs_counters_are_followed(training):
+    """PEFT computes its norm at every pass, so that whatever writes through `.data` is right there; here too."""
+
+    def scenes(model: Any) -> list[Tensor]:
+        outputs = [logits(model.train(training))]
+        for factor in (0.7, 1.3):
+            trained = [own for own in model.parameters() if own.requires_grad]
+            for own in trained:
+                own.data.copy_(factor * own.data + 0.01)
+            outputs.append(logits(model))
+            vector_to_parameters(parameters_to_vector(trained).detach() * factor, trained)
+            outputs.append(logits(model))
+            for name, own in model.named_parameters():
+                if "base_layer.weight" in name:
+                    own.data.mul_(1.1)
+            outputs.append(logits(model))
+        return outputs
+
+    plain, fast = twins(DORA)
+    assert_all_close(scenes(fast), scenes(plain), 1e-4)
+    restore_peft(fast)
+    assert {type(own) for own in fast.parameters()} == {nn.Parameter}
+
+
+# -- what differs from PEFT, and what stays its own ---------------------------------------------------------------
 
 
 def test_whole_change_dropout_is_pefts_with_the_same_mask():
     wrapped = moved_peft(tiny_llama(), lora_dropout=0.4).train()
     torch.manual_seed(7)
-    before = gradients(wrapped)
+    before = [gradient.clone() for gradient in gradients(wrapped)]
     accelerate_peft(wrapped, dropout_mode="whole_change")
     torch.manual_seed(7)
-    after = gradients(wrapped)
-    for name, gradient in before.items():
-        torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert_all_close(gradients(wrapped), before, 1e-5)
 
 
 def test_low_rank_dropout_is_on_and_has_the_same_mean():
     """One layer alone, since a model's layers make the mean of its output another thing."""
     wrapped = moved_peft(nn.ModuleDict({"q_proj": nn.Linear(6, 5)}), target_modules=["q_proj"], lora_dropout=0.3)
-    layer = wrapped.base_model.model["q_proj"]
+    layer: Any = wrapped.base_model.model["q_proj"]
     x = torch.randn(4, 6)
     expected = layer.eval()(x)
     accelerate_peft(wrapped)
@@ -73,7 +362,7 @@ def test_parameters_state_and_saved_files_stay_pefts(tmp_path):
     wrapped.save_pretrained(tmp_path / "before")
     accelerate_peft(wrapped)
     assert [name for name, _ in wrapped.named_modules()] == modules
-    assert all(parameter is parameters[name] for name, parameter in wrapped.named_parameters())
+    assert all(own is parameters[name] for name, own in wrapped.named_parameters())
     assert all(torch.equal(tensor, state[key]) for key, tensor in wrapped.state_dict().items())
     assert wrapped.state_dict().keys() == state.keys()
     wrapped.save_pretrained(tmp_path / "after")
@@ -87,43 +376,25 @@ def test_parameters_state_and_saved_files_stay_pefts(tmp_path):
     assert restore_peft(wrapped) == 0
 
 
-@torch.no_grad()
-def test_adapters_switch_scale_disable_and_merge_as_in_peft():
-    wrapped = moved_peft(tiny_llama()).eval()
-    wrapped.add_adapter("second", LoraConfig(r=2, lora_alpha=5, use_dora=True, target_modules=["q_proj"]))
-    for name, parameter in wrapped.named_parameters():
-        if "second" in name and "lora_B" in name:
-            parameter.normal_(std=0.4)
-
-    def scenes() -> list[torch.Tensor]:
-        found = [wrapped(IDS).logits]
-        wrapped.set_adapter("second")
-        found.append(wrapped(IDS).logits)
-        with wrapped.disable_adapter():
-            found.append(wrapped(IDS).logits)
-        wrapped.base_model.set_adapter(["default", "second"])
-        found.append(wrapped(IDS).logits)
-        wrapped.set_adapter("default")
-        for module in wrapped.modules():
-            if isinstance(module, PeftLinear):
-                module.set_scale("default", 0.5)
-        found.append(wrapped(IDS).logits)
-        wrapped.merge_adapter()
-        found.append(wrapped(IDS).logits)
-        wrapped.unmerge_adapter()
-        for module in wrapped.modules():
-            if isinstance(module, PeftLinear):
-                module.set_scale("default", 1.0)
-        found.append(wrapped(IDS).logits)
-        return found
-
-    expected = scenes()
-    accelerate_peft(wrapped)
-    for index, (found, wanted) in enumerate(zip(scenes(), expected, strict=True)):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=f"scene {index}")
+def test_a_second_derivative_is_refused():
+    """The backward pass is written out once; a gradient penalty would need it to be differentiable."""
+    _, fast = twins(DORA)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer_of(fast)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
 
 
-def test_layers_that_cannot_go_are_named_with_their_reason(caplog):
+def test_deleted_adapters_are_let_go():
+    _, fast = twins(DORA)
+    fast.delete_adapter("other")
+    fast.add_adapter("third", LoraConfig(r=2, use_dora=True, target_modules=TARGETS))
+    fast.set_adapter("third")
+    logits(fast)
+    assert set(vars(layer_of(fast))["_dora_vl_core"].cores) == {"default", "third"}
+
+
+def test_layers_that_cannot_go_are_named_and_stay_pefts():
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +402,7 @@ def test_layers_that_cannot_go_are_named_with_their_reason(caplog):
             self.q_proj = nn.Linear(6, 5)
             self.frozen_hook = nn.Linear(6, 5)
 
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        def forward(self, ids: Tensor) -> Tensor:
             return self.q_proj(self.embed(ids)) + self.frozen_hook(self.embed(ids))
 
     model = Pair()
@@ -142,9 +413,6 @@ def test_layers_that_cannot_go_are_named_with_their_reason(caplog):
     done = accelerate_peft(wrapped)
     assert done.layers == ("base_model.model.q_proj",)
     assert set(done.left) == {"base_model.model.embed", "base_model.model.frozen_hook"}
-    assert "hooks of its own" in done.left["base_model.model.frozen_hook"]
-    assert "no plain linear LoRA layer" in done.left["base_model.model.embed"]
-    assert "1 layers stay on PEFT's own forward pass" in caplog.text
     torch.testing.assert_close(wrapped(ids), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="PEFT"):
         accelerate_peft(nn.Linear(2, 2))
@@ -164,7 +432,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_pefts(float32_adapters):
         LoraConfig(r=16, lora_alpha=32, use_dora=True, target_modules=["0"]),
         autocast_adapter_dtype=float32_adapters,
     ).eval()
-    layer = wrapped.base_model.model[0]
+    layer: Any = wrapped.base_model.model[0]
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
     m = layer.lora_magnitude_vector.default.weight
     a.copy_(a.bfloat16())

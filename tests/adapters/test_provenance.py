@@ -54,14 +54,11 @@ def test_a_folder_of_pickles_alone_is_hashed_by_them(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == (tmp_path / "unknown.bin",)
 
 
-def test_a_broken_list_of_shards_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(UserError, match=r"model-1\.safetensors"):
-        content_hash(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(UserError, match=r"index\.json"):
-        content_hash(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
-    (tmp_path.parent / "other.safetensors").write_bytes(b"of somebody else")
-    with pytest.raises(UserError, match=r"\.\./other\.safetensors"):
-        content_hash(tmp_path)
+@pytest.mark.parametrize("weight_map", ['{"a": "model-1.safetensors"}', "3", '{"a": "../other.safetensors"}'])
+def test_a_broken_list_of_shards_is_refused(tmp_path: Path, weight_map: str) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (tmp_path / "other.safetensors").write_bytes(b"of somebody else")
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(UserError):
+        content_hash(folder)

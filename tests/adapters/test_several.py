@@ -19,10 +19,10 @@ SETTINGS = {
 IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """Two adapters that overlap in one kind of layer, one of them with trained norms; and what each answers."""
-    answers = {}
+    root, answers = tmp_path_factory.mktemp("adapters"), {}
     for name, settings in SETTINGS.items():
         model = tiny_llama()
         apply_dora(model, DoRAConfig(dropout=0.0, **settings))
@@ -32,8 +32,8 @@ def folders(tmp_path):
             if name == "mlp":
                 model.model.layers[0].input_layernorm.weight.mul_(1.4)
             answers[name] = model.eval()(IDS).logits
-        save_adapter(model, tmp_path / name)
-    return tmp_path, answers
+        save_adapter(model, root / name)
+    return root, answers
 
 
 @torch.no_grad()
@@ -76,32 +76,28 @@ def test_active_adapter_trains_alone_and_keeps_what_it_learned(folders):
     assert torch.equal(logits(adapters.model), learned)
 
 
-def test_weight_one_is_the_adapter_itself(folders):
+def test_names_are_checked_and_what_cannot_be_switched_is_refused(folders, tmp_path):
     folder, answers = folders
-    adapters, _ = loaded(folder)
+    adapters, base = loaded(folder)
     adapters.combine("copy", {"attention": 1.0, "mlp": 0.0})
     assert torch.equal(logits(adapters.model), answers["attention"])
-
-
-def test_names_are_checked(folders):
-    folder, _ = folders
-    adapters, base = loaded(folder)
-    with pytest.raises(UserError, match="mlp"):
-        adapters.load("mlp", folder / "mlp")
-    with pytest.raises(UserError, match=r"other.*attention.*mlp"):
-        adapters.switch("other")
-    with pytest.raises(UserError, match="other"):
-        adapters.combine("x", {"other": 1.0})
-    with pytest.raises(UserError, match="missing"):
-        adapters.load("missing", folder / "missing")
+    apply_dora(model := tiny_llama(), DoRAConfig(targets=("*.q_proj",), rank=3, method="dvora"))
+    save_adapter(model, tmp_path / "dvora")
+    for wrong in (
+        lambda: adapters.load("mlp", folder / "mlp"),
+        lambda: adapters.switch("other"),
+        lambda: adapters.combine("x", {"other": 1.0}),
+        lambda: adapters.load("missing", folder / "missing"),
+        lambda: adapters.load("dvora", tmp_path / "dvora"),
+        lambda: AdapterSet(model),
+    ):
+        with pytest.raises(UserError):
+            wrong()
     adapters.switch(None)
     assert torch.equal(logits(adapters.model), base)
-    apply_dora(model := tiny_llama(), DoRAConfig(targets=("*.q_proj",)))
-    with pytest.raises(UserError, match="adapted already"):
-        AdapterSet(model)
 
 
-def test_a_pissa_adapter_leaves_the_base_as_it_was(folders):
+def test_a_pissa_adapter_leaves_the_base_as_it_was(folders, tmp_path):
     folder, answers = folders
     source = tiny_llama()
     apply_dora(source, DoRAConfig(targets=("*.q_proj",), rank=2, alpha=5.0, dropout=0.0, init="pissa"))
@@ -109,9 +105,9 @@ def test_a_pissa_adapter_leaves_the_base_as_it_was(folders):
         for layer in source.model.layers:
             layer.self_attn.q_proj.lora_B.add_(0.1)
     expected = logits(source)
-    save_adapter(source, folder / "pissa")
+    save_adapter(source, tmp_path / "pissa")
     adapters, base = loaded(folder)
-    adapters.load("pissa", folder / "pissa")
+    adapters.load("pissa", tmp_path / "pissa")
     torch.testing.assert_close(logits(adapters.model), expected, rtol=1e-4, atol=1e-5)
     for name in (None, "attention"):
         adapters.switch(name)
@@ -125,17 +121,17 @@ def test_a_pissa_adapter_leaves_the_base_as_it_was(folders):
     torch.testing.assert_close(adapters.model.get_parameter(f"{Q}.weight"), half, rtol=1e-4, atol=1e-5)
 
 
-def test_a_combination_that_is_refused_changes_nothing(folders):
+def test_a_combination_that_is_refused_changes_nothing(folders, tmp_path):
     folder, answers = folders
     source = tiny_llama()
     targets = ("*.q_proj", "*.embed_tokens")
     apply_dora(source, DoRAConfig(targets=targets, rank=2, dropout=0.0, kinds=("linear", "embedding")))
-    save_adapter(source, folder / "words")
+    save_adapter(source, tmp_path / "words")
     adapters, _ = loaded(folder)
-    adapters.load("words", folder / "words")
+    adapters.load("words", tmp_path / "words")
     adapters.switch("attention")
     modules = dict(adapters.model.named_modules())
-    with pytest.raises(UserError, match=r"model\.embed_tokens"):
+    with pytest.raises(UserError):
         adapters.combine("both", {"attention": 0.5, "words": 0.5})
     assert adapters.active == "attention"
     assert dict(adapters.model.named_modules()) == modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dora_vl import AdapterSet, merge_dora
 from dora_vl.adapters.adapter import read_adapter, write_adapter
@@ -24,21 +25,18 @@ from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
 from dora_vl.core.trainable import trained_parts
-from tests.adapters.foreign_files import DOWN, RANK, WIDTH, Q, dora, factors, saved
+from tests.adapters.foreign_files import DOWN, HEADS, KEY_HEADS, RANK, WIDTH, K, Q, dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.core.dense_dora import move
 
 GATE, HEAD, TABLE = "model.layers.0.mlp.gate_proj", "lm_head", "model.embed_tokens"
 
 
+@torch.no_grad()
 def base_model(*, tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=True, tie_word_embeddings=tied)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(8)
+    model = tiny_llama(attention_bias=True, tie_word_embeddings=tied)
+    for weight in model.parameters():
+        weight.mul_(8)
     return model
 
 
@@ -56,7 +54,7 @@ def foreign(file_of: Callable[[dict[str, tuple[Tensor, Tensor, Tensor]], Path], 
     def write(folder: Path) -> Tensor:
         model = base_model()
         base = saved(model, folder / "base")
-        layers = {name: factors(model.get_submodule(name).weight, seed) for seed, name in enumerate((Q, DOWN, GATE))}
+        layers = {name: factors(model.get_submodule(name).weight, seed) for seed, name in enumerate((Q, K, DOWN, GATE))}
         source = folder / "source"
         source.mkdir()
         file_of(layers, source)
@@ -74,22 +72,39 @@ def foreign(file_of: Callable[[dict[str, tuple[Tensor, Tensor, Tensor]], Path], 
     return write
 
 
-def nvlabs(alone: tuple[str, ...], layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
-    file = {}
+def nvlabs(
+    layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path, alone: tuple[str, ...] = (), *, split: bool = False
+) -> None:
+    """`split`: with the magnitudes in LLaVA's second file, under the name that they have there."""
+    file, other = {}, {}
     for name, (a, b, m) in layers.items():
-        file[f"base_model.model.{name}.weight_m_wdecomp.weight"] = m[:, None]
+        leaf = "weight_m_wdecomp.default.weight" if split else "weight_m_wdecomp.weight"
+        other[f"base_model.model.{name}.{leaf}"] = m[:, None]
         if name not in alone:
             file |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-    torch.save(file, folder / "adapter_model.bin")
+    torch.save(file if split else {**file, **other}, folder / "adapter_model.bin")
+    if split:
+        torch.save(other, folder / "non_lora_trainables.bin")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "DORA", "r": RANK, "lora_alpha": 7}))
 
 
 def torchtune(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
-    names = {DOWN: "layers.1.mlp.w2", GATE: "layers.0.mlp.w1"}
-    parts = zip(("lora_a.weight", "lora_b.weight", "magnitude"), (0, 1, 2), strict=True)
-    tensors = {f"{key}.{leaf}": layers[name][i] for leaf, i in parts for name, key in names.items()}
-    del layers[Q]  # whose rows stand in another order there: see test_foreign
-    torch.save(tensors, folder / "adapter_0.pt")
+    """In a rotary projection row i and row i + half of a head are neighbours there."""
+    names = {
+        Q: ("layers.0.attn.q_proj", HEADS),
+        K: ("layers.1.attn.k_proj", KEY_HEADS),
+        DOWN: ("layers.1.mlp.w2", None),
+        GATE: ("layers.0.mlp.w1", None),
+    }
+    file = {}
+    for name, (key, heads) in names.items():
+        a, b, m = layers[name]
+        order = list(range(len(m)))
+        if heads is not None:
+            size = len(m) // heads
+            order = [h * size + i + half * size // 2 for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+        file |= {f"{key}.lora_a.weight": a, f"{key}.lora_b.weight": b[order], f"{key}.magnitude": m[order]}
+    torch.save(file, folder / "adapter_0.pt")
 
 
 def mlx(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
@@ -100,12 +115,12 @@ def mlx(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": RANK, "scale": 2.0}}))
 
 
-def kohya(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
+def kohya(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path, alpha: float | None = 5.0) -> None:
     file = {}
     for name, (a, b, m) in layers.items():
         flat = f"lora_te_{name.replace('.', '_')}"
         file |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.dora_scale": m[:, None]}
-        file[f"{flat}.alpha"] = torch.tensor(5.0)
+        file |= {} if alpha is None else {f"{flat}.alpha": torch.tensor(alpha)}
     save_file(file, folder / "adapters.safetensors")
 
 
@@ -186,12 +201,14 @@ def by_peft(folder: Path) -> Tensor:
 PROJECTOR = {"norm": ("model.norm.weight",)}
 GRANULAR = {"magnitude_targets": ("*.o_proj",)}
 LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
-    "nvlabs": (foreign(lambda *to: nvlabs((), *to), 7 / RANK), "LORA"),
-    "nvlabs, granular": (foreign(lambda *to: nvlabs((GATE,), *to), 7 / RANK), "DORA_VL"),
-    "nvlabs, magnitudes alone": (foreign(lambda *to: nvlabs((Q, DOWN, GATE), *to), 7 / RANK), "DORA_VL"),
+    "nvlabs": (foreign(nvlabs, 7 / RANK), "LORA"),
+    "nvlabs, two files": (foreign(partial(nvlabs, split=True), 7 / RANK), "LORA"),
+    "nvlabs, granular": (foreign(partial(nvlabs, alone=(GATE,)), 7 / RANK), "DORA_VL"),
+    "nvlabs, magnitudes alone": (foreign(partial(nvlabs, alone=(Q, K, DOWN, GATE)), 7 / RANK), "DORA_VL"),
     "torchtune": (foreign(torchtune, 2.0, alpha=2.0 * RANK), "LORA"),
     "mlx": (foreign(mlx, 2.0), "LORA"),
     "kohya": (foreign(kohya, 5 / RANK), "LORA"),
+    "kohya without alpha": (foreign(partial(kohya, alpha=None), 1.0), "LORA"),
     "peft, head and biases": (by_peft, "LORA"),
     "dora": (own(), "LORA"),
     "lora, patterns": (own(method="lora", rank_pattern={"*.down_proj": 2}, alpha_pattern={"*.down_proj": 9.0}), "LORA"),
@@ -232,5 +249,5 @@ def test_what_is_written_opens_here_and_in_peft_alike_or_not(tmp_path: Path, lay
         opened = PeftModel.from_pretrained(base_model(tied=tied), tmp_path / "adapter")
         torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=1e-4)
     else:
-        with pytest.raises(KeyError, match="DORA_VL"):
+        with pytest.raises(KeyError):
             PeftModel.from_pretrained(base_model(tied=tied), tmp_path / "adapter")

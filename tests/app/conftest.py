@@ -1,17 +1,47 @@
-"""A tiny model with one adapter, which most tests of the server and the page ask."""
+"""A tiny model with four adapters, which most tests of the engine, the server and the page ask; a server over it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.model import ServedModel
-from tests.app.tiny_served import served, spread, write_adapter
-from tests.backbones.tiny_image_text import write_tiny
+from dora_vl.serving.requests import MediaLimits
+from dora_vl.serving.server import ServerSettings
+from tests.app.tiny_served import running, served, spread, write_adapters
+from tests.backbones.tiny_video import write_tiny_video
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    folder = tmp_path_factory.mktemp("served")
-    base = spread(write_tiny("qwen2_5_vl", folder / "base"))
-    adapter = write_adapter(base, folder / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
-    return served(base, {"one": adapter})
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return spread(write_tiny_video("qwen2_5_vl", tmp_path_factory.mktemp("served") / "model"))
+
+
+@pytest.fixture(scope="session")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_adapters(base, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def model(base: Path, folders: dict[str, Path]) -> ServedModel:
+    return served(base, folders)
+
+
+@pytest.fixture(scope="session")
+def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
+    settings = ServerSettings(
+        adapter_root=folders["one"].parent,
+        body_bytes=300_000,
+        media=MediaLimits(pictures=2, picture_pixels=10_000, frames=4),
+    )
+    with running(model, settings, EngineSettings(batch_rows=32, window_seconds=0.2)) as address:
+        yield address
+
+
+@pytest.fixture
+def endless(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are as long as allowed."""
+    monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)

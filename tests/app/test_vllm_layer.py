@@ -1,7 +1,10 @@
-"""A layer's rows by their slots: the base's bits, and each adapter's equation written out."""
+"""A layer's rows by their slots, gains of weights however they are kept, and magnitudes taken out of a file."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.serving.vllm.adapters import compute_gains, magnitude_of_parts, magnitudes_of, write_gains
-from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
+from dora_vl.serving.vllm.layer import (
+    DoRALayer,
+    FrozenLayer,
+    Slice,
+    UnservableAdapter,
+    as_factor,
+    frozen_layer,
+    gains_minus_one,
+    take_magnitudes,
+)
 
 INPUTS, SIZES, SLOTS = 8, (6, 4), 3
 
@@ -132,17 +144,13 @@ def test_gains_are_computed_for_every_layer_and_written_to_every_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loras", "before", "said"),
-    [
-        ({"experts": weights(3)}, None, "applies no magnitudes to 1 of the adapter's layers: experts"),
-        ({}, {"experts.1.w1": [torch.ones(3)]}, r"to 1 of the adapter's layers: experts\.1\.w1"),
-        ({"qkv": weights(3)}, {}, "qkv has rank 2, above --max-lora-rank 1"),
-    ],
+    ("loras", "before"),
+    [({"experts": weights(3)}, None), ({}, {"experts.1.w1": [torch.ones(3)]}), ({"qkv": weights(3)}, {})],
 )
-def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None, said: str) -> None:
+def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None) -> None:
     adapter = adapter_of(**loras)
     found = magnitudes_of(adapter) if before is None else before
-    with pytest.raises(UnservableAdapter, match=said):
+    with pytest.raises(UnservableAdapter):
         compute_gains({"qkv": layer_with()}, found, adapter.loras.get, max_rank=1)
     assert not any(hasattr(one, "dora_minus_one") for one in loras.values())
 
@@ -152,12 +160,9 @@ def test_an_adapter_of_another_base_is_refused() -> None:
     wider.lora_a[0] = torch.ones(2, INPUTS + 1)
     longer.lora_b[1] = torch.ones(SIZES[1] + 1, 2)
     single.lora_a, single.lora_b, single.magnitude = single.lora_a[0], single.lora_b[0], single.magnitude[0]
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", wider)
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", longer)
-    with pytest.raises(UnservableAdapter):
-        layer.dora_gains("qkv", single)
+    for adapter in (wider, longer, single):
+        with pytest.raises(UnservableAdapter):
+            layer.dora_gains("qkv", adapter)
 
 
 def test_packing_keeps_gaps() -> None:
@@ -171,3 +176,208 @@ def test_a_layer_that_is_whole_on_each_rank_sums_nothing() -> None:
     layer, expected = layer_with(), layer_with().dora_gains("qkv", weights(3))
     layer.shards_inputs, layer.sum_of_ranks = True, lambda part: 2 * part
     torch.testing.assert_close(layer.dora_gains("qkv", weights(3)), expected)
+
+
+# -- gains of layers as vLLM keeps them, packed, sharded, unreadable --------------------------------------------
+
+COLUMNS, ROWS = 300, (12, 5, 7)
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT = draw(sum(ROWS), COLUMNS, seed=1)
+
+
+def adapter(number: int, rank: int) -> Slice:
+    size = ROWS[number]
+    return Slice(
+        draw(rank, COLUMNS, seed=10 + number), draw(size, rank, seed=20 + number), draw(size, seed=30 + number)
+    )
+
+
+SLICES = [adapter(0, 3), None, adapter(2, 2)]
+
+
+def gains_written_out(weight: Tensor, slices: list[Slice | None]) -> Tensor:
+    parts = []
+    for rows, one in zip(weight.split(ROWS), slices, strict=True):
+        if one is None:
+            parts.append(torch.zeros(len(rows)))
+            continue
+        direction = rows.double() + one.lora_B.double() @ one.lora_A.double()
+        parts.append((one.magnitude.double() / direction.norm(dim=1)).float() - 1)
+    return torch.cat(parts)
+
+
+def looked_at(weight: Tensor | None, product: Callable[[Tensor], Tensor] = lambda x: x @ WEIGHT.t()) -> FrozenLayer:
+    return frozen_layer("layer", product, weight, COLUMNS, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kept", [WEIGHT, None, WEIGHT.to(torch.int8), torch.empty(0), WEIGHT.flip(0)])
+def test_packed_slices_whatever_the_weight_is_kept_as(kept: Tensor | None) -> None:
+    layer = looked_at(kept)
+    assert (layer.weight is None) == (kept is not WEIGHT)
+    found = gains_minus_one(layer, SLICES, ROWS)
+    torch.testing.assert_close(found, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
+    assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kept", [WEIGHT, None])
+def test_rows_that_cancel_come_from_the_dense_direction(kept: Tensor | None) -> None:
+    factors = torch.linalg.svd(WEIGHT[: ROWS[0]], full_matrices=False)
+    lora_A, lora_B = factors[2], -0.999 * factors[0] * factors[1]
+    slices = [Slice(lora_A, lora_B, draw(ROWS[0], seed=3)), None, None]
+    found = gains_minus_one(looked_at(kept), slices, ROWS)
+    torch.testing.assert_close(found, gains_written_out(WEIGHT, slices), rtol=1e-2, atol=1e-3)
+
+
+def test_a_row_without_a_direction_keeps_gain_one() -> None:
+    weight = WEIGHT.clone()
+    weight[3] = 0
+    slices = [Slice(draw(2, COLUMNS, seed=4), torch.zeros(ROWS[0], 2), torch.full(ROWS[:1], 2.0)), None, None]
+    found = gains_minus_one(looked_at(weight, lambda x: x @ weight.t()), slices, ROWS)
+    assert found[3] == 0
+    assert found.isfinite().all()
+    assert (found[:3] != 0).all()
+
+
+def test_no_magnitude_changes_nothing() -> None:
+    assert torch.equal(gains_minus_one(looked_at(WEIGHT), [None] * 3, ROWS), torch.zeros(sum(ROWS)))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ranks_that_hold_columns_sum_their_norms(kept: bool) -> None:
+    cut, meeting = 170, threading.Barrier(2)
+    parts: dict[int, Tensor] = {}
+
+    def rank(number: int) -> Tensor:
+        columns = slice(0, cut) if number == 0 else slice(cut, None)
+        weight = WEIGHT[:, columns].contiguous()
+
+        def total(part: Tensor) -> Tensor:
+            parts[number] = part
+            meeting.wait(20)
+            result = parts[0] + parts[1]
+            meeting.wait(20)
+            return result
+
+        slices = [None if one is None else one._replace(lora_A=one.lora_A[:, columns]) for one in SLICES]
+        layer = frozen_layer(
+            "layer",
+            lambda x: x @ weight.t(),
+            weight if kept else None,
+            weight.shape[1],
+            torch.float32,
+            CPU,
+            total,
+        )
+        return gains_minus_one(layer, slices, ROWS)
+
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(rank, range(2)):
+            torch.testing.assert_close(found, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_few_bits_are_recovered() -> None:
+    steps = (WEIGHT * 4).round()
+    layer = looked_at(steps.to(torch.int8), lambda x: (x @ steps.t()) / 4)
+    expected = gains_written_out(steps / 4, SLICES)
+    torch.testing.assert_close(gains_minus_one(layer, SLICES, ROWS), expected, rtol=1e-4, atol=1e-5)
+
+
+def in_eight_bits(rows: Tensor) -> Tensor:
+    """Each row over its own scale as whole numbers, as W8A8 layers take it."""
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
+    return (rows / scale).round() * scale
+
+
+def test_an_input_of_whole_numbers_is_exact_enough() -> None:
+    layer = looked_at(None, lambda x: in_eight_bits(x) @ WEIGHT.t())
+    torch.testing.assert_close(
+        gains_minus_one(layer, SLICES, ROWS) + 1, gains_written_out(WEIGHT, SLICES) + 1, rtol=2e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x: x.to(torch.float8_e4m3fn).float() @ WEIGHT.t(),
+        lambda x: (x * 2).round() / 2 @ WEIGHT.t(),
+        lambda x: x.clamp(-0.3, 0.3) @ WEIGHT.t(),  # an input scale that unit vectors exceed
+        lambda x: torch.full((len(x), sum(ROWS)), torch.nan),
+    ],
+)
+def test_a_product_of_no_weight_is_refused(product: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - no other is raised there
+        looked_at(None, product)
+
+
+# -- magnitudes taken out of an adapter's tensors ---------------------------------------------------------------
+
+Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.self_attn.v_proj"
+
+
+def tensors() -> dict[str, Tensor]:
+    return {
+        f"{Q}.lora_A.weight": torch.full((4, 6), 1.0),
+        f"{Q}.lora_B.weight": torch.full((5, 4), 2.0),
+        f"{Q}.lora_magnitude_vector": torch.arange(5).to(torch.bfloat16),
+        f"{V}.lora_A.weight": torch.full((2, 6), 3.0),
+        f"{V}.lora_B.weight": torch.full((7, 2), 4.0),
+        f"{V}.lora_magnitude_vector.weight": torch.arange(7).float().view(7, 1),
+    }
+
+
+def test_magnitudes_go_out_and_factors_stay() -> None:
+    file, before = tensors(), tensors()
+    found = take_magnitudes(file, use_dora=True)
+    assert found.keys() == {Q, V}
+    assert torch.equal(found[Q], torch.arange(5.0))
+    assert torch.equal(found[V], torch.arange(7.0))
+    assert file.keys() == {name for name in before if "magnitude" not in name}
+    assert all(torch.equal(file[name], before[name]) for name in file)
+
+
+def test_a_lora_is_left_as_it_is() -> None:
+    file = {name: tensor for name, tensor in tensors().items() if "magnitude" not in name}
+    before = dict(file)
+    assert take_magnitudes(file, use_dora=False) == {}
+    assert file == before
+
+
+BROKEN: dict[str, tuple[list[str], dict[str, Tensor]]] = {
+    "a magnitude lost": ([f"{Q}.lora_magnitude_vector"], {}),
+    "B lost": ([f"{Q}.lora_B.weight"], {}),
+    "too short": ([], {f"{Q}.lora_magnitude_vector": torch.ones(4)}),
+    "ranks differ": ([], {f"{Q}.lora_A.weight": torch.ones(3, 6)}),
+    "no numbers": ([], {f"{Q}.lora_magnitude_vector": torch.full((5,), torch.inf)}),
+    "an embedding": ([], {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)}),
+}
+"""What of a file is taken away, and what is put in."""
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_belong_together_is_refused(case: str) -> None:
+    gone, changed = BROKEN[case]
+    file = {name: tensor for name, tensor in {**tensors(), **changed}.items() if name not in gone}
+    before = dict(file)
+    with pytest.raises(UnservableAdapter):
+        take_magnitudes(file, use_dora=True)
+    assert file == before
+
+
+def test_the_flag_and_the_file_must_agree() -> None:
+    with pytest.raises(UnservableAdapter):
+        take_magnitudes(tensors(), use_dora=False)
+    without = {name: tensor for name, tensor in tensors().items() if "magnitude" not in name}
+    with pytest.raises(UnservableAdapter):
+        take_magnitudes(without, use_dora=True)
+
+
+def test_names_that_vllm_reads() -> None:
+    assert as_factor(f"{Q}.lora_magnitude_vector") == f"{Q}.lora_B.weight"
+    assert as_factor(f"{Q}.lora_magnitude_vector.weight") == f"{Q}.lora_B.weight"
+    assert as_factor(f"{Q}.lora_A.weight") == f"{Q}.lora_A.weight"

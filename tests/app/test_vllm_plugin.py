@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dora_vl.serving.vllm import adapters, plugin
-from dora_vl.serving.vllm import plugin as patches
 from dora_vl.serving.vllm.adapters import Place, difference
+from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
+from tests.app.test_vllm_layer import INPUTS, SIZES, Layer, Wrapper, layer_with, weights, written_out
 
 
 class Helper:
@@ -74,82 +73,66 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(plugin, "_done", False)
     monkeypatch.setattr(plugin, "difference", lambda: difference(SAME))
-    monkeypatch.setattr(patches, "install", lambda: done.append("patches"))
+    monkeypatch.setattr(plugin, "install", lambda: done.append("patches"))
     monkeypatch.setattr(plugin, "mend", lambda: done.append("mended") or True)
     monkeypatch.delenv(plugin.UNTESTED, raising=False)
     return done
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
-    caplog.set_level(logging.INFO, logger="vllm.dora_vl")
-    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
-
-
-def version(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", name, raising=False)
-
-
-def test_a_known_vllm_is_patched_once(installed: list[str], said: Any) -> None:
-    plugin.register()
-    plugin.register()
-    assert installed == ["patches", "mended"]
-    ((level, line),) = said()
-    assert level == "INFO"
-    assert "lora_ops.bgmv_shrink of vLLM 0.32.1+cpu gives rows of the base the last slot's adapter; mended" in line
-
-
-def test_another_version_is_left_as_it_is(installed: list[str], said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    version(monkeypatch, "0.99.0")
-    plugin.register()
-    assert installed == []
-    ((level, line),) = said()
-    assert level == "WARNING"
-    assert "vLLM is left as it is: version 0.99.0 was never tried" in line
-    assert f"(tested with vLLM {', '.join(adapters.TESTED)})" in line
-    assert "\n" not in line
-
-
-def test_another_version_can_be_tried(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    version(monkeypatch, "0.99.0")
-    monkeypatch.setenv(plugin.UNTESTED, "1")
-    plugin.register()
-    assert installed == ["patches", "mended"]
 
 
 def changed(**members: Any) -> type:
     return type("Thing", (), {**vars(Thing), **members})
 
 
+def test_a_known_vllm_is_patched_once(installed: list[str]) -> None:
+    plugin.register()
+    plugin.register()
+    assert installed == ["patches", "mended"]
+
+
 @pytest.mark.parametrize(
-    ("thing", "line"),
+    ("version", "tried", "thing"),
     [
-        (changed(method=lambda self, x: x), "vllm.thing.Thing.method takes (self, x), not (self, x, bias)"),
-        (changed(__init__=lambda self, first: None), "vllm.thing.Thing.__init__ does without buffer"),
-        (type("Thing", (), {"__init__": Thing.__init__, "method": Thing.method}), "vllm.thing.Thing.made is not there"),
-        (None, "vllm.thing.Thing.__init__ is not there"),
+        ("0.99.0", False, Thing),
+        # Differing places are not passed over where another version is tried.
+        ("0.99.0", True, changed(method=lambda self, x: x)),
+        ("0.32.0", False, changed(__init__=lambda self, first: None)),
+        ("0.32.0", False, type("Thing", (), {"__init__": Thing.__init__, "method": Thing.method})),
+        ("0.32.0", False, None),
     ],
 )
-def test_places_that_differ_leave_vllm_as_it_is(
-    installed: list[str], said: Any, monkeypatch: pytest.MonkeyPatch, thing: type | None, line: str
+def test_another_vllm_is_left_as_it_is_with_one_warning(
+    installed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+    tried: bool,
+    thing: type | None,
 ) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version, raising=False)
     if thing is None:
         monkeypatch.delitem(sys.modules, THING)
     else:
         monkeypatch.setattr(sys.modules[THING], "Thing", thing)
-    monkeypatch.setenv(plugin.UNTESTED, "1")  # which does not pass over them
+    if tried:
+        monkeypatch.setenv(plugin.UNTESTED, "1")
     plugin.register()
     assert installed == []
-    assert [level for level, _ in said()] == ["WARNING"]
-    assert line in said()[0][1]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "\n" not in record.getMessage()
 
 
-def test_it_steps_aside_where_vllm_takes_dora_itself(installed: list[str], said: Any) -> None:
+def test_another_version_can_be_tried(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.99.0", raising=False)
+    monkeypatch.setenv(plugin.UNTESTED, "1")
+    plugin.register()
+    assert installed == ["patches", "mended"]
+
+
+def test_it_steps_aside_where_vllm_takes_dora_itself(installed: list[str]) -> None:
     sys.modules["vllm.lora.peft_helper"].PEFTHelper.refuses_dora = False
     plugin.register()
     assert installed == []
-    assert [level for level, _ in said()] == ["INFO"]
-    assert "takes DoRA adapters itself" in said()[0][1]
 
 
 def test_places_name_each_patch() -> None:
@@ -175,13 +158,13 @@ def test_vllm_finds_it_by_its_entry_point() -> None:
 
 def test_configs_with_dora_pass_and_whole_modules_are_told_what_to_do() -> None:
     helper = type("Helper", (Helper,), {})
-    patches.accept_configs(helper)
+    plugin.accept_configs(helper)
     seen = helper.from_dict({"use_dora": True})
     assert seen._validate_features() == []
     assert seen.use_dora is True
     seen.modules_to_save = ["projector"]
-    assert seen._validate_features() == ["whole modules", patches.WHOLE_MODULES]
-    assert "dora-vl export --for vllm" in patches.WHOLE_MODULES
+    assert seen._validate_features() == ["whole modules", plugin.WHOLE_MODULES]
+    assert "dora-vl export --for vllm" in plugin.WHOLE_MODULES
 
 
 def bgmv_shrink(rows: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scaling: float = 1.0) -> None:
@@ -204,3 +187,167 @@ def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatc
     expected[1] = 0
     assert torch.equal(output, expected)
     assert adapters.mend() is False  # nothing to mend any more
+
+
+# -- the patches on classes as vLLM's, written out ---------------------------------------------------------------
+
+STEM = "base_model.model.model.attn"
+
+
+class Model:
+    """Reads a file: `LoRAModel`."""
+
+    def __init__(self, loras: dict[str, Any]) -> None:
+        self.loras = loras
+
+    @staticmethod
+    def _should_skip_module(module_name: str, skip_prefixes: list[str]) -> bool:
+        return any(prefix in module_name for prefix in skip_prefixes)
+
+    @classmethod
+    def from_lora_tensors(
+        cls, lora_model_id: int, tensors: dict[str, Tensor], peft_helper: Any, skip_prefixes: Any = None
+    ) -> Model:
+        loras: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            if not cls._should_skip_module(name, skip_prefixes or []):
+                layer, is_a = parse_fine_tuned_lora_name(name)
+                vars(loras.setdefault(layer, SimpleNamespace()))["lora_a" if is_a else "lora_b"] = tensor
+        return cls(loras)
+
+
+def parse_fine_tuned_lora_name(name: str, weights_mapper: Any = None) -> tuple[str, bool]:
+    stem, _, leaf = name.removesuffix(".weight").rpartition(".lora_")
+    if leaf not in ("A", "B"):
+        raise ValueError(f"{name} is unsupported LoRA weight")
+    return stem.removeprefix("base_model.model."), leaf == "A"
+
+
+class Packed(SimpleNamespace):
+    """`PackedLoRALayerWeights`."""
+
+    @classmethod
+    def pack(cls, loras: list[Any]) -> Packed:
+        return cls(lora_a=[one and one.lora_a for one in loras], lora_b=[one and one.lora_b for one in loras])
+
+
+class Manager:
+    """`LoRAModelManager` of one layer of two parts."""
+
+    packed: Any
+
+    def __init__(self, layer: Layer) -> None:
+        self.modules = {"model.qkv": layer}
+        self.model = torch.nn.Module()
+        self.lora_config = SimpleNamespace(max_lora_rank=2)
+        self.lora_index_to_id: list[int | None] = [None, 7]
+        self._registered_adapters: dict[int, Any] = {}
+
+    def _get_lora_layer_weights(self, lora_model: Any, module_name: str) -> Any:
+        return lora_model.loras.get(module_name)
+
+    def _create_merged_loras_inplace(self, lora_model: Any) -> None:
+        parts = [lora_model.loras.pop(f"model.attn.{part}", None) for part in ("q", "k")]
+        lora_model.loras["model.qkv"] = self.packed.pack(parts)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        if lora_id in self.lora_index_to_id:
+            return False
+        self.lora_index_to_id[0] = lora_id
+        return True
+
+
+@pytest.fixture
+def vllm() -> SimpleNamespace:
+    """The patched classes."""
+    module = ModuleType("lora_model")
+    module.parse_fine_tuned_lora_name = parse_fine_tuned_lora_name  # pyright: ignore
+    made = SimpleNamespace(**{kind.__name__: type(kind.__name__, (kind,), {}) for kind in (Model, Packed, Manager)})
+    module.LoRAModel = made.Model  # pyright: ignore
+    plugin.keep_magnitudes(module)
+    plugin.pack_magnitudes(made.Packed)
+    plugin.give_gains_to_slots(made.Manager)
+    made.Manager.packed = made.Packed
+    made.parse = module.parse_fine_tuned_lora_name
+    return made
+
+
+def tensors_of(adapter: Any, *, dora: bool = True) -> dict[str, Tensor]:
+    """An adapter of q alone, or of both, as its file."""
+    found = {}
+    for name, a, b, m in zip("qk", adapter.lora_a, adapter.lora_b, adapter.magnitude, strict=True):
+        if a is not None:
+            found |= {f"{STEM}.{name}.lora_A.weight": a, f"{STEM}.{name}.lora_B.weight": b}
+            found |= {f"{STEM}.{name}.lora_magnitude_vector": m} if dora else {}
+    return found
+
+
+def read(vllm: SimpleNamespace, tensors: dict[str, Tensor], *, use_dora: bool = True, **named: Any) -> Any:
+    return vllm.Model.from_lora_tensors(3, tensors, SimpleNamespace(use_dora=use_dora), **named)
+
+
+@pytest.mark.parametrize("without", [None, 1])
+def test_a_file_becomes_gains_in_its_slot(vllm: SimpleNamespace, without: int | None) -> None:
+    layer, adapter = layer_with(0, -1), weights(3, without=without)
+    manager = vllm.Manager(layer)
+    found = read(vllm, tensors_of(adapter))
+    manager._create_merged_loras_inplace(found)
+    manager._registered_adapters[3] = found
+    assert manager.activate_adapter(3) is True
+    assert manager.activate_adapter(3) is False
+    packed, start = found.loras["model.qkv"], 0
+    for a, b, size in zip(packed.lora_a, packed.lora_b, SIZES, strict=True):
+        if a is not None:
+            layer.change[1, start : start + size] = b @ a
+        start += size
+    x = torch.randn(2, INPUTS)
+    torch.testing.assert_close(layer(x)[:1], written_out(layer, adapter, x[:1]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer(x)[1:], Wrapper.apply(layer, x, layer.base_layer.bias)[1:])
+    manager._registered_adapters[4] = lora = read(vllm, tensors_of(adapter, dora=False), use_dora=False)
+    manager._create_merged_loras_inplace(lora)
+    manager.lora_index_to_id[0] = None
+    assert manager.activate_adapter(4) is True
+    assert (layer.dora_minus_one == 0).all()
+
+
+def test_names_of_magnitudes_are_read_as_their_layers(vllm: SimpleNamespace) -> None:
+    assert vllm.parse(f"{STEM}.q.lora_magnitude_vector") == ("model.attn.q", False)
+    with pytest.raises(ValueError):  # noqa: PT011 - vLLM's own
+        vllm.parse(f"{STEM}.q.something")
+
+
+def test_layers_that_vllm_leaves_out_lose_their_magnitudes_too(vllm: SimpleNamespace) -> None:
+    assert read(vllm, tensors_of(weights(3)), skip_prefixes=["attn.k"]).loras.keys() == {"model.attn.q"}
+
+
+def test_a_layer_that_is_nowhere_is_refused_but_in_a_pipeline(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = SimpleNamespace(world_size=1)
+    distributed = ModuleType("vllm.distributed")
+    distributed.get_pp_group = lambda: ranks  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    other = {name.replace("model.attn", "model.layers.9.attn"): one for name, one in tensors_of(weights(4)).items()}
+    manager = vllm.Manager(layer_with())
+    with pytest.raises(UnservableAdapter):
+        manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))
+    ranks.world_size = 2
+    manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))
+
+
+def test_listed_wrappers_get_gains_under_their_own_names_and_others_none() -> None:
+    names = (*plugin.LINEAR, "CustomLinearWithLoRA")
+    kinds = {name: type(name, (Wrapper,), {}) for name in names if name != "RowParallelLinearWithShardedLoRA"}
+    kinds["RowParallelLinearWithShardedLoRA"] = type(
+        "RowParallelLinearWithShardedLoRA", (kinds["RowParallelLinearWithLoRA"],), {}
+    )
+    module = SimpleNamespace(_all_lora_classes=tuple(kinds.values()))
+    plugin.wrap_layers(module, SimpleNamespace(**kinds))
+    found = {one.__name__: one for one in module._all_lora_classes}
+    assert list(found) == list(kinds)
+    assert {name for name, one in found.items() if issubclass(one, DoRALayer)} == set(plugin.LINEAR)
+    assert {name for name, one in found.items() if getattr(one, "shards_inputs", False)} == {
+        "RowParallelLinearWithLoRA",
+        "RowParallelLinearWithShardedLoRA",
+    }

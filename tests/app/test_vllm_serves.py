@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm_dora import PARTS, agrees, language_figures
+from benchmarks.vllm_dora import PARTS, agrees, language_figures, llava_figures
 from benchmarks.vllm_models import ENVIRONMENT
 
 PYTHON = os.environ.get("VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
@@ -37,8 +37,6 @@ def test_a_mixed_batch_answers_as_peft(tmp_path: Path) -> None:
 
 
 def test_a_trained_llava_answers_as_unmerged(tmp_path: Path) -> None:
-    from benchmarks.vllm_llava import llava_figures
-
     figures = llava_figures(tmp_path, options())
     assert list(figures) == ["base and adapter", "merged", "server"]
     assert all(map(agrees, figures.values())), figures

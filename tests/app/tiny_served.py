@@ -23,13 +23,14 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.serving.answering import EngineSettings, Finished, Piece
+from dora_vl.serving.answering import Answering, EngineSettings, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.server import Server, ServerSettings, build_app
 
 NOTHING = Shown()
+RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 LANGUAGE = ("*language_model*.q_proj", "*language_model*.down_proj")
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "one": {"rank": 2, "alpha": 5.0, "targets": LANGUAGE},
@@ -98,23 +99,44 @@ def answers(
     engine: Engine, questions: list[tuple[str, list[Turn], Shown]], *, strength: float = 1.0, **sampling: Any
 ) -> list[str]:
     """The engine's answers to questions that are handed in all at once."""
+    return shared_answers(engine, [(name, strength, turns, seen) for name, turns, seen in questions], **sampling)
+
+
+def shared_answers(engine: Engine, questions: list[tuple[str, float, list[Turn], Shown]], **sampling: Any) -> list[str]:
+    """The same, with a strength of its own for each."""
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
         engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
-        for name, turns, seen in questions
+        for name, strength, turns, seen in questions
     ]
-    queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in prepared]
-    for one, events in zip(prepared, queues, strict=True):
-        engine.submit(one, events.put)
-    said = []
-    for events in queues:
-        pieces = ""
-        while isinstance(event := events.get(timeout=120), Piece):
-            pieces += event.text
-        assert isinstance(event, Finished), event
-        assert event.text == pieces
-        said.append(event.text)
-    return said
+    queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prepared]
+    for request, events in zip(prepared, queues, strict=True):
+        engine.submit(request, events.put)
+    ends = [last(events) for events in queues]
+    assert all(isinstance(end, Finished) for end in ends), ends
+    return [end.text for end in ends if isinstance(end, Finished)]
+
+
+def last(events: queue.SimpleQueue[Event]) -> Finished | Failed:
+    """The last event of a request, whose text is that of all its pieces."""
+    pieces = ""
+    while isinstance(event := events.get(timeout=120), Piece):
+        pieces += event.text
+    assert isinstance(event, Failed) or event.text == pieces
+    return event
+
+
+def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] | None]]:
+    """What the rows whose prompts are read together have of adapters, as they come."""
+    batches: list[list[tuple[str, float] | None]] = []
+    begin = engine._rows.begin
+
+    def noted(batch: Sequence[Answering]) -> Any:
+        batches.append([request.prepared.share for request in batch])
+        return begin(batch)
+
+    monkeypatch.setattr(engine._rows, "begin", noted)
+    return batches
 
 
 def data_url(picture: Image.Image) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.contenders import Setting, Tokens, contender
 from benchmarks.dora_memory import LiveBytes, Memory, Saved, memory_of, saved_for_backward
+from benchmarks.dora_step import Setting, Tokens, contender
 
 ROWS, WIDTH = 30, 10
 BATCH, LENGTH, LAYERS, HIDDEN, MIDDLE = 6, 40, 4, 32, 48

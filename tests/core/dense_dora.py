@@ -47,6 +47,19 @@ def dense_dora(
     return y if bias is None else y + bias
 
 
+def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Tensor, strength: float) -> Tensor:
+    """y of one layer at a share of its adapter, with a dense direction."""
+    factors = layer.factors()
+    change = torch.zeros_like(weight) if factors is None else layer.scale() * factors[1] @ factors[0]
+    direction = weight + strength * change
+    if layer.magnitude is not None:
+        before = torch.linalg.vector_norm(weight, dim=1)
+        magnitude = ((1 - strength) * before + strength * layer.magnitude).clamp_min(0)
+        direction = magnitude.unsqueeze(1) * direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    y = x @ direction.t()
+    return y if bias is None else y + bias
+
+
 @torch.no_grad()
 def move_layer(layer: AdaptedLayer) -> None:
     """Moves an adapted layer of any kind away from where it started."""

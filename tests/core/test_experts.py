@@ -21,29 +21,18 @@ from dora_vl.core import adapted_layers, unmerge_dora
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.errors import UserError
 
-EXPERTS, WIDTH, INNER, TOKENS, CHOSEN = 5, 7, 6, 23, 2
-
-
-def qwen() -> nn.Module:
-    return Qwen3MoeExperts(
-        Qwen3MoeConfig(num_experts=EXPERTS, hidden_size=WIDTH, moe_intermediate_size=INNER, hidden_act="silu")
-    )
-
-
-def gpt_oss() -> nn.Module:
-    return GptOssExperts(GptOssConfig(num_local_experts=EXPERTS, hidden_size=WIDTH, intermediate_size=INNER))
-
-
-def nemotron() -> nn.Module:
-    return NemotronHExperts(
+EXPERTS, TOKENS, SIZES = 5, 23, {"hidden_size": 7}
+KINDS: Mapping[str, Callable[[], nn.Module]] = {
+    "qwen3_moe": lambda: Qwen3MoeExperts(
+        Qwen3MoeConfig(num_experts=EXPERTS, moe_intermediate_size=6, hidden_act="silu", **SIZES)
+    ),
+    "gpt_oss": lambda: GptOssExperts(GptOssConfig(num_local_experts=EXPERTS, intermediate_size=6, **SIZES)),
+    "nemotron_h": lambda: NemotronHExperts(
         NemotronHConfig(
-            n_routed_experts=EXPERTS, hidden_size=WIDTH, moe_intermediate_size=INNER, moe_latent_size=None,
-            mlp_hidden_act="relu2",
+            n_routed_experts=EXPERTS, moe_intermediate_size=6, moe_latent_size=None, mlp_hidden_act="relu2", **SIZES
         )
-    )  # fmt: skip
-
-
-KINDS: Mapping[str, Callable[[], nn.Module]] = {"qwen3_moe": qwen, "gpt_oss": gpt_oss, "nemotron_h": nemotron}
+    ),
+}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -63,42 +52,44 @@ class Layer(nn.Module):
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Routed so that expert 3 gets no row."""
     torch.manual_seed(5)
-    x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    x = torch.randn(TOKENS, 7, dtype=dtype, requires_grad=True)
     scores = torch.rand(TOKENS, EXPERTS, dtype=dtype)
     scores[:, 3] = -1
-    weights, index = scores.topk(CHOSEN)
+    weights, index = scores.topk(2)
     return x, index, weights.requires_grad_()
 
 
 def config(**changes: Any) -> DoRAConfig:
-    given = {"targets": ("experts.*",), "kinds": ("experts",), "rank": 2, "alpha": 5.0, "dropout": 0.0, **changes}
-    return DoRAConfig(**given)
+    settings = {"targets": ("experts.*",), "kinds": ("experts",), "rank": 2, "alpha": 5.0, "dropout": 0.0, **changes}
+    return DoRAConfig(**settings)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for part in trained_parts(model) for name, parameter in part.parameters.items()}
 
 
 def moved(model: nn.Module, amount: float = 0.3) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for part in trained_parts(model):
-            for parameter in part.parameters.values():
-                parameter.add_(torch.randn_like(parameter) * amount)
+        for parameter in trained(model).values():
+            parameter.add_(torch.randn_like(parameter) * amount)
 
 
-def layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers; their A, B and magnitude are there."""
-    return dict(adapted_layers(model))
+def adapted(kind: str = "qwen3_moe", **changes: Any) -> Any:
+    model = Layer(kind)
+    assert len(apply_dora(model, config(**changes))) in (1, 2)
+    moved(model)
+    return model
 
 
-def dense(model: nn.Module, base: nn.Module, *, detached: bool) -> dict[str, Tensor]:
+def dense(model: nn.Module, base: nn.Module, *, detached: bool = True) -> dict[str, Tensor]:
     """W' of each adapted weight, written out: m V / ||V|| in each expert, V = W + s B A."""
     weights: dict[str, Tensor] = {}
-    for name, layer in layers(model).items():
-        stored = base.get_parameter(name)
-        w = stored.mT if layer.transposed else stored
-        direction = w
+    for name, layer in dict[str, Any](adapted_layers(model)).items():
+        direction = base.get_parameter(name).mT if layer.transposed else base.get_parameter(name)
         if layer.lora_A is not None:
-            direction = w + layer.adapter.alpha / layer.adapter.rank * torch.einsum(
-                "eor,eri->eoi", layer.lora_B, layer.lora_A
-            )
+            change = torch.einsum("eor,eri->eoi", layer.lora_B, layer.lora_A)
+            direction = direction + layer.adapter.alpha / layer.adapter.rank * change
         if layer.magnitude is not None:
             norm = (direction**2).sum(-1, keepdim=True).sqrt()
             direction = layer.magnitude.unsqueeze(-1) / (norm.detach() if detached else norm) * direction
@@ -108,151 +99,121 @@ def dense(model: nn.Module, base: nn.Module, *, detached: bool) -> dict[str, Ten
 
 @kinds
 @pytest.mark.parametrize("changes", [{}, {"method": "lora"}, {"method": "magnitude"}, {"detach_norm": False}], ids=str)
-def test_output_and_gradients_equal_the_dense_form(kind: str, changes: dict[str, Any]) -> None:
-    model, base = Layer(kind), Layer(kind)
-    names = apply_dora(model, config(**changes))
-    assert len(names) == 2
-    moved(model)
-    trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
-    x, index, weights = inputs()
+def test_output_and_gradients_equal_the_dense_form(kind, changes):
+    model, base, (x, index, weights) = adapted(kind, **changes), Layer(kind), inputs()
     ours = model(x, index, weights)
     theirs = functional_call(base, dense(model, base, detached=changes.get("detach_norm", True)), (x, index, weights))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    leaves = {"x": x, "weights": weights, **trained(model)}
     seed = torch.randn_like(ours)
-    wanted = [x, weights, *trained.values()]
-    got = torch.autograd.grad(ours, wanted, seed)
-    expected = torch.autograd.grad(theirs, wanted, seed)
-    for name, one, other in zip(["x", "weights", *trained], got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
-        assert float(other.abs().max()) > 0, name
+    gradients = (torch.autograd.grad(output, list(leaves.values()), seed) for output in (ours, theirs))
+    for name, found, expected in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, msg=name)
+        assert float(expected.abs().max()) > 0, name
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_nothing_changes_at_the_start(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
+)
+@torch.no_grad()
+def test_nothing_changes_at_the_start(kind, dtype, tolerance):
     model, base = Layer(kind, dtype), Layer(kind, dtype)
     apply_dora(model, config())
-    with torch.no_grad():
-        for layer in layers(model).values():
-            assert torch.equal(layer.gain(), torch.ones_like(layer.gain()))
-        given = inputs(dtype)
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-        torch.testing.assert_close(model(*given), base(*given), rtol=tolerance, atol=tolerance)
+    for _, layer in adapted_layers(model):
+        assert torch.equal(layer.gain(), torch.ones_like(layer.gain()))
+    torch.testing.assert_close(model(*inputs(dtype)), base(*inputs(dtype)), rtol=tolerance, atol=tolerance)
 
 
 @kinds
-def test_merging_gives_plain_experts_with_the_same_output_and_unmerging_the_base(kind: str) -> None:
-    model, base = Layer(kind), Layer(kind)
-    apply_dora(model, config())
-    moved(model)
-    given = inputs()
-    with torch.no_grad():
-        before = model(*given)
-        merge_dora(model)
-        torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
-        unmerge_dora(model)
-        assert torch.equal(model(*given), before)
-        merge_dora(model)
-        strip_adapters(model)
+@torch.no_grad()
+def test_merging_gives_plain_experts_with_the_same_output_and_unmerging_the_base(kind):
+    model, base, given = adapted(kind), Layer(kind), inputs()
+    before = model(*given)
+    merge_dora(model)
+    torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
+    unmerge_dora(model)
+    assert torch.equal(model(*given), before)
+    merge_dora(model)
+    strip_adapters(model)
     assert type(model.experts) is type(base.experts)
     assert model.state_dict().keys() == base.state_dict().keys()
     torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
 
 
-def test_rows_that_cancel_are_taken_dense() -> None:
-    model, base = Layer("qwen3_moe"), Layer("qwen3_moe")
-    apply_dora(model, config(rank=6))
-    moved(model)
-    layer = layers(model)["experts.down_proj"]
+def test_rows_that_cancel_are_taken_dense():
+    model, base, given = adapted(rank=6), Layer("qwen3_moe"), inputs()
+    layer, weight = model.experts.down_proj, base.experts.down_proj
     with torch.no_grad():  # V is nearly 0 in two rows of two experts
         layer.lora_A[[1, 4]] = torch.eye(6, dtype=torch.float64)
-        layer.lora_B[1, 2] = -base.get_parameter("experts.down_proj")[1, 2] / layer.scale() * (1 - 1e-6)
-        layer.lora_B[4, 5] = -base.get_parameter("experts.down_proj")[4, 5] / layer.scale() * (1 - 1e-6)
-    given = inputs()
-    expected = functional_call(base, dense(model, base, detached=True), given)
+        for place in ((1, 2), (4, 5)):
+            layer.lora_B[place] = -weight[place] / layer.scale() * (1 - 1e-6)
+    expected = functional_call(base, dense(model, base), given)
     torch.testing.assert_close(model(*given), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_norm_is_computed_once_a_step_and_follows_edits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Layer("qwen3_moe")
-    apply_dora(model, config())
-    moved(model)
-    layer = layers(model)["experts.gate_up_proj"]
-    counted: list[int] = []
+def test_the_norm_is_computed_once_a_step_and_follows_edits(monkeypatch):
+    model, given = adapted(), inputs()
+    layer = model.experts.gate_up_proj
+    calls: list[int] = []
     true_norms = layer.norms_squared
-    monkeypatch.setattr(layer, "norms_squared", lambda: counted.append(1) or true_norms())
-    given = inputs()
-    optimizer = torch.optim.SGD([one for part in trained_parts(model) for one in part.parameters.values()], lr=0.1)
+    monkeypatch.setattr(layer, "norms_squared", lambda: calls.append(1) or true_norms())
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
     for _ in range(2):
         for _ in range(3):
             model(*given).sum().backward()
         optimizer.step()
-    assert len(counted) == 2
+    assert len(calls) == 2
     first = model(*given)
     with torch.no_grad():
         layer.lora_B.mul_(1.5)
     assert not torch.allclose(first, model(*given))
 
 
-def test_dropout_keeps_the_mean_and_acts_in_training_alone() -> None:
-    for mode in ("low_rank", "whole_change"):
-        model = Layer("qwen3_moe")
-        apply_dora(model, config(dropout=0.4, dropout_mode=mode, targets=("*.down_proj",)))
-        moved(model)
-        given = inputs()
-        with torch.no_grad():
-            whole = model.eval()(*given)
-            model.train()
-            torch.manual_seed(2)
-            draws = torch.stack([model(*given) for _ in range(100)])
-        assert float(draws.std(0).max()) > 1e-3
-        torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=6 * float(draws.std(0).max()) / 100**0.5)
+@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
+@torch.no_grad()
+def test_dropout_keeps_the_mean_and_acts_in_training_alone(mode):
+    model, given = adapted(dropout=0.4, dropout_mode=mode, targets=("*.down_proj",)), inputs()
+    expected = model.eval()(*given)
+    model.train()
+    torch.manual_seed(2)
+    draws = torch.stack([model(*given) for _ in range(100)])
+    assert float(draws.std(0).max()) > 1e-3
+    torch.testing.assert_close(draws.mean(0), expected, rtol=0, atol=6 * float(draws.std(0).max()) / 100**0.5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"), [({"init": "pissa"}, "no matrix but experts"), ({"method": "dvora"}, "nn.Linear alone")]
-)
-def test_what_experts_cannot_is_refused_and_the_model_is_as_it_was(changes: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize("changes", [{"init": "pissa"}, {"method": "dvora"}], ids=str)
+def test_what_experts_cannot_is_refused_and_the_model_is_as_it_was(changes):
     model = Layer("qwen3_moe")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError):
         apply_dora(model, config(**changes))
     assert type(model.experts) is Qwen3MoeExperts
 
 
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def tiny_mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, num_local_experts=4,
-        )
-    ).eval()  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=4)).eval()
 
 
 def tiny_qwen() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=12, moe_intermediate_size=8, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
-        )
-    ).eval()  # fmt: skip
-
-
-BOTH = DoRAConfig(
-    targets=("*.q_proj", "*.mlp.experts.*"), kinds=("linear", "experts"), rank=3, alpha=7.0, dropout=0.0,
-    rank_pattern={"*.1.mlp.experts.down_proj": 2},
-)  # fmt: skip
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, num_key_value_heads=1, **experts)).eval()
 
 
 @pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
-def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path) -> None:
+def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path):
     model, ids = tiny(), torch.arange(24).view(2, 12) % 40
-    names = apply_dora(model.train(), BOTH)
+    targets, ranks = ("*.q_proj", "*.mlp.experts.*"), {"*.1.mlp.experts.down_proj": 2}
+    names = apply_dora(
+        model.train(), config(targets=targets, kinds=("linear", "experts"), rank=3, alpha=7.0, rank_pattern=ranks)
+    )
     assert sum("experts" in name for name in names) == 4
     assert sum(isinstance(module, AdaptedExperts) for module in model.modules()) == 2
-    optimizer = torch.optim.Adam([one for part in trained_parts(model) for one in part.parameters.values()], lr=0.02)
-    losses = []
+    optimizer, losses = torch.optim.Adam(trained(model).values(), lr=0.02), []
     for _ in range(8):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

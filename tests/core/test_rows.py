@@ -1,70 +1,90 @@
-"""Several adapters in one layer: each row as its own adapter alone makes it, base rows bit by bit the base's."""
+"""Several adapters in one layer, whole or in part: each row as its own makes it, base rows bit by bit the base's.
+
+A share lies between the base (0) and the adapter (1), bit by bit at both ends, and beyond.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core import DoRALinear
+from dora_vl.core import rows as rows_module
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.other_layers import DoRAEmbedding
+from dora_vl.core.other_layers import DoRAConv2d, DoRAEmbedding
+from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
-from tests.core.dense_dora import dense_dora
+from dora_vl.core.strength import (
+    MOST_STRENGTH,
+    GainByStrength,
+    Share,
+    checked_strength,
+    layer_between,
+    magnitude_between,
+)
+from dora_vl.errors import UserError
+from tests.core.dense_dora import at_strength, config, move_layer
+from tests.core.test_layers import Sealed
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dora2": {"rank": 2, "alpha": 5.0},
+    "dora2": {"alpha": 5.0},
     "dora5": {"rank": 5, "alpha": 3.0, "rank_scaling": "sqrt"},
     "lora": {"rank": 3, "alpha": 7.0, "method": "lora"},
     "magnitude": {"method": "magnitude"},
 }
-
-
-class Strange(nn.Module):
-    """A linear layer of a class unknown to the core."""
-
-    def __init__(self, inside: nn.Linear) -> None:
-        super().__init__()
-        self.inside = inside
-        self.in_features, self.out_features = inside.in_features, inside.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.inside.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inside(x)
-
-
-@torch.no_grad()
-def move(layer: AdaptedLayer) -> None:
-    """Away from where adapters start, whatever the layer is."""
-    if layer.lora_B is not None:
-        layer.lora_B.normal_(std=0.3)
-    if layer.magnitude is not None:
-        layer.magnitude.mul_(torch.linspace(0.5, 1.7, layer.magnitude.numel()))
+STRENGTHS = (0.0, 0.3, 1.0, 1.7, 3.0)
 
 
 def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
     torch.manual_seed(len(name))
-    layer = kind(base, DoRAConfig(targets=("*",), dropout=0.0, **SETTINGS[name]))
-    move(layer)
+    layer = kind(base, config(**SETTINGS[name]))
+    move_layer(layer)
     return layer.eval()
 
 
-def expected(layer: AdaptedLayer, linear: nn.Linear, x: Tensor) -> Tensor:
-    magnitude = None if layer.magnitude is None else layer.magnitude.detach()
-    return dense_dora(x, linear.weight, linear.bias, layer.factors(), magnitude, scale=layer.scale())
+def row_layer_of(base: nn.Module, place: Any = "rows") -> tuple[RowLayer, ActiveAdapters]:
+    batch = ActiveAdapters()
+    return RowLayer(base, batch, place), batch
+
+
+@pytest.mark.parametrize("one_product", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [DoRALinear, QuantisedLinear])
+@torch.no_grad()
+def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, one_product, monkeypatch):
+    monkeypatch.setattr(rows_module, "ONE_PRODUCT", 10**9 if one_product else 0)
+    torch.manual_seed(0)
+    base: Any = nn.Linear(7, 5, bias=bias) if kind is DoRALinear else Sealed()
+    weight = base.weight if kind is DoRALinear else base.secret
+    if not bias:
+        base.bias = None
+    row_layer, batch = row_layer_of(base)
+    layers = {name: adapted(base, name, kind) for name in SETTINGS}
+    for name, layer in layers.items():
+        row_layer.put(name, RowChange.of(layer, torch.float32))
+    rows = [None, *(Share(name, strength) for name in SETTINGS for strength in STRENGTHS)]
+    x = torch.randn(len(rows), 3, 7)
+    for _ in range(2):  # the second time from what was kept
+        with batch.holding(rows):
+            found = row_layer(x)
+        for number, row in enumerate(rows):
+            if row is None or row.strength == 0:
+                assert torch.equal(found[number], base(x)[number])
+                continue
+            expected = at_strength(layers[row.key], weight, base.bias, x[number], row.strength)
+            torch.testing.assert_close(found[number], expected, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(found[number], base(x)[number], atol=1e-2)
 
 
 @torch.no_grad()
-def test_adapters_come_and_go() -> None:
+def test_adapters_come_and_go():
     torch.manual_seed(0)
     linear = nn.Linear(6, 5)
-    batch = ActiveAdapters()
-    row_layer = RowLayer(linear, batch, "rows")
+    row_layer, batch = row_layer_of(linear)
     layers = {name: adapted(linear, name) for name in SETTINGS}
     x = torch.randn(2, 3, 6)
     for name in ("dora2", "lora", "dora5"):
@@ -74,8 +94,13 @@ def test_adapters_come_and_go() -> None:
     assert row_layer.keys == ("lora", "dora5")
     with batch.holding(("dora5", "dora2")):
         found = row_layer(x)
-    torch.testing.assert_close(found[0], expected(layers["dora5"], linear, x[0]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], layers["dora5"](x[0]), rtol=1e-5, atol=1e-5)
     assert torch.equal(found[1], linear(x)[1])  # an adapter that does not change this layer
+    row_layer.put("dora5", RowChange.of(layers["dora2"], torch.float32))  # another under its name
+    with batch.holding((Share("dora5", 0.5), Share("lora", 0.5))):
+        found = row_layer(x)
+    expected = at_strength(layers["dora2"], linear.weight, linear.bias, x[0], 0.5)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
     for name in ("lora", "dora5"):
         row_layer.drop(name)
     with batch.holding(("dora5", "lora")):
@@ -83,55 +108,140 @@ def test_adapters_come_and_go() -> None:
 
 
 @torch.no_grad()
-def test_a_layer_of_an_adapters_own_takes_its_rows() -> None:
+def test_a_layer_of_an_adapters_own_takes_its_rows():
     torch.manual_seed(0)
-    embedding = nn.Embedding(11, 5)
-    one = adapted(embedding, "dora2", DoRAEmbedding)
-    other = nn.Embedding(11, 5)
-    batch = ActiveAdapters()
-    row_layer = RowLayer(embedding, batch, "rows")
-    row_layer.put("adapted", one)
-    row_layer.put("trained", other)
+    embedding, trained = nn.Embedding(11, 5), nn.Embedding(11, 5)
+    own = adapted(embedding, "dora2", DoRAEmbedding)
+    row_layer, batch = row_layer_of(embedding)
+    row_layer.put("adapted", own)
+    row_layer.put("trained", trained)
     ids = torch.randint(11, (4, 3))
     with batch.holding((None, "adapted", "trained", "adapted")):
         found = row_layer(ids)
-    for number, layer in enumerate((embedding, one, other, one)):
+    for number, layer in enumerate((embedding, own, trained, own)):
         assert torch.equal(found[number], layer(ids[number : number + 1])[0])
     assert row_layer.embedding_dim == 5  # other attributes are the base's
     with batch.holding(("trained",) * 4):
-        assert torch.equal(row_layer(ids), other(ids))
+        assert torch.equal(row_layer(ids), trained(ids))
+    strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.2)  # more than are kept
+    assert len(strengths) > rows_module.KEPT_LAYERS + 1
+    ids = torch.arange(12).view(6, 2) % 11
+    with batch.holding([Share("adapted", strength) for strength in strengths]):
+        found = row_layer(ids)
+    assert torch.equal(found[0], embedding(ids)[0])
+    for number, strength in enumerate(strengths[1:], start=1):
+        assert torch.equal(found[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
 
 
 @torch.no_grad()
-def test_pictures_are_counted_apart_from_rows() -> None:
+def test_pictures_are_counted_apart_from_rows_and_another_length_is_refused():
     linear = nn.Linear(6, 5)
     layer = adapted(linear, "dora2")
-    batch = ActiveAdapters()
-    row_layer = RowLayer(linear, batch, "pictures")
+    row_layer, batch = row_layer_of(linear, "pictures")
     row_layer.put("dora2", RowChange.of(layer, torch.float32))
     x = torch.randn(3, 2, 6)
     with batch.holding((None, "dora2"), (None, "dora2", "dora2")):
         found = row_layer(x)
         assert torch.equal(found[0], linear(x)[0])
         torch.testing.assert_close(found[1:], layer(x[1:]))
+        with pytest.raises(RuntimeError):
+            row_layer(x[:2])
     with batch.holding((None, "dora2"), ("dora2",)):  # all pictures are its own, however many
         torch.testing.assert_close(row_layer(x), layer(x))
 
 
-def test_an_input_that_is_not_the_batch_is_refused() -> None:
-    batch = ActiveAdapters()
-    row_layer = RowLayer(nn.Linear(6, 5), batch, "rows")
-    with batch.holding((None, "a")), pytest.raises(RuntimeError, match=r"3 .* 2 rows"):
-        row_layer(torch.zeros(3, 6))
-
-
 @torch.no_grad()
-def test_half_precision_keeps_small_gains() -> None:
+def test_half_precision_keeps_small_gains():
     """bfloat16 has nothing between 1 and 1.0078: a gain of 1.003 must not round away."""
     torch.manual_seed(0)
-    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
-    layer = DoRALinear(linear, DoRAConfig(targets=("*",), rank=4, alpha=6.0, dropout=0.0)).eval()
-    assert layer.magnitude is not None
+    layer = DoRALinear(nn.Linear(64, 32, dtype=torch.bfloat16), config(rank=4)).eval()
     layer.magnitude.mul_(1.003)
     change = RowChange.of(layer, torch.bfloat16)
     torch.testing.assert_close(change.minus_one().float(), torch.full((32,), 0.003), rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["dora2", "dora5", "magnitude"])
+@torch.no_grad()
+def test_the_gain_is_exact_at_both_ends(name):
+    torch.manual_seed(1)
+    layer = adapted(nn.Linear(31, 17), name)
+    gain = GainByStrength.of(layer)
+    assert gain is not None
+    assert torch.equal(gain.at(0.0), torch.ones(17))
+    assert torch.equal(gain.at(1.0), layer.gain())
+    assert torch.equal(gain.norms_at(1.0), layer.norms())
+
+
+@torch.no_grad()
+def test_norms_on_the_line_hold_where_a_row_nearly_vanishes():
+    """V = W + sBA is nearly -W in a row: halfway its length is almost nothing."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5)
+    layer = DoRALinear(linear, config()).eval()
+    layer.lora_A[0] = linear.weight[3] + 0.01 * torch.randn(6)
+    layer.lora_B.normal_(std=0.2)
+    layer.lora_B[3] = torch.tensor([-2.0, 0.0]) / layer.scale()
+    gain = GainByStrength.of(layer)
+    assert gain is not None
+    for strength in (0.25, 0.5, 0.75):
+        dense = linear.weight.double() + strength * layer.scale() * layer.lora_B.double() @ layer.lora_A.double()
+        expected = torch.linalg.vector_norm(dense, dim=1)
+        assert strength != 0.5 or expected[3] < 0.1 * torch.linalg.vector_norm(linear.weight[3])
+        torch.testing.assert_close(gain.norms_at(strength).double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_magnitude_falls_silent_and_does_not_turn_round():
+    base, trained = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, -1.0])
+    assert magnitude_between(base, trained, 3.0).tolist() == [0.0, 5.0, -7.0]
+    assert torch.equal(magnitude_between(base, trained, 1.0), trained)
+    assert torch.equal(magnitude_between(base, trained, 0.0), base)
+
+
+def biased(linear: nn.Linear) -> AdaptedLayer:
+    """An adapted layer over a linear one's weight, whose bias trained."""
+    layer = adapted(nn.Linear(6, 5), "dora5")
+    layer.weight, layer.bias = linear.weight, nn.Parameter(linear.bias + torch.randn(5))
+    layer.forget_norms(frozen=True)
+    return layer
+
+
+@pytest.mark.parametrize("name", ["linear", "norm", "inside", "bias"])
+@torch.no_grad()
+def test_whole_weights_lie_between_the_bases_and_the_adapters(name):
+    torch.manual_seed(0)
+    builders = {"norm": nn.LayerNorm, "inside": lambda width: nn.Sequential(nn.Linear(width, 4), nn.GELU())}
+    base, own = (builders.get(name, lambda width: nn.Linear(width, 5))(6) for _ in range(2))
+    for parameter in own.parameters():
+        parameter.normal_()
+    own, x = biased(base) if name == "bias" else own, torch.randn(3, 4, 6)
+    torch.testing.assert_close(layer_between(base, own, 1.0)(x), own(x))
+    between = layer_between(base, own, 0.4)
+    if name == "bias":
+        expected = at_strength(own, own.weight, 0.6 * base.bias + 0.4 * own.bias, x, 0.4)
+    else:
+        before, after = dict(base.named_parameters()), dict(own.named_parameters())
+        mixed = {leaf: 0.6 * before[leaf] + 0.4 * after[leaf] for leaf in before}
+        expected = torch.func.functional_call(base, mixed, (x,))
+    torch.testing.assert_close(between(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(between(x), own(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [DoRAEmbedding, DoRAConv2d])
+@torch.no_grad()
+def test_other_adapted_layers_at_a_strength(kind):
+    base = nn.Embedding(11, 5) if kind is DoRAEmbedding else nn.Conv2d(3, 4, 2)
+    x: Tensor = torch.arange(9).view(3, 3) if kind is DoRAEmbedding else torch.randn(3, 3, 6, 6)
+    own = adapted(base, "dora2", kind)
+    before = {leaf: parameter.clone() for leaf, parameter in own.named_parameters()}
+    matrix = own.as_matrix(own.weight)
+    for strength in (0.3, 1.7):
+        merged = at_strength(own, matrix, None, torch.eye(matrix.shape[1]), strength).t()
+        expected = torch.func.functional_call(base, {"weight": own.from_matrix(merged)}, (x,))
+        torch.testing.assert_close(layer_between(base, own, strength)(x), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(before[leaf], parameter) for leaf, parameter in own.named_parameters())
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, MOST_STRENGTH * 1.01, "much", None, True, 10**400])
+def test_what_is_no_strength_is_refused(value):
+    with pytest.raises(UserError):
+        checked_strength(value)

@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, features
@@ -19,66 +20,27 @@ from tests.fuzz.media import write_clip
 PNG, GIF = b"\x89PNG\r\n\x1a\n", b"GIF89a"
 
 OTHER_FORMATS: Mapping[str, bytes] = {
-    "EPS, which runs Ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
-    "EPS with a DOS head": b"\xc5\xd0\xd3\xc6"
-    + struct.pack("<6IH", 32, 60, 0, 0, 0, 0, 0xFFFF)
-    + b"\0\0%!PS-Adobe-3.0",
-    "EPS that reads a file": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd)(r)file\n",
     "EPS that runs a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%id) (r) file\n",
-    "PostScript": b"%!PS\nshowpage\n",
+    "EPS with a DOS head": b"\xc5\xd0\xd3\xc6" + struct.pack("<6IH", 32, 60, 0, 0, 0, 0, 65_535) + b"\0\0%!PS-Adobe",
     "PDF": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
-    "SVG with a script": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
     "SVG that includes a file": b'<!DOCTYPE s [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>',
     "XML entity bomb": b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;&a;">]><svg>&b;</svg>',
     "WMF": b"\xd7\xcd\xc6\x9a\0\0" + bytes(34),
-    "EMF": b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(60),
-    "FITS": b"SIMPLE  =                    T" + b" " * 2850,
-    "GRIB": b"GRIB" + bytes(3) + b"\x01" + bytes(40),
-    "BUFR": b"BUFR" + bytes(40),
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(60),
     "PSD": b"8BPS\0\x01" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(20),
     "ICO": b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x18\0" + struct.pack("<II", 40, 22) + bytes(40),
-    "CUR": b"\0\0\2\0\1\0\x10\x10\0\0\1\0\x18\0" + struct.pack("<II", 40, 22) + bytes(40),
-    "ICNS": b"icns" + struct.pack(">I4sI", 16, b"ic07", 8),
     "PPM": b"P6\n2 2\n255\n" + bytes(12),
     "PPM of words": b"P3\n9000 9000\n255\n" + b"1 " * 5000,
-    "PGM": b"P5\n2 2\n255\n" + bytes(4),
-    "PBM": b"P4\n8 2\n" + bytes(2),
-    "PAM": b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n" + bytes(12),
-    "PFM": b"PF\n2 2\n-1.0\n" + bytes(48),
     "TGA": b"\0\0\2" + bytes(9) + struct.pack("<HHBB", 2, 2, 24, 0) + bytes(12),
-    "PCX": b"\x0a\x05\x01\x08" + bytes(124),
-    "DCX": struct.pack("<II", 0x3ADE68B1, 0),
-    "DDS": b"DDS " + struct.pack("<I", 124) + bytes(120),
     "SGI": b"\x01\xda\0\x01" + struct.pack(">HHHH", 3, 2, 2, 3) + bytes(500),
-    "XBM": b"#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {0x00};",
-    "XPM": b'/* XPM */\nstatic char *a[] = {"1 1 1 1", "a c #000000", "a"};',
-    "IM": b"Image type: L image\r\nImage size (x*y): 1*1\r\n\x1a" + bytes(600),
-    "MSP": b"DanM" + bytes(28),
     "OLE, FlashPix": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
-    "FLI": struct.pack("<IHHHHH", 128, 0xAF11, 1, 9, 9, 8) + bytes(120),
-    "GBR": struct.pack(">IIIII", 20, 1, 2, 2, 1) + bytes(8),
-    "BLP": b"BLP2" + bytes(200),
-    "QOI": b"qoif" + struct.pack(">IIBB", 2, 2, 3, 0) + bytes(8),
-    "SUN": struct.pack(">8I", 0x59A66A95, 2, 2, 24, 12, 1, 0, 0) + bytes(12),
     "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60),
-    "JPEG 2000 stream": b"\xff\x4f\xff\x51\0\x2f" + bytes(60),
     "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(60),
     "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60),
-    "JPEG XL": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20),
     "MPEG": b"\0\0\x01\xba" + bytes(60),
-    "WAL": bytes(32) + struct.pack("<II", 2, 2) + bytes(60),
-    "Kodak PhotoCD": bytes(2048) + b"PCD_" + bytes(60),
-    "MCIDAS": b"\0\0\0\0\0\0\0\x04" + bytes(250),
     "HTML": b"<!doctype html><title>404</title>",
-    "JSON": b'{"error": "not found"}',
-    "text": b"a picture of a cat",
-    "a shell script": b"#!/bin/sh\nid\n",
-    "an ELF program": b"\x7fELF\x02\x01\x01" + bytes(60),
     "a ZIP archive": b"PK\x03\x04" + bytes(40),
-    "gzip": b"\x1f\x8b\x08" + bytes(40),
     "a pickle": b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93\x8c\x02id\x85R.",
-    "safetensors": struct.pack("<Q", 2) + b"{}",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
 }
 """All of these are refused."""
@@ -159,108 +121,67 @@ def scans(count: int) -> bytes:
 
 def lying_and_bursting() -> Iterator[tuple[str, bytes]]:
     """Headers that lie, and small files that stand for much: refused, or read within the limits."""
-    yield from _png()
-    yield from _jpeg_and_gif()
-    yield from _bmp_tiff_and_webp()
-    yield from _jpeg_2000_and_avif()
+    for width, height in ((1, 100_000), (100_000, 1), (2**31 - 1, 1), (2**31 - 1,) * 2):
+        yield f"PNG of {width} x {height}", png(width, height, rows=1)
+    for width, height in ((0, 0), (0, 10), (65_535,) * 2, (9_500, 9_400), (200, 1)):
+        yield f"PNG that says {width} x {height}", png(width, height, rows=3)
+    yield "PNG of 88 million black pixels", png(9_400, 9_400)
+    yield "PNG with notes of 200 MB", png(9, 9, before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**8), 1)))
+    yield "PNG with a profile of 100 MB", png(9, 9, before=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8), 9)))
+    yield "PNG with 100,000 notes", png(9, 9, before=chunk(b"tEXt", b"a\0b") * 100_000)
+    yield "PNG with a chunk of 2 GB", PNG + struct.pack(">I4s", 2**31 - 1, b"IHDR") + bytes(20)
+    yield "PNG with a wrong sum", png(9, 9).replace(b"IHDR\0\0\0\x09", b"IHDR\0\0\0\x0a")
+    yield "PNG that says a million frames", png(9, 9, before=chunk(b"acTL", struct.pack(">II", 10**6, 0)))
+    for width, height in ((65_535, 65_535), (65_500, 1), (0, 9), (9_000, 9_000)):
+        yield f"JPEG that says {width} x {height}", jpeg(width, height)
+    yield "JPEG of 200 scans more", scans(200)
+    yield "JPEG of markers alone", b"\xff\xd8" + b"\xff\xe0\0\x02" * 50_000
+    yield "JPEG whose EXIF directory is its own next", saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0")
+    exif = (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * 2_000
+    yield "JPEG of 131 MB of EXIF", b"\xff\xd8" + exif + saved("JPEG")[2:]
+    yield "JPEG of pictures that point at themselves", saved("JPEG") + b"\xff\xe2\0\x10MPF\0II*\0\x08\0\0\0"
+    for side in (2_000, 13_000):
+        yield f"JPEG of {side} x {side} without its end", saved("JPEG", (side, side))[:-2]
     yield "nothing at all", b""
     yield "one byte", b"\x89"
 
 
-def _jpeg_2000_and_avif() -> Iterator[tuple[str, bytes]]:
-    """Sizes that lie, and JPEGs that lack their end and would be decoded more than once."""
-    stream = saved("JPEG2000", no_jp2=True)
-    for width, height in ((2**31 - 1,) * 2, (13_000, 13_000), (1, 2**31 - 1), (0, 0)):
-        yield f"JPEG 2000 of {width} x {height}", stream[:8] + struct.pack(">II", width, height) + stream[16:]
-        tiles = stream[:24] + struct.pack(">II", 1, 1) + stream[32:]
-        yield (
-            f"JPEG 2000 of tiles of a pixel, {width} x {height}",
-            (tiles[:8] + struct.pack(">II", width, height) + tiles[16:]),
-        )
-    if features.check("avif"):
-        avif = saved("AVIF")
-        place = avif.index(b"ispe") + 8
-        for side in (2**31 - 1, 13_000, 0):
-            yield f"AVIF of {side} x {side}", avif[:place] + struct.pack(">II", side, side) + avif[place + 8 :]
-    for side in (2_000, 13_000):
-        yield f"JPEG of {side} x {side} without its end", saved("JPEG", (side, side))[:-2]
-    yield "JPEG that says 13,000 x 13,000 without its end", jpeg(13_000, 13_000)[:-2]
-
-
-def _png() -> Iterator[tuple[str, bytes]]:
-    for width, height in ((1, 100_000), (100_000, 1), (2**31 - 1, 1), (1, 2**31 - 1), (2**31 - 1,) * 2):
-        yield f"PNG of {width} x {height}", png(width, height, rows=1)
-    for width, height in ((0, 0), (0, 10), (10, 0), (65_535,) * 2, (9_500, 9_400), (9_400, 9_500), (200, 1)):
-        yield f"PNG that says {width} x {height}", png(width, height, rows=3)
-    yield "PNG of 88 million black pixels", png(9_400, 9_400)
-    yield "PNG of 8 million pixels of 16 bits", png(2_900, 2_900, bits=16)
-    yield "PNG with notes of 200 MB", png(9, 9, before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**8), 1)))
-    yield "PNG with a profile of 100 MB", png(9, 9, before=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8), 9)))
-    yield "PNG with 100,000 notes", png(9, 9, before=chunk(b"tEXt", b"a\0b") * 100_000)
-    yield "PNG with 100,000 empty IDAT", png(9, 9, before=chunk(b"IDAT", b"") * 100_000)
-    yield "PNG with a chunk of 2 GB", PNG + struct.pack(">I4s", 2**31 - 1, b"IHDR") + bytes(20)
-    yield "PNG with a wrong sum", png(9, 9).replace(b"IHDR\0\0\0\x09", b"IHDR\0\0\0\x0a")
-    yield "PNG that says a million frames", png(9, 9, before=chunk(b"acTL", struct.pack(">II", 10**6, 0)))
-    yield "PNG of the signature alone", PNG
-
-
-def _jpeg_and_gif() -> Iterator[tuple[str, bytes]]:
-    for width, height in ((65_535, 65_535), (65_500, 1), (1, 65_500), (0, 0), (0, 9), (9, 0), (9_000, 9_000)):
-        yield f"JPEG that says {width} x {height}", jpeg(width, height)
-    yield "JPEG of 200 scans more", scans(200)
-    yield "JPEG of its first marker alone", b"\xff\xd8\xff"
-    yield "JPEG of markers alone", b"\xff\xd8" + b"\xff\xe0\0\x02" * 50_000
-    yield "JPEG whose EXIF directory is its own next", saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0")
-    yield (
-        "JPEG of 131 MB of EXIF",
-        b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * 2_000 + saved("JPEG")[2:],
-    )
-    yield (
-        "JPEG with 64 KB of EXIF tags",
-        saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\x12" + b"\x12\x01\x03" * 9_000),
-    )
-    yield "JPEG of pictures that point at themselves", saved("JPEG") + b"\xff\xe2\0\x10MPF\0II*\0\x08\0\0\0"
-    for width, height in ((65_535, 65_535), (65_535, 1), (0, 0), (9_000, 9_000)):
+def lying_and_bursting_in_other_formats() -> Iterator[tuple[str, bytes]]:
+    """Likewise."""
+    for width, height in ((65_535, 65_535), (0, 0)):
         yield f"GIF that says {width} x {height}", gif(width, height, gif_frame(1, 1))
     yield "GIF whose frame is larger than its screen", gif(1, 1, gif_frame(65_535, 65_535))
     yield "GIF of 100,000 frames", gif(1, 1, gif_frame(1, 1) * 100_000)
     yield "GIF of a million empty blocks", gif(1, 1, b"!\xfe" + b"\x01x" * 10**6 + b"\0" + gif_frame(1, 1))
-    yield "GIF of a comment of 20 MB", gif(1, 1, b"!\xfe" + (b"\xff" + b"x" * 255) * 80_000 + b"\0" + gif_frame(1, 1))
     yield "GIF without an end to its codes", gif(99, 99, gif_frame(99, 99, b"\xff" + b"\x84" * 255))
-    yield "GIF of its name alone", GIF
-
-
-def _bmp_tiff_and_webp() -> Iterator[tuple[str, bytes]]:
-    for width, height in (
-        (2**31 - 1, 2**31 - 1),
-        (-5, 5),
-        (5, -5),
-        (5, -(2**31)),
-        (0, 0),
-        (100_000, 1),
-        (9_000, 9_000),
-    ):
+    for width, height in ((2**31 - 1, 2**31 - 1), (5, -(2**31)), (0, 0), (9_000, 9_000)):
         yield f"BMP that says {width} x {height}", bmp(width, height)
-    for bits, compression in ((0, 0), (33, 0), (8, 1), (4, 2), (24, 4), (24, 5), (24, 99)):
+    for bits, compression in ((33, 0), (8, 1), (24, 5), (24, 99)):
         yield f"BMP of {bits} bits, compression {compression}", bmp(5, 5, bits=bits, compression=compression)
-    for width, height in ((2**32 - 1, 2**32 - 1), (0, 0), (100_000, 1), (9_000, 9_000)):
+    for width, height in ((2**32 - 1, 2**32 - 1), (0, 0), (9_000, 9_000)):
         yield f"TIFF that says {width} x {height}", grey_tiff(width, height)
     yield "TIFF whose directory is its own next", grey_tiff(4, 4, following=8)
     yield "TIFF of 4 billion samples", grey_tiff(4, 4, (277, 3, 1, 65_535), (258, 3, 2**31, 200))
     yield "TIFF of 4 billion strips", grey_tiff(4, 4, (273, 4, 2**32 - 1, 8))
-    yield "TIFF of strips beyond its end", grey_tiff(4, 4, (273, 4, 1, 2**32 - 1))
-    yield (
-        "TIFF of tiles of 2 billion",
-        grey_tiff(4, 4, (322, 4, 1, 2**31 - 16), (323, 4, 1, 2**31 - 16), (324, 4, 1, 8)),
-    )
-    for compression in (2, 3, 4, 5, 6, 7, 8, 32_773, 34_925, 50_000, 50_001, 65_000):
+    tiles = ((322, 4, 1, 2**31 - 16), (323, 4, 1, 2**31 - 16), (324, 4, 1, 8))
+    yield "TIFF of tiles of 2 billion", grey_tiff(4, 4, *tiles)
+    for compression in (2, 5, 7, 8, 32_773, 50_000, 65_000):
         yield f"TIFF of noise, compression {compression}", grey_tiff(4, 4, (259, 3, 1, compression))
     yield "TIFF of an endless number of entries", b"II*\0\x08\0\0\0\xff\xff" + bytes(1000)
-    yield "big TIFF", b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**63) + bytes(64)
-    for width, height in ((16_384, 16_384), (2**24, 2**24), (1, 2**24), (9_000, 9_000)):
+    for width, height in ((16_384, 16_384), (2**24, 2**24)):
         yield f"WebP that says {width} x {height}", webp(width, height)
     yield "WebP that says 4 GB", b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff" + bytes(60)
-    yield "WebP of nothing", b"RIFF\0\0\0\0WEBP"
+    stream = saved("JPEG2000", no_jp2=True)
+    for side in (2**31 - 1, 13_000, 0):
+        size = struct.pack(">II", side, side)
+        yield f"JPEG 2000 of {side} x {side}", stream[:8] + size + stream[16:]
+        tile = struct.pack(">II", 1, 1)
+        yield f"JPEG 2000 of tiles of a pixel, {side} x {side}", stream[:8] + size + stream[16:24] + tile + stream[32:]
+    if features.check("avif"):
+        avif = saved("AVIF")
+        start = avif.index(b"ispe") + 8
+        for side in (2**31 - 1, 13_000, 0):
+            yield f"AVIF of {side} x {side}", avif[:start] + struct.pack(">II", side, side) + avif[start + 8 :]
 
 
 EBML = bytes.fromhex("1a45dfa3")
@@ -274,30 +195,18 @@ OTHER_VIDEOS: Mapping[str, bytes] = {
     "a playlist with a key elsewhere": b'#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="file:///etc/passwd"\n#EXTINF:1,\na.ts\n',
     "a script that joins files": b"ffconcat version 1.0\nfile /etc/passwd\n",
     "a DASH manifest": b'<?xml version="1.0"?><MPD><Period><BaseURL>http://127.0.0.1:9/</BaseURL></Period></MPD>',
-    "a Smooth Streaming manifest": b'<?xml version="1.0"?><SmoothStreamingMedia/>',
     "SDP": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
     "ASX": b'<asx version="3.0"><entry><ref href="file:///etc/passwd"/></entry></asx>',
-    "RealMedia": b".RMF\0\0\0\x12" + bytes(40),
     "ASF": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + bytes(60),
     "WAV": b"RIFF\x24\0\0\0WAVEfmt " + bytes(28),
     "MP3": b"ID3\x04\0\0\0\0\0\0\xff\xfb\x90\0" + bytes(400),
-    "Ogg": b"OggS\0\x02" + bytes(60),
     "MXF": bytes.fromhex("060e2b34020501010d0102010102") + bytes(60),
     "YUV4MPEG": b"YUV4MPEG2 W9999999 H9999999 F25:1\nFRAME\n",
-    "IVF": b"DKIF\0\0\x20\0VP80" + bytes(40),
     "raw H.264": b"\0\0\0\x01\x67\x42\0\x0a" + bytes(60),
-    "raw HEVC": b"\0\0\0\x01\x40\x01\x0c\x01" + bytes(60),
     "MPEG program stream": b"\0\0\x01\xba\x44" + bytes(60),
-    "NUT": b"nut/multimedia container\0" + bytes(40),
     "subtitles": b"1\n00:00:00,000 --> 00:00:01,000\na\n",
-    "text subtitles of mplayer": b"[SCRIPT]\n",
-    "a rawvideo header of BRSTM": b"RSTM\xfe\xff" + bytes(60),
     "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(40),
-    "a JPEG": b"\xff\xd8\xff\xe0" + bytes(40),
-    **{
-        f"{name}, as a video": OTHER_FORMATS[name]
-        for name in ("HTML", "a pickle", "EPS, which runs Ghostscript", "AVIF")
-    },
+    **{f"{name}, as a video": OTHER_FORMATS[name] for name in ("HTML", "a pickle", "EPS with a DOS head", "AVIF")},
 }
 """All of these are refused."""
 
@@ -330,69 +239,43 @@ def riff(form: bytes, data: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(data) + 4) + form + data
 
 
-def asf_mxf_and_mpeg() -> Iterator[tuple[str, bytes]]:
-    """Likewise."""
-    mxf = KLV_KEY + bytes.fromhex("020501010d0102010102040000")
-    yield "ASF of three million empty objects", (ASF + struct.pack("<Q", 24)) * 3_000_000
-    yield "ASF of its mark alone", ASF + struct.pack("<Q", 30) + bytes(6)
-    yield "MXF of three million empty triplets", mxf + (KLV_KEY + bytes(13)) * 3_000_000
-    yield "ASF of an object of 2^64 - 1 bytes", ASF + b"\xff" * 8 + bytes(20)
-    yield "MXF of a triplet of 2^56 bytes", mxf + KLV_KEY + bytes(12) + b"\x87" + b"\xff" * 7
-    yield "MXF of a length of 127 bytes", mxf + KLV_KEY + bytes(12) + b"\xff" * 40
-    yield "MPEG program of three million ends", PACK + b"\x44" + bytes(9) + b"\0\0\1\xb9" * 3_000_000
-    yield "MPEG program of zeros", PACK + b"\x44" + bytes(9) + bytes(100_000)
-
-
 def lying_and_endless() -> Iterator[tuple[str, bytes]]:
     """Containers: refused, or read within the limits."""
+    mxf = KLV_KEY + bytes.fromhex("020501010d0102010102040000")
+    yield "ASF of three million empty objects", (ASF + struct.pack("<Q", 24)) * 3_000_000
+    yield "ASF of an object of 2^64 - 1 bytes", ASF + b"\xff" * 8 + bytes(20)
+    yield "MXF of three million empty triplets", mxf + (KLV_KEY + bytes(13)) * 3_000_000
+    yield "MXF of a triplet of 2^56 bytes", mxf + KLV_KEY + bytes(12) + b"\x87" + b"\xff" * 7
+    yield "MPEG program of three million ends", PACK + b"\x44" + bytes(9) + b"\0\0\1\xb9" * 3_000_000
     head = box(b"ftyp", b"isom\0\0\0\0isom")
-    yield "MP4 of 200,000 empty boxes", head + box(b"free", b"") * 200_000
     yield "MP4 of three million empty boxes", head + box(b"free", b"") * 3_000_000
     yield "MP4 of boxes nested 5,000 deep", head + nested(5_000)
     yield "MP4 of a box of 2^64 - 1 bytes", head + struct.pack(">I4sQ", 1, b"mdat", 2**64 - 1)
-    yield "MP4 of a box of 2^63 bytes", head + struct.pack(">I4sQ", 1, b"moov", 2**63)
     yield "MP4 of a box of 3 bytes", head + struct.pack(">I4s", 3, b"moov") + bytes(40)
     yield "MP4 whose last box has no length", head + struct.pack(">I4s", 0, b"moov") + bytes(400)
     yield "MP4 with an empty index", head + box(b"moov", b"")
     yield "MP4 whose frames are in another file", head + box(b"moov", box(b"dref", b"url \0\0\0\0file:///etc/passwd"))
-    yield (
-        "MP4 of 4 billion samples",
-        head + box(b"moov", box(b"trak", box(b"stsz", struct.pack(">III", 0, 1, 2**32 - 1)))),
-    )
-    yield (
-        "MP4 with a packed index of 4 GB",
-        head + box(b"moov", box(b"cmov", box(b"cmvd", struct.pack(">I", 2**32 - 1)))),
-    )
-    yield "MP4 of its mark alone", head
-    yield "Matroska of its mark alone", EBML
-    yield "Matroska without a segment", element("1a45dfa3", b"")
+    sizes = box(b"trak", box(b"stsz", struct.pack(">III", 0, 1, 2**32 - 1)))
+    yield "MP4 of 4 billion samples", head + box(b"moov", sizes)
+    packed = box(b"cmov", box(b"cmvd", struct.pack(">I", 2**32 - 1)))
+    yield "MP4 with a packed index of 4 GB", head + box(b"moov", packed)
     yield "Matroska of an empty endless segment", matroska(b"")
-    yield "Matroska of 100,000 voids", matroska(element("ec", b"") * 100_000)
     yield "Matroska of three million voids", matroska(b"\xec\x80" * 3_000_000)
     yield "Matroska of clusters in clusters", matroska((bytes.fromhex("1f43b675") + ENDLESS) * 10_000)
-    yield (
-        "Matroska of a duration that is no number",
-        matroska(element("1549a966", element("4489", b"\x7f\xf8" + bytes(6)))),
-    )
-    yield "Matroska of an endless duration", matroska(element("1549a966", element("4489", b"\x7f\xf0" + bytes(6))))
-    yield "Matroska of a duration of 300 bytes", matroska(element("1549a966", element("4489", bytes(300))))
+    for name, number in (("no number", b"\x7f\xf8"), ("infinity", b"\x7f\xf0"), ("300 bytes", bytes(294))):
+        duration = element("1549a966", element("4489", number + bytes(6)))
+        yield f"Matroska of a duration of {name}", matroska(duration)
     yield "Matroska of an element of 2^56 bytes", matroska(bytes.fromhex("1f43b67501fffffffffffffe"))
-    yield "Matroska of an endless void", matroska(b"\xec" + ENDLESS)
-    yield "Matroska that says 2^55 bytes", matroska(b"", (1 << 55 | 1 << 56).to_bytes(8, "big"))
     yield "Matroska of zeros", EBML + bytes(4_000)
     yield "AVI of nothing", riff(b"AVI ", b"")
     yield "AVI of 200,000 empty chunks", riff(b"AVI ", (b"JUNK" + bytes(4)) * 200_000)
     yield "AVI of an endless list", riff(b"AVI ", b"LIST\xff\xff\xff\xffmovi")
     yield "AVI that says 4 GB", b"RIFF\xfe\xff\xff\xffAVI " + bytes(60)
-    yield "AVI that says nothing", b"RIFF\0\0\0\0AVI " + bytes(60)
     yield "GIF of 100,000 frames, as a video", gif(1, 1, gif_frame(1, 1) * 100_000)
     yield "GIF of a screen of 65,535, as a video", gif(65_535, 65_535, gif_frame(1, 1))
-    yield "GIF of blocks of one byte", gif(1, 1, b"!\xfe" + b"\x01x" * 3_000_000 + b"\0")
     yield "FLV of empty tags", b"FLV\x01\x01\0\0\0\x09" + bytes(4) + bytes(15) * 100_000
     yield "FLV whose first tag is 4 GB on", b"FLV\x01\x01\xff\xff\xff\xff" + bytes(60)
-    yield "FLV of a file size that is no number", b"FLV\x01\x01\0\0\0\x09\0\0\0\0\0\x08filesize\0\x7f\xf8" + bytes(60)
     yield "transport packets of nothing", (b"G\x1f\xff\x10" + bytes(184)) * 20_000
-    yield "transport packets of one table", (b"G\x40\0\x10" + b"\0\0\xb0\x0d" + bytes(180)) * 5_000
 
 
 def large_frames(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -416,6 +299,15 @@ NAMES = (
     "CON", "a:b", "a\\..\\b", "\u2028", "a\rb",
 )  # fmt: skip
 """Of files that are not there, or not to be had."""
+
+
+def _hole(path: Path, beginning: bytes) -> None:
+    path.write_bytes(beginning)
+    os.truncate(path, 2**40)
+
+
+DEVICES = ("/dev/zero", "/dev/urandom", "/dev/tty", "/dev/stdin", "/etc/passwd", "/proc/self/mem")
+HOLES = {"zeros": b"", "a PNG": b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", "an MP4": b"\0\0\0\x10ftypisom", "Matroska": EBML}
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a named pipe": os.mkfifo,
     "a socket": lambda path: _listen(path),
@@ -424,24 +316,8 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "a link to a folder above": lambda path: path.symlink_to(".."),
     "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
     "a link to a pipe": lambda path: (os.mkfifo(path.with_name("p")), path.symlink_to("p")),
-    "a hole of 1 TB": lambda path: _hole(path, b""),
-    "a hole of 1 TB that begins as a PNG": lambda path: _hole(path, b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"),
-    "a hole of 1 TB that begins as a WebP": lambda path: _hole(path, b"RIFF\xff\xff\xff\xffWEBPVP8 "),
-    "a hole of 1 TB that begins as an MP4": lambda path: _hole(path, b"\0\0\0\x10ftypisom"),
-    "a hole of 1 TB that begins as Matroska": lambda path: _hole(path, bytes.fromhex("1a45dfa3")),
-    "a hole of 1 TB that begins as a GIF": lambda path: _hole(path, b"GIF89a"),
-    **{
-        f"a link to {target}": lambda path, target=target: path.symlink_to(target)
-        for target in (
-            "/dev/zero",
-            "/dev/urandom",
-            "/dev/full",
-            "/dev/tty",
-            "/dev/stdin",
-            "/etc/passwd",
-            "/proc/self/mem",
-        )
-    },
+    **{f"a hole of 1 TB of {name}": partial(_hole, beginning=beginning) for name, beginning in HOLES.items()},
+    **{f"a link to {target}": lambda path, target=target: path.symlink_to(target) for target in DEVICES},
 }
 
 
@@ -460,17 +336,15 @@ def hostile_inputs(scratch: Path) -> Iterator[Hostile]:
     for contents, video in ((OTHER_FORMATS, False), (OTHER_VIDEOS, True)):
         for name, content in contents.items():
             yield Hostile(name, video, _written(content))
-    for name, content in lying_and_bursting():
+    for name, content in (*lying_and_bursting(), *lying_and_bursting_in_other_formats()):
         yield Hostile(name, video=False, put=_written(content), must_fail=False)
-    for name, content in (*lying_and_endless(), *asf_mxf_and_mpeg(), *large_frames(scratch)):
+    for name, content in (*lying_and_endless(), *large_frames(scratch)):
         yield Hostile(name, video=True, put=_written(content), must_fail=False)
-    for video in (False, True):
+    for video, kind in ((False, "picture"), (True, "video")):
         for name, make in SPECIAL.items():
-            yield Hostile(f"{name}, as a {'video' if video else 'picture'}", video, _made(make))
+            yield Hostile(f"{name}, as a {kind}", video, _made(make))
         for name in NAMES:
-            yield Hostile(
-                f"the name {name[:40]!r}, of a {'video' if video else 'picture'}", video, lambda _, name=name: name
-            )
+            yield Hostile(f"the name {name[:40]!r}, of a {kind}", video, lambda _, name=name: name)
     for name in ("a\nb.png", "\x1b[31m.png", "-rf", "$(id).png", "\u202e.png", "%n.png", "a|id"):
         yield Hostile(f"a picture called {name!r}", video=False, put=_written(saved("PNG"), name), must_fail=False)
 
@@ -499,8 +373,3 @@ def _listen(path: Path) -> None:
             opened.bind(path.name)
     finally:
         os.chdir(here)
-
-
-def _hole(path: Path, beginning: bytes) -> None:
-    path.write_bytes(beginning)
-    os.truncate(path, 2**40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import tempfile
 from collections.abc import Mapping
@@ -14,22 +15,17 @@ STREAMS = ("parts.mp4", "live.webm", "plain.ts", "plain.mpg")
 """Containers that need state no length: of those a cut cannot always be told."""
 CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "plain.mp4": ("libx264", {}),
-    "index_first.mp4": ("libx264", {"movflags": "faststart"}),
-    "plain.mov": ("libx264", {}),
     "plain.webm": ("libvpx", {}),
-    "plain.mkv": ("libx264", {}),
     "plain.avi": ("mpeg4", {}),
-    "frames.avi": ("mjpeg", {}),
     "clip.gif": ("gif", {}),
     "plain.flv": ("flv1", {}),
-    "plain.wmv": ("wmv2", {}),
     "plain.mxf": ("mpeg2video", {}),
     "parts.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
     "live.webm": ("libvpx", {"live": "1"}),
     "plain.ts": ("libx264", {}),
     "plain.mpg": ("mpeg2video", {}),
 }
-PIXELS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
+PIXELS = {"gif": "rgb8"}
 
 
 def pictures() -> dict[str, bytes]:
@@ -44,23 +40,15 @@ def pictures() -> dict[str, bytes]:
         ("rgba.png", rgba, "PNG", {}),
         ("palette.png", rgb.quantize(32), "PNG", {"transparency": 3}),
         ("deep.png", deep, "PNG", {}),
-        ("moving.png", rgb, "PNG", moving),
-        ("noted.png", rgb, "PNG", {"icc_profile": bytes(2**21)}),
         ("plain.jpg", rgb, "JPEG", {"exif": exif}),
         ("progressive.jpg", rgb, "JPEG", {"progressive": True}),
-        ("cmyk.jpg", rgb.convert("CMYK"), "JPEG", {}),
         ("several.jpg", rgb, "MPO", moving),
         ("lossy.webp", rgb, "WEBP", {}),
-        ("lossless.webp", rgba, "WEBP", {"lossless": True}),
         ("moving.webp", rgb, "WEBP", moving),
-        ("still.gif", rgb, "GIF", {}),
         ("moving.gif", rgb, "GIF", moving),
         ("rgb.bmp", rgb, "BMP", {}),
-        ("palette.bmp", rgb.quantize(16), "BMP", {}),
         ("raw.tiff", rgb, "TIFF", {}),
-        ("lzw.tiff", rgba, "TIFF", {"compression": "tiff_lzw"}),
         ("jpeg.tiff", rgb, "TIFF", {"compression": "jpeg"}),
-        ("several.tiff", rgb, "TIFF", moving),
         ("colours.tiff", rgb.convert("YCbCr"), "TIFF", {}),
         ("plain.jp2", rgb, "JPEG2000", {}),
         *([("plain.avif", rgb, "AVIF", {})] if features.check("avif") else []),
@@ -68,10 +56,7 @@ def pictures() -> dict[str, bytes]:
     content = {}
     for name, image, form, options in saved:
         stream = io.BytesIO()
-        copies = {
-            key: [each.copy() for each in value] if isinstance(value, list) else value for key, value in options.items()
-        }
-        image.copy().save(stream, form, **copies)  # what a save sets on a picture stays on it
+        image.copy().save(stream, form, **copy.deepcopy(options))  # what a save sets on a picture stays on it
         content[name] = stream.getvalue()
     return content
 

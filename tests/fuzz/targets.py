@@ -26,18 +26,18 @@ SOURCE_OF |= {"how2qa-csv": "how2qa", "yc2c-youcook2": "yc2c"}
 SHARDS = "hugging-face"
 LIKE = {"exact_match": "textvqa", **dict.fromkeys(sorted(PATTERNS.keys() - {"boolq", "openbookqa"}), "openbookqa")}
 """Benchmarks without a fixture, and whose records they are asked with."""
-OWN_LIKE = {"choice": "seed", "caption": "coco_caption"}
-"""The same of benchmarks of one's own; else TextVQA's."""
+OWN = {"seed": ["choice"], "coco_caption": ["caption"], "textvqa": sorted(SCORINGS.keys() - {"choice", "caption"})}
+"""Benchmarks whose records are those of one's own, and how that is scored."""
 SUBMISSIONS = {"vqav2_karpathy": vqa.vqa_submission} | {
     name: benchmark.submission
     for name, benchmark in BENCHMARKS.items()
     if benchmark.submission is not None and name != "llava_bench"  # whose file holds a judge's questions
 }
 LLAVA_IDS: Mapping[str, Callable[[Example, int], object]] = {
-    "textvqa": lambda example, place: example.extra["image_id"],
-    "mme": lambda example, place: f"{example.extra['category']}/{PurePosixPath(example.images[0]).stem}.png",
-    "vizwiz": lambda example, place: PurePosixPath(example.images[0]).name,
-    "pope": lambda example, place: place,
+    "textvqa": lambda example, number: example.extra["image_id"],
+    "mme": lambda example, number: f"{example.extra['category']}/{PurePosixPath(example.images[0]).stem}.png",
+    "vizwiz": lambda example, number: PurePosixPath(example.images[0]).name,
+    "pope": lambda example, number: number,
 }
 """What LLaVA's files have for an id where it is another one than the publisher's."""
 LLAVA = (*LLAVA_IDS, "vqav2", "gqa", "scienceqa", "mmbench", "mmbench_cn", "seed", "mmvet", "llava_bench")
@@ -77,106 +77,66 @@ def _prepare(name: str, source: str, files: Mapping[str, bytes], *more: str) -> 
 
 
 def prediction_targets(scratch: Path) -> list[Target]:
-    """Every benchmark in every form; where no fixture is of it, with records of one like it."""
-    paths = _records(scratch)
-    named = {name: next(path for path in paths if path.parent.name == LIKE.get(name, name)) for name in BENCHMARKS}
-    sets = {name: _Answered(name, path, list(iterate_examples(path))) for name, path in named.items()}
-    return [
-        *(target for answered in sets.values() for target in _targets(answered)),
-        *(_own(sets[OWN_LIKE.get(scoring, "textvqa")], scoring) for scoring in SCORINGS),
-        _conversations(sets["textvqa"]),
-    ]
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """A benchmark's records and the right answers to them."""
-
-    name: str
-    path: Path
-    examples: Sequence[Example]
-
-    @property
-    def answers(self) -> dict[str, str]:
-        return {example.id: example.answers[0].text if example.answers else "a" for example in self.examples}
-
-    @property
-    def plain(self) -> dict[str, bytes]:
-        return {ANSWERS: _lines({"id": name, "answer": answer} for name, answer in self.answers.items())}
-
-    def target(
-        self, form: str, files: Mapping[str, bytes], *, questions: str = "", predictions: str = ANSWERS
-    ) -> Target:
-        """Its files beside the records, and the command for them."""
-        asked = questions or f"{self.name}={{files}}/{RECORDS}"
-        words = ("evaluate", "--benchmarks", asked, "--predictions", f"{{files}}/{predictions}", "--to", "{out}")
-        return Target(f"{self.name} {form}", {RECORDS: self.path.read_bytes(), **files}, words)
-
-
-def _records(folder: Path) -> list[Path]:
-    """The records of all fixtures; of a benchmark's splits one with answers comes first."""
+    """Every benchmark; where no fixture is of it, with records of one like it. Some forms are those of two alone."""
     for fixture in sorted(FIXTURES.iterdir()):
         source = SOURCE_OF.get(fixture.name, fixture.name)
         with contextlib.redirect_stdout(io.StringIO()):
-            main(["prepare", source, "--from", str(fixture), "--to", str(folder / fixture.name), "--workers", "0"])
+            main(["prepare", source, "--from", str(fixture), "--to", str(scratch / fixture.name), "--workers", "0"])
     llava = {"llava_mix665k", "llava_pretrain"}
-    paths = [path for path in sorted(folder.glob("*/*/*.jsonl")) if path.parent.name not in llava]
-    return sorted(paths, key=lambda path: not next(iterate_examples(path)).answers)
+    paths = [path for path in sorted(scratch.glob("*/*/*.jsonl")) if path.parent.name not in llava]
+    paths.sort(key=lambda path: not next(iterate_examples(path)).answers)  # of a benchmark's splits one with answers
+    targets = []
+    for name in BENCHMARKS:
+        records = next(path for path in paths if path.parent.name == LIKE.get(name, name))
+        examples = list(iterate_examples(records))
+        answers = {example.id: example.answers[0].text if example.answers else "a" for example in examples}
+        files = {RECORDS: records.read_bytes(), ANSWERS: _lines({"id": id, "answer": answers[id]} for id in answers)}
+        targets.append(_evaluate(name, files))
+        if name in SUBMISSIONS:
+            file, text = SUBMISSIONS[name](examples, answers)
+            targets.append(_evaluate(f"{name} server's file", {**files, file: text.encode()}, predictions=file))
+        if name == "gqa":
+            others = {"others.jsonl": _lines({"id": id, "answer": "no"} for id in answers)}
+            against = _evaluate("gqa against others", files | others)
+            targets.append(replace(against, words=(*against.words, "--against", "{files}/others.jsonl")))
+        if name in LLAVA:
+            targets += _llava(name, examples, answers)
+        targets += _own(files, OWN.get(name, ()))
+    return targets
 
 
-def _targets(of: _Answered) -> Iterator[Target]:
-    """Lines of id and answer, the server's file, LLaVA's answers, and its questions with them."""
-    yield of.target("", of.plain)
-    if of.name == "gqa":
-        others = {"others.jsonl": _lines({"id": name, "answer": "no"} for name in of.answers)}
-        against = of.target("against others", of.plain | others)
-        yield replace(against, words=(*against.words, "--against", "{files}/others.jsonl"))
-    if of.name in SUBMISSIONS:
-        name, text = SUBMISSIONS[of.name](of.examples, of.answers)
-        yield of.target("server's file", {name: text.encode()}, predictions=name)
-    if of.name not in LLAVA:
-        return
-    questions, answers = [], []
-    examples = list(of.examples)
-    if of.name == "pope":  # whose order is found by the questions, so each has words of its own
-        examples = [replace(each, question=f"{place}: {each.question}") for place, each in enumerate(examples)]
-    for place, example in enumerate(examples):
-        name = LLAVA_IDS.get(of.name, lambda example, place: example.id)(example, place)
-        prompt = f"{example.question}\n{prompts.SHORT}"
-        answers.append({"question_id": name, "prompt": prompt, "text": of.answers[example.id], "metadata": {}})
-        picture = {"image": example.images[0]} if example.images else {}
-        category = str(example.extra.get("category", "default"))
-        questions.append({"question_id": name, **picture, "text": prompt, "category": category})
-    answered = {ANSWERS: _lines(answers), RECORDS: _lines(map(to_record, examples))}
-    yield of.target("LLaVA's answers", answered)
-    asked = answered | {"questions.jsonl": _lines(questions)}
-    yield of.target("LLaVA's questions", asked, questions=f"{of.name}={{files}}/questions.jsonl")
+def _evaluate(name: str, files: Mapping[str, bytes], *, questions: str = "", predictions: str = ANSWERS) -> Target:
+    asked = questions or f"{name.split()[0]}={{files}}/{RECORDS}"
+    words = ("evaluate", "--benchmarks", asked, "--predictions", f"{{files}}/{predictions}", "--to", "{out}")
+    return Target(name, files, words)
 
 
 def _lines(rows: Iterable[Mapping[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _own(of: _Answered, scoring: str) -> Target:
-    """A benchmark of one's own."""
-    prompt = "letter" if scoring == "choice" else "short"
-    settings = f"name: own\nscoring: {scoring}\nfile: {RECORDS}\nprompt: {prompt}\nmax_new_tokens: 64\nframes: 4\n"
-    files = {"own.yaml": settings.encode(), **of.plain}
-    return of.target(f"as one's own, {scoring}", files, questions="{files}/own.yaml")
+def _llava(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> Iterator[Target]:
+    """LLaVA's answers, and its questions with them."""
+    questions, lines = [], []
+    if name == "pope":  # whose order is found by the questions, so each has words of its own
+        examples = [replace(one, question=f"{number}: {one.question}") for number, one in enumerate(examples)]
+    for number, example in enumerate(examples):
+        id = LLAVA_IDS.get(name, lambda example, number: example.id)(example, number)
+        prompt = f"{example.question}\n{prompts.SHORT}"
+        lines.append({"question_id": id, "prompt": prompt, "text": answers[example.id], "metadata": {}})
+        picture = {"image": example.images[0]} if example.images else {}
+        category = str(example.extra.get("category", "default"))
+        questions.append({"question_id": id, **picture, "text": prompt, "category": category})
+    answered = {ANSWERS: _lines(lines), RECORDS: _lines(map(to_record, examples))}
+    yield _evaluate(f"{name} LLaVA's answers", answered)
+    asked = answered | {"questions.jsonl": _lines(questions)}
+    yield _evaluate(f"{name} LLaVA's questions", asked, questions=f"{name}={{files}}/questions.jsonl")
 
 
-def _conversations(of: _Answered) -> Target:
-    """Questions in LLaVA's JSON with their answers."""
-    rows = [
-        {
-            "id": example.id,
-            "image": example.images[0],
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{example.question}"},
-                {"from": "gpt", "value": of.answers[example.id]},
-            ],
-        }
-        for example in of.examples
-    ]
-    files = {"conversations.json": json.dumps(rows).encode(), **of.plain}
-    return of.target("as conversations", files, questions="exact_match={files}/conversations.json")
+def _own(files: Mapping[str, bytes], scorings: Iterable[str]) -> Iterator[Target]:
+    """A benchmark of one's own, by each of these ways to score."""
+    for scoring in scorings:
+        prompt = "letter" if scoring == "choice" else "short"
+        settings = f"name: own\nscoring: {scoring}\nfile: {RECORDS}\nprompt: {prompt}\nmax_new_tokens: 64\nframes: 4\n"
+        own = {"own.yaml": settings.encode(), **files}
+        yield _evaluate(f"own, {scoring}", own, questions="{files}/own.yaml")

@@ -28,8 +28,7 @@ from dora_vl.data.example import iterate_examples
 from dora_vl.data.text_file import stream_records
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from tests.fuzz.cases import LONGEST_LINE, failures, memory_mb
-from tests.fuzz.damage import damage
+from tests.fuzz.damage import LONGEST_LINE, damage, failures, memory_mb
 from tests.fuzz.targets import Target, prediction_targets, publisher_targets
 
 MOST_MEMORY_MB, MOST_SECONDS = 256.0, 120

@@ -23,15 +23,14 @@ from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
-from tests.fuzz.cases import LONGEST_LINE, failures, memory_mb
-from tests.fuzz.damage import BYTE_CHANGES, flip
+from tests.fuzz.damage import BYTE_CHANGES, LONGEST_LINE, failures, flip, memory_mb
 from tests.fuzz.hostile import Hostile, hostile_inputs
 from tests.fuzz.media import CLIPS, STREAMS, pictures, videos
 
 PICTURE_SECONDS, VIDEO_SECONDS, SPARE_SECONDS = 10.0, 20.0, 15.0
 """Above which a picture (of the processor's time) or a video (and ending its decoder) counts as hung."""
 MOST_MEMORY_MB = 1_500.0
-CHANGES = sorted(BYTE_CHANGES.keys() - {"utf-16", "utf-32", "latin-1", "lines mixed", "nested deeply"})
+CHANGES = sorted(BYTE_CHANGES.keys() - {"utf-16", "latin-1", "lines mixed", "nested deeply"})
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
@@ -156,7 +155,7 @@ def hostile(media: Media, case: Hostile, folder: Path) -> str:
 @pytest.mark.parametrize("every", [6, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1_800)])])
 def test_hostile_inputs_do_no_harm(media: Media, every: int, tmp_path: Path) -> None:
     cases = list(hostile_inputs(tmp_path))
-    assert len(cases) == len({case.name for case in cases}) > 300
+    assert len(cases) == len({case.name for case in cases}) > 200
     chosen = [case for case in cases if every == 1 or case.must_fail][::every]  # those of small cost
     found = [hostile(media, case, tmp_path / f"hostile_{number}") for number, case in enumerate(chosen)]
     assert list(filter(None, found)) == []

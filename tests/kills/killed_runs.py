@@ -24,6 +24,21 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import datasets  # noqa: F401 - once for every run
+import deepspeed  # noqa: F401
+from safetensors.numpy import load_file
+
+from dora_vl.run.folder import read_log
+from dora_vl.run.launch import log_to_stderr
+from dora_vl.run.reading import read_run, read_settings
+from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
+from tests.training.recorded_run import record_samples
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
 KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed"), ("none", "zero2", "zero3"), (1, 2)
 STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
 """SAMPLES are an epoch's, so that a run is two epochs."""
@@ -48,11 +63,11 @@ CASES = [Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for 
 
 
 class Operation(NamedTuple):
-    """A file operation inside a run's folder; its phase is save, removal (of a checkpoint) or steps."""
+    """A file operation inside a run's folder; `saves` or removes a checkpoint, or belongs to the steps."""
 
     rank: int
     number: int
-    phase: str
+    saves: bool
 
 
 class Kill(NamedTuple):
@@ -74,9 +89,6 @@ class Ended(NamedTuple):
 
 def write_material(folder: Path) -> None:
     """The tiny models and data of every kind."""
-    from tests.training.tiny_run import write_tiny_data, write_tiny_llava
-    from tests.training.tiny_vlbart_run import write_vlbart_data
-
     write_tiny_llava(folder / "llava")
     write_tiny_data(folder / "talk", samples=SAMPLES)
     write_vlbart_data(folder / "vlbart")
@@ -84,9 +96,6 @@ def write_material(folder: Path) -> None:
 
 def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: float) -> Path:
     """The YAML of a case, beside its run's folder."""
-    from tests.training.tiny_run import write_run
-    from tests.training.tiny_vlbart_run import write_vlbart_run
-
     training: dict[str, Any] = {
         "output_dir": str(run_folder),
         "max_steps": STEPS,
@@ -129,7 +138,7 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_SIZE": case.ranks}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": 0, "CROSS_SIZE": 1}
             os.environ.update({name: str(value) for name, value in names.items()})
-        _note_samples(notes / f"samples-{rank}.jsonl")
+        record_samples(notes / f"samples-{rank}")
         _train(case, settings, resume)
 
     processes = [_fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)]
@@ -138,9 +147,9 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
     os.close(reads)
     statuses = [os.waitpid(process, 0)[1] for process in processes]
     operations = [
-        Operation(rank, number, phase)
+        Operation(rank, number, line == "save")
         for rank in range(case.ranks)
-        for number, phase in enumerate((notes / f"operations-{rank}").read_text().splitlines())
+        for number, line in enumerate((notes / f"operations-{rank}").read_text().splitlines())
     ]
     error = ""
     if not killed and any(statuses):
@@ -165,12 +174,6 @@ def _fork(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def _alone(work: Callable[[], None]) -> None:
-    """In a process of its own, so that this one computes nothing."""
-    if os.waitpid(_fork(work), 0)[1]:
-        raise RuntimeError("what a kill needs could not be written")
-
-
 def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begun: float) -> bool:
     """Kills at the kill's time, and everything that hangs; returns whether the kill found a process to kill."""
     moment = begun + (kill.seconds if kill is not None and kill.number is None else SECONDS)
@@ -185,14 +188,6 @@ def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begu
 
 
 def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
-    from dora_vl.run.launch import log_to_stderr
-    from dora_vl.run.reading import read_run, read_settings
-    from dora_vl.run.settings import VlBartRunConfig
-    from dora_vl.training.decoder_pipeline import DecoderPipeline
-    from dora_vl.training.run import run
-    from dora_vl.training.vlbart_pipeline import VlBartPipeline
-    from tests.training.tiny_vlbart_run import all_subtasks
-
     log_to_stderr()
     options = ["--config", str(settings), *resume]
     if case.kind == "vlbart":
@@ -218,7 +213,7 @@ def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, w
         if not path.startswith(str(run_folder)) and not in_a_tree:
             return
         saves = any(part in path for part in ("checkpoint-", ".writing", "adapter"))
-        os.write(file, b"removal\n" if event in REMOVES else b"save\n" if saves else b"steps\n")
+        os.write(file, b"save\n" if event in REMOVES or saves else b"steps\n")
         count += 1
         if stop_before is not None and count > stop_before:
             os.write(writes, b"x")
@@ -227,29 +222,11 @@ def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, w
     sys.addaudithook(hook)
 
 
-def _note_samples(record: Path) -> None:
-    """Has every step write the ids of its samples."""
-    from dora_vl.training.trainer import AdapterTrainer
-
-    original = AdapterTrainer.get_batch_samples
-
-    def noted(self: Any, *options: Any, **named: Any) -> Any:
-        batches = original(self, *options, **named)
-        ids = [sample for batch in self.faults._ids for sample in batch]
-        with record.open("a") as file:
-            file.write(json.dumps({"step": self.state.global_step + 1, "ids": ids}) + "\n")
-        return batches
-
-    AdapterTrainer.get_batch_samples = noted
-
-
 # ---- how two runs differ; "" where they do not
 
 
 def exactly(reference: Path, folder: Path) -> str:
     """Two runs that should be the same to the bit, with nothing left behind."""
-    from safetensors.numpy import load_file
-
     for name in ("log.jsonl", "metrics.json"):
         ours, theirs = (numbers(run / name) for run in (reference, folder))
         if ours != theirs:
@@ -264,8 +241,7 @@ def exactly(reference: Path, folder: Path) -> str:
 def numbers(path: Path) -> Any:
     """Each logged step's loss, or a run's metrics but for those of time."""
     if path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        return [(line["step"], line["loss"]) for line in read_log(path) if "loss" in line]
     metrics = json.loads(path.read_text(encoding="utf-8"))
     return {name: value for name, value in metrics.items() if name not in OF_TIME}
 
@@ -283,11 +259,11 @@ def once_an_epoch(notes: Path) -> str:
     """Samples that were not trained on exactly once in each epoch, by what the killed and the resumed run noted."""
     steps: dict[int, list[str]] = {}
     for part in ("killed", "resumed"):
-        rows = [json.loads(line) for path in (notes / part).glob("samples-*") for line in path.open()]
+        rows = [json.loads(line) for path in (notes / part).glob("samples-*/*.jsonl") for line in path.open()]
         first = min((row["step"] for row in rows), default=STEPS + 1)
         steps = {step: ids for step, ids in steps.items() if step < first}
         for row in rows:
-            steps.setdefault(row["step"], []).extend(row["ids"])
+            steps.setdefault(row["step"], []).extend(row["samples"])
     size = SAMPLES // STEP_SAMPLES
     for epoch in range(STEPS // size):
         seen = Counter(sample for step in range(size) for sample in steps[1 + epoch * size + step])
@@ -305,7 +281,8 @@ class Killer:
     def __init__(self, folder: Path, *, changes: bool) -> None:
         self._folder, self._changes = folder, changes
         self._whole: dict[Case, Ended] = {}
-        _alone(lambda: write_material(folder / "material"))
+        # In a process of its own, so that this one computes nothing.
+        assert os.waitpid(_fork(lambda: write_material(folder / "material")), 0)[1] == 0
 
     def kill(self, case: Case, draws: Random, *, in_files: bool) -> str:
         """One kill, the resume and the comparison: "" where the run ended as the one that was never killed."""
@@ -339,20 +316,12 @@ class Killer:
 
 
 def _draw(whole: Ended, draws: Random, *, in_files: bool) -> Kill:
-    inside = [operation for operation in whole.operations if operation.phase != "steps" and operation.number > 0]
+    inside = [operation for operation in whole.operations if operation.saves and operation.number > 0]
     if in_files and inside:
         operation = draws.choice(inside)
         return Kill(operation.rank, draws.choice((0.0, draws.uniform(0, LATER))), operation.number)
     rank = draws.randrange(1 + max(operation.rank for operation in whole.operations))
     return Kill(rank, draws.uniform(0.05, 0.95) * whole.seconds)
-
-
-def _import_everything() -> None:
-    """What every run needs, once."""
-    for name in ("accelerate", "datasets", "deepspeed", "transformers", "tests.training.tiny_vlbart_run"):
-        __import__(name)
-    for name in ("run", "decoder_pipeline", "vlbart_pipeline"):
-        __import__(f"dora_vl.training.{name}")
 
 
 def main() -> None:
@@ -364,7 +333,6 @@ def main() -> None:
     parser.add_argument("--change", action="store_true", help="resume on other ranks or another engine")
     options = parser.parse_args()
     cases = [case for case in CASES if set(options.only) <= set(map(str, case))]
-    _import_everything()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         killer = Killer(Path(folder), changes=options.change)

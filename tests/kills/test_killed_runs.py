@@ -58,7 +58,7 @@ def test_a_sample_seen_twice_in_an_epoch_is_found(tmp_path: Path, twice: bool) -
     if twice:
         steps[6][0] = steps[5][0]
     for part, numbers in parts.items():
-        (tmp_path / part).mkdir()
-        lines = [json.dumps({"step": step, "ids": [str(sample) for sample in steps[step]]}) for step in numbers]
-        (tmp_path / part / "samples-0.jsonl").write_text("\n".join(lines))
+        (tmp_path / part / "samples-0").mkdir(parents=True)
+        lines = [json.dumps({"step": step, "samples": [str(sample) for sample in steps[step]]}) for step in numbers]
+        (tmp_path / part / "samples-0" / "0.jsonl").write_text("\n".join(lines))
     assert bool(once_an_epoch(tmp_path)) is twice

@@ -53,18 +53,12 @@ def write_pictures(folder: Path, made: list[Item]) -> None:
         (folder / item.picture).write_bytes(item.content)
 
 
-def _talk(
-    item: Item, *, user: str = "user", assistant: str = "assistant", who: str, what: str
-) -> list[dict[str, object]]:
-    return [{who: user, what: item.question}, {who: assistant, what: item.answer}]
-
-
 def write_llava(folder: Path, made: list[Item]) -> Path:
     """LLaVA's own JSON, what the others are held to."""
     rows = []
     for item in made:
-        talk = _talk(item, user="human", assistant="gpt", who="from", what="value")
-        talk[0]["value"] = f"<image>\n{item.question}"
+        turns = (("human", f"<image>\n{item.question}"), ("gpt", item.answer))
+        talk = [{"from": who, "value": text} for who, text in turns]
         rows.append({"id": item.id, "image": item.picture, "conversations": talk})
     (folder / "llava.json").write_text(json.dumps(rows))
     return folder / "llava.json"
@@ -83,14 +77,10 @@ def write_messages(folder: Path, made: list[Item]) -> Path:
 
 def write_sharegpt(folder: Path, made: list[Item]) -> Path:
     """ShareGPT with `images`, the place of the picture not said."""
-    rows: list[dict[str, object]] = [
-        {
-            "id": item.id,
-            "images": [item.picture],
-            "conversations": _talk(item, user="human", assistant="gpt", who="from", what="value"),
-        }
-        for item in made
-    ]
+    rows: list[dict[str, object]] = []
+    for item in made:
+        talk = [{"from": "human", "value": item.question}, {"from": "gpt", "value": item.answer}]
+        rows.append({"id": item.id, "images": [item.picture], "conversations": talk})
     return lines(folder / "sharegpt.jsonl", rows)
 
 

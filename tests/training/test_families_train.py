@@ -25,7 +25,6 @@ from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
 from tests.app.tiny_served import alone, answer_alone, answers, served
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.test_image_text_run import losses
@@ -114,7 +113,7 @@ def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *
             theirs = open_backbone(str(merged(adapter, to))).eval()(**prompt).logits
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         else:
-            with pytest.raises(UserError, match="tensors are not in the base"):
+            with pytest.raises(UserError):
                 merged(adapter, to)
     assert (ours - before).abs().max() > 1e-3
     answer = adapted.generate(**prompt, max_new_tokens=3)
@@ -151,7 +150,10 @@ def test_a_family_trains_resumes_opens_merges_and_answers(
 
 @pytest.mark.parametrize(
     ("model_type", "attention"),
-    [("hy_v4_vl", {"": "eager", "text_config": "eager", "vision_config": "sdpa"}), ("gemma2", "eager")],
+    [
+        ("hy_v4_vl", {"": "eager", "text_config": "eager", "vision_config": "sdpa"}),
+        pytest.param("gemma2", "eager", marks=pytest.mark.slow),
+    ],
 )
 def test_where_sdpa_cannot_be_it_trains_answers_is_evaluated_and_served_without_an_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str, attention: Any
@@ -187,11 +189,12 @@ def test_where_sdpa_cannot_be_it_trains_answers_is_evaluated_and_served_without_
         assert answers(engine, [("mine", turns, shown)]) == [expected]
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma", "lfm2"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "lfm2"))]
+)
 def test_a_language_model_trains_resumes_opens_merges_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    assert model_type in LANGUAGE_MODELS
     base = write_tiny_language(model_type, tmp_path / model_type)
     adapter = trained(base, tmp_path, monkeypatch, template=None, pictures=(0,), rounds=2, projector=False)
     prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])

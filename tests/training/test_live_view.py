@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyte
 import pytest
@@ -82,10 +83,6 @@ def view_on(terminal: Terminal, **options: object) -> LiveView:
     return LiveView(console, "runs/my", **options)  # pyright: ignore[reportArgumentType]
 
 
-def said(run: RunNumbers, now: float) -> dict[str, str]:
-    return dict(rows(run, now))
-
-
 def test_the_rows_say_every_number() -> None:
     run = RunNumbers("runs/my", steps=1000, began=100.0)
     for step in range(1, 101):
@@ -95,7 +92,7 @@ def test_the_rows_say_every_number() -> None:
     run.take_log({"eval_loss": 0.75}, 50)
     run.take_log({"eval_loss": 0.875}, 100)
     run.steps_left_out, run.asked = 1, [Asked(100, "what colour?", "re\x1b[2Jd", "green")]
-    assert said(run, 310.0) == {
+    assert dict(rows(run, 310.0)) == {
         "step": "100 of 1,000  10%  3:30 so far, 30:00 left",
         "loss": "0.5000  mean 1.0000  █▁",
         "learning rate": "0.0002  gradient norm 1.25",
@@ -110,8 +107,8 @@ def test_the_rows_say_every_number() -> None:
 def test_what_is_not_known_yet_is_not_said() -> None:
     run = RunNumbers("runs/my", step=40, steps=60, began=0.0)  # resumed
     run.take_step(41, 5.0)
-    assert said(run, 5.0)["step"] == "41 of 60  68%  0:05 so far"
-    assert "first line" in said(run, 5.0)["loss"]
+    assert dict(rows(run, 5.0))["step"] == "41 of 60  68%  0:05 so far"
+    assert "first line" in dict(rows(run, 5.0))["loss"]
     assert run.seconds_left(5.0) is None
     run.take_step(42, 8.0)
     assert run.seconds_left(8.0) == 18 * 3
@@ -126,10 +123,15 @@ def test_sparks_and_clock() -> None:
     assert [clock(one) for one in (0.0, 65.4, 3723.0, 200_000.0)] == ["0:00", "1:05", "1:02:03", "2 d 7:33:20"]
 
 
+def terminal_now() -> Any:
+    """What programs write to, which the view puts itself in place of."""
+    return sys.stdout
+
+
 def test_lines_go_above_the_view_and_the_last_state_stays(
     terminal: Terminal, arguments: TrainingArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
     logger, handler = logging.getLogger("a.library"), logging.StreamHandler(terminal)
     logger.addHandler(handler)
     asked = [Asked(0, "which?", "that", "this")]
@@ -142,19 +144,19 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
             view.on_step_end(arguments, state, control)
             view.on_log(arguments, state, control, logs={**LINE, "loss": 1 / step})
             logger.warning("from a logger at %d", step)
-            sys.stderr.write(f"\rhalf\rfrom stderr at {step}\n")
+            print(f"\rhalf\rwritten at {step}", file=terminal_now())
             (top,) = [place for place, line in enumerate(terminal.lines) if "runs/my" in line]
-            assert terminal.lines[top - 1] == f"from stderr at {step}"
+            assert terminal.lines[top - 1] == f"written at {step}"
             assert terminal.lines[top - 2] == f"from a logger at {step}"
             assert sum("loss" in line for line in terminal.lines[top:]) == 1
         assert terminal.screen.cursor.hidden
-        sys.stderr.write("no end")
+        print("no end", end="", file=terminal_now())
         view.on_log(arguments, state, control, logs={"eval_loss": 0.25})
         close_views([view])
     finally:
         logger.removeHandler(handler)
     assert not terminal.screen.cursor.hidden
-    assert sys.stderr is terminal
+    assert terminal_now() is terminal
     assert handler.stream is terminal
     shown = "\n".join(terminal.lines)
     assert "step 8: validation loss 0.2500, skipped 0" in shown
@@ -183,12 +185,12 @@ def test_a_terminal_of_any_width_has_every_word(width: int, arguments: TrainingA
 
 def test_drawing_takes_a_hundredth_of_the_time(arguments: TrainingArguments) -> None:
     time = Clock(cost=0.01)
-    view = view_on(Terminal(), clock=time)
+    view: Any = view_on(Terminal(), clock=time)
     state, control = TrainerState(max_steps=1000), TrainerControl()
     view.on_train_begin(arguments, state, control)
     drawn: list[float] = []
-    update = view._live.update  # pyright: ignore[reportOptionalMemberAccess]
-    view._live = SimpleNamespace(update=lambda *a, **b: (drawn.append(time.now), update(*a, **b)), console=None)  # pyright: ignore[reportAttributeAccessIssue]
+    update = view._live.update
+    view._live = SimpleNamespace(update=lambda *a, **b: (drawn.append(time.now), update(*a, **b)), console=None)
     began = time.now
     for step in range(1000):
         state.global_step = step

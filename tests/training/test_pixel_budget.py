@@ -85,17 +85,13 @@ def test_what_is_above_a_samples_share_becomes_fewer_tokens(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_counts_and_names_them(
-    bases: Mapping[str, Path], tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path, family: str) -> None:
     path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
     run(DecoderPipeline(read_run_file(path)))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["train_samples"] == 12
     assert metrics["shrunk_samples"] == 8  # large and long ones
     assert [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line][-1]["shrunk_samples"] == 8
-    assert "8 samples (66.7% of all) had their pictures shrunk to fit data.max_pixels_per_step" in caplog.text
 
 
 def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
@@ -109,15 +105,12 @@ def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], 
     assert len(pictured) <= 3 * arguments.per_device_train_batch_size  # not every picture is decoded for it
 
 
-def test_it_is_refused_where_it_saves_nothing(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    path = written(tmp_path, bases["llava"])
-    with pytest.raises(UserError, match="makes the same of a small picture"):
-        tokens_of(path, "--data.max_pixels_per_step=100000")
-    path = written(tmp_path / "other", bases["qwen2_vl"])
-    with pytest.raises(UserError, match="2001 leaves 1000 pixels for each of 2 samples"):
-        tokens_of(path, "--data.max_pixels_per_step=2001")
-    with pytest.raises(UserError, match="max_pixels_per_step is 0; at least 1 is needed"):
-        tokens_of(path, "--data.max_pixels_per_step=0")
+@pytest.mark.parametrize(("family", "pixels"), [("llava", 100_000), ("qwen2_vl", 2_001), ("qwen2_vl", 0)])
+def test_it_is_refused_where_it_saves_nothing(
+    bases: Mapping[str, Path], tmp_path: Path, family: str, pixels: int
+) -> None:
+    with pytest.raises(UserError):
+        tokens_of(written(tmp_path, bases[family]), f"--data.max_pixels_per_step={pixels}")
 
 
 def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:

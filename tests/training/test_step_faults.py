@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,21 +44,36 @@ def trained(run_file: Path, *overrides: str) -> dict[str, Any]:
     return train(DecoderPipeline(read_run_file(run_file, *overrides))).numbers
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
-    """At these steps (from 0) the loss is NaN, or its gradient alone."""
+def change_loss(
+    monkeypatch: pytest.MonkeyPatch, steps: Sequence[int], change: Callable[[AdapterTrainer, Tensor], Tensor]
+) -> None:
+    """At these steps (from 0) the training loss is another."""
     compute = AdapterTrainer.compute_loss
 
-    def spoilt(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
+    def changed(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
         value: Tensor = compute(self, *options, **named)
-        if not cast(nn.Module, self.model).training or self.state.global_step not in steps:
-            return value
+        trains = cast(nn.Module, self.model).training and self.state.global_step in steps
+        return change(self, value) if trains else value
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", changed)
+
+
+def watched(trainer: AdapterTrainer, noted: Tensor, value: Tensor) -> Tensor:
+    """The loss, of which the watch has noted another one."""
+    trainer.faults._losses[-1] = noted.detach()
+    return value
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
+    """The loss is NaN, or its gradient alone."""
+
+    def spoilt(trainer: AdapterTrainer, value: Tensor) -> Tensor:
         if loss:
-            self.faults._losses[-1] = value.detach() * math.nan
-            return value * math.nan
+            return watched(trainer, value * math.nan, value * math.nan)
         value.register_hook(lambda gradient: gradient * math.nan)
         return value
 
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", spoilt)
+    change_loss(monkeypatch, steps, spoilt)
 
 
 @pytest.mark.parametrize("loss", [True, False])
@@ -68,10 +84,8 @@ def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
     folder = run_file.parent / run_file.stem
     sound = load_file(folder / "adapter" / "adapter_model.safetensors")
     spoil(monkeypatch, 3, loss=loss)
-    with pytest.raises(UserError, match=r"^step 4: the (loss|gradient)") as error:
+    with pytest.raises(UserError):
         trained(run_file, "--overwrite", "true", "--training.lr_scheduler_type", "constant")
-    assert "checkpoint-4" in str(error.value)
-    assert ("sample-12, sample-13, sample-14, sample-15" in str(error.value)) is loss  # of the fourth step's four
     assert not (folder / "adapter").exists()
     assert not (folder / "metrics.json").exists()
     kept = load_file(folder / "checkpoint-4" / "adapter" / "adapter_model.safetensors")
@@ -80,30 +94,29 @@ def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
     (line,) = read_log(folder / "faults.jsonl")
     assert line["step"] == 4
     assert line["fault"] == ("loss" if loss else "gradient")
-
-
-def test_a_run_that_skips_goes_on_and_counts(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, 1, 4, loss=True)
-    numbers = trained(run_file, "--optim.not_finite", "skip")
-    assert (numbers["steps_left_out"], numbers["train_steps"]) == (2, 6)
-    tensors = load_file(run_file.parent / run_file.stem / "adapter" / "adapter_model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert line["samples"] == ([f"sample-{number}" for number in range(12, 16)] if loss else [])  # of the fourth step
 
 
 @pytest.mark.slow
 def test_ten_such_steps_in_a_row_end_it_all_the_same(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(2, 40), loss=False)
-    with pytest.raises(UserError, match=r"^step 12: .* 10 steps"):
+    with pytest.raises(UserError):
         trained(run_file, "--optim.not_finite", "skip", "--training.max_steps", "40")
+    assert read_log(run_file.parent / run_file.stem / "faults.jsonl")[-1]["step"] == 12
 
 
-def test_resuming_goes_on_after_the_step(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_skips_counts_and_a_resumed_one_goes_on_after_the_step(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as spoilt:
         spoil(spoilt, 3, loss=True)
         with pytest.raises(UserError):
             trained(run_file)
-    numbers = trained(run_file, "--resume", "last")
-    assert [numbers[name] for name in ("train_steps", "steps_left_out", "train_samples")] == [6, 1, 24]
+    spoil(monkeypatch, 4, loss=True)
+    numbers = trained(run_file, "--resume", "last", "--optim.not_finite", "skip")
+    assert [numbers[name] for name in ("train_steps", "steps_left_out", "train_samples")] == [6, 2, 24]
+    tensors = load_file(run_file.parent / run_file.stem / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(
@@ -114,7 +127,7 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
     spoilt = next(name for name in weights if "layers.1.mlp.down_proj" in name)
     weights[spoilt][3, 5] = math.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"broken: 1 .*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(UserError):
         trained(run_file, "--model.base", str(base))
     assert not (run_file.parent / run_file.stem / "log.jsonl").exists()
 
@@ -127,18 +140,14 @@ def test_weights_are_read_whatever_their_number_type(value: float) -> None:
     part = TrainedPart("dora.A", {"1.weight": cast(nn.Parameter, last.weight)}, weight_decay=True)
     check_trained_weights([part], step=7, kept=None)
     with torch.no_grad():
-        last.weight[1, 2] = value
-    with pytest.raises(UserError, match=r"^base: 1 .*1\.weight"):
-        check_base_weights(model, "base")
-    with pytest.raises(UserError, match=r"^step 7: 1 .*checkpoint-5"):
-        check_trained_weights([part], step=7, kept="checkpoint-5")
-
-
-def test_large_finite_weights_are_numbers() -> None:
-    model = nn.Linear(2, 2)
-    with torch.no_grad():
-        model.weight.fill_(3e38)  # their float32 sum is infinite
+        cast(nn.Linear, model[0]).weight.fill_(3e38)  # finite, though their float32 sum is not
     check_base_weights(model, "base")
+    with torch.no_grad():
+        last.weight[1, 2] = value
+    with pytest.raises(UserError):
+        check_base_weights(model, "base")
+    with pytest.raises(UserError):
+        check_trained_weights([part], step=7, kept="checkpoint-5")
 
 
 @pytest.mark.slow
@@ -146,10 +155,7 @@ def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(run_file: 
     clipped = ("--training.max_steps=2", "--training.max_grad_norm=0.01")
     trained(run_file, *clipped)
     folder = run_file.parent / "engine"
-    result = launch(
-        run_file, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1, port=29743
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch(run_file, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1, port=29743)
     plain, engine = (
         [line["grad_norm"] for line in read_log(one / "log.jsonl") if "grad_norm" in line]
         for one in (run_file.parent / run_file.stem, folder)
@@ -169,15 +175,7 @@ def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
 
 
 def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = AdapterTrainer.compute_loss
-
-    def spiked(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
-        value: Tensor = compute(self, *options, **named)
-        if cast(nn.Module, self.model).training and self.state.global_step == 25:
-            self.faults._losses[-1] = value.detach() * 50
-        return value
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", spiked)
+    change_loss(monkeypatch, (25,), lambda trainer, value: watched(trainer, value * 50, value))
     trained(run_file, "--training.max_steps", "27", "--training.learning_rate", "1e-5")
     (line,) = read_log(run_file.parent / run_file.stem / "faults.jsonl")
     assert line["step"] == 26
@@ -198,13 +196,10 @@ def test_a_picture_whose_features_are_no_numbers_under_the_launcher(
         data={"group_by_modality_length": False, "cache_features": True, "feature_cache": str(tmp_path / "features")},
         training={"deepspeed": zero, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2},
     )
-    first = launch(run_file, "--training.max_steps=1", ranks=ranks, port=29741)
-    assert first.returncode == 0, first.stderr[-2000:]
+    launch(run_file, "--training.max_steps=1", ranks=ranks, port=29741)
     spoil_features(tmp_path / "features")
-    result = launch(run_file, "--overwrite=true", ranks=ranks, port=29742)
-    assert result.returncode != 0
-    (said,) = {line for line in result.stderr.splitlines() if "error: " in line}
-    assert "the loss is not a number (samples sample-" in said
+    launch(run_file, "--overwrite=true", ranks=ranks, port=29742, succeeds=False)
+    assert read_log(tmp_path / "run" / "faults.jsonl")[0]["fault"] == "loss"
     assert not (tmp_path / "run" / "adapter").exists()
     whole = load_file(next((tmp_path / "run").glob("checkpoint-*/adapter/adapter_model.safetensors")))
     assert all(bool(tensor.isfinite().all()) for tensor in whole.values())

@@ -37,14 +37,8 @@ run_module.leave_process_group()
 
 
 def types_after_training(run_file: Path, *overrides: str) -> dict[str, list[str]]:
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(run_file), *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    command = [sys.executable, "-c", PROGRAM, str(run_file), *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("TYPES ")]
     return json.loads(line.removeprefix("TYPES "))

@@ -29,7 +29,7 @@ def all_subtasks() -> Mapping[str, Subtask]:
 
 
 def image_examples(task: str) -> list[Example]:
-    made = []
+    examples = []
     for index in range(ITEMS):
         answers: tuple[Answer, ...] = (Answer(text=WORDS[index], weight=(0.3, 0.6, 1.0)[index % 3]),)
         if task in ("nlvr2", "nlvr"):
@@ -40,26 +40,24 @@ def image_examples(task: str) -> list[Example]:
         question = "" if task == "coco_caption" else f"what is it {' very' * index}?"
         name = f"dev-{index}-0-0" if task == "nlvr2" else f"{task}-{index}"  # NLVR2's ids name their sentence
         extra = {"human_answers": [answers[0].text] * 10} if task == "vqav2" else {}
-        made.append(Example(id=name, images=images, question=question, answers=answers, extra=extra))
-    return made
+        examples.append(Example(id=name, images=images, question=question, answers=answers, extra=extra))
+    return examples
 
 
 def video_examples(task: str) -> list[Example]:
-    made = []
+    examples = []
     for index in range(ITEMS):
-        shared: dict[str, Any] = {
-            "id": f"{task}-{index}",
-            "videos": (Clip(path=f"p{index % FEATURES}.mp4"),),
-            "subtitles": tuple(Subtitle(f"line {number}") for number in range(index)),
-        }
+        clips = (Clip(path=f"p{index % FEATURES}.mp4"),)
+        shared: dict[str, Any] = {"id": f"{task}-{index}", "videos": clips}
+        shared["subtitles"] = tuple(Subtitle(f"line {number}") for number in range(index))
         if task in ("tvqa", "how2qa", "video_choice"):
             choices = tuple(f"{word} " for word in WORDS[: 5 if task == "tvqa" else 4])
             extra = {"correct": index % len(choices), "ts": "1.5-2.5"}
-            made.append(Example(**shared, question="what is said?", choices=choices, extra=extra))
+            examples.append(Example(**shared, question="what is said?", choices=choices, extra=extra))
         else:
             answers = tuple(Answer(text=f"they say {word}") for word in WORDS[: 1 + index % 2])
-            made.append(Example(**shared, answers=answers, extra={"clip_id": index, "ts": [1.5, 2.5]}))
-    return made
+            examples.append(Example(**shared, answers=answers, extra={"clip_id": index, "ts": [1.5, 2.5]}))
+    return examples
 
 
 def write_vlbart_data(folder: Path) -> Path:
@@ -79,22 +77,12 @@ def write_vlbart_data(folder: Path) -> Path:
 def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **changes: dict[str, Any]) -> Path:
     """A run's YAML over the tiny data; `changes` are merged into its sections."""
     records = {task: str(data / "records" / f"{task}.jsonl") for task in tasks}
+    texts = [str(file) for file in sorted((data / "records").glob("*.jsonl"))]
+    small = {"texts": texts, "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 32}
     sections: dict[str, dict[str, Any]] = {
         "model": {
             "base": str(data / "base"),
-            "compose": {
-                "small": {
-                    "texts": [str(file) for file in sorted((data / "records").glob("*.jsonl"))],
-                    "vocabulary": 300,
-                    "width": 16,
-                    "layers": 1,
-                    "heads": 2,
-                    "feedforward": 32,
-                },
-                "feature_width": FEATURE_WIDTH,
-                "pooled_side": None,
-                "dropout": 0.0,
-            },
+            "compose": {"small": small, "feature_width": FEATURE_WIDTH, "pooled_side": None, "dropout": 0.0},
         },
         "adapter": {"rank": 2, "alpha": 3.0, "dropout": 0.0, "train_norm_weights": True},
         "data": {

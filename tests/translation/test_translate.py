@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import yaml
 
 from dora_vl.cli import main
-from dora_vl.run.reading import read_run_file
+from dora_vl.errors import UserError
+from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.run.settings import RunConfig
+from dora_vl.start import translate
 from tests.translation import peer_files
 
 
@@ -35,15 +38,12 @@ def translated(
     return read_run_file("run.yaml"), rows
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(["translate", *words])
-    printed = capsys.readouterr()
-    assert left.value.code == 2
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
-    return printed.err
+def refused(*words: str) -> str:
+    parser = argparse.ArgumentParser()
+    translate.add_arguments(parser)
+    with pytest.raises(UserError) as error:
+        list(translate.run(parser.parse_args(words)))
+    return str(error.value)
 
 
 def step_samples(config: RunConfig) -> int:
@@ -122,22 +122,25 @@ def test_llama_factory_takes_its_own_defaults(capsys: pytest.CaptureFixture[str]
     assert "put yours here" in rows["(not said)"]
 
 
-def test_llama_factory_parts_that_are_not_frozen(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "stage: sft\nfinetuning_type: lora\nfreeze_vision_tower: false\nlora_target: all\nmodel_name_or_path: b\n"
-    config, _ = translated(capsys, "sft.yaml", text)
-    assert config.adapter.targets == ("language", "vision")
-    Path("run.yaml").unlink()
-    config, _ = translated(capsys, "sft.yaml", text.replace("lora_target: all", "lora_target: q_proj, fc1"))
-    assert config.adapter.targets == ("*.q_proj", "*.fc1")
-    Path("run.yaml").unlink()
-    config, _ = translated(capsys, "sft.yaml", "stage: sft\nlora_target: q_proj\nmodel_name_or_path: b\n")
-    assert config.adapter.targets == ("*language_model*.q_proj",)
-    Path("run.yaml").unlink()
-    full = "stage: sft\nfinetuning_type: full\nfreeze_multi_modal_projector: false\nbf16: true\ndeepspeed: ds_z3.json\n"
-    config, _ = translated(capsys, "sft.yaml", full)
-    assert config.adapter.method == "full"
-    assert config.adapter.targets == ("model.language_model*", "lm_head", "projector")
-    assert config.training["bf16"] is True
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("lora_target: q_proj\n", ("*language_model*.q_proj",)),
+        ("freeze_vision_tower: false\nlora_target: all\n", ("language", "vision")),
+        ("freeze_vision_tower: false\nlora_target: q_proj, fc1\n", ("*.q_proj", "*.fc1")),
+        (
+            "finetuning_type: full\nfreeze_multi_modal_projector: false\nbf16: true\ndeepspeed: ds_z3.json\n",
+            ("model.language_model*", "lm_head", "projector"),
+        ),
+    ],
+)
+def test_llama_factory_parts_that_are_not_frozen(
+    capsys: pytest.CaptureFixture[str], text: str, targets: tuple[str, ...]
+) -> None:
+    config, _ = translated(capsys, "sft.yaml", f"stage: sft\nmodel_name_or_path: b\n{text}")
+    assert config.adapter.targets == targets
+    assert config.adapter.method == ("full" if "full" in text else "lora")
+    assert config.training.get("bf16", False) is ("bf16" in text)
 
 
 def test_trl(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +224,7 @@ def test_a_script_s_own_sums_and_open_quotes(capsys: pytest.CaptureFixture[str])
 
 def test_llava(capsys: pytest.CaptureFixture[str]) -> None:
     config, rows = translated(capsys, "finetune_lora.sh", peer_files.LLAVA)
-    published = read_run_file_of_the_recipe("13b_lora")
+    published = read_run(["--config=llava/llava15", "--variant=13b_lora"])
     for name in ("method", "rank", "alpha", "dropout", "targets", "train_projector"):
         assert getattr(config.adapter, name) == getattr(published.adapter, name), name
     assert config.optim == published.optim
@@ -239,12 +242,6 @@ def test_llava(capsys: pytest.CaptureFixture[str]) -> None:
     assert "NO COUNTERPART" in rows["pretrain_mm_mlp_adapter"]
 
 
-def read_run_file_of_the_recipe(variant: str) -> RunConfig:
-    from dora_vl.run.reading import read_run
-
-    return read_run(["--config=llava/llava15", f"--variant={variant}"])
-
-
 def test_nvlabs_program_is_a_dora(capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = translated(capsys, "Dora_7b.sh", peer_files.LLAVA.replace("train_mem.py", "train_mem_dora.py"))
     assert config.adapter.method == "dora"
@@ -255,7 +252,7 @@ def test_llava_s_stage_one(capsys: pytest.CaptureFixture[str]) -> None:
         "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5", "--tune_mm_mlp_adapter True"
     )
     config, _ = translated(capsys, "pretrain.sh", text.replace("--version v1", "--version plain"))
-    published = read_run_file_of_the_recipe("13b_pretrain")
+    published = read_run(["--config=llava/llava15", "--variant=13b_pretrain"])
     assert (config.adapter.method, config.adapter.targets) == (published.adapter.method, published.adapter.targets)
     assert (config.model.template, config.training["bf16"]) == ("plain", True)
 
@@ -343,24 +340,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_refused(name: str) -> None:
     text, named = REFUSED[name]
     if text is not None:
         Path(name).write_text(text, encoding="utf-8")
-    message = refused(capsys, name, "--write", "run.yaml")
+    message = refused(name, "--write", "run.yaml")
     assert name in message
     assert named in message
     assert not Path("run.yaml").exists()
 
 
-def test_a_name_of_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_of_no_data_set() -> None:
     Path("sets").mkdir()
     Path("sets/dataset_info.json").write_text("{}", encoding="utf-8")
     Path("a.yaml").write_text(peer_files.LLAMA_FACTORY, encoding="utf-8")
-    assert "dataset names mine, which dataset_info.json has not" in refused(capsys, "a.yaml")
+    refused("a.yaml")
 
 
-def test_a_file_that_is_there_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_there_is_left() -> None:
     Path("a.yaml").write_text(peer_files.TRL, encoding="utf-8")
-    assert "is there already" in refused(capsys, "a.yaml", "--write", "a.yaml")
+    refused("a.yaml", "--write", "a.yaml")
     assert Path("a.yaml").read_text(encoding="utf-8") == peer_files.TRL

@@ -42,7 +42,6 @@ class ByKey:
     Attributes:
         by: what the two have in common, for people.
         of_row: a row's key; None where it has none.
-        of_example: a question's.
     """
 
     by: str
@@ -114,10 +113,6 @@ def join(
     """Each row of another tool's file under its question's id; of two for one question the later stands.
 
     A row's question is found by the id, or as the benchmark's own files name it.
-
-    Args:
-        path: the rows' file.
-        questions: the examples'.
     """
     matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
@@ -171,8 +166,6 @@ class Benchmark:
     Attributes:
         modes: version -> scorer, the usual one first, "" where there is one alone; empty where an external judge
             scores.
-        prompt: what a LLaVA is asked.
-        max_new_tokens: longest answer.
         splits: names of the split to look for in `records/<task>/`, the first that is there.
         submission: the server's file, its name and text; a test split's answers are the publisher's, so it scores.
             Read back by the official rule it gives the score of `modes`.

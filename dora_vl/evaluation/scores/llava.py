@@ -183,11 +183,7 @@ _LAST_WORDS_2025 = 4
 
 
 def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | None:
-    """The letter an answer gives, or None.
-
-    Args:
-        choices: letter -> text.
-    """
+    """The letter an answer gives, or None."""
     if "Failed to obtain answer via API" not in answer:
         letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
         if letter is not None:

@@ -84,7 +84,6 @@ class Scored:
         per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
         n: items scored, those without an answer included.
         settings: the mode and whatever else decides the numbers.
-        failed: ids without an answer; each counts as wrong.
         units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
         columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
     """
@@ -122,9 +121,7 @@ class Tally:
         """Adds one item's columns to its unit.
 
         Args:
-            share: the item's share of the headline.
             unit: what the item belongs to; "" makes it a unit of its own.
-            failed: it has no answer.
         """
         sums = self._columns.setdefault(unit or f"item {item}", defaultdict(float))
         for name, value in columns.items():

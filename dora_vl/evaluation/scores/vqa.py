@@ -30,16 +30,7 @@ from dora_vl.evaluation.scores.benchmark import (
     right_answer,
 )
 from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE, short, true_or_false
-from dora_vl.evaluation.scores.scored import (
-    ACCURACY,
-    Answers,
-    Formula,
-    Ratio,
-    Scored,
-    Tally,
-    score_points,
-    share_of,
-)
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Ratio, Scored, Tally, score_points, share_of
 
 # How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
 #

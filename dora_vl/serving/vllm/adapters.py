@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,20 +23,20 @@ Lookup = Callable[[str], Any]
 
 def magnitudes_in(weights: Any) -> list[Tensor]:
     """The magnitudes of a layer's weights: one, or those of the parts that were packed into one."""
-    result = getattr(weights, "magnitude", None)
-    return [item for item in (result if isinstance(result, list) else [result]) if item is not None]
+    magnitudes = getattr(weights, "magnitude", None)
+    parts = magnitudes if isinstance(magnitudes, list) else [magnitudes]
+    return [part for part in parts if part is not None]
 
 
 def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
     """What packed weights keep of their parts; a part that is not adapted, or has no magnitude, leaves a gap."""
-    result = [getattr(item, "magnitude", None) for item in parts]
-    return result if any(item is not None for item in result) else None
+    magnitudes = [getattr(part, "magnitude", None) for part in parts]
+    return magnitudes if any(magnitude is not None for magnitude in magnitudes) else None
 
 
 def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
     """The magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
-    result = {name: magnitudes_in(weights) for name, weights in adapter.loras.items()}
-    return {name: magnitudes for name, magnitudes in result.items() if magnitudes}
+    return {name: found for name, weights in adapter.loras.items() if (found := magnitudes_in(weights))}
 
 
 def compute_gains(
@@ -54,7 +53,6 @@ def compute_gains(
         modules: the wrapped layers, by vLLM's names.
         before: `magnitudes_of` of the adapter before its weights were packed.
         lookup: the adapter's weights as packed.
-        max_rank: rows of A in a slot.
         elsewhere: whether a layer is on another rank of a pipeline.
 
     Raises:
@@ -62,26 +60,24 @@ def compute_gains(
     """
     layers = {name: module for name, module in modules.items() if isinstance(module, DoRALayer)}
     served = {name: weights for name in layers if magnitudes_in(weights := lookup(name))}
-    kept = {id(item) for weights in served.values() for item in magnitudes_in(weights)}
-    lost = [name for name, ones in before.items() if not {id(item) for item in ones} <= kept and not elsewhere(name)]
+    applied = {id(magnitude) for weights in served.values() for magnitude in magnitudes_in(weights)}
+    lost = [
+        name for name, magnitudes in before.items() if not {*map(id, magnitudes)} <= applied and not elsewhere(name)
+    ]
     if lost:
         raise UnservableAdapter(
             f"vLLM applies no magnitudes to {len(lost)} of the adapter's layers: {shown_names(sorted(lost))} "
             f"(experts, embeddings, output heads, and what it keeps in a class of its own); {EXPORT}"
         )
     for name, weights in served.items():
-        _refuse_ranks(name, weights, max_rank)
+        factors = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+        highest = max(len(factor) for factor in factors if factor is not None)
+        if highest > max_rank:
+            raise UnservableAdapter(
+                f"{name} has rank {highest}, above --max-lora-rank {max_rank}; start vLLM with a higher one"
+            )
     for name, weights in served.items():
         weights.dora_minus_one = layers[name].dora_gains(name, weights).cpu()
-
-
-def _refuse_ranks(name: str, weights: Any, max_rank: int) -> None:
-    factors = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
-    highest = max(len(item) for item in factors if item is not None)
-    if highest > max_rank:
-        raise UnservableAdapter(
-            f"{name} has rank {highest}, above --max-lora-rank {max_rank}; start vLLM with a higher one"
-        )
 
 
 def write_gains(modules: Mapping[str, Any], slot: int, lookup: Lookup) -> None:
@@ -106,23 +102,11 @@ SHRINK = "bgmv_shrink"
 def mend() -> bool:
     """Has the product with A leave nothing in rows of the base; whether there was something to mend."""
     kernels = import_module(KERNELS)
-    if not is_faulty(getattr(kernels, SHRINK)):
-        return False
-    mended = without_base_rows(getattr(kernels, SHRINK))
-    for module in (kernels, *map(import_module, USERS)):
-        _replace(module, mended)
-    return True
-
-
-def is_faulty(shrink: Any) -> bool:
-    """Whether a row of slot -1 gets anything."""
+    shrink = getattr(kernels, SHRINK)
     rows, weights, output = torch.ones(1, 2), torch.ones(1, 1, 1, 2), torch.zeros(1, 1)
     shrink(rows, weights, output, torch.tensor([-1]), 1.0)
-    return bool(output.any())
-
-
-def without_base_rows(shrink: Any) -> Any:
-    """The same product, with zeros in rows of slot -1: B then adds nothing, whichever B it is."""
+    if not output.any():
+        return False
 
     def bgmv_shrink(
         inputs: Tensor,
@@ -132,13 +116,11 @@ def without_base_rows(shrink: Any) -> Any:
         scaling: float = 1.0,
     ) -> None:
         shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
-        output_tensor[lora_indices_tensor < 0] = 0
+        output_tensor[lora_indices_tensor < 0] = 0  # B then adds nothing, whichever B it is
 
-    return bgmv_shrink
-
-
-def _replace(module: ModuleType, mended: Any) -> None:
-    setattr(module, SHRINK, mended)
+    for module in (kernels, *map(import_module, USERS)):
+        setattr(module, SHRINK, bgmv_shrink)
+    return True
 
 
 # The places of vLLM that the plugin changes or reads, and whether a vLLM has them as they were when it was tested.
@@ -149,8 +131,6 @@ class Place:
     """A function, method or tuple of vLLM.
 
     Attributes:
-        module: the file it stands in.
-        name: in the module; members of a class with a dot.
         parameters: of its signature, in order; None for what is no function.
         reads: names that its code must use: attributes that are made there, or what it must look up anew.
     """
@@ -234,35 +214,15 @@ def difference(places: Iterable[Place] = PLACES) -> str | None:
     for place in places:
         where = f"{place.module}.{place.name}"
         try:
-            result = attribute(place.module, place.name)
+            member: Any = import_module(place.module)
+            for part in place.name.split("."):
+                member = getattr(member, part)
         except (ImportError, AttributeError):
             return f"{where} is not there"
-        if place.parameters is not None and (names := parameters_of(result)) != place.parameters:
+        names = tuple(inspect.signature(member).parameters) if callable(member) else ()
+        if place.parameters is not None and names != place.parameters:
             return f"{where} takes ({', '.join(names)}), not ({', '.join(place.parameters)})"
-        if missing := set(place.reads) - set(code_names(result)):
+        code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
+        if missing := set(place.reads) - set(() if code is None else code.co_names):
             return f"{where} does without {', '.join(sorted(missing))}"
     return None
-
-
-def attribute(module: str, name: str) -> Any:
-    """A member of a module, or of what is in it.
-
-    Raises:
-        ImportError: the module is not there, or lacks something itself.
-        AttributeError: it has no such member.
-    """
-    result: Any = import_module(module)
-    for part in name.split("."):
-        result = getattr(result, part)
-    return result
-
-
-def parameters_of(function: Any) -> tuple[str, ...]:
-    """The names of a function's parameters; a class method's without its class."""
-    return tuple(inspect.signature(function).parameters) if callable(function) else ()
-
-
-def code_names(function: Any) -> tuple[str, ...]:
-    """The attributes and globals that a function's code names."""
-    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return () if code is None else code.co_names

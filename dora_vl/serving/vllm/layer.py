@@ -7,7 +7,7 @@ asks of them what all have. `places` has looked at that before any of it is used
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     Wrapper = Any
 else:
     Wrapper = object
-
-
-# The gains of one of vLLM's linear layers, several of the model's in one (q, k, v), whatever its weight is kept as.
-#
-# Where W can be read it is; packed and quantised weights cannot, and the layer's own product says what they are: of the
-# rows of the identity, once, for ||W||^2, then of A's few rows for each adapter. Nothing of W's size is kept.
 
 
 PROBES = 4
@@ -56,16 +50,12 @@ class FrozenLayer:
     """A frozen linear layer, as far as a norm needs to know it; of a sharded one, this rank's part.
 
     Attributes:
-        name: for messages.
         product: W x of rows, without the bias.
-        in_features: columns of W here.
-        dtype: of the rows that `product` takes.
         weight: W where it can be read, [out, in]; None where the product alone says what it is.
         recovered: ||W_i||^2 of every row here, where `weight` is None.
         total: sums over the ranks that hold other columns of the same rows.
     """
 
-    name: str
     product: Callable[[Tensor], Tensor]
     in_features: int
     dtype: torch.dtype
@@ -81,10 +71,6 @@ class FrozenLayer:
         assert self.recovered is not None
         return self.recovered
 
-    def on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
-        """W applied to rows."""
-        return self.product(rows.to(self.device, self.dtype))
-
     def rows(self, index: Int[Tensor, " some"]) -> Float[Tensor, "some in_"]:
         """Some rows of W."""
         if self.weight is not None:
@@ -99,49 +85,47 @@ def frozen_layer(
     product: Callable[[Tensor], Tensor],
     weight: Tensor | None,
     in_features: int,
-    place: tuple[torch.dtype, torch.device],
+    dtype: torch.dtype,
+    device: torch.device,
     total: Callable[[Tensor], Tensor] = alone,
 ) -> FrozenLayer:
     """Reads W where it is what the layer multiplies by, else recovers what a norm needs of it.
 
+    Packed and quantised weights cannot be read; the layer's own product says what they are: of the rows of the
+    identity, once, for ||W||^2, then of A's few rows for each adapter. Nothing of W's size is kept.
+
     Args:
         weight: what the layer keeps; taken as W only if it is a matrix that gives the layer's product.
-        place: dtype and device of the layer's input.
 
     Raises:
         ValueError: the product is not that of any W: the layer rounds its input too coarsely, or saturates.
     """
-    dtype, device = place
-    layer = FrozenLayer(name, product, in_features, dtype, device, total=total)
-    draw = torch.Generator().manual_seed(0)
-    probes = torch.randn(PROBES, in_features, generator=draw).to(device, dtype)
+    layer = FrozenLayer(product, in_features, dtype, device, total=total)
+    probes = torch.randn(PROBES, in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     expected = product(probes).float()
-    if weight is not None and _multiplies_by(weight, probes, expected):
+
+    def off(computed: Tensor) -> float:
+        return float((computed - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+    if (
+        weight is not None
+        and weight.shape == (expected.shape[1], in_features)
+        and weight.is_floating_point()
+        and weight.element_size() > 1  # 8-bit floats need scales beside them
+        and off((probes.to(weight.dtype) @ weight.t()).float()) <= MOST_OFF
+    ):
         return replace(layer, weight=weight)
     squared, computed = torch.zeros_like(expected[0]), torch.zeros_like(expected)
     for start, columns in columns_by_product(product, in_features, dtype, device):
         squared += columns.float().square().sum(dim=0)
         computed += probes[:, start : start + len(columns)].float() @ columns.float()
-    off = _share_off(computed, expected)
-    if not off <= MOST_OFF:
+    if not off(computed) <= MOST_OFF:
         raise ValueError(
-            f"DoRA: {name} multiplies by no weight that its product tells ({off:.1%} off): a layer that rounds its "
-            "input coarsely, as to 8-bit floats; serve a base that is not quantised, or one whose weights alone are"
+            f"DoRA: {name} multiplies by no weight that its product tells ({off(computed):.1%} off): a layer that "
+            "rounds its input coarsely, as to 8-bit floats; serve a base that is not quantised, or one whose weights "
+            "alone are"
         )
     return replace(layer, recovered=squared)
-
-
-def _multiplies_by(weight: Tensor, probes: Tensor, expected: Tensor) -> bool:
-    """Whether what a layer keeps is W: a matrix of numbers that need no scales beside them, as 8-bit floats do."""
-    if weight.shape != (expected.shape[1], probes.shape[1]) or not weight.is_floating_point():
-        return False
-    return (
-        weight.element_size() > 1 and _share_off((probes.to(weight.dtype) @ weight.t()).float(), expected) <= MOST_OFF
-    )
-
-
-def _share_off(computed: Tensor, expected: Tensor) -> float:
-    return float((computed - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 @torch.no_grad()
@@ -150,40 +134,25 @@ def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: S
 
     Args:
         slices: one for each of the layer's slices, in their order.
-        sizes: their outputs.
     """
     result = torch.zeros(sum(sizes), device=layer.device)
-    present = [item for item in slices if item is not None]
+    present = [part for part in slices if part is not None]
     if not present:
         return result
-    frozen = layer.norms_squared()
-    on_A = iter(
-        layer.on_rows(torch.cat([item.lora_A for item in present])).split([len(item.lora_A) for item in present])
-    )
-    start = 0
-    for item, size in zip(slices, sizes, strict=True):
-        if item is not None:
-            rows = torch.arange(start, start + size, device=layer.device)
-            norms = _norms(layer, item, rows, frozen[rows], next(on_A)[:, rows])
-            result[rows] = functional.gain(item.magnitude.to(norms), norms) - 1
-        start += size
+    norms_squared = layer.norms_squared()
+    on_A = layer.product(torch.cat([part.lora_A for part in present]).to(layer.device, layer.dtype))
+    products = iter(on_A.split([len(part.lora_A) for part in present]))
+    for part, rows in zip(slices, torch.arange(len(result), device=layer.device).split(list(sizes)), strict=True):
+        if part is None:
+            continue
+        a, b, frozen = part.lora_A.to(layer.device), part.lora_B.to(layer.device), norms_squared[rows]
+        squared = layer.total(functional.factored_norms_squared(frozen, a, b, next(products)[:, rows], 1.0))
+        norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
+        if cancelled.numel():  # those rows from the dense direction
+            dense = functional.dense_direction(layer.rows(rows[cancelled]), a, b[cancelled], 1.0)
+            norms[cancelled] = functional.root(layer.total(functional.row_norms_squared(dense)))
+        result[rows] = functional.gain(part.magnitude.to(norms), norms) - 1
     return result
-
-
-def _norms(layer: FrozenLayer, item: Slice, rows: Tensor, frozen: Tensor, on_A: Tensor) -> Float[Tensor, " out"]:
-    """n of a slice's rows, those that cancel from the dense direction."""
-    a, b = item.lora_A.to(layer.device), item.lora_B.to(layer.device)
-    squared = layer.total(functional.factored_norms_squared(frozen, a, b, on_A, 1.0))
-    norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
-    if cancelled.numel():
-        dense = functional.dense_direction(layer.rows(rows[cancelled]), a, b[cancelled], 1.0)
-        norms[cancelled] = functional.root(layer.total(functional.row_norms_squared(dense)))
-    return norms
-
-
-# The magnitudes of an adapter's file: taken out of its tensors, each held against the A and B that it belongs to.
-#
-# Names are those of the file, PEFT's; vLLM's own names of the layers come later.
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -204,7 +173,7 @@ def as_factor(name: str) -> str:
 
 
 def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> dict[str, Float[Tensor, " out"]]:
-    """Takes an adapter's magnitudes out of its tensors, by the names of their layers in the file.
+    """Takes an adapter's magnitudes out of its tensors, by the names of their layers in the file, which are PEFT's.
 
     Args:
         use_dora: what the adapter's `adapter_config.json` says.
@@ -220,31 +189,18 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
         )
     if not magnitudes:
         return {}
-    _refuse_other_kinds(tensors)
-    _refuse_unpaired(tensors, magnitudes)
-    _refuse_sizes(tensors, magnitudes)
-    return {layer: tensors.pop(name).flatten().float() for layer, name in magnitudes.items()}
-
-
-def _refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
     embedded = [name for name in tensors if ".lora_embedding_" in name]
     if embedded:
         raise UnservableAdapter(f"{embedded[0]} is an embedding's, whose magnitude is not served; {EXPORT}")
-
-
-def _refuse_unpaired(tensors: Mapping[str, Tensor], magnitudes: Mapping[str, str]) -> None:
     factors = {name.removesuffix(end) for name in tensors for end in (LORA_A, LORA_B) if name.endswith(end)}
-    alone = sorted(layer for layer in magnitudes if not {layer + LORA_A, layer + LORA_B} <= tensors.keys())
-    if alone:
-        raise UnservableAdapter(f"{len(alone)} magnitudes without A and B: {shown_names(alone)}; {EXPORT}")
+    unpaired = sorted(layer for layer in magnitudes if not {layer + LORA_A, layer + LORA_B} <= tensors.keys())
+    if unpaired:
+        raise UnservableAdapter(f"{len(unpaired)} magnitudes without A and B: {shown_names(unpaired)}; {EXPORT}")
     without = sorted(factors - magnitudes.keys())
     if without:
         raise UnservableAdapter(
             f"{len(without)} layers without a magnitude: {shown_names(without)}; the file is not whole"
         )
-
-
-def _refuse_sizes(tensors: Mapping[str, Tensor], magnitudes: Mapping[str, str]) -> None:
     for layer, name in magnitudes.items():
         a, b, magnitude = tensors[layer + LORA_A], tensors[layer + LORA_B], tensors[name]
         if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
@@ -253,6 +209,7 @@ def _refuse_sizes(tensors: Mapping[str, Tensor], magnitudes: Mapping[str, str]) 
             raise UnservableAdapter(f"{layer}: {magnitude.numel()} magnitudes for {len(b)} outputs")
         if not bool(torch.isfinite(magnitude).all()):
             raise UnservableAdapter(f"{layer}: magnitudes that are not numbers")
+    return {layer: tensors.pop(name).flatten().float() for layer, name in magnitudes.items()}
 
 
 class DoRALayer(Wrapper):
@@ -264,9 +221,8 @@ class DoRALayer(Wrapper):
 
     dora_minus_one: Float[Tensor, "slots_and_base out"]
     sum_of_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
-    """For wrappers of row-parallel layers, whose ranks hold columns of W."""
     shards_inputs: bool = False
-    """Whether they do."""
+    """Whether ranks hold columns of W, as of row-parallel layers; `sum_of_ranks` is for those."""
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """vLLM's slots, and the gains beside them."""
@@ -297,64 +253,48 @@ class DoRALayer(Wrapper):
         row.zero_() if minus_one is None else row.copy_(minus_one)
 
     def dora_gains(self, name: str, weights: Any) -> Float[Tensor, " out"]:
-        """g - 1 of this rank's outputs, from an adapter's weights as vLLM packs them, with their `magnitude`.
-
-        Raises:
-            ValueError: they are of another layer, or nobody can say what this one's weight is.
-        """
+        """g - 1 of this rank's outputs, from an adapter's weights as vLLM packs them, with their `magnitude`."""
         sizes = tuple(self.output_slices) if self.n_slices > 1 else (self.output_size,)
         slices = self._slices(name, weights)
-        for item, size in zip(slices, sizes, strict=True):
-            if item is not None:
-                _refuse_other_sizes(name, item, self.input_size, size)
+        for part, size in zip(slices, sizes, strict=True):
+            if part is None:
+                continue
+            outputs, inputs = len(part.lora_B), part.lora_A.shape[1]
+            if (outputs, inputs) != (size, self.input_size) or part.magnitude.numel() != size:
+                raise UnservableAdapter(
+                    f"{name} is {size} x {self.input_size} here, and the adapter's layer {outputs} x {inputs}; it was "
+                    "trained on another base"
+                )
         frozen = self._recovered or self._look_at_weight(name)
         if frozen.weight is None:
             self._recovered = frozen
         return gains_minus_one(frozen, slices, sizes)
 
     def _slices(self, name: str, weights: Any) -> list[Slice | None]:
-        """What an adapter changes in each slice, as far as this rank holds it."""
+        """What an adapter changes in each slice, as far as this rank holds it; None for one that has no adapter."""
         a, b, m = (
-            item if isinstance(item, list) else [item] for item in (weights.lora_a, weights.lora_b, weights.magnitude)
+            part if isinstance(part, list) else [part] for part in (weights.lora_a, weights.lora_b, weights.magnitude)
         )
         if len(m) != self.n_slices:
             raise UnservableAdapter(f"{name} is {self.n_slices} layers in one, and the adapter has {len(m)}")
-        m = [None if item is None else item.view(-1, 1) for item in m]
+        m = [None if part is None else part.view(-1, 1) for part in m]
         if self.tp_size > 1 and self.shards_inputs:
             a = [self.slice_lora_a(a[0])]
-        elif self.tp_size > 1:
-            b, m = self._own_rows(b), self._own_rows(m)
-        return [_slice(*parts) for parts in zip(a, b, m, strict=True)]
-
-    def _own_rows(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """This rank's outputs of a column-parallel layer, as vLLM cuts B."""
-        if self.n_slices > 1:
-            return self.slice_lora_b(parts)
-        return [self.slice_lora_b(parts[0])]
+        elif self.tp_size > 1:  # of a column-parallel layer this rank's outputs, as vLLM cuts B
+            b, m = (
+                self.slice_lora_b(parts) if self.n_slices > 1 else [self.slice_lora_b(parts[0])] for parts in (b, m)
+            )
+        return [
+            None if magnitude is None else Slice(lora_A, lora_B, magnitude.view(-1))
+            for lora_A, lora_B, magnitude in zip(a, b, m, strict=True)
+        ]
 
     def _look_at_weight(self, name: str) -> FrozenLayer:
         layer = self.base_layer
-        place = layer.params_dtype, self.device
 
         def product(rows: Tensor) -> Tensor:
             return layer.quant_method.apply(layer, rows, None)
 
         weight = getattr(layer, "weight", None)
         total = self.sum_of_ranks if self.tp_size > 1 else alone  # a layer may be whole on each of several ranks
-        return frozen_layer(name, product, weight, self.input_size, place, total)
-
-
-def _slice(lora_A: Tensor | None, lora_B: Tensor | None, magnitude: Tensor | None) -> Slice | None:
-    """None for a part that has no adapter; all of vLLM's tensors of it are None then."""
-    if lora_A is None or lora_B is None or magnitude is None:
-        return None
-    return Slice(lora_A, lora_B, magnitude.view(-1))
-
-
-def _refuse_other_sizes(name: str, part: Slice, inputs: int, outputs: int) -> None:
-    sizes = tuple(part.lora_B.shape[:1]) + tuple(part.lora_A.shape[1:])
-    if sizes != (outputs, inputs) or part.magnitude.numel() != outputs:
-        raise UnservableAdapter(
-            f"{name} is {outputs} x {inputs} here, and the adapter's layer {sizes[0]} x {sizes[1]}; it was trained on "
-            "another base"
-        )
+        return frozen_layer(name, product, weight, self.input_size, layer.params_dtype, self.device, total)

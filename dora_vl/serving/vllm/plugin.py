@@ -69,23 +69,18 @@ def takes_dora() -> bool:
     """Whether vLLM's own look at an adapter's config lets `use_dora` pass."""
     try:
         helper = import_module(HELPER).PEFTHelper
-        seen = helper.from_dict({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True})
-        return bool(seen.use_dora) and not seen._validate_features()
+        config = helper.from_dict({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True})
+        return bool(config.use_dora) and not config._validate_features()
     except (ImportError, AttributeError, TypeError, ValueError):
         return False
 
 
 def reason_against(version: str) -> str | None:
     """Why this vLLM is not to be changed; None where nothing speaks against it."""
-    known = {minor_of(item) for item in TESTED}
-    if minor_of(version) not in known and os.environ.get(UNTESTED) != "1":
+    minor, *tested = (release.split("+")[0].split(".")[:2] for release in (version, *TESTED))
+    if minor not in tested and os.environ.get(UNTESTED) != "1":
         return f"version {version} was never tried; {UNTESTED}=1 tries it"
     return difference()
-
-
-def minor_of(version: str) -> tuple[str, ...]:
-    """`0.32` of `0.32.1+cpu`, in parts."""
-    return tuple(version.split("+")[0].split(".")[:2])
 
 
 # The plugin's functions in vLLM's places, each as `places` lists it.
@@ -111,11 +106,11 @@ def accept_configs(helper: Any) -> None:
     refused = helper._validate_features
 
     def _validate_features(self: Any) -> list[str]:
-        seen = copy.copy(self)
-        seen.use_dora = False
-        text = refused(seen)
-        seen.modules_to_save = None
-        return [*text, WHOLE_MODULES] if len(refused(seen)) < len(text) else text
+        config = copy.copy(self)
+        config.use_dora = False
+        reasons = refused(config)
+        config.modules_to_save = None
+        return [*reasons, WHOLE_MODULES] if len(refused(config)) < len(reasons) else reasons
 
     helper._validate_features = _validate_features
 

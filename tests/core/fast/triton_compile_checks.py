@@ -58,42 +58,68 @@ def spilled(done: Any, folder: Path) -> int:
     return int(re.findall(r"STACK:(\d+)", text)[0])
 
 
-def output_case(dtype: torch.dtype, rank: int, precision: str) -> tuple[TiledKernel, dict[str, str], dict[str, Any]]:
-    size = torch.empty((), dtype=dtype).element_size()
-    names = ("product", "y", "hidden", "factor", "bias", "minus_one")
-    constants = {"HAS_BIAS": True, "HAS_LOW_RANK": True, "WIDE_DOT": False, "PRECISION": precision}
-    constants["BLOCK_RANK"] = min(padded(rank), kernels.RANK_BLOCK_BYTES // size)
-    return kernels.OUTPUT, dict.fromkeys(names, POINTERS[dtype]), constants
-
-
-def backward_case(dtype: torch.dtype, rank: int, precision: str) -> tuple[TiledKernel, dict[str, str], dict[str, Any]]:
-    types = dict.fromkeys(("dy", "kept", "bias", "factor", "minus_one", "dz"), POINTERS[dtype])
-    types |= dict.fromkeys(("dh", "magnitude_parts", "bias_parts"), "*fp32") | {"scale": "fp32"}
+def case_of(name: str, dtype: torch.dtype, rank: int, precision: str = "tf32") -> tuple[Any, dict[str, str], dict]:
+    """A kernel with the types of its tensors and its constants but tiles."""
+    pointer, size = POINTERS[dtype], torch.empty((), dtype=dtype).element_size()
+    products = {"WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": min(padded(rank), 32)}
     flags = dict.fromkeys(("HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"), True)
-    return kernels.BACKWARD, types, {**flags, "WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": padded(rank)}
+    floats = dict.fromkeys(("dh", "magnitude_parts", "bias_parts", "per_magnitude", "dh_parts", "dm", "db"), "*fp32")
+    floats |= dict.fromkeys(("frozen", "squared", "trusted"), "*fp32") | {"scale": "fp32", "cancellation": "fp32"}
+    names = ("product", "y", "hidden", "factor", "bias", "minus_one", "dy", "kept", "dz", "source", "copy", "base")
+    types = {**dict.fromkeys((*names, "changed", "weight_on_A", "gram", "weight"), pointer), **floats, "seed": "*i64"}
+    match name:
+        case "output":
+            block = min(padded(rank), kernels.RANK_BLOCK_BYTES // size)
+            flags = {"HAS_BIAS": True, "HAS_LOW_RANK": True}
+            return kernels.OUTPUT, types, {**products, **flags, "BLOCK_RANK": block}
+        case "backward":
+            return kernels.BACKWARD, types, {**products, **flags, "BLOCK_RANK": padded(rank)}
+        case "masked product":
+            return kernels.MASKED_PRODUCT, types, products
+        case "sums":
+            tile = {"BLOCK_PARTS": 32, "BLOCK_OUT": kernels.SUMMED_COLUMNS, "BLOCK_HIDDEN": kernels.SUMMED_HIDDEN}
+            flags = dict.fromkeys(("HAS_KEPT", "SUM_BIAS", "SUM_HIDDEN"), True)
+            return kernels._sums_kernel, types | {"dh": pointer}, flags | tile
+        case "masked copy":
+            tile = {"BLOCK_ROWS": kernels.COPIED_ROWS, "BLOCK_COLUMNS": kernels.COPIED_COLUMNS}
+            return kernels._masked_copy_kernel, types, tile
+        case "squared norms":
+            return kernels._squared_kernel, types, {**products, "BLOCK_ROWS": kernels.ROWS}
+    tile = {"BLOCK_ROWS": kernels.CAREFUL_ROWS, "BLOCK_COLUMNS": kernels.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
+    return kernels._careful_kernel, types | {"lora_A": "*fp32", "lora_B": "*fp32"}, tile
 
 
-def fitting(tiled: TiledKernel, dtype: torch.dtype, constants: dict[str, Any], rows: int) -> list[Config]:
+def tiles_of(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], rows: int = 4096) -> list[Config]:
+    """Those that fit, the fixed one first; of a kernel without a choice what needs none."""
     tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one", "changed")}
-    return tiled.fitting({"rows": rows, **tensors, **constants})
+    return kernel.fitting({"rows": rows, **tensors, **constants}) if isinstance(kernel, TiledKernel) else [Config({})]
 
 
-def assert_fixed_tile_fits(folder, case, dtype, rank, precision, rows, capability):
-    tiled, types, constants = case(dtype, rank, precision)
-    config = fitting(tiled, dtype, constants, rows)[0]
-    done = compiled(tiled.kernel, types, constants, config, capability)
+def jit_of(kernel: Any) -> Any:
+    return kernel.kernel if isinstance(kernel, TiledKernel) else kernel
+
+
+def assert_fits(folder: Path, name: str, dtype: torch.dtype, rank: int, capability: int, **more: Any) -> None:
+    """The fixed tile compiles and spills nothing."""
+    kernel, types, constants = case_of(name, dtype, rank, more.get("precision", "tf32"))
+    tile = tiles_of(kernel, dtype, constants, more.get("rows", 4096))[0]
+    done = compiled(jit_of(kernel), types, constants, tile, capability)
     assert done.metadata.shared <= 99 * 1024
-    assert spilled(done, folder) <= SPILLED_BYTES, config
+    assert spilled(done, folder) <= SPILLED_BYTES, tile
 
 
 needs_tool = pytest.mark.skipif(not TOOL.is_file(), reason="this Triton brings no cuobjdump")
+SINGLE = ("sums", "masked copy", "squared norms", "careful norms")
 
 
 @needs_tool
-@pytest.mark.parametrize("rank", [16, 256])
-@pytest.mark.parametrize("case", [output_case, backward_case])
-def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, case, rank):
-    assert_fixed_tile_fits(tmp_path, case, torch.bfloat16, rank, "tf32", rows=4096, capability=90)
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("output", 16), ("output", 256), ("backward", 16), ("backward", 256), ("masked product", 128)]
+    + [(name, 128) for name in SINGLE],
+)
+def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, name, rank):
+    assert_fits(tmp_path, name, torch.bfloat16, rank, 90)
 
 
 @needs_tool
@@ -101,71 +127,39 @@ def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, case, rank):
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("rows", [1, 4096])
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 16)])
-@pytest.mark.parametrize("case", [output_case, backward_case])
-def test_on_other_cards_and_in_other_dtypes(tmp_path, case, dtype, rank, rows, capability):
+@pytest.mark.parametrize("name", ["output", "backward"])
+def test_on_other_cards_and_in_other_dtypes(tmp_path, name, dtype, rank, rows, capability):
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    assert_fixed_tile_fits(tmp_path, case, dtype, rank, precision, rows, capability)
+    assert_fits(tmp_path, name, dtype, rank, capability, precision=precision, rows=rows)
+
+
+@needs_tool
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+@pytest.mark.parametrize("name", ["masked product", *SINGLE])
+def test_the_other_kernels_on_other_cards(tmp_path, name, capability):
+    assert_fits(tmp_path, name, torch.bfloat16, 128, capability)
 
 
 @needs_tool
 @pytest.mark.slow
 def test_exact_float32_of_a_large_rank(tmp_path):
-    assert_fixed_tile_fits(tmp_path, output_case, torch.float32, 384, "tf32x3", rows=4096, capability=90)
+    assert_fits(tmp_path, "output", torch.float32, 384, 90, precision="tf32x3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [output_case, backward_case])
+@pytest.mark.parametrize("name", ["output", "backward"])
 @pytest.mark.parametrize("rank", [16, 128])
-def test_every_tile_that_is_timed_compiles(case, rank):
-    tiled, types, constants = case(torch.bfloat16, rank, "tf32")
-    for config in fitting(tiled, torch.bfloat16, constants, 4096):
-        assert compiled(tiled.kernel, types, constants, config, 90).metadata.shared <= 99 * 1024, config
+def test_every_tile_that_is_timed_compiles(name, rank):
+    tiled, types, constants = case_of(name, torch.bfloat16, rank)
+    for tile in tiles_of(tiled, torch.bfloat16, constants):
+        assert compiled(tiled.kernel, types, constants, tile, 90).metadata.shared <= 99 * 1024, tile
 
 
-def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str, str], dict[str, Any], Config]:
-    """The kernels without a choice of tiles, and the masked product in its fixed one."""
-    pointer, block = POINTERS[dtype], {"PRECISION": "tf32", "WIDE_DOT": False, "BLOCK_RANK": min(padded(rank), 32)}
-    if name == "sums":
-        types = dict.fromkeys(("magnitude_parts", "bias_parts", "per_magnitude", "dh_parts", "dm", "db"), "*fp32")
-        flags = dict.fromkeys(("HAS_KEPT", "SUM_BIAS", "SUM_HIDDEN"), True)
-        blocks = {"BLOCK_PARTS": 32, "BLOCK_OUT": kernels.SUMMED_COLUMNS, "BLOCK_HIDDEN": kernels.SUMMED_HIDDEN}
-        return kernels._sums_kernel, types | {"dh": pointer}, flags | blocks, Config({})
-    if name == "masked copy":
-        tile = {"BLOCK_ROWS": kernels.COPIED_ROWS, "BLOCK_COLUMNS": kernels.COPIED_COLUMNS}
-        return kernels._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
-    if name == "masked product":
-        types = dict.fromkeys(("base", "changed", "hidden", "factor"), pointer) | {"seed": "*i64"}
-        config = fitting(kernels.MASKED_PRODUCT, dtype, block, 4096)[0]
-        return kernels.MASKED_PRODUCT.kernel, types, block, config
-    if name == "squared norms":
-        types = {"frozen": "*fp32", "squared": "*fp32", "scale": "fp32"}
-        types |= dict.fromkeys(("factor", "weight_on_A", "gram"), pointer)
-        return kernels._squared_kernel, types, {**block, "BLOCK_ROWS": kernels.ROWS}, Config({})
-    types = dict.fromkeys(("frozen", "squared", "lora_A", "lora_B", "trusted"), "*fp32") | {"weight": pointer}
-    types |= {"scale": "fp32", "cancellation": "fp32"}
-    tile = {"BLOCK_ROWS": kernels.CAREFUL_ROWS, "BLOCK_COLUMNS": kernels.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
-    return kernels._careful_kernel, types, tile, Config({})
-
-
-@needs_tool
-@pytest.mark.parametrize("capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in (80, 89, 100, 120))])
-@pytest.mark.parametrize("name", ["sums", "masked copy", "masked product", "squared norms", "careful norms"])
-def test_the_other_kernels(tmp_path, name, capability):
-    done = compiled(*other_case(name, torch.bfloat16, 128), capability=capability)
-    assert done.metadata.shared <= 99 * 1024
-    assert spilled(done, tmp_path) <= SPILLED_BYTES
-
-
-def test_sizes_of_one_become_constants_in_a_launch():
+@pytest.mark.parametrize("name", ["output", "backward", "masked product", *SINGLE])
+def test_sizes_of_one_become_constants_in_a_launch(name):
     """Triton compiles an argument that is 1 into the kernel; rank 1 and a single row of decoding are such."""
-    tiled, types, constants = output_case(torch.bfloat16, 1, "tf32")
-    config = fitting(tiled, torch.bfloat16, constants, 1)[0]
-    assert compiled(tiled.kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
-    tiled, types, constants = backward_case(torch.bfloat16, 1, "tf32")
-    assert compiled(tiled.kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
-    kernel, types, constants, config = other_case("masked product", torch.bfloat16, 1)
-    assert compiled(kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
-    for name in ("masked copy", "sums", "squared norms", "careful norms"):
-        kernel, types, constants, config = other_case(name, torch.bfloat16, 1)
-        ones = {one: 1 for one in ("rows", "rank", "parts", "splits", "column_stride") if one in kernel.arg_names}
-        assert compiled(kernel, types, {**constants, **ones}, config, 90).asm["cubin"], name
+    kernel, types, constants = case_of(name, torch.bfloat16, 1)
+    tile, kernel = tiles_of(kernel, torch.bfloat16, constants, 1)[0], jit_of(kernel)
+    ones = {one: 1 for one in ("rows", "rank", "parts", "splits", "column_stride") if one in kernel.arg_names}
+    assert compiled(kernel, types, {**constants, **ones}, tile, 90).asm["cubin"]

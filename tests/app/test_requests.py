@@ -1,0 +1,300 @@
+"""A request's JSON: of whatever size and however wrong, it is refused in little time and memory, in one line."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.requests import (
+    MOST_FIELDS,
+    MOST_MESSAGES,
+    MOST_PARTS,
+    MOST_VALUES,
+    BadRequest,
+    ChatRequest,
+    MediaLimits,
+    TooLarge,
+    parsed,
+)
+from dora_vl.serving.server import ServerSettings
+from tests.app.tiny_served import RED, data_url, running
+
+MANY = 80_000
+SAID = {"role": "user", "content": "a"}
+TEXT = {"type": "text", "text": "a"}
+
+
+def request(**fields: Any) -> dict[str, Any]:
+    return {"model": "one", "messages": [SAID], **fields}
+
+
+def with_parts(*parts: Any) -> dict[str, Any]:
+    return request(messages=[{"role": "user", "content": list(parts)}])
+
+
+def read(body: Any) -> ChatRequest:
+    return parsed(ChatRequest, json.dumps(body).encode())
+
+
+def names(count: int) -> dict[str, Any]:
+    return {f"a{number}": 0 for number in range(count)}
+
+
+WRONG: dict[str, Callable[[int], Any]] = {
+    "messages": lambda count: request(messages=[0] * count),
+    "good messages": lambda count: request(messages=[SAID] * (count // 2)),
+    "parts": lambda count: with_parts(*[0] * count),
+    "good parts": lambda count: with_parts(*[TEXT] * (count // 2)),
+    "stop": lambda count: request(stop=[0] * count),
+    "fields": lambda count: request(**names(count)),
+    "fields of a message": lambda count: request(messages=[{**SAID, **names(count)}]),
+    "fields of a part": lambda count: with_parts({**TEXT, **names(count)}),
+    "fields of a picture": lambda count: with_parts({"type": "image_url", "image_url": {"url": "a", **names(count)}}),
+    "metadata": lambda count: request(metadata=names(count)),
+    "no object": lambda count: [0] * count,
+}
+"""What a request may hold too many of."""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
+    """Pydantic keeps a kilobyte for each, and by itself one for each item and each field that is unknown."""
+    body = WRONG[what](MANY)
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate_json(json.dumps(body).encode())
+    assert refused.value.error_count() <= 40
+    with pytest.raises(BadRequest) as told:
+        read(body)
+    assert len(str(told.value)) < 500
+
+
+MEASURE = """
+import json, resource, sys, time
+from dora_vl.serving.requests import ChatRequest, parsed
+from dora_vl.errors import UserError
+
+for body in (b'{"messages":[' + b"0," * COUNT + b"0]}", b"{" + b'"a":0,' * COUNT + b'"a":0}', b"[" * COUNT):
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        parsed(ChatRequest, body)
+    except UserError as error:
+        name = type(error).__name__
+    after, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began
+    print(json.dumps([name, (after - before) / 1024, seconds]))
+"""
+
+
+def test_two_million_values_are_refused_in_little_time_and_memory() -> None:
+    """Before they become objects: in a process of its own, whose largest memory is looked at."""
+    script = MEASURE.replace("COUNT", "2_000_000")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    measured = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [name for name, _, _ in measured] == ["TooLarge"] * 3
+    assert max(mib for _, mib, _ in measured) < 40  # the bodies themselves have 12 MB at most
+    assert max(seconds for _, _, seconds in measured) < 2
+
+
+def test_what_is_allowed_passes() -> None:
+    """The most of everything, a long text of commas and brackets, a large picture, what clients send along."""
+    fits = request(
+        messages=[SAID] * (MOST_MESSAGES - 1) + [{"role": "user", "content": [TEXT] * MOST_PARTS}],
+        metadata=dict.fromkeys(map(str, range(MOST_FIELDS)), "a"),
+    )
+    assert len(read(fits).messages) == MOST_MESSAGES
+    assert read(request(messages=[{**SAID, "content": "[1, {2" * (MOST_VALUES // 3 - 20)}]))
+    assert read(with_parts({"type": "image_url", "image_url": "data:image/png;base64," + "A" * 10_000_000}))
+    along = {"service_tier": "auto", "tool_choice": "auto", "parallel_tool_calls": True, "store": False, "user": "me"}
+    along |= {"prompt_cache_key": "a", "safety_identifier": "b", "metadata": {"run": "1"}}
+    assert read(request(**along)).model == "one"
+    assert read(request(stop="a")).stop == ["a"]
+
+
+TEXTS = {
+    "commas": "," * 300_000,
+    "brackets": "[{" * 150_000,
+    "quotes": '",' * 300_000,
+    "backslashes": "\\," * 300_000,
+    "both": '\\",\\\\"[' * 150_000,
+    "a backslash at its end": "," * 300_000 + "\\",
+    "a quote at its end": "," * 300_000 + '"',
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_what_stands_in_a_text_is_no_value(what: str) -> None:
+    message = {**SAID, "content": TEXTS[what]}
+    assert read(request(messages=[message])).model == "one"
+    with pytest.raises(TooLarge):
+        read(request(messages=[message], metadata=[0] * 300_000))
+
+
+@pytest.mark.parametrize("value", ["0", '""', '"a,b"', '"\\\\"', '"\\\\\\""', "[]", '{"a":"b"}'])
+def test_a_value_of_any_kind_is_counted(value: str) -> None:
+    for count, error in ((MOST_VALUES // 3, BadRequest), (MOST_VALUES + 1, TooLarge)):
+        with pytest.raises(error):
+            parsed(ChatRequest, f"[{','.join([value] * count)}]".encode())
+
+
+UNCLOSED = {
+    "a text": (b'{"model": "', b",", b""),
+    "escaped quotes": (b'{"model": "', rb"\",", b""),
+    "a backslash": (b'{"model": "', b",", b"\\"),
+    "texts without a comma": (b"", b'"",', b'"'),
+    "backslashes outside of a text": (b"[", rb"\",", b""),
+    "nothing but quotes": (b",,", b'""', b","),
+}
+
+
+@pytest.mark.parametrize("what", UNCLOSED)
+def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
+    begin, middle, end = UNCLOSED[what]
+    body = begin + middle * (20_000_000 // len(middle)) + end
+    began = time.process_time()
+    with pytest.raises((BadRequest, TooLarge)):
+        parsed(ChatRequest, body)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (request(best_of=2), "best_of"),
+        (request(temperature="hot"), "temperature"),
+        (request(temperature=3), "temperature"),
+        (request(messages=None), "messages"),
+        (request(messages=[{"role": "tool", "content": "a"}]), "messages[0].role"),
+        (request(messages=[SAID, {"role": "user", "content": 5}]), "messages[1].content"),
+        (with_parts(TEXT, {"type": "audio"}), "messages[0].content[1]"),
+        (with_parts({"type": "text"}), "messages[0].content[0].text"),
+        (with_parts({**TEXT, "str": 1}), "messages[0].content[0].str"),
+        (request(tool_choice="required"), "tool_choice"),
+        (request(stop=[1]), "stop[0]"),
+        (request(stop=[""]), "stop[0]"),
+        (request(messages=[SAID] * (MOST_MESSAGES + 1)), "messages"),
+        (request(metadata=names(MOST_FIELDS + 1)), "metadata"),
+        (request(**names(MOST_FIELDS)), "the request"),
+        (with_parts(*[TEXT] * (MOST_PARTS + 1)), "messages[0].content"),
+        (with_parts({"type": "x" * 100_000}), "messages[0].content[0]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], place: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        read(body)
+    assert refused.value.place == place
+    assert len(str(refused.value)) < 500
+
+
+# -- requests that are nearly right, to a server ---------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+BYTES = st.binary(max_size=60).map(lambda content: base64.b64encode(content).decode())
+URLS = st.one_of(
+    st.just(data_url(RED)),
+    st.text(max_size=40),
+    BYTES.map(lambda content: f"data:image/png;base64,{content}"),
+    st.integers(22, 140).map(lambda size: data_url(RED)[:size]),
+    st.sampled_from(["http://127.0.0.1/", "http://localhost:1/a", "https://169.254.169.254/", "file:///etc/passwd"]),
+)
+PARTS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=30)}),
+    st.fixed_dictionaries({"type": st.just("image_url"), "image_url": URLS.map(lambda url: {"url": url})}),
+    st.fixed_dictionaries(
+        {"type": st.just("video_url"), "video_url": BYTES.map(lambda c: {"url": f"data:;base64,{c}"})}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "image_url", "input_audio"])}, optional={"text": JSON, "image_url": JSON}
+    ),
+    JSON,
+)
+MESSAGES = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "user", "assistant", "system", "tool", ""]) | JSON,
+        "content": st.text(max_size=40) | st.lists(PARTS, max_size=4) | JSON,
+    },
+    optional={"name": JSON},
+)
+REQUESTS = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["base", "one", "other"]) | JSON,
+        "messages": st.lists(MESSAGES, max_size=4) | JSON,
+        "max_tokens": st.integers(1, 3) | JSON,
+    },
+    optional={
+        "temperature": st.floats(0, 2) | JSON, "top_p": st.floats(0, 1) | JSON, "stop": st.lists(st.text()) | JSON,
+        "seed": st.integers() | JSON, "n": JSON, "tools": JSON, "logprobs": JSON, "response_format": JSON,
+    },
+)  # fmt: skip
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    REQUESTS.map(lambda value: json.dumps(value).encode()),
+    REQUESTS.flatmap(lambda value: st.integers(0, 200).map(lambda end: json.dumps(value).encode()[:end])),
+)
+
+
+@pytest.fixture(scope="module")
+def address(model: ServedModel) -> Iterator[str]:
+    limits = MediaLimits(pictures=3, picture_pixels=1000, bytes=100_000, remote=True, fetch_seconds=1.0)
+    with running(model, ServerSettings(media=limits, body_bytes=200_000, new_tokens=3)) as address:
+        yield address.removeprefix("http://")
+
+
+def post(address: str, body: bytes) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, timeout=120)
+    try:
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_malformed_requests_get_an_answer_and_leave_memory_and_disk_as_they_were(address: str, examples: int) -> None:
+    """An answer, or OpenAI's error in one line."""
+    memory: list[float] = []
+    health = list(HealthCheck)
+
+    @given(body=BODIES)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=health, derandomize=True)
+    def all_of_them(body: bytes) -> None:
+        status, content = post(address, body)
+        assert status in (200, 400, 404, 413), (status, content[:300])
+        if status != 200:
+            error = json.loads(content)["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert "\n" not in error["message"]
+            assert len(error["message"]) < 500
+        memory.append(resident_mib())
+
+    all_of_them()
+    assert memory[-1] - memory[len(memory) // 5] < 60  # a leak of a picture each would pass that by far
+    left = [path.name for path in Path(tempfile.gettempdir()).glob("dora-vl-*")]
+    assert [name for name in left if not name.startswith("dora-vl-page-")] == []
+    assert post(address, json.dumps(request()).encode())[0] == 200
