@@ -90,7 +90,7 @@ class WatchQuestions(TrainerCallback):
         self.newest: tuple[Asked, ...] = ()
         """The questions with their last answers, on the first rank."""
 
-    def on_trainbegin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
         if state.is_world_process_zero:
             begin(self._folder, self._watch, step=state.global_step)
