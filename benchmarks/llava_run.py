@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dora_vl.backbones.llava_tower import LlavaTower
 from peft import LoraConfig, get_peft_model
 from report import median, table, write_json
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files

@@ -35,8 +35,6 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
 
     Tensors have the names of published LLaVAs. Plain transformers opens it too; where the tower is a `GridTower`, after
     `import dora_vl`. The folder appears under its name only when it is whole.
-
-    Raises: UserError if the folder exists, or a part cannot be loaded.
     """
     with written_base(Path(folder), spec) as unfinished:
         register_towers()
@@ -112,10 +110,7 @@ def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
 
 
 def write_language_model(source: LanguageSource, folder: Path) -> None:
-    """Writes a plain Hugging Face folder, with its tokenizer; it appears under its name only when it is whole.
-
-    Raises: UserError if the folder exists, or the source cannot be read.
-    """
+    """Writes a plain Hugging Face folder, with its tokenizer; it appears under its name only when it is whole."""
     with written_base(folder, source) as unfinished:
         dtype = getattr(torch, source.dtype) if source.dtype else None
         language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -41,8 +41,6 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
-Picture = Image.Image | Tensor
-"""RGB, or its features, where a frozen tower's output is stored."""
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
@@ -51,13 +49,11 @@ GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
 
-@dataclass(frozen=True)
-class _Processed:
-    """One sample as the processor gives it, and what its tokens are."""
+class _Processed(NamedTuple):
+    """One sample as the processor gives it: ids, everything else by the processor's own names, what its tokens are."""
 
     ids: Int[Tensor, " seq"]
     inputs: dict[str, Any]
-    """Everything but the ids, by the processor's own names."""
     roles: TokenRoles
 
 
@@ -77,9 +73,6 @@ def open_encoder(
         train_on: of a published prompt of instructions.
         aspect: how a LLaVA-1.5's pictures become squares.
         max_tokens: of a sample; what the model has no positions for is cut likewise.
-
-    Raises: UserError if there is no processor or tokenizer, it needs a package that is not installed, or the template
-        does not fit.
     """
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
@@ -89,11 +82,7 @@ def open_encoder(
 
 
 def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revision: str | None = None) -> Any:
-    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer.
-
-    Raises: UserError if there is none, a package that it needs is not installed, or a LLaVA's makes pictures of
-        another size than its tower takes.
-    """
+    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer."""
     if not sees_pictures(base, revision):
         return PieceProcessor(load_tokenizer(base, revision=revision))
     if model_type_of(base, revision) == LLAVA:
@@ -110,6 +99,7 @@ def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revis
             pixels=preparation.prepare,
             tokens_per_image=config.image_seq_length,
             image_token_id=config.image_token_id,
+            preparation=preparation.fingerprint(),
         )
     with opening(f"no processor could be read from {base!r}"):
         processor = AutoProcessor.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
@@ -144,8 +134,8 @@ class Encoder:
     @property
     def pad_token_id(self) -> int:
         """What fills short rows; masked, so any id does where the tokenizer names none."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(one for one in known if one is not None))
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in ids if token is not None))
 
     @functools.cached_property
     def tokens_per_image(self) -> int:
@@ -194,7 +184,9 @@ class Encoder:
             return True
         return False
 
-    def encode(self, conversation: Example, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Encoded:
+    def encode(
+        self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
+    ) -> Encoded:
         """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
 
         Args:
@@ -239,14 +231,14 @@ class Encoder:
         return framed(said, begin + chat.text[start:end])
 
     def encode_prompt(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
+        self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
         found = self._processed(turns, pictures, videos, "question", generation_prompt=True)
         return {"input_ids": found.ids[None], **found.inputs}
 
     def encode_choice(
-        self, turns: Sequence[Turn], choice: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
+        self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
         """The same with an answer behind it, which alone is labelled, with what closes it; never cut.
 
@@ -263,26 +255,32 @@ class Encoder:
         trained[: int(others[-1]) + 1 if len(others) else 0] = False
         return Encoded(found.ids, torch.where(trained, found.ids, IGNORED_LABEL), 0, found.inputs)
 
-    def dummy(self, side: int = DUMMY_SIDE, *, features: Tensor | None = None) -> Sample:
+    def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
-        picture = Image.new("RGB", (side, side), GREY) if features is None else features
-        return self._dummy(IMAGE_PLACEHOLDER, [picture])
+        return self.pictured([Image.new("RGB", (side, side), GREY)])
 
     @functools.cached_property
     def pixels_count(self) -> bool:
         """Whether a larger picture becomes more than a small one: more tokens, or more pixels for the model."""
         if not self.sees_pictures:
             return False
-        small, large = self.dummy(), self.dummy(LARGE_SIDE)
-        return len(small.input_ids) != len(large.input_ids) or _numbers(small) != _numbers(large)
+        sizes: set[tuple[int, int]] = set()
+        for row in (self.dummy(), self.dummy(LARGE_SIDE)):
+            tensors = [value for name, value in row.inputs.items() if name not in ALIGNED and isinstance(value, Tensor)]
+            sizes.add((len(row.input_ids), sum(tensor.numel() for tensor in tensors)))
+        return len(sizes) > 1
 
     def dummy_video(self, frames: int = 2) -> Sample:
         """Likewise with a small video."""
-        return self._dummy(VIDEO_PLACEHOLDER, videos=[grey_video(GREY, DUMMY_SIDE, frames)])
+        return self.pictured(videos=[grey_video(GREY, DUMMY_SIDE, frames)])
 
-    def _dummy(self, placeholder: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Sample:
-        turns = (Turn("user", f"{placeholder}\n."),)
-        found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
+    def pictured(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
+        """A row that shows these and has no label.
+
+        Raises: BadSample where the family does not take so many together.
+        """
+        shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
+        found = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
         unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
         return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
 
@@ -293,7 +291,7 @@ class Encoder:
     def _processed(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Picture],
+        pictures: Sequence[Image.Image],
         videos: Sequence[Video],
         sample: str,
         *,
@@ -322,7 +320,7 @@ class Encoder:
             raise BadSample(sample, str(error)) from error
         return self._process(chat, pictures, videos, sample)
 
-    def _process(self, chat: Chat, pictures: Sequence[Picture], videos: Sequence[Video], sample: str) -> _Processed:
+    def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
@@ -360,7 +358,7 @@ class Encoder:
         return _Processed(ids[0], found, roles)
 
     def _by_prefixes(
-        self, chat: Chat, ids: list[int], pictures: Sequence[Picture], videos: Sequence[Video], sample: str
+        self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
     ) -> TokenRoles:
         if videos:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
@@ -372,8 +370,3 @@ class Encoder:
             return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
 
         return from_prefixes(chat, ids, ids_of, picture=token)
-
-
-def _numbers(sample: Sample) -> int:
-    """How many there are in a sample's inputs beside those that have one for each token."""
-    return sum(one.numel() for name, one in sample.inputs.items() if name not in ALIGNED and isinstance(one, Tensor))

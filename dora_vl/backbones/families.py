@@ -32,20 +32,9 @@ _NOT_CAUSAL = "it reads in both directions, or predicts something else than the 
 
 _ENCODERS = (
     *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
-    *(
-        "data2vec-text",
-        "electra",
-        "ernie",
-        "marian",
-        "mbart",
-        "megatron-bert",
-        "mvp",
-        "pegasus",
-        "plbart",
-        "prophetnet",
-    ),
-    *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xlnet", "xmod"),
+    *("data2vec-text", "electra", "ernie", "marian", "mbart", "megatron-bert", "mvp", "pegasus", "plbart"),
+    *("prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
 )
 _SPEECH = ("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "trocr", "whisper")
 
@@ -111,10 +100,7 @@ see any."""
 
 
 def model_type_of(base: str, revision: str | None = None) -> str:
-    """The `model_type` of a folder or hub id; nothing but its config is read.
-
-    Raises: UserError if there is no config, or it states no type.
-    """
+    """The `model_type` of a folder or hub id; nothing but its config is read."""
     check_place(base)
     here = (
         "cannot be opened"
@@ -132,10 +118,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
 
 def config_of(base: str, revision: str | None = None) -> Any:
-    """The config of a folder or hub id.
-
-    Raises: UserError if it cannot be opened, or a LLaVA's picture token is none of its tokens.
-    """
+    """The config of a folder or hub id."""
     register_towers()
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
@@ -147,10 +130,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
 
 
 def sees_pictures(base: str, revision: str | None = None) -> bool:
-    """Whether a folder or hub id is a vision-language model's; a language model takes words alone.
-
-    Raises: UserError if there is no config, or it states no type.
-    """
+    """Whether a folder or hub id is a vision-language model's; a language model takes words alone."""
     model_type = model_type_of(base, revision)
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not is_language_model(model_type)
 
@@ -162,10 +142,7 @@ def is_language_model(model_type: str) -> bool:
 
 
 def check_trained(base: str, model_type: str) -> None:
-    """Refuses a model type that cannot be trained on conversations, before its weights are loaded.
-
-    Raises: UserError; it names the type, the reason and what can be trained.
-    """
+    """Refuses a model type that cannot be trained on conversations, before its weights are loaded."""
     what = f"model.base {base!r} is a {model_type!r}, which cannot be trained here"
     can = "take a vision-language model that answers chats, such as qwen2_5_vl, smolvlm, internvl, gemma3 or llava"
     if model_type in NOT_TRAINED:

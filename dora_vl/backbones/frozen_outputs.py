@@ -2,36 +2,61 @@
 
 Nothing here knows a family. A frozen part is an outermost module outside the decoder, none of whose weights trains,
 that is called with something made of pixels. Its outputs, whatever they are (a tensor, a tuple, a ModelOutput), are
-flattened; those that a gradient comes back to are kept, of the others the shape. One forward pass of one picture and
-one of two say along which dimension an output grows. Outputs are those of a sample's pictures together: some
-processors cut a lone picture into tiles and two into none.
+flattened; those that a gradient comes back to are kept, of the others the shape. One pass of one picture and one of
+two say along which dimension an output grows; every pass ends at the decoder. Outputs are those of a sample's pictures
+together: some processors cut a lone picture into tiles and two into none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from dora_vl.backbones.vision_store import HASH, keep_settings, save_whole, store_key
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.video_inputs import within_pixels
+from dora_vl.backbones.vision_store import HASH, SHARD_BYTES, file_state, keep_settings, save_whole, store_key
+from dora_vl.data.batches import Collator
+from dora_vl.data.pictures import AS_PUBLISHED, READING, HeldPictures, MediaFolder, open_picture
+from dora_vl.data.samples import BOOKKEEPING, Sample
+from dora_vl.errors import BadSample, UserError
+
+log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, Sequence[Sequence[Any]]]
-"""Of each part, of each of its calls, the flattened outputs; a tensor that nobody reads is a zero of its shape."""
+"""Of each part, of each of its calls, the flattened outputs; `Hollow` in the place of a tensor that nobody reads."""
+SAME = 0.05
+"""How far stored outputs may be off at the decoder, as a share of what they change: half precision rounds otherwise in
+a batch; pictures in a wrong order or place are off by all of it."""
 
 
 class NotStorable(Exception):
     """Why a family's frozen outputs cannot be kept."""
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """Stands for a tensor whose numbers nobody reads."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Call(NamedTuple):
@@ -45,118 +70,94 @@ class Call(NamedTuple):
     """Along which dimension each grows with the pictures."""
 
 
-class _DecoderReached(Exception):
-    """Ends a forward pass where the frozen parts are done."""
-
-
 @dataclass(frozen=True)
 class FrozenParts:
-    """The frozen parts of one model by name, and how their outputs are joined."""
+    """The frozen parts of a model by name, and how their outputs are joined."""
 
-    model: Any
     calls: Mapping[str, tuple[Call, ...]]
     """Of a part that is called once for each picture, one stands for all."""
     batched: Mapping[str, bool]
     """Whether a part takes all pictures of a batch in one call."""
 
     @torch.no_grad()
-    def outputs_of(self, inputs: Mapping[str, Any]) -> Outputs:
+    def outputs_of(self, model: Any, inputs: Mapping[str, Any]) -> Outputs:
         """What is kept of a model's inputs for one sample."""
         return {
-            name: [self._kept(name, number, leaves) for number, (leaves, _) in enumerate(calls)]
-            for name, calls in _recorded(self.model, self.calls, inputs).items()
+            name: [
+                [
+                    Hollow(tuple(leaf.shape), leaf.dtype)
+                    if isinstance(leaf, Tensor) and place not in self._call(name, number).read
+                    else leaf
+                    for place, leaf in enumerate(leaves)
+                ]
+                for number, (leaves, _) in enumerate(calls)
+            ]
+            for name, calls in _recorded(model, self.calls, inputs).items()
         }
 
     @contextlib.contextmanager
-    def replaying(self, samples: Sequence[Outputs]) -> Iterator[None]:
+    def replaying(self, model: Any, samples: Sequence[Outputs]) -> Iterator[None]:
         """Meanwhile the parts give what was kept of these samples, in the batch's order."""
-        before: dict[nn.Module, Any] = {}
-        for name in self.calls:
-            module = self.model.get_submodule(name)
-            before[module] = module.__dict__.get("forward")
-            module.forward = self._replay(name, samples)
+        modules = {name: model.get_submodule(name) for name in self.calls}
+        before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        for name, module in modules.items():
+            module.forward = self._replay(name, samples, model.device)
         try:
             yield
         finally:
-            for module, own in before.items():
+            for name, module in modules.items():
                 del module.__dict__["forward"]
-                if own is not None:
-                    module.forward = own
+                if before[name] is not None:
+                    module.forward = before[name]
 
     def _call(self, name: str, number: int) -> Call:
         return self.calls[name][number if self.batched[name] else 0]
 
-    def _kept(self, name: str, number: int, leaves: Sequence[Any]) -> list[Any]:
-        read = self._call(name, number).read
-        return [
-            leaf if not isinstance(leaf, Tensor) else leaf.clone() if place in read else _hollow(leaf.shape, leaf.dtype)
-            for place, leaf in enumerate(leaves)
-        ]
-
-    def _replay(self, name: str, samples: Sequence[Outputs]) -> Callable[..., Any]:
+    def _replay(self, name: str, samples: Sequence[Outputs], device: torch.device) -> Callable[..., Any]:
         numbers = iter(range(2**31))
 
         def forward(*_: Any, **__: Any) -> Any:
             number = next(numbers)
-            rows = [[call for outputs in samples for call in outputs[name]][number]]
             if self.batched[name]:
                 rows = [outputs[name][number] for outputs in samples]
+            else:
+                rows = [[call for outputs in samples for call in outputs[name]][number]]
             call = self._call(name, number)
             leaves = zip(zip(*rows, strict=True), call.axes, strict=True)
-            return pytree.tree_unflatten([_joined(values, axis) for values, axis in leaves], call.spec)
+            return pytree.tree_unflatten([_joined(values, axis, device) for values, axis in leaves], call.spec)
 
         return forward
 
 
-def _hollow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype).expand(tuple(shape))
-
-
-def _is_hollow(tensor: Tensor) -> bool:
-    return tensor.dim() > 0 and not any(tensor.stride())
-
-
-def _joined(values: Sequence[Any], axis: int) -> Any:
+def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
     """Tensors of samples one behind another, other dimensions filled up; what is no tensor is the same of all."""
     first = values[0]
-    if not isinstance(first, Tensor) or len(values) == 1:
+    if not isinstance(first, Tensor | Hollow) or (len(values) == 1 and isinstance(first, Tensor)):
         return first
     shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
-    shape[axis] = sum(value.shape[axis] for value in values)
-    if _is_hollow(first):
-        return _hollow(shape, first.dtype)
-    whole, start = first.new_zeros(shape), 0
+    if shape:
+        shape[axis] = sum(value.shape[axis] for value in values)
+    if isinstance(first, Hollow):
+        return torch.zeros((), dtype=first.dtype, device=device).expand(shape)
+    joined, start = first.new_zeros(shape), 0
     for value in values:
         sizes = [slice(0, size) for size in value.shape]
         sizes[axis] = slice(start, start := start + value.shape[axis])
-        whole[tuple(sizes)] = value
-    return whole
+        joined[tuple(sizes)] = value
+    return joined
 
 
-SAME = 1e-2
-"""Of the largest logit, how far those of stored outputs may be off: half precision rounds otherwise in a batch."""
+def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any] | None = None) -> FrozenParts:
+    """The frozen parts of a model in eval mode, from the inputs of one sample and of a batch of it twice.
 
+    Without `two`, for a batch that is handed in again as a whole.
 
-def find_parts(
-    model: Any,
-    one: Mapping[str, Any],
-    two: Mapping[str, Any],
-    mixed: tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]] | None = None,
-) -> FrozenParts:
-    """The frozen parts of a model in eval mode, found by forward passes of one sample and of a batch of it twice.
-
-    `mixed` is a batch to prove them by besides, such as one of samples with one, two and no pictures, and those of its
-    samples that have pictures, each alone.
-
-    Raises:
-        NotStorable: there is none, its outputs do not grow with the pictures along one dimension, or what is handed in
-            gives other logits.
+    Raises: NotStorable if there is none, or its outputs do not grow with the pictures along one dimension.
     """
     names = _frozen_modules(model, one)
-    if not names:
-        raise NotStorable("no frozen module takes pixels")
     with torch.no_grad():
-        alone, pair = _recorded(model, names, one), _recorded(model, names, two)
+        alone = _recorded(model, names, one)
+        pair = alone if two is None else _recorded(model, names, two)
     batched: dict[str, bool] = {}
     for name in names:
         counts = len(alone[name]), len(pair[name])
@@ -166,78 +167,142 @@ def find_parts(
     read = _read_leaves(model, batched, one)
     calls: dict[str, tuple[Call, ...]] = {}
     for name in names:
-        numbers = range(len(alone[name]) if batched[name] else 1)
-        found = []
-        for number in numbers:
+        described = []
+        for number in range(len(alone[name]) if batched[name] else 1):
             (leaves, spec), others = alone[name][number], pair[name][number][0]
-            kept = frozenset(read.get((name, number), ()))
-            found.append(Call(spec, kept, _axes(name, leaves, others, kept) if batched[name] else (0,) * len(leaves)))
-        calls[name] = tuple(found)
-    if not any(call.read for found in calls.values() for call in found):
+            used = frozenset(read.get((name, number), ()))
+            grows = batched[name] and two is not None
+            axes = _axes(name, leaves, others, used) if grows else (0,) * len(leaves)
+            described.append(Call(spec, used, axes))
+        calls[name] = tuple(described)
+    if not read:
         raise NotStorable(f"nothing is read of {', '.join(names)}")
-    parts = FrozenParts(model, calls, batched)
-    for batch, samples in ((two, (one, one)), *([mixed] if mixed else [])):
-        _prove(parts, batch, samples)
-    return parts
+    return FrozenParts(calls, batched)
 
 
 @torch.no_grad()
-def _prove(parts: FrozenParts, batch: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-    plain = parts.model(**batch, use_cache=False).logits
+def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
+    """Compares what the decoder gets of a batch with what it gets of the stored outputs of the samples' pictures.
+
+    Raises: NotStorable if they differ, or the pictures change nothing.
+    """
+    collate = Collator(pad_token_id)
+    plain = _decoder_inputs(model, model_inputs(model, collate(samples)))
+    outputs = [parts.outputs_of(model, inputs_of(model, sample)) for sample in samples if has_pixels(sample)]
+    hollow = [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples]
+    batch = model_inputs(model, collate(hollow))
+    others = pytree.tree_map(lambda leaf: 1 - leaf if _is_float(leaf) else leaf, outputs)
+    names, felt = ", ".join(parts.calls), False
     try:
-        with parts.replaying([parts.outputs_of(sample) for sample in samples]):
-            stored = parts.model(**without_pixels(batch), use_cache=False).logits
+        with parts.replaying(model, outputs):
+            stored = _decoder_inputs(model, batch)
+        with parts.replaying(model, others):
+            changed = _decoder_inputs(model, batch)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise NotStorable(f"the model cannot take the stored outputs of {', '.join(parts.calls)}: {error}") from error
-    off = float((stored - plain).abs().max() / plain.abs().max())
-    if not off < SAME:
-        raise NotStorable(f"the stored outputs of {', '.join(parts.calls)} give logits that are {off:.1%} off")
-
-
-def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], kept: frozenset[int]) -> tuple[int, ...]:
-    axes = [0] * len(alone)
-    for place, (one, two) in enumerate(zip(alone, pair, strict=True)):
-        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        raise NotStorable(f"the model cannot take the stored outputs of {names}: {error}") from error
+    for live, replayed, other in zip(plain, stored, changed, strict=True):
+        if not isinstance(live, Tensor):
             continue
-        grown = [axis for axis in range(one.dim()) if one.shape[axis] != two.shape[axis]]
-        if place in kept and (one.dim() != two.dim() or len(grown) != 1):
-            raise NotStorable(f"{name} gives {[*one.shape]} for a picture, {[*two.shape]} for two")
+        if live.shape != replayed.shape:
+            raise NotStorable(f"with stored outputs of {names} the decoder gets {[*replayed.shape]}, {[*live.shape]}")
+        change = float((replayed.double() - other.double()).abs().max()) if live.numel() else 0.0
+        off = float((replayed.double() - live.double()).abs().max()) if live.numel() else 0.0
+        if not off <= SAME * change:
+            raise NotStorable(f"stored outputs of {names} are {off:.2g} off where they change {change:.2g}")
+        felt = felt or change > 0
+    if not felt:
+        raise NotStorable(f"nothing is read of {names}")
+
+
+def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
+    """The frozen parts of a model, proven by batches of pictures of several sizes and of words.
+
+    Raises: NotStorable.
+    """
+    noise = random.Random(0)  # told apart wherever they stand, and never taken for padding
+    pictures = [
+        Image.frombytes("RGB", size, noise.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
+    ]
+    one, samples = encoder.pictured(pictures[:1]), [encoder.pictured(pictures[:1])]
+    for shown in (pictures[1:], []):
+        with contextlib.suppress(BadSample):  # some families take one picture alone, or no words without
+            samples.append(encoder.pictured(shown))
+    pair = model_inputs(model, Collator(encoder.pad_token_id)([one, one]))
+    parts = find_parts(model, inputs_of(model, one), pair)
+    _prove(model, parts, [one, one], encoder.pad_token_id)
+    _prove(model, parts, samples, encoder.pad_token_id)
+    return parts
+
+
+def has_pixels(sample: Sample) -> bool:
+    """Whether it shows pictures."""
+    return any(_is_float(value) for value in sample.inputs.values())
+
+
+def inputs_of(model: Any, sample: Sample) -> dict[str, Any]:
+    """What a model takes of one sample alone."""
+    return model_inputs(model, {"input_ids": sample.input_ids[None], **sample.inputs})
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch, on its device, numbers of pictures in its number type."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in batch.items()
+        if name not in (*BOOKKEEPING, "labels")
+    }
+
+
+def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], read: frozenset[int]) -> tuple[int, ...]:
+    axes = [0] * len(alone)
+    for place, (single, double) in enumerate(zip(alone, pair, strict=True)):
+        if not isinstance(single, Tensor) or not isinstance(double, Tensor):
+            continue
+        grown = [axis for axis in range(single.dim()) if single.shape[axis] != double.shape[axis]]
+        if place in read and (single.dim() != double.dim() or len(grown) != 1):
+            raise NotStorable(f"{name} gives {[*single.shape]} for a picture, {[*double.shape]} for two")
         axes[place] = grown[0] if len(grown) == 1 else 0
     return tuple(axes)
 
 
-@contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
+class _DecoderReached(Exception):
+    """Ends a forward pass where the frozen parts are done."""
+
+
+def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] = ()) -> list[Any]:
+    """What the decoder is called with, flattened; the pass ends there, and the hooks are removed."""
+    reached: list[Any] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        reached.extend(pytree.tree_leaves((args, kwargs)))
+        raise _DecoderReached
+
+    handles = [*hooks, model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)]
     try:
-        yield
+        with contextlib.suppress(_DecoderReached):
+            model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _stop_at_decoder(model: Any) -> Any:
-    """A hook that ends a forward pass before the decoder's first layer."""
-    decoder = model.get_decoder()
-    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module))
-    first = next((layers[0] for layers in lists), decoder)
-
-    def stop(*_: Any) -> None:
-        raise _DecoderReached
-
-    return first.register_forward_pre_hook(stop)
+    if not reached:
+        raise NotStorable("the model runs its decoder's layers by itself")
+    return reached
 
 
 def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Each part's flattened outputs, with their spec, in a forward pass that ends at the decoder."""
+    """Each part's flattened outputs, with their spec."""
     recorded: dict[str, list[Any]] = {name: [] for name in names}
 
-    def record(name: str) -> Callable[..., None]:
-        # Flattened at once: some models write into an output that they were given.
-        return lambda module, args, output: recorded[name].append(pytree.tree_flatten(output))
+    def record(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        leaves, spec = pytree.tree_flatten(output)
+        # Copied at once: some models write into an output that they were given.
+        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        recorded[name].append((copies, spec))
 
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    with _hooked([*handles, _stop_at_decoder(model)]), contextlib.suppress(_DecoderReached):
-        model(**inputs, use_cache=False)
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(record, name)) for name in names]
+    _decoder_inputs(model, inputs, hooks)
     return recorded
 
 
@@ -249,24 +314,22 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
     seen: list[tuple[str, int, int, Tensor]] = []
     counts = dict.fromkeys(batched, 0)
 
-    def track(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            number, counts[name] = counts[name] if batched[name] else 0, counts[name] + 1
-            leaves, spec = pytree.tree_flatten(output)
-            for place, leaf in enumerate(leaves):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    fresh = leaf.detach().clone().requires_grad_()
-                    leaves[place] = fresh * 1  # no leaf of the graph: some models write into it
-                    seen.append((name, number, place, fresh))
-            return pytree.tree_unflatten(leaves, spec)
+    def cut_off(name: str, _: nn.Module, __: Any, output: Any) -> Any:
+        number, counts[name] = counts[name] if batched[name] else 0, counts[name] + 1
+        leaves, spec = pytree.tree_flatten(output)
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                fresh = leaf.detach().clone().requires_grad_()
+                leaves[place] = fresh * 1  # no leaf of the graph: some models write into it
+                seen.append((name, number, place, fresh))
+        return pytree.tree_unflatten(leaves, spec)
 
-        return hook
-
-    with (
-        _hooked([model.get_submodule(name).register_forward_hook(track(name)) for name in batched]),
-        torch.enable_grad(),
-    ):
-        total = model(**inputs, use_cache=False).logits.float().square().sum()
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(cut_off, name)) for name in batched]
+    with torch.enable_grad():
+        reached = [leaf for leaf in _decoder_inputs(model, inputs, hooks) if isinstance(leaf, Tensor)]
+        total = sum(leaf.float().square().sum() for leaf in reached if leaf.requires_grad)
+        if not isinstance(total, Tensor):
+            return {}
         gradients = torch.autograd.grad(total, [fresh for *_, fresh in seen], allow_unused=True)
     read: dict[tuple[str, int], set[int]] = {}
     for (name, number, place, _), gradient in zip(seen, gradients, strict=True):
@@ -279,84 +342,154 @@ def _frozen_modules(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Outermost modules with weights, none of which trains, called with something made of pixels before the decoder."""
     decoder = set(model.get_decoder().modules())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    ids, called = {id(weight) for weight in trained}, dict[nn.Module, None]()
+    ids = {id(weight) for weight in trained}
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            called[module] = None
+    def called(batch: Mapping[str, Any]) -> dict[nn.Module, None]:
+        """Frozen modules that are called with something that asks for a gradient."""
+        modules = dict[nn.Module, None]()
 
-    handles = [_stop_at_decoder(model)]
-    for module in model.modules():
-        weights = list(module.parameters())
-        if weights and not any(id(weight) in ids for weight in weights) and decoder.isdisjoint(module.modules()):
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+                modules[module] = None
+
+        hooks = [
+            module.register_forward_pre_hook(note, with_kwargs=True)
+            for module in model.modules()
+            if (weights := list(module.parameters()))
+            and not any(id(weight) in ids for weight in weights)
+            and decoder.isdisjoint(module.modules())
+        ]
+        with torch.enable_grad():
+            _decoder_inputs(model, batch, hooks)
+        return modules
+
+    names = {module: name for name, module in model.named_modules()}
+    if late := [names[module] for module in called(inputs)]:
+        raise NotStorable(f"{late[0]} gets what weights that train give")
     try:
-        for weight in trained:  # so that what asks for a gradient comes from pixels
+        for weight in trained:
             weight.requires_grad_(False)
-        with _hooked(handles), torch.enable_grad(), contextlib.suppress(_DecoderReached):
-            pixels = {k: v.detach().clone().requires_grad_() * 1 if is_pixels(v) else v for k, v in inputs.items()}
-            model(**pixels, use_cache=False)
+        seen = called({k: v.detach().clone().requires_grad_() * 1 if _is_float(v) else v for k, v in inputs.items()})
     finally:
         for weight in trained:
             weight.requires_grad_(True)
-    inside = {child for module in called for child in module.modules() if child is not module}
-    names = {module: name for name, module in model.named_modules()}
-    return tuple(names[module] for module in called if module not in inside)
+    inside = {child for module in seen for child in module.modules() if child is not module}
+    outermost = tuple(names[module] for module in seen if module not in inside)
+    if not outermost:
+        raise NotStorable("no frozen module takes pixels")
+    return outermost
 
 
-def is_pixels(value: Any) -> bool:
-    """Whether a processor's input holds numbers of pictures; grids and sizes are whole numbers."""
+def _is_float(value: Any) -> bool:
+    """Of a processor's inputs, whether it holds pixels: grids and sizes are whole numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs whose pixels are a one of their shape, which models still ask for (idefics takes zeros for padding)."""
-    return {k: torch.ones((), dtype=v.dtype).expand(v.shape) if is_pixels(v) else v for k, v in inputs.items()}
+    return {
+        name: torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape) if _is_float(value) else value
+        for name, value in inputs.items()
+    }
 
 
-# The store: outputs by the pictures' content, in a folder named after all that decides them.
+def hollowed(sample: Any, outputs: Outputs) -> Any:
+    """A `Sample` or `Encoded` with stored outputs in the place of its pixels."""
+    return replace(sample, inputs=without_pixels(sample.inputs), stored=(outputs,))
 
 
-def pictures_key(pictures: Sequence[Image.Image]) -> str:
-    """The content of a sample's pictures in order, as the processor gets them, wherever they lie."""
-    digest = hashlib.sha256()
-    for picture in pictures:
-        rgb = picture.convert("RGB")
-        digest.update(f"{rgb.size}".encode() + rgb.tobytes())
-    return digest.hexdigest()
+class StoredRow(NamedTuple):
+    """What is kept of a sample's pictures."""
+
+    sizes: Sequence[tuple[int, int]]
+    """Width and height of each."""
+    outputs: Outputs
 
 
 class OutputStore:
-    """Outputs by `pictures_key`, in shards that appear whole; several processes may fill one folder.
+    """Outputs by `PictureReader.key`, in shards that appear whole; several processes may fill it, workers read it.
 
     Args:
         cache: the folder of stores; the one in it is named after the parts' weights and `settings`.
-        settings: what else decides the outputs: the processor's.
+        settings: what else decides the outputs (`PictureReader.settings`).
     """
 
-    def __init__(self, cache: Path, parts: FrozenParts, settings: Mapping[str, Any]) -> None:
-        decided = {**settings, "parts": [*parts.calls], "transformers": transformers.__version__}
-        name = store_key(nn.ModuleList([parts.model.get_submodule(part) for part in parts.calls]), decided)
+    def __init__(self, cache: Path, model: Any, parts: FrozenParts, settings: Mapping[str, Any]) -> None:
+        read = {name: [sorted(call.read) for call in calls] for name, calls in parts.calls.items()}
+        config = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
+        decided = {**settings, "parts": read, "config": config, "transformers": transformers.__version__}
+        name = store_key(nn.ModuleList([model.get_submodule(part) for part in parts.calls]), decided)
         self.folder = cache / name
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, {**decided, HASH: name})
-        self._waiting: dict[str, Outputs] = {}
-        self._shards: dict[str, Path] = {}
+        self._waiting: dict[str, StoredRow] = {}
+        self._bytes = 0
+        self._rows: dict[str, tuple[Path, Any]] = {}
+        self._opened: dict[Path, Any] = {}
         self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}  # memory maps do not travel; a worker opens its own
+
+    def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:
+        """What it lacks of the pictures of samples, and those whose files have changed since; each once."""
+        keys = {reader.key(names): names for names in pictures}
+        return [names for key, names in keys.items() if key not in self._rows]
+
+    def fill(
+        self,
+        model: Any,
+        parts: FrozenParts,
+        reader: PictureReader,
+        missing: Sequence[Sequence[str]],
+        *,
+        part: tuple[int, int] = (0, 1),
+        workers: int = 0,
+    ) -> None:
+        """Computes a process's part of what is missing; may be stopped and goes on with what is on the disk.
+
+        Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
+        """
+        mine = missing[part[0] :: part[1]]
+        if not mine:
+            return
+        log.info("computing the outputs of frozen vision parts for %d samples' pictures, in %s", len(mine), self.folder)
+        rows: Any = DataLoader(_Rows(reader, mine), batch_size=None, num_workers=workers)
+        seen = 0
+        for row in tqdm(rows, unit="sample", desc="stored outputs", disable=part[0] > 0):
+            if isinstance(row, BadSample):
+                continue
+            key, sizes, sample = row
+            outputs = parts.outputs_of(model, inputs_of(model, sample))
+            needed, free = nbytes(outputs) * len(missing), shutil.disk_usage(self.folder).free
+            if not seen and needed > free:
+                raise UserError(
+                    f"stored outputs need {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB free; "
+                    "set data.feature_cache to a larger disk, or data.cache_features to false"
+                )
+            seen += 1
+            self.add(key, StoredRow(sizes, outputs))
+        self.flush()
 
     def refresh(self) -> None:
         """Looks again at what the folder holds, whichever process wrote it."""
         for path in sorted(self.folder.glob("outputs-*.safetensors")):
-            with safe_open(path, framework="pt") as shard:
-                self._shards |= dict.fromkeys(json.loads(shard.metadata()["index"]), path)
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    self._rows |= {key: (path, row) for key, row in json.loads(shard.metadata()["index"]).items()}
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path} holds no stored outputs that can be read ({error}); it is a cache: delete this file, and "
+                    "what it held is computed anew by the next run"
+                ) from error
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._shards or key in self._waiting
-
-    def add(self, key: str, outputs: Outputs) -> None:
-        """Takes what was kept of a sample's pictures; it is on disk after `flush`."""
-        self._waiting[key] = outputs
+    def add(self, key: str, row: StoredRow) -> None:
+        """Takes what was kept of a sample's pictures; it is on disk when its shard is full, or at `flush`."""
+        self._waiting[key] = StoredRow(row.sizes, pytree.tree_map_only(Tensor, Tensor.cpu, row.outputs))
+        self._bytes += nbytes(row.outputs)
+        if self._bytes >= SHARD_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Writes what was added as one shard."""
@@ -365,35 +498,105 @@ class OutputStore:
         tensors: dict[str, Tensor] = {"": torch.zeros(0)}
 
         def described(leaf: Any) -> Any:
+            if isinstance(leaf, Hollow):
+                return {"shape": leaf.shape, "dtype": str(leaf.dtype).removeprefix("torch.")}
             if not isinstance(leaf, Tensor):
                 return {"value": leaf}
-            if _is_hollow(leaf):
-                return {"shape": [*leaf.shape], "dtype": str(leaf.dtype).removeprefix("torch.")}
             name = str(len(tensors))
-            tensors[name] = leaf.cpu().contiguous()
+            tensors[name] = leaf.contiguous()
             return {"tensor": name}
 
         index = {
-            key: {part: [[described(leaf) for leaf in call] for call in calls] for part, calls in outputs.items()}
-            for key, outputs in self._waiting.items()
+            key: [
+                row.sizes,
+                {part: [[described(leaf) for leaf in call] for call in calls] for part, calls in row.outputs.items()},
+            ]
+            for key, row in self._waiting.items()
         }
-        path = self.folder / f"outputs-{hashlib.sha256(''.join(index).encode()).hexdigest()[:20]}.safetensors"
-        save_whole(path, tensors, {"index": json.dumps(index)})
-        self._shards |= dict.fromkeys(index, path)
-        self._waiting = {}
+        digest = hashlib.sha256("".join(index).encode()).hexdigest()[:20]
+        save_whole(self.folder / f"outputs-{digest}.safetensors", tensors, {"index": json.dumps(index)})
+        self._waiting, self._bytes = {}, 0
+        self.refresh()
 
-    def read(self, key: str) -> Outputs:
-        """What was kept of a sample's pictures."""
-        if key in self._waiting:
-            return self._waiting[key]
-        with safe_open(self._shards[key], framework="pt") as shard:
+    def read(self, reader: PictureReader, names: Sequence[str]) -> StoredRow:
+        """What was kept of a sample's pictures.
 
-            def leaf_of(described: Mapping[str, Any]) -> Any:
-                if "tensor" in described:
-                    return shard.get_tensor(described["tensor"])
-                if "shape" in described:
-                    return _hollow(described["shape"], getattr(torch, described["dtype"]))
-                return described["value"]
+        Raises: BadSample if that is nothing, since they cannot be read or have changed.
+        """
+        key = reader.key(names)
+        if key not in self._rows:
+            reader.read(names)  # says what is wrong with them
+            raise BadSample(names[0], f"picture {names[0]} was changed, or mended, after the run began; start again")
+        path, (sizes, parts) = self._rows[key]
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt").__enter__()
 
-            parts: Mapping[str, Any] = json.loads(shard.metadata()["index"])[key]
-            return {name: [[leaf_of(leaf) for leaf in call] for call in calls] for name, calls in parts.items()}
+        def leaf_of(described: Mapping[str, Any]) -> Any:
+            if "tensor" in described:
+                return self._opened[path].get_tensor(described["tensor"])
+            if "shape" in described:
+                return Hollow(tuple(described["shape"]), getattr(torch, described["dtype"]))
+            return described["value"]
+
+        outputs = {name: [[leaf_of(leaf) for leaf in call] for call in calls] for name, calls in parts.items()}
+        return StoredRow([(width, height) for width, height in sizes], outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureReader:
+    """Opens a sample's pictures and encodes them; worker processes may have it.
+
+    Attributes:
+        held: pictures that the data file itself holds.
+        most_pixels: of a sample; what is above it is shrunk.
+    """
+
+    encoder: Encoder
+    folder: MediaFolder
+    held: HeldPictures | None = None
+    most_pixels: int | None = None
+
+    def key(self, names: Sequence[str]) -> str:
+        """A sample's pictures in order: their names, bytes and times of change."""
+        return json.dumps([[name, *file_state(self.folder.root, name)] for name in names])
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels; another folder may have pictures of the same names, sizes and times."""
+        return {
+            "processor": hashlib.sha256(self.encoder.processor.to_json_string().encode()).hexdigest(),
+            "reading": AS_PUBLISHED if self.folder.as_published else READING,
+            "most_pixels": self.most_pixels,
+            "pictures": str(self.folder.root.resolve()),
+        }
+
+    def read(self, names: Sequence[str]) -> tuple[list[tuple[int, int]], Sample]:
+        """The sizes of the files' pictures, and a row that shows them as training does.
+
+        Raises: BadSample.
+        """
+        pictures = [open_picture(self.folder, name, self.held) for name in names]
+        sizes = [picture.size for picture in pictures]
+        if self.most_pixels is not None:
+            pictures, _, _ = within_pixels(pictures, (), self.most_pixels)
+        return sizes, self.encoder.pictured(pictures)
+
+
+@dataclass(frozen=True)
+class _Rows(Dataset[Any]):
+    reader: PictureReader
+    pictures: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[str, list[tuple[int, int]], Sample] | BadSample:
+        names = self.pictures[index]
+        try:
+            return self.reader.key(names), *self.reader.read(names)
+        except BadSample as error:
+            return error
+
+
+def nbytes(outputs: Outputs) -> int:
+    """Bytes of the tensors that are kept."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))

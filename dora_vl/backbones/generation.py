@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.errors import UserError
@@ -81,9 +82,6 @@ class GrowingText:
     def _go_on(self, until: int, ids: Sequence[int]) -> None:
         self._from, self._until = self._until, until
         self._known = self._decode(ids[self._from : self._until])
-
-
-# Rows of transformers' generate whose scores are no numbers: the likeliest of NaN would be any token, in silence.
 
 
 NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
@@ -154,6 +152,24 @@ class ScoreWatch:
         return new.masked_fill(broken.to(new.device), NO_TOKEN)
 
 
+class WithoutPrompt(BaseStreamer):
+    """Hands on what is generated: generate's first call brings the prompt."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self._streamer = streamer
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then one token after another."""
+        if self._prompt_seen:
+            self._streamer.put(value)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Hands on the end."""
+        self._streamer.end()
+
+
 class _Look(LogitsProcessor):
     def __init__(self, watch: ScoreWatch) -> None:
         self._watch = watch
@@ -175,9 +191,6 @@ class _End(StoppingCriteria):
         return self._watch.end(input_ids[:, -1])
 
 
-# Choice among given answers, always a valid one, without any search: by likelihood, or true or false by two logits.
-
-
 def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, " batch"]:
     """The most likely choice of each row; of equals the first."""
     return log_probabilities.argmax(1)
@@ -186,9 +199,6 @@ def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
     """Whether each row prefers the token of "true" (NLVR2 in VL-T5); of equals it is false."""
     return logits[:, true_token] > logits[:, false_token]
-
-
-# Loss of next-token generation, from logits that exist only where a label does.
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,6 @@ def is_sentencepiece(file: Path) -> bool:
     """Whether a `tokenizer.model` is SentencePiece's; else it may be tiktoken's, where that is installed.
 
     transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
-
-    Raises:
-        UserError: a package is not installed, or the file is no model; it names them.
     """
     if missing := [name for name, installed in NEEDED.items() if not installed()]:
         raise UserError(
@@ -144,8 +141,6 @@ def load_tokenizer(
 
     transformers 5 rebuilds LLaMA's tokenizer from the vocabulary, and the result splits a text that begins with a
     space (as one after a picture may) differently from either file.
-
-    Raises: UserError if there is no tokenizer, it is broken, or a package that reads it is not installed.
     """
     try:
         if gguf_file is not None:
@@ -212,8 +207,6 @@ def read_language_model(
         folder: a folder or hub id; with `gguf_file`, where that file lies.
         gguf_file: name of a GGUF file, which is dequantised.
         dtype: of the weights; None keeps the folder's own (float32 for GGUF).
-
-    Raises: UserError if the folder cannot be read.
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     if gguf_file is None:
@@ -268,9 +261,6 @@ def with_mean_rows(embedding: Float[Tensor, "old width"], rows: int) -> Float[Te
     return torch.cat([embedding, mean.expand(rows - len(embedding), -1)])
 
 
-# How transformers is asked for a base with its language model quantised, and what is done after.
-
-
 log = logging.getLogger(__name__)
 
 
@@ -284,11 +274,7 @@ class QuantisedLoading:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def finish(self, model: nn.Module) -> None:
-        """Quantises what transformers does not, and checks that it is those layers.
-
-        Raises:
-            UserError: other layers are quantised than were meant to be.
-        """
+        """Quantises what transformers does not, and checks that it is those layers."""
         if self.kind == "hqq":
             self._replace_layers(model)
         settle_quantised(model)
@@ -310,11 +296,7 @@ class QuantisedLoading:
 def quantised_loading(
     folder_or_id: str, quantisation: Quantisation | None, *, dtype: torch.dtype, revision: str | None
 ) -> QuantisedLoading:
-    """How a base is loaded for `model.quantisation`; nothing but its config is read.
-
-    Raises:
-        UserError: the base cannot be quantised.
-    """
+    """How a base is loaded for `model.quantisation`; nothing but its config is read."""
     if quantisation is None:
         return QuantisedLoading()
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
@@ -349,9 +331,6 @@ def _bits_and_bytes(kind: Quantisation, dtype: torch.dtype, whole: list[str]) ->
     )
 
 
-# A base that is written from settings: whole or not there, and it says which settings those were.
-
-
 SETTINGS_FILE = "made_from.json"
 
 
@@ -361,9 +340,6 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
 
     Args:
         spec: the dataclass of settings.
-
-    Raises:
-        UserError: the folder exists.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
@@ -380,11 +356,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
 
 
 def check_made_from(folder: Path, spec: Any) -> None:
-    """Refuses a base that was written with other settings; one that does not say is taken as it is.
-
-    Raises:
-        UserError: a setting differs.
-    """
+    """Refuses a base that was written with other settings; one that does not say is taken as it is."""
     file = folder / SETTINGS_FILE
     made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, digest in _digests(spec).items():
@@ -399,9 +371,6 @@ def _digests(spec: Any) -> dict[str, str]:
     """Each setting's digest: a base that is passed on says nothing of the paths on the machine that made it."""
     settings = dataclasses.asdict(spec).items()
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in settings}
-
-
-# What a run's settings say of its base, whichever kind it is; imports nothing that takes time.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,11 @@ It runs by the model's own forward, with logits only where a label or a decode s
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -25,10 +24,6 @@ from dora_vl.backbones.base import (
     Attention,
     Backbone,
     Features,
-    labelled_positions,
-    layout_attention,
-    new_tokens,
-    output_layer_sees,
 )
 from dora_vl.backbones.families import (
     BYPASSED,
@@ -42,11 +37,15 @@ from dora_vl.backbones.families import (
     model_type_of,
     sees_pictures,
 )
+from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs
+from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
+from dora_vl.data.batches import visible
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
@@ -65,10 +64,12 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         super().__init__()
         self.model = model
         self.generation = dict(generation or {})
+        self.frozen_parts: FrozenParts | None = None
+        """What gives a sample's `stored` outputs again; set where a run keeps some."""
         # Padding on the right is then seen by no token, so it needs no mask, and a row may hold several samples.
         self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
-            if hasattr(module, CROSSING):
+            if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
         self.train(model.training)
 
@@ -93,7 +94,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"] | None = None,
         layout: Int[Tensor, "batch 3 seq"] | None = None,
-        image_features: Float[Tensor, "images tokens channels"] | None = None,
+        stored: Sequence[Outputs] = (),
         **inputs: Any,
     ) -> Features:
         """Hidden states and logits at the positions that predict a label.
@@ -101,17 +102,40 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         Args:
             labels: the token at each place, or -100; the shift by one happens here.
             layout: what each token sees where rows hold several samples (`data.batches`).
-            image_features: a LLaVA's pictures as its frozen tower gave them.
+            stored: what frozen parts gave for the pictures of each sample that has some.
             inputs: what else the processor gave, by its own names.
         """
-        rows, places, targets = labelled_positions(labels, attention_mask)
+        if labels is None:
+            rows = torch.arange(len(attention_mask), device=attention_mask.device)
+            places = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+            targets = torch.full_like(rows, IGNORED_LABEL)
+        else:
+            rows, places = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+            targets = labels[rows, places + 1]
+        head: Any = self.model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
+        hidden: list[Tensor] = []
+
+        def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden.append(seen[0][rows, places])
+            return (hidden[0].unsqueeze(0), *seen[1:])
+
+        replayed = contextlib.nullcontext()
+        if self.frozen_parts is not None and stored:
+            replayed = self.frozen_parts.replaying(self.model, stored)
         inputs = {**self._in_own_dtype(inputs), **self._attention(attention_mask, layout)}
-        with self._differentiable_embeddings(), output_layer_sees(self.model, rows, places) as seen:
-            tokens: dict[str, Any] = {"input_ids": input_ids}
-            if image_features is not None:
-                tokens = {"inputs_embeds": self._embeds(input_ids, image_features)}
-            logits = self.model(**tokens, use_cache=False, **inputs).logits
-        return Features(seen[0], logits.squeeze(0), targets, rows)
+        # Inside the model's own forward, so that what it does to its logits (scales, soft caps) stays its own.
+        hooks = [head.register_forward_pre_hook(labelled_alone)]
+        if self.training and torch.is_grad_enabled():
+            hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
+        try:
+            with replayed:
+                logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Features(hidden[0], logits.squeeze(0), targets, rows)
 
     def generate(
         self,
@@ -121,31 +145,28 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
-        image_features: Float[Tensor, "images tokens channels"] | None = None,
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
-        if image_features is not None:
-            inputs["inputs_embeds"] = self._embeds(input_ids, image_features)
-        return new_tokens(
-            self.model,
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            options={**self.generation, **(options or {})},
-            **self._in_own_dtype(inputs),
-        )
+        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise.
 
-    def _embeds(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
-        """Token embeddings with projected features at the picture tokens."""
-        llava: Any = self.model.base_model
-        projected = llava.multi_modal_projector(image_features.to(self.model.dtype))
-        places = input_ids == self.config.image_token_id
-        if int(places.sum()) != projected.shape[:2].numel():
-            raise UserError(f"{int(places.sum())} picture tokens in the batch, but features for {projected.shape[:2]}")
-        embeds: Tensor = self.model.get_input_embeddings()(input_ids)
-        return embeds.masked_scatter(places.unsqueeze(-1), projected.to(embeds.dtype))
+        Those of a row whose scores are no numbers are `NO_TOKEN`; `streamer` receives the new tokens alone.
+        """
+        watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
+        padding, ends = stated.pad_token_id, stated.eos_token_id
+        if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
+            padding = ends[0] if isinstance(ends, list) else ends
+        chosen = {"do_sample": False, "pad_token_id": padding, **watch.options, **self.generation, **(options or {})}
+        generating: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
+        with torch.no_grad():
+            tokens = generating.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                streamer=None if streamer is None else WithoutPrompt(streamer),
+                **self._in_own_dtype(inputs),
+                **chosen,
+            )
+        return watch.marked(tokens[:, input_ids.shape[1] :])
 
     def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> dict[str, Tensor | None]:
         """Mask, and positions where the model would take others."""
@@ -157,32 +178,23 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                     f"rows of {layout.shape[2]} tokens hold several samples, but this model sees {window} tokens back "
                     "in some layers, which such rows' mask does not say; set data.packing: false"
                 )
-            mask = layout_attention(layout, kernel=str(config._attn_implementation), dtype=self.model.dtype)
+            kernel = str(config._attn_implementation)
+            if kernel not in ("sdpa", "eager"):
+                raise UserError(
+                    "a row of several samples (data.share_pictures, data.packing) needs "
+                    f"model.attn_implementation sdpa or eager, not {kernel}"
+                )
+            mask = visible(layout)
+            if kernel == "eager":
+                dtype = self.model.dtype
+                zeros = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
+                mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
             return {"attention_mask": mask, "position_ids": layout[:, 0]}
         if not self.causal:
             return {"attention_mask": attention_mask}
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
-
-    @contextlib.contextmanager
-    def _differentiable_embeddings(self) -> Iterator[None]:
-        """Meanwhile embeddings ask for gradients: reentrant checkpointing sees nothing to differentiate otherwise.
-
-        Also where nothing is checkpointed: it costs one layer's share.
-        """
-
-        def differentiable(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return out if out.requires_grad else out.detach().requires_grad_()
-
-        if not (self.training and torch.is_grad_enabled()):
-            yield
-            return
-        handle = self.model.get_input_embeddings().register_forward_hook(differentiable)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _in_own_dtype(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of floating numbers (pixels) in the model's dtype, as `BatchFeature.to` gives them."""
@@ -191,6 +203,11 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
+
+
+def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+    """Reentrant checkpointing sees nothing to differentiate otherwise; else it costs a layer's share."""
+    return embedded if embedded.requires_grad else embedded.detach().requires_grad_()
 
 
 def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
@@ -204,10 +221,7 @@ def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str,
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The language model's layers.
-
-    Raises: UserError if transformers does not know them apart from the rest.
-    """
+    """The language model's layers."""
     decoder: nn.Module = model.get_decoder()
     if decoder is model or model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
@@ -215,10 +229,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """Full-name patterns of every linear in the decoder's layers, one for each place in a layer.
-
-    Raises: UserError if there is none.
-    """
+    """Full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     head = model.get_output_embeddings()
@@ -231,25 +242,6 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
-    """Sizes of the decoder's matrices that no linear layer holds, by name: experts that are one tensor, convolutions.
-
-    Embeddings, tied heads and vectors are not counted.
-    """
-    decoder = decoder_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    layers = [
-        one for name, one in decoder.named_modules() if isinstance(one, nn.Embedding) or is_adaptable_linear(name, one)
-    ]
-    held = {id(weight) for one in layers for weight in one.parameters()}
-    parameters = decoder.named_parameters(prefix=prefix)
-    return {
-        name: math.prod(weight_shape(weight))
-        for name, weight in parameters
-        if len(weight_shape(weight)) > 1 and id(weight) not in held
-    }
-
-
 def is_adaptable_linear(name: str, module: nn.Module) -> bool:
     """Whether an adapter in a linear layer would be heard: not in classes made from one, which use their weight without
     being called (Llama 4's router, the output of torch's attention), nor where a family's model does so.
@@ -259,11 +251,6 @@ def is_adaptable_linear(name: str, module: nn.Module) -> bool:
     if isinstance(module, AdaptedLayer) or is_quantised(module):
         return True
     return isinstance(module, nn.Linear) and adaptable(module, DoRAConfig(targets=("*",))) is not None
-
-
-def weight_shape(weight: nn.Parameter) -> tuple[int, ...]:
-    """A weight's shape, also where ZeRO-3 holds it in shards."""
-    return tuple(vars(weight).get("ds_shape", weight.shape))
 
 
 def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
@@ -290,8 +277,6 @@ def open_backbone(
     """A vision-language or causal language model's folder or hub id, every weight in `dtype`, in eval mode.
 
     With `quantisation` the linear layers of its language model are quantised.
-
-    Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(base)
     config_of(base, revision)
@@ -331,8 +316,6 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
 
     Published folders store them transposed and load rightly; those of `save_pretrained` do not, and of a square matrix
     no shape tells.
-
-    Raises: UserError; it says what to do.
     """
     turned = TURNED_UNDER_ZERO3.get(model_type_of(folder_or_id, revision), {})
     if not turned:

@@ -89,9 +89,6 @@ def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(prefix)))
 
 
-# A processor made of a tokenizer and a picture preparation, as LLaVA's own code and language models need it.
-
-
 _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
 _STAND_INS = 31
 
@@ -134,10 +131,7 @@ class ControlTokenizer:
         self.start_ids = _ids_before_text(self._tokenizer)
 
     def encode(self, text: str, controls: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself.
-
-        Raises: UserError if the template's control text is no special token of this tokenizer.
-        """
+        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself."""
         for start, end in controls:
             token = text[start:end]
             if token not in self._stand_in:
@@ -180,6 +174,7 @@ class PieceProcessor:
         pixels: of one picture; None: a language model, which sees none.
         tokens_per_image: how often the picture token stands for one picture.
         image_token_id: id of the picture token.
+        preparation: names all that decides the pixels.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -191,11 +186,13 @@ class PieceProcessor:
         pixels: Callable[[Image.Image], Tensor] | None = None,
         tokens_per_image: int = 0,
         image_token_id: int = -1,
+        preparation: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.tokens_per_image = tokens_per_image
         self.image_token_id = image_token_id
+        self.preparation = preparation
         if pixels is not None:
             self.image_token = IMAGE_PLACEHOLDER
         self._words = ControlTokenizer(tokenizer)
@@ -211,6 +208,10 @@ class PieceProcessor:
         template: Any = self.tokenizer.chat_template
         return template
 
+    def to_json_string(self) -> str:
+        """As a processor's: what decides its pixels."""
+        return self.preparation
+
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """As a processor's."""
         return self.tokenizer.apply_chat_template(conversation, **options)
@@ -219,16 +220,16 @@ class PieceProcessor:
         self,
         *,
         text: Sequence[str],
-        images: Sequence[Sequence[Image.Image | Tensor]] | None = None,
+        images: Sequence[Sequence[Image.Image]] | None = None,
         controls: Sequence[Span] = (),
         **_: Any,
     ) -> dict[str, Any]:
-        """As a processor's; a picture may also be its features, which a frozen tower gave.
+        """As a processor's.
 
         Args:
             controls: where special tokens of the format stand; everywhere else they are text.
 
-        Raises: ValueError if the text has places for more or fewer pictures, or only some are features.
+        Raises: ValueError if the text has places for more or fewer pictures.
         """
         pictures = images[0] if images else ()
         pieces = [text[0]] if self.pixels is None else text[0].split(IMAGE_PLACEHOLDER)
@@ -256,18 +257,9 @@ class PieceProcessor:
             ids, offsets = begin + ids, [(0, 1)] * len(begin) + offsets
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
         batch["text_replacement_offsets"] = [places]
-        features = [picture for picture in pictures if isinstance(picture, Tensor)]
-        if 0 < len(features) < len(pictures):
-            raise ValueError("it has a video, whose features are not stored; set data.cache_features: false")
-        if features:
-            batch["image_features"] = torch.stack(features)
-        elif self.pixels is not None and pictures:
-            opened = [picture for picture in pictures if isinstance(picture, Image.Image)]
-            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in opened])
+        if self.pixels is not None and pictures:
+            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch
-
-
-# Text of an encoder-decoder's inputs and labels as tokens; what does not fit is taken from the subtitles first.
 
 
 class Seq2SeqEncoder:

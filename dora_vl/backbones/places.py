@@ -34,8 +34,6 @@ def resolved_targets(
     Args:
         where: the setting, for messages.
         whole: any module with weights, not layers that can be adapted alone.
-
-    Raises: UserError if the model has no such place, or a word is neither a preset nor a module.
     """
     if whole:
         return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _owners_in))
@@ -43,10 +41,7 @@ def resolved_targets(
 
 
 def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:
-    """Patterns of parameters to train whole, each preset replaced by those that it stands for.
-
-    Raises: UserError as `resolved_targets`.
-    """
+    """Patterns of parameters to train whole, each preset replaced by those that it stands for."""
     return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _parameters_in))
 
 
@@ -141,9 +136,6 @@ def _parameters_in(model: PreTrainedModel, place: Place) -> list[str]:
         for leaf, weight in module.named_parameters(recurse=False)
         if id(weight) not in outside
     ]
-
-
-# -- the places ----------------------------------------------------------------------------------------------
 
 
 def _language(model: PreTrainedModel) -> dict[str, nn.Module]:

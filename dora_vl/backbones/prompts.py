@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -49,15 +49,6 @@ MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 NO_MEDIA = re.compile(r"((?!))")
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Where an answer stands in the template's text; `asked`, the generation prompt's end, replaces its `opening`."""
-
-    opening: Span
-    asked: str
-    end: int
-
-
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
@@ -77,8 +68,6 @@ class ProcessorChat(Prompts):
     Args:
         name: of the model, for messages.
         pictures: whether the model sees any; a template that leaves them out is refused.
-
-    Raises: UserError for such a template, or where there is none.
     """
 
     name = "tokenizer"
@@ -124,12 +113,13 @@ class ProcessorChat(Prompts):
         self._check_nothing_lost(turns, whole)
         text, spans, place = "", [], 0
         first = 2 if system is None else 3
-        for answer in [self._answer(messages[:end], whole) for end in range(first, len(messages) + 1, 2)]:
-            text += whole[place : answer.opening[0]] + answer.asked
+        for count in range(first, len(messages) + 1, 2):
+            (opening, answer), asked, end = self._answer(messages[:count], whole)
+            text += whole[place:opening] + asked
             start = len(text)
-            text += whole[answer.opening[1] : answer.end]
+            text += whole[answer:end]
             spans.append((start, len(text)))
-            place = answer.end
+            place = end
         text += whole[place:]
         if not self._pieces:
             return Chat(text, tuple(spans))
@@ -156,7 +146,8 @@ class ProcessorChat(Prompts):
             parts[-1]["text"] += closing
         return {"role": turn.role, "content": parts}
 
-    def _answer(self, messages: list[dict[str, Any]], whole: str) -> _Answer:
+    def _answer(self, messages: list[dict[str, Any]], whole: str) -> tuple[Span, str, int]:
+        """What opens the last answer, what replaces that (the generation prompt's end), and where the answer ends."""
         before = self._apply(messages[:-1], generation_prompt=True)
         after = self._apply(messages, generation_prompt=False)
         if not whole.startswith(after):
@@ -170,30 +161,21 @@ class ProcessorChat(Prompts):
         closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
         if not closing:
             raise ValueError("the chat template closes an answer with no special token")
-        return _Answer((shared, first), asked, closing[-1])
+        return (shared, first), asked, closing[-1]
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
         if any(str(content) in whole for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
-        self._check_system_kept(turns, whole)
-        place = 0
-        for number, turn in enumerate(turns):
-            for piece in self._media.split(turn.text)[::2]:
-                found = whole.find(piece.strip(), place)
-                if found < 0 and whole.find(piece.strip()) < 0:
-                    raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
-                place = max(place, found)
-
-    def _check_system_kept(self, turns: Sequence[Turn], whole: str) -> None:
-        """Refuses a template without a place for a system turn, also where its words are said again later."""
+        pieces = [[piece.strip() for piece in self._media.split(turn.text)[::2]] for turn in turns]
         system, talk = system_and_talk(turns)
-        said = system.text.strip() if system else ""
-        if not said:
-            return
-        again = sum(piece.strip().count(said) for turn in talk for piece in self._media.split(turn.text)[::2])
-        if whole.count(said) <= again:
-            raise ValueError("the chat template leaves out or changes the system turn")
+        if system is not None and (text := system.text.strip()):
+            again = sum(piece.count(text) for turn in pieces[len(turns) - len(talk) :] for piece in turn)
+            if whole.count(text) <= again:  # its words may be said again later
+                raise ValueError("the chat template leaves out or changes the system turn")
+        for number, turn in enumerate(pieces):
+            if any(piece not in whole for piece in turn):
+                raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _why_not(self, turns: Sequence[Turn]) -> str | None:
         """What the template loses of these turns in the present form, or why it refuses them; None: nothing."""
@@ -208,10 +190,9 @@ class ProcessorChat(Prompts):
         reasons: list[str] = []
         for form in TEXT_FORMS if self._pieces else FORMS:
             self._in_parts = form
-            why = self._why_not(PROCESSOR_PROBE[:2])
-            if why is None:
+            if (reason := self._why_not(PROCESSOR_PROBE[:2])) is None:
                 return form
-            reasons.append(why)
+            reasons.append(reason)
         raise UserError(
             f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
         )
@@ -305,9 +286,6 @@ def special_tokens(processor: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-# Prompts of models whose processor has no chat template, by a name of `model.template`.
-
-
 FormatName = Literal["question_answer", "paligemma"]
 USUAL = ("vicuna_v1", "chatml")
 
@@ -316,9 +294,6 @@ class QuestionAnswer(Prompts):
     """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
 
     An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
-
-    Raises: UserError if the tokenizer has no end token, or the processor no token for a picture, or if it puts
-        something behind every text.
     """
 
     name = "question_answer"
@@ -433,10 +408,7 @@ def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def prompts_of(
     processor: Any, name: str, template: str | None, *, pictures: bool, train_on: TrainOn = "all"
 ) -> Prompts:
-    """How turns are put to this processor: by the format `template`, or else by its chat template.
-
-    Raises: UserError if there is neither, or it cannot be trained on.
-    """
+    """How turns are put to this processor: by the format `template`, or else by its chat template."""
     own = OWN_FORMAT.get(type(processor).__name__)
     pieces = isinstance(processor, PieceProcessor)
     if template is None and pieces and pictures:

@@ -13,6 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -63,7 +64,12 @@ def open_features(folder: Path) -> FeatureStore:
     forms = {
         SHARD_SUFFIX: shard_rows,
         PARQUET_SUFFIX: lambda folder: ParquetShards(folder).rows(),
-        ".h5": lambda folder: _files(folder, ".h5", _load_hdf5, _shape_in_hdf5),
+        ".h5": lambda folder: _files(
+            folder,
+            ".h5",
+            partial(_from_hdf5, take=np.asarray),
+            partial(_from_hdf5, take=_shape_and_dtype),
+        ),
         ".npz": lambda folder: _files(folder, ".npz", _load_npz, _shape_in_npz),
     }
     held = [suffix for suffix in forms if next(folder.glob(f"*{suffix}"), None) is not None]
@@ -232,20 +238,15 @@ def _files(
     return {path.stem: FeatureFile(path, load, shape_of) for path in folder.glob(f"*{suffix}")}
 
 
-def _load_hdf5(path: Path) -> np.ndarray:
+def _from_hdf5(path: Path, take: Callable[[Any], Taken]) -> Taken:
     import h5py
 
     with h5py.File(path, "r") as opened:
-        stored: Any = opened[f"{path.stem}/{FEATURES}"]
-        return np.asarray(stored)
+        return take(opened[f"{path.stem}/{FEATURES}"])
 
 
-def _shape_in_hdf5(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    import h5py
-
-    with h5py.File(path, "r") as opened:
-        stored: Any = opened[f"{path.stem}/{FEATURES}"]
-        return tuple(stored.shape), stored.dtype
+def _shape_and_dtype(stored: Any) -> tuple[tuple[int, ...], np.dtype]:
+    return tuple(stored.shape), stored.dtype
 
 
 def _load_npz(path: Path) -> np.ndarray:
@@ -259,9 +260,6 @@ def _shape_in_npz(path: Path) -> tuple[tuple[int, ...], np.dtype]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(member)
         return shape, dtype
-
-
-# Pictures and video frames as the features that a VL-BART reads: a frozen tower, its preparation, and what is kept.
 
 
 def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
@@ -463,16 +461,12 @@ def open_encoders(
             continue
         key = json.dumps(record, sort_keys=True)
         if key not in opened:
-            opened[key] = _open(record, device)
+            settings = FeatureSettings.from_record({key: value for key, value in record.items() if key != HASH})
+            opened[key] = FeatureEncoder(settings, device=device)
             if not any_tower:
                 check_tower(opened[key], record, f"{adapter}: {name}")
         encoders[name] = opened[key]
     return encoders
-
-
-def _open(record: Mapping[str, Any], device: torch.device) -> FeatureEncoder:
-    settings = FeatureSettings.from_record({name: value for name, value in record.items() if name != HASH})
-    return FeatureEncoder(settings, device=device)
 
 
 def check_tower(encoder: FeatureEncoder, record: Mapping[str, Any], trained: str) -> None:

@@ -100,8 +100,6 @@ def check_ends(render: Callable[[], object], name: str) -> None:
     Args:
         render: tries it; what it raises is left to who calls it again.
         name: of the model, for the message.
-
-    Raises: UserError.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child needs none of theirs

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from PIL.Image import Resampling
-from torch import Tensor, nn
+from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.adapters.files import read_tensors
-from dora_vl.backbones.tower_config import GridTowerConfig, Layout
+from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
 from dora_vl.backbones.tower_spec import PRETRAINED, RANDOM, TowerSpec
 from dora_vl.backbones.towers import GridTower, keep_all_buffers, load_weights, network_output
@@ -216,24 +216,18 @@ def measure(network: nn.Module, config: GridTowerConfig) -> None:
         raise UserError(
             f"{config.architecture}: layer {config.layer} of a {config.image_size} px picture failed: {error}"
         ) from error
-    config.layout = layout_of(raw, config.architecture)
+    if raw.dim() == 3:
+        config.layout = "NLC"
+    elif raw.dim() == 4 and raw.shape[2] == raw.shape[3]:  # a square picture's grid has two equal sides
+        config.layout = "NCHW"
+    elif raw.dim() == 4 and raw.shape[1] == raw.shape[2]:
+        config.layout = "NHWC"
+    else:
+        shape = tuple(raw.shape)
+        raise UserError(f"{config.architecture} gives {shape}; a square grid or a sequence is needed")
     if config.layout == "NLC":
         config.grid_side = math.isqrt(raw.shape[1])
         config.prefix_tokens = raw.shape[1] - config.grid_side**2
         config.hidden_size = raw.shape[2]
     else:
-        channels, sides = (1, (2, 3)) if config.layout == "NCHW" else (3, (1, 2))
-        if raw.shape[sides[0]] != raw.shape[sides[1]]:
-            raise UserError(f"{config.architecture} gives a {tuple(raw.shape)} grid, which is not square")
-        config.grid_side, config.hidden_size = raw.shape[sides[0]], raw.shape[channels]
-
-
-def layout_of(raw: Tensor, architecture: str) -> Layout:
-    """Where the channels are in a network's output: a square picture's grid has two equal sides."""
-    if raw.dim() == 3:
-        return "NLC"
-    if raw.dim() == 4 and raw.shape[2] == raw.shape[3]:
-        return "NCHW"
-    if raw.dim() == 4 and raw.shape[1] == raw.shape[2]:
-        return "NHWC"
-    raise UserError(f"{architecture} gives an output of shape {tuple(raw.shape)}; a grid or a sequence is needed")
+        config.grid_side, config.hidden_size = raw.shape[2], raw.shape[1 if config.layout == "NCHW" else 3]

@@ -27,7 +27,12 @@ def build_network(config: GridTowerConfig) -> nn.Module:
 
         return timm.create_model(config.architecture, pretrained=False, num_classes=0, **options)
     if config.library == "open_clip":
-        return build_open_clip_visual(options)
+        from open_clip.model import CLIP, CLIPTextCfg
+
+        # Public functions build both towers or none, so the text tower is as small as it can be, and thrown away.
+        smallest_text = CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)
+        quick_gelu = options.get("quick_gelu", False)
+        return CLIP(options["embed_dim"], options["vision_cfg"], smallest_text, quick_gelu=quick_gelu).visual
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModel
 
@@ -35,24 +40,6 @@ def build_network(config: GridTowerConfig) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"AutoModel built a {type(network).__name__} for {config.architecture}")
     return network
-
-
-def build_open_clip_visual(options: dict[str, Any]) -> nn.Module:
-    """open_clip's vision tower from `embed_dim`, `vision_cfg` and `quick_gelu`, without any text tower.
-
-    open_clip builds both towers or none in public functions; the text tower is made as small as it can be and
-    thrown away.
-    """
-    from open_clip.model import CLIP, CLIPTextCfg
-
-    smallest_text = CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)
-    model = CLIP(
-        embed_dim=options["embed_dim"],
-        vision_cfg=options["vision_cfg"],
-        text_cfg=smallest_text,
-        quick_gelu=options.get("quick_gelu", False),
-    )
-    return model.visual
 
 
 class GridTower(PreTrainedModel):
@@ -151,9 +138,6 @@ def register_towers() -> None:
 
     register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)
-
-
-# Fits a table of weights to a network exactly.
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: bool, source: str) -> None:

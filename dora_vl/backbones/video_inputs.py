@@ -174,9 +174,6 @@ def displaced_inputs(
     return {name: stacked([one[name][0] for one in made], 0)[None] for name in sorted(names)}
 
 
-# Pictures and frames of a sample within a number of pixels: what is above it is shrunk, all by one factor.
-
-
 LEAST_PIXELS = 32 * 32
 """A sample's share must be at least that: a picture of fewer shows nothing."""
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,13 +31,10 @@ from tqdm import tqdm
 
 from dora_vl.backbones.tower_pictures import ImagePreparation
 from dora_vl.data.example import Clip, Example, whole_file
-from dora_vl.data.pictures import AS_PUBLISHED, HeldPictures, MediaFolder, open_picture
+from dora_vl.data.pictures import MediaFolder, open_picture
 from dora_vl.data.video import Sampling, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import check_whole
-
-# Stored features of an example's pictures or video, as many tokens for each as the model reads.
-
 
 Part = tuple[float, float | None]
 """From so many seconds to so many; None is the video's end."""
@@ -131,21 +127,24 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     """Features of an example's pictures, or of its video."""
     paths = feature_paths(example)
     read = [reader.read(path) for path in paths]
-    _check_part(example, reader)
-    _check_pictures(example, [len(one) for one in read], reader)
+    _check(example, reader, [len(features) for features in read])
+    fitted: list[Tensor] = []
     try:
-        return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
+        for path, features in zip(paths, read, strict=True):
+            # What is stored is asked only where frames count: a file of its own is looked into again.
+            frames = reader.stored(path).frames if len(features) > reader.tokens else 1
+            fitted.append(fixed_length(features, reader.tokens, frames=frames))
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
+    return torch.stack(fitted)
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
     """Refuses what `features_of` would, as far as it can be known without reading features."""
-    found = [reader.stored(path) for path in feature_paths(example)]
-    _check_part(example, reader)
-    _check_pictures(example, [one.tokens for one in found], reader)
+    stored = [reader.stored(path) for path in feature_paths(example)]
+    _check(example, reader, [one.tokens for one in stored])
     try:
-        for one in found:
+        for one in stored:
             pooled_frames(one.tokens, reader.tokens, frames=one.frames)
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
@@ -160,25 +159,21 @@ def feature_paths(example: Example) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
-    if example.video is None and any(one != reader.tokens for one in tokens):
-        have = "its picture has" if len(tokens) == 1 else "its pictures have"
-        counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
-        raise BadSample(example.id, f"{have} {counts} tokens; data.feature_tokens is {reader.tokens}")
-
-
 def part_of(clip: Clip) -> Part:
     """Where a clip begins and ends."""
     return clip.start_seconds or 0.0, clip.end_seconds
 
 
-def _check_part(example: Example, reader: FeatureReader) -> None:
-    """Refuses features of another part of the video than the example means: they were found by their name alone."""
+def _check(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> None:
+    """Refuses another number of a picture's tokens, and features of another part of a video than the example means."""
     clip = clip_of_features(example)
+    if clip is None and any(count != reader.tokens for count in tokens):
+        counts = " and ".join(str(count) for count in dict.fromkeys(tokens))
+        raise BadSample(example.id, f"its pictures have {counts} tokens; data.feature_tokens is {reader.tokens}")
     if example.images or clip is None:
         return
     stored, meant = reader.part(clip[0]), part_of(clip[1])
-    if stored is not None and stored != meant:
+    if stored is not None and stored != meant:  # they were found by their name alone
         raise BadSample(
             example.id,
             f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(stored)}; compute "
@@ -192,12 +187,6 @@ def in_words(part: Part) -> str:
     if end is None:
         return f"all from {start:g} s on" if start else "the whole"
     return f"{start:g} to {end:g} s"
-
-
-def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
-    # What is stored is asked only where frames count: a file of its own is looked into again.
-    frames = reader.stored(path).frames if len(features) > reader.tokens else 1
-    return fixed_length(features, reader.tokens, frames=frames)
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:
@@ -328,7 +317,14 @@ class FeatureWriter:
         if not self._rows:
             return
         named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
-        index = json.dumps({"written": time.time_ns(), "rows": list(_index_rows(self._rows))}).encode()
+        rows: list[dict[str, Any]] = []
+        start = 0
+        for row in self._rows:
+            count = 0 if row.features is None else len(row.features)
+            described = {name: value for name, value in vars(row).items() if name != FEATURES}
+            rows.append({**described, "start": start, "tokens": count})
+            start += count
+        index = json.dumps({"written": time.time_ns(), "rows": rows}).encode()
         tokens = [row.features for row in self._rows if row.features is not None]
         tensors = {
             FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
@@ -336,15 +332,6 @@ class FeatureWriter:
         }
         save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
         self._rows, self._bytes = [], 0
-
-
-def _index_rows(rows: list[FeatureRow]) -> Iterator[dict[str, Any]]:
-    start = 0
-    for row in rows:
-        tokens = 0 if row.features is None else len(row.features)
-        said = {name: value for name, value in vars(row).items() if name != FEATURES}
-        yield {**said, "start": start, "tokens": tokens}
-        start += tokens
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -483,9 +470,6 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
 
 
-# Runs a frozen tower over pictures and clips: workers read and prepare them, what it makes goes into a store.
-
-
 log = logging.getLogger(__name__)
 
 PICTURE_BACKEND = "pillow"
@@ -511,14 +495,12 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
 
     Attributes:
         root: the folder of their paths.
-        held: pictures that the data file itself holds.
         sampling: which frames of a clip; `reader` decodes it.
     """
 
     media: Sequence[Medium]
     root: MediaFolder
     preparation: ImagePreparation
-    held: HeldPictures | None = None
     sampling: Sampling | None = None
     reader: VideoReader | None = None
 
@@ -528,20 +510,18 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
     def __getitem__(self, index: int) -> tuple[FeatureRow, Tensor | None]:
         medium = self.media[index]
         row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root.root, medium.path))
+        prepare = self.preparation.prepare
         try:
-            return self._read(medium, row)
+            if medium.clip is None:
+                picture = prepare(open_picture(self.root, medium.path))
+                return replace(row, backend=PICTURE_BACKEND), picture[None]
+            if self.reader is None or self.sampling is None:
+                raise ValueError("clips need a reader and a sampling")
+            frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
+            row = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
+            return row, torch.stack(frames.pictures)
         except BadSample as error:
             return replace(row, broken=error.reason), None
-
-    def _read(self, medium: Medium, row: FeatureRow) -> tuple[FeatureRow, Tensor]:
-        prepare = self.preparation.prepare
-        if medium.clip is None:
-            return replace(row, backend=PICTURE_BACKEND), prepare(open_picture(self.root, medium.path, self.held))[None]
-        if self.reader is None or self.sampling is None:
-            raise ValueError("clips need a reader and a sampling")
-        frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
-        read = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
-        return read, torch.stack(frames.pictures)
 
 
 def computed(
@@ -556,106 +536,3 @@ def computed(
             for row, one in batch:
                 yield row if one is None else replace(row, features=next(features))
             bar.update(len(batch))
-
-
-@runtime_checkable
-class FrozenTower(Protocol):
-    """The part of a backbone that a cache of its pictures' features needs."""
-
-    @property
-    def tower(self) -> nn.Module:
-        """The network whose weights name the store."""
-        ...
-
-    @property
-    def tower_settings(self) -> dict[str, object]:
-        """What else decides its features."""
-        ...
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """Tokens and width of one picture's features."""
-        ...
-
-    @property
-    def feature_dtype(self) -> torch.dtype:
-        """The dtype of its features."""
-        ...
-
-    def picture_features(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images tokens channels"]:
-        """The tower's output, without gradients."""
-        ...
-
-
-class FeatureCache:
-    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation."""
-
-    def __init__(
-        self,
-        cache: Path,
-        *,
-        tower: FrozenTower,
-        preparation: ImagePreparation,
-        root: Path | MediaFolder,
-        held: HeldPictures | None = None,
-    ) -> None:
-        folder = MediaFolder.of(root)
-        settings = {
-            **tower.tower_settings,
-            "preparation": preparation.fingerprint(),
-            "pictures": str(
-                folder.root.resolve()
-            ),  # another folder may have pictures of the same names, sizes and times
-            **({"reading": AS_PUBLISHED} if folder.as_published else {}),
-        }
-        self._settings = {**settings, HASH: store_key(tower.tower, settings)}
-        self._tower, self._preparation, self._folder, self._held = tower, preparation, folder, held
-        self.folder = cache / self._settings[HASH]
-        self._rows = shard_rows(self.folder)
-
-    def open(self) -> FeatureStore:
-        """What the folder holds by now, whichever process computed it."""
-        self._rows = shard_rows(self.folder)
-        return FeatureStore(self.folder, self._rows)
-
-    def fill(
-        self, pictures: Iterable[str], *, batch_size: int = 32, workers: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> None:
-        """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
-
-        Those that could not be read are tried again: a file may be mended, or a disk have come back.
-        """
-        missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
-        shape, dtype = self._tower.feature_shape, self._tower.feature_dtype
-        picture_bytes = shape[0] * shape[1] * dtype.itemsize
-        own = [Medium(one, one) for one in missing[part[0] :: part[1]]]
-        with FeatureWriter(self.folder, self._settings, dtype=None) as writer:
-            check_disk(self.folder, needed=len(missing) * picture_bytes)
-            if not own:
-                return
-            megabytes = len(own) * picture_bytes / 2**20
-            log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), megabytes, self.folder)
-            media = Media(media=own, root=self._folder, preparation=self._preparation, held=self._held)
-            rows = computed(media, self._encode, at_once=batch_size, workers=workers, progress=part[0] == 0)
-            for row in rows:
-                writer.add(row)
-
-    def _is_current(self, picture: str) -> bool:
-        """Whether it need not be computed; what could not be read is tried again by every run that comes."""
-        row = self._rows.get(picture)
-        return row is not None and not row.broken and row.state == file_state(self._folder.root, picture)
-
-    def _encode(self, pixels: list[Tensor]) -> Tensor:
-        return self._tower.picture_features(torch.cat(pixels)).cpu()
-
-
-def check_disk(folder: Path, *, needed: int) -> None:
-    """Refuses what would fill the disk; `needed` in bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"cached features need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; set "
-            "data.feature_cache to a larger disk, pool the grid, or set data.cache_features to false"
-        )

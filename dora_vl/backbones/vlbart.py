@@ -201,11 +201,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
 
 def vlbart_skeleton(folder: str | Path) -> VlBartBackbone:
-    """A VL-BART of a folder's config, with nothing in its weights: on the meta device.
-
-    Raises:
-        UserError: its config cannot be opened.
-    """
+    """A VL-BART of a folder's config, with nothing in its weights: on the meta device."""
     check_model_folder(folder)
     config = vlbart_config(folder)
     with _opening(folder), torch.device("meta"):
@@ -217,10 +213,7 @@ def _opening(folder: str | Path) -> AbstractContextManager[None]:
 
 
 def vlbart_config(folder: str | Path) -> VlBartConfig:
-    """The config of a VL-BART's folder.
-
-    Raises: UserError if it cannot be opened.
-    """
+    """The config of a VL-BART's folder."""
     with _opening(folder):
         return VlBartConfig.from_pretrained(folder)
 
@@ -228,11 +221,7 @@ def vlbart_config(folder: str | Path) -> VlBartConfig:
 def load_vlbart(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: Attention = None
 ) -> VlBartBackbone:
-    """A VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode.
-
-    Raises:
-        UserError: it cannot be opened, or some of its weights are missing.
-    """
+    """A VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode."""
     check_model_folder(folder)
     with _opening(folder):
         loaded: Any = VlBartForConditionalGeneration.from_pretrained(
@@ -251,9 +240,6 @@ def set_answer_heads(
 
     Args:
         seed: of the new heads' initial values, so that every rank draws the same.
-
-    Raises:
-        UserError: the base has a head of its own for one of these tasks, with another list.
     """
     config, heads = model.settings, model.answer_heads
     if unused := sorted(set(config.closed_answers) - set(lists)):

@@ -51,11 +51,7 @@ class OriginalState:
 
 
 def original_state(path: Path) -> OriginalState:
-    """Reads a `.pth` (with `weights_only=True`) or safetensors file.
-
-    Raises:
-        UserError: it cannot be read or is no VL-BART.
-    """
+    """Reads a `.pth` (with `weights_only=True`) or safetensors file."""
     return as_original(read_tensors(path), source=str(path))
 
 
@@ -82,11 +78,7 @@ def visual_norm_of(tensors: Mapping[str, Tensor]) -> VisualNorm:
 
 
 def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -> None:
-    """Loads strictly; a name for the shared tensor that the file leaves out is filled from another.
-
-    Raises:
-        UserError: names or shapes do not fit; both are listed.
-    """
+    """Loads strictly; a name for the shared tensor that the file leaves out is filled from another."""
     found = dict(state.tensors)
     tokens = next((found[name] for name in ALIASES if name in found), None)
     if tokens is not None:
@@ -113,11 +105,7 @@ LEAST_SPREAD = 0.1
 
 
 def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """Mean and spread of each number of a token, over the tokens of the folder's first files.
-
-    Raises:
-        UserError: the folder holds no features.
-    """
+    """Mean and spread of each number of a token, over the tokens of the folder's first files."""
     source = open_features(folder)
     tokens = torch.cat([source.read(name).double() for name in islice(source.held, MOST_FILES)])
     spread = tokens.std(dim=0, correction=0)
@@ -141,11 +129,7 @@ NOT_BARTS = frozenset(
 
 
 def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
-    """Writes a folder that `load_vlbart` opens; it appears under its name only when it is whole.
-
-    Raises:
-        UserError: the folder exists, or a part cannot be read or does not fit.
-    """
+    """Writes a folder that `load_vlbart` opens; it appears under its name only when it is whole."""
     with written_base(Path(folder), spec) as unfinished:
         model, tokenizer = _composed(spec)
         model.save_pretrained(unfinished)

@@ -118,11 +118,7 @@ class VisualEmbedding(nn.Module):
 
 
 def pool_grid(features: Float[Tensor, "rows tokens channels"], side: int) -> Float[Tensor, "rows pooled channels"]:
-    """A square grid's tokens, max-pooled to `side` rows and columns; from 7x7 to 6x6 each is of a 2x2 window.
-
-    Raises:
-        UserError: the tokens are no square grid.
-    """
+    """A square grid's tokens, max-pooled to `side` rows and columns; from 7x7 to 6x6 each is of a 2x2 window."""
     before = math.isqrt(features.shape[1])
     if before**2 != features.shape[1]:
         raise UserError(
@@ -145,11 +141,7 @@ def grid_boxes(before: int, after: int | None) -> Float[Tensor, "cells 4"]:
 
 
 def strip_boxes(tokens: int, side: int) -> Float[Tensor, "tokens 4"]:
-    """Boxes (x1, x2, y1, y2) of a video's tokens on a strip of its frames, each with `side` rows and columns.
-
-    Raises:
-        UserError: the tokens are no whole number of frames.
-    """
+    """Boxes (x1, x2, y1, y2) of a video's tokens on a strip of its frames, each with `side` rows and columns."""
     frames, rest = divmod(tokens, side**2)
     if rest:
         raise UserError(f"{tokens} picture tokens are no whole number of frames of {side}x{side}; set frame_side")

@@ -188,6 +188,7 @@ class Collator:
             rows = [self._nothing()]
         batch = self._joined(rows)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
+        stored = [outputs for row in rows for outputs in row.stored]
         return {
             **batch,
             "samples": len(samples),
@@ -196,6 +197,7 @@ class Collator:
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
             **({"shrunk": shrunk} if shrunk else {}),
+            **({"stored": stored} if stored else {}),
         }
 
     def _media(self, row: Sample) -> frozenset[str]:
@@ -244,7 +246,8 @@ def _as_sample(row: SharedRow) -> Sample:
         for name in names
     }
     inputs["layout"] = row.layout[None]
-    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs)
+    stored = tuple(outputs for sample in row.pictures_of for outputs in sample.stored)
+    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs, stored=stored)
 
 
 def _mask(row: Sample) -> Tensor:

@@ -43,7 +43,7 @@ class Encoded:
 
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
     pictures; `inputs` are a processor's further tensors, by its own names, each with this example as its only row (or
-    its pictures as rows).
+    its pictures as rows), and `stored` what frozen vision parts gave for its pictures.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -51,6 +51,7 @@ class Encoded:
     cut_tokens: int = 0
     inputs: Mapping[str, Any] = field(default_factory=dict)
     lost_pixels: int = 0
+    stored: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Sample:
     images: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     lost_pixels: int = 0
+    stored: tuple[Any, ...] = ()
+    """Outputs of frozen vision parts for its pictures (`backbones.frozen_outputs`), where they are kept."""
 
 
 @dataclass(frozen=True)

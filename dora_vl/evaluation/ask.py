@@ -67,20 +67,16 @@ class MediaReader:
 
     Attributes:
         videos: which frames of a video, and from which root.
-        features: a picture's stored features by its path; None opens the picture.
         stored: pictures that a data file holds itself.
     """
 
     folder: Path | MediaFolder
     videos: VideoReading
-    features: Callable[[str], Tensor] | None = None
     stored: HeldPictures | None = None
 
     def read(self, question: Question) -> Shown:
         """Everything that a question shows."""
         videos = tuple(self.videos.read(question.videos))
-        if self.features is not None:
-            return Shown(features=tuple(self.features(path) for path in question.images), videos=videos)
         pictures = tuple(open_picture(self.folder, path, self.stored) for path in question.images)
         return Shown(pictures=pictures, videos=videos)
 

@@ -26,12 +26,11 @@ class Shown:
     """What one prompt shows.
 
     Attributes:
-        features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
+        pictures: RGB, in the order of the prompt's `<image>`.
         videos: frames with their times, in the order of the prompt's `<video>`.
     """
 
     pictures: tuple[Image.Image, ...] = ()
-    features: tuple[Tensor, ...] = ()
     videos: tuple[Video, ...] = ()
 
     @property
@@ -68,13 +67,13 @@ class EncoderPrompts:
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """Turns that end with a question, up to where the answer begins, without labels; never cut."""
-        inputs = self.encoder.encode_prompt(turns, seen.features or seen.pictures, seen.videos)
+        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
         return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
-        encoded = self.encoder.encode_choice(turns, answer, seen.features or seen.pictures, seen.videos)
+        encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
         return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
 
     def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:

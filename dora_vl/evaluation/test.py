@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
@@ -157,16 +157,10 @@ def adapter_sha256(run_folder: Path) -> str:
     return file_sha256(weights)
 
 
-def run_test(
-    assistant: Assistant,
-    config: RunConfig,
-    *,
-    numbers: Mapping[str, object],
-    features: Callable[[str], Tensor] | None = None,
-) -> dict[str, Any]:
-    """See `evaluate_run`: by the model with the saved adapter; `features`: stored ones, by a picture's path."""
+def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object]) -> dict[str, Any]:
+    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
     with VideoReader() as reader:
-        media = replace(media_of_run(config, assistant, of_test=True, reader=reader), features=features)
+        media = media_of_run(config, assistant, of_test=True, reader=reader)
         return evaluate_run(
             assistant,
             config.evaluation,

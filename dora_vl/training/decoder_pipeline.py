@@ -10,17 +10,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava, write_language_model
-from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.encoder import GREY, Encoder, open_encoder
 from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
-from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader, hollowed
 from dora_vl.backbones.model import (
     DecoderBackbone,
     language_targets,
@@ -43,7 +41,6 @@ from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
     media_of_run,
-    pictures_of_test,
     read_sets,
     read_test,
     run_test,
@@ -64,7 +61,7 @@ from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.adapting import core_config
 from dora_vl.training.memory import Activations, decoder_activations
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
-from dora_vl.training.run_samples import MakeDataset, RunSamples, stored_features
+from dora_vl.training.run_samples import MakeDataset, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +109,10 @@ class DecoderPipeline(Pipeline[RunConfig]):
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         if samples.has_videos:
+            if config.data.cache_features:
+                raise SettingError(
+                    "data.cache_features", " stores outputs of pictures, and there are videos; set false"
+                )
             check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
@@ -170,22 +171,21 @@ class DecoderPipeline(Pipeline[RunConfig]):
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
         videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
-        dummy = encoder.dummy() if pictures else None
-        folder, features = image_folder(data), None
-        if data.cache_features:
-            features = stored_features(
-                self.config,
-                backbone,
-                samples.pictures,
+        dummy, outputs, folder = encoder.dummy() if pictures else None, None, image_folder(data)
+        if data.cache_features and samples.has_pictures:
+            if not encoder.sees_pictures:
+                raise SettingError("data.cache_features", f": {self.config.model.base} sees no pictures; set it false")
+            reader = PictureReader(
+                encoder=encoder,
                 folder=folder,
-                device=arguments.device,
-                stored=samples.stored,
+                held=samples.stored,
+                most_pixels=pixels_of_a_sample(self.config, arguments),
             )
-            shape = LlavaTower(backbone.model).feature_shape
-            dummy = None if dummy is None else encoder.dummy(features=torch.zeros(shape, dtype=backbone.model.dtype))
+            decoder = cast(DecoderBackbone, backbone)
+            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, device=arguments.device)
         shows_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
-            self._make(arguments, features),
+            self._make(arguments, outputs),
             collate=Collator(
                 encoder.pad_token_id,
                 dummy=dummy,
@@ -198,7 +198,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             sized_pictures=folder if encoder.pixels_count else None,
         )
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
         """What makes samples of rows, their pictures and videos read."""
         data = self.config.data
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
@@ -213,7 +213,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
                 folder=image_folder(data),
                 videos=videos,
                 most_pixels=pixels_of_a_sample(self.config, arguments),
-                features=features,
+                outputs=outputs,
             ),
         )
 
@@ -234,7 +234,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             questions, source = evenly(self._test_questions(), config.watch), config.evaluation.file
         else:
             return None
-        media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
+        media = self._media(backbone, None if held_out is None else held_out.stored)
         return watch_assistant(
             Assistant(backbone, EncoderPrompts(self.encoder), while_training=True),
             questions,
@@ -246,25 +246,14 @@ class DecoderPipeline(Pipeline[RunConfig]):
     def _test_questions(self) -> list[Question]:
         return read_test(self.config.evaluation, self.config.data.contract)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show.
 
         Args:
             stored: the pictures that the samples' own files hold; None: the questions are of the test.
         """
-        config = self.config
         assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
-        media = media_of_run(config, assistant, of_test=stored is None)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        folder = pictures_of_test(config) if stored is None else image_folder(config.data)
-        features = stored_features(config, backbone, names, folder=folder, device=arguments.device, stored=stored)
-        return replace(media, stored=stored, features=features)
+        return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
     def reading(self, backbone: Backbone[Any]) -> Reading:
         """Its encoder's tokenizer."""
@@ -281,7 +270,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         """The samples' own."""
         samples = self.samples(arguments)
         questions = [samples.shown_in(item) for item in items]
-        media = self._media(backbone, arguments, questions, samples.stored)
+        media = self._media(backbone, samples.stored)
         return [
             partial(media.picture, question) if question.images or question.videos else None for question in questions
         ]
@@ -320,13 +309,8 @@ class DecoderPipeline(Pipeline[RunConfig]):
         The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
         ZeRO stage it was trained under.
         """
-        config = self.config
-        questions = check_test(config)
-        backbone, _ = with_adapter(self.load(), run_folder_of(config) / ADAPTER)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        device = next(backbone.parameters()).device
-        features = stored_features(config, backbone, names, folder=pictures_of_test(config), device=device)
-        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), config, numbers=numbers, features=features)
+        backbone, _ = with_adapter(self.load(), run_folder_of(self.config) / ADAPTER)
+        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), self.config, numbers=numbers)
 
 
 class CommonsensePipeline(DecoderPipeline):
@@ -375,19 +359,13 @@ class CommonsensePipeline(DecoderPipeline):
         training = self.samples(arguments).training_data(self._make(arguments), collate=collate)
         return replace(training, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
-    def _make(self, arguments: TrainingArguments, features: Callable[[str], Tensor] | None = None) -> MakeDataset:
+    def _make(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> MakeDataset:
         return partial(_dataset, encode=partial(_encode_words, encoder=self.encoder))
 
     def _test_questions(self) -> list[Question]:
         return read_sets(self._run.evaluation)[0]
 
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
+    def _media(self, backbone: Backbone[Any], stored: StoredPictures | None) -> MediaReader:
         return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
@@ -422,17 +400,20 @@ def encode_from_folder(
     stored: HeldPictures,
     videos: VideoReading,
     most_pixels: int | None = None,
-    features: Callable[[str], Tensor] | None = None,
+    outputs: OutputStore | None = None,
 ) -> Encoded:
-    """A conversation, pictures and videos read."""
-    clips = videos.read(conversation.videos)
-    if features is not None:
-        return encoder.encode(conversation, [features(name) for name in conversation.images], clips)
-    pictures = [open_picture(folder, name, stored) for name in conversation.images]
-    if most_pixels is None:
-        return encoder.encode(conversation, pictures, clips)
-    pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
-    return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    """A conversation, pictures and videos read; of pictures with stored outputs the size alone counts."""
+    clips, row = videos.read(conversation.videos), None
+    if outputs is not None and conversation.images:
+        row = outputs.read(PictureReader(encoder=encoder, folder=folder, held=stored), conversation.images)
+        pictures = [Image.new("RGB", size, GREY) for size in row.sizes]
+    else:
+        pictures = [open_picture(folder, name, stored) for name in conversation.images]
+    lost = 0
+    if most_pixels is not None:
+        pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
+    encoded = replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
+    return encoded if row is None else hollowed(encoded, row.outputs)
 
 
 def _encode_words(conversation: Example, *, encoder: Encoder, stored: HeldPictures) -> Encoded:
@@ -452,7 +433,6 @@ def _check_base(config: RunConfig) -> None:
     model_type = model_type_of(config.model.base, config.model.revision)
     check_trained(config.model.base, model_type)
     refused = {
-        "data.cache_features": (config.data.cache_features, "pictures go through the model whole"),
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
     }

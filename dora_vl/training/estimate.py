@@ -7,14 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.families import LLAVA
-from dora_vl.backbones.llava_tower import LlavaTower
+from dora_vl.backbones.frozen_outputs import find_parts
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.core import apply_dora
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
@@ -145,21 +146,23 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
     return ImaginedRun(backbone.model, width, section, half, samples, plain, recomputed)
 
 
-def _batch(backbone: Backbone[Any], samples: Samples, *, cached: bool) -> dict[str, Tensor]:
+def _batch(backbone: Backbone[Any], samples: Samples, *, cached: bool) -> dict[str, Any]:
     """Rows of one length, each with a picture in front where the model is a LLaVA; another model's rows are text."""
     ids = torch.full((samples.rows, samples.tokens), 1)
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, samples.tokens - samples.labelled :] = 1
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     config: Any = backbone.model.config
     if config.model_type == LLAVA:
         ids[:, : config.image_seq_length] = config.image_token_id
+        side = int(config.to_dict()["vision_config"]["image_size"])
+        batch["pixel_values"] = torch.empty((samples.rows, 3, side, side), device=META)
         if cached:
-            shape = (samples.rows, *LlavaTower(backbone.model).feature_shape)
-            batch["image_features"] = torch.empty(shape, dtype=backbone.model.dtype, device=META)
-        else:
-            side = int(config.to_dict()["vision_config"]["image_size"])
-            batch["pixel_values"] = torch.empty((samples.rows, 3, side, side), device=META)
+            decoder = cast(DecoderBackbone, backbone)
+            batch["pixel_values"] = batch["pixel_values"].to(backbone.model.dtype)
+            seen = {name: value for name, value in batch.items() if name != "labels"}
+            decoder.frozen_parts = find_parts(decoder.model, seen)
+            batch["stored"] = [decoder.frozen_parts.outputs_of(decoder.model, seen)]
     return batch
 
 

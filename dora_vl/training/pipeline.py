@@ -83,7 +83,7 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
         """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 

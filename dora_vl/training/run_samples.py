@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainingArguments
 
-from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.llava_tower import LlavaTower
-from dora_vl.backbones.tower_pictures import ImagePreparation
-from dora_vl.backbones.vision_store import FeatureCache
+from dora_vl.backbones.frozen_outputs import (
+    NotStorable,
+    OutputStore,
+    PictureReader,
+    hollowed,
+    inputs_of,
+    proven_parts,
+)
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
@@ -100,9 +104,9 @@ class RunSamples:
         return in_tables or (self._stream is not None and self._stream.has_videos)
 
     @property
-    def pictures(self) -> list[str]:
-        """All that tables name, each once."""
-        return list(dict.fromkeys(name for table in self._tables for name in table.pictures))
+    def pictures(self) -> list[tuple[str, ...]]:
+        """Those of each sample that tables name, each combination once."""
+        return list(dict.fromkeys(tuple(names) for table in self._tables for names in table.rows["images"] if names))
 
     @property
     def stored(self) -> StoredPictures:
@@ -373,37 +377,41 @@ def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: Train
     return max(0, arguments.max_steps) * together
 
 
-def stored_features(
+def stored_outputs(
     config: RunConfig,
-    backbone: Backbone[Any],
-    pictures: Iterable[str],
+    backbone: DecoderBackbone,
+    reader: PictureReader,
+    pictures: Iterable[Sequence[str]],
     *,
-    folder: MediaFolder,
     device: torch.device,
-    stored: StoredPictures | None = None,
-) -> Callable[[str], Tensor] | None:
-    """What reads a picture's features by its name, with `data.cache_features`; missing ones are computed first.
+) -> tuple[OutputStore, Sample]:
+    """Outputs of the model's frozen vision parts for samples' pictures, missing ones computed first; and a dummy row's.
 
     Every rank must call it: they share the computing.
 
-    Args:
-        folder: the root of the pictures' paths.
-        stored: those that the data file holds itself.
+    Raises: UserError if the family's outputs cannot be stored, or weights before the last of them train.
     """
-    if not config.data.cache_features:
-        return None
-    tower, model = LlavaTower(backbone.model), config.model
-    if not folder.root.is_dir():
-        raise SettingError("data.image_folder", f" (or the test's): picture folder {folder} does not exist")
-    if tower.trains:
-        raise SettingError("data.cache_features", " needs a frozen vision tower, but adapter.targets trains it")
-    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    model = backbone.model
     cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
-    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
-    with gather_to_read(tower.tower.parameters()):
-        tower.tower.to(device)
-        features = FeatureCache(cache, tower=tower, preparation=preparation, root=folder, held=stored)
-        wait_for_everyone()  # each must see the same features missing, before one adds some
-        features.fill(pictures, part=rank_and_ranks())
+    language: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
+    unused = {id(weight) for part in language for weight in part.parameters()}
+    unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}
+    used = [weight for weight in model.parameters() if id(weight) not in unused]
+    # ZeRO-3 has sharded the weights already and its hooks come only with the engine: make them whole meanwhile.
+    with gather_to_read(used):
+        for tensor in (*used, *model.buffers()):
+            tensor.data = tensor.data.to(device)
+        try:
+            parts = proven_parts(model, reader.encoder)
+        except NotStorable as error:
+            raise SettingError("data.cache_features", f": {config.model.base}: {error}; set it false") from error
+        backbone.frozen_parts = parts
+        store = OutputStore(cache, model, parts, reader.settings())
+        missing = store.missing(reader, pictures)
+        wait_for_everyone()  # each must see the same missing, before one adds some
+        store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers)
+        dummy = reader.encoder.dummy()
+        dummy = hollowed(dummy, parts.outputs_of(model, inputs_of(model, dummy)))
     wait_for_everyone()
-    return features.open().read
+    store.refresh()
+    return store, dummy

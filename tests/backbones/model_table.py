@@ -25,6 +25,8 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
+Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
+
 | `model_type` | remarks |
 | --- | --- |
 """
@@ -68,6 +70,7 @@ def row(name: str, family: Family) -> str:
     remarks = (
         f"prompt `{family.format}`" if family.format else "",
         f"not adapted: {family.unadapted}" if family.unadapted else "",
+        f"outputs not stored: {family.unstored}" if family.unstored else "",
         family.remark,
         f"needs the package {family.needs}" if family.needs else "",
     )
@@ -91,9 +94,10 @@ def page() -> str:
     video, still = (
         ", ".join(name for name in families if bool(FAMILIES[name].video) is kind) for kind in (True, False)
     )
+    stored = ", ".join(name for name in families if not FAMILIES[name].unstored)
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
-        f"{HEAD.format(video=video, still=still)}{chr(10).join(lines)}\n"
+        f"{HEAD.format(video=video, still=still, stored=stored)}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused())}\n"

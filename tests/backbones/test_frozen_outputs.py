@@ -1,95 +1,273 @@
-"""Stored outputs of frozen vision parts give the loss and the gradients of the pictures themselves, in any family."""
+"""Stored outputs of frozen vision parts give the loss and gradients of the pictures themselves, in any family.
+
+The store survives a stop, follows the files, and is never taken from other weights, settings or folders.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils import _pytree as pytree
 
-from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, find_parts, pictures_key, without_pixels
+from dora_vl import DoRAConfig, apply_dora
+from dora_vl.backbones import frozen_outputs
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, proven_parts
 from dora_vl.backbones.generation import generation_loss
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.batches import Collator
+from dora_vl.data.example import Example
+from dora_vl.data.pictures import MediaFolder, StoredPictures
 from dora_vl.data.samples import Sample
-from tests.backbones.image_text_talks import (
-    BLUE,
-    RED,
-    TALKS,
-    adapted_backbone,
-    batch_of,
-    encoder_of,
-    inputs_of,
-    sample_of,
-    talks_of,
-)
-from tests.backbones.tiny_families.table import FAMILIES
+from dora_vl.data.video import Uniform
+from dora_vl.errors import BadSample, UserError
+from dora_vl.run.media import VideoReading
+from dora_vl.training.decoder_pipeline import encode_from_folder
+from tests.backbones.image_text_talks import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 
-NOT_STORED = {
-    "chameleon": "pictures are tokens of the decoder",
-    "gemma4_unified": "pictures are patches of the decoder",
-    "emu3": "pictures are tokens of the decoder",
-    "mllama": "pictures stand by row, padded",
-    "smolvlm": "a batch of mixed rows splits pictures by their padding",
-}
-STORED = [pytest.param(one, marks=() if one in ("qwen3_vl", "smolvlm") else pytest.mark.slow) for one in FAMILIES]
+NAMES = {id(RED): "red.png", id(BLUE): "deep/blue.png"}
 
 
-@pytest.mark.parametrize("family", STORED)
+def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore | None) -> list[Sample]:
+    """One picture, two and none, as a run reads them."""
+    samples = []
+    for talk in ("one picture", "two pictures", "no picture"):
+        if talk in talks_of(family):
+            turns, pictures = TALKS[talk]
+            encoded = encode_from_folder(
+                Example(talk, tuple(NAMES[id(picture)] for picture in pictures), turns),
+                encoder=encoder,
+                folder=MediaFolder(root),
+                stored=StoredPictures(()),
+                videos=VideoReading(folder=root, sampling=Uniform(1)),
+                outputs=outputs,
+            )
+            samples.append(Sample(0, talk, encoded.input_ids, encoded.labels, inputs=encoded.inputs))
+            samples[-1] = replace(samples[-1], stored=encoded.stored)
+    return samples
+
+
+@families_in_turn
 def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapping[str, Path], tmp_path: Path) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family]).eval()
-    talks = [TALKS[name] for name in ("one picture", "two pictures", "no picture") if name in talks_of(family)]
-    alone = [{k: v for k, v in batch_of(encoder, [talk]).items() if k != "labels"} for talk in talks if talk[1]]
-    pair = {k: v for k, v in batch_of(encoder, [talks[0], talks[0]]).items() if k != "labels"}
-    mixed = {k: v for k, v in batch_of(encoder, talks).items() if k != "labels"}
-    if family in NOT_STORED:
+    if FAMILIES[family].unstored:
         with pytest.raises(NotStorable):
-            find_parts(backbone.model, alone[0], pair, (mixed, alone))
+            proven_parts(backbone.model, encoder)
         return
-    parts = find_parts(backbone.model, alone[0], pair, (mixed, alone))
-    store = OutputStore(tmp_path, parts, {"processor": family})
-    keys = [pictures_key(talk[1]) for talk in talks if talk[1]]
-    for key, inputs in zip(keys, alone, strict=True):
-        store.add(key, parts.outputs_of(inputs))
-    store.flush()
-    again = OutputStore(tmp_path, parts, {"processor": family})
-    assert all(key in again for key in keys)
-    assert pictures_key([BLUE, RED]) not in again
-    samples = [sample_of(encoder, talk) for talk in talks]
-    batch = joined(encoder, samples)
-    hollow = joined(encoder, [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples])
+    write_pictures(tmp_path, {"red.png": RED, "deep/blue.png": BLUE})
+    reader = PictureReader(encoder=encoder, folder=MediaFolder(tmp_path))
+    parts = proven_parts(backbone.model, encoder)
+    backbone.frozen_parts = parts
+    store = OutputStore(tmp_path / "cache", backbone.model, parts, reader.settings())
+    missing = store.missing(reader, [("red.png",), ("red.png", "deep/blue.png")])
+    store.fill(backbone.model, parts, reader, missing)
+    collate = Collator(encoder.pad_token_id)
+    batch = inputs_of(collate(samples_of(encoder, tmp_path, family, None)))
+    stored = inputs_of(collate(samples_of(encoder, tmp_path, family, store)))
+    assert {name: value.shape for name, value in batch.items() if isinstance(value, torch.Tensor)} == {
+        name: value.shape for name, value in stored.items() if isinstance(value, torch.Tensor)
+    }
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
 
-    def step(inputs: Mapping[str, object]) -> tuple[float, list[torch.Tensor | None]]:
+    def step(inputs: Mapping[str, Any]) -> tuple[float, list[torch.Tensor | None]]:
         features = backbone(**inputs)
         loss = generation_loss(features.logits, features.targets).loss
         return float(loss), list(torch.autograd.grad(loss, trained, allow_unused=True))
 
-    expected, wanted = step(batch)
-    outputs = [again.read(key) for key in keys]
-    with parts.replaying(outputs):
-        found, gradients = step(hollow)
-    assert abs(found - expected) < 1e-5
-    for one, other in zip(gradients, wanted, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-    others = [torch.utils._pytree.tree_map_only(torch.Tensor, lambda leaf: 1 - leaf, one) for one in outputs]
-    with parts.replaying(others):
-        assert abs(step(hollow)[0] - expected) > 1e-6  # the pictures are felt
+    (expected, live), (loss, replayed) = step(batch), step(stored)
+    assert abs(loss - expected) < 1e-5
+    for gradient, other in zip(live, replayed, strict=True):
+        assert (gradient is None) == (other is None)
+        if gradient is not None and other is not None:
+            torch.testing.assert_close(gradient, other, rtol=0, atol=1e-4)
+    changed = pytree.tree_map_only(torch.Tensor, lambda leaf: 1 - leaf, stored["stored"])
+    assert abs(step({**stored, "stored": changed})[0] - expected) > 1e-6  # the pictures are felt
     assert step(batch)[0] == expected
 
 
-def joined(encoder: Any, samples: list[Sample]) -> dict[str, Any]:
-    return inputs_of(Collator(encoder.pad_token_id)(samples))
+class Place(NamedTuple):
+    """A tiny LLaVA and pictures, each a sample of its own."""
+
+    model: Any
+    parts: FrozenParts
+    encoder: Encoder
+    root: Path
+    cache: Path
+    pictures: list[tuple[str, ...]]
+
+    def reader(self, **changes: Any) -> PictureReader:
+        return PictureReader(**{"encoder": self.encoder, "folder": MediaFolder(self.root), **changes})
+
+    def store(self, **changes: Any) -> OutputStore:
+        return OutputStore(self.cache, self.model, self.parts, self.reader(**changes).settings())
+
+    def filled(self) -> OutputStore:
+        store, reader = self.store(), self.reader()
+        store.fill(self.model, self.parts, reader, store.missing(reader, self.pictures))
+        return store
+
+    def read(self, store: OutputStore, number: int) -> torch.Tensor:
+        (leaf,) = tensors(store.read(self.reader(), self.pictures[number]).outputs)
+        return leaf
 
 
-def test_the_sample_of_a_talk_is_what_is_batched(folders: Mapping[str, Path]) -> None:
-    encoder = encoder_of(folders["qwen3_vl"])
-    sample = sample_of(encoder, TALKS["one picture"])
-    hollow = without_pixels(sample.inputs)
-    assert hollow["pixel_values"].shape == sample.inputs["pixel_values"].shape
-    assert hollow["pixel_values"].stride() == (0, 0)
-    assert hollow["image_grid_thw"] is sample.inputs["image_grid_thw"]
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def write_pictures(root: Path, pictures: Mapping[str, Image.Image]) -> None:
+    for name, picture in pictures.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(root / name)
+
+
+def colours(root: Path, names: list[tuple[str, ...]], blue: int) -> None:
+    """Pictures of equal bytes and times of change, so that nothing but the folder tells them apart."""
+    write_pictures(root, {name: Image.new("RGB", (9, 5), (30 * n, 200, blue)) for n, (name,) in enumerate(names)})
+    for (name,) in names:
+        os.utime(root / name, ns=(1, 1))
+
+
+@pytest.fixture
+def place(folders: Mapping[str, Path], tmp_path: Path) -> Place:
+    backbone, encoder = adapted_backbone(folders["llava"]).eval(), encoder_of(folders["llava"])
+    names = [(f"deep/{number}.bmp" if number % 2 else f"{number}.bmp",) for number in range(5)]
+    colours(tmp_path / "pictures", names, 7)
+    parts = proven_parts(backbone.model, encoder)
+    return Place(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each sample whose outputs are computed."""
+    seen: list[object] = []
+    outputs_of = FrozenParts.outputs_of
+
+    def counted(parts: FrozenParts, model: Any, inputs: Mapping[str, Any]) -> Any:
+        if "stop" in seen and seen.index("stop") < len(seen) - 3:
+            raise KeyboardInterrupt
+        seen.append(inputs)
+        return outputs_of(parts, model, inputs)
+
+    monkeypatch.setattr(FrozenParts, "outputs_of", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("shard_bytes", "again"), [(1, 2), (2**20, 5)])  # a sample a shard; all in one
+def test_a_stopped_run_goes_on(
+    place: Place, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
+) -> None:
+    monkeypatch.setattr(frozen_outputs, "SHARD_BYTES", shard_bytes)
+    computed.append("stop")  # after three
+    with pytest.raises(KeyboardInterrupt):
+        place.filled()
+    computed.clear()
+    store = place.filled()
+    assert len(computed) == again
+    sent = pickle.loads(pickle.dumps(store))
+    for number in range(5):
+        assert torch.equal(place.read(sent, number), place.read(store, number))
+    place.filled()
+    assert len(computed) == again
+    kinds = {path.name.split("-")[0] for path in place.cache.rglob("*") if path.is_file()}
+    assert kinds == {"outputs", "settings.json"}
+
+
+def test_a_changed_picture_is_computed_again(place: Place, computed: list[object]) -> None:
+    old = place.read(place.filled(), 2)
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(place.root / place.pictures[2][0])
+    store = place.filled()
+    assert len(computed) == 6
+    assert not torch.equal(place.read(store, 2), old)
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_tried_again(place: Place, computed: list[object]) -> None:
+    """Mended with the same size and time, as a copy that keeps times does it; or the disk had an error."""
+    broken, missing = (place.root / place.pictures[number][0] for number in (0, 1))
+    whole = broken.read_bytes()
+    broken.write_bytes(bytes(len(whole)))
+    os.utime(broken, ns=(1, 1))
+    missing.unlink()
+    store = place.filled()
+    assert len(computed) == 3
+    for number in (0, 1):
+        with pytest.raises(BadSample) as error:
+            place.read(store, number)
+        assert error.value.sample_id == place.pictures[number][0]
+    broken.write_bytes(whole)
+    os.utime(broken, ns=(1, 1))
+    with pytest.raises(BadSample):  # mended meanwhile, but not computed
+        place.read(store, 0)
+    assert place.read(place.filled(), 0).numel()
+    assert len(computed) == 4
+
+
+def test_another_folder_of_equal_files_is_another_store(place: Place, computed: list[object], tmp_path: Path) -> None:
+    other = place._replace(root=tmp_path / "others")
+    colours(other.root, other.pictures, 200)
+    mine, theirs = place.filled(), other.filled()
+    assert mine.folder != theirs.folder
+    assert not torch.equal(place.read(mine, 1), other.read(theirs, 1))
+    assert place.filled().folder == mine.folder
+    assert len(computed) == 10
+
+
+def test_other_weights_dtype_processor_or_reading_are_another_store(
+    place: Place, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [place.store(), place.store(most_pixels=5000), place.store(folder=MediaFolder(place.root, False, True))]
+    other = encoder_of(folders["llava"])
+    other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    stores.append(place.store(encoder=other))
+    monkeypatch.setattr(frozen_outputs.transformers, "__version__", "0")
+    stores.append(place.store())
+    monkeypatch.undo()
+    tower = place.model.get_submodule(next(iter(place.parts.calls)))
+    assert place.store().folder == stores[0].folder
+    next(tower.parameters()).data[0] += 1
+    stores.append(place.store())
+    tower.to(torch.bfloat16)
+    stores.append(place.store())
+    assert len({store.folder for store in stores}) == 7
+
+
+def test_processes_share_the_work(place: Place, computed: list[object]) -> None:
+    reader, stores = place.reader(), [place.store(), place.store()]
+    missing = [store.missing(reader, place.pictures) for store in stores]  # both see the same missing
+    for number, store in enumerate(stores):
+        store.fill(place.model, place.parts, reader, missing[number], part=(number, 2))
+    assert len(computed) == 5
+    for store in stores:
+        store.refresh()
+        assert not store.missing(reader, place.pictures)
+
+
+def test_what_does_not_fit_on_the_disk_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # pyright: ignore
+    with pytest.raises(UserError, match=r"data\.feature_cache"):
+        place.filled()
+
+
+def test_a_damaged_shard_is_refused_by_name(place: Place) -> None:
+    (shard,) = place.filled().folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(UserError, match=shard.name):
+        place.store()
+
+
+@pytest.mark.parametrize("targets", ["model.vision_tower.*.q_proj", "model.vision_tower.*.fc2"])
+def test_a_tower_that_trains_is_refused(folders: Mapping[str, Path], targets: str) -> None:
+    model = open_backbone(str(folders["llava"])).model
+    apply_dora(model, DoRAConfig(targets=(targets,), rank=2))
+    with pytest.raises(NotStorable):
+        proven_parts(model, encoder_of(folders["llava"]))

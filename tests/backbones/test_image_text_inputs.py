@@ -62,7 +62,7 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
         before = sample.labels.clone()
         first = int(trained.nonzero()[0])
         before[first - 3 : first] = sample.input_ids[first - 3 : first]
-        with pytest.raises(UserError, match=r"sample 7: "):
+        with pytest.raises(UserError):
             check_labels([replace(labelled, labels=before)])
 
 

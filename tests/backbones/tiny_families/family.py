@@ -102,6 +102,8 @@ class Family:
     """Whether the processor takes videos as such; else their frames go in as pictures."""
     peft: bool = True
     """Whether PEFT opens an adapter of it; else it refuses the folder."""
+    unstored: str = ""
+    """Why the outputs of its frozen vision parts cannot be stored; empty where they can."""
     remark: str = ""
     since: str = ""
     """The first version of transformers that has it, where an older one is taken too."""

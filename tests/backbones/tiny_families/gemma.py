@@ -148,7 +148,12 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3": Family(_gemma3_config, _gemma3, "<boi>", names=GEMMA3_NAMES),
     "gemma4": Family(_gemma4_config, _gemma4, names=AUDIO_NAMES, adapted=19, video=True, remark="sound is left out"),
     "gemma4_unified": Family(
-        _gemma4_unified_config, _gemma4_unified, names=AUDIO_NAMES, video=True, remark="sound is left out"
+        _gemma4_unified_config,
+        _gemma4_unified,
+        names=AUDIO_NAMES,
+        video=True,
+        unstored="pictures are patches of the decoder",
+        remark="sound is left out",
     ),
     "gemma3n": Family(
         _gemma3n_config,
