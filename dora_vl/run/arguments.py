@@ -122,7 +122,8 @@ def _accepted_name(key: str) -> str:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = f"training.{key}"
     if key in RENAMED:
-        raise SettingError(name, f" is not a setting here; use {RENAMED[key]}", [RENAMED[key].split()[0]])
+        word = RENAMED[key].split()[0]
+        raise SettingError(name, f" is not a setting here; use {RENAMED[key]}", [word] if "." in word else [])
     if key in OWNED:
         raise SettingError(name, f" cannot be set: {OWNED[key]}")
     if key in fields:

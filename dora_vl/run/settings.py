@@ -17,8 +17,6 @@ from dora_vl.core.config import AdapterSettings
 from dora_vl.data.columns import Columns
 from dora_vl.data.order import Mixing, TrainFile, train_name
 
-SampleBound = Literal["max_pixels_per_step", "max_tokens"]
-"""A setting that says how large a sample may be."""
 Kernel = Literal["sdpa", "flash_attention_2", "eager"]
 """Of attention."""
 Decayed = Literal["matrices", "all_but_biases"]
@@ -42,11 +40,6 @@ class LoadedModelConfig:
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
     recipe.json says which, and the model is opened so again."""
-
-    @property
-    def may_be_quantised(self) -> bool:
-        """Whether `quantisation` is not set."""
-        return self.quantisation is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +122,6 @@ class SamplesConfig:
         """What the files' columns are."""
         return Columns(self.columns, tuple(self.ignore_columns))
 
-    @property
-    def step_samples(self) -> int | None:
-        """None: the training section says how many samples a step has."""
-        return None
-
-    @property
-    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
-        """What bounds a sample's size."""
-        return {"max_tokens": self.max_tokens}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SamplesConfig):
@@ -166,11 +149,6 @@ class DataConfig(SamplesConfig):
     picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
-
-    @property
-    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
-        """What bounds a sample's size; None: not set."""
-        return {"max_pixels_per_step": self.max_pixels_per_step, "max_tokens": self.max_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,11 +323,6 @@ class VlBartModelConfig:
     attn_implementation: Literal["sdpa", "eager"] | None = None
     """Attention kernel; null: transformers' choice."""
 
-    @property
-    def may_be_quantised(self) -> bool:
-        """No: there is no such setting."""
-        return False
-
 
 @dataclass(frozen=True, kw_only=True)
 class VlBartAdapterConfig(AdapterConfig):
@@ -406,16 +379,6 @@ class VlBartDataConfig:
     def held_out(self) -> str | None:
         """The validation files, for messages; None: none."""
         return ", ".join(self.validation_files.values()) or None
-
-    @property
-    def step_samples(self) -> int:
-        """Samples of a step."""
-        return self.batch_size
-
-    @property
-    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
-        """Nothing to lower: features and published lengths bound a sample."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqSample
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import DataConfig, RunSettings
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
 from dora_vl.training.validation import random_state_kept
@@ -112,7 +112,7 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
     `fits` is how many samples of a micro-batch were tried and fit; None: nothing was tried.
     """
     micro, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    samples = config.data.step_samples
+    samples = getattr(config.data, "batch_size", None)  # of a whole step, as a VL-BART run says it
     if samples is not None and samples > arguments.world_size * parts:
         return (
             f"Set training.gradient_accumulation_steps to {2 * parts} (it is {parts}): the step keeps its "
@@ -129,12 +129,12 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
         )
     if not arguments.gradient_checkpointing:
         return "Set training.gradient_checkpointing to true (it is false): slower by about a third, far less memory"
-    changes, bounds = [], config.data.sample_bounds
-    if "max_pixels_per_step" in bounds:
-        pixels = bounds["max_pixels_per_step"]
+    changes, data = list[str](), config.data
+    if isinstance(data, DataConfig):
+        pixels = data.max_pixels_per_step
         to = PIXELS_TO_START_WITH if pixels is None else pixels // 2
         changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if pixels is None else pixels})")
-    if (tokens := bounds.get("max_tokens") or 0) > SHORTEST:
+    if (tokens := getattr(data, "max_tokens", 0)) > SHORTEST:
         changes.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
     changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
     return "Set " + ", or ".join(changes)
@@ -142,14 +142,14 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
 
 def smaller_model(config: RunSettings) -> str:
     """What to do where the model alone does not fit."""
-    four = ", or model.quantisation to nf4" if config.model.may_be_quantised else ""
+    four = ", or model.quantisation to nf4" if getattr(config.model, "quantisation", "") is None else ""
     half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
     return f"Set training.deepspeed to zero3 with more ranks, or to zero3_offload{half}{four}"
 
 
 def smaller_validation(config: RunSettings, arguments: TrainingArguments) -> str:
     """What makes a validation batch smaller."""
-    if config.data.step_samples is not None:  # such a run validates by the test's batches
+    if hasattr(config.data, "batch_size"):  # such a run validates by the test's batches
         return smaller_test(config)
     size = arguments.per_device_eval_batch_size
     return f"Set training.per_device_eval_batch_size to {max(1, size // 2)} (it is {size})"

@@ -143,7 +143,7 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
     assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
 
 
-@pytest.mark.parametrize("task", ["vqav2", "gqa"])
+@pytest.mark.parametrize("task", ["vqav2", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> None:
     """Micro-batches of 5 and 2 samples make one mean over all 7; GQA's answer has one score, VQAv2's less than 1."""
     folder = run_file.parent / f"one-{task}"

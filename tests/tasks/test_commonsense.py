@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data_prep import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.core import apply_dora, trained_parts
+from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.test import read_sets
 from dora_vl.run.reading import read_settings
@@ -186,26 +186,6 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
         ("Is it?", "a text", "Is it?\na text")
     }
     assert unreadable == {"piqa/record 2": "'output' is empty"}
-
-
-def test_granular_magnitudes(folder: Path) -> None:
-
-    config = settings(
-        folder,
-        "granular",
-        "--adapter.targets",
-        json.dumps([f"model.layers.*.self_attn.{one}_proj" for one in "qkv"]),
-        "--adapter.magnitude_targets",
-        json.dumps(["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.*_proj"]),
-    )
-    task = CommonsensePipeline(config)
-    backbone = task.load()
-    model = backbone.model
-    apply_dora(model, task.dora_config(backbone))
-    names = {part.name: set(part.parameters) for part in trained_parts(model)}
-    assert "model.layers.0.mlp.gate_proj.magnitude" in names["dora.magnitude"]
-    assert "model.layers.0.self_attn.o_proj.magnitude" in names["dora.magnitude"]
-    assert {name.split(".")[-2] for name in names["dora.A"]} == {"q_proj", "k_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from dora_vl.training import decoder_pipeline
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
-from tests.backbones.tiny_image_text import write_tiny
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_pictures
 from tests.training.test_two_ranks import launch, losses
 from tests.training.tiny_run import write_run, write_tiny_llava
@@ -118,21 +117,6 @@ def test_files_are_mixed_and_bad_rows_are_counted_and_named(tmp_path: Path, base
 def test_epochs_are_enough_where_the_file_says_how_many_rows_it_has(tmp_path: Path, base: Path) -> None:
     path = run_file(tmp_path, base, WRITERS["parquet"](tmp_path, items(12)), data={}, max_steps=-1, num_train_epochs=2)
     assert len(trained(path, "run")) == 6
-
-
-def test_another_model_streams_and_resumes_too(tmp_path: Path) -> None:
-    write_tiny("qwen2_5_vl", tmp_path / "base")
-    made = items(10)
-    rows: list[dict[str, object]] = [
-        {"id": item.id, "question": item.question, "answer": item.answer, "images": [item.picture] * (number % 3 > 0)}
-        for number, item in enumerate(made)
-    ]
-    write_pictures(tmp_path, made)
-    path = run_file(tmp_path, tmp_path / "base", lines(tmp_path / "own.jsonl", rows), data={}, **OFTEN)
-    path = path.rename(tmp_path / "other.yaml")
-    whole = trained(path, "whole")
-    assert trained(path, "again", f"--resume={tmp_path / 'whole' / 'checkpoint-2'}") == whole[2:]
-    assert len(whole) == 4
 
 
 @pytest.mark.parametrize(

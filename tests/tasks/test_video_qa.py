@@ -15,7 +15,7 @@ from data_prep import features
 from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
 from dora_vl.backbones.published_features import open_features
-from dora_vl.data.example import Answer, Clip, Example, iterate_examples, write_examples
+from dora_vl.data.example import Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
@@ -281,20 +281,3 @@ def test_a_vlbart_is_evaluated_as_it_was_trained(
     trained = json.loads((vlbart.parent / "predictions" / "video_caption.jsonl").read_text().splitlines()[0])
     assert line.prediction == trained["prediction"]
     assert entry["headline"] == "CIDEr"
-
-
-def test_labels_and_letters_of_tvqa(place: Path, tmp_path: Path) -> None:
-    """A LLaVA's letter is the label of that choice, in the score and in the upload."""
-    examples = [
-        Example(id=name, choices=("red", "blue", "green"), answers=(Answer(text="blue"),), extra={"correct": 1})
-        for name in ("1", "2", "3", "4")
-    ]
-    write_examples(tmp_path / "tvqa.jsonl", examples)
-    said = {"1": "B", "2": "a1", "3": "B.", "4": "D"}
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "answer": a}) + "\n" for i, a in said.items()))
-    options = ["--benchmarks", f"tvqa={tmp_path / 'tvqa.jsonl'}", "--predictions", tmp_path / "p.jsonl"]
-    cli.main(["evaluate", *map(str, options), "--to", str(tmp_path)])
-    entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["tvqa"]
-    assert entry["metrics"]["accuracy"]["value"] == 75.0
-    upload = json.loads((tmp_path / "tvqa" / "tvqa_test_predictions.json").read_text())
-    assert upload == {"1": 1, "2": 1, "3": 1, "4": 0}
