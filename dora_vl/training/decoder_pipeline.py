@@ -131,6 +131,8 @@ class DecoderPipeline(Pipeline):
         config = self.config
         model_type = model_type_of(config.model.base, config.model.revision)
         check_trained(config.model.base, model_type)
+        if config.data.cache_features and not sees_pictures(config.model.base, config.model.revision):
+            raise UserError(f"data.cache_features: {config.model.base} sees no pictures; set it false")
         if model_type == LLAVA:
             return
         refused = {
@@ -196,8 +198,6 @@ class DecoderPipeline(Pipeline):
         data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
         outputs, dummy, dummy_video = None, *_dummies(samples, encoder)
         if data.cache_features and samples.has_pictures:
-            if not encoder.sees_pictures:
-                raise UserError(f"data.cache_features: {self.config.model.base} sees no pictures; set it false")
             decoder = cast(DecoderBackbone, backbone)
             reader = PictureReader(
                 encoder=encoder,
@@ -205,7 +205,7 @@ class DecoderPipeline(Pipeline):
                 held=samples.stored,
                 most_pixels=pixels_of_a_sample(self.config, arguments),
             )
-            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, device=arguments.device)
+            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         seen_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
             self._make(arguments, outputs),
