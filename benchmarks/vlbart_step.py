@@ -18,8 +18,7 @@ from torch import Tensor
 
 from benchmarks.report import median, table, write_json
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
-from dora_vl.backbones.vlbart_compose import drawn
-from dora_vl.backbones.vlbart_model import VlBartConfig
+from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.training.seq2seq_tasks import Seq2SeqLoss
 
@@ -50,7 +49,8 @@ def inputs(batch: int) -> dict[str, Any]:
 
 def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) -> Callable[[], None]:
     """One whole training step of a method, with the published recipe's rank and extras."""
-    model: Any = drawn(bart_base(layers), seed=0)
+    torch.manual_seed(0)
+    model: Any = VlBartForConditionalGeneration(bart_base(layers))
     model.to(device)
     extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)

@@ -21,7 +21,7 @@ from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
+from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (
     adapted_layers,
     choose_trained,

@@ -18,7 +18,6 @@ from dora_vl.backbones.loading import ComposeSpec as ComposeSpec
 from dora_vl.backbones.loading import (
     LanguageModel,
     LanguageSource,
-    PlainLanguageModel,
     load_language_model,
     read_language_model,
     written_base,
@@ -114,21 +113,16 @@ def write_language_model(source: LanguageSource, folder: Path) -> None:
     with written_base(folder, source) as unfinished:
         dtype = getattr(torch, source.dtype) if source.dtype else None
         language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
-        _whole(language).save_pretrained(unfinished)
+        weights = dict(language.weights)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
+        if language.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.tie_weights()
+        model.config.dtype = next(iter(weights.values())).dtype
+        if language.generation is not None:
+            model.generation_config = language.generation
+        model.save_pretrained(unfinished)
         language.tokenizer.save_pretrained(unfinished)
     log.info("wrote %s from %s", folder, source.gguf_file or source.folder)
-
-
-def _whole(language: PlainLanguageModel) -> PreTrainedModel:
-    """The parts as one model, nothing copied."""
-    weights = dict(language.weights)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
-    if language.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie_weights()
-    model.config.dtype = next(iter(weights.values())).dtype
-    if language.generation is not None:
-        model.generation_config = language.generation
-    return model

@@ -193,13 +193,10 @@ def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_
     batch = model_inputs(model, collate(hollow))
     others = pytree.tree_map(lambda leaf: 1 - leaf if _is_float(leaf) else leaf, outputs)
     names, felt = ", ".join(parts.calls), False
-    try:
-        with parts.replaying(model, outputs):
-            stored = _decoder_inputs(model, batch)
-        with parts.replaying(model, others):
-            changed = _decoder_inputs(model, batch)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise NotStorable(f"the model cannot take the stored outputs of {names}: {error}") from error
+    with parts.replaying(model, outputs):
+        stored = _decoder_inputs(model, batch)
+    with parts.replaying(model, others):
+        changed = _decoder_inputs(model, batch)
     for live, replayed, other in zip(plain, stored, changed, strict=True):
         if not isinstance(live, Tensor):
             continue
@@ -228,9 +225,12 @@ def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
         with contextlib.suppress(BadSample):  # some families take one picture alone, or no words without
             samples.append(encoder.pictured(shown))
     pair = model_inputs(model, Collator(encoder.pad_token_id)([one, one]))
-    parts = find_parts(model, inputs_of(model, one), pair)
-    _prove(model, parts, [one, one], encoder.pad_token_id)
-    _prove(model, parts, samples, encoder.pad_token_id)
+    try:
+        parts = find_parts(model, inputs_of(model, one), pair)
+        for rows in ([one, one], samples):
+            _prove(model, parts, rows, encoder.pad_token_id)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise NotStorable(f"the model cannot run its frozen parts, or take what they gave: {error}") from error
     return parts
 
 

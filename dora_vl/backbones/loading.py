@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
@@ -183,11 +182,13 @@ def load_language_model(
     plain = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
     image_token_id = add_image_token(plain.tokenizer)
     weights, config = dict(plain.weights), plain.config
-    rows = vocabulary_rows(config.vocab_size, len(plain.tokenizer))
-    if rows != config.vocab_size:
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            if name in weights:
-                weights[name] = with_mean_rows(weights[name], rows)
+    if len(plain.tokenizer) > config.vocab_size:
+        rows = math.ceil(len(plain.tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            # Each new row is the mean of the old ones: no new token stands out before it is trained.
+            old = weights[name]
+            mean = old.float().mean(0, keepdim=True).to(old.dtype)
+            weights[name] = torch.cat([old, mean.expand(rows - len(old), -1)])
         config.vocab_size = rows
     return LanguageModel(
         config=config,
@@ -248,17 +249,6 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(image_token_id, int):
         raise TypeError(f"the tokenizer gave {image_token_id!r} for {IMAGE_PLACEHOLDER}")
     return image_token_id
-
-
-def vocabulary_rows(rows: int, tokens: int) -> int:
-    """Embedding rows for this many tokens: as they are if they suffice, else the next multiple of 64."""
-    return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def with_mean_rows(embedding: Float[Tensor, "old width"], rows: int) -> Float[Tensor, "new width"]:
-    """The embedding with rows added, each the mean of the old ones: no new token stands out before it is trained."""
-    mean = embedding.float().mean(0, keepdim=True).to(embedding.dtype)
-    return torch.cat([embedding, mean.expand(rows - len(embedding), -1)])
 
 
 log = logging.getLogger(__name__)

@@ -269,7 +269,15 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
     its classifier (which in timm's CLIP models is the projection, so it is left out).
     """
     if spec.library == "transformers":
-        return _transformers_pooled(spec)
+        with opening(f"transformers could not load {spec.name!r}"):
+            whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+            if "vision_config" not in whole.sub_configs:
+                raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
+            if own := spec.weights == PRETRAINED:
+                check_model_folder(spec.name)
+            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(whole)
+        load_from_file(model, spec)
+        return PictureEmbedding(model), transformers_preparation(spec, whole.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)
     preparation = Preparation(
         image_size=config.image_size,
@@ -291,19 +299,6 @@ class PictureEmbedding(nn.Module):
         """Projected embeddings, not normalised."""
         made = self.model.get_image_features(pixel_values=pixels)
         return made if isinstance(made, Tensor) else made.pooler_output
-
-
-def _transformers_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
-    with opening(f"transformers could not load {spec.name!r}"):
-        config = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-        if "vision_config" not in config.sub_configs:
-            raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid instead")
-        own = spec.weights == PRETRAINED
-        if own:
-            check_model_folder(spec.name)
-        model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(config)
-    load_from_file(model, spec)
-    return PictureEmbedding(model), transformers_preparation(spec, config.vision_config)
 
 
 Kept = Literal["grid", "pooled"]

@@ -67,14 +67,10 @@ def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
         raise UserError(
             f"{source} holds no {EMBEDDING}.feat_embedding.0.weight; it is no VL-BART of VL-T5 or VL-Adapter"
         )
-    return OriginalState(own, visual_norm_of(own), source)
-
-
-def visual_norm_of(tensors: Mapping[str, Tensor]) -> VisualNorm:
-    """Which layer norms the visual embedding has, from the keys."""
-    if f"{EMBEDDING}.feat_embedding.1.weight" in tensors:
-        return "each"
-    return "sum" if f"{EMBEDDING}.layer_norm.weight" in tensors else "none"
+    norm: VisualNorm = "sum" if f"{EMBEDDING}.layer_norm.weight" in own else "none"
+    if f"{EMBEDDING}.feat_embedding.1.weight" in own:
+        norm = "each"
+    return OriginalState(own, norm, source)
 
 
 def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -> None:
@@ -153,34 +149,19 @@ def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrai
         max_images=spec.max_images,
         frame_side=spec.frame_side,
     )
-    model = drawn(config, seed=spec.seed)
-    if weights:
-        take_bart(model, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = VlBartForConditionalGeneration(config)
+    state = model.state_dict()
+    for name, tensor in weights.items():  # the token embedding's new rows, at its end, stay as they were drawn
+        filled, whole = (state[name].T, tensor.T) if name == "final_logits_bias" else (state[name], tensor)
+        filled[: len(whole)] = whole
     if original is not None:
         load_original(model, original)
     elif spec.standardise is not None:
         first: Any = model.model.encoder.visual_embedding.feat_embedding[0]
         standardise(first, *measured(Path(spec.standardise)))
     return model, tokenizer
-
-
-def drawn(config: VlBartConfig, *, seed: int) -> VlBartForConditionalGeneration:
-    """A model with random weights, N(0, init_std) for embeddings and matrices, from this seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VlBartForConditionalGeneration(config)
-
-
-@torch.no_grad()
-def take_bart(model: VlBartForConditionalGeneration, weights: dict[str, Tensor]) -> None:
-    """Puts a BART's weights in; the token embedding's new rows, at its end, stay as they were drawn."""
-    state = model.state_dict()
-    for name, tensor in weights.items():
-        place = state[name]
-        if name == "final_logits_bias":
-            place[:, : tensor.shape[1]] = tensor
-        else:
-            place[: len(tensor)] = tensor
 
 
 def add_picture_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -193,7 +174,8 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     """Tokenizer, config fields and weights (none for a small one) of the language part."""
     if spec.small is not None:
         small = spec.small
-        texts = chain(_texts(small.texts), small.words)
+        examples = (example for file in small.texts for example in iterate_examples(Path(file)))
+        texts = chain((text for example in examples for text in texts_of(example)), small.words)
         tokenizer = small_tokenizer(texts, vocabulary=small.vocabulary, leading_space=True)
         shape = {
             "d_model": small.width,
@@ -243,12 +225,6 @@ def small_tokenizer(texts: Iterator[str], *, vocabulary: int, leading_space: boo
         "mask_token": "<mask>",
     }
     return PreTrainedTokenizerFast(tokenizer_object=made, **named)
-
-
-def _texts(files: tuple[str, ...]) -> Iterator[str]:
-    for file in files:
-        for example in iterate_examples(Path(file)):
-            yield from texts_of(example)
 
 
 def texts_of(example: Example) -> Iterator[str]:

@@ -140,9 +140,9 @@ class DataConfig(SamplesConfig):
     video_fps: float | None = None
     """Frames a second instead, at most video_frames; for base models that take videos of any length."""
     cache_features: bool = False
-    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
+    """Computes what frozen vision parts give for a sample's pictures once and reads it from disk afterwards."""
     feature_cache: str | None = None
-    """Folder of the cached features; null: `<training.output_dir>/features`."""
+    """Folder of these outputs; null: `<training.output_dir>/features`."""
     max_pixels_per_step: int | None = None
     """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
     training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger

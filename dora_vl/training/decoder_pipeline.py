@@ -173,8 +173,6 @@ class DecoderPipeline(Pipeline[RunConfig]):
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
         dummy, outputs, folder = encoder.dummy() if pictures else None, None, image_folder(data)
         if data.cache_features and samples.has_pictures:
-            if not encoder.sees_pictures:
-                raise SettingError("data.cache_features", f": {self.config.model.base} sees no pictures; set it false")
             reader = PictureReader(
                 encoder=encoder,
                 folder=folder,
@@ -182,7 +180,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
                 most_pixels=pixels_of_a_sample(self.config, arguments),
             )
             decoder = cast(DecoderBackbone, backbone)
-            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, device=arguments.device)
+            outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         shows_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
             self._make(arguments, outputs),
@@ -432,6 +430,8 @@ def _check_base(config: RunConfig) -> None:
     """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
     model_type = model_type_of(config.model.base, config.model.revision)
     check_trained(config.model.base, model_type)
+    if config.data.cache_features and not sees_pictures(config.model.base, config.model.revision):
+        raise SettingError("data.cache_features", f": {config.model.base} sees no pictures; set it false")
     refused = {
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),

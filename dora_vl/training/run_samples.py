@@ -382,8 +382,7 @@ def stored_outputs(
     backbone: DecoderBackbone,
     reader: PictureReader,
     pictures: Iterable[Sequence[str]],
-    *,
-    device: torch.device,
+    arguments: TrainingArguments,
 ) -> tuple[OutputStore, Sample]:
     """Outputs of the model's frozen vision parts for samples' pictures, missing ones computed first; and a dummy row's.
 
@@ -397,8 +396,10 @@ def stored_outputs(
     unused = {id(weight) for part in language for weight in part.parameters()}
     unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}
     used = [weight for weight in model.parameters() if id(weight) not in unused]
+    device, half = arguments.device, torch.bfloat16 if arguments.bf16 else torch.float16
+    autocast = (arguments.bf16 or arguments.fp16) and not arguments.deepspeed  # as the Trainer's steps
     # ZeRO-3 has sharded the weights already and its hooks come only with the engine: make them whole meanwhile.
-    with gather_to_read(used):
+    with gather_to_read(used), torch.autocast(device.type, half, enabled=bool(autocast)):
         for tensor in (*used, *model.buffers()):
             tensor.data = tensor.data.to(device)
         try:
@@ -406,7 +407,7 @@ def stored_outputs(
         except NotStorable as error:
             raise SettingError("data.cache_features", f": {config.model.base}: {error}; set it false") from error
         backbone.frozen_parts = parts
-        store = OutputStore(cache, model, parts, reader.settings())
+        store = OutputStore(cache, model, parts, {**reader.settings(), "autocast": str(half) if autocast else None})
         missing = store.missing(reader, pictures)
         wait_for_everyone()  # each must see the same missing, before one adds some
         store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers)
