@@ -23,7 +23,6 @@ LAYERS = (
     ("cli",),
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""
-"""What still points up: each is to go, none may come."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
