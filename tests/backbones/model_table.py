@@ -25,7 +25,7 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
-Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
+Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of these {all}, all but those whose remark says otherwise.
 
 | `model_type` | remarks |
 | --- | --- |
@@ -94,10 +94,10 @@ def page() -> str:
     video, still = (
         ", ".join(name for name in families if bool(FAMILIES[name].video) is kind) for kind in (True, False)
     )
-    stored = ", ".join(name for name in families if not FAMILIES[name].unstored)
+    stored = sum(not FAMILIES[name].unstored for name in families)
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
-        f"{HEAD.format(video=video, still=still, stored=stored)}{chr(10).join(lines)}\n"
+        f"{HEAD.format(video=video, still=still, stored=stored, all=len(families))}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused())}\n"
