@@ -22,7 +22,7 @@ from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets, f
 from dora_vl.backbones.prompt_table import Instruction
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.templates import PROBE, Chat, Prompts, framed, refuse_marks
-from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_vl.backbones import tower_pictures
-from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation, image_processor
+from dora_vl.backbones import towers
+from dora_vl.backbones.towers import ImagePreparation, Preparation, image_processor
 from dora_vl.errors import UserError
 
 SIDE = 28
@@ -104,7 +104,7 @@ def test_a_long_picture_padded_row_by_row_is_the_same(monkeypatch, size, side) -
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     preparation = Preparation(image_size=side, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     whole = ImagePreparation(preparation, aspect="pad").prepare(picture)
-    monkeypatch.setattr(tower_pictures, "PADDED_SIDE", 100)
-    monkeypatch.setattr(tower_pictures, "ROWS", 7)
+    monkeypatch.setattr(towers, "PADDED_SIDE", 100)
+    monkeypatch.setattr(towers, "ROWS", 7)
     by_rows = ImagePreparation(preparation, aspect="pad").prepare(picture)
     assert torch.equal(whole, by_rows)
