@@ -14,7 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
+from dora_vl.backbones.templates import VICUNA_SYSTEM
 from tests.backbones.encoded_talk import piece_encoder
 from tests.backbones.tiny_image_text import write_tiny
 

@@ -11,8 +11,8 @@ import torch
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.backbones.prompts import prompts_of
+from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.example import Example
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_rows

@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
+from dora_vl.backbones.templates import VICUNA_SYSTEM
 from dora_vl.data.samples import Labelled, check_labels
 from tests.backbones.encoded_talk import NASTY, MakeEncoder, answers_of, encode_talk, talk
 

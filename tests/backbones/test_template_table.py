@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
-from dora_vl.backbones.prompt_table import TEMPLATES, TemplateName
+from dora_vl.backbones.templates import TEMPLATES, TemplateName
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from tests.backbones.encoded_talk import encode_talk, piece_encoder, prompt_ids, talk
