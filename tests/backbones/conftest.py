@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.templates import VICUNA_SYSTEM
-from tests.backbones.encoded_talk import piece_encoder
 from tests.backbones.tiny_image_text import write_tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -67,16 +65,6 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """The space mark before the first stretch only."""
     return llama_tokenizer(legacy=False)
-
-
-MakeEncoder = Callable[..., Encoder]
-
-
-@pytest.fixture(scope="session")
-def make_encoder() -> MakeEncoder:
-    """An encoder of a tokenizer and a template's name."""
-
-    return piece_encoder
 
 
 def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaConfig:
