@@ -13,7 +13,6 @@ from typing import get_args
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
@@ -115,15 +114,6 @@ TOKENS = {
 NAMED = sorted(TEXTS)
 
 
-@pytest.fixture(scope="module")
-def vicuna(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path_factory.mktemp("vicuna") / "tokenizer")))
-    marks = [AddedToken(token, normalized=False, special=True) for token in ("<|im_start|>", "<|im_end|>")]
-    tokenizer.add_tokens(marks, special_tokens=True)
-    add_image_token(tokenizer)
-    return tokenizer
-
-
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
     return piece_encoder(tokenizer, name, each=1)
 
@@ -153,8 +143,8 @@ def test_text_and_what_is_labelled(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_tokens_and_labels(vicuna: PreTrainedTokenizerBase, name: str) -> None:
-    written = starred(vicuna, name, *ROUNDS)
+def test_tokens_and_labels(new_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    written = starred(new_tokenizer, name, *ROUNDS)
     assert written.endswith(TOKENS[name])
     assert "*" not in written[: -len(TOKENS[name])]
     assert written.startswith("<s> ")
@@ -187,43 +177,43 @@ def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: st
     assert not [span for span in found.controls if found.text[slice(*span)] == "</s>" and span[0] < 20]
 
 
-def test_captions(vicuna: PreTrainedTokenizerBase) -> None:
-    written = starred(vicuna, "plain", "<image>\nDescribe it.", "A red circle")
+def test_captions(new_tokenizer: PreTrainedTokenizerBase) -> None:
+    written = starred(new_tokenizer, "plain", "<image>\nDescribe it.", "A red circle")
     assert written == "<s> <image> *▁A *▁red *▁c *ir *cle *<0x0A>"
 
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
-def test_a_prompt_is_what_stands_before_the_answer(vicuna: PreTrainedTokenizerBase, name: str) -> None:
+def test_a_prompt_is_what_stands_before_the_answer(new_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     asked = talk(*ROUNDS).turns[:3]
     text = TEMPLATES[name].render(asked, generation_prompt=True).text
     rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
     assert text == rendered.text[: rendered.answer_spans[1][0]]
-    encoded = encode_talk(encoder(vicuna, name), talk(*ROUNDS, images=1))
-    prompt = prompt_ids(encoder(vicuna, name), *asked)
+    encoded = encode_talk(encoder(new_tokenizer, name), talk(*ROUNDS, images=1))
+    prompt = prompt_ids(encoder(new_tokenizer, name), *asked)
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
     assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
 
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
 def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
-    vicuna: PreTrainedTokenizerBase, name: str
+    new_tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
     said = "It {} is <s> a </s> <|im_end|> ['circle']"
-    coder = encoder(vicuna, name)
+    coder = encoder(new_tokenizer, name)
     encoded = encode_talk(coder, talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", said))
     last = encoded.labels[len(prompt_ids(coder, *talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
     assert coder.decode(last[last != -100]) == said
-    controls = [vicuna.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
+    controls = [new_tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
     plain = encode_talk(coder, talk("Is it?", "Yes", "Why?", "It is"))
     for token in controls:
         assert (encoded.input_ids == token).sum() == (plain.input_ids == token).sum()
 
 
-def test_an_answer_without_an_end_token_is_cut_at_its_closing_text(vicuna: PreTrainedTokenizerBase) -> None:
-    ids = vicuna("Yes\n### Human: Why?\n### Assistant: So", add_special_tokens=False).input_ids
-    assert encoder(vicuna, "v0").decode(ids) == "Yes"
-    assert encoder(vicuna, "vicuna_v1").decode(ids) == "Yes\n### Human: Why?\n### Assistant: So"
+def test_an_answer_without_an_end_token_is_cut_at_its_closing_text(new_tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = new_tokenizer("Yes\n### Human: Why?\n### Assistant: So", add_special_tokens=False).input_ids
+    assert encoder(new_tokenizer, "v0").decode(ids) == "Yes"
+    assert encoder(new_tokenizer, "vicuna_v1").decode(ids) == "Yes\n### Human: Why?\n### Assistant: So"
 
 
 def test_a_template_whose_tokens_the_model_lacks_is_refused(tmp_path: Path) -> None:
@@ -345,20 +335,6 @@ def test_supervised_tokens_decode_to_the_answers(
     meant = encoder.answers(talk(*texts))
     check_labels([Labelled(id="7", labels=encoded.labels, answers=meant, tokenizer=tokenizer)])
     assert answers_of(encoder, encoded.labels, close) == [before + answer + after for answer in texts[1::2]]
-
-
-def test_two_rounds_of_both_kinds_of_llama_tokenizers(tokenizer: PreTrainedTokenizerFast) -> None:
-    """After `</s>` the older tokenizers put a space mark before the next round, the newer ones do not."""
-    between = "▁USER: " if tokenizer.backend_tokenizer.normalizer is not None else "USER : "
-    encoded = encode_talk(piece_encoder(tokenizer), talk(*ROUNDS, images=1))
-    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
-    pairs = zip(tokens, encoded.labels.tolist(), strict=True)
-    assert " ".join(token if label == -100 else f"*{token}" for token, label in pairs) == (
-        "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant. ▁The ▁assistant "
-        "▁gives ▁helpful, ▁detailed, ▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions. ▁USER: ▁ <image> <image> "
-        f"<image> <image> ▁ <0x0A> Is ▁it ▁red? ▁ASSISTANT: *▁Yes, *▁it *▁is. *</s> {between}▁What ▁is ▁in ▁the "
-        "▁picture? ▁ASSISTANT: *▁A *▁red *▁circle *</s>"
-    )
 
 
 def test_the_ids_are_those_of_the_plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
