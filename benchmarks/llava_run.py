@@ -33,7 +33,6 @@ from report import median, table, write_json
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files
 from dora_vl.data.samples import ConversationDataset, Sample
@@ -160,7 +159,6 @@ def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def time_peer(peer: str, timed: TimedRun) -> dict[str, float]:
     """Trains a few steps."""
     config = timed.run
-    register_towers()
     dtype = getattr(torch, config.model.dtype)
     model = LlavaForConditionalGeneration.from_pretrained(
         config.model.base, dtype=dtype, attn_implementation=config.model.attn_implementation

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.backbones.tower_spec import register_with_transformers
+from dora_vl.backbones import register_with_transformers
 
 if TYPE_CHECKING:
     from dora_vl.adapters.folder import load_adapter as load_adapter

@@ -23,7 +23,6 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.tower_sources import load_tower
-from dora_vl.backbones.towers import register_towers
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
@@ -130,7 +129,6 @@ def vision_config(model: ModelConfig) -> Any:
 
 
 def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
-    register_towers()
     language = model.base if model.compose is None else model.compose.language_model
     text = LlamaConfig(**LANGUAGE_SHAPES[language])
     config = LlavaConfig(

@@ -18,11 +18,10 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import TrainOn, load_tokenizer
-from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
-from dora_vl.backbones.prompt_table import Instruction
+from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
-from dora_vl.backbones.templates import PROBE, Chat, Prompts, framed, refuse_marks
-from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts
+from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
@@ -219,16 +218,18 @@ class Encoder:
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
-        said = [turn for turn in conversation.turns if turn.role == "assistant"]
         asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
             asked = conversation.turns[0]
         chat = self.prompts.render([asked, PROBE[1]])
         if chat.suffix is not None:  # which the processor closes by itself
-            return framed(said, chat.suffix + self.tokenizer.eos_token)
-        start, end = chat.answer_spans[0]
-        begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
-        return framed(said, begin + chat.text[start:end])
+            probe = chat.suffix + self.tokenizer.eos_token
+        else:
+            start, end = chat.answer_spans[0]
+            begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
+            probe = begin + chat.text[start:end]
+        before, _, behind = probe.rpartition(PROBE[1].text)
+        return [TrainedAnswer(before, turn.text, behind) for turn in conversation.turns if turn.role == "assistant"]
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -300,7 +301,9 @@ class Encoder:
     ) -> _Processed:
         places = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
-            refuse_marks(turns)
+            # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
+            if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
+                raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
             if any(place in turn.text for turn in turns if turn.role == "assistant" for place in places):
                 raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
             if videos and self.why_no_videos:
@@ -335,9 +338,10 @@ class Encoder:
             options["controls"] = chat.controls
         images = [list(pictures)] if pictures else None
         try:
-            options |= video_arguments(videos)
+            options |= video_arguments(videos) if videos else {}
             found = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
-            found |= displaced_inputs(self.processor, found, pictures, videos)
+            if pictures and videos:
+                found |= displaced_inputs(self.processor, found, pictures, videos)
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
         offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
@@ -348,7 +352,9 @@ class Encoder:
         for name in found.keys() & ALIGNED:
             found[name] = torch.as_tensor(found[name])  # Ernie's processor leaves one an array
         if chat.by_token_types:
-            roles = from_token_types(found["token_type_ids"][0].tolist())
+            # The answer's tokens are ones, and all before it count as the picture's.
+            trained = [kind == 1 for kind in found["token_type_ids"][0].tolist()]
+            roles = TokenRoles(trained, trained.index(True) if True in trained else len(trained))
         elif offsets is None or ((pictures or videos) and not places):
             roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
@@ -360,13 +366,25 @@ class Encoder:
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
     ) -> TokenRoles:
+        """Of a processor that tells no places: from how many tokens the text takes up to an answer, and through it.
+
+        It costs the processor two further calls an answer, pictures included.
+        """
         if videos:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
-        token = self.processor.image_token
+        trained, token = [False] * len(ids), self.processor.image_token
         if not chat.answer_spans:  # a prompt, or one of the beginnings
-            return TokenRoles([False] * len(ids), 0)
+            return TokenRoles(trained, 0)
 
-        def ids_of(text: str) -> list[int]:
-            return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
+        def tokens_up_to(place: int) -> int:
+            """How many tokens the text and its beginning share; the latter's last may be joined to what follows."""
+            text = chat.text[:place]
+            prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
+            pairs = enumerate(zip(ids, prefix, strict=False))
+            return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(prefix)))
 
-        return from_prefixes(chat, ids, ids_of, picture=token)
+        for answer in chat.answer_spans:
+            start, end = map(tokens_up_to, answer)
+            trained[start:end] = [True] * (end - start)
+        last = chat.text.rfind(token)
+        return TokenRoles(trained, tokens_up_to(last + len(token)) if last >= 0 else 0)

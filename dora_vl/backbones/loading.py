@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
 from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, kept_whole, quantised_layers
-from dora_vl.backbones.tower_spec import TowerSpec, VisionLibrary
+from dora_vl.backbones.tower_config import TowerSpec, VisionLibrary
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError

@@ -43,50 +43,18 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     gained = sum((new[1] - new[0]) - (old[1] - old[0]) for old, new in moves)
     added = max((last for _, last in offsets), default=0) - len(chat.text) - gained
     shift = len(begin) if added == len(begin) and not chat.text.startswith(begin) else 0
-    answers = [(_moved(start, moves, shift), _moved(end, moves, shift)) for start, end in chat.answer_spans]
+    ends = [old[1] for old, _ in moves]
+    gains = [0, *(new[1] - old[1] for old, new in moves)]
+
+    def moved(place: int) -> int:
+        """A place in the chat's text, in the text that was tokenised; `moves` count from the latter's beginning."""
+        return place + shift + gains[bisect_right(ends, place + shift)]
+
+    answers = [(moved(start), moved(end)) for start, end in chat.answer_spans]
     trained = [any(first < end and start < last for start, end in answers) for first, last in offsets]
     last = moves[-1][1][1] if moves else 0
-    return TokenRoles(
-        trained, max((n for n, (start, end) in enumerate(offsets, 1) if start < last and end > start), default=0)
-    )
-
-
-def _moved(place: int, moves: Sequence[Move], shift: int) -> int:
-    """A place in the chat's text, in the text that was tokenised; `moves` count from the latter's beginning."""
-    ends = [old[1] for old, _ in moves]
-    gained = [0, *(new[1] - old[1] for old, new in moves)]
-    return place + shift + gained[bisect_right(ends, place + shift)]
-
-
-def from_token_types(token_type_ids: Sequence[int]) -> TokenRoles:
-    """Of a processor that takes the answer apart and marks its tokens by ones; all before it count as the picture's."""
-    trained = [kind == 1 for kind in token_type_ids]
-    return TokenRoles(trained, trained.index(True) if True in trained else len(trained))
-
-
-def from_prefixes(chat: Chat, ids: Sequence[int], ids_of: Callable[[str], list[int]], *, picture: str) -> TokenRoles:
-    """Of a processor that tells nothing: from how many tokens the text takes up to an answer, and through it.
-
-    It costs the processor two further calls an answer, pictures included.
-
-    Args:
-        chat: the text and its answers.
-        ids: the whole text's tokens.
-        ids_of: a beginning of the text as tokens, by the same processor.
-        picture: what stands for a picture in the text.
-    """
-    trained = [False] * len(ids)
-    for answer in chat.answer_spans:
-        start, end = (_shared(ids, ids_of(chat.text[:place])) for place in answer)
-        trained[start:end] = [True] * (end - start)
-    last = chat.text.rfind(picture)
-    return TokenRoles(trained, _shared(ids, ids_of(chat.text[: last + len(picture)])) if last >= 0 else 0)
-
-
-def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
-    """How many tokens a text and its beginning have in common; the end of the latter may be joined to what follows."""
-    pairs = enumerate(zip(ids, prefix, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(prefix)))
+    media = [number for number, (start, end) in enumerate(offsets, 1) if start < last and end > start]
+    return TokenRoles(trained, max(media, default=0))
 
 
 _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
@@ -112,23 +80,30 @@ class ControlTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         special = {place: token for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stand_in = {
-            token.content: _stand_in(token.content, number) for number, token in enumerate(special.values())
-        }
-        self._real_id: dict[int, int] = {}
+        self._stand_in: dict[str, str] = {}
+        for number, token in enumerate(special.values()):
+            # The number in noncharacters, filled up to the token's length, so that offsets stay what they are.
+            digits = chr(_FIRST_STAND_IN + number % _STAND_INS)
+            while number := number // _STAND_INS:
+                digits = chr(_FIRST_STAND_IN + number % _STAND_INS) + digits
+            self._stand_in[token.content] = digits.rjust(len(token.content), chr(_FIRST_STAND_IN))
         self._tokenizer.add_tokens(
             [
                 AddedToken(self._stand_in[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
                 for token in special.values()
             ]
         )
+        self._real_id: dict[int, int] = {}
         for place, token in special.items():
             stand_in = self._tokenizer.token_to_id(self._stand_in[token.content])
             same_length = len(self._stand_in[token.content]) == len(token.content)
             if stand_in is None or stand_in in self._real_id or not same_length:
                 raise UserError(f"special token {token.content!r} is too short to be kept apart from text")
             self._real_id[stand_in] = place
-        self.start_ids = _ids_before_text(self._tokenizer)
+        # What the tokenizer puts before any text by itself: the begin token, or nothing.
+        bare, around = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        begin = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
+        self.start_ids: list[int] = around[:begin]
 
     def encode(self, text: str, controls: Sequence[Span]) -> tuple[list[int], list[Span]]:
         """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself."""
@@ -144,23 +119,6 @@ class ControlTokenizer:
         self._tokenizer.encode_special_tokens = True
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return [self._real_id.get(token, token) for token in encoding.ids], encoding.offsets
-
-
-def _stand_in(token: str, number: int) -> str:
-    """`number` in noncharacters, filled up to the token's length, so that offsets stay what they are."""
-    digits = ""
-    while number or not digits:
-        number, digit = divmod(number, _STAND_INS)
-        digits = chr(_FIRST_STAND_IN + digit) + digits
-    return digits.rjust(len(token), chr(_FIRST_STAND_IN))
-
-
-def _ids_before_text(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before any text by itself: the begin token, or nothing."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    around = tokenizer.encode("a", add_special_tokens=True).ids
-    start = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
-    return around[:start]
 
 
 class PieceProcessor:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+import resource
+import signal
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,19 +20,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.loading import TrainOn
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.prompt_table import PROMPTS, TEMPLATES, Instruction
 from dora_vl.backbones.templates import (
     BREAK,
     PROBE,
+    PROMPTS,
+    TEMPLATES,
     VIDEO_MARK,
     Chat,
+    Instruction,
     Prompts,
     Span,
-    check_ends,
-    check_order,
-    refuse_system,
-    rendered_by,
     system_and_talk,
+    talk_alone,
 )
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
 from dora_vl.errors import UserError
@@ -39,7 +44,6 @@ PROCESSOR_PROBE = (
     Turn("user", "Which shape has it?"),
     Turn("assistant", "It is a square."),
 )
-PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
 SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Whose messages without pictures are lists of parts, in the order in which they are tried."""
@@ -47,6 +51,44 @@ TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
 """The same for a language model's template."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 NO_MEDIA = re.compile(r"((?!))")
+SECONDS, MEMORY = 2, 1 << 30
+"""Of a processor and in bytes, that trying a chat template takes at most; it takes a fiftieth of the first."""
+
+
+def check_ends(render: Callable[[], object], name: str) -> None:
+    """Refuses a chat template that does not end, or fills the memory: it is tried in a process of its own.
+
+    Args:
+        render: tries it; what it raises is left to who calls it again.
+        name: of the model, for the message.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child needs none of theirs
+        child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            raise UserError(
+                f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB; "
+                "repair its chat_template.jinja (or tokenizer_config.json), or take another base"
+            )
+        return
+    status = 0
+    try:
+        logging.disable()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20 * SECONDS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for limit, most in (
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CPU, SECONDS),
+            (resource.RLIMIT_AS, used + MEMORY),
+        ):
+            resource.setrlimit(limit, (most, most))
+        render()
+    except MemoryError:
+        status = 1
+    finally:
+        os._exit(status)
 
 
 class ProcessorChat(Prompts):
@@ -91,21 +133,74 @@ class ProcessorChat(Prompts):
         self._try(pictures=pictures)
 
     def _try(self, *, pictures: bool) -> None:
-        self._in_parts = self._wanted_parts()
-        self._in_parts = self._with_system()
-        self._try_answers()
-        if pictures:
-            self._try_picture()
+        """Finds the messages' form and what closes an answer; refuses a template that cannot be trained on."""
+        self._choose_parts()
+        asked = PROCESSOR_PROBE[:2]
+        try:
+            self.render(asked)
+        except ValueError:
+            self._closing = str(self._processor.tokenizer.eos_token or "")
+            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
+        try:
+            text = self.render(asked).text
+        except ValueError as error:
+            raise UserError(
+                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
+            ) from error
+        if text != self._apply([*map(self._message, asked)], generation_prompt=False):
+            log.info(
+                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
+            )
+        try:
+            self.render(PROCESSOR_PROBE)
+        except ValueError as error:
+            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
+        if not pictures:
+            return
+        try:
+            with_picture = self.render(PROBE).text
+        except ValueError as error:
+            raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
+        if with_picture == text:
+            raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _choose_parts(self) -> None:
+        """Finds whose messages without pictures are lists of parts to this template too; the others' must be strings.
+
+        The system's are tried after a talk's: some templates (GLM-4.1V's) write it as it stands. They are tried before
+        a question alone: some (Pixtral's) have no place for it once an answer follows. A template that takes none in
+        either form refuses the samples that have one.
+        """
+        reasons: list[str] = []
+        for form in TEXT_FORMS if self._pieces else FORMS:
+            self._in_parts = form
+            if (reason := self._why_not(PROCESSOR_PROBE[:2])) is None:
+                break
+            reasons.append(reason)
+        else:
+            raise UserError(
+                f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
+            )
+        talk = self._in_parts
+        with_system: frozenset[Role] = frozenset((*talk, "system"))
+        forms = (with_system, talk) if talk else (talk, with_system)
+        for form in forms:
+            self._in_parts = form
+            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0])) is None:
+                return
+        self._in_parts = forms[0]
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text, the first one the system's where it is; `generation_prompt` opens the next answer.
 
         Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
         """
-        system, talk = system_and_talk(turns)
-        check_order(talk, generation_prompt=generation_prompt)
-        if self._pieces:
-            turns = [replace(turn, text=self._special.sub(_broken, turn.text)) for turn in turns]
+        system, _ = system_and_talk(turns, generation_prompt=generation_prompt)
+        if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
+            turns = [
+                replace(turn, text=self._special.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
+                for turn in turns
+            ]
         else:
             refuse_special(turns, self._special)
         messages = [self._message(turn) for turn in turns]
@@ -125,8 +220,11 @@ class ProcessorChat(Prompts):
             return Chat(text, tuple(spans))
         controls = [match.span() for match in self._special.finditer(text)]
         breaks = [match.start() for match in re.finditer(BREAK, text)]
-        moved = partial(_without_breaks, breaks=breaks)
-        return Chat(text.replace(BREAK, ""), tuple(map(moved, spans)), tuple(map(moved, controls)))
+
+        def moved(spans: Sequence[Span]) -> tuple[Span, ...]:
+            return tuple((start - bisect_left(breaks, start), end - bisect_left(breaks, end)) for start, end in spans)
+
+        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls))
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         pieces = self._media.split(turn.text)
@@ -168,9 +266,8 @@ class ProcessorChat(Prompts):
         if any(str(content) in whole for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
         pieces = [[piece.strip() for piece in self._media.split(turn.text)[::2]] for turn in turns]
-        system, talk = system_and_talk(turns)
-        if system is not None and (text := system.text.strip()):
-            again = sum(piece.count(text) for turn in pieces[len(turns) - len(talk) :] for piece in turn)
+        if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
+            again = sum(piece.count(text) for turn in pieces[1:] for piece in turn)
             if whole.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
         for number, turn in enumerate(pieces):
@@ -185,84 +282,19 @@ class ProcessorChat(Prompts):
             return str(error)
         return None
 
-    def _wanted_parts(self) -> frozenset[Role]:
-        """Whose messages without pictures are lists of parts to this template too; the others' must be strings."""
-        reasons: list[str] = []
-        for form in TEXT_FORMS if self._pieces else FORMS:
-            self._in_parts = form
-            if (reason := self._why_not(PROCESSOR_PROBE[:2])) is None:
-                return form
-            reasons.append(reason)
-        raise UserError(
-            f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
-        )
-
-    def _with_system(self) -> frozenset[Role]:
-        """Likewise with the system's, which some templates (GLM-4.1V's) write as it stands.
-
-        It is tried before a question alone: some (Pixtral's) have no place for it once an answer follows. A template
-        that takes none in either form refuses the samples that have one.
-        """
-        talk = self._in_parts
-        whole: frozenset[Role] = frozenset((*talk, "system"))
-        forms = (whole, talk) if talk else (talk, whole)
-        for form in forms:
-            self._in_parts = form
-            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0])) is None:
-                return form
-        return forms[0]
-
-    def _try_answers(self) -> None:
-        try:
-            self.render(PROCESSOR_PROBE[:2])
-        except ValueError:
-            self._closing = str(self._processor.tokenizer.eos_token or "")
-            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
-        try:
-            self.render(PROCESSOR_PROBE[:2])
-        except ValueError as error:
-            raise UserError(
-                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
-            ) from error
-        if self.render(PROCESSOR_PROBE[:2]).text != self._apply(
-            [*map(self._message, PROCESSOR_PROBE[:2])], generation_prompt=False
-        ):
-            log.info(
-                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
-            )
-        try:
-            self.render(PROCESSOR_PROBE)
-        except ValueError as error:
-            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
-
-    def _try_picture(self) -> None:
-        try:
-            with_picture, without = self.render(PICTURE_PROBE).text, self.render(PROCESSOR_PROBE[:2]).text
-        except ValueError as error:
-            raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
-        if with_picture == without:
-            raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
-
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
-        return rendered_by(
-            partial(
-                self._processor.apply_chat_template,
-                messages,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
+        """The text that the template makes. Raises: ValueError for whatever is wrong with it."""
+        try:
+            text = self._processor.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
             )
-        )
-
-
-def _broken(special: re.Match[str]) -> str:
-    """A special token in a person's words, split by a mark, so that it is not taken for the template's."""
-    return special[0][0] + BREAK + special[0][1:]
-
-
-def _without_breaks(span: Span, breaks: Sequence[int]) -> Span:
-    start, end = (place - sum(mark < place for mark in breaks) for place in span)
-    return start, end
+        except MemoryError:
+            raise
+        except Exception as error:  # it is a program, from elsewhere
+            raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"the chat template gave {type(text).__name__}, not text")
+        return text
 
 
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
@@ -306,7 +338,17 @@ class QuestionAnswer(Prompts):
         if not self._end or (pictures and not self._picture):
             lacking = "a token for a picture" if self._end else "an end token"
             raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
-        _refuse_text_behind(processor, name)
+        # Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained.
+        options = PROCESSOR_OPTIONS.get(type(processor).__name__)
+        if options is None:
+            return
+        if [int(token) for token in processor(text=["."], **options)["input_ids"][0]] != processor.tokenizer(".")[
+            "input_ids"
+        ]:
+            raise UserError(
+                f"model.template: the processor of {name} puts a separator behind every text; "
+                "take transformers 5.23 or later"
+            )
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text; `generation_prompt` opens the next answer.
@@ -314,8 +356,7 @@ class QuestionAnswer(Prompts):
         Raises: ValueError if the turns do not alternate, begin with a system turn, or hold one of the tokenizer's
             special tokens.
         """
-        refuse_system(turns, "question_answer")
-        check_order(turns, generation_prompt=generation_prompt)
+        talk_alone(turns, self.name, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         text, spans = "", []
         for turn in turns:
@@ -350,9 +391,7 @@ class PaliGemma(Prompts):
         Raises: ValueError if there are more turns, a picture stands in or behind the question, or the turns hold a
             special token.
         """
-        if system_and_talk(turns)[0] is not None:
-            raise ValueError("a PaliGemma has no place for a system turn; leave it out")
-        check_order(turns, generation_prompt=generation_prompt)
+        talk_alone(turns, self.name, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         if len(turns) > 2:
             raise ValueError(f"{len(turns)} turns, and a PaliGemma takes one question and one answer")
@@ -376,19 +415,6 @@ FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType
 PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator behind every text
 )
-
-
-def _refuse_text_behind(processor: Any, name: str) -> None:
-    """Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained."""
-    options = PROCESSOR_OPTIONS.get(type(processor).__name__)
-    if options is None:
-        return
-    told = [int(one) for one in processor(text=["."], **options)["input_ids"][0]]
-    if told != processor.tokenizer(".")["input_ids"]:
-        raise UserError(
-            f"model.template: the processor of {name} puts a separator behind every text; "
-            "take transformers 5.23 or later"
-        )
 
 
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})

@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 
-from dora_vl.backbones.tower_pictures import Aspect, ImagePreparation, Preparation
+from dora_vl.backbones.tower_config import PRETRAINED, TowerSpec
 from dora_vl.backbones.tower_sources import (
     load_from_file,
     load_open_clip,
     load_timm,
     load_tower,
+    preparation_of,
     transformers_preparation,
 )
-from dora_vl.backbones.tower_spec import PRETRAINED, TowerSpec
+from dora_vl.backbones.towers import Aspect, ImagePreparation, Preparation
 from dora_vl.backbones.vision_store import (
     FEATURES,
     HASH,
@@ -279,13 +280,7 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
         load_from_file(model, spec)
         return PictureEmbedding(model), transformers_preparation(spec, whole.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)
-    preparation = Preparation(
-        image_size=config.image_size,
-        mean=tuple(config.image_mean or ()),
-        std=tuple(config.image_std or ()),
-        interpolation=config.interpolation,
-    )
-    return network, preparation
+    return network, preparation_of(config)
 
 
 class PictureEmbedding(nn.Module):

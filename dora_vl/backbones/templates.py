@@ -1,25 +1,24 @@
-"""Turns as text: what a template is, and rounds of question and answer put together from a template's strings."""
+"""Turns as text: what a prompt format is, and every format of strings by its name.
+
+`TEMPLATES` are LLaVA's, as LLaVA c121f04 trains with them; `PROMPTS` the published prompts of instructions. The chat
+templates of models, and the formats that need a processor, are in `prompts`.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import resource
-import signal
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from dora_vl.data.samples import TrainedAnswer
+from dora_vl.backbones.loading import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-from dora_vl.errors import UserError
 
 Span = tuple[int, int]
 
 VIDEO_MARK = "\ufdd1"  # as BREAK; stands where a video goes, since `<video>` is also what HTML's text holds
 BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark one that must not become a token
+PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
 
 
 @dataclass(frozen=True)
@@ -63,125 +62,33 @@ class Prompts:
         return (text.partition(self.stop)[0] if self.stop else text).strip()
 
 
-def system_and_talk(turns: Sequence[Turn]) -> tuple[Turn | None, Sequence[Turn]]:
-    """The system turn, where the first one is that, and the turns after it."""
-    return (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+def system_and_talk(turns: Sequence[Turn], *, generation_prompt: bool) -> tuple[Turn | None, Sequence[Turn]]:
+    """The system turn, where the first one is that, and the turns after it.
 
-
-def refuse_system(turns: Sequence[Turn], name: str) -> None:
-    """Refuses a system turn. Raises: ValueError that names the format, which has no place for one."""
-    if system_and_talk(turns)[0] is not None:
-        raise ValueError(f"template {name} has no place for a system turn; choose another model.template")
-
-
-PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
-
-
-SECONDS, MEMORY = 2, 1 << 30
-"""Of a processor and in bytes, that trying a chat template takes at most; it takes a fiftieth of the first."""
-
-
-def rendered_by(render: Callable[[], object]) -> str:
-    """The text that a model's chat template makes. Raises: ValueError for whatever is wrong with it."""
-    try:
-        text = render()
-    except MemoryError:
-        raise
-    except Exception as error:  # it is a program, from elsewhere
-        raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"the chat template gave {type(text).__name__}, not text")
-    return text
-
-
-def check_ends(render: Callable[[], object], name: str) -> None:
-    """Refuses a chat template that does not end, or fills the memory: it is tried in a process of its own.
-
-    Args:
-        render: tries it; what it raises is left to who calls it again.
-        name: of the model, for the message.
+    Raises: ValueError if those do not alternate from the user, end otherwise than asked, or an answer holds nothing.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child needs none of theirs
-        child = os.fork()
-    if child:
-        if os.waitpid(child, 0)[1]:
-            raise UserError(
-                f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB; "
-                "repair its chat_template.jinja (or tokenizer_config.json), or take another base"
-            )
-        return
-    status = 0
-    try:
-        logging.disable()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20 * SECONDS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        for limit, most in (
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_CPU, SECONDS),
-            (resource.RLIMIT_AS, used + MEMORY),
-        ):
-            resource.setrlimit(limit, (most, most))
-        render()
-    except MemoryError:
-        status = 1
-    finally:
-        os._exit(status)
-
-
-def framed(answers: Sequence[Turn], probe: str) -> list[TrainedAnswer]:
-    """Answers with what is trained before and behind each, by what is trained of `PROBE`'s."""
-    opening, _, closing = probe.rpartition(PROBE[1].text)
-    return [TrainedAnswer(opening, turn.text, closing) for turn in answers]
-
-
-def refuse_marks(turns: Sequence[Turn]) -> None:
-    """Refuses words that hold what stands for marks here (`BREAK`, `VIDEO_MARK`, stand-ins): Unicode's noncharacters.
-
-    Raises: ValueError.
-    """
-    if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
-        raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
-
-
-def check_order(turns: Sequence[Turn], *, generation_prompt: bool) -> None:
-    """Refuses turns that do not alternate from the user, or answers that hold nothing."""
-    for number, turn in enumerate(turns):
+    system, talk = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+    for number, turn in enumerate(talk):
         if turn.role != ("assistant" if number % 2 else "user"):
             raise ValueError(f"turn {number} is from the {turn.role}; they must alternate, the user first")
         if turn.role == "assistant" and not turn.text.strip():
             raise ValueError(f"answer {number // 2 + 1} is empty")
-    if len(turns) % 2 != (1 if generation_prompt else 0):
-        raise ValueError(
-            f"{len(turns)} turns, but " + ("a question" if generation_prompt else "an answer") + " must be last"
-        )
+    if len(talk) % 2 != (1 if generation_prompt else 0):
+        last = "a question" if generation_prompt else "an answer"
+        raise ValueError(f"{len(talk)} turns, but {last} must be last")
+    return system, talk
+
+
+def talk_alone(turns: Sequence[Turn], name: str, *, generation_prompt: bool) -> Sequence[Turn]:
+    """The turns of a format that has no place for a system turn. Raises: ValueError, also as `system_and_talk`."""
+    system, talk = system_and_talk(turns, generation_prompt=generation_prompt)
+    if system is not None:
+        raise ValueError(f"template {name} has no place for a system turn; leave it out, or choose another template")
+    return talk
 
 
 _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
 """What is a special token where a template writes it, and text where a person does."""
-
-
-@dataclass
-class _Text:
-    """Text being put together, with the places of its special tokens."""
-
-    text: str = ""
-    controls: list[Span] = field(default_factory=list)
-
-    def own(self, part: str) -> None:
-        """Adds what the template writes."""
-        self.controls += [
-            (len(self.text) + found.start(), len(self.text) + found.end()) for found in _CONTROL.finditer(part)
-        ]
-        self.text += part
-
-    def filled(self, frame: str, said: str) -> None:
-        """Adds one of the template's strings, with what a person said at its `{}`."""
-        before, _, after = frame.partition("{}")
-        self.own(before)
-        self.text += said
-        self.own(after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,36 +120,35 @@ class RoundTemplate(Prompts):
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """See `Prompts.render`."""
-        system, talk = system_and_talk(turns)
-        check_order(talk, generation_prompt=generation_prompt)
-        text = _Text()
-        answers: list[Span] = []
-        first_question = self._begin(text, system)
+        system, talk = system_and_talk(turns, generation_prompt=generation_prompt)
+        first_question = self.first_question or self.question
+        # The template's strings, what a person said at the `{}` of each, and whether it is an answer.
+        frames = [(self.system, "", False)]
+        if system is not None:
+            if not self.own_system:
+                talk_alone(turns, self.name, generation_prompt=generation_prompt)  # raises
+            first_question = self.first_question_after_system or first_question
+            frames = [(self.own_system, system.text, False)]
         for number, turn in enumerate(talk):
             if turn.role == "user":
-                text.own(self.between if number else "")
-                self._ask(text, turn.text, frame=self.question if number else first_question)
+                shown = turn.text.replace(IMAGE_PLACEHOLDER, self.picture.replace("{}", IMAGE_PLACEHOLDER))
+                frames.append((self.between if number else "", "", False))
+                frames.append((self.question if number else first_question, shown, False))
+                frames.append((self.answer_role, "", False))
             else:
-                start = len(text.text)
-                text.filled(self.answer, turn.text)
-                answers.append((start, len(text.text)))
+                frames.append((self.answer, turn.text, True))
         if not generation_prompt:
-            text.own(self.end)
-        return Chat(text.text, tuple(answers), tuple(text.controls))
-
-    def _begin(self, text: _Text, system: Turn | None) -> str:
-        """Writes what comes before the first round; returns the first question's frame."""
-        if system is None:
-            text.own(self.system)
-            return self.first_question or self.question
-        if not self.own_system:
-            refuse_system((system,), self.name)
-        text.filled(self.own_system, system.text)
-        return self.first_question_after_system or self.first_question or self.question
-
-    def _ask(self, text: _Text, question: str, *, frame: str) -> None:
-        text.filled(frame, question.replace(IMAGE_PLACEHOLDER, self.picture.replace("{}", IMAGE_PLACEHOLDER)))
-        text.own(self.answer_role)
+            frames.append((self.end, "", False))
+        text, answers, controls = "", [], []
+        for frame, said, is_answer in frames:
+            start = len(text)
+            before, _, after = frame.partition("{}")
+            for place, part in ((start, before), (start + len(before) + len(said), after)):
+                controls += [(place + match.start(), place + match.end()) for match in _CONTROL.finditer(part)]
+            text += before + said + after
+            if is_answer:
+                answers.append((start, len(text)))
+        return Chat(text, tuple(answers), tuple(controls))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +160,7 @@ class PlainTemplate(Prompts):
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """See `Prompts.render`; takes one question with a picture, and its caption."""
-        refuse_system(turns, self.name)
-        check_order(turns, generation_prompt=generation_prompt)
+        talk_alone(turns, self.name, generation_prompt=generation_prompt)
         if len(turns) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")
         pictures = IMAGE_PLACEHOLDER * turns[0].text.count(IMAGE_PLACEHOLDER)
@@ -272,3 +177,233 @@ class Prompt:
     subtitles_before: str = ""
     subtitles: str = ""
     text: str
+
+
+# Every template, a row of strings each. Strings: `llava/conversation.py`; where `preprocess` in `llava/train/train.py`
+# writes others, those. The original has more names for the same: `v1` is vicuna_v1, `llava_v0` is v0, `v0_plain` is
+# plain, `mistral_direct` is chatml_direct. `chatml` is Qwen's and SmolLM's, without a system line.
+#
+# What is labelled is in every row the answer with what closes it. The original labels the same for the vicuna_v1,
+# llama_2 and plain kinds. Its other masks are wrong, and ours are not:
+#
+# - mpt, chatml_direct: its lengths leave the last "<|im_end|>" out. It drops the sample as a mismatch, or with a legacy
+#   tokenizer labels one place too early.
+# - v0, v0_mmtag: it counts a begin token for every turn, and so is one place further off with each; at first it labels
+#   "Assistant:" too. It trains "###" to close an answer, as here: no special token does, so an answer is read up to
+#   that text. And it asks with "###Human: ", which it never trains; here a prompt is the beginning of a training text.
+
+TemplateName = Literal[
+    "vicuna_v1",
+    "llava_v1",
+    "v1_mmtag",
+    "llama_2",
+    "llava_llama_2",
+    "mistral_instruct",
+    "mpt",
+    "chatml_direct",
+    "chatml",
+    "v0",
+    "v0_mmtag",
+    "plain",
+    "tokenizer",
+]
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HUMAN_SYSTEM = VICUNA_SYSTEM.replace("user", "human")
+MMTAG_SYSTEM = (  # no space between the last two sentences, as published
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
+    "visual content that the user provides, and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+LLAMA_2_SYSTEM = (  # two spaces before "Your", as published
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+
+
+def _v1(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
+    return RoundTemplate(
+        name=name,
+        system=f"{system} ",
+        own_system="{} ",
+        question="USER: {} ",
+        answer_role="ASSISTANT:",
+        answer=" {}</s>",
+        picture=picture,
+    )
+
+
+def _llama_2(name: str, system: str) -> RoundTemplate:
+    return RoundTemplate(
+        name=name,
+        own_system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
+        first_question=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{{}} [/INST]",
+        first_question_after_system="{} [/INST]",
+        question="[INST] {} [/INST]",
+        answer_role="",
+        answer=" {} </s>",
+        between="<s>",
+    )
+
+
+def _mpt(name: str, system: str) -> RoundTemplate:
+    return RoundTemplate(
+        name=name,
+        system=f"<|im_start|>system\n{system}<|im_end|>",
+        own_system="<|im_start|>system\n{}<|im_end|>",
+        question="<|im_start|>user\n{}<|im_end|>",
+        answer_role="<|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+    )
+
+
+def _v0(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
+    return RoundTemplate(
+        name=name,
+        system=f"{system}\n\n### ",
+        own_system="{}\n\n### ",
+        question="Human: {}\n### ",
+        answer_role="Assistant:",
+        answer=" {}\n###",
+        between=" ",
+        end=" ",
+        picture=picture,
+        stop="###",
+    )
+
+
+_ROWS: tuple[RoundTemplate | PlainTemplate, ...] = (
+    _v1("vicuna_v1", VICUNA_SYSTEM),
+    _v1("llava_v1", HUMAN_SYSTEM),
+    _v1("v1_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
+    _llama_2("llama_2", LLAMA_2_SYSTEM),
+    _llama_2("llava_llama_2", LLAVA_LLAMA_2_SYSTEM),
+    RoundTemplate(name="mistral_instruct", question="[INST] {} [/INST]", answer_role="", answer=" {} </s>"),
+    _mpt("mpt", MPT_SYSTEM),
+    _mpt("chatml_direct", "Answer the questions."),
+    RoundTemplate(
+        name="chatml",
+        own_system="<|im_start|>system\n{}<|im_end|>\n",
+        question="<|im_start|>user\n{}<|im_end|>\n",
+        answer_role="<|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+        between="\n",
+    ),
+    _v0("v0", HUMAN_SYSTEM),
+    _v0("v0_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
+    PlainTemplate(),
+)
+TEMPLATES: Mapping[str, RoundTemplate | PlainTemplate] = {row.name: row for row in _ROWS}
+
+
+# Instructions as text: the published prompts, to the last space. Sources: AGI-Edgerunners/LLM-Adapters, `finetune.py`
+# and `commonsense_evaluate.py`; NVlabs/DoRA, the same in `commonsense_reasoning/`. Their training prompt is indented by
+# 16 spaces, its blank lines hold 16 spaces too, and its first line ends in white space (in LLM-Adapters in a linter's
+# comment); the test prompt ends its first line otherwise and has empty blank lines. Both are kept as they are: a model
+# trained with the one is asked with the other.
+
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionPrompt:
+    """What stands before an output, in training and in a test; `{instruction}` and `{input}` are filled in."""
+
+    train: str
+    train_with_input: str
+    test: str
+    test_with_input: str
+
+    def before_output(self, instruction: str, context: str, *, test: bool) -> str:
+        """The text up to where the output begins; `context` is the record's `input`."""
+        plain, paired = (self.test, self.test_with_input) if test else (self.train, self.train_with_input)
+        pieces = (paired if context else plain).split("{instruction}")
+        return instruction.join(piece.replace("{input}", context) for piece in pieces)
+
+
+def _laid_out(first_line: str, *, blank: str, indent: str, with_input: bool) -> str:
+    """Alpaca's sections, each line indented; `blank` is what stands on the lines between them."""
+    sections = ["### Instruction:\n{instruction}", *(["### Input:\n{input}"] if with_input else []), "### Response:\n"]
+    body = f"\n{blank}\n".join(f"{indent}{section}".replace("\n", f"\n{indent}") for section in sections)
+    return f"{first_line}\n\n{body}"
+
+
+def _published(*, train_ends: tuple[str, str], test_ends: tuple[str, str]) -> InstructionPrompt:
+    """The indented prompts; the pairs are how the first line ends, without and with an input."""
+    spaces = " " * 16
+    return InstructionPrompt(
+        train=_laid_out(PLAIN + train_ends[0], blank=spaces, indent=spaces, with_input=False),
+        train_with_input=_laid_out(PAIRED + train_ends[1], blank=spaces, indent=spaces, with_input=True),
+        test=_laid_out(PLAIN + test_ends[0], blank="", indent=spaces, with_input=False),
+        test_with_input=_laid_out(PAIRED + test_ends[1], blank="", indent=spaces, with_input=True),
+    )
+
+
+_ALPACA = (
+    _laid_out(PLAIN, blank="", indent="", with_input=False),
+    _laid_out(PAIRED, blank="", indent="", with_input=True),
+)
+PROMPTS: Mapping[str, InstructionPrompt] = {
+    "nvlabs": _published(train_ends=("  ", " "), test_ends=(" ", "")),
+    "llm_adapters": _published(train_ends=("  # noqa: E501", "  # noqa: E501"), test_ends=(" ", "")),
+    "alpaca": InstructionPrompt(
+        train=_ALPACA[0], train_with_input=_ALPACA[1], test=_ALPACA[0], test_with_input=_ALPACA[1]
+    ),
+}
+"""`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction(Prompts):
+    """A published prompt: one question, its output, and the tokenizer's end token.
+
+    Args:
+        name: in `PROMPTS`.
+        train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
+        end: the tokenizer's end token.
+        test: whether the test's wording asks, whatever is rendered.
+    """
+
+    name: str
+    train_on: TrainOn
+    end: str
+    test: bool = False
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """See `Prompts.render`; takes one question, and its output."""
+        if len(turns) + generation_prompt != 2 or turns[0].role != "user":
+            raise ValueError("a prompt of instructions holds one question and its output; ask one question at a time")
+        if not turns[0].instruction.strip():
+            raise ValueError("'instruction' is empty")
+        prompt, test = PROMPTS[self.name], self.test or generation_prompt
+        before = prompt.before_output(turns[0].instruction, turns[0].input, test=test)
+        if generation_prompt:
+            return Chat(before, ())
+        text = before + turns[1].text + self.end
+        start = 0 if self.train_on == "all" else len(before)
+        return Chat(text, ((start, len(text)),), controls=((len(text) - len(self.end), len(text)),))
+
+    def in_test(self) -> Instruction:
+        """See `Prompts.in_test`."""
+        return replace(self, train_on="answer", test=True)
+
+    def answer_in(self, text: str) -> str:
+        """All of it."""
+        return text

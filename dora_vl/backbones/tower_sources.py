@@ -1,7 +1,11 @@
-"""Fetches a pretrained vision network from its library and measures what it returns, once, when a LLaVA is composed."""
+"""Fetches a pretrained vision network from its library, measures it once, and writes the bases that a run composes.
+
+A base is a LLaVA of any vision tower and any language model, or a language model by itself.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +18,35 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModelForCausalLM
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.models.llava.processing_llava import LlavaProcessor
 
+from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
-from dora_vl.backbones.tower_config import GridTowerConfig
-from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
-from dora_vl.backbones.tower_spec import PRETRAINED, RANDOM, TowerSpec
-from dora_vl.backbones.towers import GridTower, keep_all_buffers, load_weights, network_output
+from dora_vl.backbones.loading import (
+    ComposeSpec,
+    LanguageModel,
+    LanguageSource,
+    load_language_model,
+    read_language_model,
+    written_base,
+)
+from dora_vl.backbones.tower_config import PRETRAINED, RANDOM, GridTowerConfig, TowerSpec
+from dora_vl.backbones.towers import (
+    GridTower,
+    Preparation,
+    image_processor,
+    keep_all_buffers,
+    network_output,
+    of_three_colours,
+)
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
-FeatureSelect = Literal["default", "full"]
+log = logging.getLogger(__name__)
+
 LLAVA_LAYER = -2
 
 
@@ -34,7 +56,7 @@ class LoadedTower:
 
     model: PreTrainedModel
     layer: int
-    select: FeatureSelect
+    select: Literal["default", "full"]
     tokens: int
     patch_size: int
     prefix_tokens: int
@@ -54,29 +76,30 @@ def load_tower(spec: TowerSpec) -> LoadedTower:
     # LLaVA itself reads sequences only, and drops at most one class token.
     readable = config.layout == "NLC" and config.prefix_tokens <= 1 and spec.grid_pool is None
     if readable and isinstance(network, PreTrainedModel):
-        return described(network, config, select="default" if config.prefix_tokens else "full")
-    tower = GridTower(config)
-    keep_all_buffers(network)
-    tower.network.load_state_dict(network.state_dict(), strict=True)
-    return described(tower.eval(), config, select="full")
-
-
-def described(model: PreTrainedModel, config: GridTowerConfig, *, select: FeatureSelect) -> LoadedTower:
-    """The tower with the numbers that LLaVA's config and processor need."""
-    own = isinstance(model, GridTower)
+        model, direct = network, True
+    else:
+        direct = False
+        model = GridTower(config).eval()
+        keep_all_buffers(network)
+        model.network.load_state_dict(network.state_dict(), strict=True)
     return LoadedTower(
         model=model,
-        layer=-1 if own else config.layer,
-        select=select,
+        layer=config.layer if direct else -1,
+        select="default" if direct and config.prefix_tokens else "full",
         tokens=config.tokens,
         patch_size=config.patch_size,
-        prefix_tokens=0 if own else config.prefix_tokens,
-        preparation=Preparation(
-            image_size=config.image_size,
-            mean=tuple(config.image_mean or ()),
-            std=tuple(config.image_std or ()),
-            interpolation=config.interpolation,
-        ),
+        prefix_tokens=config.prefix_tokens if direct else 0,
+        preparation=preparation_of(config),
+    )
+
+
+def preparation_of(config: GridTowerConfig) -> Preparation:
+    """What the tower expects of its pictures."""
+    return Preparation(
+        image_size=config.image_size,
+        mean=tuple(config.image_mean or ()),
+        std=tuple(config.image_std or ()),
+        interpolation=config.interpolation,
     )
 
 
@@ -162,10 +185,33 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 
 def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
-    """Fills the network from the file that `weights` names, if it names one; every tensor has to fit."""
-    if spec.weights not in {PRETRAINED, RANDOM}:
-        state = read_tensors(Path(spec.weights))
-        load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
+    """Fills the network from the file that `weights` names, if it names one.
+
+    Every tensor fits by its name, or with `weights_in_order` by its position, exactly once.
+    """
+    if spec.weights in {PRETRAINED, RANDOM}:
+        return
+    source, state, target = spec.weights, read_tensors(Path(spec.weights)), network.state_dict()
+    if spec.weights_in_order:
+        if len(state) != len(target):
+            raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
+        pairs = zip(state.items(), target.items(), strict=True)
+        for place, ((theirs, value), (ours, weight)) in enumerate(pairs):
+            if value.shape != weight.shape:
+                raise UserError(
+                    f"{source}: tensor {place} is {theirs} {tuple(value.shape)}, but the network has {ours} "
+                    f"{tuple(weight.shape)} there: not the same order"
+                )
+        state = dict(zip(target, state.values(), strict=True))
+    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
+    wrong = sorted(name for name in target.keys() & state.keys() if target[name].shape != state[name].shape)
+    if missing or unexpected or wrong:
+        raise UserError(
+            f"{source} does not fit {type(network).__name__}: {len(missing)} names missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}; where the "
+            "tensors stand in the same order under other names, set vision_weights_in_order"
+        )
+    network.load_state_dict(dict(state), strict=True)
 
 
 def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:
@@ -231,3 +277,95 @@ def measure(network: nn.Module, config: GridTowerConfig) -> None:
         config.hidden_size = raw.shape[2]
     else:
         config.grid_side, config.hidden_size = raw.shape[2], raw.shape[1 if config.layout == "NCHW" else 3]
+
+
+def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
+    """Writes a folder: weights, config, tokenizer and picture preparation.
+
+    Tensors have the names of published LLaVAs. Plain transformers opens it too; where the tower is a `GridTower`, after
+    `import dora_vl`. The folder appears under its name only when it is whole.
+    """
+    with written_base(Path(folder), spec) as unfinished:
+        tower = load_tower(spec.tower())
+        dtype = getattr(torch, spec.dtype) if spec.dtype else None
+        language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
+        model = join(tower, language, seed=spec.projector_seed)
+        save_under_hub_names(model)
+        model.save_pretrained(unfinished)
+        processor(tower, language).save_pretrained(unfinished)
+    log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, spec.language_model, tower.tokens)
+
+
+def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForConditionalGeneration:
+    """The two parts and a fresh projector as one model, nothing copied that need not be."""
+    config = LlavaConfig(
+        vision_config=tower.model.config,
+        text_config=language.config,
+        image_token_index=language.image_token_id,
+        image_seq_length=tower.tokens,
+        vision_feature_layer=tower.layer,
+        vision_feature_select_strategy=tower.select,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+    dtype = next(iter(language.weights.values())).dtype
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    weights = {f"model.vision_tower.{name}": value for name, value in tower.model.state_dict().items()}
+    projector = model.model.multi_modal_projector
+    with torch.random.fork_rng(devices=[]):  # torch's own initial weights of two linears, from this seed alone
+        torch.manual_seed(seed)
+        for name, layer in (("linear_1", projector.linear_1), ("linear_2", projector.linear_2)):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            for leaf, value in linear.state_dict().items():
+                weights[f"model.multi_modal_projector.{name}.{leaf}"] = value.detach()
+    for name, value in language.weights.items():
+        weights["model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name] = value
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    if language.generation is not None:
+        model.generation_config = language.generation
+    return model
+
+
+def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
+    """transformers' own processor of the folder, so that the folder serves without dora_vl as well."""
+    side = tower.preparation.image_size // tower.patch_size
+    if side**2 != tower.tokens:
+        log.warning(
+            "transformers' processor will count %d tokens a picture instead of %d, because no whole number of pixels "
+            "makes this grid; dora_vl is not affected, other tools need a grid_pool that divides the picture",
+            side**2,
+            tower.tokens,
+        )
+    return LlavaProcessor(
+        image_processor=image_processor(tower.preparation, aspect="pad"),
+        tokenizer=language.tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=tower.select,
+        num_additional_image_tokens=tower.prefix_tokens,
+        chat_template=language.tokenizer.chat_template,
+    )
+
+
+def write_language_model(source: LanguageSource, folder: Path) -> None:
+    """Writes a plain Hugging Face folder, with its tokenizer; it appears under its name only when it is whole."""
+    with written_base(folder, source) as unfinished:
+        dtype = getattr(torch, source.dtype) if source.dtype else None
+        language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+        weights = dict(language.weights)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
+        if language.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.tie_weights()
+        model.config.dtype = next(iter(weights.values())).dtype
+        if language.generation is not None:
+            model.generation_config = language.generation
+        model.save_pretrained(unfinished)
+        language.tokenizer.save_pretrained(unfinished)
+    log.info("wrote %s from %s", folder, source.gguf_file or source.folder)

@@ -61,9 +61,7 @@ def pixels(video: Video) -> UInt8[np.ndarray, "frames height width 3"]:
 
 
 def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
-    """What a processor is called with for videos whose frames are chosen already; nothing without any."""
-    if not videos:
-        return {}
+    """What a processor is called with for videos whose frames are chosen already."""
     chosen = {"video_metadata": [metadata(video) for video in videos], "do_sample_frames": False}
     return {"videos": [pixels(video) for video in videos], "videos_kwargs": chosen}
 
@@ -157,8 +155,6 @@ def displaced_inputs(
 
     Returns: the inputs by that name, `[1, tiles and frames, ...]`; nothing where none was lost.
     """
-    if not (pictures and videos):
-        return {}
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
     kinds = [one["type"] for one in (found.get("text_replacement_offsets") or [[]])[0]]
     left, frames = iter(pictures), iter(videos)

@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.data.example import Clip, Example, whole_file
 from dora_vl.data.pictures import MediaFolder, open_picture
 from dora_vl.data.video import Sampling, VideoReader

@@ -32,8 +32,8 @@ from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.loading import read_language_model
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.prompt_table import TEMPLATES
 from dora_vl.backbones.prompts import FORMATS
+from dora_vl.backbones.templates import TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Asker, Assistant

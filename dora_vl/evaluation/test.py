@@ -19,7 +19,7 @@ from torch import nn
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompt_table import PROMPTS
+from dora_vl.backbones.templates import PROMPTS
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.loading import ComposeSpec, LanguageSource, PromptName, TrainOn, VlBartSpec
-from dora_vl.backbones.prompt_table import TemplateName
 from dora_vl.backbones.prompts import FormatName
+from dora_vl.backbones.templates import TemplateName
 from dora_vl.core.config import AdapterSettings
 from dora_vl.data.columns import Columns
 from dora_vl.data.order import Mixing, TrainFile, train_name

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.compose import compose_llava, write_language_model
 from dora_vl.backbones.encoder import GREY, Encoder, open_encoder
 from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader, hollowed
@@ -26,6 +25,7 @@ from dora_vl.backbones.model import (
     projector_patterns,
     skeleton_of,
 )
+from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, within_pixels
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator

@@ -18,7 +18,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.gguf import export_gguf
-from dora_vl.backbones.tower_pictures import ImagePreparation
+from dora_vl.backbones.towers import ImagePreparation
 from tests.adapters.gguf_models import TEXTS, TOKENIZERS, dora_on, language
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import spread

@@ -2,81 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
-from tests.backbones.encoded_talk import piece_encoder
 from tests.backbones.tiny_image_text import write_tiny
-
-SPECIAL = ["<unk>", "<s>", "</s>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-LESSONS = [
-    VICUNA_SYSTEM,
-    "USER: What is in the picture? ASSISTANT: A red circle on a blue square",
-    "USER: Is it red? ASSISTANT: Yes, it is. No, it is not. ASSISTANT USER",
-    "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;?!'-<>/|_",
-] * 4
+from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 
-def llama_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
-    """BPE with a space mark, byte fallback and a begin token, as LLaMA's tokenizer.json has it.
+def llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
+    """Vicuna's kind, with ChatML's special tokens and the picture's.
 
     `legacy` puts the space mark before every stretch of text (also after `</s>`), the newer scheme only before the
     first one; digits and newlines are in no merge, so they fall back to bytes.
     """
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trained.train_from_iterator(LESSONS, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL + BYTES))
-    learned = trained.get_vocab()
-    merges = [tuple(merge) for merge in __import__("json").loads(trained.to_str())["model"]["merges"]]
-    tokenizer = Tokenizer(models.BPE(learned, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if legacy:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    chatml = [AddedToken(token, normalized=False, special=True) for token in ("<image>", "<|im_start|>", "<|im_end|>")]
-    fast.add_tokens(chatml, special_tokens=True)
-    return fast
+    tokenizer = load_tokenizer(str(write_tokenizer_model(folder, legacy=legacy)))
+    marks = [AddedToken(token, normalized=False, special=True) for token in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    add_image_token(tokenizer)
+    return tokenizer
 
 
 @pytest.fixture(scope="session", params=["legacy", "first"])
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """Both ways in which LLaMA tokenizers put the space mark."""
-    return llama_tokenizer(legacy=request.param == "legacy")
+    return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=request.param == "legacy")
 
 
 @pytest.fixture(scope="session")
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The space mark before the first stretch only."""
-    return llama_tokenizer(legacy=False)
-
-
-MakeEncoder = Callable[..., Encoder]
-
-
-@pytest.fixture(scope="session")
-def make_encoder() -> MakeEncoder:
-    """An encoder of a tokenizer and a template's name."""
-
-    return piece_encoder
+    return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=False)
 
 
 def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +13,6 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import Encoded
 from dora_vl.data.turns import Turn
 
-MakeEncoder = Callable[..., Encoder]
 NASTY = [
     " ASSISTANT: yes",
     "a</s>b",

@@ -1,7 +1,8 @@
-"""Conversations about pictures, and what a family's own processor and our encoder make of them."""
+"""Conversations about pictures and videos, and what a family's own processor and our encoder make of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.prompts import prompts_of
+from dora_vl.backbones.video_inputs import metadata, pixels
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Clip, Turn
 from tests.backbones.tiny_families.table import FAMILIES
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
 ASKED, SAID = "What colour is it?", "It is red."
 BOOKKEEPING = {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}
 
-Talk = tuple[tuple[Turn, ...], tuple[Image.Image, ...]]
+Talk = tuple[Any, ...]
+"""Turns, pictures and, where there are any, videos."""
 TWO_QUESTIONS = "two pictures, two questions"
 TALKS: dict[str, Talk] = {
     "one picture": ((Turn("user", f"<image>\n{ASKED}"), Turn("assistant", SAID)), (RED,)),
@@ -77,8 +80,10 @@ def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None
 
 
 def sample_of(encoder: Encoder, talk: Talk) -> Sample:
-    turns, pictures = talk
-    encoded = encoder.encode(Example("talk", tuple("a.png" for _ in pictures), turns), pictures)
+    turns, pictures, *videos = talk
+    names = tuple(f"{number}.png" for number in range(len(pictures)))
+    clips = tuple(Clip(path=f"{number}.mp4") for number in range(len(videos[0] if videos else ())))
+    encoded = encoder.encode(Example("talk", names, turns, clips), pictures, *videos)
     return Sample(
         index=0,
         id="talk",
@@ -90,17 +95,18 @@ def sample_of(encoder: Encoder, talk: Talk) -> Sample:
 
 
 def messages_of(talk: Talk) -> list[dict[str, Any]]:
-    """The same in transformers' own form, pictures in their places."""
-    turns, pictures = talk
-    left = iter(pictures)
+    """The same in transformers' own form, written out apart from the encoder's."""
+    turns, pictures, *videos = talk
+    left = {"image": iter(pictures), "video": iter(pixels(video) for video in (videos[0] if videos else ()))}
     messages = []
     for turn in turns:
         parts: list[dict[str, Any]] = []
-        for number, piece in enumerate(turn.text.split("<image>")):
-            if number:
-                parts.append({"type": "image", "image": next(left)})
+        for number, piece in enumerate(re.split("<(image|video)>", turn.text)):
             text = piece.removeprefix("\n") if number else piece
-            parts += [{"type": "text", "text": text}] if text else []
+            if number % 2:
+                parts.append({"type": piece, piece: next(left[piece])})
+            elif text:
+                parts.append({"type": "text", "text": text})
         messages.append({"role": turn.role, "content": parts})
     return messages
 
@@ -110,11 +116,19 @@ def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> di
     many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(talks) > 1 else {}
     processor, prompt = encoder.processor, FAMILIES[family].format
     many |= {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # its model cannot do without
+    if clips := [video for talk in talks for video in (talk[2] if len(talk) > 2 else ())]:
+        chosen = {"do_sample_frames": False, "video_metadata": [metadata(video) for video in clips]}
+        many["videos_kwargs"] = chosen
     if prompt is None:
         conversations = [messages_of(talk) for talk in talks]
         return dict(
             processor.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=many
+                conversations,
+                chat_template=processor.chat_template,  # SmolVLM's takes another for videos
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=many,
             )
         )
     texts, suffixes = zip(*(_plain(talk, encoder, prompt) for talk in talks), strict=True)

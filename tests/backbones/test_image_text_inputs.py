@@ -1,4 +1,4 @@
-"""Every family: our inputs are the processor's own, and the labels are the answers."""
+"""Every family: our inputs are the processor's own, the labels are the answers, and a cut loses text alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_vl.backbones.encoder import load_processor
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import (
     TALKS,
+    TWO_QUESTIONS,
     batch_of,
     encoder_of,
     processor_inputs,
@@ -22,6 +24,7 @@ from tests.backbones.image_text_talks import (
     talks_of,
 )
 from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_image_text import write_tiny
 
 Folders = Mapping[str, Path]
 
@@ -76,3 +79,28 @@ def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
     if "cross_attention_mask" in theirs:  # the processor lets what fills short rows see pictures too; nobody reads it
         theirs["cross_attention_mask"] *= theirs["attention_mask"][:, :, None, None]
     assert_same(batch, theirs)
+
+
+def test_a_long_sample_loses_its_end_in_every_input_of_tokens_and_no_picture(folders: Folders) -> None:
+    folder, talk = folders["qwen2_5_vl"], TALKS[TWO_QUESTIONS]
+    whole = sample_of(encoder_of(folder), talk)
+    kept = len(whole.input_ids) - 5
+    cut = sample_of(encoder_of(folder, max_tokens=kept), talk)
+    assert cut.cut_tokens == 5
+    assert torch.equal(cut.input_ids, whole.input_ids[:kept])
+    assert torch.equal(cut.labels, whole.labels[:kept])
+    for name in ("attention_mask", "mm_token_type_ids"):
+        assert torch.equal(cut.inputs[name], whole.inputs[name][:, :kept])
+    assert torch.equal(cut.inputs["pixel_values"], whole.inputs["pixel_values"])
+    after_pictures = int((whole.input_ids == encoder_of(folder).processor.image_token_id).nonzero()[-1]) + 1
+    for most in (after_pictures - 1, after_pictures):
+        with pytest.raises(BadSample):
+            sample_of(encoder_of(folder, max_tokens=most), talk)
+
+
+def test_a_folder_without_processor_is_one_line(tmp_path: Path) -> None:
+    folder = write_tiny("qwen2_5_vl", tmp_path / "half")
+    for path in folder.glob("*processor*"):
+        path.unlink()
+    with pytest.raises(UserError):
+        load_processor(str(folder))

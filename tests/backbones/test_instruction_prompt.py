@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,9 @@ import torch
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.backbones.prompts import prompts_of
+from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.example import Example
-from dora_vl.data.samples import ConversationDataset, Sample
-from dora_vl.data.table import load_rows
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer
@@ -31,47 +27,36 @@ def said(instruction: str, output: str, *, added: str = "") -> Example:
 TASK = said(QUESTION, "the correct answer is true")
 
 
-def test_the_training_prompts_as_published() -> None:
-    """Written out from NVlabs/DoRA's and LLM-Adapters' `generate_prompt`."""
-    spaces = " " * 16
-    body = f"\n\n{spaces}### Instruction:\n{spaces}{QUESTION}\n{spaces}\n{spaces}### Response:\n{spaces}"
-    first = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    nvlabs = PROMPTS["nvlabs"].before_output(QUESTION, "", test=False)
-    assert nvlabs == f"{first}  {body}"
-    adapters = PROMPTS["llm_adapters"].before_output(QUESTION, "", test=False)
-    assert adapters == f"{first}  # noqa: E501{body}"
+SPACES = " " * 16
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request."
+)
+ADDED = "hello {instruction}"
 
 
-def test_the_test_prompt_as_published() -> None:
-    spaces = " " * 16
-    first = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
-    expected = f"{first}\n\n{spaces}### Instruction:\n{spaces}{QUESTION}\n\n{spaces}### Response:\n{spaces}"
-    assert PROMPTS["nvlabs"].before_output(QUESTION, "", test=True) == expected
-    assert PROMPTS["llm_adapters"].before_output(QUESTION, "", test=True) == expected
+def laid_out(first: str, blank: str, added: str = "") -> str:
+    """NVlabs/DoRA's and LLM-Adapters' `generate_prompt`."""
+    middle = f"{SPACES}### Input:\n{SPACES}{added}\n{blank}\n" if added else ""
+    return f"{first}\n\n{SPACES}### Instruction:\n{SPACES}{QUESTION}\n{blank}\n{middle}{SPACES}### Response:\n{SPACES}"
 
 
-def test_with_an_input_as_published() -> None:
-    spaces = " " * 16
-    first = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request."
-    )
-    train = (
-        f"{first} \n\n{spaces}### Instruction:\n{spaces}Say it.\n{spaces}\n{spaces}### Input:\n"
-        f"{spaces}hello {{instruction}}\n{spaces}\n{spaces}### Response:\n{spaces}"
-    )
-    assert PROMPTS["nvlabs"].before_output("Say it.", "hello {instruction}", test=False) == train
-    test = train.replace("request. ", "request.").replace(f"\n{spaces}\n", "\n\n")
-    assert PROMPTS["nvlabs"].before_output("Say it.", "hello {instruction}", test=True) == test
-
-
-def test_alpacas_own_prompt_is_the_same_in_training_and_test() -> None:
-    expected = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay it.\n\n### Response:\n"
-    )
-    for test in (False, True):
-        assert PROMPTS["alpaca"].before_output("Say it.", "", test=test) == expected
+@pytest.mark.parametrize(
+    ("prompt", "added", "test", "expected"),
+    [
+        ("nvlabs", "", False, laid_out(f"{PLAIN}  ", SPACES)),
+        ("nvlabs", ADDED, False, laid_out(f"{PAIRED} ", SPACES, ADDED)),
+        ("nvlabs", "", True, laid_out(f"{PLAIN} ", "")),
+        ("nvlabs", ADDED, True, laid_out(PAIRED, "", ADDED)),
+        ("llm_adapters", "", False, laid_out(f"{PLAIN}  # noqa: E501", SPACES)),
+        ("llm_adapters", "", True, laid_out(f"{PLAIN} ", "")),
+        ("alpaca", "", False, f"{PLAIN}\n\n### Instruction:\n{QUESTION}\n\n### Response:\n"),
+        ("alpaca", "", True, f"{PLAIN}\n\n### Instruction:\n{QUESTION}\n\n### Response:\n"),
+    ],
+)
+def test_the_prompts_as_published(prompt: str, added: str, test: bool, expected: str) -> None:
+    assert PROMPTS[prompt].before_output(QUESTION, added, test=test) == expected
 
 
 def encoder(prompt: str = "nvlabs", train_on: Any = "answer", max_tokens: int = 400) -> Encoder:
@@ -152,23 +137,3 @@ def test_what_is_no_single_instruction_is_named(conversation: Example) -> None:
     with pytest.raises(BadSample) as error:
         encoder(train_on="all").encode(conversation)
     assert error.value.sample_id == conversation.id
-
-
-def test_published_records_as_prompts(tmp_path: Path) -> None:
-    """A row of LLM-Adapters' openbookqa, without and with an input: from the file's line to what the model reads."""
-    row = {
-        "instruction": "Please choose the correct answer to the question: The sun is responsible for\n\nAnswer1: "
-        "puppies learning new tricks Answer2: children growing up and getting old Answer3: flowers wilting in a vase "
-        "Answer4: plants sprouting, blooming and wilting\n\nAnswer format: answer1/answer2/answer3/answer4",
-        "input": "",
-        "output": "the correct answer is answer4",
-        "answer": "answer4",
-    }
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
-    samples = ConversationDataset(load_rows(str(path), cache_folder=tmp_path), encode=encoder(max_tokens=900).encode)
-    for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
-        sample = samples[number]
-        assert isinstance(sample, Sample)
-        text = PROMPTS["nvlabs"].before_output(row["instruction"], added, test=False) + row["output"]
-        assert sample.input_ids.tolist() == [*byte_tokenizer()(text).input_ids, byte_tokenizer().eos_token_id]

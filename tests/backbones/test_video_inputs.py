@@ -6,32 +6,34 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from dora_vl import trained_parts
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import generation_loss
-from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, pixels, repeated
+from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, repeated
 from dora_vl.data.batches import ALIGNED, Collator
-from dora_vl.data.example import Example
-from dora_vl.data.samples import IGNORED_LABEL, Sample
-from dora_vl.data.turns import Clip, Turn
-from dora_vl.data.video import Frames
+from dora_vl.data.samples import IGNORED_LABEL
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from tests.backbones import tiny_image_text
-from tests.backbones.image_text_talks import adapted_backbone, encoder_of, inputs_of
+from tests.backbones.image_text_talks import (
+    RED,
+    Talk,
+    adapted_backbone,
+    encoder_of,
+    inputs_of,
+    processor_inputs,
+    sample_of,
+)
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import VIDEO_FAMILIES, coloured_video, write_tiny_video
 
-RED = Image.new("RGB", (40, 24), (200, 30, 30))
 LONG, SHORT = coloured_video(4), coloured_video(3, every=11, size=(22, 30))
 SAME = coloured_video(4, every=5)
 
-Talk = tuple[tuple[Turn, ...], tuple[Image.Image, ...], tuple[Video, ...]]
 SAID = Turn("assistant", "It turns red.")
 TALKS: dict[str, Talk] = {
     "one video": ((Turn("user", "<video>\nWhat colour is it?"), SAID), (), (LONG,)),
@@ -77,57 +79,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Written()
 
 
-def sample_of(encoder: Encoder, talk: Talk) -> Sample:
-    turns, pictures, videos = talk
-    names = tuple(f"{number}.png" for number in range(len(pictures)))
-    clips = tuple(Clip(path=f"{number}.mp4") for number in range(len(videos)))
-    encoded = encoder.encode(Example("talk", names, turns, clips), pictures, videos)
-    return Sample(
-        index=0, id="talk", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs,
-        cut_tokens=encoded.cut_tokens,
-    )  # fmt: skip
-
-
-def messages_of(talk: Talk) -> list[dict[str, Any]]:
-    """The same in transformers' own form, written out apart from the encoder's."""
-    turns, pictures, videos = talk
-    left = {"<image>": iter(pictures), "<video>": iter(videos)}
-    messages = []
-    for turn in turns:
-        parts: list[dict[str, Any]] = []
-        rest = turn.text
-        while rest:
-            places = [place for mark in left if (place := rest.find(mark)) >= 0 and (pictures or videos)]
-            if not places:
-                parts.append({"type": "text", "text": rest})
-                break
-            if min(places):
-                parts.append({"type": "text", "text": rest[: min(places)]})
-            mark = rest[min(places) : min(places) + 7]
-            one = next(left[mark])
-            parts.append(
-                {"type": "video", "video": pixels(one)} if isinstance(one, Frames) else {"type": "image", "image": one}
-            )
-            rest = rest[min(places) + 7 :].removeprefix("\n")
-        messages.append({"role": turn.role, "content": parts})
-    return messages
-
-
-def theirs_of(encoder: Encoder, talks: Sequence[Talk], **more: Any) -> dict[str, Any]:
-    """What `processor.apply_chat_template` makes of the conversations."""
-    videos = [video for talk in talks for video in talk[2]]
-    options: dict[str, Any] = {"padding": True, "padding_side": "right", **more} if len(talks) > 1 else more
-    if videos:
-        chosen = {"do_sample_frames": False, "video_metadata": [metadata(video) for video in videos]}
-        options = {**options, "videos_kwargs": chosen}
-    messages = [messages_of(talk) for talk in talks]
-    processor = encoder.processor
-    return processor.apply_chat_template(
-        messages, chat_template=processor.chat_template, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs=options,
-    )  # fmt: skip
-
-
 @families
 @pytest.mark.parametrize("talk", TALKS)
 def test_inputs_are_what_the_processor_makes_of_the_conversation(
@@ -136,7 +87,7 @@ def test_inputs_are_what_the_processor_makes_of_the_conversation(
     encoder = encoder_of(folders[family])
     given = TALKS[talk]
     sample = sample_of(encoder, given)
-    theirs = theirs_of(encoder, [given])
+    theirs = processor_inputs(encoder, family, [given])
     ours = {"input_ids": sample.input_ids[None], **sample.inputs}
     assert ours.keys() == theirs.keys()
     lost = {"pixel_values", "pixel_attention_mask"} if family == "smolvlm" and given[1] and given[2] else set()
@@ -156,7 +107,9 @@ def test_pictures_and_videos_of_one_name_are_all_there_in_the_order_of_the_text(
         found = sample_of(encoder, TALKS[talk]).inputs
         torch.testing.assert_close(found["pixel_values"], torch.cat(parts, dim=1), rtol=0, atol=0)
         assert found["pixel_attention_mask"].shape[1] == found["pixel_values"].shape[1]
-        assert len(theirs_of(encoder, [TALKS[talk]])["pixel_values"][0]) == len(video[0])  # the picture's are lost
+        assert len(processor_inputs(encoder, "smolvlm", [TALKS[talk]])["pixel_values"][0]) == len(
+            video[0]
+        )  # the picture's are lost
 
 
 @families
@@ -177,7 +130,7 @@ def test_a_batch_is_the_processor_s_own(folders: dict[str, Path], family: str) -
     talks = [TALKS["one video"], TALKS["two videos"]]
     batch = Collator(encoder.pad_token_id)([sample_of(encoder, talk) for talk in talks])
     ours = {name: value for name, value in inputs_of(batch).items() if name != "labels"}
-    theirs = theirs_of(encoder, talks)
+    theirs = processor_inputs(encoder, family, talks)
     assert ours.keys() == theirs.keys()
     if family == "smolvlm":  # a row for each video there, and one for each sample here: its model reads all alike
         frames = ours.pop("pixel_values").flatten(0, 1)
@@ -254,7 +207,10 @@ def test_videos_of_several_lengths_in_one_sample(folders: dict[str, Path], famil
     filled = family in ("internvl", "llava_onevision", "llava_next_video", "video_llava")
     same = repeated(SHORT, 4) if filled else SHORT
     torch.testing.assert_close(
-        found.input_ids[None], theirs_of(encoder, [(turns, (), (LONG, same))])["input_ids"], rtol=0, atol=0
+        found.input_ids[None],
+        processor_inputs(encoder, family, [(turns, (), (LONG, same))])["input_ids"],
+        rtol=0,
+        atol=0,
     )
     backbone = adapted_backbone(folders[family])
     batch = inputs_of(Collator(encoder.pad_token_id)([found]))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
+from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.backbones.vision_store import Media, Medium
 from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Clip

@@ -14,7 +14,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from dora_vl.backbones.tower_pictures import Preparation, image_processor
+from dora_vl.backbones.towers import Preparation, image_processor
 from dora_vl.run.folder import read_log
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}

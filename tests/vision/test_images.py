@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dora_vl.backbones import tower_pictures
-from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation, image_processor
+from dora_vl.backbones import towers
+from dora_vl.backbones.towers import ImagePreparation, Preparation, image_processor
 from dora_vl.errors import UserError
 
 SIDE = 28
@@ -50,15 +51,11 @@ def clip_pixels(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pad_is_bit_exact(shape: tuple[int, int]) -> None:
-    pixels = ImagePreparation(CLIP, aspect="pad").prepare(picture(*shape))
-    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(padded(picture(*shape))).astype(np.float32))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_square_is_bit_exact(shape: tuple[int, int]) -> None:
-    pixels = ImagePreparation(CLIP, aspect="square").prepare(picture(*shape))
-    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(picture(*shape)).astype(np.float32))
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_pixels_are_bit_exact(shape: tuple[int, int], aspect: Any) -> None:
+    pixels = ImagePreparation(CLIP, aspect=aspect).prepare(picture(*shape))
+    shown = padded(picture(*shape)) if aspect == "pad" else picture(*shape)
+    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(shown).astype(np.float32))
 
 
 def test_padding_has_the_towers_own_mean_colour() -> None:
@@ -83,19 +80,15 @@ def test_from_a_folder_and_back(tmp_path: Path) -> None:
     assert torch.equal(again.prepare(picture(40, 20)), pad.prepare(picture(40, 20)))
 
 
-def test_a_folder_without_a_preprocessor(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=str(tmp_path)):
-        ImagePreparation.from_folder(str(tmp_path), aspect="pad")
-
-
-@pytest.mark.parametrize("mean", ["x", [0.5], {"a": 1}, [0.1, 0.2, None]])
+@pytest.mark.parametrize("mean", ["x", [0.5], {"a": 1}, [0.1, 0.2, None], "no file"])
 def test_a_preprocessor_without_three_colours(tmp_path: Path, mean: object) -> None:
     image_processor(CLIP, aspect="pad").save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": mean}))
-    with pytest.raises(UserError, match=str(tmp_path)) as error:
+    if mean == "no file":
+        file.unlink()
+    with pytest.raises(UserError, match=str(tmp_path)):
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
-    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("size", [(700, 30), (30, 700), (701, 33), (37, 650), (400, 399)])
@@ -104,7 +97,7 @@ def test_a_long_picture_padded_row_by_row_is_the_same(monkeypatch, size, side) -
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     preparation = Preparation(image_size=side, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     whole = ImagePreparation(preparation, aspect="pad").prepare(picture)
-    monkeypatch.setattr(tower_pictures, "PADDED_SIDE", 100)
-    monkeypatch.setattr(tower_pictures, "ROWS", 7)
+    monkeypatch.setattr(towers, "PADDED_SIDE", 100)
+    monkeypatch.setattr(towers, "ROWS", 7)
     by_rows = ImagePreparation(preparation, aspect="pad").prepare(picture)
     assert torch.equal(whole, by_rows)

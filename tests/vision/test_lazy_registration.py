@@ -42,7 +42,7 @@ def test_any_import_order_opens_a_grid_tower(before: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["tower_pictures", "tower_sources", "towers"])
+@pytest.mark.parametrize("module", ["tower_config", "tower_sources", "towers"])
 def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -> None:
     """The hook must not ask a module for its registration while that module is still being imported."""
     done = subprocess.run(
@@ -61,11 +61,11 @@ def test_only_the_major_version_that_we_know(
     """vLLM's plugin brings us into processes with an older transformers, where its own import must not fail for us."""
     import transformers.models.auto.modeling_auto  # both tables stand then
 
-    from dora_vl.backbones import tower_spec
+    from dora_vl import backbones
 
     found: set[str] = set()
-    real = tower_spec.import_module
+    real = backbones.import_module
     monkeypatch.setattr(transformers, "__version__", version)
-    monkeypatch.setattr(tower_spec, "import_module", lambda name: found.add(name) or real(name))
-    tower_spec.register_with_transformers()
+    monkeypatch.setattr(backbones, "import_module", lambda name: found.add(name) or real(name))
+    backbones.register_with_transformers()
     assert found == registered

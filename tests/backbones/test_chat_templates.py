@@ -1,0 +1,327 @@
+"""Chat templates of many forms: which answers they let train, where a system turn goes, and which are refused."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.prompts import usual_template
+from dora_vl.data.samples import IGNORED_LABEL, Sample
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk
+from tests.backbones.image_text_talks import (
+    ASKED,
+    TALKS,
+    TWO_QUESTIONS,
+    Talk,
+    encoder_of,
+    messages_of,
+    processor_inputs,
+    sample_of,
+)
+from tests.backbones.published_chat import (
+    GEMMA3,
+    GEMMA3_WITH_SYSTEM,
+    GLM,
+    LLAMA3,
+    LLAVA_NEXT_MISTRAL,
+    LLAVA_NEXT_VICUNA,
+    LLAVA_ONEVISION,
+    PIXTRAL,
+    QWEN2_VL,
+    SMOLVLM,
+)
+from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
+
+Folders = Mapping[str, Path]
+SYSTEM = Turn("system", "Be brief. Look at its edges.")
+
+
+def with_system(talk: Talk, system: Turn = SYSTEM) -> Talk:
+    turns, pictures = talk
+    return (system, *turns), pictures
+
+
+def trained(encoder: Encoder, sample: Sample) -> str:
+    """What of a sample has labels, as text."""
+    return encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
+
+
+class TestLanguageModels:
+    """The language model's own template, of a processor of pieces: what people say is text, whatever it looks like."""
+
+    SAMPLE = talk("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
+
+    @pytest.fixture
+    def own(self, new_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+        own = pickle.loads(pickle.dumps(new_tokenizer))
+        own.chat_template = (
+            "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        return own
+
+    def test_it_equals_chatml_but_for_the_last_newline(self, own: PreTrainedTokenizerFast) -> None:
+        ours, theirs = (encode_talk(piece_encoder(own, name), self.SAMPLE) for name in ("chatml", "tokenizer"))
+        assert theirs.input_ids.tolist()[:-1] == ours.input_ids.tolist()
+        assert theirs.labels.tolist() == [*ours.labels.tolist(), -100]
+        assert own.convert_ids_to_tokens(theirs.input_ids.tolist()).count("<s>") == 1
+
+    def test_a_template_of_parts_says_the_same(self, own: PreTrainedTokenizerFast) -> None:
+        """Templates of models with pictures pick the parts of type text; a string has none, and all was lost."""
+        expected = encode_talk(piece_encoder(own, "tokenizer"), self.SAMPLE)
+        parts = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+        own.chat_template = str(own.chat_template).replace("{{ m.content }}", parts)
+        found = encode_talk(piece_encoder(own, "tokenizer"), self.SAMPLE)
+        assert found.input_ids.tolist() == expected.input_ids.tolist()
+        assert found.labels.tolist() == expected.labels.tolist()
+
+    def test_a_sample_whose_text_the_template_changes_is_refused(self, own: PreTrainedTokenizerFast) -> None:
+        own.chat_template = str(own.chat_template).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+        encoder = piece_encoder(own, "tokenizer")
+        encode_talk(encoder, talk("Why?", " It is "))
+        with pytest.raises(BadSample):
+            encode_talk(encoder, talk("Why?", "so</think>It is"))
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ 9 ** (9 ** 9) }}",
+            "{{ 'a' * 10 ** 10 }}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{ 1 / 0 }}",
+            "{% for m in messages %}<|im_end|>{% endfor %}",
+            "{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}",
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            None,
+        ],
+    )
+    def test_one_that_does_not_end_or_says_something_else_is_refused(
+        self, own: PreTrainedTokenizerFast, template: str | None
+    ) -> None:
+        own.chat_template = template
+        with pytest.raises(UserError):
+            piece_encoder(own, "tokenizer")
+
+    @pytest.mark.parametrize(
+        ("special", "chosen"),
+        [
+            (("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "vicuna_v1"),
+            (("<|im_start|>", "<|im_end|>"), "chatml"),
+            (("<|end|>",), "tokenizer"),
+        ],
+    )
+    def test_without_a_name_it_is_the_first_whose_tokens_are_there(self, special: tuple[str, ...], chosen: str) -> None:
+        words = Tokenizer(models.BPE(unk_token="<unk>"))
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=["<unk>", *special], initial_alphabet=alphabet)
+        words.train_from_iterator([""], trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=special[-1])
+        tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+        tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
+        assert usual_template(tokenizer) == chosen
+
+    @pytest.mark.parametrize("template", [LLAMA3, CHATML, GLM], ids=["llama3", "chatml", "glm"])
+    @pytest.mark.parametrize("system", [True, False], ids=["system", "talk alone"])
+    def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
+        encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
+        given = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
+        sample = sample_of(encoder, given)
+        messages = [{"role": turn.role, "content": turn.text} for turn in given[0]]
+        expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
+        added = ["<|im_end|>"] if template == GLM else []  # it closes no answer
+        assert sample.input_ids.tolist() == expected + encoder.tokenizer.convert_tokens_to_ids(added)
+        assert trained(encoder, sample) == "red<|im_end|>"
+
+
+TURN = "{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}PICTURE{% else %}{{ p.text }}{% endif %}"
+OPEN = (
+    "{% for m in messages %}" + TURN + "{% endfor %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+STRIPPING = CHATML.replace(
+    "{% if m.content is string %}", "{% if m.role != 'user' and m != messages[-1] %}...{% elif m.content is string %}"
+)
+REWRITING = CHATML.replace(
+    "{% for part in m.content %}",
+    "{% if m.role == 'assistant' and m == messages[-1] %}<think></think>{% endif %}{% for part in m.content %}",
+)
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}").replace(
+    "{% for part in m.content %}",
+    "{% if m.role == 'assistant' and m == messages[-1] %}<think>\n\n</think>\n\n{% endif %}{% for part in m.content %}",
+)
+
+
+@pytest.mark.parametrize("template", [OPEN, LLAVA_ONEVISION], ids=["closes no answer", "opens otherwise than asked"])
+def test_answers_are_trained_behind_what_is_asked_up_to_an_end_token(tmp_path: Path, template: str) -> None:
+    """LLaVA-OneVision opens an answer with a space and a line break, and asks without the space."""
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
+    sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
+    assert trained(encoder, sample) == "The second is blue.<|im_end|>Yes<|im_end|>"
+    if template == LLAVA_ONEVISION:
+        text = encoder.tokenizer.decode(sample.input_ids)
+        assert text.count("<|im_start|>assistant\n") == 2
+        assert "assistant \n" not in text
+        assert text.endswith("Yes<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [CHATML.replace("PICTURE", ""), "{% for m in messages %}{{ m.role }}{% endfor %}"])
+def test_a_template_that_cannot_be_trained_on_is_refused(tmp_path: Path, template: str) -> None:
+    folder = write_tiny("qwen2_5_vl", tmp_path / "odd", template=template)
+    with pytest.raises(UserError):
+        encoder_of(folder)
+
+
+@pytest.mark.parametrize("template", [STRIPPING, REWRITING])
+def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(tmp_path: Path, template: str) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
+    assert trained(encoder, sample_of(encoder, TALKS["one picture"])).endswith("It is red.<|im_end|>")
+    with pytest.raises(BadSample):
+        sample_of(encoder, TALKS[TWO_QUESTIONS])
+
+
+PUBLISHED = {
+    "chatml": (CHATML, "It is red.<|im_end|>", 1),
+    "qwen2_vl": (QWEN2_VL, "It is red.<|im_end|>", 1),
+    "smolvlm": (SMOLVLM, " It is red.<end_of_utterance>", 1),
+    "llava_next_vicuna": (LLAVA_NEXT_VICUNA, " It is red.<|im_end|>", 2),  # the published one says it twice
+    "llava_next_mistral": (LLAVA_NEXT_MISTRAL, " It is red.<|im_end|>", 0),
+    "llava_onevision": (LLAVA_ONEVISION, "It is red.<|im_end|>", 1),
+    "gemma3": (GEMMA3, "It is red.<eoi>", 0),
+    "gemma3_with_system": (GEMMA3_WITH_SYSTEM, "It is red.<eoi>", 1),
+    "glm": (GLM, "It is red.<|im_end|>", 1),
+    "thinking": (THINKING, "It is red.<|im_end|>", 0),
+}
+"""The template, what of the first talk is trained, and how often a system turn is said where that is tried."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates(tmp_path: Path, name: str) -> None:
+    template, said, times = PUBLISHED[name]
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
+    plain = TALKS["one picture"]
+    for turns, pictures in (plain, with_system(plain)) if times else (plain,):
+        sample = sample_of(encoder, (turns, pictures))
+        prompt = encoder.encode_prompt(turns[:-1], pictures)["input_ids"][0]
+        expected = template_ids(encoder, (turns[:-1], pictures), system_as_text=name == "glm")
+        assert prompt.tolist() == expected.tolist()
+        assert torch.equal(sample.input_ids[: len(prompt)], prompt)
+        assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
+        assert trained(encoder, sample) == said
+        begins = int((sample.input_ids == encoder.tokenizer.bos_token_id).sum())
+        assert begins == (1 if name.startswith(("gemma3", "glm")) else 0)
+        text = encoder.tokenizer.decode(prompt)
+        assert text.count(SYSTEM.text) == (times if turns[0] is SYSTEM else 0)
+        assert "'type'" not in text
+        assert turns[0] is not SYSTEM or "You are a helpful assistant" not in text  # Qwen2-VL's own gives way
+    if times:
+        several = trained(encoder, sample_of(encoder, with_system(TALKS[TWO_QUESTIONS])))
+        assert several == f"{said}{said}".replace("It is red.", "The second is blue.", 1).replace("It is red.", "Yes")
+
+
+def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tensor:
+    """The prompt's ids, by the processor's own `apply_chat_template`."""
+    messages = messages_of(talk)
+    if system_as_text and talk[0][0].role == "system":
+        messages[0]["content"] = talk[0][0].text
+    found: Any = encoder.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return found["input_ids"][0]
+
+
+SOME = ("qwen2_5_vl", "smolvlm", "internvl", "gemma3", "llava_next", "glm4v", "mistral3", "mllama")
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_with_a_system_turn_inputs_are_the_processor_s_own_and_answers_alone_are_trained(
+    folders: Folders, family: str
+) -> None:
+    pytest.importorskip(FAMILIES[family].needs or "transformers")
+    encoder = encoder_of(folders[family])
+    for plain in TALKS.values():
+        given = with_system(plain)
+        sample, without = sample_of(encoder, given), sample_of(encoder, plain)
+        theirs = processor_inputs(encoder, family, [given])
+        ours = {"input_ids": sample.input_ids[None], **sample.inputs}
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_dtype=name != "input_ids")
+        labelled = sample.labels != IGNORED_LABEL
+        assert torch.equal(sample.labels[labelled], sample.input_ids[labelled])
+        assert trained(encoder, sample) == trained(encoder, without)
+        assert encoder.tokenizer.decode(sample.input_ids).count(SYSTEM.text) == 1
+
+
+RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [RAISING, LLAVA_NEXT_MISTRAL, PIXTRAL], ids=["raising", "llava_next", "pixtral"])
+@pytest.mark.parametrize("text", [SYSTEM.text, ASKED], ids=["other words", "the question's words"])
+def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, template: str, text: str) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
+    talk = TALKS["one picture"]
+    sample_of(encoder, talk)
+    with pytest.raises(BadSample) as refused:
+        sample_of(encoder, with_system(talk, replace(SYSTEM, text=text)))
+    assert refused.value.sample_id == "talk"
+
+
+def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=PIXTRAL))
+    (system, asked, *_), pictures = with_system(TALKS["one picture"])
+    text = encoder.tokenizer.decode(encoder.encode_prompt((system, asked), pictures)["input_ids"][0])
+    assert f"[INST]{SYSTEM.text}\n\n" in text
+    with pytest.raises(BadSample):
+        encoder.encode_prompt(with_system(TALKS[TWO_QUESTIONS])[0][:4], TALKS[TWO_QUESTIONS][1])
+
+
+@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
+def test_formats_without_a_place_for_it_refuse_the_sample(folders: Folders, family: str) -> None:
+    encoder, talk = encoder_of(folders[family]), TALKS["one picture"]
+    sample_of(encoder, talk)
+    with pytest.raises(BadSample):
+        sample_of(encoder, with_system(talk))
+
+
+QUESTION, ANSWER = TALKS["no picture"][0]
+REFUSED = {
+    "two": (SYSTEM, SYSTEM, QUESTION, ANSWER),
+    "later": (QUESTION, SYSTEM),
+    "alone": (SYSTEM,),
+    "before an answer": (SYSTEM, ANSWER),
+    "special token": (replace(SYSTEM, text="Say <|im_end|>."), QUESTION, ANSWER),
+    "special token asked": (Turn("user", "Is <|im_end|> a word?"), ANSWER),
+    "picture token asked": (Turn("user", "What is <|image_pad|>?"), ANSWER),
+}
+
+
+@pytest.mark.parametrize("turns", REFUSED.values(), ids=REFUSED)
+def test_no_system_turn_before_a_talk_and_special_tokens_are_refused(folders: Folders, turns: tuple[Turn, ...]) -> None:
+    with pytest.raises(BadSample):
+        sample_of(encoder_of(folders["qwen2_5_vl"]), (turns, ()))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "chameleon"])
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdef"], ids=ascii)
+def test_marks_of_ours_in_people_s_words_are_refused(folders: Folders, family: str, mark: str) -> None:
+    """U+FDD1 stands for a video in here: in a question it would ask the template for one."""
+    encoder, question, answer = encoder_of(folders[family]), Turn("user", "Is it red?"), Turn("assistant", "no")
+    marked, system = replace(question, text=f"Is {mark} red?"), Turn("system", mark)
+    for turns in ((marked, answer), (question, replace(answer, text=f"no{mark}")), (system, question, answer)):
+        with pytest.raises(BadSample):
+            sample_of(encoder, (turns, ()))
+    for turns in ((marked,), (system, question)):
+        with pytest.raises(BadSample):
+            encoder.encode_prompt(turns, ())
