@@ -31,7 +31,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Admission, Door, Refused
+from dora_vl.serving.door import Door
+from dora_vl.serving.options import Admission, Refused
 from dora_vl.serving.page_parts import (
     DIAL,
     STYLE,

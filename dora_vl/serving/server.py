@@ -32,9 +32,10 @@ from dora_vl.serving.answering import (
     unloaded,
 )
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Admission, Door, error_content, error_response
+from dora_vl.serving.door import Door, error_content, error_response
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import UnknownModel
+from dora_vl.serving.options import Admission
 from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,

@@ -15,9 +15,10 @@ from fastapi import FastAPI
 
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Admission, http_config
+from dora_vl.serving.door import http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Admission
 from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.requests import MediaLimits, RequestMedia
 from dora_vl.serving.side_by_side import SideBySide

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.data.pictures import open_picture
-from dora_vl.evaluation import merge_command
+from dora_vl.evaluation import merging as merging_module
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.prompt_inputs import Shown
@@ -95,7 +95,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     """Merging that gets the weight of this name's end wrong."""
-    merge = merge_command.merge
+    merge = merging_module.merge
 
     def wrong(plan: Any, arguments: Any) -> Iterator[str]:
         yield from merge(plan, arguments)
@@ -105,7 +105,7 @@ def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
         noise = torch.randn(weights[key].shape, generator=torch.Generator().manual_seed(0))
         save_file({**weights, key: weights[key] + 30 * noise}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merge_command, "merge", wrong)
+    monkeypatch.setattr(merging_module, "merge", wrong)
 
 
 def test_a_merge_that_answers_otherwise_fails_with_status_1(
