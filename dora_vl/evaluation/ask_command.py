@@ -258,7 +258,7 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
 def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
     """Puts one question to one topic; the pictures stand in the first turn."""
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import Question
 
     if IMAGE_PLACEHOLDER in question:
@@ -285,7 +285,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             raise UserError(f"video {path} is missing")
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
-    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import as_question
     from dora_vl.evaluation.scores.prompts import about_video
 

@@ -26,11 +26,19 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, ask, check_pictures, media_reader
+from dora_vl.evaluation.ask import (
+    Asker,
+    Assistant,
+    Decoding,
+    EncoderPrompts,
+    MediaReader,
+    ask,
+    check_pictures,
+    media_reader,
+)
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
     as_question,

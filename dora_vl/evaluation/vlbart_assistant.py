@@ -22,9 +22,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Decoding, MediaReader, View, Write, prediction
+from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks

@@ -29,10 +29,10 @@ from dora_vl.backbones.generation import end_tokens
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
+from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
-from dora_vl.evaluation.ask import check_room
-from dora_vl.evaluation.prompt_inputs import BOOKKEEPING, Shown
+from dora_vl.evaluation.ask import Shown, check_room
 from dora_vl.serving.answering import (
     ENDING,
     Answering,

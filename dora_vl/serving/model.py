@@ -22,7 +22,7 @@ from dora_vl.core.rows import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import (
     ModelSource,
     Wanted,
@@ -31,7 +31,6 @@ from dora_vl.evaluation.open_model import (
     prompts_of,
     read_recipe,
 )
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import Door

@@ -21,8 +21,8 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
 from dora_vl.serving.side_by_side import NOTHING, Answer, Talk

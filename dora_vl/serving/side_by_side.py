@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine

@@ -14,7 +14,7 @@ from PIL import Image
 from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel

@@ -20,10 +20,9 @@ from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.evaluation.ask import Assistant, MediaReader
+from dora_vl.evaluation.ask import Assistant, MediaReader, Shown, model_inputs
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.media import VideoReading

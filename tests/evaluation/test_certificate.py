@@ -15,9 +15,8 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.data.pictures import open_picture
 from dora_vl.evaluation import merging as merging_module
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import read_questions
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model

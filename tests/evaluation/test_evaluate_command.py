@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline

@@ -18,9 +18,8 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
+from dora_vl.evaluation.ask import Assistant, Decoding, EncoderPrompts, MediaReader, Shown, ask
 from dora_vl.evaluation.predictions import Predictions
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.media import VideoReading
 

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant, TextStreamer
+from dora_vl.evaluation.ask import Assistant, Shown, TextStreamer, model_inputs
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served

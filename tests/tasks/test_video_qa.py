@@ -20,9 +20,9 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation import ask, ask_command, vlbart_tasks
+from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.open_model import Opened, Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import as_question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.reading import read_run_file, read_settings
