@@ -98,11 +98,6 @@ class EncoderPrompts:
     encoder: Encoder
 
     @property
-    def videos_of_one_length(self) -> bool:
-        """Whether the videos of a batch must have equally many frames."""
-        return self.encoder.videos_of_one_length
-
-    @property
     def frames_are_pictures(self) -> bool:
         """Whether the model takes no videos, and is asked about their frames as so many pictures."""
         return self.encoder.why_no_videos is not None
@@ -121,10 +116,6 @@ class EncoderPrompts:
     def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`."""
         return Collator(self.encoder.pad_token_id, pad_side=side)(samples)
-
-    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """The text of new ids, without what ends or fills up an answer."""
-        return self.encoder.decode(ids)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
@@ -574,7 +565,7 @@ class Assistant:
     ) -> list[str | None]:
         """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
-        return [None if NO_TOKEN in row.tolist() else self.prompts.decode(row) for row in ids]
+        return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample]) -> Features:

@@ -164,10 +164,10 @@ def opened_by(options: argparse.Namespace) -> Opened:
     if options.adapter is None and options.strength != 1:
         raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
-    from dora_vl.evaluation.open_model import Wanted, open_model
+    from dora_vl.evaluation.open_model import ModelRequest, open_model
 
     return open_model(
-        Wanted(
+        ModelRequest(
             adapter=options.adapter,
             model=options.model,
             base=options.base,

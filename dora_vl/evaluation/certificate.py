@@ -24,7 +24,7 @@ from dora_vl.data.example import iterate_examples
 from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
-from dora_vl.evaluation.open_model import ModelSource, Wanted, find_source, open_model, read_recipe
+from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS, write_json
@@ -124,7 +124,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
     That the base is the right one has been seen before.
     """
-    source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
+    source = find_source(ModelRequest(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
         features = source.recipe["features"]
         if not features.get(check.task) and not (check.task == "" and any(features.values())):
@@ -132,7 +132,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
                 f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
                 "computed (data_prep.features did not make them); leave it out"
             )
-    elif not sees_pictures(source.place, source.revision) and any(
+    elif not sees_pictures(source.base, source.revision) and any(
         question.images or question.videos for question in check.questions
     ):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
@@ -143,10 +143,10 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """A model's folder, asked just as the adapter that it was made from."""
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
-    request = Wanted(model=str(folder), template=source.wanted.template)
+    request = ModelRequest(model=str(folder), template=source.request.template)
     if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
-        request = replace(source.wanted, model=str(folder))
-    return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=request)
+        request = replace(source.request, model=str(folder))
+    return replace(source, base=str(folder), revision=None, recipe=recipe, request=request)
 
 
 def checked(

@@ -185,14 +185,14 @@ class Seq2SeqCollator:
         mask = _pad([torch.ones_like(row) for row in ids], 0)
         closed = {}
         if batch.subtask.answer_by == "closed":
-            closed["closed"] = ClosedBatch(batch.subtask.name, [one.soft_scores or {} for one in samples] or [{}])
+            closed["closed"] = ClosedBatch(batch.subtask.name, [sample.soft_scores or {} for sample in samples] or [{}])
         return {
             **closed,
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": mask,
             "labels": _pad(labels, IGNORED_LABEL),
             "features": torch.stack(features or [torch.zeros(batch.subtask.images, *self.feature_shape)]),
-            WEIGHTS: torch.tensor([one.weight / len(samples) for one in samples] or [0.0]),
+            WEIGHTS: torch.tensor([sample.weight / len(samples) for sample in samples] or [0.0]),
             "normalise_by": batch.subtask.normalise_by,
             SAMPLES: len(samples),
             "sample_ids": [sample.id for sample in samples],

@@ -23,7 +23,7 @@ from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.pictures import open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import (
@@ -195,18 +195,13 @@ def media_of_run(
         reader: of its videos; None starts one where there are any.
     """
     data = config.data
-    folder = pictures_of_test(config) if of_test else image_folder(data)
-    same = data.video_frames if assistant.prompts.videos_of_one_length else None
+    folder = image_folder(data, config.evaluation.image_folder if of_test else None)
+    same = data.video_frames if assistant.prompts.encoder.videos_of_one_length else None
     root = folder if of_test and config.evaluation.image_folder else video_folder(data)
     videos = VideoReading(
         folder=root, sampling=video_sampling(data), frames=same, reader=VideoReader() if reader is None else reader
     )
     return MediaReader(folder=folder, videos=videos)
-
-
-def pictures_of_test(config: RunConfig) -> MediaFolder:
-    """Root of the test's pictures."""
-    return image_folder(config.data, config.evaluation.image_folder)
 
 
 def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Question], dict[str, str]]:
@@ -220,7 +215,8 @@ def check_test(config: RunConfig) -> list[Question]:
     """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours."""
     questions, _ = read_test(config.evaluation, config.data.contract)
     images = (path for question in questions for path in question.images)
-    check_pictures(images, pictures_of_test(config).root, setting="evaluation.image_folder (or data.image_folder)")
+    root = image_folder(config.data, config.evaluation.image_folder).root
+    check_pictures(images, root, setting="evaluation.image_folder (or data.image_folder)")
     if any(question.videos for question in questions):
         check_videos(config.data)
     return questions

@@ -96,7 +96,7 @@ def _serve(
     from dora_vl.serving.page_parts import example_questions
     from dora_vl.serving.side_by_side import SideBySide
 
-    media = RequestMedia(media_limits(options), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(media_limits(options), model.assistant.prompts.encoder.videos_of_one_length)
     examples = next(filter(None, map(example_questions, adapters.values())), ())
     most = media.limits.bytes * ROOM_FOR_A_MESSAGE
     uploads = Uploads(folder, most * UPLOADS_AT_ONCE)

@@ -58,8 +58,8 @@ def error_content(error: Exception) -> dict[str, Any]:
     message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
     if isinstance(error, BadSample):
         message = error.reason
-    place = error.place if isinstance(error, BadRequest) else None
-    return {"error": {"message": message, "type": kind, "param": place, "code": code}}
+    param = error.param if isinstance(error, BadRequest) else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 HEAD_SECONDS, HEAD_BYTES = 10.0, 64 * 1024

@@ -52,9 +52,9 @@ def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) 
 seconds = between(float, 1e-6)
 
 
-def name_of(place: str) -> str | None:
+def name_of(address: str) -> str | None:
     """The host of `host[:port]`; None where it is none."""
-    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", place)
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", address)
     return match and (match["v6"] or match["name"].removesuffix("."))
 
 
@@ -86,16 +86,16 @@ class Admission:
             names = ", ".join(sorted(self.hosts))
             raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
         for origin in headers.getlist("origin"):
-            place = origin.lower().partition("://")[2]
-            if place != hosts[0] and name_of(place) not in self.origins:
+            host = origin.lower().partition("://")[2]
+            if host != hosts[0] and name_of(host) not in self.origins:
                 raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
         if self.key is None:
             return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        key = given.strip().encode() if kind.lower() == "bearer" else b""
+        kind, _, credentials = headers.get("authorization", "").partition(" ")
+        key = credentials.strip().encode() if kind.lower() == "bearer" else b""
         if kind.lower() == "basic":  # the password that a browser has asked its person for
             with contextlib.suppress(binascii.Error):
-                key = base64.b64decode(given, validate=True).partition(b":")[2]
+                key = base64.b64decode(credentials, validate=True).partition(b":")[2]
         if not secrets.compare_digest(key, self.key.encode()):
             raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
 
@@ -147,16 +147,16 @@ def add_options(to: argparse._ArgumentGroup, options: Options) -> None:
 
 def admission(options: argparse.Namespace) -> Admission:
     """The options about who may come in. Raises UserError where a name or the key is none."""
-    names = {given: name_of(given.lower()) for given in options.allow_host}
-    for given, name in names.items():
+    names = {host: name_of(host.lower()) for host in options.allow_host}
+    for host, name in names.items():
         if name is None:
-            raise UserError(f"--allow-host {shown(given)}: give a name or an address, such as gpu.example.org")
+            raise UserError(f"--allow-host {shown(host)}: give a name or an address, such as gpu.example.org")
     key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
     allowed = frozenset(name for name in names.values() if name)
-    own = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
-    return Admission(hosts=allowed | own | {*LOCAL}, origins=allowed, key=key)
+    listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
+    return Admission(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
 
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
@@ -189,10 +189,10 @@ def media_limits(options: argparse.Namespace) -> MediaLimits:
     )
 
 
-def adapters_by_name(given: Sequence[str]) -> dict[str, Path]:
+def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
     """The adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
     adapters: dict[str, Path] = {}
-    for text in given:
+    for text in options:
         stated, sign, rest = text.partition("=")
         is_named = bool(sign and stated and rest) and not Path(text).is_dir()
         folder = Path(rest if is_named else text)

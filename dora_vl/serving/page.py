@@ -257,7 +257,7 @@ class Page:
         self.talks = Talks()
         model = side.engine.model
         self._base = model.base_name
-        base = Path(model.source.place).name
+        base = Path(model.source.base).name
         self.blocks, self.parts = lay_out(
             model.names, base, self.examples, new_tokens=new_tokens, temperature=temperature
         )

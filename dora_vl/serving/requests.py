@@ -178,11 +178,11 @@ class TooLarge(UserError):
 
 
 class BadRequest(UserError):
-    """A part of the request cannot be used; `place` says which."""
+    """A part of the request cannot be used; `param` says which."""
 
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.place = place
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
 
 
 @dataclass(frozen=True, kw_only=True)

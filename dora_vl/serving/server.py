@@ -129,7 +129,7 @@ class Server:
     def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
         self.engine = engine
         self.settings = settings = settings or ServerSettings()
-        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
+        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.encoder.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)

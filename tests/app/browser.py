@@ -68,7 +68,7 @@ def page_of(
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, Uploads, build_page_app
 
-    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
     with Engine(model, engine_settings) as engine, contextlib.closing(media):
         page = Page(SideBySide(engine, media), Uploads(uploads, 2**24), examples, new_tokens=new_tokens)
         app = build_page_app(page, admission or Admission(), upload_bytes=4 * media.limits.bytes, waiting=64)

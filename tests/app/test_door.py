@@ -205,7 +205,7 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, Uploads, build_page_app
 
-    media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
     with Engine(model) as engine, contextlib.closing(media):
         page = Page(SideBySide(engine, media), Uploads(uploads, 10_000))
         built = build_page_app(page, Admission(), upload_bytes=8_000, waiting=4)

@@ -16,7 +16,7 @@ from dora_vl.cli import main
 from dora_vl.data.pictures import open_picture
 from dora_vl.evaluation import merging as merging_module
 from dora_vl.evaluation.ask import Assistant, Shown
-from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.questions import read_questions
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
@@ -82,7 +82,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
     assert "Answers that differ" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     certified(*merge)  # an earlier result with its certificate is replaced
-    assistant = open_model(Wanted(adapter=folders / "adapter")).adapted
+    assistant = open_model(ModelRequest(adapter=folders / "adapter")).adapted
     assert isinstance(assistant, Assistant)
     questions = {question.id: question for question in read_questions(folders / "data" / "train.json")[0]}
     for one in found["answers"]:

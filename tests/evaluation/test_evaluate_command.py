@@ -19,7 +19,7 @@ from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(DecoderPipeline(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
-    model = open_model(Wanted(adapter=folder / "run" / "adapter")).adapted
+    model = open_model(ModelRequest(adapter=folder / "run" / "adapter")).adapted
     (folder / "data" / "broken.png").write_bytes(b"no picture")
     examples: list[Example] = []
     for number, row in enumerate(rows):
