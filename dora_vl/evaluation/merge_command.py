@@ -10,7 +10,7 @@ from dora_vl.adapters.convert_command import add_reading_arguments
 from dora_vl.errors import positive
 
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
-QUESTIONS, LONGEST_ANSWER = 20, 32
+QUESTIONS = 20
 CHECK_HELP = """\
 With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file,
 and the differences are printed and written beside the weights (certificate.json, certificate.md). Exit status 1 where
@@ -85,7 +85,7 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="that the models compute in (default: float32; the run's own where its base was quantised)",
     )
-    group.add_argument("--check-tokens", type=positive, default=LONGEST_ANSWER, metavar="N", help="longest answer")
+    group.add_argument("--check-tokens", type=positive, default=32, metavar="N", help="longest answer")
     group.add_argument(
         "--most-different",
         type=float,

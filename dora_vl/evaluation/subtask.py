@@ -109,12 +109,7 @@ def make_sample(
     reader: FeatureReader,
     target: Target | None,
 ) -> Seq2SeqSample:
-    """An example in tensors; without a target, as it is asked.
-
-    Raises:
-        BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
-            the task asks for one.
-    """
+    """An example in tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
@@ -128,11 +123,7 @@ def make_sample(
 
 
 def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
-    """Refuses what `make_sample` would, as far as it can be known without reading features.
-
-    Raises:
-        BadSample: as there.
-    """
+    """Refuses what `make_sample` would, as far as it can be known without reading features."""
     _check_kind(example, subtask)
     check_features(example, reader)
 

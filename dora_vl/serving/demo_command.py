@@ -51,9 +51,6 @@ UPLOADS_AT_ONCE = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times"
-    )
     add_model_options(parser)
     add_address(parser, port=7860)
     add_options(parser.add_argument_group("answers"), ANSWERS)

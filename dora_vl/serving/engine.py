@@ -277,11 +277,6 @@ class Engine:
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            BadSample: it cannot be put to the model; the reason says why.
-            UserError: the strength is none.
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
         positions, most = self.model.max_positions, self.settings.prompt_tokens
@@ -302,10 +297,6 @@ class Engine:
 
         Args:
             deadline: when its answer comes too late, by `time.monotonic`; None: its time begins now.
-
-        Raises:
-            TooManyRequests: as many wait as may.
-            Stopped: the engine is closed, or the adapter is gone.
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         answering = Answering(prepared, put, deadline)

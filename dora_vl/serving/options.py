@@ -101,7 +101,8 @@ class Admission:
 
 
 def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
-    """Where it listens, and to whom."""
+    """The adapters, where it listens, and to whom."""
+    to.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times")
     to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     to.add_argument(
         "--port", type=between(int, 0, 2**16 - 1), default=port, help=f"0 takes a free one (default: {port})"

@@ -62,11 +62,6 @@ class Answer:
         """Whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
 
-    @property
-    def tokens_a_second(self) -> float | None:
-        """Of the answer, the time of its prompt included; None while it is not over."""
-        return self.new_tokens / self.seconds if self.new_tokens and self.seconds > 0 else None
-
     def after(self, event: Event, seconds: float) -> Answer:
         """This answer once an event has come."""
         if isinstance(event, Piece):
