@@ -25,9 +25,8 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.core import merge_dora
 from dora_vl.data.pictures import open_image
 from dora_vl.errors import UserError, exit_on_user_error, positive
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.questions import Question, read_questions
 
 Inputs = tuple[Tensor, Tensor]
@@ -52,7 +51,7 @@ def main() -> None:
 
 def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[str, dict[str, float]]:
     """Every comparison, each absolute and relative."""
-    assistant, base = open_model(Wanted(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
+    assistant, base = open_model(ModelRequest(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):
         raise UserError(f"{adapter} is no LLaVA's adapter")
     inputs = [inputs_of(assistant, question, images) for question in questions]

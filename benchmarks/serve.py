@@ -42,8 +42,7 @@ from dora_vl.backbones.model import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import http_config

@@ -250,3 +250,25 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+_WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_ONE_OF = re.compile(
+    r"^\W*(?:Parser key )?\W*([\w.]+)\W*: (Does not validate|Expected a typing\.Literal).*value: (.*)$"
+)
+
+
+def wrong_value(message: str) -> UserError:
+    """A complaint of the parser about a value, without Python's names of types."""
+    line = " ".join(message.split())
+    if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
+        return SettingError(match[1], f" is {shown_text(match[3])}; it must be {_KINDS[match[2]]}")
+    if match := _ONE_OF.match(line):
+        literals = [word.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for word in group.split(", ")]
+        kinds = [
+            _KINDS[word] for word in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if word in _KINDS
+        ]
+        if choices := list(dict.fromkeys([*literals, *kinds])):
+            return SettingError(match[1], f" is {shown_text(match[3])}; it must be one of {', '.join(choices)}")
+    return UserError(line.replace('Parser key "', '"', 1))

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -260,3 +261,10 @@ def _check(node: Node | None, sizes: dict[int, float]) -> float:
             size += _check(value, sizes)
     sizes[id(node)] = size
     return size
+
+
+def shipped_folder() -> Path:
+    """The folder of recipes and DeepSpeed JSON: in the package where it is installed, beside it in a checkout."""
+    package = Path(str(files("dora_vl")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"

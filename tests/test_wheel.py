@@ -93,7 +93,7 @@ def test_recipes_and_deepspeed_files_are_found_by_name(installed: Path, tmp_path
 import dora_vl
 from dora_vl.run.reading import read_run
 from dora_vl.run.arguments import read_deepspeed
-from dora_vl.run.reading import shipped_folder
+from dora_vl.files import shipped_folder
 config = read_run(["--config", "llava/llava15", "--variant", "13b_dora"])
 print(dora_vl.__file__, shipped_folder(), config.model.base, config.adapter.rank, sep="\\n")
 print(read_deepspeed("zero2")["zero_optimization"]["stage"])

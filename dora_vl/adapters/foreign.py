@@ -27,6 +27,8 @@ ADDED_ROWS = f"{TOKENS}[-{ADDED_TOKENS}:]"
 """Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
 ORIGINAL_FORMS = {"nvlabs-vlbart": "dora", "vl-adapter": "lora"}
 """VL-BART's originals, by the name that `--from` and `--as` take: the method whose factors each can hold."""
+GGUF_KINDS = ("f16", "f32", "q8_0")
+"""Number types of the matrices of a GGUF file; vectors are float32 in each."""
 
 
 def alpha_over_rank(config: Mapping[str, Any], rank: int) -> float | None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import BaseWeights, StoredTensor, config_in, skeleton
 from dora_vl.adapters.files import refuse_to_replace, written_whole
+from dora_vl.adapters.foreign import GGUF_KINDS
 from dora_vl.adapters.merge import CERTIFICATES, MergedWeights
 from dora_vl.errors import UserError, shown
 
@@ -173,8 +174,6 @@ def in_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, width).transpose(1, 2).reshape(weight.shape)
 
 
-KINDS = ("f16", "f32", "q8_0")
-"""Number types of the matrices; vectors are float32 in each."""
 BLOCK = 32
 """Numbers of a row that Q8_0 holds with one scale."""
 
@@ -187,7 +186,7 @@ class WrittenTensor:
     shape: tuple[int, ...]
     """As torch has it."""
     kind: str
-    """One of `KINDS`."""
+    """One of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
 
 
@@ -204,7 +203,7 @@ def write_gguf(
     """Writes one file, most of whose tensors are of a kind, one in memory at a time; returns its size in bytes."""
     import gguf
 
-    types = {name: gguf.GGMLQuantizationType[name.upper()] for name in KINDS}
+    types = {name: gguf.GGMLQuantizationType[name.upper()] for name in GGUF_KINDS}
     dtypes = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}
     writer = gguf.GGUFWriter(path, architecture)
     try:

@@ -45,7 +45,7 @@ def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> Non
 
 
 def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
-    every = -(-len(panel.steps) // LEGEND_ENTRIES)  # of many checkpoints the legend has a few that are evenly spread
+    spacing = -(-len(panel.steps) // LEGEND_ENTRIES)  # of many checkpoints the legend has a few that are evenly spread
     for number, step in enumerate(panel.steps):
         points = [point for point in panel.points if point.step == step]
         axes.scatter(
@@ -58,7 +58,7 @@ def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
             s=26,
             alpha=0.8,
             linewidths=0,
-            label=str(step) if number % every == 0 else None,
+            label=str(step) if number % spacing == 0 else None,
         )
     plain_axes(axes, "direction change ΔD", "")
     axes.margins(0.06)

@@ -24,11 +24,14 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
-from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
 from dora_vl.backbones.video_inputs import Video
+from dora_vl.data.batches import Collator
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_picture
-from dora_vl.data.samples import Sample, Skipped
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
+from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names, shown_text
 from dora_vl.evaluation.predictions import (
@@ -42,7 +45,6 @@ from dora_vl.evaluation.predictions import (
     settings_file,
     write_in_order,
 )
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown, model_inputs
 from dora_vl.evaluation.questions import Question, outputs_of
 from dora_vl.run.launch import (
     leave_process_group,
@@ -59,6 +61,65 @@ log = logging.getLogger(__name__)
 WARNED_FAILURES = 20  # more are counted, and named in metrics.json
 Write = Callable[[str], object]
 By = Literal["generation", "letters", "outputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What one prompt shows.
+
+    Attributes:
+        pictures: RGB, in the order of the prompt's `<image>`.
+        videos: frames with their times, in the order of the prompt's `<video>`.
+    """
+
+    pictures: tuple[Image.Image, ...] = ()
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def frames(self) -> tuple[Image.Image, ...]:
+        """Every video's frames."""
+        return tuple(frame for video in self.videos for frame in video.pictures)
+
+
+def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """What the model itself takes of a batch, on its device."""
+    not_asked = {"labels", *BOOKKEEPING}  # what a collator adds
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name not in not_asked
+    }
+
+
+@dataclass(frozen=True)
+class EncoderPrompts:
+    """A decoder's encoder as asking needs it; holds no model, and may be sent to data workers."""
+
+    encoder: Encoder
+
+    @property
+    def frames_are_pictures(self) -> bool:
+        """Whether the model takes no videos, and is asked about their frames as so many pictures."""
+        return self.encoder.why_no_videos is not None
+
+    def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
+        """Turns that end with a question, up to where the answer begins, without labels; never cut."""
+        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
+        ids = inputs.pop("input_ids")[0]
+        return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
+
+    def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
+        """The same with an answer behind it, which is labelled, with what closes it; never cut."""
+        encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
+        return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
+
+    def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
+        """One batch, padded on this side: the model's inputs and `labels`."""
+        return Collator(self.encoder.pad_token_id, pad_side=side)(samples)
+
+    def growing_text(self) -> Callable[[Sequence[int]], str]:
+        """`decode` for the ids of one answer as they grow."""
+        return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +565,7 @@ class Assistant:
     ) -> list[str | None]:
         """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
-        return [None if NO_TOKEN in row.tolist() else self.prompts.decode(row) for row in ids]
+        return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample]) -> Features:

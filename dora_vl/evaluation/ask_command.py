@@ -164,10 +164,10 @@ def opened_by(options: argparse.Namespace) -> Opened:
     if options.adapter is None and options.strength != 1:
         raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
-    from dora_vl.evaluation.open_model import Wanted, open_model
+    from dora_vl.evaluation.open_model import ModelRequest, open_model
 
     return open_model(
-        Wanted(
+        ModelRequest(
             adapter=options.adapter,
             model=options.model,
             base=options.base,
@@ -258,7 +258,7 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
 def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
     """Puts one question to one topic; the pictures stand in the first turn."""
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import Question
 
     if IMAGE_PLACEHOLDER in question:
@@ -285,7 +285,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             raise UserError(f"video {path} is missing")
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
-    from dora_vl.evaluation.prompt_inputs import Shown
+    from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import as_question
     from dora_vl.evaluation.scores.prompts import about_video
 

@@ -110,7 +110,7 @@ def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str
 
 def right_text(example: Example) -> str:
     """The right answer that most people gave; "" where the file holds none."""
-    return max(example.answers, key=lambda one: one.weight).text if example.answers else ""
+    return max(example.answers, key=lambda answer: answer.weight).text if example.answers else ""
 
 
 def exchanged(examples: Iterable[Example], answered: Container[str], *, together: Group | None = None) -> list[Example]:
@@ -124,7 +124,9 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
     groups: defaultdict[Any, list[Example]] = defaultdict(list)
     for example in examples:
         groups[example.id if together is None else together(example)].append(example)
-    usable = [group for group in groups.values() if all(one.id in answered and _shows(one) for one in group)]
+    usable = [
+        group for group in groups.values() if all(example.id in answered and _shows(example) for example in group)
+    ]
     Random(SEED).shuffle(usable)
     sample: list[Example] = []
     for group in usable:

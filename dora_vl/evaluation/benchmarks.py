@@ -62,7 +62,7 @@ PROMPTS: Mapping[str, Prompt] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class NamedBenchmark:
     """A benchmark as it was asked for.
 
     Attributes:
@@ -76,13 +76,13 @@ class Found:
     file: Path | None = None
 
 
-def find_benchmark(wanted: str) -> Found:
+def find_benchmark(request: str) -> NamedBenchmark:
     """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
-    if wanted.endswith((".yaml", ".yml")):
-        return read_own(Path(wanted))
-    name, _, split = wanted.partition(":")
+    if request.endswith((".yaml", ".yml")):
+        return read_own(Path(request))
+    name, _, split = request.partition(":")
     if name in BENCHMARKS:
-        return Found(name=name, benchmark=BENCHMARKS[name], split=split)
+        return NamedBenchmark(name=name, benchmark=BENCHMARKS[name], split=split)
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if name not in installed:
         names = [*BENCHMARKS, *installed]
@@ -100,7 +100,7 @@ def find_benchmark(wanted: str) -> Found:
         raise UserError(f"benchmark {name}: {target} is a {type(benchmark).__name__}, it must be a Benchmark")
     if not NAME.fullmatch(name):
         raise UserError(f"benchmark {shown(name)}: a name is letters, digits, _ and -, as folders have it")
-    return Found(name=name, benchmark=benchmark, split=split)
+    return NamedBenchmark(name=name, benchmark=benchmark, split=split)
 
 
 OWN: Mapping[str, tuple[type, Any]] = {
@@ -114,7 +114,7 @@ OWN: Mapping[str, tuple[type, Any]] = {
 """What a benchmark's YAML may say: its type, and what it is without."""
 
 
-def read_own(path: Path) -> Found:
+def read_own(path: Path) -> NamedBenchmark:
     """The benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
@@ -128,9 +128,9 @@ def read_own(path: Path) -> Found:
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
             needed = "a whole number from 1" if kind is int else "text"
             raise UserError(f"{path}: {key} must be {needed}, it is {shown(value)}")
-        known = {"scoring": SCORINGS, "prompt": PROMPTS}.get(key)
-        if known is not None and value not in known:
-            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
+        names = {"scoring": SCORINGS, "prompt": PROMPTS}.get(key)
+        if names is not None and value not in names:
+            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(names)}")
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
     settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
@@ -146,4 +146,6 @@ def read_own(path: Path) -> Found:
         shares_answers=scoring == "caption",
         frames=settings["frames"],
     )
-    return Found(name=settings["name"], benchmark=benchmark, file=settings["file"] and path.parent / settings["file"])
+    return NamedBenchmark(
+        name=settings["name"], benchmark=benchmark, file=settings["file"] and path.parent / settings["file"]
+    )

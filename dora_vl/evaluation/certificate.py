@@ -13,68 +13,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import getpid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dora_vl.adapters.adapter import versions
 from dora_vl.adapters.merge import CERTIFICATES
+from dora_vl.backbones.families import sees_pictures
 from dora_vl.data.example import iterate_examples
 from dora_vl.data.text_file import stream_values
-from dora_vl.errors import UserError, positive, shown
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
+from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
+from dora_vl.run.base import VLBART
+from dora_vl.run.folder import SETTINGS, write_json
 
-if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import Decoding, MediaReader
-    from dora_vl.evaluation.open_model import ModelSource
-
-CHECK_HELP = """\
-With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file,
-and the differences are printed and written beside the weights (certificate.json, certificate.md). Exit status 1 where
-more answers differ than --most-different allows."""
-
-QUESTIONS, BATCH, LONGEST_ANSWER, FRAMES = 20, 8, 32, 8
+BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 REFERENCE = "unmerged"
 JSON_FILE, TEXT_FILE = CERTIFICATES
 EQUAL_SHOWN = 20
 """Questions with equal answers that the text shows; the JSON holds all."""
-
-
-def add_check_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that can check what it wrote."""
-    group = parser.add_argument_group("checking the result")
-    group.add_argument(
-        "--no-check", dest="check", action="store_const", const=0, help="merge: compares no logits either"
-    )
-    group.add_argument(
-        "--check",
-        type=positive,
-        nargs="?",
-        const=QUESTIONS,
-        metavar="N",
-        help=f"asks N questions (default {QUESTIONS})",
-    )
-    group.add_argument(
-        "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
-    )
-    group.add_argument(
-        "--images", type=Path, metavar="DIR", help="root of their pictures (default: the run's, or here)"
-    )
-    group.add_argument("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
-    group.add_argument(
-        "--check-dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="that the models compute in (default: float32; the run's own where its base was quantised)",
-    )
-    group.add_argument("--check-tokens", type=positive, default=LONGEST_ANSWER, metavar="N", help="longest answer")
-    group.add_argument(
-        "--most-different",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="of the questions whose answers may differ, 0 to 1 (default: 0)",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +69,6 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         return None
     if not 0 <= options.most_different <= 1:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
-    from dora_vl.evaluation.ask import check_pictures
-    from dora_vl.evaluation.open_model import read_recipe
-    from dora_vl.run.base import VLBART
-    from dora_vl.run.folder import SETTINGS
-
     run: dict[str, Any] = {}
     for folder in adapter.resolve().parents[:2]:  # of a run's adapter, and of a checkpoint's
         if (folder / SETTINGS).is_file():
@@ -169,11 +124,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
     That the base is the right one has been seen before.
     """
-    from dora_vl.backbones.families import sees_pictures
-    from dora_vl.evaluation.open_model import Wanted, find_source
-    from dora_vl.run.base import VLBART
-
-    source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
+    source = find_source(ModelRequest(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
         features = source.recipe["features"]
         if not features.get(check.task) and not (check.task == "" and any(features.values())):
@@ -181,7 +132,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
                 f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
                 "computed (data_prep.features did not make them); leave it out"
             )
-    elif not sees_pictures(source.place, source.revision) and any(
+    elif not sees_pictures(source.base, source.revision) and any(
         question.images or question.videos for question in check.questions
     ):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
@@ -191,14 +142,11 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """A model's folder, asked just as the adapter that it was made from."""
-    from dora_vl.evaluation.open_model import Wanted
-    from dora_vl.run.base import VLBART
-
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
-    request = Wanted(model=str(folder), template=source.wanted.template)
+    request = ModelRequest(model=str(folder), template=source.request.template)
     if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
-        request = replace(source.wanted, model=str(folder))
-    return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=request)
+        request = replace(source.request, model=str(folder))
+    return replace(source, base=str(folder), revision=None, recipe=recipe, request=request)
 
 
 def checked(
@@ -217,9 +165,6 @@ def checked(
     Raises:
         SystemExit: with status 1, more answers differ than may.
     """
-    from dora_vl.evaluation.ask import Decoding, media_reader
-    from dora_vl.run.folder import write_json
-
     scratch = folder.with_name(f".{folder.name}.checking-{getpid()}")
     scratch.mkdir(parents=True)
     media = media_reader(check.images, frames=check.frames, one_length=True)
@@ -280,9 +225,6 @@ def _asked(
     check: Check, unmerged: ModelSource, media: MediaReader, decoding: Decoding, scratch: Path
 ) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
     """The unmerged model's answers, and why others have none; its logits lie in `scratch`, by the answers' places."""
-    from dora_vl.evaluation.ask import ask
-    from dora_vl.evaluation.open_model import open_model
-
     model = open_model(unmerged).adapted
     predictions = ask(model, check.questions, media, decoding)
     if not predictions.rows:
@@ -309,9 +251,6 @@ def _compare(
     scratch: Path,
 ) -> None:
     """Adds to each answer what the other model says to the question, and how its logits over the answer differ."""
-    from dora_vl.evaluation.ask import ask
-    from dora_vl.evaluation.open_model import open_model
-
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
     predictions = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)

@@ -178,18 +178,18 @@ def _ask(
 ) -> tuple[dict[str, Predictions], dict[str, Exchange]]:
     """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
-    from dora_vl.evaluation.open_model import Wanted, find_source, hashes, open_model
+    from dora_vl.evaluation.open_model import ModelRequest, find_source, hashes, open_model
     from dora_vl.run.base import VLBART
 
     about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
-    source = find_source(Wanted(adapter=adapter, model=model, template=options.template, **about_adapter))
+    source = find_source(ModelRequest(adapter=adapter, model=model, template=options.template, **about_adapter))
     shows = next(
         (dataset.name for dataset in sets if any(example.images or example.videos for example in dataset.examples)),
         None,
     )
-    if source.kind != VLBART and not sees_pictures(source.place, source.revision) and shows is not None:
+    if source.kind != VLBART and not sees_pictures(source.base, source.revision) and shows is not None:
         raise UserError(
-            f"{shows} shows pictures or videos, and {adapter or source.place} is a language model, which takes "
+            f"{shows} shows pictures or videos, and {adapter or source.base} is a language model, which takes "
             "none; a run of tasks/commonsense.py is tested by itself, with --test_only true"
         )
     if options.answer_by == "likelihood" and source.kind == VLBART:
@@ -244,7 +244,7 @@ def _ask_set(
     one_length, prompt = False, None
     if isinstance(model, Assistant):
         examples, prompt = [*map(with_middle_frame, examples)], benchmark.prompt
-        one_length = model.prompts.videos_of_one_length
+        one_length = model.prompts.encoder.videos_of_one_length
         settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
         if any(example.videos for example in examples):
             settings["frames"] = frames

@@ -6,7 +6,6 @@ A benchmark is scored before anything of it is written, and one that cannot be s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -54,19 +53,23 @@ def finish(
         name, mine = dataset.name, predictions[dataset.name]
         theirs = None if against is None else against[name]
         try:
-            with _named_failures(dataset):
-                write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
-                submission = None if write is None else write(dataset.examples, mine.answers)
-                if dataset.scorer is not None:  # else a judge or a server scores
-                    scored, entries[name], comparison = _result(dataset, mine, theirs, options, exchanges.get(name))
-                    shares[name] = scored.per_item
-                    lines += [f"{name}: {line}" for line in comparison]
-                if submission:
-                    submissions[name] = submission
-        except UserError as error:
+            write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
+            submission = None if write is None else write(dataset.examples, mine.answers)
+            if dataset.scorer is not None:  # else a judge or a server scores
+                scored, entries[name], comparison = _result(dataset, mine, theirs, options, exchanges.get(name))
+                shares[name] = scored.per_item
+                lines += [f"{name}: {line}" for line in comparison]
+            if submission:
+                submissions[name] = submission
+        except (UserError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            unreadable = (  # an installed package's scorer trips too
+                f"{dataset.file}: a record holds something that the scorer of {name} cannot read "
+                f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
+            )
+            failure = error if isinstance(error, UserError) else UserError(unreadable)
             if len(sets) == 1:
-                raise
-            reasons[name] = one_line(str(error), LONGEST_REASON)
+                raise failure from (None if failure is error else error)
+            reasons[name] = one_line(str(failure), LONGEST_REASON)
     finished = [dataset for dataset in sets if dataset.name not in reasons]
     for dataset in finished:
         name = dataset.name
@@ -101,14 +104,6 @@ def _score(dataset: EvaluationSet, predictions: Predictions, scorer: Scorer) -> 
     return scored
 
 
-def _said(dataset: EvaluationSet, example: Example, *, after: str | None) -> str:
-    """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
-    if not dataset.benchmark.chooses and not dataset.benchmark.labels_choices:
-        return final_answer(right_text(example), after) or ""
-    index = correct_index(example)
-    return f"a{index}" if dataset.benchmark.labels_choices else ascii_uppercase[index]
-
-
 def _result(
     dataset: EvaluationSet,
     mine: Predictions,
@@ -122,7 +117,15 @@ def _result(
     if dataset.name == "exact_match" and after:
         scorer = partial(exact_match, answer_after=after)
     scored = _score(dataset, mine, scorer)
-    says = partial(_said, dataset, after=after)
+    benchmark = dataset.benchmark
+
+    def says(example: Example) -> str:
+        """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
+        if not benchmark.chooses and not benchmark.labels_choices:
+            return final_answer(right_text(example), after) or ""
+        index = correct_index(example)
+        return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
+
     baselines, lines = compared(scored, dataset.scored, mine.answers, scorer, says=says, exchange=exchange)
     limits = intervals(scored)
     apart = {} if theirs is None else paired_differences(scored, _score(dataset, theirs, scorer))
@@ -180,18 +183,6 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
         ).rstrip()
         for row in rows
     ]
-
-
-@contextlib.contextmanager
-def _named_failures(dataset: EvaluationSet) -> Iterator[None]:
-    """What a scorer trips over in a record becomes a line; of an installed package's scorer as well."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{dataset.file}: a record holds something that the scorer of {dataset.name} cannot read "
-            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
-        ) from error
 
 
 def _write(

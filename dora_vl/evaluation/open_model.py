@@ -36,16 +36,15 @@ from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.ask import Asker, Assistant
+from dora_vl.evaluation.ask import Asker, Assistant, EncoderPrompts
 from dora_vl.evaluation.predictions import file_sha256
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.files import HUB_ID
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class ModelRequest:
     """Which model is to be opened: an adapter on its base, or a model by itself.
 
     Attributes:
@@ -95,43 +94,43 @@ class ModelSource:
 
     Attributes:
         kind: of the backbone, as `run.adapting` and `recipe.json` call it.
-        place: folder or hub id of the base, or of the model itself.
+        base: folder or hub id of the base, or of the model itself.
         recipe: the adapter's; empty where no training run of ours wrote one.
         attention: as the adapter was trained with it; None: transformers' choice.
     """
 
     kind: str
-    place: str
-    wanted: Wanted
+    base: str
+    request: ModelRequest
     revision: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     attention: Attention = None
 
 
-def find_source(wanted: Wanted) -> ModelSource:
+def find_source(request: ModelRequest) -> ModelSource:
     """What is to be opened: folders are read and checked, before any weight is loaded."""
-    if (wanted.adapter is None) == (wanted.model is None):
+    if (request.adapter is None) == (request.model is None):
         raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
-    if wanted.adapter is None:
-        source = _model(wanted, str(wanted.model))
-    elif "base" in (recipe := read_recipe(wanted.adapter)):
-        source = _of_run(wanted, wanted.adapter, recipe)
+    if request.adapter is None:
+        source = _model(request, str(request.model))
+    elif "base" in (recipe := read_recipe(request.adapter)):
+        source = _of_run(request, request.adapter, recipe)
     else:
-        source = _of_peft(wanted, wanted.adapter)
-    if wanted.template is not None:
+        source = _of_peft(request, request.adapter)
+    if request.template is not None:
         if source.recipe:
             raise UserError(
-                f"--template {shown(wanted.template)}: {wanted.adapter} says how its model is asked; leave it out"
+                f"--template {shown(request.template)}: {request.adapter} says how its model is asked; leave it out"
             )
         names = (*TEMPLATES, *FORMATS, OWN_TEMPLATE)
-        if wanted.template not in names:
-            raise UserError(f"--template {shown(wanted.template)}: there are {', '.join(names)}")
+        if request.template not in names:
+            raise UserError(f"--template {shown(request.template)}: there are {', '.join(names)}")
     return source
 
 
-def _model(wanted: Wanted, model: str) -> ModelSource:
-    if wanted.base is not None or wanted.with_base or wanted.any_base:
+def _model(request: ModelRequest, model: str) -> ModelSource:
+    if request.base is not None or request.with_base or request.any_base:
         raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
     if not Path(model).is_dir() and (model.startswith((".", "/")) or not HUB_ID.fullmatch(model)):
         raise UserError(f"--model {shown(model)}: no such folder, and no hub id")
@@ -140,18 +139,18 @@ def _model(wanted: Wanted, model: str) -> ModelSource:
     kind = kind_of_base(model)
     if kind == VLBART:
         raise UserError(f"--model {model} is a VL-BART: its tasks and features stand in an adapter's recipe.json alone")
-    return ModelSource(kind=kind, place=model, wanted=wanted, dtype=_stated_dtype(model, None))
+    return ModelSource(kind=kind, base=model, request=request, dtype=_stated_dtype(model, None))
 
 
-def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
-    place = find_base(wanted.base or recipe["base"], adapter)
-    revision = None if wanted.base else recipe.get("revision")
-    kind = kind_of_base(place, revision)
+def _of_run(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
+    base = find_base(request.base or recipe["base"], adapter)
+    revision = None if request.base else recipe.get("revision")
+    kind = kind_of_base(base, revision)
     missing = [name for name in ENTRIES[kind] if name not in recipe]
     if missing:
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
-    if not wanted.any_base:
-        check_base(recipe, place, adapter)
+    if not request.any_base:
+        check_base(recipe, base, adapter)
     attention = recipe.get("attn_implementation")
     kernels = [*attention.values()] if isinstance(attention, dict) else [attention]
     if attention is not None and not all(kernel in KERNELS for kernel in kernels):
@@ -162,8 +161,8 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
         attention = None
     return ModelSource(
         kind=kind,
-        place=place,
-        wanted=wanted,
+        base=base,
+        request=request,
         revision=revision,
         recipe=recipe,
         dtype=str(recipe["dtype"]),
@@ -171,24 +170,24 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
     )
 
 
-def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:
+def _of_peft(request: ModelRequest, adapter: Path) -> ModelSource:
     """An adapter folder of PEFT's own two files, or one that was converted: its base says what it is."""
     config = files.read_peft_config(adapter)
     check_peft_fields(str(adapter), config)
     stated = config.get("base_model_name_or_path")
-    if not wanted.base and not (isinstance(stated, str) and stated):
+    if not request.base and not (isinstance(stated, str) and stated):
         raise UserError(f"{adapter / CONFIG_FILE} does not say which base it was trained on; add --base FOLDER")
-    place = find_base(wanted.base or str(stated), adapter)
-    revision = None if wanted.base else config.get("revision")
-    kind = kind_of_base(place, revision)
+    base = find_base(request.base or str(stated), adapter)
+    revision = None if request.base else config.get("revision")
+    kind = kind_of_base(base, revision)
     if kind == VLBART:
         raise UserError(f"{adapter} is a VL-BART's without tasks and features; ask the folder that training wrote")
-    return ModelSource(kind=kind, place=place, wanted=wanted, revision=revision, dtype=_stated_dtype(place, revision))
+    return ModelSource(kind=kind, base=base, request=request, revision=revision, dtype=_stated_dtype(base, revision))
 
 
-def kind_of_base(place: str, revision: str | None = None) -> str:
+def kind_of_base(base: str, revision: str | None = None) -> str:
     """Which kind of backbone a model is, by its config alone."""
-    model_type = model_type_of(place, revision)
+    model_type = model_type_of(base, revision)
     if model_type == VLBART:
         return VLBART
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
@@ -198,14 +197,14 @@ def kind_of_base(place: str, revision: str | None = None) -> str:
     reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
     reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
     raise UserError(
-        f"{place} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
+        f"{base} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
         "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
     )
 
 
-def _stated_dtype(place: str, revision: str | None) -> str:
+def _stated_dtype(base: str, revision: str | None) -> str:
     """The number type that a model's config states; else float32."""
-    config: Any = PreTrainedConfig.get_config_dict(place, revision=revision or "main")[0]
+    config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
     stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return stated if stated in DTYPES else "float32"
 
@@ -248,10 +247,10 @@ def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
 
 def hashes(source: ModelSource) -> Mapping[str, str]:
     """What tells the answers of an opened model from others': of the base's content, and of the adapter."""
-    wanted, recipe = source.wanted, source.recipe
-    stated = recipe.get("base_sha256") if not wanted.any_base else None
-    base = str(stated) if stated else content_hash(local_folder(source.place, source.revision))
-    of_adapter = {} if wanted.adapter is None else {"adapter": file_sha256(wanted.adapter / WEIGHTS_FILE)}
+    request, recipe = source.request, source.recipe
+    stated = recipe.get("base_sha256") if not request.any_base else None
+    base = str(stated) if stated else content_hash(local_folder(source.base, source.revision))
+    of_adapter = {} if request.adapter is None else {"adapter": file_sha256(request.adapter / WEIGHTS_FILE)}
     return {**of_adapter, "base": base}
 
 
@@ -260,28 +259,28 @@ LONGEST_ANSWERED = 1 << 20
 """Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
 
 
-def open_model(source: ModelSource | Wanted) -> Opened:
-    """The model that is wanted, quietly, on the GPU where there is one."""
-    if isinstance(source, Wanted):
+def open_model(source: ModelSource | ModelRequest) -> Opened:
+    """The model that is asked for, quietly, on the GPU where there is one."""
+    if isinstance(source, ModelRequest):
         source = find_source(source)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if source.kind == VLBART:
         return _open_vlbart(source)
-    prompts, wanted = prompts_of(source), source.wanted  # before the weights: it may refuse
+    prompts, request = prompts_of(source), source.request  # before the weights: it may refuse
     backbone = load_decoder(source)
-    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
+    adapted, plain = with_adapter(backbone, request.adapter, with_base=request.with_base, strength=request.strength)
     return Opened(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
 
 
 def prompts_of(source: ModelSource) -> EncoderPrompts:
     """What makes the inputs of a source's decoder; its weights are not read."""
     if source.kind != DECODER:
-        raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
+        raise UserError(f"{source.base} is a {source.kind}, which answers no chat")
     model = _model_config(source)
     encoder = open_encoder(
         model.base,
-        template=source.recipe.get("template") or source.wanted.template,
+        template=source.recipe.get("template") or source.request.template,
         aspect=model.image_aspect,
         max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
         revision=model.revision,
@@ -299,7 +298,7 @@ def _model_config(source: ModelSource) -> ModelConfig:
     dtype: Any = source.dtype
     attention: Any = source.attention
     return ModelConfig(
-        base=source.place,
+        base=source.base,
         revision=source.revision,
         image_aspect=recipe.get("image_aspect") or "pad",
         dtype=dtype,
@@ -342,16 +341,16 @@ def _open_vlbart(source: ModelSource) -> Opened:
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
     from dora_vl.evaluation.vlbart_tasks import closed
 
-    wanted, recipe, place = source.wanted, source.recipe, source.place
-    adapter, is_merged = Path(str(wanted.adapter)), wanted.model is not None
-    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
+    request, recipe, base = source.request, source.recipe, source.base
+    adapter, is_merged = Path(str(request.adapter)), request.model is not None
+    loaded = load_vlbart(base, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
     lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
-    if wanted.strength != 1 and set(lists) - of_base:
+    if request.strength != 1 and set(lists) - of_base:
         raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")
     if not is_merged:
         set_answer_heads(loaded.model, lists)
     change = None if is_merged else adapter
-    adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
+    adapted, plain = with_adapter(loaded, change, with_base=request.with_base, strength=request.strength)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
     all_subtasks = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
@@ -365,11 +364,11 @@ def _open_vlbart(source: ModelSource) -> Opened:
     first = VlBartAssistant(
         backbone=adapted,
         encoder=Seq2SeqEncoder(
-            load_tokenizer(place),
+            load_tokenizer(base),
             subtitles_first=trained_with["subtitles_first"],
             max_positions=max_positions(adapted.config),
         ),
-        features=open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base),
+        features=open_encoders(adapter, recipe, device=device, any_tower=request.any_base),
         subtasks=subtasks(lists),
         feature_tokens=recipe["feature_tokens"],
         is_video=recipe["is_video"],

@@ -117,7 +117,7 @@ def chosen_for_sheet(
 
 def write_contact_sheet(
     predictions: Sequence[Prediction],
-    open_picture: Callable[[str], Image.Image],
+    open_picture: Callable[[Prediction], Image.Image],
     to: Path,
     *,
     title: str,
@@ -127,7 +127,7 @@ def write_contact_sheet(
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
     Args:
-        open_picture: the picture at a prediction's relative path; its first picture is drawn.
+        open_picture: what a prediction that shows anything (its `images` say so) is drawn with.
         shares: how right each answer is, from 0 to 1, by the prediction's id, as the test's score has it; half is
             right, and one that is not in it has neither colour.
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
@@ -148,36 +148,31 @@ def write_contact_sheet(
         top = 1 - (TITLE_HEIGHT + row * CELL_HEIGHT) / height
         side = CELL_WIDTH - MARGIN
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
-        _draw_picture(axes, prediction, open_picture)
-        _draw_subtitles(axes, subtitles.get(prediction.id, ""))
+        _draw_picture(axes, prediction, open_picture, subtitles.get(prediction.id, ""))
         share = shares.get(prediction.id)
         _draw_answer(axes, prediction, inches=side, right=None if share is None else share >= RIGHT_SHARE)
     save_png(figure, to)
 
 
-def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[str], Image.Image]) -> None:
+def _draw_picture(
+    axes: Axes, prediction: Prediction, open_picture: Callable[[Prediction], Image.Image], subtitles: str
+) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color(GRID)
-    if not prediction.images:
-        return
-    try:
-        picture = open_picture(prediction.images[0])
-    except BadSample as error:
-        reason = textwrap.fill(error.reason, QUESTION_CHARACTERS)
-        look = {"ha": "center", "va": "center", "fontsize": 6, "color": WRONG}
-        axes.text(0.5, 0.5, plain_text(reason), transform=axes.transAxes, **look, **AS_IT_STANDS)
-        return
-    # Pixels stay squares where a picture is smaller than its place on the sheet.
-    axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
-
-
-def _draw_subtitles(axes: Axes, said: str) -> None:
-    lines = textwrap.wrap(said, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …")
-    look = {"fontsize": 6, "color": "white", "bbox": {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}}
-    if lines:
-        style = {"ha": "center", "va": "bottom", "transform": axes.transAxes, **AS_IT_STANDS}
-        axes.text(0.5, 0.03, plain_text("\n".join(lines)), **style, **look)
+    style: dict[str, Any] = {"ha": "center", "fontsize": 6, "transform": axes.transAxes, **AS_IT_STANDS}
+    if prediction.images:
+        try:
+            picture = open_picture(prediction)
+        except BadSample as error:
+            reason = plain_text(textwrap.fill(error.reason, QUESTION_CHARACTERS))
+            axes.text(0.5, 0.5, reason, va="center", color=WRONG, **style)
+        else:
+            # Pixels stay squares where a picture is smaller than its place on the sheet.
+            axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
+    if lines := textwrap.wrap(subtitles, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …"):
+        box = {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}
+        axes.text(0.5, 0.03, plain_text("\n".join(lines)), va="bottom", color="white", bbox=box, **style)
 
 
 def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool | None) -> None:

@@ -289,8 +289,8 @@ class EvaluationSet:
 
 def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
     """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
-    wanted, _, file = request.partition("=")
-    listed = find_benchmark(wanted)
+    listed = find_benchmark(request.partition("=")[0])
+    file = request.partition("=")[2]
     name, benchmark = listed.name, listed.benchmark
     if mode is not None and (mode not in benchmark.modes or mode == ""):
         named = [version for version in benchmark.modes if version]
@@ -304,8 +304,8 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
                 examples[number] = replace(example, choices=("",), extra={"correct": 0})
             elif not example.choices and example.turns:
                 examples[number] = with_choices(example, suffix)
-        asked = [example for example in examples if example.choices or has_answer(example) or not example.turns]
-        check_choices(asked, path, all_known=False)
+        choosing = [example for example in examples if example.choices or has_answer(example) or not example.turns]
+        check_choices(choosing, path, all_known=False)
     return EvaluationSet(
         request=request,
         name=name,

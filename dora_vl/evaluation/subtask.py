@@ -109,12 +109,7 @@ def make_sample(
     reader: FeatureReader,
     target: Target | None,
 ) -> Seq2SeqSample:
-    """An example in tensors; without a target, as it is asked.
-
-    Raises:
-        BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
-            the task asks for one.
-    """
+    """An example in tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
@@ -128,11 +123,7 @@ def make_sample(
 
 
 def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
-    """Refuses what `make_sample` would, as far as it can be known without reading features.
-
-    Raises:
-        BadSample: as there.
-    """
+    """Refuses what `make_sample` would, as far as it can be known without reading features."""
     _check_kind(example, subtask)
     check_features(example, reader)
 
@@ -185,14 +176,14 @@ class Seq2SeqCollator:
         mask = _pad([torch.ones_like(row) for row in ids], 0)
         closed = {}
         if batch.subtask.answer_by == "closed":
-            closed["closed"] = ClosedBatch(batch.subtask.name, [one.soft_scores or {} for one in samples] or [{}])
+            closed["closed"] = ClosedBatch(batch.subtask.name, [sample.soft_scores or {} for sample in samples] or [{}])
         return {
             **closed,
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": mask,
             "labels": _pad(labels, IGNORED_LABEL),
             "features": torch.stack(features or [torch.zeros(batch.subtask.images, *self.feature_shape)]),
-            WEIGHTS: torch.tensor([one.weight / len(samples) for one in samples] or [0.0]),
+            WEIGHTS: torch.tensor([sample.weight / len(samples) for sample in samples] or [0.0]),
             "normalise_by": batch.subtask.normalise_by,
             SAMPLES: len(samples),
             "sample_ids": [sample.id for sample in samples],

@@ -23,14 +23,22 @@ from dora_vl.backbones.templates import PROMPTS
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.pictures import open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, ask, check_pictures, media_reader
+from dora_vl.evaluation.ask import (
+    Asker,
+    Assistant,
+    Decoding,
+    EncoderPrompts,
+    MediaReader,
+    ask,
+    check_pictures,
+    media_reader,
+)
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
@@ -126,7 +134,13 @@ def evaluate_run(
             run_folder / METRICS,
         )
     title = f"{scored.metrics[ACCURACY]:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
-    draw(predictions.rows, partial(open_image, media.folder), title, scored.per_item, run_folder=run_folder)
+    draw(
+        predictions.rows,
+        lambda row: open_image(media.folder, row.images[0]),
+        title,
+        scored.per_item,
+        run_folder=run_folder,
+    )
     exchange = None
     if evaluation.exchange_pictures:
         sample, by_id = exchanged(examples, predictions.answers), {question.id: question for question in questions}
@@ -181,18 +195,13 @@ def media_of_run(
         reader: of its videos; None starts one where there are any.
     """
     data = config.data
-    folder = pictures_of_test(config) if of_test else image_folder(data)
-    same = data.video_frames if assistant.prompts.videos_of_one_length else None
+    folder = image_folder(data, config.evaluation.image_folder if of_test else None)
+    same = data.video_frames if assistant.prompts.encoder.videos_of_one_length else None
     root = folder if of_test and config.evaluation.image_folder else video_folder(data)
     videos = VideoReading(
         folder=root, sampling=video_sampling(data), frames=same, reader=VideoReader() if reader is None else reader
     )
     return MediaReader(folder=folder, videos=videos)
-
-
-def pictures_of_test(config: RunConfig) -> MediaFolder:
-    """Root of the test's pictures."""
-    return image_folder(config.data, config.evaluation.image_folder)
 
 
 def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Question], dict[str, str]]:
@@ -206,7 +215,8 @@ def check_test(config: RunConfig) -> list[Question]:
     """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours."""
     questions, _ = read_test(config.evaluation, config.data.contract)
     images = (path for question in questions for path in question.images)
-    check_pictures(images, pictures_of_test(config).root, setting="evaluation.image_folder (or data.image_folder)")
+    root = image_folder(config.data, config.evaluation.image_folder).root
+    check_pictures(images, root, setting="evaluation.image_folder (or data.image_folder)")
     if any(question.videos for question in questions):
         check_videos(config.data)
     return questions
@@ -399,7 +409,7 @@ def evaluate_commonsense(
 
 def draw(
     predictions: Sequence[Prediction],
-    open_picture: Callable[[str], Image.Image] | None,
+    open_picture: Callable[[Prediction], Image.Image] | None,
     title: str,
     shares: Mapping[str, float],
     *,
@@ -436,38 +446,32 @@ def draw_tasks(
     rows: list[Prediction] = []
     titles: list[str] = []
     shares: dict[str, float] = {}
-    subtitles: dict[str, str] = {}
+    by_id: dict[str, Example] = {}
     for task, examples, predictions, scored in tasks:
-        by_id = {example.id: example for example in examples}
+        by_id |= {f"{task}/{example.id}": example for example in examples}
         for row in predictions.rows:
-            example, name = by_id[row.id], f"{task}/{row.id}"
+            example = by_id[f"{task}/{row.id}"]
             if media := media_of(example):
                 words = [in_words(example, text) for text in (expected(example), row.prediction)]
-                rows.append(replace(row, id=name, images=media, truth=words[0], prediction=words[1]))
-                subtitles[name] = " ".join(line.text for line in example.subtitles)
+                rows.append(replace(row, id=f"{task}/{row.id}", images=media, truth=words[0], prediction=words[1]))
         # what could not be asked counts as wrong in the title too, as metrics.json has it
-        name, value = ("", 0.0) if scored is None else next(iter(scored.metrics.items()))
+        metric, value = ("", 0.0) if scored is None else next(iter(scored.metrics.items()))
         if scored is None:
             titles.append(f"{task}: {len(predictions.rows):,} answers, not scored")
-        elif name == ACCURACY:
+        elif metric == ACCURACY:
             titles.append(f"{task}: {value / PERCENT:.1%} of {scored.n:,} right")
         else:
-            titles.append(f"{task}: {name} {value:.1f} of {scored.n:,}")
+            titles.append(f"{task}: {metric} {value:.1f} of {scored.n:,}")
         if scored is not None and ACCURACY in scored.metrics:
             shares |= {f"{task}/{name}": share for name, share in scored.per_item.items()}
-    clips = {
-        example.video.path: example.video
-        for _, examples, _, _ in tasks
-        for example in examples
-        if example.video is not None
-    }
     title = "\n".join(textwrap.wrap(", ".join(titles), TITLE_CHARACTERS, max_lines=2))
     media = media_reader(Path(image_folder or "."), frames=1)
 
-    def open_medium(path: str) -> Image.Image:
-        of_clip = Example(id=path, videos=(clips[path],)) if path in clips else Example(id=path, images=(path,))
-        return media.picture(as_question(of_clip))
+    def open_medium(row: Prediction) -> Image.Image:
+        example = by_id[row.id]  # its own clip: other questions are about other parts of the same video
+        return media.picture(as_question(replace(example, images=example.images[:1])))
 
     opened = None if image_folder is None else open_medium
+    subtitles = {row.id: " ".join(line.text for line in by_id[row.id].subtitles) for row in rows}
     draw(rows, opened, title, shares, run_folder=run_folder, subtitles=subtitles)
     media.close()

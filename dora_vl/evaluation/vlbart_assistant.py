@@ -22,9 +22,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Decoding, MediaReader, View, Write, prediction
+from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
@@ -117,7 +116,8 @@ class VlBartAssistant:
                     rows.append(prediction(question, None, reason))
             if usable:
                 subtask = usable[0][2]
-                texts = self._texts(subtask, [one[1] for one in usable], [one[3] for one in usable])
+                _, examples, _, samples = zip(*usable, strict=True)
+                texts = self._texts(subtask, examples, samples)
                 for (question, _, _, sample), text in zip(usable, texts, strict=True):
                     if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
                         text = ascii_uppercase[int(text.removeprefix("a"))]
@@ -167,7 +167,7 @@ class VlBartAssistant:
             features = fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None]
         else:
             several = encoder.pictures(pictures)
-            features = torch.stack([fixed_length(one, self.feature_tokens, frames=1) for one in several])
+            features = torch.stack([fixed_length(picture, self.feature_tokens, frames=1) for picture in several])
         if len(features) != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {len(features)}")
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
@@ -236,7 +236,7 @@ class VlBartAssistant:
         begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
         logits = backbone.logits(backbone.decode(begun.expand(len(ids), -1), encoded, joint)[:, 1])
         chosen = says_true(logits, true_token=true_token, false_token=false_token)
-        return with_numbers([TRUE if one else FALSE for one in chosen.tolist()], logits)
+        return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
         """The trained task of this name, or the first that such a question belongs to.

@@ -8,11 +8,11 @@ tokens loses subtitles, not its question (data.subtitles_first), and a choice is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import TypeAlias
+from typing import Any
 
 from dora_vl.backbones.templates import Prompt
 from dora_vl.data.example import Example, right_choice
@@ -22,22 +22,21 @@ from dora_vl.evaluation.subtask import Search, Subtask, Target
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
 NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed
+PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT)
+
+score_vqa = partial(vqa.vqa_score, version="before_2021")
+"""As VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
+score_gqa = partial(vqa.gqa_score, conversion="vl_t5")
+"""As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
 
 
 def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task of this file; without `task_prompt` the text does not say which one it is."""
+    """Every task on pictures; without `task_prompt` the text does not say which one it is."""
 
     def asked(name: str) -> Callable[[Example], Prompt]:
         return partial(image_question_prompt, prefix=f"{name}: " if task_prompt else "")
 
-    caption_task = image_caption_task(prefix="caption: " if task_prompt else "")
-    every = (*question_tasks(asked), *statement_tasks(asked), caption_task)
-    return {task.name: task for task in every}
-
-
-def question_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Sequence[Subtask]:
-    """Questions answered in words: VQAv2, GQA and those of one's own data."""
-    words = Subtask(
+    vqav2 = Subtask(
         name="vqav2",
         prompt=asked("vqa"),
         target=weighted_answer,
@@ -46,43 +45,40 @@ def question_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Seque
         search=Search(no_repeat_ngram=NO_REPEAT),
         score=score_vqa,
     )
-    return (
-        words,
-        # The prompt reads "gpa" in all published runs.
-        replace(words, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=score_gqa),
-        Subtask(
-            name="short_answer",
-            prompt=asked("vqa"),
-            target=one_answer,
-            input_tokens=QUESTION_TOKENS * 2,
-            target_tokens=QUESTION_TOKENS,
-            score=score_gqa,
-        ),
+    short_answer = Subtask(
+        name="short_answer",
+        prompt=asked("vqa"),
+        target=one_answer,
+        input_tokens=QUESTION_TOKENS * 2,
+        target_tokens=QUESTION_TOKENS,
+        score=score_gqa,
     )
-
-
-def statement_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Sequence[Subtask]:
-    """Sentences that are true or false of a picture (NLVR) or of two (NLVR2)."""
+    # Sentences that are true or false of a picture, or of two.
     nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
-    return replace(nlvr, name="nlvr2", batch_share=20 / 60, score=vqa.nlvr2_score, images=2), nlvr
-
-
-def image_caption_task(*, prefix: str) -> Subtask:
-    """COCO captions: each of a picture's captions is an item of its own."""
-    return Subtask(
+    coco_caption = Subtask(  # each of a picture's captions is an item of its own
         name="coco_caption",
         batch_share=50 / 60,
-        prompt=lambda example: Prompt(text=prefix),
+        prompt=lambda example: Prompt(text="caption: " if task_prompt else ""),
         target=own_caption,
         each_answer=True,
         input_tokens=CAPTION_TOKENS,
         target_tokens=CAPTION_TOKENS,
         normalise_by="tokens",
-        search=Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT),
+        search=PUBLISHED_SEARCH,
         score=caption.score,
         check_scoring=caption.check_scoring,
         reads_question=False,
     )
+    tasks = (
+        vqav2,
+        # The prompt reads "gpa" in all published runs.
+        replace(vqav2, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=score_gqa),
+        short_answer,
+        replace(nlvr, name="nlvr2", batch_share=20 / 60, score=vqa.nlvr2_score, images=2),
+        nlvr,
+        coco_caption,
+    )
+    return {task.name: task for task in tasks}
 
 
 def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
@@ -91,11 +87,7 @@ def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
 
 
 def weighted_answer(example: Example, answer: int | None, random: Random) -> Target:
-    """VQAv2: one of the answers, each as often as its soft score says; the loss is multiplied by that score.
-
-    Raises:
-        BadSample: no answer has a score above 0.
-    """
+    """VQAv2: one of the answers, each as often as its soft score says; the loss is multiplied by that score."""
     answers = [answer for answer in example.answers if answer.weight > 0]
     if not answers:
         raise BadSample(example.id, "it has no answer to train on")
@@ -122,131 +114,66 @@ def own_caption(example: Example, answer: int | None, random: Random) -> Target:
     return Target(text=example.answers[answer or 0].text)
 
 
-def score_vqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Scored:
-    """As VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
-    return vqa.vqa_score(examples, answers, version="before_2021")
-
-
-def score_gqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Scored:
-    """As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
-    return vqa.gqa_score(examples, answers, conversion="vl_t5")
-
-
-# Tasks on videos.
-
-
-TEXT_TOKENS, LABEL_TOKENS = 600, 20
-SpanText: TypeAlias = Callable[[float, float], object]
-PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=3)
-
-
 def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task of this file; without `task_prompt` the text does not say which one it is."""
+    """Every task on videos; without `task_prompt` the text does not say which one it is.
 
-    def suffix(name: str) -> str:
-        return f"{name}: " if task_prompt else ""
+    What states the part of a video writes it as the set's files have it, or as `dora_vl.data.benchmarks.videos` does.
+    """
 
-    every = (
-        choice_task("tvqa", video.score, suffix("tvqa"), state_span=tvqa_span),
-        choice_task("how2qa", video.score_how2qa, suffix("how2qa"), state_span=how2qa_span),
-        choice_task("video_choice", video.score, suffix("video_choice")),
-        words_task("video_words", suffix("video_words")),
-        video_caption_task("tvc", suffix("tvc"), with_times=True),
-        video_caption_task("yc2c", suffix("yc2c")),
-        video_caption_task("video_caption", suffix("video_caption")),
+    def task(name: str, text: Callable[[Example], str], target: Any, score: Any, **more: Any) -> Subtask:
+        def prompt(example: Example) -> Prompt:
+            # A space stands before what is said, also where nothing is, as published.
+            subtitles = " " + " ".join(subtitle.text.strip() for subtitle in example.subtitles)
+            ending = f" {name}: " if task_prompt else " "
+            return Prompt(subtitles_before="[Subs]", subtitles=subtitles, text=text(example) + ending)
+
+        return Subtask(name=name, prompt=prompt, target=target, score=score, input_tokens=600, target_tokens=20, **more)
+
+    choosing: dict[str, Any] = {"answer_by": "choice", "search": PUBLISHED_SEARCH, "chooses": True}
+    captioning: dict[str, Any] = {
+        "each_answer": True,  # each of a clip's descriptions is an item of its own
+        "search": PUBLISHED_SEARCH,
+        "check_scoring": caption.check_scoring,
+        "reads_question": False,
+    }
+    tasks = (
+        task("tvqa", _choices, right_label, video.score, state_span=lambda a, b: f"{a:.10g}-{b:.10g}", **choosing),
+        task(
+            "how2qa",
+            _choices,
+            right_label,
+            video.score_how2qa,
+            state_span=lambda a, b: f"{float(a)}-{float(b)}",
+            **choosing,
+        ),
+        task("video_choice", _choices, right_label, video.score, **choosing),
+        # Without the choices: what answers in words need not learn to look them up.
+        task(
+            "video_words",
+            lambda example: f" [Q] {example.question.strip()}",
+            right_words,
+            video.score,
+            answer_by="words",
+            chooses=True,
+        ),
+        task(
+            "tvc",
+            lambda example: f" [TS] ({example.extra.get('ts', '')})",
+            own_caption,
+            caption.score_value,
+            state_span=lambda a, b: [float(a), float(b)],
+            **captioning,
+        ),
+        task("yc2c", lambda _: "", own_caption, caption.score_value, **captioning),
+        task("video_caption", lambda _: "", own_caption, caption.score_value, **captioning),
     )
-    return {task.name: task for task in every}
+    return {task.name: task for task in tasks}
 
 
-def choice_task(
-    name: str, score: Callable[..., video.Scored], suffix: str, state_span: SpanText | None = None
-) -> Subtask:
-    """A question with its choices; the answer is the right choice's label."""
-    return Subtask(
-        name=name,
-        prompt=partial(video_question_prompt, suffix=suffix),
-        target=right_label,
-        input_tokens=TEXT_TOKENS,
-        target_tokens=LABEL_TOKENS,
-        answer_by="choice",
-        search=PUBLISHED_SEARCH,
-        score=score,
-        chooses=True,
-        state_span=state_span,
-    )
-
-
-def words_task(name: str, suffix: str) -> Subtask:
-    """A question without its choices; the answer is the right choice in words."""
-    return Subtask(
-        name=name,
-        prompt=partial(open_prompt, suffix=suffix),
-        target=right_words,
-        input_tokens=TEXT_TOKENS,
-        target_tokens=LABEL_TOKENS,
-        answer_by="words",
-        score=video.score,
-        chooses=True,
-    )
-
-
-def video_caption_task(name: str, suffix: str, *, with_times: bool = False) -> Subtask:
-    """A description of the clip; each of its descriptions is an item of its own."""
-    return Subtask(
-        name=name,
-        prompt=partial(caption_prompt, suffix=suffix, with_times=with_times),
-        target=own_caption,
-        each_answer=True,
-        input_tokens=TEXT_TOKENS,
-        target_tokens=LABEL_TOKENS,
-        search=PUBLISHED_SEARCH,
-        score=caption.score_value,
-        check_scoring=caption.check_scoring,
-        reads_question=False,
-        state_span=tvc_span if with_times else None,
-    )
-
-
-def tvqa_span(start: float, end: float) -> str:
-    """`ts` as TVQA's files have it: 32.5-40."""
-    return f"{start:.10g}-{end:.10g}"
-
-
-def how2qa_span(start: float, end: float) -> str:
-    """`ts` as `dora_vl.data.benchmarks.videos` writes it: 32.5-40.0."""
-    return f"{float(start)}-{float(end)}"
-
-
-def tvc_span(start: float, end: float) -> list[float]:
-    """`ts` as TVC's files have it: [32.5, 40.0]."""
-    return [float(start), float(end)]
-
-
-def subtitle_text(example: Example) -> str:
-    """All that is said, in one line; a space stands before it, also where nothing is said, as published."""
-    return " " + " ".join(subtitle.text.strip() for subtitle in example.subtitles)
-
-
-def video_question_prompt(example: Example, *, suffix: str) -> Prompt:
-    """Subtitles, question, the span it is about and the choices; each choice ends in exactly one period."""
+def _choices(example: Example) -> str:
+    """Question, the part that it is about and the choices; each choice ends in exactly one period."""
     choices = " ".join(f"a{index}: {choice.strip(' .')}." for index, choice in enumerate(example.choices))
-    return Prompt(
-        subtitles_before="[Subs]",
-        subtitles=subtitle_text(example),
-        text=f" [Q] {example.question.strip()} [TS] ({example.extra.get('ts', '')}) [Choices] {choices} {suffix}",
-    )
-
-
-def open_prompt(example: Example, *, suffix: str) -> Prompt:
-    """Subtitles and question without the choices: what answers in words need not learn to look them up."""
-    text = f" [Q] {example.question.strip()} {suffix}"
-    return Prompt(subtitles_before="[Subs]", subtitles=subtitle_text(example), text=text)
-
-
-def caption_prompt(example: Example, *, suffix: str, with_times: bool) -> Prompt:
-    """Subtitles and, for TVC, the clip's times as Python writes a list of numbers."""
-    times = f" [TS] ({example.extra.get('ts', '')})" if with_times else ""
-    return Prompt(subtitles_before="[Subs]", subtitles=subtitle_text(example), text=f"{times} {suffix}")
+    return f" [Q] {example.question.strip()} [TS] ({example.extra.get('ts', '')}) [Choices] {choices}"
 
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
@@ -265,25 +192,17 @@ def _right_index(example: Example) -> int:
     return right_choice(example.extra["correct"], example.choices, example.id)
 
 
-# A task that answers from a closed list instead of in words (VL-T5's classifier form).
-
-
 def closed(subtask: Subtask) -> Subtask:
-    """The task answered from a closed list."""
-    return replace(subtask, answer_by="closed", target=closed_target)
-
-
-def closed_target(example: Example, answer: int | None, random: Random) -> Target:
-    """Every right answer, with its score."""
-    return Target(text="", soft_scores=soft_scores(example))
+    """The task answered from a closed list instead of in words (VL-T5's classifier form)."""
+    return replace(
+        subtask,
+        answer_by="closed",
+        target=lambda example, answer, random: Target(text="", soft_scores=soft_scores(example)),
+    )
 
 
 def soft_scores(example: Example) -> dict[str, float]:
-    """Each right answer's score, at most 1.
-
-    Raises:
-        BadSample: none has a score above 0.
-    """
+    """Each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
     scores: dict[str, float] = {}
     for answer in example.answers:
         if answer.weight > 0:

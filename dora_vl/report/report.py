@@ -9,14 +9,15 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError
-from dora_vl.report.answers import SetAnswers, benchmark_rows, blind, confusion, read_tests, score_rows, worst
-from dora_vl.report.charts import Chart, curves
-from dora_vl.report.page import InlinePictures, rendered, write_page
-from dora_vl.report.run_record import RunRecord, read_run
-from dora_vl.report.views import setting_tables, watched_tables, weight_charts
+
+if TYPE_CHECKING:
+    from dora_vl.report.answers import SetAnswers
+    from dora_vl.report.charts import Chart
+    from dora_vl.report.page import InlinePictures
+    from dora_vl.report.run_record import RunRecord
 
 WORST = 12
 SECTIONS = (
@@ -38,6 +39,11 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
 
     With `weights`, layers are compared with the base, which is read from `base` where that is named.
     """
+    from dora_vl.report.answers import benchmark_rows, blind, confusion, read_tests, score_rows
+    from dora_vl.report.charts import curves
+    from dora_vl.report.page import InlinePictures
+    from dora_vl.report.views import setting_tables, watched_tables, weight_charts
+
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
     tests: list[list[SetAnswers]] = []
@@ -94,6 +100,8 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
 
 def _worst(run: RunRecord, answers: SetAnswers, pictures: InlinePictures) -> dict[str, Any]:
     """The worst answers of a run to one set, with their pictures."""
+    from dora_vl.report.answers import worst
+
     items = worst(answers.items, len(answers.items), is_accuracy=answers.is_accuracy)
     shown = [
         {"item": item, "picture": pictures.shown(answers.pictures, item.pictures, item.clip)} for item in items[:WORST]
@@ -187,6 +195,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     Raises:
         UserError: a folder is no run's, or the file cannot be written.
     """
+    from dora_vl.report.page import rendered, write_page
+    from dora_vl.report.run_record import read_run
+
     folders = list(arguments.runs)
     if arguments.label is not None and len(arguments.label) != len(folders):
         raise UserError(f"{len(folders)} times RUN and {len(arguments.label)} times --label; give one for each")

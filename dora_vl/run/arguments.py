@@ -21,10 +21,10 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from dora_vl.errors import SettingError, UserError, one_line, shown
+from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
+from dora_vl.files import shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
-from dora_vl.run.reading import shipped_folder, wrong_value
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import SettingError, UserError, shown, shown_text
-from dora_vl.files import read_yaml, refuse_other_number
+from dora_vl.errors import SettingError, UserError, shown, wrong_value
+from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
 from dora_vl.run.settings import RunConfig
 
 Settings = TypeVar("Settings")
@@ -124,13 +123,6 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # Settings as files hold them: recipes by name, and variants.
-
-
-def shipped_folder() -> Path:
-    """The folder of recipes and DeepSpeed JSON: in the package where it is installed, beside it in a checkout."""
-    package = Path(str(files("dora_vl")))
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_recipe(name: str) -> Path:
@@ -273,11 +265,6 @@ _UNKNOWN = (
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
 )
-_WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-_ONE_OF = re.compile(
-    r"^\W*(?:Parser key )?\W*([\w.]+)\W*: (Does not validate|Expected a typing\.Literal).*value: (.*)$"
-)
 
 
 def explained(message: str, names: Sequence[str]) -> UserError:
@@ -292,21 +279,6 @@ def explained(message: str, names: Sequence[str]) -> UserError:
     close = [same] if same in names else nearest(unknown, names)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
     return SettingError(unknown, f" is not a setting{hint}", nearest=close)
-
-
-def wrong_value(message: str) -> UserError:
-    """A complaint of the parser about a value, without Python's names of types."""
-    line = " ".join(message.split())
-    if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
-        return SettingError(match[1], f" is {shown_text(match[3])}; it must be {_KINDS[match[2]]}")
-    if match := _ONE_OF.match(line):
-        literals = [word.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for word in group.split(", ")]
-        kinds = [
-            _KINDS[word] for word in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if word in _KINDS
-        ]
-        if choices := list(dict.fromkeys([*literals, *kinds])):
-            return SettingError(match[1], f" is {shown_text(match[3])}; it must be one of {', '.join(choices)}")
-    return UserError(line.replace('Parser key "', '"', 1))
 
 
 def nearest(unknown: str, names: Iterable[str]) -> list[str]:

@@ -51,9 +51,6 @@ UPLOADS_AT_ONCE = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times"
-    )
     add_model_options(parser)
     add_address(parser, port=7860)
     add_options(parser.add_argument_group("answers"), ANSWERS)
@@ -96,7 +93,7 @@ def _serve(
     from dora_vl.serving.page_parts import example_questions
     from dora_vl.serving.side_by_side import SideBySide
 
-    media = RequestMedia(media_limits(options), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(media_limits(options), model.assistant.prompts.encoder.videos_of_one_length)
     examples = next(filter(None, map(example_questions, adapters.values())), ())
     most = media.limits.bytes * ROOM_FOR_A_MESSAGE
     uploads = Uploads(folder, most * UPLOADS_AT_ONCE)

@@ -1,20 +1,10 @@
-"""The one door of the server and of the page: by which names, from where, with which key and how fast one comes in.
-
-Any web page that somebody visits may send requests to this machine: from its own origin, or, where its name is made to
-lead here (DNS rebinding), as if it were this one. So `Host` must be a name that this program was told it has, and
-`Origin`, which browsers add by themselves, the same place.
-"""
+"""The one door of the server and of the page: by which names, from where, with which key and how fast one comes in."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import contextlib
-import secrets
 import time
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -27,16 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.serving.answering import Stopped, TooLate, TooManyRequests
 from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.options import LOCAL, name_of
+from dora_vl.serving.options import Admission, NoKey, Refused
 from dora_vl.serving.requests import BadRequest, TooLarge
-
-
-class Refused(UserError):
-    """Whoever asks may not, or not for this."""
-
-
-class NoKey(UserError):
-    """The program was started with a key, and the request lacks it."""
 
 
 class NotJson(UserError):
@@ -76,47 +58,13 @@ def error_content(error: Exception) -> dict[str, Any]:
     message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
     if isinstance(error, BadSample):
         message = error.reason
-    place = error.place if isinstance(error, BadRequest) else None
-    return {"error": {"message": message, "type": kind, "param": place, "code": code}}
+    param = error.param if isinstance(error, BadRequest) else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 HEAD_SECONDS, HEAD_BYTES = 10.0, 64 * 1024
 """For a request's line and headers, from the moment that the connection stands or the first of them comes."""
 MOST_CONNECTIONS = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admission:
-    """Who may come in.
-
-    Attributes:
-        hosts: names and addresses that requests may be sent to, in lower case.
-        origins: those of them whose pages may send requests here whatever their port, such as a proxy's.
-    """
-
-    hosts: frozenset[str] = frozenset(LOCAL)
-    origins: frozenset[str] = frozenset()
-    key: str | None = None
-
-    def check(self, headers: Headers) -> None:
-        """Lets a request in."""
-        hosts = [host.lower() for host in headers.getlist("host")]
-        if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
-            names = ", ".join(sorted(self.hosts))
-            raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
-        for origin in headers.getlist("origin"):
-            place = origin.lower().partition("://")[2]
-            if place != hosts[0] and name_of(place) not in self.origins:
-                raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
-        if self.key is None:
-            return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        key = given.strip().encode() if kind.lower() == "bearer" else b""
-        if kind.lower() == "basic":  # the password that a browser has asked its person for
-            with contextlib.suppress(binascii.Error):
-                key = base64.b64decode(given, validate=True).partition(b":")[2]
-        if not secrets.compare_digest(key, self.key.encode()):
-            raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
 
 
 class Door:

@@ -29,10 +29,10 @@ from dora_vl.backbones.generation import end_tokens
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
+from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
-from dora_vl.evaluation.ask import check_room
-from dora_vl.evaluation.prompt_inputs import BOOKKEEPING, Shown
+from dora_vl.evaluation.ask import Shown, check_room
 from dora_vl.serving.answering import (
     ENDING,
     Answering,
@@ -277,11 +277,6 @@ class Engine:
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
-
-        Raises:
-            UnknownModel: there is none of this name.
-            BadSample: it cannot be put to the model; the reason says why.
-            UserError: the strength is none.
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
         positions, most = self.model.max_positions, self.settings.prompt_tokens
@@ -302,10 +297,6 @@ class Engine:
 
         Args:
             deadline: when its answer comes too late, by `time.monotonic`; None: its time begins now.
-
-        Raises:
-            TooManyRequests: as many wait as may.
-            Stopped: the engine is closed, or the adapter is gone.
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         answering = Answering(prepared, put, deadline)

@@ -22,16 +22,15 @@ from dora_vl.core.rows import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import (
+    ModelRequest,
     ModelSource,
-    Wanted,
     find_source,
     load_decoder,
     prompts_of,
     read_recipe,
 )
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -120,7 +119,7 @@ class ServedModel:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.source = source
-        self.base_name = base_name or Path(source.place).absolute().name
+        self.base_name = base_name or Path(source.base).absolute().name
         self._template, self._any_base = template, any_base
         prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -230,10 +229,10 @@ def open_served(
     """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
     first = next(iter(adapters.values()), None)
     if first is None:
-        wanted = Wanted(model=model, template=template)
+        request = ModelRequest(model=model, template=template)
     else:
-        wanted = Wanted(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
-    source = find_source(wanted)
+        request = ModelRequest(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
+    source = find_source(request)
     for folder in adapters.values():  # before the weights are read
         source_on(source, folder, template=template, any_base=any_base)
     served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
@@ -244,17 +243,17 @@ def open_served(
 
 def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
     """An adapter over the base that is served; no weight is read."""
-    wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
-    source = find_source(wanted)
+    request = ModelRequest(adapter=folder, base=served.base, any_base=True, template=_template_of(folder, template))
+    source = find_source(request)
     stated = str(source.recipe.get("base_sha256") or "")
-    sha256 = None if any_base or not stated else _sha256_of(served.place, served.revision)
+    sha256 = None if any_base or not stated else _sha256_of(served.base, served.revision)
     if sha256 and sha256 != stated:
         raise UserError(
             f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {sha256[:12]}…; serve it "
             "with its own base, or start with --any-base to try it"
         )
     if source.kind != served.kind:
-        raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
+        raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.base} is {served.kind}")
     trained, now = (recipe.get("quantisation") for recipe in (source.recipe, served.recipe))
     if source.recipe and trained != now and not any_base:
         raise UserError(
@@ -265,10 +264,10 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
 
 
 @cache
-def _sha256_of(place: str, revision: str | None) -> str | None:
+def _sha256_of(base: str, revision: str | None) -> str | None:
     """The hash of a base's content; None of one on the hub that is not here yet."""
     try:
-        return content_hash(local_folder(place, revision))
+        return content_hash(local_folder(base, revision))
     except OSError:
         return None
 

@@ -1,24 +1,34 @@
-"""What the command lines of the server and of the page share: where they listen, to whom, batches, limits, adapters.
+"""What the command lines of the server and of the page share: where they listen, who may come in, batches, limits.
 
 Light: a command's help is there before torch.
+
+Any web page that somebody visits may send requests to this machine: from its own origin, or, where its name is made to
+lead here (DNS rebinding), as if it were this one. So `Host` must be a name that this program was told it has, and
+`Origin`, which browsers add by themselves, the same place.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import binascii
+import contextlib
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError, positive, shown
 
 if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+
     from dora_vl.serving.answering import EngineSettings
-    from dora_vl.serving.door import Admission
     from dora_vl.serving.requests import MediaLimits
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -42,14 +52,57 @@ def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) 
 seconds = between(float, 1e-6)
 
 
-def name_of(place: str) -> str | None:
+def name_of(address: str) -> str | None:
     """The host of `host[:port]`; None where it is none."""
-    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", place)
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", address)
     return match and (match["v6"] or match["name"].removesuffix("."))
 
 
+class Refused(UserError):
+    """Whoever asks may not, or not for this."""
+
+
+class NoKey(UserError):
+    """The program was started with a key, and the request lacks it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Who may come in.
+
+    Attributes:
+        hosts: names and addresses that requests may be sent to, in lower case.
+        origins: those of them whose pages may send requests here whatever their port, such as a proxy's.
+    """
+
+    hosts: frozenset[str] = frozenset(LOCAL)
+    origins: frozenset[str] = frozenset()
+    key: str | None = None
+
+    def check(self, headers: Headers) -> None:
+        """Lets a request in."""
+        hosts = [host.lower() for host in headers.getlist("host")]
+        if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
+            names = ", ".join(sorted(self.hosts))
+            raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
+        for origin in headers.getlist("origin"):
+            host = origin.lower().partition("://")[2]
+            if host != hosts[0] and name_of(host) not in self.origins:
+                raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
+        if self.key is None:
+            return
+        kind, _, credentials = headers.get("authorization", "").partition(" ")
+        key = credentials.strip().encode() if kind.lower() == "bearer" else b""
+        if kind.lower() == "basic":  # the password that a browser has asked its person for
+            with contextlib.suppress(binascii.Error):
+                key = base64.b64decode(credentials, validate=True).partition(b":")[2]
+        if not secrets.compare_digest(key, self.key.encode()):
+            raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
+
+
 def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
-    """Where it listens, and to whom."""
+    """The adapters, where it listens, and to whom."""
+    to.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times")
     to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     to.add_argument(
         "--port", type=between(int, 0, 2**16 - 1), default=port, help=f"0 takes a free one (default: {port})"
@@ -95,18 +148,16 @@ def add_options(to: argparse._ArgumentGroup, options: Options) -> None:
 
 def admission(options: argparse.Namespace) -> Admission:
     """The options about who may come in. Raises UserError where a name or the key is none."""
-    from dora_vl.serving.door import Admission
-
-    names = {given: name_of(given.lower()) for given in options.allow_host}
-    for given, name in names.items():
+    names = {host: name_of(host.lower()) for host in options.allow_host}
+    for host, name in names.items():
         if name is None:
-            raise UserError(f"--allow-host {shown(given)}: give a name or an address, such as gpu.example.org")
+            raise UserError(f"--allow-host {shown(host)}: give a name or an address, such as gpu.example.org")
     key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
     allowed = frozenset(name for name in names.values() if name)
-    own = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
-    return Admission(hosts=allowed | own | {*LOCAL}, origins=allowed, key=key)
+    listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
+    return Admission(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
 
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
@@ -139,10 +190,10 @@ def media_limits(options: argparse.Namespace) -> MediaLimits:
     )
 
 
-def adapters_by_name(given: Sequence[str]) -> dict[str, Path]:
+def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
     """The adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
     adapters: dict[str, Path] = {}
-    for text in given:
+    for text in options:
         stated, sign, rest = text.partition("=")
         is_named = bool(sign and stated and rest) and not Path(text).is_dir()
         folder = Path(rest if is_named else text)

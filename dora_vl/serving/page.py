@@ -28,10 +28,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Admission, Door, Refused
+from dora_vl.serving.door import Door
+from dora_vl.serving.options import Admission, Refused
 from dora_vl.serving.page_parts import (
     DIAL,
     STYLE,
@@ -256,7 +257,7 @@ class Page:
         self.talks = Talks()
         model = side.engine.model
         self._base = model.base_name
-        base = Path(model.source.place).name
+        base = Path(model.source.base).name
         self.blocks, self.parts = lay_out(
             model.names, base, self.examples, new_tokens=new_tokens, temperature=temperature
         )
@@ -363,7 +364,7 @@ class Page:
         """The talk as it grows by the answers to a question.
 
         Args:
-            chosen: as `Parts.chosen` has them, behind the key.
+            chosen: as `parts.chosen` has them, behind the key.
             question: what was typed, which goes back into its box where it cannot be asked; None: the last one again.
         """
         parts = self.parts
@@ -386,9 +387,9 @@ class Page:
                 raise UserError("the settings lack a number; type one")
             sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
             key = key or self.talks.begin(talk)
-            told = talk if remember else replace(talk, exchanges=())
+            remembered = talk if remember else replace(talk, exchanges=())
             yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, told, question, speakers, sampling):
+            for answered in self.side.ask(person, remembered, question, speakers, sampling):
                 grown = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 self.talks.keep(key, grown)
                 yield {parts.key: key, parts.notice: notice_view(""), **self._columns(grown)}

@@ -14,15 +14,15 @@ from html import escape
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
 from dora_vl.serving.side_by_side import NOTHING, Answer, Talk
@@ -81,10 +81,11 @@ def tally(answer: Answer) -> str:
     """Who answered, tokens and speed, in a line."""
     speaker = answer.speaker
     who = speaker.name if speaker.strength == 1 else f"{speaker.name} at {speaker.strength:g}"
-    speed, ended = answer.tokens_a_second, ENDINGS.get(answer.reason or "", "")
-    if speed is None:
+    ended = ENDINGS.get(answer.reason or "", "")
+    if not answer.new_tokens or answer.seconds <= 0:  # it is not over
         return f"{who} · {answer.seconds:.1f} s{ended}" if answer.seconds else who
     tokens = "1 token" if answer.new_tokens == 1 else f"{answer.new_tokens} tokens"
+    speed = answer.new_tokens / answer.seconds  # the time of its prompt included
     return f"{who} · {tokens} · {speed:.1f} tokens/s · prompt of {answer.prompt_tokens}{ended}"
 
 
@@ -177,55 +178,9 @@ STRONGEST, STEP = 2.0, 0.05
 LONGEST_ANSWER = 1024
 
 
-@dataclass(frozen=True)
-class Column:
-    """One of the two who answer."""
-
-    model: gr.Dropdown
-    strength: gr.Slider
-    talk: gr.HTML
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The parts that do something."""
-
-    person: gr.State
-    key: gr.State
-    files: gr.File
-    webcam: gr.Image
-    seen: gr.HTML
-    nothing: gr.Button
-    examples: gr.Dataset | None
-    notice: gr.HTML
-    columns: tuple[Column, Column]
-    question: gr.Textbox
-    asked: gr.Textbox
-    answered: gr.State
-    ask: gr.Button
-    stop: gr.Button
-    anew: gr.Button
-    tokens: gr.Slider
-    temperature: gr.Slider
-    remember: gr.Checkbox
-
-    @property
-    def chosen(self) -> list[Any]:
-        """What a question is asked with: who asks, the talk, who answers and how."""
-        models = [column.model for column in self.columns]
-        strengths = [column.strength for column in self.columns]
-        return [self.person, self.key, *models, *strengths, self.tokens, self.temperature, self.remember]
-
-    @property
-    def changing(self) -> list[Any]:
-        """All that something else may change."""
-        shown = [self.key, self.files, self.webcam, self.seen, self.notice, *(column.talk for column in self.columns)]
-        return [*shown, self.question, self.answered, self.ask, self.stop]
-
-
 def theme() -> gr.themes.Base:
     """Colours and the visitor's own fonts."""
-    own = gr.themes.Default(
+    colours = gr.themes.Default(
         primary_hue="blue",
         secondary_hue="blue",
         neutral_hue="slate",
@@ -233,13 +188,16 @@ def theme() -> gr.themes.Base:
         font=[gr.themes.Font(name) for name in FONT],
         font_mono=[gr.themes.Font(name) for name in MONOSPACE],
     )
-    return own.set(body_background_fill="*neutral_50", block_shadow="none")
+    return colours.set(body_background_fill="*neutral_50", block_shadow="none")
 
 
 def lay_out(
     models: Sequence[str], base: str, examples: Sequence[ExampleQuestion], *, new_tokens: int, temperature: float
-) -> tuple[gr.Blocks, Parts]:
-    """The page without anything happening on it yet.
+) -> tuple[gr.Blocks, SimpleNamespace]:
+    """The page without anything happening on it yet, and those of its parts that do something, by name.
+
+    Beside them `chosen`, what a question is asked with (who asks, the talk, who answers and how), and `changing`, all
+    that something else may change.
 
     Args:
         base: where the base is from.
@@ -281,11 +239,16 @@ def lay_out(
                                      elem_id="dv-stop")  # fmt: skip
                     anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
                 asked = gr.Textbox(visible="hidden")
-    return blocks, Parts(
+    parts = SimpleNamespace(
         person=person, key=key, files=files, webcam=webcam, seen=seen, nothing=nothing, examples=clicked,
         notice=notice, columns=columns, question=question, asked=asked, answered=answered, ask=ask, stop=stop,
-        anew=anew, tokens=tokens, temperature=heat, remember=remember,
+        anew=anew,
     )  # fmt: skip
+    speakers = [*(column.model for column in columns), *(column.strength for column in columns)]
+    parts.chosen = [person, key, *speakers, tokens, heat, remember]
+    shown = [key, files, webcam, seen, notice, *(column.talk for column in columns)]
+    parts.changing = [*shown, question, answered, ask, stop]
+    return blocks, parts
 
 
 def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
@@ -303,7 +266,8 @@ def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
     )
 
 
-def _column(models: Sequence[str], chosen: str, side: str) -> Column:
+def _column(models: Sequence[str], chosen: str, side: str) -> SimpleNamespace:
+    """One of the two who answer."""
     with gr.Column(min_width=230):
         model = gr.Dropdown(list(models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
         strength = gr.Slider(
@@ -311,7 +275,7 @@ def _column(models: Sequence[str], chosen: str, side: str) -> Column:
             info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
         )  # fmt: skip
         talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}")
-    return Column(model, strength, talk)
+    return SimpleNamespace(model=model, strength=strength, talk=talk)
 
 
 MOST_TALKS = 64

@@ -23,7 +23,7 @@ from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.run.media import VideoReading
 from dora_vl.serving.remote_media import NotFetched, fetch
 
@@ -178,11 +178,11 @@ class TooLarge(UserError):
 
 
 class BadRequest(UserError):
-    """A part of the request cannot be used; `place` says which."""
+    """A part of the request cannot be used; `param` says which."""
 
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.place = place
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
 
 
 @dataclass(frozen=True, kw_only=True)

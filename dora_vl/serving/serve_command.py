@@ -55,9 +55,6 @@ REQUEST = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times"
-    )
     parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")
     parser.add_argument("--template", help="prompt format of a LLaVA-1.5 or language model of which nothing says it")

@@ -32,9 +32,10 @@ from dora_vl.serving.answering import (
     unloaded,
 )
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Admission, Door, error_content, error_response
+from dora_vl.serving.door import Door, error_content, error_response
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import UnknownModel
+from dora_vl.serving.options import Admission
 from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,
@@ -128,7 +129,7 @@ class Server:
     def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
         self.engine = engine
         self.settings = settings = settings or ServerSettings()
-        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
+        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.encoder.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)

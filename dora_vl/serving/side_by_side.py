@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
@@ -61,11 +61,6 @@ class Answer:
     def over(self) -> bool:
         """Whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
-
-    @property
-    def tokens_a_second(self) -> float | None:
-        """Of the answer, the time of its prompt included; None while it is not over."""
-        return self.new_tokens / self.seconds if self.new_tokens and self.seconds > 0 else None
 
     def after(self, event: Event, seconds: float) -> Answer:
         """This answer once an event has come."""

@@ -33,9 +33,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
 from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled
 from dora_vl.errors import BadSample, SettingError
-from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import (
     check_test,

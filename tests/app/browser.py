@@ -15,9 +15,10 @@ from fastapi import FastAPI
 
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Admission, http_config
+from dora_vl.serving.door import http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Admission
 from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.requests import MediaLimits, RequestMedia
 from dora_vl.serving.side_by_side import SideBySide
@@ -67,7 +68,7 @@ def page_of(
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, Uploads, build_page_app
 
-    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
     with Engine(model, engine_settings) as engine, contextlib.closing(media):
         page = Page(SideBySide(engine, media), Uploads(uploads, 2**24), examples, new_tokens=new_tokens)
         app = build_page_app(page, admission or Admission(), upload_bytes=4 * media.limits.bytes, waiting=64)

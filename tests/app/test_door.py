@@ -23,9 +23,9 @@ from dora_vl.errors import UserError
 from dora_vl.serving import door
 from dora_vl.serving import options as listening_options
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Admission, NoKey, Refused
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import LOCAL, Admission, NoKey, Refused
 from dora_vl.serving.requests import MediaLimits, RequestMedia
 from dora_vl.serving.server import Server, ServerSettings, build_app
 from dora_vl.serving.side_by_side import SideBySide
@@ -65,7 +65,7 @@ SECRET = "0123456789 never shown"
     ],
 )
 def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
-    admission = Admission(hosts=frozenset({*door.LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
+    admission = Admission(hosts=frozenset({*LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
     given = {"host": host, "origin": origin}
     headers = Headers({name: value for name, value in given.items() if value is not None})
     with contextlib.nullcontext() if admitted else pytest.raises(Refused):
@@ -79,9 +79,9 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         return listening_options.admission(parser.parse_args(given))
 
     assert admission() == Admission()
-    assert admission("--host", "0.0.0.0").hosts == frozenset(door.LOCAL)
+    assert admission("--host", "0.0.0.0").hosts == frozenset(LOCAL)
     named = admission("--host", "10.1.2.3", "--allow-host", "GPU.example", "--allow-host", "[fd00::1]")
-    assert named.hosts == frozenset({*door.LOCAL, "10.1.2.3", "gpu.example", "fd00::1"})
+    assert named.hosts == frozenset({*LOCAL, "10.1.2.3", "gpu.example", "fd00::1"})
     assert named.origins == frozenset({"gpu.example", "fd00::1"})
     monkeypatch.setenv(listening_options.KEY_VARIABLE, "of-the-environment")
     assert admission().key == "of-the-environment"
@@ -205,7 +205,7 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, Uploads, build_page_app
 
-    media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    media = RequestMedia(MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
     with Engine(model) as engine, contextlib.closing(media):
         page = Page(SideBySide(engine, media), Uploads(uploads, 10_000))
         built = build_page_app(page, Admission(), upload_bytes=8_000, waiting=4)

@@ -14,7 +14,7 @@ import pytest
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import EngineSettings, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine

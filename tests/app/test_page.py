@@ -14,11 +14,11 @@ from PIL import Image
 from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import EngineSettings
-from dora_vl.serving.door import Admission
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Admission
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide

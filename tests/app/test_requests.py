@@ -185,7 +185,7 @@ def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
 def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], place: str) -> None:
     with pytest.raises(BadRequest) as refused:
         read(body)
-    assert refused.value.place == place
+    assert refused.value.param == place
     assert len(str(refused.value)) < 500
 
 

@@ -15,7 +15,7 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.ask import Shown, model_inputs
 from dora_vl.serving.answering import EngineSettings, Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from dora_vl.data.turns import Clip, Turn
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import RowText
 from dora_vl.serving.engine import Engine

@@ -20,9 +20,8 @@ from benchmarks.serve import running as running_app
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.serving.answering import Answering, EngineSettings, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
@@ -83,8 +82,8 @@ def served(base: Path, adapters: Mapping[str, Path], *, template: str | None = N
 
 def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> Assistant:
     """The adapter by itself on its base, as everything else here asks it; without one, the base."""
-    wanted = Wanted(adapter=adapter) if adapter else Wanted(model=str(base))
-    opened = open_model(Wanted(**{**vars(wanted), "template": template})).adapted
+    wanted = ModelRequest(adapter=adapter) if adapter else ModelRequest(model=str(base))
+    opened = open_model(ModelRequest(**{**vars(wanted), "template": template})).adapted
     assert isinstance(opened, Assistant)
     return opened
 

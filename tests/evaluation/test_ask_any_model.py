@@ -20,10 +20,9 @@ from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.evaluation.ask import Assistant, MediaReader
-from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.ask import Assistant, MediaReader, Shown, model_inputs
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.media import VideoReading
@@ -64,7 +63,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def opened(folder: Path) -> Assistant:
     template = "vicuna_v1" if is_language(folder) else None
-    assistant = open_model(Wanted(model=str(folder), template=template)).adapted
+    assistant = open_model(ModelRequest(model=str(folder), template=template)).adapted
     assert isinstance(assistant, Assistant)
     return assistant
 
@@ -136,7 +135,7 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     ]
     samples = [assistant.prompts.sample(*one) for one in asked]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
-    assert assistant.prompts.videos_of_one_length is (name == "llava_onevision")
+    assert assistant.prompts.encoder.videos_of_one_length is (name == "llava_onevision")
     assert not assistant.prompts.frames_are_pictures
     assert_a_batch_is_each_alone(assistant, samples)
 
@@ -283,7 +282,7 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=use_dora)
     assert not (adapter / "recipe.json").exists()
     template = "vicuna_v1" if name == "language" else None
-    ours = open_model(Wanted(adapter=adapter, with_base=True, template=template))
+    ours = open_model(ModelRequest(adapter=adapter, with_base=True, template=template))
     assert isinstance(ours.adapted, Assistant)
     assert isinstance(ours.base, Assistant)
     turns, seen = list(conversations(name))[-1]

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.data.pictures import open_picture
-from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation import merging as merging_module
+from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.questions import read_questions
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
@@ -83,7 +82,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
     assert "Answers that differ" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     certified(*merge)  # an earlier result with its certificate is replaced
-    assistant = open_model(Wanted(adapter=folders / "adapter")).adapted
+    assistant = open_model(ModelRequest(adapter=folders / "adapter")).adapted
     assert isinstance(assistant, Assistant)
     questions = {question.id: question for question in read_questions(folders / "data" / "train.json")[0]}
     for one in found["answers"]:
@@ -95,7 +94,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     """Merging that gets the weight of this name's end wrong."""
-    merge = merge_command.merge
+    merge = merging_module.merge
 
     def wrong(plan: Any, arguments: Any) -> Iterator[str]:
         yield from merge(plan, arguments)
@@ -105,7 +104,7 @@ def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
         noise = torch.randn(weights[key].shape, generator=torch.Generator().manual_seed(0))
         save_file({**weights, key: weights[key] + 30 * noise}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merge_command, "merge", wrong)
+    monkeypatch.setattr(merging_module, "merge", wrong)
 
 
 def test_a_merge_that_answers_otherwise_fails_with_status_1(

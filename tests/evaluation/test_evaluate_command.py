@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -45,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(DecoderPipeline(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
-    model = open_model(Wanted(adapter=folder / "run" / "adapter")).adapted
+    model = open_model(ModelRequest(adapter=folder / "run" / "adapter")).adapted
     (folder / "data" / "broken.png").write_bytes(b"no picture")
     examples: list[Example] = []
     for number, row in enumerate(rows):

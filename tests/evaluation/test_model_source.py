@@ -17,7 +17,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.open_model import Wanted, find_source
+from dora_vl.evaluation.open_model import ModelRequest, find_source
 from dora_vl.run.base import DECODER, VLBART
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
@@ -39,8 +39,8 @@ def folders(where: Path, model_type: str, **recipe: object) -> Path:
 
 @pytest.mark.parametrize("model_type", ["llava", "llama", "qwen2_5_vl"])
 def test_the_kind_is_the_base_s(model_type: str, tmp_path: Path) -> None:
-    source = find_source(Wanted(adapter=folders(tmp_path, model_type, **WORDING)))
-    assert (source.kind, source.place) == (DECODER, str(tmp_path / "base"))
+    source = find_source(ModelRequest(adapter=folders(tmp_path, model_type, **WORDING)))
+    assert (source.kind, source.base) == (DECODER, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_kind_is_the_base_s(model_type: str, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_asked_is_refused(model_type: str, recipe: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        find_source(Wanted(adapter=folders(tmp_path, model_type, **recipe)))
+        find_source(ModelRequest(adapter=folders(tmp_path, model_type, **recipe)))
 
 
 def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
@@ -63,7 +63,7 @@ def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
     adapter = folders(tmp_path, "qwen2_5_vl", **WORDING, attn_implementation={"": "flash_attention_2"})
     for there, found in ((True, {"": "flash_attention_2"}), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert find_source(Wanted(adapter=adapter)).attention == found
+        assert find_source(ModelRequest(adapter=adapter)).attention == found
 
 
 def test_the_name_of_a_vlbart_is_its_config_s() -> None:

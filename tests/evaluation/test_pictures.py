@@ -69,10 +69,10 @@ def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Path, count: int) -> None:
-    def picture(path: str) -> Image.Image:
-        if path.startswith("0"):
-            raise BadSample(path, "picture 0.png is missing in a folder with a long name somewhere")
-        return Image.new("RGB", (64, 64 if path.startswith("1") else 500), "white")
+    def picture(row: Prediction) -> Image.Image:
+        if row.id.startswith("0"):
+            raise BadSample(row.id, "picture 0.png is missing in a folder with a long name somewhere")
+        return Image.new("RGB", (64, 64 if row.id.startswith("1") else 500), "white")
 
     rows = [prediction(number, ("red", "", "a very long answer " * 20)[number % 3]) for number in range(count)]
     write_contact_sheet(rows, picture, tmp_path / "sheet.png", title="one", shares={})
@@ -90,7 +90,7 @@ def drawn(path: Path, question: str = "what?", said: str = "") -> bytes:
         return sheet.tobytes()
 
 
-def white(_: str) -> Image.Image:
+def white(_: Prediction) -> Image.Image:
     return Image.new("RGB", (64, 64), "white")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from dora_vl.backbones.generation import NO_TOKEN
@@ -18,9 +18,8 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
+from dora_vl.evaluation.ask import Assistant, Decoding, EncoderPrompts, MediaReader, Shown, ask
 from dora_vl.evaluation.predictions import Predictions
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.media import VideoReading
 
@@ -33,7 +32,10 @@ WITHOUT_NUMBERS = "N"
 class LetterPrompts(EncoderPrompts):
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
 
-    videos_of_one_length = False
+    encoder: Any = SimpleNamespace(
+        videos_of_one_length=False,
+        decode=lambda ids: "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END),
+    )
 
     def __init__(self) -> None: ...
 
@@ -50,9 +52,6 @@ class LetterPrompts(EncoderPrompts):
 
     def collate(self, samples: Sequence[Sample], side: str) -> Mapping[str, Any]:
         return {**Collator(0, pad_side=side)(samples)}
-
-    def decode(self, ids: Tensor) -> str:
-        return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
 
 
 class LastWordModel(torch.nn.Module):

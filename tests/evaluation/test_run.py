@@ -97,6 +97,6 @@ def test_without_a_question_file_or_an_adapter_it_says_so(tested: RunConfig, tmp
     nothing = dataclasses.replace(tested.evaluation, file=None)
     options: dict[str, Any] = {"run_folder": tmp_path, "media": None}
     with pytest.raises(UserError):
-        evaluate_run.__wrapped__(None, nothing, **options)
+        evaluate_run(None, nothing, **options)
     with pytest.raises(UserError):
-        evaluate_run.__wrapped__(None, tested.evaluation, **options)
+        evaluate_run(None, tested.evaluation, **options)

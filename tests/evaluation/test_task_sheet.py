@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from dora_vl.data.example import Answer, Example
+from dora_vl.data.example import Answer, Clip, Example
 from dora_vl.evaluation import test
+from dora_vl.evaluation.ask import MediaReader
 from dora_vl.evaluation.pictures import RIGHT, WRONG
 from dora_vl.evaluation.predictions import Prediction, Predictions
+from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.scores import caption, video, vqa
 from dora_vl.evaluation.scores.scored import Scored
 from tests.evaluation.test_pictures import colors_in
@@ -81,3 +83,19 @@ def test_the_sheet_is_green_where_the_score_says_so(tmp_path: Path, answer: str)
     test.draw_tasks([task("x", examples, {"one": answer}, scored)], run_folder=tmp_path, image_folder=str(tmp_path))
     expected = {"the kitten": {RIGHT}, "dog": {WRONG}, "": set[str]()}[answer]
     assert {RIGHT, WRONG} & colors_in(tmp_path / "contact_sheet.png") == expected
+
+
+def test_each_question_shows_its_own_part_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (("a.mp4", 0), ("a.mp4", 2), ("a.mp4", 4), ("b.mp4", 0))
+    clips = [Clip(path=path, start_seconds=start, end_seconds=start + 2) for path, start in parts]
+    examples = [Example(id=str(number), videos=(clip,), question="?") for number, clip in enumerate(clips)]
+    shown: list[Clip] = []
+
+    def picture(_: MediaReader, question: Question) -> Image.Image:
+        shown.extend(question.videos)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(MediaReader, "picture", picture)
+    answers = dict.fromkeys([example.id for example in examples], "red")
+    test.draw_tasks([task("x", examples, answers, None)], run_folder=tmp_path, image_folder=str(tmp_path))
+    assert sorted(shown, key=clips.index) == clips

@@ -21,7 +21,7 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import SettingError, UserError
-from dora_vl.evaluation.open_model import Wanted, open_model
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import closed
@@ -384,7 +384,7 @@ def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(asked: Pat
     image_qa.main(["--adapter", str(adapter), *images, *question])
     lines = capsys.readouterr().out.splitlines()
     assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["prediction"] for one in said]
-    base = open_model(Wanted(adapter=adapter, with_base=True)).base
+    base = open_model(ModelRequest(adapter=adapter, with_base=True)).base
     assert isinstance(base, VlBartAssistant)
     assert [one.answer_by for one in base.subtasks] == ["text"]
     options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={asked / 'gqa.jsonl'}"]

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant, TextStreamer
+from dora_vl.evaluation.ask import Assistant, Shown, TextStreamer, model_inputs
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served
@@ -62,7 +61,7 @@ def test_every_question_is_put_to_every_picture(adapter: Path, pictures: list[st
 def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures: list[str], capsys: Any) -> None:
     ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.")
     printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_model(Wanted(adapter=adapter)).adapted
+    assistant = open_model(ModelRequest(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\nSay the colour.")]
     assert printed == assistant.answer(
         Question(id="q", turns=tuple(turns)), Shown(pictures=(open_picture(Path(pictures[0])),)), max_new_tokens=4
@@ -72,7 +71,7 @@ def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures:
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
     from dora_vl.backbones.model import open_backbone
 
-    both = open_model(Wanted(adapter=adapter, with_base=True))
+    both = open_model(ModelRequest(adapter=adapter, with_base=True))
     assert isinstance(both.base, Assistant)
     assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
@@ -100,7 +99,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     inputs = model_inputs(batch, "cpu")
 
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        opened = open_model(Wanted(adapter=adapter, strength=strength, with_base=with_base))
+        opened = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=with_base))
         assistants = [one for one in (opened.adapted, opened.base) if isinstance(one, Assistant)]
         found = [one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits for one in assistants]
         return found[0], found[1] if with_base else None

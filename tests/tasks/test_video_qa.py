@@ -20,9 +20,9 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation import ask, ask_command, vlbart_tasks
-from dora_vl.evaluation.open_model import Opened, Wanted, open_model
+from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.prompt_inputs import Shown
 from dora_vl.evaluation.questions import as_question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.reading import read_run_file, read_settings
@@ -125,7 +125,7 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
-    assistant = open_model(Wanted(adapter=vlbart)).adapted
+    assistant = open_model(ModelRequest(adapter=vlbart)).adapted
     assert isinstance(assistant, VlBartAssistant)
     words = assistant.subtasks[0]
     with VideoReader() as reader:
@@ -167,7 +167,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
 ) -> None:
-    trained = open_model(Wanted(adapter=vlbart)).adapted
+    trained = open_model(ModelRequest(adapter=vlbart)).adapted
     assert isinstance(trained, VlBartAssistant)
     texts: list[str] = []
     encode = trained.encoder.encode

@@ -18,7 +18,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct

@@ -21,10 +21,9 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import CommonsenseRunConfig
 from dora_vl.training import run as training_run
@@ -105,7 +104,7 @@ def test_the_merged_plain_model_is_the_trained_one(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
-    opened = open_model(Wanted(adapter=adapter, with_base=True))
+    opened = open_model(ModelRequest(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()

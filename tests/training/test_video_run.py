@@ -13,9 +13,8 @@ from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.open_model import Wanted, open_model
-from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
@@ -59,7 +58,7 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     recipe = json.loads((run_folder / "adapter" / "recipe.json").read_text())
     assert (recipe["video_frames"], recipe["video_fps"]) == (4, None)
-    opened = open_model(Wanted(adapter=run_folder / "adapter", with_base=True))
+    opened = open_model(ModelRequest(adapter=run_folder / "adapter", with_base=True))
     video = read_frames(there / "data", Clip(path="red.mp4"), Uniform(4))
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):

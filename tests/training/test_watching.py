@@ -12,9 +12,8 @@ from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled

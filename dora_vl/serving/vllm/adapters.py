@@ -54,9 +54,6 @@ def compute_gains(
         before: `magnitudes_of` of the adapter before its weights were packed.
         lookup: the adapter's weights as packed.
         elsewhere: whether a layer is on another rank of a pipeline.
-
-    Raises:
-        ValueError: a magnitude found no layer that applies it, or no room; the adapter is not to be taken in then.
     """
     layers = {name: module for name, module in modules.items() if isinstance(module, DoRALayer)}
     served = {name: weights for name in layers if magnitudes_in(weights := lookup(name))}

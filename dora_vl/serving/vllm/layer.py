@@ -96,9 +96,6 @@ def frozen_layer(
 
     Args:
         weight: what the layer keeps; taken as W only if it is a matrix that gives the layer's product.
-
-    Raises:
-        ValueError: the product is not that of any W: the layer rounds its input too coarsely, or saturates.
     """
     layer = FrozenLayer(product, in_features, dtype, device, total=total)
     probes = torch.randn(PROBES, in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -177,9 +174,6 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
 
     Args:
         use_dora: what the adapter's `adapter_config.json` says.
-
-    Raises:
-        UnservableAdapter: magnitudes and factors do not belong together. Nothing was taken then.
     """
     magnitudes = {_MAGNITUDE.sub("", name): name for name in tensors if _MAGNITUDE.search(name)}
     if use_dora != bool(magnitudes):

@@ -47,10 +47,19 @@ def register() -> None:
         return
     _done = True
     version = str(import_module("vllm").__version__)
-    if takes_dora():
-        log.info("dora_vl: vLLM %s takes DoRA adapters itself; its own way is left to it", version)
-        return
-    reason = reason_against(version)
+    try:  # vLLM's own look at an adapter's config may let `use_dora` pass
+        helper = import_module(HELPER).PEFTHelper
+        config = helper.from_dict({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True})
+        if config.use_dora and not config._validate_features():
+            log.info("dora_vl: vLLM %s takes DoRA adapters itself; its own way is left to it", version)
+            return
+    except (ImportError, AttributeError, TypeError, ValueError):
+        pass
+    minor, *tested = (release.split("+")[0].split(".")[:2] for release in (version, *TESTED))
+    if minor not in tested and os.environ.get(UNTESTED) != "1":
+        reason = f"version {version} was never tried; {UNTESTED}=1 tries it"
+    else:
+        reason = difference()
     if reason is not None:
         log.warning(
             "dora_vl: DoRA adapters are not served and vLLM is left as it is: %s (tested with vLLM %s)",
@@ -63,24 +72,6 @@ def register() -> None:
         log.info(
             "dora_vl: %s.%s of vLLM %s gives rows of the base the last slot's adapter; mended", KERNELS, SHRINK, version
         )
-
-
-def takes_dora() -> bool:
-    """Whether vLLM's own look at an adapter's config lets `use_dora` pass."""
-    try:
-        helper = import_module(HELPER).PEFTHelper
-        config = helper.from_dict({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True})
-        return bool(config.use_dora) and not config._validate_features()
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
-
-
-def reason_against(version: str) -> str | None:
-    """Why this vLLM is not to be changed; None where nothing speaks against it."""
-    minor, *tested = (release.split("+")[0].split(".")[:2] for release in (version, *TESTED))
-    if minor not in tested and os.environ.get(UNTESTED) != "1":
-        return f"version {version} was never tried; {UNTESTED}=1 tries it"
-    return difference()
 
 
 # The plugin's functions in vLLM's places, each as `places` lists it.

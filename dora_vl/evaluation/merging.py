@@ -1,0 +1,309 @@
+"""What `dora-vl merge` and `dora-vl export` do: adapters into their base, or into what another server takes."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from os import getpid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, base_of, refuse_other_base, write_adapter
+from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.combine import combine
+from dora_vl.adapters.convert_command import reading_options
+from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
+from dora_vl.adapters.files import DTYPES, refuse_to_replace
+from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from dora_vl.adapters.foreign import GGUF_KINDS
+from dora_vl.adapters.gguf import check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
+from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
+from dora_vl.adapters.quantised_base import as_trained
+from dora_vl.adapters.read import read_any
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.places import resolved_layers
+from dora_vl.errors import UserError, one_line
+from dora_vl.evaluation.certificate import FAILED_STATUS, as_model, checked, planned_check, unmerged_source
+from dora_vl.evaluation.open_model import folder_of_gguf
+from dora_vl.files import opening
+
+ROWS, TOKENS = 3, 12
+"""Of the texts that are compared."""
+ROUNDING = {False: 1e-3, True: 5e-2}
+"""Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is merged into what; everything that was asked for has been read and fits.
+
+    Attributes:
+        adapters: as they were given.
+        adapter: the one that is merged: the given one, or their combination.
+        open_base: gives the values that are merged into.
+    """
+
+    adapters: list[Adapter]
+    adapter: Adapter
+    base: Path
+    open_base: Callable[[Path], BaseWeights]
+
+
+def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
+    """Reads the adapters and finds their base.
+
+    Args:
+        refuse: raises where the result may not be written over what is there, given its folder and the base's.
+    """
+    options = reading_options(arguments)
+    adapters = [read_any(source, options) for source in arguments.adapter]
+    base = arguments.base or base_of(adapters[0])
+    refuse(arguments.to, base)
+    if not arguments.any_base:
+        for adapter in adapters:
+            refuse_other_base(adapter.recipe, base, adapter.source)
+    recipes = {adapter.source: adapter.recipe for adapter in adapters}
+    open_base = BaseWeights if arguments.base_values == "stored" else partial(as_trained, recipes=recipes)
+    weights = arguments.weight or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
+    adapter = adapters[0]
+    if len(adapters) > 1 or weights != [1.0]:
+        names = [str(index) for index in range(len(adapters))]
+        with open_base(base) as opened:
+            adapter = combine(
+                dict(zip(names, adapters, strict=True)), dict(zip(names, weights, strict=True)), opened
+            ).adapter
+    return Plan(adapters=adapters, adapter=adapter, base=base, open_base=open_base)
+
+
+def merge(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    """Merges; yields the lines to print."""
+    adapter, dtype = plan.adapter, getattr(torch, arguments.dtype) if arguments.dtype else None
+    merged = merge_to_folder(
+        adapter,
+        plan.base,
+        arguments.to,
+        dtype=dtype,
+        shard_bytes=arguments.shard_bytes or SHARD_BYTES,
+        open_base=plan.open_base,
+    )
+    yield (
+        f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
+        f"{merged.files} files, {merged.bytes:,} bytes"
+    )
+    if adapter.answer_heads:
+        tasks = ", ".join(adapter.recipe[CLOSED_ANSWERS])
+        yield f"{arguments.to}: it has the closed answer lists of {tasks} with their heads"
+
+
+def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
+    """Merges, and checks where that is asked for; yields the lines to print."""
+    check = planned_check(arguments, arguments.adapter[0])
+    merging = plan_merge(arguments)
+    if check is None:
+        yield from merge(merging, arguments)
+        yield from compared(merging, arguments) if arguments.check is None else ()
+        return
+    with adapter_folder(merging, arguments) as folder:
+        source = unmerged_source(check, folder, merging.base, arguments.template)
+        yield from merge(merging, arguments)
+        merged = as_model(source, arguments.to)
+        yield from checked(check, source, "merged", lambda: merged, arguments.to, about(merging, arguments))
+
+
+def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    """The merged folder's logits beside those of base and adapter, for drawn tokens without pictures.
+
+    Raises:
+        SystemExit: with status 1, they differ by more than rounding.
+    """
+    result: Path = arguments.to
+    beside = f"{result}: not compared with base and adapter"
+    if reason := _incomparable(plan):
+        yield f"{beside}, {reason}"
+        return
+    try:
+        with adapter_folder(plan, arguments) as folder:
+            expected, _ = _logits(plan.base, folder)
+        logits, dtype = _logits(result, None)
+    except UserError as error:
+        yield f"{beside}: {error}"
+        return
+    share = float((logits - expected).abs().max() / expected.abs().max())
+    yield f"{result}: logits for {ROWS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
+    if not share <= ROUNDING[dtype.itemsize < torch.float32.itemsize]:
+        yield f"{result}: that is more than rounding, so this is not the trained model: do not use it"
+        raise SystemExit(FAILED_STATUS)
+
+
+def _incomparable(plan: Plan) -> str:
+    """Why the two are not opened here; nothing where they are."""
+    if any(adapter.recipe.get("quantisation") for adapter in plan.adapters):
+        return "whose base was quantised for training (--check compares answers)"
+    if plan.adapter.input_axis:
+        return "whose magnitudes are one an input column"
+    model = skeleton(config_in(plan.base))
+    if model is None:
+        return "of whose class transformers has none"
+    needed = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    return f"which takes {needed:,} bytes in float32, and {free:,} are free" if needed > free else ""
+
+
+@torch.no_grad()
+def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
+    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    shell = skeleton(config_in(folder))
+    with opening(f"{folder} cannot be opened"):
+        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
+    words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
+    plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
+    ids = plain[torch.randint(len(plain), (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))]
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with BaseWeights(folder) as stored:
+        dtypes = {DTYPES[tensor.dtype] for tensor in stored.tensors.values() if DTYPES[tensor.dtype].is_floating_point}
+    try:
+        logits = model(input_ids=ids, **both).logits
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
+    return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _special(config: Mapping[str, Any]) -> set[object]:
+    """Ids of tokens that stand for something else than text."""
+    ids: set[object] = set()
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            ids |= _special(value)
+        elif "token" in name:
+            ids.update(value if isinstance(value, list) else [value])
+    return ids
+
+
+def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
+    """What a certificate says of where the weights come from."""
+    weights = arguments.weight or [1.0] * len(plan.adapters)
+    return {
+        "adapters": {adapter.source: weight for adapter, weight in zip(plan.adapters, weights, strict=True)},
+        "base": str(plan.base),
+        "result": str(arguments.to),
+        "weights": arguments.dtype or "as in the base",
+    }
+
+
+@contextmanager
+def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
+    """The folder of the adapter that is merged; written for the time being where it is a combination or foreign."""
+    first = arguments.adapter[0]
+    if plan.adapter is plan.adapters[0] and all((first / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        yield first
+        return
+    target: Path = arguments.to
+    folder = target.with_name(f".{target.name}.adapter-{getpid()}")
+    try:
+        # with what the first one's recipe says of how its model is asked
+        prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
+        write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
+    """Exports as another server takes it, and checks where that is asked for; yields the lines to print."""
+    if len(arguments.adapter) > 1:
+        raise UserError("one adapter is exported at a time; dora-vl merge folds several into one base")
+    if arguments.gguf is not None and arguments.dtype is not None:
+        raise UserError(f"--dtype is of --for vllm; --gguf takes its own number type: {', '.join(GGUF_KINDS)}")
+    if arguments.gguf is not None:
+        check_package()
+    check = planned_check(arguments, arguments.adapter[0])
+    plan = plan_merge(arguments, partial(_refuse, gguf=arguments.gguf is not None))
+    write = _write_for_vllm if arguments.gguf is None else _write_gguf
+    if check is None:
+        yield from write(plan, arguments)
+        return
+    target: Path = arguments.to
+    read_back = target.with_name(f".{target.name}.read-{getpid()}")
+    with adapter_folder(plan, arguments) as folder:
+        source = unmerged_source(check, folder, plan.base, arguments.template)
+        yield from write(plan, arguments)
+        if arguments.gguf is None:
+            base = target / BASE if (target / BASE).is_dir() else plan.base
+            exported = partial(unmerged_source, check, target / ADAPTER, base, arguments.template)
+            yield from checked(check, source, "exported", exported, target, about(plan, arguments))
+            return
+        weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
+        try:
+            yield from checked(
+                check,
+                source,
+                "gguf",
+                lambda: as_model(source, folder_of_gguf(target, plan.base, read_back)),
+                target,
+                weights,
+            )
+        finally:
+            shutil.rmtree(read_back, ignore_errors=True)
+
+
+def _refuse(target: Path, base: Path, *, gguf: bool) -> None:
+    """Refuses a target that may not be replaced, and a base that cannot be exported."""
+    if gguf:
+        refuse_gguf_target(target)
+        refuse_gguf_base(base)
+    else:
+        refuse_to_replace(target, ())
+        refuse_unserved_base(config_in(base), base)
+
+
+def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    model = skeleton(config_in(plan.base))
+    if model is None:
+        raise UserError(
+            f"{plan.base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
+        )
+    head = model.get_output_embeddings()
+    exported = export_for_vllm(
+        plan.adapter,
+        plan.base,
+        arguments.to,
+        resolved_layers(model, "language"),
+        head=next((name for name, module in model.named_modules() if module is head), None),
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        open_base=plan.open_base,
+    )
+    adapter, rank = arguments.to / ADAPTER, exported.max_lora_rank
+    if exported.folded is None:
+        yield f"{exported.base} is served as it is: nothing had to be folded into it"
+    else:
+        merged = exported.folded
+        yield f"{exported.base}: {merged.replaced} tensors and {merged.layers} layers folded in, {merged.bytes:,} bytes"
+    yield f"{adapter}: {exported.layers} layers"
+    yield (
+        f"vllm serve {exported.base} --enable-lora --max-lora-rank {rank} --lora-modules {arguments.to.name}={adapter}"
+    )
+    if exported.use_dora:
+        yield "vLLM by itself refuses DoRA (use_dora): install dora-vl beside it, whose plugin applies magnitudes"
+
+
+def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    tokenizer = load_tokenizer(str(plan.base))
+    exported = export_gguf(
+        plan.adapter, plan.base, arguments.to, tokenizer, kind=arguments.gguf, open_base=plan.open_base
+    )
+    for name, size in exported.files.items():
+        yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
+    for line in exported.warnings:
+        yield f"{arguments.to}: {line}"
