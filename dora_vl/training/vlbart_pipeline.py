@@ -39,9 +39,15 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask, with_input_tokens
-from dora_vl.evaluation.test import evaluate_subtasks
 from dora_vl.evaluation.vlbart_tasks import closed
-from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
+from dora_vl.evaluation.vlbart_test import (
+    Tested,
+    check_tests,
+    evaluate_subtasks,
+    open_test,
+    picture_of,
+    watch_subtasks,
+)
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
