@@ -157,7 +157,7 @@ def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, o
         return evaluate_run(
             assistant,
             config.evaluation,
-            run_folder=run_folder_of(config),
+            run_folder=run_folder_of(config.training),
             media=media,
             numbers=numbers,
             columns=config.data.contract,
