@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.run.media import VideoReading, image_folder, video_folder, video_sampling
 from dora_vl.run.reading import read_run
 from dora_vl.run.settings import RunConfig
-from dora_vl.training.decoder_pipeline import DecoderPipeline, encode_from_folder
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.run_samples import RowEncoder
 
 PEERS = ("peft_dora", "peft_lora")
 OURS = {"ours": "false", "ours_shared": "true"}
@@ -165,14 +165,9 @@ def time_peer(peer: str, timed: TimedRun) -> dict[str, float]:
     )
     pipeline, seen = DecoderPipeline(config), timed.steps * batch_size(config)
     rows = load_training_rows(train_files(config.data.train), limit=seen)[0]
-    encode = partial(
-        encode_from_folder,
-        encoder=pipeline.encoder,
-        folder=image_folder(config.data),
-        stored=rows.stored,
-        videos=VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data)),
-    )
-    samples = ConversationDataset(rows, encode=encode)
+    videos = VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data))
+    encoder = RowEncoder(encoder=pipeline.encoder, folder=image_folder(config.data), videos=videos)
+    samples = encoder.dataset(rows, rows.stored)
     tower_seconds = time_tower(model, samples, count=min(16, len(samples)))
     peft_config = LoraConfig(
         r=config.adapter.rank,

@@ -7,19 +7,35 @@ may say `file` (records, looked for from where the YAML is), `prompt`, `max_new_
 
 from __future__ import annotations
 
+import codecs
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
+from dora_vl.data.example import Example, iterate_examples
+from dora_vl.data.text_file import stream_values
+from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.questions import examples_of, is_question, read_question_file, read_questions
 from dora_vl.evaluation.scores import caption, commonsense, exact, llava, prompts, video, vqa
-from dora_vl.evaluation.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
-from dora_vl.evaluation.scores.exact import SCORINGS
-from dora_vl.evaluation.scores.prompts import Prompt
+from dora_vl.evaluation.scores.benchmark import (
+    FRAMES,
+    SHORT_ANSWER_TOKENS,
+    Benchmark,
+    Scorer,
+    check_choices,
+    has_answer,
+    not_scored,
+)
+from dora_vl.evaluation.scores.llava import letter_cn, parsed
+from dora_vl.evaluation.scores.own import SCORINGS
+from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, Prompt
 from dora_vl.files import read_yaml
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -149,3 +165,129 @@ def read_own(path: Path) -> NamedBenchmark:
     return NamedBenchmark(
         name=settings["name"], benchmark=benchmark, file=settings["file"] and path.parent / settings["file"]
     )
+
+
+def with_choices(example: Example, suffix: str) -> Example:
+    """A multiple-choice question of LLaVA's conversations with its choices, read out of its words, and the right one.
+
+    The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
+    answer's letter names, or whose text it is. Without choices the example stays as it is.
+    """
+    turn, text = example.turns[-1], example.turns[-1].text
+    choices = _choices(text)
+    if not choices:
+        return example
+    extra = dict(example.extra)
+    truth = example.answers[0].text.strip() if example.answers else ""
+    same = [letter for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice == truth]
+    letter = parsed(truth) or parsed(truth + ".") or (same[0] if len(same) == 1 else "none")
+    if letter in ascii_uppercase[: len(choices)]:
+        extra["correct"] = ascii_uppercase.index(letter)
+    if suffix not in text:
+        turn = Turn("user", f"{text.rstrip()}\n{suffix}")
+    return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], turn))
+
+
+def _choices(text: str) -> tuple[str, ...]:
+    if in_line := re.findall(r"^Options: (\(A\) .*)$", text, re.MULTILINE):
+        return tuple(choice.strip() for choice in re.split(r"\([A-Z]\) ", in_line[-1])[1:])
+    choices: list[str] = []
+    for letter, choice in re.findall(r"^([A-Z])\. ?(.*)$", text, re.MULTILINE):
+        choices = [] if letter == "A" else choices
+        if letter == ascii_uppercase[len(choices) : len(choices) + 1]:
+            choices.append(choice)
+    return tuple(choices) if len(choices) > 1 else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """A benchmark's examples and how they are scored.
+
+    Attributes:
+        unreadable: the reason for each record that cannot be asked, by id; it counts as wrong.
+        not_scored: the reason for each that is asked but in no score, by id: its right answer is not there.
+    """
+
+    request: str
+    name: str
+    benchmark: Benchmark
+    mode: str
+    file: Path
+    examples: Sequence[Example]
+    unreadable: Mapping[str, str]
+    not_scored: Mapping[str, str]
+
+    @property
+    def scored(self) -> Sequence[Example]:
+        """The examples that a score is over."""
+        return [example for example in self.examples if example.id not in self.not_scored]
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The chosen version's, None where a judge or a server scores."""
+        scorable = len(self.not_scored) < len(self.examples)
+        return self.benchmark.modes[self.mode] if self.benchmark.modes and scorable else None
+
+
+def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
+    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
+    wanted, _, file = request.partition("=")
+    listed = find_benchmark(wanted)
+    name, benchmark = listed.name, listed.benchmark
+    if mode is not None and (mode not in benchmark.modes or mode == ""):
+        named = [version for version in benchmark.modes if version]
+        raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
+    path = Path(file) if file else listed.file or _split_file(name, benchmark, listed.split, records)
+    examples, unreadable = _read_examples(path, limit)
+    if benchmark.chooses:
+        suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
+        for number, example in enumerate(examples):
+            if example.id in unreadable:
+                examples[number] = replace(example, choices=("",), extra={"correct": 0})
+            elif not example.choices and example.turns:
+                examples[number] = with_choices(example, suffix)
+        asked = [example for example in examples if example.choices or has_answer(example) or not example.turns]
+        check_choices(asked, path, all_known=False)
+    return EvaluationSet(
+        request=request,
+        name=name,
+        benchmark=benchmark,
+        mode=next(iter(benchmark.modes), "") if mode is None else mode,
+        file=path,
+        examples=examples,
+        unreadable=unreadable,
+        not_scored=not_scored(benchmark, examples, unreadable),
+    )
+
+
+def _read_examples(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
+    """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read."""
+    needed = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
+    _, first = next(stream_values(path, needed), (0, None))
+    if is_question(first):
+        return read_question_file(path)[:limit], {}
+    with path.open("rb") as file:
+        is_list = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if not is_list and not (isinstance(first, dict) and "conversations" in first):
+        examples = list(islice(iterate_examples(path), limit))
+        if not examples:
+            raise UserError(f"{path}: holds no examples")
+        return examples, {}
+    questions, unreadable = read_questions(path, limit)
+    return examples_of(questions, unreadable), unreadable
+
+
+def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:
+    folder = records / name
+    splits = sorted(path.stem for path in folder.glob("*.jsonl"))
+    names = (split,) if split else benchmark.splits
+    matching = [name for name in names if name in splits]
+    if not matching and not split and len(splits) == 1:
+        matching = splits
+    if not matching:
+        others = f"there are {', '.join(splits)}; name one as {name}:SPLIT" if splits else "there is none"
+        raise UserError(
+            f"no {' or '.join(names)} split of {name} in {folder}: {others} (`dora-vl prepare` writes it; "
+            f"--records names the folder of records, {name}=FILE any file)"
+        )
+    return folder / f"{matching[0]}.jsonl"

@@ -15,10 +15,10 @@ from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import Exchange, digest, exchanged
-from dora_vl.evaluation.benchmarks import find_benchmark
+from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
 from dora_vl.evaluation.finish import finish
 from dora_vl.evaluation.predictions import METRICS, Predictions, file_sha256, read_rows, refuse_anothers
-from dora_vl.evaluation.questions import EvaluationSet, as_question, read_set, with_middle_frame
+from dora_vl.evaluation.questions import as_question, with_middle_frame
 from dora_vl.evaluation.scores.benchmark import join
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,9 +17,7 @@ from torch import nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.templates import PROMPTS
-from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.pictures import open_image
@@ -38,13 +35,12 @@ from dora_vl.evaluation.ask import (
 )
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
+from dora_vl.evaluation.predictions import BY_SCORING, PREDICTIONS, Prediction, Predictions, file_sha256
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
     examples_of,
     expected,
-    has_truth,
     in_words,
     media_of,
     read_questions,
@@ -54,12 +50,9 @@ from dora_vl.evaluation.scores.commonsense import score as commonsense_score
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
-from dora_vl.evaluation.subtask import Subtask
-from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.evaluation.watch import Tested
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig, VlBartEvaluationConfig
+from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +171,7 @@ def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, o
         return evaluate_run(
             assistant,
             config.evaluation,
-            run_folder=run_folder_of(config),
+            run_folder=run_folder_of(config.training),
             media=media,
             numbers=numbers,
             columns=config.data.contract,
@@ -220,94 +213,6 @@ def check_test(config: RunConfig) -> list[Question]:
     if any(question.videos for question in questions):
         check_videos(config.data)
     return questions
-
-
-# Of a VL-BART: a file for each task, scored as the task is.
-
-
-def evaluate_subtasks(
-    backbone: VlBartBackbone,
-    encoder: Seq2SeqEncoder,
-    tested: Sequence[Tested],
-    *,
-    run_folder: Path,
-    evaluation: VlBartEvaluationConfig,
-    settings: Mapping[str, Any],
-    numbers: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
-
-    `metrics.json` is written after each task. Where one task alone is scored by accuracy, its headline stands at the
-    top as `accuracy` (a share) and `n`, with `by_kind` where examples name their kind, and the contact sheet shows that
-    task; else the sheet shows all.
-    """
-    backbone.eval()
-    media = media_reader(Path(evaluation.image_folder or "."), frames=1)
-    started, tasks = time.monotonic(), dict[str, dict[str, Any]]()
-    done: list[tuple[Subtask, Callable[..., Predictions], list[Example], Predictions, Scored | None]] = []
-    headlines: dict[str, dict[str, Any]] = {}
-    metrics: dict[str, Any] = {}
-    for subtask, file, reader in tested:
-        model = VlBartAssistant(backbone=backbone, encoder=encoder, subtasks=(subtask,), stored=reader)
-        decoding = Decoding(batch_size=evaluation.batch_size, task=subtask.name)
-        ask_task = partial(ask, model, media=media, decoding=decoding)
-        examples = list(file)
-        predictions = ask_task([*map(as_question, examples)], path=run_folder / BY_TASK / f"{subtask.name}.jsonl")
-        scored = subtask.score(examples, predictions.answers) if has_truth(examples) else None
-        done.append((subtask, ask_task, examples, predictions, scored))
-        losses = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
-        entry = tasks[subtask.name] = {"metrics": {}, "n": len(examples), **losses}
-        if scored is None:
-            entry["note"] = "the publisher keeps the answers of this file"
-        else:
-            made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
-            entry |= {"metrics": scored.metrics, "n": scored.n, "intervals_95": intervals(scored)}
-            entry["settings"] = made_with
-        if scored is not None and ACCURACY in scored.metrics:
-            headlines[subtask.name] = _headline(examples, scored)
-        log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in entry["metrics"].items()})
-        alone = next(iter(headlines.values())) if len(headlines) == 1 else {"n": entry["n"]} if len(tasks) == 1 else {}
-        metrics = {
-            **dict(numbers),
-            "tasks": tasks,
-            "settings": dict(settings),
-            "evaluation_seconds": round(time.monotonic() - started, 1),
-            **alone,
-        }
-        write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
-    of_sheet = [
-        (subtask.name, examples, predictions, scored)
-        for subtask, _, examples, predictions, scored in done
-        if len(headlines) != 1 or subtask.name in headlines
-    ]
-    draw_tasks(of_sheet, run_folder=run_folder, image_folder=evaluation.image_folder)
-    for subtask, ask_task, examples, predictions, scored in done:
-        if scored is None:
-            continue
-        exchange = None
-        if evaluation.exchange_pictures:
-            sample = exchanged(examples, predictions.answers)
-            exchange = Exchange(examples=sample, answers=ask_task([*map(as_question, sample)]).answers)
-        baselines, lines = compared(
-            scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange
-        )
-        tasks[subtask.name]["baselines"] = baselines
-        for line in lines:
-            log.info("%s: %s", subtask.name, line)
-    write_json(run_folder / METRICS, metrics)
-    return metrics
-
-
-def _headline(examples: Sequence[Example], scored: Scored) -> dict[str, Any]:
-    """The accuracy as a share, over all and by `extra["kind"]`."""
-    kinds: dict[str, list[float]] = {}
-    for example in examples:
-        if "kind" in example.extra and example.id in scored.per_item:
-            kinds.setdefault(str(example.extra["kind"]), []).append(scored.per_item[example.id])
-    by_kind = {
-        kind: {"accuracy": sum(shares) / len(shares), "n": len(shares)} for kind, shares in sorted(kinds.items())
-    }
-    return {"accuracy": scored.metrics[ACCURACY] / PERCENT, "n": scored.n, "by_kind": by_kind}
 
 
 # Of instructions: each commonsense set by generation, by likelihood, or both.

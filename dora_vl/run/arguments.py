@@ -25,7 +25,7 @@ from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
 from dora_vl.files import shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import SamplesConfig, VlBartDataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -152,22 +152,24 @@ def check_trackers(report_to: object) -> None:
             )
 
 
-def training_arguments(config: RunSettings) -> TrainingArguments:
-    """Makes the arguments, which also starts the process group and tells transformers about ZeRO-3.
+def training_arguments(
+    training: Mapping[str, Any], data: SamplesConfig | VlBartDataConfig, *, method: str, dtype: str
+) -> TrainingArguments:
+    """Makes the arguments of a run's sections, which also starts the process group and tells transformers about ZeRO-3.
 
     Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
     """
-    section, on_cuda = check_training_section(config.training), torch.cuda.is_available()
-    _check_precision(section, method=config.adapter.method, dtype=config.model.dtype)
-    validate = section.get("eval_strategy", "epoch" if config.data.held_out else "no")
-    if validate != "no" and config.data.held_out is None:
+    section, on_cuda = check_training_section(training), torch.cuda.is_available()
+    _check_precision(section, method=method, dtype=dtype)
+    validate = section.get("eval_strategy", "epoch" if data.held_out else "no")
+    if validate != "no" and data.held_out is None:
         raise SettingError("training.eval_strategy", f" is {validate}, but data.validation names no file")
     values = {**OURS, "eval_strategy": validate, "dataloader_pin_memory": on_cuda, "tf32": True, **section}
     if not on_cuda:
         del values["tf32"]  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
     if values.get("deepspeed") is not None:
         values["deepspeed"] = read_deepspeed(values["deepspeed"])
-        check_deepspeed(values["deepspeed"], method=config.adapter.method)
+        check_deepspeed(values["deepspeed"], method=method)
         if values.get("use_cpu") and on_cuda:
             raise SettingError(
                 "training.use_cpu", " with training.deepspeed and a GPU: start with CUDA_VISIBLE_DEVICES= instead"
@@ -177,10 +179,10 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         start_cpu_communication(limit=values.get("ddp_timeout", TrainingArguments.ddp_timeout))
     elif several_ranks() and not on_cuda:
         values["use_cpu"] = True  # or accelerate would not see that the ranks belong together
-    run_folder_of(config)
+    run_folder_of(section)
     # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
     values.setdefault("data_seed", values.get("seed", TrainingArguments.seed))
-    values.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
+    values.update(remove_unused_columns=False, dataloader_num_workers=data.workers)
     try:
         arguments = TrainingArguments(**values)
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""The base that a run adapts: made where its settings say so, and loaded as its model section says."""
+"""The base that a run adapts: made where its settings say so, checked, and loaded as its model section says."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +12,15 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.quantised_base import check_runs_here
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.loading import check_made_from
-from dora_vl.errors import SettingError
+from dora_vl.backbones.video_inputs import LEAST_PIXELS
+from dora_vl.errors import BadSample, SettingError
 from dora_vl.run.launch import loading_in, without_sharding
-from dora_vl.run.settings import LoadedModelConfig
+from dora_vl.run.settings import DataConfig, LoadedModelConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 DECODER = "decoder"
 """What `recipe.json` calls the backbone of a vision-language model or a plain language model."""
@@ -76,3 +82,46 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: A
             quantisation=model.quantisation,
             **more,
         )
+
+
+def check_base(model: ModelConfig, data: DataConfig) -> None:
+    """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
+    model_type = model_type_of(model.base, model.revision)
+    check_trained(model.base, model_type)
+    if data.cache_features and not sees_pictures(model.base, model.revision):
+        raise SettingError("data.cache_features", f": {model.base} sees no pictures; set it false")
+    refused = {
+        "data.share_pictures": (data.share_pictures, "each sample brings its own pictures"),
+        "model.image_aspect": (model.image_aspect != "pad", "the model's own processor prepares pictures"),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set and model_type != LLAVA:
+            raise SettingError(setting, f" is for a LLaVA-1.5 alone, and {model.base} is none: {reason}; leave it out")
+
+
+def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:
+    """Refuses a sample's share of `data.max_pixels_per_step` that changes nothing, or leaves too little to see."""
+    key = "data.max_pixels_per_step"
+    if share is not None and not encoder.pixels_count:
+        raise SettingError(key, f": {base} makes the same of a small and of a large picture; leave it out")
+    if share is not None and share < LEAST_PIXELS:
+        raise SettingError(
+            key, f" leaves a sample {share} pixels of at least {LEAST_PIXELS}; raise it, or lower the micro-batch"
+        )
+
+
+def check_base_takes_videos(base: str, encoder: Encoder, data: DataConfig, *, pictures: bool) -> None:
+    """Refuses videos that the base does not take in any way, and says in which it takes them."""
+    if encoder.why_no_videos:
+        logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
+    elif encoder.videos_of_one_length and data.video_fps is not None:
+        raise SettingError("data.video_fps", f": {base} takes videos of one length; set data.video_frames alone")
+    elif encoder.one_kind_in_a_batch and pictures:
+        raise SettingError(
+            "data.train", f" holds pictures and videos, which {base} cannot tell apart in a batch; train on one kind"
+        )
+    try:
+        encoder.dummy_video(data.video_frames)
+    except BadSample as error:
+        reason = f": {base} takes no video of {data.video_frames} frames: {error.reason}"
+        raise SettingError("data.video_frames", reason) from error

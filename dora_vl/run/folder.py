@@ -54,11 +54,11 @@ TRAINING_NUMBERS = (
 """What `metrics.json` says of the training."""
 
 
-def run_folder_of(config: RunSettings) -> Path:
+def run_folder_of(training: Mapping[str, Any]) -> Path:
     """Where a run writes: `training.output_dir`, which every run names."""
-    if "output_dir" not in config.training:
+    if "output_dir" not in training:
         raise SettingError("training.output_dir", " is missing: name the folder for checkpoints, adapter and logs")
-    return Path(config.training["output_dir"])
+    return Path(training["output_dir"])
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -72,7 +72,7 @@ def _took_work(folder: Path) -> list[Path]:
 
 def checkpoint_of(config: RunSettings) -> Path | None:
     """The checkpoint that a run resumes from; None: it starts anew."""
-    folder = run_folder_of(config)
+    folder = run_folder_of(config.training)
     checkpoints = complete_checkpoints(folder)
     if config.resume == LAST and not checkpoints:
         results = _took_work(folder)
@@ -85,7 +85,7 @@ def checkpoint_of(config: RunSettings) -> Path | None:
 
 def finished_already(config: RunSettings) -> bool:
     """Whether a run that `resume: if_stopped` starts again has nothing left to do."""
-    folder = run_folder_of(config)
+    folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
     then, now = _json_of(folder / SETTINGS), settings_of(config)

@@ -57,7 +57,7 @@ def build_trainer(
     pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any]
 ) -> tuple[AdapterTrainer, StopOnSignal]:
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
-    config, run_folder = pipeline.config, run_folder_of(pipeline.config)
+    config, run_folder = pipeline.config, run_folder_of(pipeline.config.training)
     data = pipeline.data(backbone, arguments)
     ledger = BadSampleLedger(
         max_bad_share=config.data.max_bad_share,

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        imagined = imagine_run(pipeline_of(config, task), tokens=arguments.tokens, labelled=arguments.labelled)
+        imagined = imagine_run(pipeline_of(task)(config), tokens=arguments.tokens, labelled=arguments.labelled)
     estimate = imagined.on(gpus)
     yield from memory_lines(estimate)
     by_engine = ", ".join(f"{stage} {gib(imagined.on(gpus, stage).total)}" for stage in STAGES)

@@ -10,7 +10,6 @@ from torch import nn
 
 from dora_vl.data.samples import Skipped
 from dora_vl.report.batch import BatchView, TokenText, batch_view
-from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import FAULTS
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.optim import LearningRates
@@ -42,7 +41,7 @@ def shown_settings(config: Any, folder: Path) -> Any:
 
 def first_batch(pipeline: Pipeline) -> BatchView:
     """The batch that one process would see first."""
-    arguments = training_arguments(pipeline.config)
+    arguments = pipeline.arguments()
     pipeline.prepare(arguments)
     backbone = pipeline.skeleton()
     data = pipeline.data(backbone, arguments)

@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.data.batches import over_step
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
-from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqSample
 from dora_vl.run.settings import DataConfig, RunSettings
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
@@ -225,18 +224,19 @@ def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> li
     return max((sorted(pool, key=lambda item: -cost([item]))[:size] for pool in usable), key=cost, default=[])
 
 
-def _samples(items: Pool) -> list[Sample | Seq2SeqSample]:
-    samples = [sample for item in items for sample in (item.items if isinstance(item, MicroBatch) else [item])]
-    return [sample for sample in samples if isinstance(sample, Sample | Seq2SeqSample)]
+def _samples(items: Pool) -> list[Any]:
+    """The usable ones, also of items that are whole micro-batches (a mixture's)."""
+    samples = [sample for item in items for sample in getattr(item, "items", [item])]
+    return [sample for sample in samples if not isinstance(sample, Skipped)]
 
 
 def cost_of(activations: Activations, vocabulary: int) -> Callable[[Pool], int]:
     """Bytes of a micro-batch by its padded tokens and its labels, which are what differs between micro-batches."""
     token = activations.bytes // max(1, activations.tokens)
 
-    def tokens_of(sample: Sample | Seq2SeqSample) -> int:
-        features = sample.features.shape[0] * sample.features.shape[1] if isinstance(sample, Seq2SeqSample) else 0
-        return len(sample.input_ids) + features
+    def tokens_of(sample: Any) -> int:
+        features = getattr(sample, "features", None)  # of a VL-BART, pictures x tokens
+        return len(sample.input_ids) + (0 if features is None else features.shape[0] * features.shape[1])
 
     def cost(items: Pool) -> int:
         samples = _samples(items)

@@ -5,11 +5,13 @@ Training asks for these in the order in which they stand here, and knows nothing
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate.utils import compare_versions
 from jaxtyping import Int
 from PIL import Image
@@ -18,11 +20,15 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dora_vl.adapters.adapter import content_hash, local_folder, versions
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunSettings
 from dora_vl.run.watched import Watch
 from dora_vl.training.memory import Activations
@@ -139,6 +145,7 @@ class Reading:
 
 
 Config = TypeVar("Config", bound=RunSettings)
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 
 
 class Pipeline(ABC, Generic[Config]):
@@ -146,11 +153,18 @@ class Pipeline(ABC, Generic[Config]):
 
     name: str
     """What `recipe.json` calls it."""
+    kind: str
+    """What `recipe.json` calls its backbone."""
     labels_shift = True
     """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def arguments(self) -> TrainingArguments:
+        """Its settings as the Trainer takes them; this starts the process group, so it comes before the model."""
+        config: RunSettings = self.config
+        return training_arguments(config.training, config.data, method=config.adapter.method, dtype=config.model.dtype)
 
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -205,9 +219,29 @@ class Pipeline(ABC, Generic[Config]):
             items: what `data.collate` made that micro-batch of.
         """
 
-    @abstractmethod
     def recipe(self) -> dict[str, Any]:
         """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
+        model: Any = self.config.model
+        settings = vars(model)
+        made_from = {name: settings[name] for name in ("compose", "source") if name in settings}
+        return {
+            "task": self.name,
+            "backbone": self.kind,
+            "base": model.base,
+            "base_sha256": content_hash(local_folder(model.base, settings.get("revision"))),
+            **{name: None if spec is None else dataclasses.asdict(spec) for name, spec in made_from.items()},
+            "dtype": model.dtype,
+            "training": dict(self.config.training),
+            "versions": versions(),
+        }
+
+    def with_saved_adapter(self, base: AnyBackbone) -> AnyBackbone:
+        """A base that was loaded again with the saved adapter, on the GPU where there is one, ready to answer.
+
+        So what is tested is what was saved, whole, whatever ZeRO stage it was trained under.
+        """
+        load_adapter(base.model, run_folder_of(self.config.training) / ADAPTER)
+        return base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     @abstractmethod
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:

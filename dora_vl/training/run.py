@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.samples import check_labels, write_skipped
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.arguments import launch_of, training_arguments
+from dora_vl.run.arguments import launch_of
 from dora_vl.run.folder import (
     ADAPTER,
     FAULTS,
@@ -71,7 +71,7 @@ def run(pipeline: Pipeline) -> int | None:
     on a CPU aborts at interpreter exit while it is there.
     """
     config = pipeline.config
-    with one_writer(run_folder_of(config)) if launched_first() else nullcontext():
+    with one_writer(run_folder_of(config.training)) if launched_first() else nullcontext():
         if config.test_only:
             test_again(pipeline)
             return None
@@ -93,7 +93,7 @@ def train(pipeline: Pipeline) -> RunResult:
     Every rank of a launch calls it. Raises UserError for whatever in the settings or the data cannot be used.
     """
     config, threads = pipeline.config, threads_of_this_rank()
-    arguments = training_arguments(config)
+    arguments = pipeline.arguments()
     if threads is not None:
         torch.set_num_threads(threads)
     watch_ranks(limit=arguments.ddp_timeout)
@@ -119,13 +119,13 @@ def train(pipeline: Pipeline) -> RunResult:
         close_views(trainer.callback_handler.callbacks)
     if trainer.faults.ended_by is not None:
         raise UserError(trainer.faults.ended_by)
-    numbers = _written(trainer, run_folder_of(config), stopped=stop.received is not None)
+    numbers = _written(trainer, run_folder_of(config.training), stopped=stop.received is not None)
     return RunResult(output.global_step, stop.received, numbers)
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
     """All that can be wrong before weights are loaded, and the folder of a new run; for the first rank alone."""
-    config, folder = pipeline.config, run_folder_of(pipeline.config)
+    config, folder = pipeline.config, run_folder_of(pipeline.config.training)
     check_run_folder(folder, resume=checkpoint is not None, overwrite=config.overwrite)
     if checkpoint is not None:
         check_manifest(checkpoint, settings_of(config), launch_of(arguments))
@@ -140,7 +140,7 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
 
 def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunSettings) -> None:
     """Takes over a checkpoint; for the first rank alone."""
-    folder = run_folder_of(config)
+    folder = run_folder_of(config.training)
     check_base(checkpoint, config.model.base, trainer.persistence.base_sha256)
     trainer.progress.check_samples(checkpoint)
     prepare_run_folder(folder, checkpoint=checkpoint, overwrite=False)
@@ -192,7 +192,7 @@ def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
 
 def test_again(pipeline: Pipeline) -> None:
     """Tests the adapter in the run folder; what `metrics.json` says of its training stays."""
-    config, folder = pipeline.config, run_folder_of(pipeline.config)
+    config, folder = pipeline.config, run_folder_of(pipeline.config.training)
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:
         raise SettingError("test_only", " trains nothing; leave resume and overwrite out, which are about training")

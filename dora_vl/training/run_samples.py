@@ -6,23 +6,19 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import TrainingArguments
 
-from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import (
-    NotStorable,
-    OutputStore,
-    PictureReader,
-    hollowed,
-    inputs_of,
-    proven_parts,
-)
+from dora_vl.backbones.encoder import GREY, Encoder
+from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
@@ -33,8 +29,8 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
-from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_picture, path_inside
+from dora_vl.data.samples import FIRST, ConversationDataset, Encoded, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
     ExampleTable,
@@ -53,12 +49,9 @@ from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
-from dora_vl.run.media import image_folder, video_folder
+from dora_vl.run.media import VideoReading, image_folder, video_folder
 from dora_vl.run.settings import DataConfig, RunConfig, SamplesConfig
 from dora_vl.training.pipeline import TrainingData
-
-MakeDataset = Callable[[Examples, HeldPictures], ConversationDataset]
-"""The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +59,46 @@ HASHED_ROWS = 2_000
 """At even distances, whose pictures and videos a resume compares: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowEncoder:
+    """Makes samples of a run's rows, their pictures and videos read; worker processes may have it.
+
+    Attributes:
+        folder: root of the pictures' paths; None: the model sees words alone.
+        videos: likewise how videos are read.
+        most_pixels: of a sample; what is above it is shrunk.
+        outputs: stored outputs of the pictures' frozen vision parts.
+    """
+
+    encoder: Encoder
+    folder: MediaFolder | None = None
+    videos: VideoReading | None = None
+    most_pixels: int | None = None
+    outputs: OutputStore | None = None
+
+    def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
+        """The samples of some rows, and of the pictures that they hold themselves."""
+        return ConversationDataset(rows, encode=partial(self.encode, stored=stored))
+
+    def encode(self, row: Example, stored: HeldPictures) -> Encoded:
+        """A row's tensors; of pictures with stored outputs the size alone counts."""
+        if self.folder is None or self.videos is None:
+            if row.images or row.videos:
+                raise BadSample(row.id, "it has pictures or videos, which a language model does not see")
+            return self.encoder.encode(row)
+        clips, outputs, lost = self.videos.read(row.videos) if row.videos else [], None, 0
+        if self.outputs is not None and row.images:
+            reader = PictureReader(encoder=self.encoder, folder=self.folder, held=stored)
+            outputs = self.outputs.read(reader, row.images)
+            pictures = [Image.new("RGB", size, GREY) for size in outputs.sizes]
+        else:
+            pictures = [open_picture(self.folder, name, stored) for name in row.images]
+        if self.most_pixels is not None:
+            pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
+        encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)
+        return encoded if outputs is None else hollowed(encoded, outputs.outputs)
 
 
 class RunSamples:
@@ -156,16 +189,12 @@ class RunSamples:
         share = self._data.max_bad_share
         look_ahead(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
 
-    def labelled(self, make: MakeDataset, encoder: Encoder) -> Iterator[Labelled]:
-        """Yields the labels of the first training samples, and of the first with pictures.
-
-        Args:
-            make: samples of rows.
-            encoder: what makes their labels.
-        """
+    def labelled(self, rows: RowEncoder) -> Iterator[Labelled]:
+        """Yields the labels of the first training samples, and of the first with pictures."""
+        encoder = rows.encoder
         bad: list[Skipped] = []
         used = 0
-        for example, sample in self._first(make):
+        for example, sample in self._first(rows):
             if isinstance(sample, Skipped):
                 bad.append(sample)
             elif isinstance(example, Example):
@@ -178,16 +207,16 @@ class RunSamples:
                 f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
             )
 
-    def _first(self, make: MakeDataset) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
+    def _first(self, encoder: RowEncoder) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
         """Of the first samples, and of the first with pictures."""
         if self._train is not None:
-            samples = make(self._train, self._train.stored)
+            samples = encoder.dataset(self._train, self._train.stored)
             for place in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
                 yield self._train[place], samples[place]
         elif self._stream is not None:
             rows = [row for source in self._stream.sources for row in source.first_rows if isinstance(row, Example)]
             for place in _first_places([row.images for row in rows]):
-                yield rows[place], make([rows[place]], rows[place].image_bytes)[0]
+                yield rows[place], encoder.dataset([rows[place]], rows[place].image_bytes)[0]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -209,7 +238,7 @@ class RunSamples:
 
     def training_data(
         self,
-        make: MakeDataset,
+        rows: RowEncoder,
         *,
         collate: Callable[[list[Any]], Mapping[str, Any]],
         tokens_per_image: int = 0,
@@ -220,12 +249,13 @@ class RunSamples:
         """What the Trainer takes.
 
         Args:
-            make: samples of rows.
+            rows: makes their samples.
             collate: a batch of samples.
             tokens_per_image: with `tokens_per_video` for the lengths that group samples.
             share_pictures: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
+        make = rows.dataset
         held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
         micro_batch = self._arguments.per_device_train_batch_size
         if self._stream is not None:
@@ -391,7 +421,7 @@ def stored_outputs(
     Raises: UserError if the family's outputs cannot be stored, or weights before the last of them train.
     """
     model = backbone.model
-    cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
+    cache = Path(config.data.feature_cache or run_folder_of(config.training) / "features")
     language: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
     unused = {id(weight) for part in language for weight in part.parameters()}
     unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}

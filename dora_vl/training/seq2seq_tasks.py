@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,12 +17,12 @@ from torch.utils.data import Dataset
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.vision_store import FeatureReader
+from dora_vl.backbones.vision_store import FeatureReader, first_difference, read_settings
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, SettingError
 from dora_vl.evaluation.subtask import (
     ClosedBatch,
     MicroBatch,
@@ -29,8 +31,11 @@ from dora_vl.evaluation.subtask import (
     Subtask,
     Target,
     make_sample,
+    with_input_tokens,
 )
+from dora_vl.evaluation.vlbart_tasks import closed
 from dora_vl.heads.answer import answer_loss
+from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.training.pipeline import LossModel
 
 LOOKED_AT = 256
@@ -212,3 +217,50 @@ class Seq2SeqLoss(LossModel):
             if closed is None or task != closed.task:
                 loss = loss + 0.0 * head(hidden[:1].detach()).float().sum()
         return loss
+
+
+# What a run says of its tasks.
+
+
+def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
+    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
+    answer_by = subtask.answer_by
+    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
+        answer_by = "text"
+    if subtask.name in config.data.closed_answers:
+        subtask, answer_by = closed(subtask), "closed"
+    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
+
+
+def check_names(data: VlBartDataConfig, evaluation: VlBartEvaluationConfig, subtasks: Mapping[str, Subtask]) -> None:
+    """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
+    if not data.train:
+        raise SettingError("data.train", " names no task; give a records file for one of " + ", ".join(subtasks))
+    tested_features = {**data.features, **evaluation.features}
+    for key, files, features in (
+        ("data.train", data.train, data.features),
+        ("data.validation_files", data.validation_files, data.features),
+        ("evaluation.files", evaluation.files, tested_features),
+    ):
+        if unknown := sorted(set(files) - set(subtasks)):
+            raise SettingError(key, f": no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
+        if without := sorted(set(files) - set(features)):
+            raise SettingError(key, f" names {without[0]}, but data.features has no folder for it")
+
+
+def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
+    """Refuses test features that were computed in another way than those of training, where both say how.
+
+    Args:
+        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
+    """
+    for task, folder in tested.items():
+        before = read_settings(Path(trained[task])) if task in trained else None
+        now = read_settings(Path(folder))
+        if before is None or now is None or (name := first_difference(before, now)) is None:
+            continue
+        raise SettingError(
+            "evaluation.features",
+            f": {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is trained on "
+            f"{trained[task]}, with {before.get(name)!r}; compute both with the same settings",
+        )

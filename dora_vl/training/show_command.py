@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
     config, task = settings_and_task(words, options.task, program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
-        view = first_batch(pipeline_of(shown_settings(config, Path(folder)), task))
+        view = first_batch(pipeline_of(task)(shown_settings(config, Path(folder))))
         yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
         if options.to is not None and options.to.suffix == ".png":
             try:

@@ -10,12 +10,13 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import exit_on_user_error
 
 if TYPE_CHECKING:
+    from dora_vl.run.settings import VlBartRunConfig
     from dora_vl.training.pipeline import Pipeline
 
 DESCRIPTION = """\
@@ -71,9 +72,9 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     with first_rank_speaks():
         config, task = settings_and_task(words, task, program=program, description=description)
         if finished_already(config):
-            logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config))
+            logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config.training))
             return
-        pipeline = pipeline_of(config, task)
+        pipeline = pipeline_of(task)(config)
 
         from dora_vl.training.run import run
 
@@ -117,15 +118,19 @@ def settings_and_task(
     return config, task
 
 
-def pipeline_of(config: Any, task: str) -> Pipeline:
-    """The task's pipeline."""
+def pipeline_of(task: str) -> Callable[[Any], Pipeline]:
+    """What makes a task's pipeline of its settings."""
     if task in ("llava_instruct", "commonsense"):
         from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 
-        return DecoderPipeline(config) if task == "llava_instruct" else CommonsensePipeline(config)
+        return DecoderPipeline if task == "llava_instruct" else CommonsensePipeline
     from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
     is_video = task == "vlbart_video"
-    subtasks = (video_subtasks if is_video else image_subtasks)(task_prompt=config.data.task_prompt)
-    return VlBartPipeline(config, subtasks, name=task, is_video=is_video)
+
+    def of_tasks(config: VlBartRunConfig) -> VlBartPipeline:
+        subtasks = (video_subtasks if is_video else image_subtasks)(task_prompt=config.data.task_prompt)
+        return VlBartPipeline(config, subtasks, name=task, is_video=is_video)
+
+    return of_tasks

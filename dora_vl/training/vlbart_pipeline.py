@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,13 @@ from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, versions
-from dora_vl.adapters.folder import RECIPE_FILE, load_adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS
+from dora_vl.adapters.folder import RECIPE_FILE
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.published_features import open_features
-from dora_vl.backbones.vision_store import FeatureReader, first_difference, read_settings
+from dora_vl.backbones.vision_store import FeatureReader, read_settings
 from dora_vl.backbones.vlbart import (
     ANSWER_HEADS,
     DORA_TARGETS,
@@ -38,23 +39,28 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask, with_input_tokens
-from dora_vl.evaluation.test import evaluate_subtasks
-from dora_vl.evaluation.vlbart_tasks import closed
-from dora_vl.evaluation.watch import Tested, check_tests, open_test, picture_of, watch_subtasks
+from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask
+from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.launch import loading_in
-from dora_vl.run.settings import VlBartAdapterConfig, VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
+from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
 from dora_vl.run.watched import Watch
 from dora_vl.training.adapting import core_config
 from dora_vl.training.closed_answers import SETTING, account, check_closed, lists_in, make_lists
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
-from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource, ValidationBatches
+from dora_vl.training.seq2seq_tasks import (
+    MixtureDataset,
+    Seq2SeqLoss,
+    TaskSource,
+    ValidationBatches,
+    check_names,
+    check_same_features,
+    with_run_settings,
+)
 
-EVERYTHING = ("*",)
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 LISTS_FILE = "closed_answers.json"
 """In the run folder: the closed answer lists, and the training samples that have no answer on them."""
@@ -71,6 +77,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         is_video: a sample's pictures are the frames of one video, not inputs of their own.
     """
 
+    kind = VLBART
     labels_shift = False
 
     def __init__(
@@ -88,35 +95,29 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         self.name = name
         self._subtasks = {task: with_run_settings(subtask, config) for task, subtask in subtasks.items()}
         self._is_video = is_video
-        self._lists_file = run_folder_of(self.config) / LISTS_FILE
+        self._lists_file = run_folder_of(self.config.training) / LISTS_FILE
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
-        config, files = self.config, self._test_files()
+        config, tests = self.config, self._test_files()
         make_base(compose_vlbart, config.model.compose, config.model.base, arguments)
-        if config.evaluation.files:
-            width = vlbart_config(config.model.base).feature_width
-            check_tests(self._tested(files, width), self.encoder(), max_bad_share=config.data.max_bad_share)
+        if tests:
+            tested = self._with_features(tests, self._test_features)
+            check_tests(tested, self.encoder, max_bad_share=config.data.max_bad_share)
         if lists := config.data.closed_answers:
-            checkpoint, initial = checkpoint_of(config), config.adapter.initial
-            folders = {
-                "adapter.initial": None if initial is None else Path(initial),
-                "resume": None if checkpoint is None else checkpoint / ADAPTER,
-            }
-            heads = {
-                key: path / RECIPE_FILE for key, path in folders.items() if path and (path / RECIPE_FILE).is_file()
-            }
-            of_lists = self._files({task: config.data.train[task] for task in lists}, limit=config.data.limit)
-            make_lists(self._lists_file, lists, dict(zip(lists, of_lists, strict=True)), same_as=heads)
+            checkpoint = checkpoint_of(config)
+            folders = {"adapter.initial": config.adapter.initial, "resume": checkpoint and checkpoint / ADAPTER}
+            recipes = {key: Path(folder) / RECIPE_FILE for key, folder in folders.items() if folder}
+            heads = {key: recipe for key, recipe in recipes.items() if recipe.is_file()}
+            files = self._files({task: config.data.train[task] for task in lists}, limit=config.data.limit)
+            make_lists(self._lists_file, lists, files, same_as=heads)
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
         """Those of each task's first samples; where one of a closed list is trained there are none."""
-        encoder = self.encoder()
-        train = self._mixture(arguments, encoder, vlbart_config(self.config.model.base).feature_width)
-        for sample, target, subtask in train.first(FIRST):
-            labels, answer = sample.labels, encoder.answer(target.text)
+        for sample, target, subtask in self._mixture(arguments).first(FIRST):
+            labels, answer, tokenizer = sample.labels, self.encoder.answer(target.text), self.encoder.tokenizer
             cut = len(labels) >= subtask.target_tokens
-            yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=encoder.tokenizer, cut=cut)
+            yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=tokenizer, cut=cut)
 
     def skeleton(self) -> VlBartBackbone:
         """The VL-BART without its weights."""
@@ -143,16 +144,15 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The mixture of all training files."""
         data, evaluation = self.config.data, self.config.evaluation
-        encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
-        train, validation = self._mixture(arguments, encoder, width), None
+        train, validation = self._mixture(arguments), None
         if data.validation_files:
-            sources = self._sources(data.validation_files, encoder, width, limit=None)
+            sources = self._sources(data.validation_files, limit=None)
             validation = ValidationBatches(sources, batch_size=evaluation.batch_size, ranks=arguments.world_size)
         return TrainingData(
             train=train,
             pools=lambda: [[batch] for batch in train.longest()],
             validation=validation,
-            collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
+            collate=Seq2SeqCollator(self.encoder.pad_token_id, (data.feature_tokens, self._width)),
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in train.plan.sources),
@@ -162,9 +162,9 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             longest_tokens=max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens,
         )
 
-    def _mixture(self, arguments: TrainingArguments, encoder: Seq2SeqEncoder, width: int) -> MixtureDataset:
+    def _mixture(self, arguments: TrainingArguments) -> MixtureDataset:
         data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
-        tasks = self._sources(data.train, encoder, width, limit=data.limit)
+        tasks = self._sources(data.train, limit=data.limit)
         sources = [
             Source(
                 name=task.subtask.name,
@@ -194,21 +194,13 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Examples of the validation files, or else of the test's, of each task in turn."""
-        vlbart, data, evaluation = cast(VlBartBackbone, backbone), self.config.data, self.config.evaluation
+        data, evaluation = self.config.data, self.config.evaluation
         files = data.validation_files or evaluation.files
-        folders = data.features if data.validation_files else {**data.features, **evaluation.features}
-        tested = [
-            (
-                self._subtasks[name],
-                ExampleFile(paths_of(path)),
-                self._reader(folders[name], vlbart.config.feature_width),
-            )
-            for name, path in files.items()
-        ]
+        read = {name: ExampleFile(paths_of(path)) for name, path in files.items()}
         return watch_subtasks(
-            vlbart,
-            self.encoder(),
-            tested,
+            cast(VlBartBackbone, backbone),
+            self.encoder,
+            self._with_features(read, data.features if data.validation_files else self._test_features),
             count=self.config.watch,
             image_folder=evaluation.image_folder,
             source=str(data.held_out or evaluation.file),
@@ -216,7 +208,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
 
     def reading(self, backbone: Backbone[Any]) -> Reading:
         """BART's tokens; pictures have no place among them."""
-        return Reading(self.encoder().tokenizer)
+        return Reading(self.encoder.tokenizer)
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
@@ -227,48 +219,53 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         return [None if folder is None else picture_of(example, Path(folder)) for example in examples]
 
     def recipe(self) -> dict[str, Any]:
-        """Base, tasks and their settings."""
-        model, data = self.config.model, self.config.data
+        """With the tasks and their settings."""
+        data = self.config.data
         return {
-            "task": self.name,
-            "backbone": VLBART,
+            **super().recipe(),
             "is_video": self._is_video,
             "tasks": list(data.train),
-            "base": model.base,
-            "base_sha256": content_hash(Path(model.base)),
-            "compose": None if model.compose is None else dataclasses.asdict(model.compose),
-            "dtype": model.dtype,
             "feature_tokens": data.feature_tokens,
             "features": {name: read_settings(Path(folder)) for name, folder in data.features.items()},
-            "settings": named_settings(self.config),
-            "training": dict(self.config.training),
-            "versions": versions(),
+            "settings": self._named_settings(),
             **({CLOSED_ANSWERS: lists_in(self._lists_file)} if data.closed_answers else {}),
+        }
+
+    def _named_settings(self) -> dict[str, Any]:
+        """What `metrics.json` says of where a run may differ from the published ones."""
+        data, evaluation, optim = self.config.data, self.config.evaluation, self.config.optim
+        return {
+            "task_prompt": data.task_prompt,
+            "subtitles_first": data.subtitles_first,
+            "input_tokens": data.input_tokens,
+            "choice_by_likelihood": evaluation.choice_by_likelihood,
+            "mixing": data.mixing,
+            "batch_size": data.batch_size,
+            "weight_decay_on": optim.weight_decay_on,
         }
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
-        config, run_folder = self.config, run_folder_of(self.config)
-        files, lists = self._test_files(), lists_in(run_folder / ADAPTER / RECIPE_FILE)
+        config, run_folder = self.config, run_folder_of(self.config.training)
+        tests, lists = self._test_files(), lists_in(run_folder / ADAPTER / RECIPE_FILE)
         if set(lists) != set(config.data.closed_answers):
             trained, named = (", ".join(tasks) or "nothing" for tasks in (lists, config.data.closed_answers))
             raise SettingError(SETTING, f" names {named}; {run_folder / ADAPTER} answers {trained} from a closed list")
         backbone = self._base()
         set_answer_heads(backbone.model, lists)
-        load_adapter(backbone.model, run_folder / ADAPTER)
-        backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return evaluate_subtasks(
-            backbone,
-            self.encoder(),
-            self._tested(files, backbone.config.feature_width),
+            self.with_saved_adapter(backbone),
+            self.encoder,
+            self._with_features(tests, self._test_features),
             run_folder=run_folder,
             evaluation=config.evaluation,
-            settings=named_settings(config) | ({CLOSED_ANSWERS: account(self._lists_file)} if lists else {}),
+            settings=self._named_settings() | ({CLOSED_ANSWERS: account(self._lists_file)} if lists else {}),
             numbers=numbers,
         )
 
+    @cached_property
     def encoder(self) -> Seq2SeqEncoder:
-        """Tokens of prompts and labels."""
+        """Tokens of prompts and labels, once the base is there."""
         base = self.config.model.base
         return Seq2SeqEncoder(
             load_tokenizer(base),
@@ -276,34 +273,38 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             max_positions=max_positions(vlbart_config(base)),
         )
 
-    def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:
-        folders = {**self.config.data.features, **self.config.evaluation.features}
-        return [
-            (self._subtasks[name], file, self._reader(folders[name], width))
-            for name, file in zip(self.config.evaluation.files, files, strict=True)
-        ]
+    @cached_property
+    def _width(self) -> int:
+        """Of the features that the base reads."""
+        return vlbart_config(self.config.model.base).feature_width
 
-    def _test_files(self) -> list[ExampleFile]:
-        evaluation = self.config.evaluation
-        return [
-            open_test(self._subtasks[name], Path(path), limit=evaluation.limit)
-            for name, path in evaluation.files.items()
-        ]
+    @property
+    def _test_features(self) -> Mapping[str, str]:
+        return {**self.config.data.features, **self.config.evaluation.features}
 
-    def _files(self, files: Files, *, limit: int | None) -> list[ExampleFile]:
+    def _with_features(self, files: Mapping[str, ExampleFile], folders: Mapping[str, str]) -> list[Tested]:
+        shape = (self.config.data.feature_tokens, self._width)
         return [
-            ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
+            (self._subtasks[name], file, FeatureReader(open_features(Path(folders[name])), *shape))
             for name, file in files.items()
         ]
 
-    def _sources(self, files: Files, encoder: Seq2SeqEncoder, width: int, *, limit: int | None) -> list[TaskSource]:
-        return [
-            TaskSource(self._subtasks[name], file, self._reader(self.config.data.features[name], width), encoder)
-            for name, file in zip(files, self._files(files, limit=limit), strict=True)
-        ]
+    def _test_files(self) -> dict[str, ExampleFile]:
+        evaluation = self.config.evaluation
+        return {
+            name: open_test(self._subtasks[name], Path(path), limit=evaluation.limit)
+            for name, path in evaluation.files.items()
+        }
 
-    def _reader(self, folder: str, width: int) -> FeatureReader:
-        return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)
+    def _files(self, files: Files, *, limit: int | None) -> dict[str, ExampleFile]:
+        return {
+            name: ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
+            for name, file in files.items()
+        }
+
+    def _sources(self, files: Files, *, limit: int | None) -> list[TaskSource]:
+        tasks = self._with_features(self._files(files, limit=limit), self.config.data.features)
+        return [TaskSource(subtask, file, reader, self.encoder) for subtask, file, reader in tasks]
 
 
 def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
@@ -316,67 +317,10 @@ def vlbart_dora_config(
 ) -> DoRAConfig:
     """What a run adapts and trains in a VL-BART, `heads` of closed answer lists included."""
     if adapter.method == "full":
-        return core_config(adapter, model, targets=EVERYTHING)
+        return core_config(adapter, model, targets=("*",))
     trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
     if not adapter.train_projector:
         del trained["projector"]
     if heads:
         trained["answer_head"] = ANSWER_HEADS
     return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
-
-
-def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
-    """What `metrics.json` says of where a run may differ from the published ones."""
-    return {
-        "task_prompt": config.data.task_prompt,
-        "subtitles_first": config.data.subtitles_first,
-        "input_tokens": config.data.input_tokens,
-        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
-        "mixing": config.data.mixing,
-        "batch_size": config.data.batch_size,
-        "weight_decay_on": config.optim.weight_decay_on,
-    }
-
-
-def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
-    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
-    answer_by = subtask.answer_by
-    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
-        answer_by = "text"
-    if subtask.name in config.data.closed_answers:
-        subtask, answer_by = closed(subtask), "closed"
-    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
-
-
-def check_names(data: VlBartDataConfig, evaluation: VlBartEvaluationConfig, subtasks: Mapping[str, Subtask]) -> None:
-    """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
-    if not data.train:
-        raise SettingError("data.train", " names no task; give a records file for one of " + ", ".join(subtasks))
-    tested_features = {**data.features, **evaluation.features}
-    for key, files, features in (
-        ("data.train", data.train, data.features),
-        ("data.validation_files", data.validation_files, data.features),
-        ("evaluation.files", evaluation.files, tested_features),
-    ):
-        if unknown := sorted(set(files) - set(subtasks)):
-            raise SettingError(key, f": no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
-        if without := sorted(set(files) - set(features)):
-            raise SettingError(key, f" names {without[0]}, but data.features has no folder for it")
-
-
-def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
-    """Refuses test features that were computed in another way than those of training, where both say how.
-
-    Args:
-        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
-    """
-    for task, folder in tested.items():
-        before = read_settings(Path(trained[task])) if task in trained else None
-        now = read_settings(Path(folder))
-        if before is None or now is None or (name := first_difference(before, now)) is None:
-            continue
-        raise SettingError(
-            "evaluation.features",
-            f": {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is trained on "
-            f"{trained[task]}, with {before.get(name)!r}; compute both with the same settings",
-        )

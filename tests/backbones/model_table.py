@@ -25,7 +25,7 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
-Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks say of the others why not.
+Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks tell why not.
 
 | `model_type` | remarks |
 | --- | --- |

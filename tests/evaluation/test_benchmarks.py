@@ -16,8 +16,7 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation import benchmarks
-from dora_vl.evaluation.benchmarks import find_benchmark, read_own
-from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
 from dora_vl.evaluation.scores import prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"

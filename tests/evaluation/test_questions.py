@@ -12,7 +12,8 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions, read_set
+from dora_vl.evaluation.benchmarks import read_set
+from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions
 from dora_vl.evaluation.scores.prompts import LETTER, SHORT, turns_of
 
 

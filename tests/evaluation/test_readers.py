@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dora_vl.data.example import ExampleFile, iterate_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
+from dora_vl.evaluation.benchmarks import read_set
 from dora_vl.evaluation.predictions import read_predictions, read_rows
-from dora_vl.evaluation.questions import read_question_file, read_questions, read_set
+from dora_vl.evaluation.questions import read_question_file, read_questions
 
 Reader = Callable[[Path], object]
 

@@ -24,8 +24,7 @@ from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import Example, as_conversation
 from dora_vl.data.readers import read_row
 from dora_vl.evaluation import vlbart_tasks
-from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.benchmarks import BENCHMARKS, read_set
 from dora_vl.evaluation.scores import prompts
 from dora_vl.evaluation.scores.commonsense import PATTERNS
 from dora_vl.evaluation.subtask import Subtask

@@ -17,7 +17,7 @@ from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.watch import check_tests
+from dora_vl.evaluation.vlbart_test import check_tests
 from dora_vl.run.reading import read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run

@@ -17,7 +17,7 @@ from dora_vl.data.example import Example, iterate_examples, to_record
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores import prompts, vqa
 from dora_vl.evaluation.scores.commonsense import PATTERNS
-from dora_vl.evaluation.scores.exact import SCORINGS
+from dora_vl.evaluation.scores.own import SCORINGS
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 SOURCE_OF = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.arguments import check_deepspeed, read_deepspeed, training_arguments, zero_stage
+from dora_vl.run.arguments import check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.reading import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.tiny_run import write_run
 
 
@@ -76,7 +77,7 @@ def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[st
     for name, field in {"batch": "train_batch_size", "steps": "gradient_accumulation_steps"}.items():
         (tmp_path / name).write_text(json.dumps({**read_deepspeed("zero2"), field: 7}))
     with pytest.raises(SettingError) as error:
-        training_arguments(read_run_file(run_file, *(word.format(folder=tmp_path) for word in overrides)))
+        DecoderPipeline(read_run_file(run_file, *(word.format(folder=tmp_path) for word in overrides))).arguments()
     assert error.value.key == key
 
 
@@ -84,5 +85,5 @@ def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
     config = read_run_file(write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json"))
     training = {key: value for key, value in config.training.items() if key != "output_dir"}
     with pytest.raises(SettingError) as error:
-        training_arguments(dataclasses.replace(config, training=training))
+        DecoderPipeline(dataclasses.replace(config, training=training)).arguments()
     assert error.value.key == "training.output_dir"

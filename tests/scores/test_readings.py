@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.evaluation.scores import commonsense, exact, llava, video, vqa
+from dora_vl.evaluation.scores import commonsense, exact, llava, own, video, vqa
 from dora_vl.evaluation.scores.vqa import ARTICLES, CONTRACTIONS, DIGITS
 from tests.shared_data import shared
 
@@ -162,7 +162,7 @@ def test_any_text_ends_in_plain_words(normalise: Callable[[str], str], text: str
     ],
 )
 def test_anls(said: str, true: str, points: float) -> None:
-    assert exact.similarity(said, true) == exact.similarity(true, said) == pytest.approx(points)
+    assert own.similarity(said, true) == own.similarity(true, said) == pytest.approx(points)
 
 
 def distance(first: str, second: str) -> int:
@@ -176,7 +176,7 @@ def distance(first: str, second: str) -> int:
 @given(first=st.text(alphabet="abc", max_size=5), second=st.text(alphabet="abc", max_size=5))
 def test_anls_is_by_the_edit_distance(first: str, second: str) -> None:
     share = 1 - distance(first, second) / max(len(first), len(second), 1)
-    assert exact.similarity(first, second) == pytest.approx(share if share > 0.5 else 0.0)
+    assert own.similarity(first, second) == pytest.approx(share if share > 0.5 else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_anls_is_by_the_edit_distance(first: str, second: str) -> None:
     ],
 )
 def test_relaxed(said: str, true: str, right: bool) -> None:
-    assert exact.is_close(said, true) is right
+    assert own.is_close(said, true) is right
 
 
 FILES = {"openbookqa/test.json": 500, "ARC-Easy/test.json": 2376, "ARC-Challenge/test.json": 1172}

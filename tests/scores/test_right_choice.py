@@ -11,7 +11,7 @@ import pytest
 from dora_vl.data.example import Example, ExampleFile, iterate_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
-from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.benchmarks import read_set
 from dora_vl.evaluation.scores.benchmark import check_choices, correct_index
 
 

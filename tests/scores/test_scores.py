@@ -15,7 +15,7 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores import commonsense, exact, llava, video, vqa
-from dora_vl.evaluation.scores.exact import SCORINGS
+from dora_vl.evaluation.scores.own import SCORINGS
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")

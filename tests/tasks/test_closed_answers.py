@@ -104,7 +104,7 @@ def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
 @torch.no_grad()
 def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
     """Scores of a task's training records, one at a time, by the model's parts alone."""
-    encoder = VlBartPipeline(config, all_subtasks(), name="tiny").encoder()
+    encoder = VlBartPipeline(config, all_subtasks(), name="tiny").encoder
     reader = FeatureReader(open_features(Path(config.data.features[task])), FEATURE_TOKENS, FEATURE_WIDTH)
     head, model = backbone.answer_head(task).logit_fc, backbone.model.model
     rows = []
@@ -179,7 +179,7 @@ def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_one
     made = VlBartPipeline(config, all_subtasks(), name="tiny")
     backbone = load_vlbart(config.model.base)
     loss = Seq2SeqLoss(backbone)
-    encoder, subtask = made.encoder(), all_subtasks()["vqav2"]
+    encoder, subtask = made.encoder, all_subtasks()["vqav2"]
     file = ExampleFile(Path(str(config.data.train["vqav2"])))
     reader = FeatureReader(open_features(Path(config.data.features["vqav2"])), FEATURE_TOKENS, FEATURE_WIDTH)
     collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))

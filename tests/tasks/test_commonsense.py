@@ -110,7 +110,7 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
         assert not (folder / output).exists()
     run = folder / "tested"
     (run / "adapter").mkdir(parents=True)
-    task = pipeline_of(settings(folder, "tested"), "commonsense")
+    task = pipeline_of("commonsense")(settings(folder, "tested"))
     backbone = task.load()
     apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")

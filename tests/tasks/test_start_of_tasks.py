@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ except SystemExit as left:
 def test_train_starts_what_the_settings_are_of(
     recipe: str, variant: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def record(config: Any, found: str) -> None:
+    def record(found: str, config: Any) -> None:
         raise UserError(f"{found} with rank {config.adapter.rank}")
 
-    monkeypatch.setattr(train_command, "pipeline_of", record)
+    monkeypatch.setattr(train_command, "pipeline_of", lambda found: partial(record, found))
     with pytest.raises(SystemExit):
         cli.main(["train", recipe, "--variant", variant, "--adapter.rank", "7"])
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {task} with rank 7"

@@ -11,7 +11,7 @@ import yaml
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.reading import read_run_file
-from dora_vl.training import decoder_pipeline
+from dora_vl.training import run_samples
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
@@ -82,9 +82,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     dropout = "--adapter.dropout=0.2"
     whole = trained(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = decoder_pipeline.open_picture
+    read_pixels = run_samples.open_picture
     monkeypatch.setattr(
-        decoder_pipeline,
+        run_samples,
         "open_picture",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )

@@ -95,7 +95,7 @@ def vlbart(place: Path) -> Path:
     path = place / "vlbart.yaml"
     path.write_text(json.dumps(settings))
     config = read_settings([f"--config={path}"], VlBartRunConfig, program="vlbart_video.py", description="")
-    run(pipeline_of(config, "vlbart_video"))
+    run(pipeline_of("vlbart_video")(config))
     return place / "vlbart" / "adapter"
 
 

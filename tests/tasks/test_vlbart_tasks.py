@@ -14,7 +14,8 @@ from dora_vl.run.reading import read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import run
-from dora_vl.training.vlbart_pipeline import VlBartPipeline, check_same_features
+from dora_vl.training.seq2seq_tasks import check_same_features
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import ITEMS, all_subtasks, write_vlbart_data, write_vlbart_run
 
 TESTED = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
-from dora_vl.run.arguments import training_arguments
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training import largest_batch
@@ -215,7 +214,7 @@ def test_advice_goes_from_the_mildest_on(
     run_file: Path, overrides: tuple[str, ...], fits: int | None, advice: str
 ) -> None:
     config = read_run_file(run_file, *overrides)
-    assert advice in what_to_lower(config, training_arguments(config), fits=fits)
+    assert advice in what_to_lower(config, DecoderPipeline(config).arguments(), fits=fits)
 
 
 def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
@@ -223,14 +222,14 @@ def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: P
     path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})
     settings = ("--data.batch_size=6", "--training.gradient_accumulation_steps=3", "--evaluation.batch_size=10")
     bart = read_settings(["--config", str(path), *settings], VlBartRunConfig)
-    arguments = training_arguments(bart)
+    arguments = VlBartPipeline(bart, all_subtasks(), name="tiny").arguments()
     assert "accumulation_steps to 6 (it is 3): the step keeps its 6 samples" in what_to_lower(bart, arguments)
     arguments.gradient_accumulation_steps, arguments.gradient_checkpointing = 6, True
     arguments.per_device_train_batch_size = 1
     assert what_to_lower(bart, arguments).startswith("Set training.deepspeed to zero3")
     assert "evaluation.batch_size to 5 (it is 10)" in smaller_validation(bart, arguments)
     llava = read_run_file(run_file, "--training.per_device_eval_batch_size=8")
-    assert "per_device_eval_batch_size to 4" in smaller_validation(llava, training_arguments(llava))
+    assert "per_device_eval_batch_size to 4" in smaller_validation(llava, DecoderPipeline(llava).arguments())
     assert "quantisation" not in smaller_model(bart)
     assert "model.quantisation to nf4" in smaller_model(read_run_file(run_file))
     assert "quantisation" not in smaller_model(read_run_file(run_file, "--model.quantisation=nf4"))

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dora_vl.backbones.model import open_backbone
-from dora_vl.run.arguments import training_arguments
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -23,7 +22,8 @@ PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 
 
 def micro_batches(config: RunConfig, size: int) -> list[dict[str, Any]]:
-    pipeline, arguments = DecoderPipeline(config), training_arguments(config)
+    pipeline = DecoderPipeline(config)
+    arguments = pipeline.arguments()
     data = pipeline.data(pipeline.load(), arguments)
     samples: Any = data.train
     return [dict(data.collate([samples[i] for i in range(start, start + size)])) for start in range(0, 2 * size, size)]

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import grey_video, within_pixels
 from dora_vl.errors import SettingError
-from dora_vl.run.arguments import training_arguments
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -62,7 +61,7 @@ def written(folder: Path, base: Path, **changes: dict[str, object]) -> Path:
 def tokens_of(path: Path, *overrides: str) -> list[int]:
     """Of the first three training samples."""
     pipeline = DecoderPipeline(read_run_file(path, *overrides))
-    arguments = training_arguments(pipeline.config)
+    arguments = pipeline.arguments()
     pipeline.prepare(arguments)
     data = pipeline.data(pipeline.skeleton(), arguments)
     return [len(data.train[index].input_ids) for index in range(3)]
@@ -97,7 +96,7 @@ def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path, family: st
 def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
     path = written(tmp_path, bases["qwen2_vl"])
     pipeline = DecoderPipeline(read_run_file(path))
-    arguments = training_arguments(pipeline.config)
+    arguments = pipeline.arguments()
     data = pipeline.data(pipeline.skeleton(), arguments)
     pictured = data.pools()[0]
     largest = max(pictured, key=lambda one: len(one.input_ids))

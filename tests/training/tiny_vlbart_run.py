@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def main() -> None:
     from dora_vl.training import train_command
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
-    train_command.pipeline_of = lambda config, _: VlBartPipeline(config, all_subtasks(), name="tiny")
+    train_command.pipeline_of = lambda _: partial(VlBartPipeline, subtasks=all_subtasks(), name="tiny")
     train_command.train_script("vlbart_image", "")
 
 
