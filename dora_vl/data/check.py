@@ -42,7 +42,7 @@ class MediaCheck:
     """
 
     def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
-        self._folder = MediaFolder.of(root)
+        self._folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
         self._decode = decode
         self.known: dict[str, Trouble | None] = {}
 

@@ -30,7 +30,7 @@ from dora_vl.backbones.video_inputs import LEAST_PIXELS, within_pixels
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_image
 from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Labelled
 from dora_vl.errors import BadSample, SettingError
 from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
@@ -406,7 +406,7 @@ def encode_from_folder(
         row = outputs.read(PictureReader(encoder=encoder, folder=folder, held=stored), conversation.images)
         pictures = [Image.new("RGB", size, GREY) for size in row.sizes]
     else:
-        pictures = [open_picture(folder, name, stored) for name in conversation.images]
+        pictures = [open_image(folder, name, stored) for name in conversation.images]
     lost = 0
     if most_pixels is not None:
         pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
