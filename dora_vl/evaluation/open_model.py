@@ -37,9 +37,8 @@ from dora_vl.backbones.prompts import FORMATS
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Asker, Assistant
-from dora_vl.evaluation.predictions import file_sha256
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
-from dora_vl.files import HUB_ID
+from dora_vl.files import HUB_ID, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
 

@@ -29,7 +29,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asker, Assistant, Decoding, MediaReader, ask, check_pictures, media_reader
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions, file_sha256
+from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, Predictions
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
@@ -49,6 +49,7 @@ from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.evaluation.subtask import Subtask
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.watch import Tested
+from dora_vl.files import file_sha256
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig, VlBartEvaluationConfig
