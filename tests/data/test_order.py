@@ -152,19 +152,6 @@ def test_ranks_of_one_micro_step_get_neighbours_in_length(
             assert min(longer) >= max(shorter)
 
 
-@given(SAMPLES, SIZES)
-def test_over_a_global_batch_ranks_differ_by_at_most_its_range_times_the_batch_size(
-    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
-) -> None:
-    batch_size, world_size, accumulation = sizes
-    size = batch_size * world_size * accumulation
-    batches = chunks(list(sampler(samples, sizes)), size)
-    for batch in batches[: full_batches(samples, size)]:
-        micro = [[samples[index][0] for index in part] for part in chunks(batch, batch_size)]
-        totals = [sum(map(sum, micro[rank::world_size])) for rank in range(world_size)]
-        assert max(totals) - min(totals) <= batch_size * (samples[batch[0]][0] - samples[batch[-1]][0])
-
-
 def test_seeds_and_epochs_all_differ() -> None:
     samples = [(number % 13, number % 3 > 0) for number in range(200)]
     orders = {tuple(sampler(samples, (2, 2, 2), seed=s, epoch=e)) for s in range(4) for e in range(4)}
