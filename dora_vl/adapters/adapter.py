@@ -29,7 +29,7 @@ from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contrad
 from dora_vl.core import functional
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.errors import UserError
-from dora_vl.files import weight_files
+from dora_vl.files import file_sha256, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,11 +354,7 @@ def file_hash(path: Path) -> str:
     blob = path.resolve().name
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
         return blob
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.backbones.vision_store import HASH, SHARD_BYTES, file_state, keep_settings, save_whole, store_key
 from dora_vl.data.batches import Collator
-from dora_vl.data.pictures import AS_PUBLISHED, READING, HeldPictures, MediaFolder, open_picture
+from dora_vl.data.pictures import AS_PUBLISHED, READING, HeldPictures, MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.errors import BadSample, UserError
 
@@ -574,7 +574,7 @@ class PictureReader:
 
         Raises: BadSample.
         """
-        pictures = [open_picture(self.folder, name, self.held) for name in names]
+        pictures = [open_image(self.folder, name, self.held) for name in names]
         sizes = [picture.size for picture in pictures]
         if self.most_pixels is not None:
             pictures, _, _ = within_pixels(pictures, (), self.most_pixels)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.data.example import Clip, Example, whole_file
-from dora_vl.data.pictures import MediaFolder, open_picture
+from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import Sampling, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import check_whole
@@ -513,7 +513,7 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
         prepare = self.preparation.prepare
         try:
             if medium.clip is None:
-                picture = prepare(open_picture(self.root, medium.path))
+                picture = prepare(open_image(self.root, medium.path))
                 return replace(row, backend=PICTURE_BACKEND), picture[None]
             if self.reader is None or self.sampling is None:
                 raise ValueError("clips need a reader and a sampling")

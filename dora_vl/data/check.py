@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -42,7 +43,7 @@ class MediaCheck:
     """
 
     def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
-        self._folder = MediaFolder.of(root)
+        self._folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
         self._decode = decode
         self.known: dict[str, Trouble | None] = {}
 
@@ -230,11 +231,9 @@ class FileCheck:
         elif any(not answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in sample.answers):
             usable = False
             self._add(EMPTY_ANSWER, sample.id)
-        length = self._limits.length(sample.text)
-        if length > self._limits.most:
-            self._add(
-                f"longer than {self._limits.most:,} {self._limits.unit}", sample.id, f"{length:,} {self._limits.unit}"
-            )
+        most, unit, length = self._limits.most, self._limits.unit, self._limits.length(sample.text)
+        if length > most:
+            self._add(f"longer than {most:,} {unit}", sample.id, f"{length:,} {unit}")
         for name in sample.media:
             check = self._videos if name in sample.videos else self._media
             trouble = None if check is None else check.trouble(name, sample.held.get(name), name in sample.videos)
@@ -274,14 +273,6 @@ def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Samp
     )
 
 
-def overlap(first: FileCheck, second: FileCheck) -> Finding | None:
-    """Samples that ask the same of the same media in both files."""
-    finding = Finding(problem=f"also in {second.path.name}")
-    for name, key in sorted((first.samples[key], key) for key in first.samples.keys() & second.samples.keys()):
-        finding.add(name, f"{name} is {second.samples[key]} there")
-    return finding if finding.count else None
-
-
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
 and missing answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated
@@ -299,20 +290,15 @@ WORDS, TOKENS = 1_500, 2_048
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl check-data`."""
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
-    parser.add_argument(
-        "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
-    )
-    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
-    parser.add_argument("--follow-links", action="store_true", help="files may be links out of those folders")
-    parser.add_argument(
-        "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count"
-    )
+    add = parser.add_argument
+    add("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
+    add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at")
+    add("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
+    add("--follow-links", action="store_true", help="files may be links out of those folders")
+    add("--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count")
     add_columns(parser)
-    parser.add_argument("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+    add("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
@@ -344,19 +330,29 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         root = None if folder is None else MediaFolder(folder, arguments.follow_links)
         roots.append(None if root is None else MediaCheck(root, decode=arguments.decode))
     columns = columns_of(arguments)
+    if arguments.longest is not None and arguments.longest < 1:
+        raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
+    in_words = arguments.tokenizer is None
+    limits = partial(
+        Limits,
+        most=arguments.longest or (WORDS if in_words else TOKENS),
+        unit="words" if in_words else "tokens",
+        length=(lambda text: len(text.split())) if in_words else _tokens(arguments.tokenizer),
+    )
     checks: list[FileCheck] = []
     for file in files:
-        check = FileCheck(file, limits_of(arguments, file), roots[0], roots[1], columns)
-        with tqdm(
-            total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
-        ) as bar:
+        of_file = limits(answers_needed=not file.stem.startswith("test"))  # a test set may keep its answers back
+        check, size = FileCheck(file, of_file, roots[0], roots[1], columns), file.stat().st_size
+        with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
-    for first, second in combinations(checks, 2):
-        if shared := overlap(first, second):
-            findings.append((first.path, shared))
+    for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
+        shared = Finding(problem=f"also in {second.path.name}")
+        for name, key in sorted((first.samples[key], key) for key in first.samples.keys() & second.samples.keys()):
+            shared.add(name, f"{name} is {second.samples[key]} there")
+        findings += [(first.path, shared)] if shared.count else []
     looked_at = sum(len(root.known) for root in roots if root is not None)
     looked = f", {looked_at:,} media files" if any(roots) else ""
     summary = f"{len(files)} files, {sum(check.rows for check in checks):,} samples{looked}"
@@ -382,19 +378,6 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
     return list(dict.fromkeys(files))
-
-
-def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
-    """What is too long, and whether the file's answers may be kept back, as in test sets."""
-    if arguments.longest is not None and arguments.longest < 1:
-        raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
-    in_words = arguments.tokenizer is None
-    return Limits(
-        most=arguments.longest or (WORDS if in_words else TOKENS),
-        unit="words" if in_words else "tokens",
-        length=(lambda text: len(text.split())) if in_words else _tokens(arguments.tokenizer),
-        answers_needed=not file.stem.startswith("test"),
-    )
 
 
 def table(findings: Sequence[tuple[Path, Finding]]) -> Iterator[str]:

@@ -72,31 +72,20 @@ def of_the_set(files: Iterable[Path]) -> list[Path]:
     kept: list[Path] = []
     for folder, paths in by_folder.items():
         arrow = {path.name: path for path in paths if path.suffix.lower() == ".arrow"}
-        listed = _saved_names(folder / SAVED_STATE) if arrow else None
-        if listed is None:
+        state, entries = folder / SAVED_STATE, None
+        if arrow and state.is_file():
+            content = json_of(whole_text(state, "a saved set"), str(state))
+            entries = content.get("_data_files") if isinstance(content, Mapping) else None
+        if not isinstance(entries, list):  # no state, or another program's
             kept += [path for path in paths if path.name not in arrow or not path.name.startswith(LEFTOVERS)]
             continue
-        if gone := [name for name in listed if name not in arrow]:
-            raise UserError(
-                f"{folder / SAVED_STATE}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder "
-                "again"
-            )
-        kept += [path for path in paths if path.name not in arrow] + [arrow[name] for name in listed]
+        names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
+        if gone := [name for name in names if name not in arrow]:
+            raise UserError(f"{state}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again")
+        kept += [path for path in paths if path.name not in arrow] + [arrow[str(name)] for name in names]
     return kept
-
-
-def _saved_names(state: Path) -> list[str] | None:
-    """The files that a saved set consists of; None where nothing, or another program's file, says so."""
-    if not state.is_file():
-        return None
-    content = json_of(whole_text(state, "a saved set"), str(state))
-    entries = content.get("_data_files") if isinstance(content, Mapping) else None
-    if not isinstance(entries, list):
-        return None
-    names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
-    return [str(name) for name in names]
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -316,27 +305,25 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     marks = TSV_DELIMITERS if ending_of(path) == ".tsv" else DELIMITERS
     delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
     for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
-        yield {name: _value(name, cell, f"{path}, line {line}, column {name}") for name, cell in cells.items()}
+        row: dict[str, object] = {}
+        for name, cell in cells.items():
+            column = plain_name(name)
+            opening = "[" if column in LISTS else "{" if column in OBJECTS else None
+            if opening and cell.lstrip().startswith(opening):
+                row[name] = json_of(cell, f"{path}, line {line}, column {name}")
+            else:
+                row[name] = None if not cell and (opening or column == "id") else cell
+        yield row
 
 
-def _value(name: str, cell: str, where: str) -> object:
-    column = plain_name(name)
-    if column in LISTS or column in OBJECTS:
-        opening = "[" if column in LISTS else "{"
-        if cell.lstrip().startswith(opening):
-            return json_of(cell, where)
-        return cell or None
-    return None if column == "id" and not cell else cell
+def hub_set(name: str, *, streaming: bool) -> Any:
+    """A set's split, `OWNER/NAME` or `OWNER/NAME:SPLIT` (else train): fetched, or a stream that decodes no picture."""
+    import datasets  # a second and a half, which rows of files need not pay
 
-
-def hub_files(name: str) -> tuple[Path, ...]:
-    """The Arrow files of a set's split, `OWNER/NAME` or `OWNER/NAME:SPLIT` (else train), fetched where they are not."""
-    return tuple(Path(file["filename"]) for file in _hub_set(name, streaming=False).cache_files)
-
-
-def hub_stream(name: str) -> datasets.IterableDataset:
-    """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`."""
-    return _hub_set(name, streaming=True).decode(False)
+    repository, _, split = name.partition(":")
+    with _reading_hub(name):
+        rows = datasets.load_dataset(repository, split=split or "train", streaming=streaming)
+    return rows.decode(False) if isinstance(rows, datasets.IterableDataset) else rows
 
 
 def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
@@ -348,18 +335,10 @@ def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, 
 
 def class_names(stream: datasets.IterableDataset) -> ClassNames:
     """What the numbers of a stream's ClassLabel columns stand for."""
-    import datasets  # a second and a half, which rows of files need not pay
+    import datasets
 
     features = (stream.features or {}).items()
     return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
-
-
-def _hub_set(name: str, *, streaming: bool) -> Any:
-    import datasets
-
-    repository, _, split = name.partition(":")
-    with _reading_hub(name):
-        return datasets.load_dataset(repository, split=split or "train", streaming=streaming)
 
 
 @contextlib.contextmanager
@@ -424,7 +403,8 @@ class DataFiles:
 def find_files(path: Path) -> DataFiles:
     """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub."""
     if str(path).startswith(HUB):
-        return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
+        fetched = hub_set(str(path).removeprefix(HUB), streaming=False).cache_files
+        return DataFiles(str(path), tuple(Path(file["filename"]) for file in fetched))
     if path.is_file():
         if (remedy := NO_SAMPLES.get(ending_of(path))) is not None:
             raise UserError(f"{path}: a {path.suffix} file is not read; {remedy}")

@@ -229,12 +229,9 @@ def iterate_examples(path: Path) -> Iterator[Example]:
 
 
 def _check_unique(lines: dict[str, int], sample_id: str, number: int, path: Path) -> None:
-    first = lines.setdefault(sample_id, number)
-    if first != number:
-        raise UserError(
-            f"{path}: id {shown(sample_id)} in lines {first} and {number}; ids must be unique, so that each answer "
-            "belongs to one record"
-        )
+    if (first := lines.setdefault(sample_id, number)) != number:
+        why = "ids must be unique, so that each answer belongs to one record"
+        raise UserError(f"{path}: id {shown(sample_id)} in lines {first} and {number}; {why}")
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
@@ -289,28 +286,23 @@ class ExampleFile:
         self._each_answer = each_answer
         self._streams: dict[int, IO[bytes]] = {}
         for number, path in enumerate(self.paths):
-            self._add(number, path)
-        self._files, self._places, self._answers = self._files[:limit], self._places[:limit], self._answers[:limit]
-
-    def _add(self, number: int, path: Path) -> None:
-        """File, place and answer of each item; a broken line is a single one."""
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-        place, before = 0, len(self)
-        with path.open("rb") as stream:
-            for line in stream:
-                if line.strip():
+            if not path.is_file():
+                raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
+            place, before = 0, len(self)
+            with path.open("rb") as stream:
+                for line in stream:
                     answers: object = ()
-                    if self._each_answer:
-                        with contextlib.suppress(BadSample):
+                    if each_answer and line.strip():
+                        with contextlib.suppress(BadSample):  # a broken line is a single item
                             answers = _json_object(line).get("answers", ())
-                    for answer in range(max(1, len(answers) if isinstance(answers, list) else 1)):
-                        self._files.append(number)
-                        self._places.append(place)
-                        self._answers.append(answer)
-                place += len(line)
-        if len(self) == before:
-            raise UserError(f"{path} holds no example")
+                    items = max(1, len(answers) if isinstance(answers, list) else 1) if line.strip() else 0
+                    self._files.extend([number] * items)
+                    self._places.extend([place] * items)
+                    self._answers.extend(range(items))
+                    place += len(line)
+            if len(self) == before:
+                raise UserError(f"{path} holds no example")
+        self._files, self._places, self._answers = self._files[:limit], self._places[:limit], self._answers[:limit]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -380,10 +372,7 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
     if isinstance(correct, bool) or not isinstance(correct, int):
         raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not 0 <= correct < len(choices):
-        choices_there_are = (
-            f"its {len(choices)} choices are 0 to {len(choices) - 1}" if choices else "it has no choices"
-        )
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; {choices_there_are}")
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}, and it has {len(choices)} choices")
     return correct
 
 

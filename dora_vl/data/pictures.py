@@ -15,12 +15,12 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from io import BytesIO
+from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
@@ -107,28 +107,23 @@ NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionB
 """Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
 
 
-class _Header:
+class _Header(BufferedReader):
     """A picture's file that counts what Pillow reads of its header, piece by piece, until the header is over.
 
     Pillow joins the blocks of a GIF's comment, and of a JPEG's EXIF, one after the other, copying all before each: the
     square of their number. Without a limit a GIF of 20 MB took 37 s, a JPEG of 131 MB 70 s.
     """
 
-    def __init__(self, stream: BinaryIO | BytesIO) -> None:
-        self._stream = stream
-        self._reads = self._bytes = 0
-        self.is_over = False
+    reads = size = 0
+    is_over = False
 
-    def read(self, size: int = -1) -> bytes:
-        content = self._stream.read(size)
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
         if not self.is_over:
-            self._reads, self._bytes = self._reads + 1, self._bytes + len(content)
-            if self._reads * self._bytes > HEADER_READS_TIMES_BYTES:
-                raise NoPicture(f"has a header of more than {self._reads:,} pieces and {self._bytes:,} bytes")
+            self.reads, self.size = self.reads + 1, self.size + len(content)
+            if self.reads * self.size > HEADER_READS_TIMES_BYTES:
+                raise NoPicture(f"has a header of more than {self.reads:,} pieces and {self.size:,} bytes")
         return content
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @contextmanager
@@ -140,25 +135,24 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
         NoPicture: it is of no format that is read, or over a limit; the message has the numbers.
         NOT_DECODED: anything that Pillow raises.
     """
-    with open_regular(source) if isinstance(source, Path) else nullcontext(source) as stream:
+    raw = cast(RawIOBase, BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source))
+    with _Header(raw) as stream:
         size = stream.seek(0, 2)
         if size > PICTURE_BYTES:
             raise NoPicture(f"has {size:,} bytes; at most {PICTURE_BYTES:,} are read")
         stream.seek(0)
-        start = stream.read(64)
-        stream.seek(0)
+        start = stream.peek(64)[:64]
         brands = start[8 : int.from_bytes(start[:4], "big")]  # which its first box lists
         is_heic = start[4:8] == b"ftyp" and any(brand in brands for brand in HEIC_BRANDS)
         formats = tuple(name for name in PICTURE_FORMATS if name != "AVIF" or features.check("avif"))
         if is_heic and importlib.util.find_spec("pillow_heif"):
             importlib.import_module("pillow_heif").register_heif_opener()
             formats = ("HEIF",)
-        header = _Header(stream)
         try:
-            image = Image.open(cast(BinaryIO, header), formats=formats)
+            image = Image.open(stream, formats=formats)
         except UnidentifiedImageError:
             raise NoPicture(_why_no_picture(start[:16], formats, is_heic)) from None
-        header.is_over = True
+        stream.is_over = True
         with image:
             width, height = image.size
             if width * height > PICTURE_PIXELS:
@@ -190,36 +184,33 @@ def _why_no_picture(start: bytes, formats: Sequence[str], is_heic: bool) -> str:
     return f"is no picture of {', '.join(formats)}: {begins}"
 
 
-def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
+def load_picture(source: Path | BytesIO, *, as_published: bool = False, mend: bool = True) -> Image.Image:
     """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`.
 
-    What Pillow refuses for a flaw that leaves no pixel in doubt is read all the same: a PNG without its notes, a JPEG
-    with the end mark that it lacks. Other readers open both.
+    Args:
+        mend: what Pillow refuses for a flaw that leaves no pixel in doubt is read all the same: a PNG without its
+            notes, a JPEG with the end mark that it lacks. Other readers open both.
     """
-
-    def decode(source: Path | BytesIO) -> Image.Image:
+    try:
         with opened_picture(source) as image:
             # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
             if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
                 raise OSError("it is cut off: its end mark is missing")
             image.load()
             return _rgb(image, as_published=as_published)
-
-    try:
-        return decode(source)
     except (FileNotFoundError, NoRegularFile):
         raise
     except NOT_DECODED as error:
-        with open_regular(source) if isinstance(source, Path) else BytesIO(source.getbuffer()) as stream:
+        with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
             content = stream.read(PICTURE_BYTES + 1)
         mended = None
-        if len(content) <= PICTURE_BYTES and content.startswith(PNG_MARK):
+        if mend and len(content) <= PICTURE_BYTES and content.startswith(PNG_MARK):
             mended = _without_notes(content)
-        elif len(content) <= PICTURE_BYTES and content.startswith(b"\xff\xd8\xff") and not isinstance(error, NoPicture):
-            mended = _with_end_mark(content)
+        elif mend and len(content) <= PICTURE_BYTES and content.startswith(b"\xff\xd8\xff"):
+            mended = None if isinstance(error, NoPicture) else _with_end_mark(content)
         if mended is None:
             raise
-    return decode(BytesIO(mended))
+    return load_picture(BytesIO(mended), as_published=as_published, mend=False)
 
 
 def _without_notes(content: bytes) -> bytes | None:
@@ -311,19 +302,17 @@ def _log_depth(bits: int) -> None:
     log.warning("TIFFs of 16-bit numbers whose brightest is below %s are read as of %d bits", f"{2**bits:,}", bits)
 
 
-def decode_image(source: Path | BytesIO, name: str, where: str, *, as_published: bool = False) -> Image.Image:
-    """A picture from a file or from memory; `name` and `where` are what the messages say."""
-    try:
-        return load_picture(source, as_published=as_published)
-    except FileNotFoundError:
+def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
+    """What `load_picture` raised, for a picture and a place as the message calls them."""
+    if isinstance(error, FileNotFoundError):
         reason = f"is missing in {where}"
-    except NoPicture as error:
+    elif isinstance(error, NoPicture):
         reason = f"in {where} {error}"
-    except NoRegularFile as error:
+    elif isinstance(error, NoRegularFile):
         reason = f"in {where} cannot be read: {error}"
-    except NOT_DECODED as error:
+    else:
         reason = f"in {where} cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
-    raise BadSample(name, f"picture {name} {reason}")
+    return BadSample(name, f"picture {name} {reason}")
 
 
 TRUNCATED, BROKEN = "truncated media", "broken media"
@@ -395,6 +384,10 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
     return relative
 
 
+HeldPictures: TypeAlias = Mapping[str, bytes]
+"""Pictures by the name that a row gives them."""
+
+
 @dataclass(frozen=True)
 class MediaFolder:
     """Where the paths of pictures or videos start, and how the files there are read.
@@ -411,28 +404,30 @@ class MediaFolder:
     def __str__(self) -> str:
         return str(self.root)
 
-    @classmethod
-    def of(cls, root: Path | MediaFolder) -> MediaFolder:
-        """A path alone is read as usual."""
-        return root if isinstance(root, MediaFolder) else cls(root)
 
+def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | None = None) -> Image.Image:
+    """The picture at `relative` under `root`, or among those that the data file holds, as a viewer shows it.
 
-def open_image(root: Path | MediaFolder, relative: str) -> Image.Image:
-    """The picture at `relative` under `root`, as RGB, decoded whole, as a viewer shows it.
-
-    Turned as its EXIF orientation says, what is transparent laid on white, 16-bit grey scaled to 8 bits. LLaVA's own
-    code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph
-    sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does this
-    `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
+    It is RGB, decoded whole, turned as its EXIF orientation says, what is transparent laid on white, 16-bit grey scaled
+    to 8 bits. LLaVA's own code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a
+    phone's photograph sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does
+    this `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
     `PICTURE_SIDE` pixels, which are shrunk to it.
     """
-    folder = MediaFolder.of(root)
-    return decode_image(path_inside(folder, relative), relative, str(folder), as_published=folder.as_published)
+    folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
+    if stored is not None and relative in stored:
+        source, where = BytesIO(stored[relative]), "the data file"
+    else:
+        source, where = path_inside(folder, relative), folder
+    try:
+        return load_picture(source, as_published=folder.as_published)
+    except NOT_DECODED as error:
+        raise bad_picture(error, relative, where) from None
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
     """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it."""
-    folder = MediaFolder.of(root)
+    folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
     parts = Path(relative)
     # An absolute one may lie below it by its name; where links lead is seen afterwards.
     is_outside = parts.is_absolute() and not any(
@@ -466,10 +461,6 @@ def any_is_there(names: Iterable[str], root: Path) -> bool:
     return False
 
 
-HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Pictures by the name that a row gives them."""
-
-
 class StoredPictures(HeldPictures):
     """Bytes by the name that a row gives them, which is made of their content; worker processes may have it."""
 
@@ -499,14 +490,6 @@ class StoredPictures(HeldPictures):
         table, chunk, place = self._places[name]
         pictures = self._tables[table].data.column("held_pictures").chunk(chunk).flatten()
         return pictures.field("content")[place].as_py()
-
-
-def open_picture(root: Path | MediaFolder, name: str, stored: HeldPictures | None = None) -> Image.Image:
-    """A picture of the data file itself, or the file at `name` under `root`, as `open_image`."""
-    if stored is not None and name in stored:
-        as_published = MediaFolder.of(root).as_published
-        return decode_image(BytesIO(stored[name]), name, "the data file", as_published=as_published)
-    return open_image(root, name)
 
 
 WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"

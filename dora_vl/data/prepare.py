@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -28,6 +28,7 @@ from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw,
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record, whole_file
 from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.files import file_sha256
 
 FORMAT = 2
 """Raised when records change their meaning, so that files of an earlier form are made again."""
@@ -97,47 +98,24 @@ def convert_chunk(convert: Callable[[Raw], Converted], chunk: list[tuple[int, Ra
     """Converts numbered rows; one that cannot be used keeps its reason."""
     converted: list[ConvertedRow] = []
     for number, row in chunk:
+        lines: list[tuple[str, bytes, bool]] = []
         try:
             result = convert(row)
-            several = result if not isinstance(result, Example | Mapping) else [cast(Example, result)]
-            converted.append(ConvertedRow(number, tuple(_line(one) for one in several)))
+            for item in [cast(Example, result)] if isinstance(result, Example | Mapping) else result:
+                record = to_record(item) if isinstance(item, Example) else item
+                answered = bool(item.answers or item.turns) if isinstance(item, Example) else True
+                sample_id = str(record["id"])
+                try:
+                    lines.append((sample_id, json_line(record, sample_id).encode(), answered))
+                except UserError as error:
+                    raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
+            converted.append(ConvertedRow(number, tuple(lines)))
         except BadSample as error:
             name, reason = shown_text(error.sample_id, 80), shown_text(error.reason, 200)
             converted.append(ConvertedRow(number, id=name, problem=reason))
         except RecursionError:
             converted.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
     return converted
-
-
-def _line(result: Example | Mapping[str, JSON]) -> tuple[str, bytes, bool]:
-    example = isinstance(result, Example)
-    record = to_record(result) if example else result
-    sample_id = str(record["id"])
-    try:
-        encoded = json_line(record, sample_id).encode()
-    except UserError as error:
-        raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
-    return sample_id, encoded, bool(result.answers or result.turns) if example else True
-
-
-def read_manifest(folder: Path) -> dict[str, JSON]:
-    """The splits that the task's manifest names."""
-    path = folder / "manifest.json"
-    try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else {}
-        return dict(splits.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: not a manifest of `dora-vl prepare`; move it away and run again") from None
-
-
-def file_sha256(path: Path, progress: Progress = lambda _: None) -> str:
-    """The file's sha256 in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(MEBIBYTE):
-            digest.update(piece)
-            progress(len(piece))
-    return digest.hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -156,14 +134,6 @@ class Counts:
     without_answer: int = 0
     repeated: int = 0
     dropped: list[dict[str, JSON]] = field(default_factory=list)
-
-    def drop(self, row: ConvertedRow, path: Path) -> None:
-        """Counts a row that cannot be used."""
-        self.dropped.append({"row": row.number, "id": row.id, "reason": row.problem})
-        if len(self.dropped) >= MOST_DROPPED:
-            raise UserError(f"{path}: {len(self.dropped):,} rows cannot be used; {self.first_reason()}")
-        if not self.written and len(self.dropped) >= ROWS_TO_JUDGE:
-            raise UserError(f"{path}: none of the first {len(self.dropped):,} rows can be used; {self.first_reason()}")
 
     def first_reason(self) -> str:
         """The first dropped row, for a message."""
@@ -188,11 +158,15 @@ def prepare_split(
 
     A run that ended early goes on where it was. The file gets its name only when it is whole.
     """
-    path = folder / f"{split.name}.jsonl"
-    others = read_manifest(folder)
-    known = others.pop(split.name, {})
+    path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
+    try:
+        splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"] if manifest.is_file() else {}
+        others = dict(splits.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{manifest}: not a manifest of `dora-vl prepare`; move it away and run again") from None
+    before = others.pop(split.name, {})
     # A file whose size and time are known is not hashed again; names and hashes say whether the input is the same.
-    hashes = {(one["file"], one["bytes"], one["modified_ns"]): one["sha256"] for one in known.get("inputs", [])}
+    hashes = {(old["file"], old["bytes"], old["modified_ns"]): old["sha256"] for old in before.get("inputs", [])}
     inputs: list[dict[str, JSON]] = []
     with reading(_names(split)):
         for file in split.inputs:
@@ -200,13 +174,13 @@ def prepare_split(
             sha256 = hashes.get((file.name, stat.st_size, stat.st_mtime_ns)) or file_sha256(file, progress)
             sizes = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
             inputs.append({"file": file.name, **sizes, "sha256": sha256})
-    content, before = (
-        [[entry["file"], entry["sha256"]] for entry in entries] for entries in (inputs, known.get("inputs", []))
+    content, content_before = (
+        [[entry["file"], entry["sha256"]] for entry in entries] for entries in (inputs, before.get("inputs", []))
     )
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
-    is_same = known.get("settings") == settings and before == content and path.is_file()
-    if is_same and path.stat().st_size == known["bytes"] and file_sha256(path) == known["sha256"]:
-        return Prepared(path=path, entry=known, already_there=True)
+    is_same = before.get("settings") == settings and content_before == content and path.is_file()
+    if is_same and path.stat().st_size == before["bytes"] and file_sha256(path) == before["sha256"]:
+        return Prepared(path=path, entry=before, already_there=True)
     started = time.monotonic()
     with Partial(path, key=[content, settings], find_repeated=split.ids_by_place) as partial:
         resumed_after = partial.counts.rows
@@ -235,7 +209,7 @@ def prepare_split(
     for package in ("dora-vl", "datasets", "pyarrow"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    with whole_file(folder / "manifest.json") as file:
+    with whole_file(manifest) as file:
         splits = {**others, split.name: {"source": source, **entry}}
         json.dump({"versions": versions, "splits": splits}, file, ensure_ascii=False, indent=1)
         file.write("\n")
@@ -243,22 +217,20 @@ def prepare_split(
 
 
 def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | None, progress: Progress) -> None:
-    counts = partial.counts
-    with reading(_names(split)):
+    counts, names = partial.counts, _names(split)
+    with reading(names):
         rows = islice(split.rows(progress), counts.rows, limit)
         for chunk in converted_rows(rows, split.convert, first_number=counts.rows + 1, workers=workers):
             for row in chunk:
                 partial.add(row, number_repeated=split.repeated_ids == "number")
             partial.write()
     if not counts.rows:
-        raise UserError(f"{_names(split)}: holds no rows")
+        raise UserError(f"{names}: holds no rows")
     if not counts.written:
-        raise UserError(f"{_names(split)}: none of its {counts.rows:,} rows can be used; {counts.first_reason()}")
+        raise UserError(f"{names}: none of its {counts.rows:,} rows can be used; {counts.first_reason()}")
     if counts.repeated * 2 == counts.written:
-        raise UserError(
-            f"{_names(split)}: is doubled, {counts.repeated:,} of its {counts.written:,} records repeat an earlier "
-            "one; fetch the file again"
-        )
+        doubled = f"{counts.repeated:,} of its {counts.written:,} records repeat an earlier one"
+        raise UserError(f"{names}: is doubled, {doubled}; fetch the file again")
 
 
 @contextlib.contextmanager
@@ -317,17 +289,30 @@ class Partial:
 
     def add(self, row: ConvertedRow, *, number_repeated: bool) -> None:
         """Takes what a row became; `write` puts it into the file."""
-        self.counts.rows += 1
+        counts = self.counts
+        counts.rows += 1
         if row.problem is not None:
-            self.counts.drop(row, self._path)
+            counts.dropped.append({"row": row.number, "id": row.id, "reason": row.problem})
+            dropped = len(counts.dropped)
+            if dropped >= MOST_DROPPED:
+                raise UserError(f"{self._path}: {dropped:,} rows cannot be used; {counts.first_reason()}")
+            if not counts.written and dropped >= ROWS_TO_JUDGE:
+                none = f"none of the first {dropped:,} rows can be used"
+                raise UserError(f"{self._path}: {none}; {counts.first_reason()}")
         for name, encoded, answered in row.lines:
             if name in self._lines:
-                name = self._number_for(name, number_repeated)
+                if not number_repeated:
+                    lines = f"lines {self._lines[name]} and {counts.written + 1}"
+                    raise UserError(
+                        f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique"
+                    )
+                name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
+                counts.renamed += 1
                 encoded = json_line({**json.loads(encoded), "id": name}, name).encode()
-            self.counts.written += 1
-            self.counts.without_answer += not answered
-            self.counts.repeated += self._stood_before(encoded)
-            self._lines[name] = self.counts.written
+            counts.written += 1
+            counts.without_answer += not answered
+            counts.repeated += self._stood_before(encoded)
+            self._lines[name] = counts.written
             self._waiting.append(encoded)
 
     def write(self) -> None:
@@ -364,16 +349,6 @@ class Partial:
         before = digest in self._contents
         self._contents.add(digest)
         return before
-
-    def _number_for(self, name: str, number_repeated: bool) -> str:
-        if not number_repeated:
-            lines = f"lines {self._lines[name]} and {self.counts.written + 1}"
-            raise UserError(f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique")
-        number = 2
-        while f"{name}#{number}" in self._lines:
-            number += 1
-        self.counts.renamed += 1
-        return f"{name}#{number}"
 
     def _taken_up(self) -> BinaryIO | None:
         """The partial file of an earlier run, cut to where it was whole; None where there is none of the same key."""
@@ -478,8 +453,8 @@ def summary(prepared: Prepared) -> Iterator[str]:
         yield f"  {entry['repeated_records']:,} records repeat an earlier one under another id; is the file doubled?"
     if 0 < entry["without_answer"] < entry["written"]:
         yield f"  {entry['without_answer']:,} records hold no answer"
-    for reason, count in list(entry["reasons"].items())[:5]:
-        yield f"  {count:,} dropped: {reason}"
+    for reason, times in list(entry["reasons"].items())[:5]:
+        yield f"  {times:,} dropped: {reason}"
     if len(entry["reasons"]) > 5:
         yield f"  {len(entry['reasons']) - 5} more reasons in manifest.json"
     published = entry["published_rows"]

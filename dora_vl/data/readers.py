@@ -6,9 +6,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from string import ascii_lowercase, ascii_uppercase
+from typing import Any
 
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row, is_nothing
 from dora_vl.data.example import (
@@ -94,10 +96,16 @@ def _with_tagged_pictures(example: Example) -> Example:
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
     """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
-    start = end = None
+    times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
-        start = _seconds(value, ("start_seconds", "video_start"), sample_id)
-        end = _seconds(value, ("end_seconds", "video_end"), sample_id)
+        for place, names in enumerate((("start_seconds", "video_start"), ("end_seconds", "video_end"))):
+            name = next((name for name in names if value.get(name) is not None), None)
+            seconds = None if name is None else value[name]
+            with suppress(OverflowError):  # a whole number beyond every float
+                if isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds):
+                    times[place] = float(seconds)
+            if name is not None and times[place] is None:
+                raise BadSample(sample_id, f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
         if value.get("bytes") is not None:
             raise BadSample(sample_id, f"{key!r} holds a video's bytes; write it to a file and name that")
         value = next((value[name] for name in VIDEO_PAYLOADS if value.get(name) is not None), None)
@@ -106,20 +114,8 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
         raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(("http://", "https://", "data:")):
         raise BadSample(sample_id, f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
-    return Clip(path=value.removeprefix("file://").replace("\\", "/"), start_seconds=start, end_seconds=end)
-
-
-def _seconds(value: Mapping[str, object], names: Sequence[str], sample_id: str) -> float | None:
-    name = next((name for name in names if value.get(name) is not None), None)
-    if name is None:
-        return None
-    seconds = value[name]
-    try:
-        if isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds):
-            return float(seconds)
-    except OverflowError:  # a whole number beyond every float
-        pass
-    raise BadSample(sample_id, f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
+    path, (start, end) = value.removeprefix("file://").replace("\\", "/"), times
+    return Clip(path=path, start_seconds=start, end_seconds=end)
 
 
 class MessageReader:
@@ -143,11 +139,18 @@ class MessageReader:
         return tuple(self._turn(message, number) for number, message in enumerate(messages, 1))
 
     def example(self, turns: tuple[Turn, ...], answer: str = "") -> Example:
-        """The example of these turns, with the pictures seen in them and those beside them."""
+        """The example of these turns, behind what the row says as `system`, with the pictures in and beside them."""
+        if not is_nothing(self._row.get("system")):
+            system = _text(self._row["system"], "system", self.sample_id)
+            first = turns[0].text.strip() if turns and turns[0].role == "system" else None
+            if first and first != system.strip():
+                reason = "its 'system' differs from the system turn that it has too; leave one of them out"
+                raise BadSample(self.sample_id, reason)
+            turns = turns if first else (Turn("system", system), *(turns if first is None else turns[1:]))
         return Example(
             self.sample_id,
             images=(*self._pictures.names, *(self._beside.names[place] for place in self._left)),
-            turns=_with_system(self._row, turns, self.sample_id),
+            turns=turns,
             videos=(*self._videos, *self._videos_left),
             answers=(Answer(text=answer),) if answer else (),
             image_bytes={**self._beside.held, **self._pictures.held},
@@ -210,17 +213,6 @@ class MessageReader:
             raise BadSample(self.sample_id, f"a part of turn {number} has {reason}")
         self._pictures.names.append(self._beside.names[place])
         self._left = [left for left in self._left if left != place]
-
-
-def _with_system(row: Row, turns: tuple[Turn, ...], sample_id: str) -> tuple[Turn, ...]:
-    """The turns with what the row says as `system` before them."""
-    if is_nothing(row.get("system")):
-        return turns
-    system = _text(row["system"], "system", sample_id)
-    first = turns[0].text.strip() if turns and turns[0].role == "system" else None
-    if first and first != system.strip():
-        raise BadSample(sample_id, "its 'system' differs from the system turn that it has too; leave one of them out")
-    return turns if first else (Turn("system", system), *(turns if first is None else turns[1:]))
 
 
 def _earlier_rounds(row: Row, sample_id: str) -> tuple[Turn, ...]:
@@ -322,15 +314,11 @@ def _read_record(row: Row, sample_id: str) -> Example:
     return replace(example, question=question, answers=(Answer(text=answer),))
 
 
-def _without_nulls(value: Row) -> dict[str, object]:
+def _without_nulls(value: Any) -> Any:
     """Tables fill up with null what a row has not."""
-
-    def inner(value: object) -> object:
-        if isinstance(value, Mapping):
-            return _without_nulls(value)
-        return [inner(entry) for entry in value] if isinstance(value, list) else value
-
-    return {name: inner(content) for name, content in value.items() if content is not None}
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(content) for name, content in value.items() if content is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _written_choices(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from dora_vl.data.columns import USUAL, Columns, column_lines
-from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
+from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set
 from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import HeldPictures
@@ -62,7 +62,7 @@ class StreamSource:
         self._seed = seed
         self._reader = RowReader(file.path, columns)
         self._columns = columns
-        self._hub: Any = hub_stream(file.path.removeprefix(HUB)) if file.path.startswith(HUB) else None
+        self._hub: Any = hub_set(file.path.removeprefix(HUB), streaming=True) if file.path.startswith(HUB) else None
         self._files = DataFiles(file.path, ()) if self._hub is not None else find_files(Path(file.path))
         self.fraction = math.fmod(file.weight, 1)
 

@@ -101,7 +101,14 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
     partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
     try:
         with partial.open("wb") as file:
-            rows = _write(str(path), data, file, columns)
+            try:
+                if not data.is_json:
+                    raise NotPlain
+                rows = _write(path, file, plain_batches(data.files[0], _SCHEMA, columns, _Rows(data.name, columns)))
+            except NotPlain:
+                file.seek(0)
+                file.truncate()
+                rows = _write(path, file, _batches(data, columns))
             file.flush()
             os.fsync(file.fileno())
         if _fingerprint(data.files, columns) != before:
@@ -115,17 +122,8 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
     _log.info("%s: %d records converted in %.1f s (%.0f/s), kept as %s", path, rows, seconds, rows / seconds, table)
 
 
-def _write(name: str, data: DataFiles, file: BinaryIO, columns: Columns) -> int:
+def _write(path: Path, file: BinaryIO, batches: Iterable[pa.RecordBatch | pa.Table]) -> int:
     """Writes an Arrow stream and returns the number of its rows."""
-    if data.is_json:
-        with contextlib.suppress(NotPlain):
-            return _write_batches(name, file, plain_batches(data.files[0], _SCHEMA, columns, _Rows(data.name, columns)))
-        file.seek(0)
-        file.truncate()
-    return _write_batches(name, file, _batches(data, columns))
-
-
-def _write_batches(name: str, file: BinaryIO, batches: Iterable[pa.RecordBatch | pa.Table]) -> int:
     rows = bad = 0
     first_problem: str | None = None
     with pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -134,7 +132,7 @@ def _write_batches(name: str, file: BinaryIO, batches: Iterable[pa.RecordBatch |
             problems = batch["problem"].drop_null()
             first_problem = first_problem or next((problem.as_py() for problem in problems), None)
             rows, bad = rows + len(batch), bad + len(problems)
-    check_usable(name, rows, rows - bad, first_problem)
+    check_usable(str(path), rows, rows - bad, first_problem)
     return rows
 
 

@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 LONGEST_LINE_BYTES = 1 << 26
 """A line that still goes on after 64 MiB is no line of text; MMBench keeps pictures in its tables."""
 LONGEST_REASON = 120
+CHUNK_BYTES = 1 << 20
 
 Progress = Callable[[int], object]
 """Told the number of bytes whenever some more are read."""
@@ -65,21 +67,17 @@ def text_of(line: bytes, where: str) -> str:
         raise NotUtf8(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
 
 
-def json_of(text: str, where: str) -> object:
-    """The value that a text holds."""
-    value = _parsed(text, where)
-    if "\\ud" in text or "\\uD" in text:
-        refuse_half_pairs(value, where)
-    return value
-
-
-def _parsed(text: str, where: str, members: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
+def json_of(text: str, where: str, *, members: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
+    """The value that a text holds; with `members`, which makes its objects, half of a surrogate pair may be in it."""
     try:
-        return json.loads(text, object_pairs_hook=members)
+        value = json.loads(text, object_pairs_hook=members)
+        if members is None and ("\\ud" in text or "\\uD" in text):
+            refuse_half_pairs(value, where)
     except RecursionError:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
     except ValueError as error:  # also of numbers of too many digits
         raise UserError(f"{where}: not whole JSON ({one_line(str(error), LONGEST_REASON)})") from None
+    return value
 
 
 def refuse_half_pairs(value: object, where: str) -> None:
@@ -93,21 +91,19 @@ def refuse_half_pairs(value: object, where: str) -> None:
 
 
 def json_object(path: Path, kind: str) -> dict[str, object]:
-    """A small file that is one JSON object, at once; half of a surrogate pair may be in it."""
-    text = whole_text(path, kind)
-    value = _parsed(text, f"{path}", _unique_names)
+    """A small file that is one JSON object, each name in it once; half of a surrogate pair may be in it."""
+
+    def unique(members: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in members]
+        if len({*names}) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
+        return dict(members)
+
+    value = json_of(whole_text(path, kind), f"{path}", members=unique)
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold one JSON object, found {type(value).__name__}")
     return value
-
-
-def _unique_names(members: list[tuple[str, object]]) -> dict[str, object]:
-    members_by_name = dict(members)
-    if len(members_by_name) < len(members):
-        names: set[str] = set()
-        twice = next(name for name, _ in members if name in names or names.add(name))
-        raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
-    return members_by_name
 
 
 def whole_text(path: Path, kind: str) -> str:
@@ -134,16 +130,16 @@ def encoding_of(path: Path, kind: str) -> str:
         try:
             while part:
                 decoder.decode(part)
-                part = file.read(1 << 20)
+                part = file.read(CHUNK_BYTES)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            _say_encoding(path)
+            _log_encoding(path)
             return WITHOUT_A_MARK
     return UTF_8
 
 
 @lru_cache
-def _say_encoding(path: Path) -> None:
+def _log_encoding(path: Path) -> None:
     """Once for each file, however often it is read."""
     _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
@@ -154,29 +150,18 @@ def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[i
 
 
 def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yields each line as it is, with its number."""
-    if encoding != UTF_8:
-        yield from _recoded_lines(path, kind, progress, encoding)
-        return
-    with opened(path, kind) as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE_BYTES + 1):
-            number += 1
-            if len(line) > LONGEST_LINE_BYTES:
-                raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} bytes; is it a text file?")
-            progress(len(line))
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            yield number, text_of(line, f"{path}, line {number}")
-
-
-def _recoded_lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+    """Yields each line as it is, with its number; of another encoding progress counts what it is in UTF-8."""
     try:
         with opened(path, kind) as file:
-            for number, line in enumerate(io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""), 1):
+            lines = iter(lambda: file.readline(LONGEST_LINE_BYTES + 1), b"")
+            if encoding != UTF_8:
+                lines = (line.encode() for line in io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""))
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
                 if len(line) > LONGEST_LINE_BYTES:
-                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
-                progress(len(line.encode(encoding)))
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
+                    raise UserError(f"{where}: longer than {LONGEST_LINE_BYTES:,} bytes; is it a text file?")
+                progress(len(line))
+                yield number, text_of(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
 
@@ -243,7 +228,6 @@ def table_rows(
     )
 
 
-CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26
 """A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
 _ROWS_IN_AN_OBJECT = re.compile(r'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
@@ -287,7 +271,7 @@ class _JsonStream:
     """The unread part of a file: a buffer, a position in it, and the line the buffer starts at.
 
     `json`'s own scanner reads the values: as fast as `ijson` on yajl to within a fifth, without the dependency, and an
-    error has its line.
+    error has its line. Who is given a line or a name takes the value that stands there before asking for the next.
     """
 
     def __init__(self, path: Path, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
@@ -304,59 +288,48 @@ class _JsonStream:
             file.seek(0)
 
     def values(self, key: str | None = None) -> Iterator[int]:
-        """Yields the line of each value; who asks takes the value before the next one."""
-        self._next()
+        """Yields the line of each value: of the list under `key`, or under a usual name where nothing else stands."""
+        beginning = self._next()
         rows = _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)
-        if key is not None or rows:
-            yield from self._under(key or (rows[1] if rows else ""), alone=key is None)
-        elif self._next() == "[":
-            yield from self._entries()
-            if self._next():
-                self._fail("there is text after the end of the list")
-        else:
+        if key is None and rows is None:
+            if beginning == "[":
+                yield from self._entries("[", "]", "an entry of the list")
+                self._end("list")
             while self._next():
                 yield self._current_line()
-
-    def _under(self, key: str, *, alone: bool) -> Iterator[int]:
-        """Of the list in an object; where it must stand `alone`, other lists and objects are not passed over."""
-        names: list[str] = []
+            return
+        name_of_rows, names = key or (rows[1] if rows else ""), list[str]()
         for name in self.names():
             names.append(name)
-            if name == key and self._next() != "[":
-                self._fail(f"{key!r} must hold a list")
-            elif name == key:
-                yield from self._entries()
-            elif (value := self.take()) and alone and isinstance(value, list | dict):
-                beside = f"beside {key!r} stands {shown(name)}"
+            if name == name_of_rows and self._next() != "[":
+                self._fail(f"{name!r} must hold a list")
+            elif name == name_of_rows:
+                yield from self._entries("[", "]", "an entry of the list")
+            elif (value := self.take()) and key is None and isinstance(value, list | dict):
+                beside = f"beside {name_of_rows!r} stands {shown(name)}"
                 self._fail(f"{beside}; write the rows that are meant as a list of their own")
-        if key not in names:
+        if name_of_rows not in names:
             self._fail(f"there is no {key!r}, only {', '.join(map(shown, names[:8])) or 'nothing'}")
 
     def names(self) -> Iterator[str]:
-        """Yields each name of an object that is the whole file; who asks takes the value before the next one."""
-        self._expect("{", "an object")
-        closed = self._next() == "}"
-        while not closed:
+        """Yields each name of an object that is the whole file."""
+        for _ in self._entries("{", "}", "a member of the object"):
             name = self.take()
             if not isinstance(name, str):
                 self._fail("expected a name in quotes")
             self._expect(":", f"':' after {shown(name)}")
             yield name
-            closed = self._next() != ","
-            self._position += not closed
-        self._expect("}", "',' or '}' after a member of the object")
-        if self._next():
-            self._fail("there is text after the end of the object")
+        self._end("object")
 
-    def _entries(self) -> Iterator[int]:
-        self._position += 1
-        closed = self._next() == "]"
+    def _entries(self, opening: str, closing: str, what: str) -> Iterator[int]:
+        self._expect(opening, f"{opening!r}")
+        closed = self._next() == closing
         while not closed:
             self._next()
             yield self._current_line()
             closed = self._next() != ","
             self._position += not closed
-        self._expect("]", "',' or ']' after an entry of the list")
+        self._expect(closing, f"',' or {closing!r} after {what}")
 
     def take_object(self) -> dict[str, object]:
         """The next value, which must be an object."""
@@ -401,6 +374,10 @@ class _JsonStream:
         if self._next() != character:
             self._fail(f"expected {what}")
         self._position += 1
+
+    def _end(self, what: str) -> None:
+        if self._next():
+            self._fail(f"there is text after the end of the {what}")
 
     def _current_line(self) -> int:
         self._line += self._buffer.count("\n", self._counted, self._position)

@@ -29,7 +29,7 @@ from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACT
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Clip, Example
-from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_picture
+from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform
@@ -138,7 +138,7 @@ class MediaReader:
     def read(self, question: Question) -> Shown:
         """Everything that a question shows."""
         videos = tuple(self.videos.read(question.videos))
-        pictures = tuple(open_picture(self.folder, path, self.stored) for path in question.images)
+        pictures = tuple(open_image(self.folder, path, self.stored) for path in question.images)
         return Shown(pictures=pictures, videos=videos)
 
     def frames(self, clip: Clip, sampling: Sampling) -> Video:
@@ -147,7 +147,7 @@ class MediaReader:
 
     def picture(self, question: Question) -> Image.Image:
         """One picture of all that a question shows, up to four of its pictures or frames, for people to look at."""
-        pictures = [open_picture(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
+        pictures = [open_image(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
         frames = [frame for clip in question.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
         if not pictures and not frames:
             raise BadSample(question.id, "it shows nothing")

@@ -17,9 +17,10 @@ from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import Exchange, digest, exchanged
 from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
 from dora_vl.evaluation.finish import finish
-from dora_vl.evaluation.predictions import METRICS, Predictions, file_sha256, read_rows, refuse_anothers
+from dora_vl.evaluation.predictions import METRICS, Predictions, read_rows, refuse_anothers
 from dora_vl.evaluation.questions import as_question, with_middle_frame
 from dora_vl.evaluation.scores.benchmark import join
+from dora_vl.files import file_sha256
 
 if TYPE_CHECKING:
     from dora_vl.data.example import Example

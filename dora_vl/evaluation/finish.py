@@ -19,11 +19,12 @@ from dora_vl.data.example import Example, whole_file
 from dora_vl.errors import UserError, one_line, shown
 from dora_vl.evaluation.baselines import Exchange, compared, right_text
 from dora_vl.evaluation.benchmarks import EvaluationSet
-from dora_vl.evaluation.predictions import METRICS, Predictions, file_sha256, write_metrics
+from dora_vl.evaluation.predictions import METRICS, Predictions, write_metrics
 from dora_vl.evaluation.scores.benchmark import Scorer, correct_index
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import RESAMPLES, Scored, intervals, paired_differences
+from dora_vl.files import file_sha256
 
 SCORES = "scores.jsonl"
 LONGEST_REASON = 300

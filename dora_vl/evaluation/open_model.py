@@ -37,8 +37,7 @@ from dora_vl.backbones.templates import TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Asker, Assistant, EncoderPrompts
-from dora_vl.evaluation.predictions import file_sha256
-from dora_vl.files import HUB_ID
+from dora_vl.files import HUB_ID, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from types import TracebackType
 from dora_vl.data.example import JSON, whole_file
 from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
+from dora_vl.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +82,6 @@ class Predictions:
 def settings_file(path: Path) -> Path:
     """The file beside the predictions that says what they were made with."""
     return path.with_suffix(".settings.json")
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file that answers depend on, such as an adapter's weights or the questions."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class PredictionsFile:

@@ -35,7 +35,7 @@ from dora_vl.evaluation.ask import (
 )
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predictions import BY_SCORING, PREDICTIONS, Prediction, Predictions, file_sha256
+from dora_vl.evaluation.predictions import BY_SCORING, PREDICTIONS, Prediction, Predictions
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
@@ -50,6 +50,7 @@ from dora_vl.evaluation.scores.commonsense import score as commonsense_score
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
+from dora_vl.files import file_sha256
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import MOST_STRENGTH
-from dora_vl.data.pictures import NOT_DECODED, NoPicture, decode_image, opened_picture
+from dora_vl.data.pictures import NOT_DECODED, NoPicture, bad_picture, load_picture, opened_picture
 from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
 from dora_vl.data.video import Uniform, VideoReader
@@ -272,13 +272,11 @@ class RequestMedia:
                 width, height = image.size
             if width * height > (most := self.limits.picture_pixels):
                 raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")
-            return decode_image(BytesIO(content), "it", "the request")
+            return load_picture(BytesIO(content))
         except NoPicture as error:
             raise BadRequest(where, f"it {error}") from None
-        except BadSample as error:
-            raise BadRequest(where, error.reason) from None
         except NOT_DECODED as error:
-            raise BadRequest(where, f"it cannot be read: {type(error).__name__}") from None
+            raise BadRequest(where, bad_picture(error, "it", "the request").reason) from None
 
     def video(self, content: bytes, where: str) -> Video:
         """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""

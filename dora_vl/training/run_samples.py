@@ -29,7 +29,7 @@ from dora_vl.data.order import (
     train_files,
     train_name,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_picture, path_inside
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_image, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Encoded, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
@@ -94,7 +94,7 @@ class RowEncoder:
             outputs = self.outputs.read(reader, row.images)
             pictures = [Image.new("RGB", size, GREY) for size in outputs.sizes]
         else:
-            pictures = [open_picture(self.folder, name, stored) for name in row.images]
+            pictures = [open_image(self.folder, name, stored) for name in row.images]
         if self.most_pixels is not None:
             pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
         encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)

@@ -19,7 +19,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.samples import ConversationDataset, Encoded, Examples
-from dora_vl.data.stream import Read, SampleStream, StreamedDataset, StreamOrder, StreamSource, interleaved, shuffled
+from dora_vl.data.stream import Read, SampleStream, StreamedDataset, StreamOrder, StreamSource, shuffled
 from dora_vl.data.table import load_rows
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, UserError
@@ -112,13 +112,6 @@ def test_files_are_mixed_by_their_weighted_sizes_and_each_ends(tmp_path: Path) -
     half = Counter(one[0] for one in found[:180])
     assert 40 < half["s"] < 80  # a third of them, as of all
     assert large.estimate == pytest.approx(240, rel=0.1)
-
-
-def test_interleaving_goes_on_with_what_is_left() -> None:
-    rows = [[Example(f"{name}{number}") for number in range(count)] for name, count in (("a", 2), ("b", 30))]
-    found = ids(interleaved([iter(part) for part in rows], [30.0, 1.0], random.Random(0)))
-    assert [one for one in found if one[0] == "b"] == [f"b{number}" for number in range(30)]
-    assert len(found) == 32
 
 
 def test_a_fraction_takes_the_same_rows_in_every_epoch(tmp_path: Path) -> None:

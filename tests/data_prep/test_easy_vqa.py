@@ -1,4 +1,4 @@
-"""easy-VQA to LLaVA JSON: held out by picture, shuffled by seed, nothing lost, the package's answers kept."""
+"""easy-VQA to LLaVA JSON and in halves: held out by picture, shuffled by seed, nothing lost, the answers kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from data_prep.easy_vqa import (
     reasoned,
     seen_in_pictures,
 )
+from data_prep.easy_vqa_halves import main as halve
 from data_prep.easy_vqa_package import Question, kind_of, shows
+from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
 
 ROUNDS_OF_A_PICTURE = [
@@ -214,3 +216,39 @@ def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted
 def test_a_yes_no_answer_says_in_between_whether_the_thing_is_there(text: str, answer: str, said: str) -> None:
     question = Question(index=0, text=text, answer=answer, picture=4)
     assert [one.answer for one in reasoned([question], {4: "red circle"})] == [said]
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> dict[str, list[Example]]:
+    package = tmp_path / "easy_vqa"
+    write_split(package, "train", 8)
+    write_split(package, "test", 3)
+    (package / "answers.txt").write_text("yes\nno\ncircle\ntriangle\nred\nblue\nteal")
+    halve(["--from", str(package), "--to", str(tmp_path / "records")])
+    manifest = json.loads((tmp_path / "records" / "manifest.json").read_text())
+    found = {
+        name: list(iterate_examples(tmp_path / "records" / f"{name}.jsonl")) for name in ("pretrain", "adapt", "test")
+    }
+    assert {name: manifest[name]["questions"] for name in found} == {name: len(rows) for name, rows in found.items()}
+    return found
+
+
+def test_no_picture_and_no_kind_is_in_both_halves(halves: dict[str, list[Example]]) -> None:
+    pictures = {name: {example.images[0] for example in rows} for name, rows in halves.items()}
+    kinds = {name: {example.extra["kind"] for example in rows} for name, rows in halves.items()}
+    assert pictures["pretrain"].isdisjoint(pictures["adapt"])
+    assert len(pictures["pretrain"] | pictures["adapt"]) == 8
+    assert kinds == {
+        "pretrain": {"yes/no", "yes/no negated"},
+        "adapt": {"color", "shape"},
+        "test": {"color", "shape"},
+    }
+    assert all(one.startswith("test/images/") for one in pictures["test"])
+
+
+def test_answers_are_the_packages_and_the_first_half_says_what_it_sees(halves: dict[str, list[Example]]) -> None:
+    assert {one.answers[0].text for one in halves["adapt"]} <= {"red", "blue", "teal", "circle"}
+    said = {one.answers[0].text.partition(", so ")[0] for one in halves["pretrain"]}
+    assert said <= {f"{color} circle, {there}" for color in ("red", "blue", "teal") for there in ("present", "absent")}
+    assert len(halves["adapt"]) == 4 * 2
+    assert len(halves["test"]) == 3 * 2

@@ -111,17 +111,6 @@ def test_the_command_writes_what_the_reader_reads(
     assert written.read_bytes() == first
 
 
-def test_the_command_counts_and_names_questions_that_do_not_say_what_is_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records, written = tmp_path / "train.jsonl", tmp_path / "llava.jsonl"
-    known = Example(id="a", question="?", choices=("x", "y"), answers=(Answer(text="y"),), extra={"correct": 1})
-    write_examples(records, [known, Example(id="b", question="?", choices=("x", "y"), answers=(Answer(text="y"),))])
-    run(monkeypatch, records, written, "mmbench")
-    assert "1 conversations, 1 records left out\n  left out: sample b: it does not say" in capsys.readouterr().out
-    assert json.loads(written.read_text())["conversations"][-1] == {"from": "gpt", "value": "B"}
-
-
 def test_bad_files_end_with_status_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_examples(tmp_path / "unanswered.jsonl", [Example(id="1", question="?")])
     for name in ("nothing.jsonl", "unanswered.jsonl"):

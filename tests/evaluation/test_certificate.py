@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
-from dora_vl.data.pictures import open_picture
 from dora_vl.evaluation import merging as merging_module
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
@@ -87,7 +86,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
     questions = {question.id: question for question in read_questions(folders / "data" / "train.json")[0]}
     for one in found["answers"]:
         question = questions[one["id"]]
-        shown = Shown(pictures=tuple(open_picture(folders / "data", path) for path in question.images))
+        shown = Shown(pictures=tuple(open_image(folders / "data", path) for path in question.images))
         alone = assistant.answer(question, shown, max_new_tokens=6).strip()
         assert one["unmerged"] == one["merged"]["answer"] == alone
 

@@ -1,13 +1,7 @@
-"""Property tests on shared cores: no verdict by the clock, and the same examples at every run."""
+"""Property tests run as those of `tests/data` do."""
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from tests.data.conftest import settings
 
-settings.register_profile(
-    "shared_cores",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 settings.load_profile("shared_cores")

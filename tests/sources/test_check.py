@@ -244,12 +244,3 @@ KINDS = {
     "path leaves the folder": "out",
     "placeholders differ from videos": "fewer",
 }
-
-
-def test_rows_of_mixed_formats_are_found(tmp_path: Path) -> None:
-    rows = [{"id": "a", "question": "q", "answer": "x"}, {"id": "b", "instruction": "q2", "output": "y"}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines, status = check(str(tmp_path / "train.jsonl"))
-    assert status == 1
-    assert "mixed formats" in lines[1]
-    assert "question/answer: row 1; instructions: row 2" in lines[1]

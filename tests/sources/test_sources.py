@@ -167,21 +167,6 @@ def test_a_file_that_was_cut_or_holds_something_else_is_one_line(tmp_path: Path,
         assert [*records.glob("*/*.jsonl"), *records.glob("*/.*.partial")] == []
 
 
-@pytest.mark.parametrize("fixture", FIXTURE_NAMES)
-def test_a_byte_order_mark_before_every_file_changes_nothing(tmp_path: Path, fixture: str) -> None:
-    prepared(SOURCE_OF[fixture], FIXTURES / fixture, tmp_path / "plain")
-    folder = copied(fixture, tmp_path)
-    for path in folder.rglob("*"):
-        if path.suffix in TEXTS:
-            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    prepared(SOURCE_OF[fixture], folder, tmp_path / "marked")
-    plain, marked = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).glob("*/*.jsonl")}
-        for name in ("plain", "marked")
-    )
-    assert plain == marked != {}
-
-
 OF_MEMBERS = {"gqa", "scienceqa", "mmvet", "yc2c-youcook2"}
 """Sources whose rows are the members of one object."""
 

@@ -82,10 +82,10 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     dropout = "--adapter.dropout=0.2"
     whole = trained(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = run_samples.open_picture
+    read_pixels = run_samples.open_image
     monkeypatch.setattr(
         run_samples,
-        "open_picture",
+        "open_image",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )
     monkeypatch.setattr("dora_vl.training.run.check_labels", lambda samples: None)  # they read the first samples too

@@ -146,11 +146,12 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     extra_columns = columns["extra"].split("+") if "extra" in columns else ()
     extra = {name: raw[name] for name in extra_columns if raw.get(name) is not None}
     if fields["turns"] is not None:
-        turns = as_conversation(
-            read_conversations({"images": list(images), "conversations": fields["turns"]}, row.id)
-        ).turns
-        return Example(id=row.id, images=images, turns=turns, extra=extra)
-    choices = _choices(fields["choices"], row)
+        talk = read_conversations({"images": list(images), "conversations": fields["turns"]}, row.id)
+        return Example(id=row.id, images=images, turns=as_conversation(talk).turns, extra=extra)
+    choices = fields["choices"]
+    if isinstance(choices, str):
+        choices = listed_choices(choices, row.id)
+    choices = tuple(_text(choice, "choice", row) for choice in _listed(choices))
     correct = _correct(fields, choices, columns, row) if choices else None
     answers = () if correct is None else (Answer(text=choices[correct]),)
     if not choices:
@@ -213,12 +214,6 @@ def _picture(value: JSON, task_folder: Path, row: Row) -> str:
     if not isinstance(value, str) or not value:
         raise row.bad(f"its picture is neither bytes nor a path: {shown(value)}")
     return value
-
-
-def _choices(value: JSON, row: Row) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return listed_choices(value, row.id)
-    return tuple(_text(choice, "choice", row) for choice in _listed(value))
 
 
 def _correct(fields: Raw, choices: Sequence[str], columns: Mapping[str, str], row: Row) -> int | None:

@@ -332,13 +332,11 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
             answers = folder / ANNOTATIONS.format(part)
             if not test and not answers.is_file():
                 raise UserError(f"{answers}: the answers of the {part} questions are missing; fetch them too")
-            rows = (
-                partial(stream_records, questions, key="questions")
-                if test
-                else partial(_joined_rows, questions, answers)
-            )
+            inputs, rows = (questions, answers), partial(_joined_rows, questions, answers)
+            if test:
+                inputs, rows = (questions,), partial(stream_records, questions, key="questions")
             convert = partial(vqav2_row, pictures="test2015" if test else part, answered=not test)
-            yield Split("vqav2", name, (questions,) if test else (questions, answers), rows, convert, size)
+            yield Split("vqav2", name, inputs, rows, convert, size)
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
@@ -409,18 +407,10 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
         convert, inputs = vqav2_karpathy_row, [folder / name for name in names]
         if own:
             rows, convert, inputs = partial(stream_records, own[file]), vqav2_vlt5_row, [own[file]]
-        yield Split(
-            "vqav2_karpathy",
-            name,
-            (*inputs, *known.values()),
-            rows,
-            partial(convert, allowed=allowed if name == "train" else None),
-            size,
-            notes={
-                "form": "VL-T5's files" if own else f"official files and {KARPATHY}",
-                "answers_allowed": len(allowed or ()),
-            },
-        )
+        convert = partial(convert, allowed=allowed if name == "train" else None)
+        form = "VL-T5's files" if own else f"official files and {KARPATHY}"
+        notes = {"form": form, "answers_allowed": len(allowed or ())}
+        yield Split("vqav2_karpathy", name, (*inputs, *known.values()), rows, convert, size, notes=notes)
 
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:

@@ -264,24 +264,20 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     picture right), so at most 200. Some releases hold stray files: only .txt are read.
     """
     for root in (folder, folder / "MME_Benchmark_release_version", folder / "MME_Benchmark"):
-        if texts := _mme_texts(root):
+        texts: list[Path] = []
+        for category in (*MME_PERCEPTION, *MME_COGNITION):
+            apart = root / category / MME_QUESTIONS
+            texts += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
+        if texts:
             notes = {"rows": "one a picture, each of two questions", "pictures": f"paths are relative to {root.name}"}
-            yield Split("mme", "test", tuple(texts), partial(_mme_rows, root), mme_row, 1_187, notes=notes)
+            yield Split("mme", "test", tuple(texts), partial(_mme_rows, root, texts), mme_row, 1_187, notes=notes)
             return
     subtasks = ", ".join(MME_PERCEPTION[:3])
     raise UserError(f"{folder}: none of the subtasks' folders ({subtasks}, ...) with .txt is in it")
 
 
-def _mme_texts(root: Path) -> list[Path]:
-    texts: list[Path] = []
-    for category in (*MME_PERCEPTION, *MME_COGNITION):
-        apart = root / category / MME_QUESTIONS
-        texts += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
-    return texts
-
-
-def _mme_rows(root: Path, progress: Progress) -> Iterator[Raw]:
-    for path in _mme_texts(root):
+def _mme_rows(root: Path, texts: Sequence[Path], progress: Progress) -> Iterator[Raw]:
+    for path in texts:
         progress(path.stat().st_size)
         apart = path.parent.name == MME_QUESTIONS
         folder = path.parent.parent / "images" if apart else path.parent
@@ -308,12 +304,12 @@ def mme_row(raw: Raw) -> list[Example]:
         raise row.bad("its picture is missing")
     if row.get("text") is None:
         raise row.bad("its text is not UTF-8")
-    image, lines = row.text("image"), [line for line in row.text("text").splitlines() if line.strip()]
-    pairs = [line.rsplit("\t", 1) for line in lines]
+    image, lines = row.text("image"), filter(str.strip, row.text("text").splitlines())
+    pairs = [[part.strip() for part in line.rsplit("\t", 1)] for line in lines]
     if len(pairs) != 2 or any(len(pair) != 2 for pair in pairs):
-        raise row.bad(f"it must have two lines of question, tab, answer; it has {len(lines)} lines")
+        raise row.bad(f"it must have two lines of question, tab, answer; it has {len(pairs)} lines")
     examples: list[Example] = []
-    for number, (question, answer) in enumerate(([part.strip() for part in pair] for pair in pairs), 1):
+    for number, (question, answer) in enumerate(pairs, 1):
         row.id = f"{image}#{number}"
         if answer not in {"Yes", "No"}:
             raise row.bad(f"question {number}'s answer is {shown(answer)}, which is neither Yes nor No")

@@ -1,4 +1,4 @@
-"""Samples of one picture in one row: their layout written out, and what every token sees."""
+"""A batch holds every token and label once, masks by length; samples of one picture see what they saw alone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,71 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dora_vl.data.batches import Collator, shared_rows, visible
-from dora_vl.data.samples import IGNORED_LABEL, Sample
+from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
+
+
+def sample(index: int, ids: list[int], *, cut: int = 0, **inputs: Tensor) -> Sample:
+    labels = torch.tensor([-100, *ids[1:]])
+    return Sample(index, f"s{index}", torch.tensor(ids), labels, cut_tokens=cut, inputs=inputs)
+
+
+def test_right_padding_written_out() -> None:
+    batch = Collator(pad_token_id=9)([sample(0, [1, 2, 3]), Skipped(1, "s1", "empty"), sample(2, [4, 9], cut=5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+    ]  # the token 9 at the end of the text is no padding
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 9, -100]]
+    assert (batch["samples"], batch["padding_tokens"]) == (2, 1)
+    assert (batch["skipped"], batch["cut"]) == ([("s1", "empty")], [("s2", 5)])
+    assert not {"pixel_values", "image_features"} & set(batch)
+
+
+def test_left_padding_written_out() -> None:
+    batch = Collator(pad_token_id=0, pad_side="left")([sample(0, [1, 2, 3]), sample(1, [4, 5])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, 5]]
+
+
+def test_pictures_follow_the_order_of_rows_and_placeholders() -> None:
+    a, b, c = (torch.full((1, 3, 2, 4), float(value)) for value in (1, 2, 3))
+    samples = [sample(0, [1, 2], pixel_values=torch.cat([b, a])), sample(1, [1, 2]), sample(2, [1, 2], pixel_values=c)]
+    assert Collator(0)(samples)["pixel_values"][:, 0, 0, 0].tolist() == [2, 1, 3]
+
+
+def test_a_batch_without_any_usable_sample_is_still_a_batch() -> None:
+    batch = Collator(pad_token_id=4)([Skipped(0, "a", "x"), Skipped(1, "b", "y")])
+    assert batch["input_ids"].tolist() == [[4]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["attention_mask"].tolist() == [[1]]
+    assert (batch["samples"], batch["padding_tokens"], len(batch["skipped"])) == (0, 1, 2)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=9), min_size=1, max_size=6),
+    st.sampled_from(["left", "right"]),
+)
+def test_every_token_and_label_is_there_once(rows: list[list[int]], side: str) -> None:
+    batch = Collator(pad_token_id=0, pad_side=side)([sample(i, ids) for i, ids in enumerate(rows)])  # pyright: ignore
+    kept = batch["attention_mask"].bool()
+    assert [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], kept, strict=True)] == rows
+    assert [row[mask].tolist() for row, mask in zip(batch["labels"], kept, strict=True)] == [
+        [-100, *r[1:]] for r in rows
+    ]
+    assert bool((batch["labels"][~kept] == -100).all())
+    assert batch["padding_tokens"] == int((~kept).sum())
+
 
 PICTURE = 99
 IGNORED = IGNORED_LABEL
 
 
-def sample(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...] = ("a.png",)) -> Sample:
+def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...] = ("a.png",)) -> Sample:
     """A sample whose last `answered` tokens carry labels."""
     row = torch.tensor(ids)
     labels = torch.full_like(row, IGNORED)
@@ -26,7 +82,7 @@ def sample(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...
 
 
 def test_two_questions_about_one_picture_written_out() -> None:
-    first, second = sample(0, [1, PICTURE, PICTURE, 5, 6, 7], 2), sample(1, [1, PICTURE, PICTURE, 5, 8, 9, 4], 1)
+    first, second = asked(0, [1, PICTURE, PICTURE, 5, 6, 7], 2), asked(1, [1, PICTURE, PICTURE, 5, 8, 9, 4], 1)
     (row,) = shared_rows([first, second], picture_token_id=PICTURE)
     assert row.input_ids.tolist() == [1, PICTURE, PICTURE, 5, 6, 7, 5, 8, 9, 4]
     assert row.labels.tolist() == [IGNORED] * 3 + [IGNORED, 6, 7] + [IGNORED] * 3 + [4]
@@ -36,10 +92,10 @@ def test_two_questions_about_one_picture_written_out() -> None:
 
 def test_the_token_that_a_branch_begins_with_is_never_predicted() -> None:
     # Both answers begin right after the picture with the same token: it must stay out of the prefix.
-    rows = [sample(0, [1, PICTURE, 5, 6], 2), sample(1, [1, PICTURE, 5, 7], 2)]
+    rows = [asked(0, [1, PICTURE, 5, 6], 2), asked(1, [1, PICTURE, 5, 7], 2)]
     parted = shared_rows(rows, picture_token_id=PICTURE)
     assert [len(row.input_ids) for row in parted] == [4, 4]  # the picture would be in the branches: nothing to share
-    rows = [sample(0, [1, PICTURE, 4, 5, 6], 2), sample(1, [1, PICTURE, 4, 5, 7], 2)]
+    rows = [asked(0, [1, PICTURE, 4, 5, 6], 2), asked(1, [1, PICTURE, 4, 5, 7], 2)]
     (row,) = shared_rows(rows, picture_token_id=PICTURE)
     assert row.input_ids.tolist() == [1, PICTURE, 4, 5, 6, 4, 5, 7]
     assert row.labels.tolist() == [IGNORED] * 2 + [IGNORED, 5, 6] + [IGNORED, 5, 7]
@@ -48,20 +104,20 @@ def test_the_token_that_a_branch_begins_with_is_never_predicted() -> None:
 @pytest.mark.parametrize(
     ("other", "why"),
     [
-        (sample(1, [2, PICTURE, 5, 6], 1), "the text differs before the picture"),
-        (sample(1, [1, PICTURE, 5, 6], 1, ("b.png",)), "another picture"),
-        (sample(1, [1, 5, 6], 1, ()), "no picture"),
+        (asked(1, [2, PICTURE, 5, 6], 1), "the text differs before the picture"),
+        (asked(1, [1, PICTURE, 5, 6], 1, ("b.png",)), "another picture"),
+        (asked(1, [1, 5, 6], 1, ()), "no picture"),
     ],
 )
 def test_what_cannot_share_stands_by_itself(other: Sample, why: str) -> None:
-    rows = shared_rows([sample(0, [1, PICTURE, 5, 6], 1), other], picture_token_id=PICTURE)
+    rows = shared_rows([asked(0, [1, PICTURE, 5, 6], 1), other], picture_token_id=PICTURE)
     assert sum(len(row.pictures_of) for row in rows) == 2, why
     assert sum(len(row.input_ids) for row in rows) == 4 + len(other.input_ids), why
 
 
 def test_rows_are_filled_up_to_the_longest_tree() -> None:
     lengths = [9, 4, 5, 3, 2]
-    samples = [sample(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
+    samples = [asked(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
     rows = shared_rows(samples, picture_token_id=PICTURE)
     assert [len(row.input_ids) for row in rows] == [9, 9, 5]
     assert [[one.index for one in row.pictures_of] for row in rows] == [[0], [2, 1], [3, 4]]
@@ -70,8 +126,8 @@ def test_rows_are_filled_up_to_the_longest_tree() -> None:
 
 
 def test_the_batch_holds_each_picture_once_in_the_order_of_the_rows() -> None:
-    same = [sample(index, [1, PICTURE, PICTURE, 20 + index, 7], 1) for index in range(3)]
-    other = sample(7, [1, PICTURE, PICTURE, *range(30, 45)], 2, ("b.png",))
+    same = [asked(index, [1, PICTURE, PICTURE, 20 + index, 7], 1) for index in range(3)]
+    other = asked(7, [1, PICTURE, PICTURE, *range(30, 45)], 2, ("b.png",))
     batch = Collator(0, share_pictures_by=PICTURE)([*same, other])
     assert batch["image_features"][:, 0, 0].tolist() == [7.0, 0.0]
     assert batch["samples"] == 4
@@ -85,7 +141,7 @@ def test_the_batch_holds_each_picture_once_in_the_order_of_the_rows() -> None:
 )
 def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, list[int]]]) -> None:
     samples = [
-        sample(number, [7, PICTURE, *text], 1 + len(text) % 2, (f"{picture}.png",))
+        asked(number, [7, PICTURE, *text], 1 + len(text) % 2, (f"{picture}.png",))
         for number, (picture, text) in enumerate(questions)
     ]
     rows = shared_rows(samples, picture_token_id=PICTURE)

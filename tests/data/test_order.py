@@ -1,9 +1,10 @@
-"""An epoch's order: a permutation by (seed, epoch), pure global batches, sorted inside, dealt in step, resumable."""
+"""An epoch's order: a function of (seed, epoch) alone, whole, dealt to ranks in step, resumable."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from dora_vl.data.order import ModalityLengthSampler, sampling_lengths
+from dora_vl.data.order import Mixing, MixturePlan, ModalityLengthSampler, Source, sampling_lengths
 from dora_vl.data.table import load_table
+
+SOURCES = (
+    Source(name="vqav2", items=23, batch_size=6),
+    Source(name="gqa", items=31, batch_size=10),
+    Source(name="nlvr2", items=5, batch_size=2),
+)
+
+
+def steps(plan: MixturePlan, epoch: int) -> list[list[tuple[int, tuple[int, ...]]]]:
+    parts = [plan.part(number, epoch=epoch) for number in range(len(plan))]
+    rows = [parts[start : start + plan.parts] for start in range(0, len(parts), plan.parts)]
+    return [[(part.source, part.indices) for part in row] for row in rows]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_each_item_comes_once_an_epoch_in_batches_of_its_tasks_size(parts: int) -> None:
+    plan = MixturePlan(SOURCES, parts=parts, mixing="proportional", seed=5)
+    assert len(plan) == (4 + 4 + 3) * parts
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in steps(plan, epoch=0):
+        assert len({source for source, _ in step}) == 1  # the same task on every rank
+        sizes = [len(indices) for _, indices in step]
+        assert max(sizes) - min(sizes) <= 1
+        source = step[0][0]
+        assert sum(sizes) <= SOURCES[source].batch_size
+        seen[source] += [index for _, indices in step for index in indices]
+    assert {source: sorted(found) for source, found in seen.items()} == {
+        number: list(range(source.items)) for number, source in enumerate(SOURCES)
+    }
+
+
+def test_more_ranks_do_the_same_steps() -> None:
+    one, four = (MixturePlan(SOURCES, parts=parts, mixing="proportional", seed=5) for parts in (1, 4))
+    joined = [(step[0][0], tuple(index for _, indices in step for index in indices)) for step in steps(four, epoch=3)]
+    assert joined == [step[0] for step in steps(one, epoch=3)]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    orders = {
+        (seed, epoch): steps(MixturePlan(SOURCES, parts=2, mixing="proportional", seed=seed), epoch)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert orders[0, 0] == steps(MixturePlan(SOURCES, parts=2, mixing="proportional", seed=0), 0)
+    assert len({str(order) for order in orders.values()}) == 4  # seed 0 in epoch 1 is not seed 1 in epoch 0 either
+    again = MixturePlan(SOURCES, parts=2, mixing="proportional", seed=0)
+    again.part(3, epoch=7)
+    assert steps(again, 1) == orders[0, 1]  # what was asked for before does not matter
+
+
+def test_balanced_gives_every_task_as_many_steps() -> None:
+    plan = MixturePlan(SOURCES, parts=1, mixing="balanced", seed=0)
+    tasks = Counter(SOURCES[plan.part(step, epoch=0).source].name for step in range(len(plan)))
+    assert tasks == {"vqav2": 4, "gqa": 4, "nlvr2": 4}
+    items = [index for step in steps(plan, 0) for source, indices in step if source == 2 for index in indices]
+    assert len(items) == 5 + 2  # three steps are the whole set, the fourth begins it anew
+    assert sorted(items[:5]) == list(range(5))
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "balanced"])
+def test_a_plan_says_how_many_items_an_epoch_reads(mixing: Mixing) -> None:
+    plan = MixturePlan(SOURCES, parts=3, mixing=mixing, seed=0)
+    assert plan.items == sum(len(plan.part(number, epoch=0).indices) for number in range(len(plan)))
+
 
 SAMPLES = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=70)
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
@@ -85,19 +150,6 @@ def test_ranks_of_one_micro_step_get_neighbours_in_length(
         lengths = [[samples[index][0] for index in ranks[rank][step]] for rank in range(world_size)]
         for longer, shorter in itertools.pairwise(lengths):
             assert min(longer) >= max(shorter)
-
-
-@given(SAMPLES, SIZES)
-def test_over_a_global_batch_ranks_differ_by_at_most_its_range_times_the_batch_size(
-    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
-) -> None:
-    batch_size, world_size, accumulation = sizes
-    size = batch_size * world_size * accumulation
-    batches = chunks(list(sampler(samples, sizes)), size)
-    for batch in batches[: full_batches(samples, size)]:
-        micro = [[samples[index][0] for index in part] for part in chunks(batch, batch_size)]
-        totals = [sum(map(sum, micro[rank::world_size])) for rank in range(world_size)]
-        assert max(totals) - min(totals) <= batch_size * (samples[batch[0]][0] - samples[batch[-1]][0])
 
 
 def test_seeds_and_epochs_all_differ() -> None:
