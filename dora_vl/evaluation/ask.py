@@ -29,7 +29,7 @@ from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACT
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Clip, Example
-from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there
+from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform

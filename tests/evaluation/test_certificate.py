@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
+from dora_vl.data.pictures import open_image
 from dora_vl.evaluation import merging as merging_module
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
