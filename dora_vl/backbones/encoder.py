@@ -195,8 +195,8 @@ class Encoder:
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
-        found = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
-        trained, end = found.roles
+        processed = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
+        trained, end = processed.roles
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -205,16 +205,16 @@ class Encoder:
                 f"its {what} and the text before the last one take {end} tokens of "
                 f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
-        kept = min(len(found.ids), self.max_tokens)
+        kept = min(len(processed.ids), self.max_tokens)
         if not any(trained[:kept]):
-            cut = len(found.ids) - kept
+            cut = len(processed.ids) - kept
             raise BadSample(
-                conversation.id, f"no answer is left to train on after {cut} of {len(found.ids)} tokens were cut"
+                conversation.id, f"no answer is left to train on after {cut} of {len(processed.ids)} tokens were cut"
             )
-        ids = found.ids[:kept]
+        ids = processed.ids[:kept]
         labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
-        inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
-        return Encoded(ids, labels, len(found.ids) - kept, inputs)
+        inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in processed.inputs.items()}
+        return Encoded(ids, labels, len(processed.ids) - kept, inputs)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
@@ -235,8 +235,8 @@ class Encoder:
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
-        found = self._processed(turns, pictures, videos, "question", generation_prompt=True)
-        return {"input_ids": found.ids[None], **found.inputs}
+        processed = self._processed(turns, pictures, videos, "question", generation_prompt=True)
+        return {"input_ids": processed.ids[None], **processed.inputs}
 
     def encode_choice(
         self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -246,15 +246,15 @@ class Encoder:
         Raises: BadSample where the model has no positions for all of it.
         """
         answered = (*turns, Turn("assistant", choice))
-        found = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
-        length, positions = len(found.ids), self.max_positions
+        processed = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
+        length, positions = len(processed.ids), self.max_positions
         if positions is not None and length > positions:
             reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
             raise BadSample("question", reason)
-        trained = torch.tensor(found.roles.trained)
+        trained = torch.tensor(processed.roles.trained)
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
         trained[: int(others[-1]) + 1 if len(others) else 0] = False
-        return Encoded(found.ids, torch.where(trained, found.ids, IGNORED_LABEL), 0, found.inputs)
+        return Encoded(processed.ids, torch.where(trained, processed.ids, IGNORED_LABEL), 0, processed.inputs)
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
@@ -281,9 +281,9 @@ class Encoder:
         Raises: BadSample where the family does not take so many together.
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-        found = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
-        unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
-        return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
+        processed = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
+        unlabelled = torch.full_like(processed.ids, IGNORED_LABEL)
+        return Sample(index=-1, id="dummy", input_ids=processed.ids, labels=unlabelled, inputs=processed.inputs)
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """The text of an answer, without special tokens and what ends it."""
@@ -339,29 +339,29 @@ class Encoder:
         images = [list(pictures)] if pictures else None
         try:
             options |= video_arguments(videos) if videos else {}
-            found = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
+            outputs = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
             if pictures and videos:
-                found |= displaced_inputs(self.processor, found, pictures, videos)
+                outputs |= displaced_inputs(self.processor, outputs, pictures, videos)
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
-        offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
+        offsets, replaced = outputs.pop("offset_mapping", None), outputs.pop("text_replacement_offsets", None)
         places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
-        ids = torch.as_tensor(found.pop("input_ids"))
-        found.pop("labels", None)  # PaliGemma's processor makes some, uncut; ours are the same
-        found.setdefault("attention_mask", torch.ones_like(ids))
-        for name in found.keys() & ALIGNED:
-            found[name] = torch.as_tensor(found[name])  # Ernie's processor leaves one an array
+        ids = torch.as_tensor(outputs.pop("input_ids"))
+        outputs.pop("labels", None)  # PaliGemma's processor makes some, uncut; ours are the same
+        outputs.setdefault("attention_mask", torch.ones_like(ids))
+        for name in outputs.keys() & ALIGNED:
+            outputs[name] = torch.as_tensor(outputs[name])  # Ernie's processor leaves one an array
         if chat.by_token_types:
             # The answer's tokens are ones, and all before it count as the picture's.
-            trained = [kind == 1 for kind in found["token_type_ids"][0].tolist()]
+            trained = [kind == 1 for kind in outputs["token_type_ids"][0].tolist()]
             roles = TokenRoles(trained, trained.index(True) if True in trained else len(trained))
         elif offsets is None or ((pictures or videos) and not places):
             roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
-            told = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
-            moved = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
-            roles = from_offsets(chat, told, moved, begin=self.prompts.bos_token or "")
-        return _Processed(ids[0], found, roles)
+            token_spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
+            moves = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
+            roles = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
+        return _Processed(ids[0], outputs, roles)
 
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str

@@ -250,10 +250,10 @@ class ProcessorChat(Prompts):
         after = self._apply(messages, generation_prompt=False)
         if not whole.startswith(after):
             raise ValueError("the chat template writes an earlier answer differently once later turns follow")
-        differing = (place for place, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+        differing = (place for place, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
         shared = next(differing, min(len(before), len(after)))
-        asked, given = before[shared:], after[shared:]
-        first = shared + (len(given) - len(given.lstrip()) if asked else 0)
+        asked, answer = before[shared:], after[shared:]
+        first = shared + (len(answer) - len(answer.lstrip()) if asked else 0)
         if asked.strip():
             raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
         closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]

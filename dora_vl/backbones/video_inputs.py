@@ -95,9 +95,9 @@ def as_pictures(
         text = ""
         for number, piece in enumerate(turn.text.split(VIDEO_PLACEHOLDER)):
             if number:
-                found = _next(frames).pictures
-                shown += found
-                text += "\n".join([IMAGE_PLACEHOLDER] * len(found))
+                video_pictures = _next(frames).pictures
+                shown += video_pictures
+                text += "\n".join([IMAGE_PLACEHOLDER] * len(video_pictures))
             shown += [_next(left) for _ in range(piece.count(IMAGE_PLACEHOLDER))]
             text += piece
         written.append(Turn(turn.role, text))
@@ -107,10 +107,9 @@ def as_pictures(
 
 
 def _next(left: Any) -> Any:
-    found = next(left, None)
-    if found is None:
+    if (media := next(left, None)) is None:
         raise ValueError("its text has more places than it has pictures and videos")
-    return found
+    return media
 
 
 def repeated(video: Video, frames: int) -> Video:
@@ -141,7 +140,7 @@ def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Vide
 
 
 def displaced_inputs(
-    processor: Any, found: Mapping[str, Any], pictures: Sequence[Any], videos: Sequence[Video]
+    processor: Any, outputs: Mapping[str, Any], pictures: Sequence[Any], videos: Sequence[Video]
 ) -> dict[str, Tensor]:
     """What a sample's pictures lost to its videos, where the processor has inputs of one name for both (SmolVLM).
 
@@ -149,25 +148,25 @@ def displaced_inputs(
 
     Args:
         processor: its own picture and video processors make the inputs.
-        found: what it gave for the whole sample.
+        outputs: what it gave for the whole sample.
         pictures: in order.
         videos: likewise.
 
     Returns: the inputs by that name, `[1, tiles and frames, ...]`; nothing where none was lost.
     """
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
-    kinds = [one["type"] for one in (found.get("text_replacement_offsets") or [[]])[0]]
+    kinds = [place["type"] for place in (outputs.get("text_replacement_offsets") or [[]])[0]]
     left, frames = iter(pictures), iter(videos)
-    made: list[Any] = []
+    inputs: list[Any] = []
     for kind in kinds if names else ():
         if kind == "image":
-            made.append(processor.image_processor([[next(left)]], return_tensors="pt"))
+            inputs.append(processor.image_processor([[next(left)]], return_tensors="pt"))
         else:
             arguments = video_arguments([next(frames)])
-            made.append(
+            inputs.append(
                 processor.video_processor(arguments["videos"], return_tensors="pt", **arguments["videos_kwargs"])
             )
-    return {name: stacked([one[name][0] for one in made], 0)[None] for name in sorted(names)}
+    return {name: stacked([part[name][0] for part in inputs], 0)[None] for name in sorted(names)}
 
 
 LEAST_PIXELS = 32 * 32
@@ -185,14 +184,14 @@ def within_pixels(
     if before <= most:
         return list(pictures), list(videos), 0
     factor = math.sqrt(most / before)
-    smaller = [_shrunk(one, factor) for one in pictures]
-    clips = [replace(one, pictures=tuple(_shrunk(frame, factor) for frame in one.pictures)) for one in videos]
+    smaller = [_shrunk(picture, factor) for picture in pictures]
+    clips = [replace(video, pictures=tuple(_shrunk(frame, factor) for frame in video.pictures)) for video in videos]
     return smaller, clips, before - _pixels(smaller, clips)
 
 
 def _pixels(pictures: Sequence[Image.Image], videos: Sequence[Video]) -> int:
     shown = [*pictures, *(frame for video in videos for frame in video.pictures)]
-    return sum(one.width * one.height for one in shown)
+    return sum(picture.width * picture.height for picture in shown)
 
 
 def _shrunk(picture: Image.Image, factor: float) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Which model types are trained, and which are refused by name before anything is loaded."""
+"""Which model types are trained, which are refused by name before anything is loaded, and the page that says so."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dora_vl.backbones.encoder import load_processor
 from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
 from dora_vl.backbones.loading import load_tokenizer
-from dora_vl.backbones.model import open_backbone, skeleton_of
+from dora_vl.backbones.model import open_backbone, refuse_turned_experts, skeleton_of
 from dora_vl.errors import UserError
-from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.model_table import PAGE, page
+from tests.backbones.tiny_families.family import why_not_here
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_image_text import tiny_tokenizer, write_tiny
 
 
 @pytest.mark.parametrize("model_type", [*NOT_TRAINED, "no_such_model"])
@@ -84,3 +89,47 @@ def test_a_config_of_wrong_types_is_one_line(whole: Path, tmp_path: Path, field:
         with pytest.raises(UserError, match=re.escape(str(base))) as error:
             loads(str(base))
         assert len(str(error.value)) < 500
+
+
+PAGE_OF = "5.24"
+
+
+@pytest.mark.skipif(bool(why_not_here(PAGE_OF)), reason="the page lists a newer version's models too")
+def test_the_page_is_written_from_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.backbones.model_table"
+
+
+def test_fifty_families_see_pictures() -> None:
+    assert len(FAMILIES) >= 50
+    assert not set(FAMILIES) & set(LANGUAGE_MODELS)
+
+
+@families
+def test_a_family_takes_videos_where_its_processor_has_a_part_for_them(family: str) -> None:
+    row = FAMILIES[family]
+    processor = row.processor(tiny_tokenizer(row.names))
+    assert (vars(processor).get("video_processor") is not None) == row.video
+
+
+def test_a_folder_of_save_pretrained_is_refused_and_a_published_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_tiny("qwen3_vl_moe", tmp_path / "base")
+    monkeypatch.setattr("dora_vl.backbones.model.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError):
+        open_backbone(str(base))
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    named = [name for name in weights if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]
+    assert named
+    for name in named:
+        weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    shape = weights[next(name for name in named if name.endswith("down_proj"))].shape
+    if shape[1] == shape[2]:
+        pytest.fail("the tiny model's experts are square, so that this test could not tell")
+    refuse_turned_experts(str(base))
+
+
+def test_other_families_are_not_asked(tmp_path: Path) -> None:
+    refuse_turned_experts(str(write_tiny("glm4v_moe", tmp_path / "base")))
