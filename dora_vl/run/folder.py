@@ -214,7 +214,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
     inherit it, and network file systems keep it on the server.
     """
-    path, made = folder / LOCK, not folder.exists()
+    path, is_new = folder / LOCK, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path)
@@ -227,7 +227,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):  # not empty: what it was made for is in it
                 folder.rmdir()
 
@@ -273,7 +273,7 @@ def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) 
     except UserError:
         raise
     except Exception as error:
-        free = shutil.disk_usage(next(one for one in (folder, *folder.resolve().parents) if one.exists())).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
         # By the system's number or, from libraries with errors of their own, by its words.
         stated = getattr(error, "errno", None)
         reasons = [number for number in UNWRITABLE if number == stated or os.strerror(number) in str(error)]

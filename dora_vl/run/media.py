@@ -39,8 +39,8 @@ class VideoReading:
         Raises:
             BadSample: one is missing, cannot be decoded in time, or has no such part.
         """
-        found = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
-        return found if self.frames is None else [repeated(video, self.frames) for video in found]
+        videos = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
+        return videos if self.frames is None else [repeated(video, self.frames) for video in videos]
 
 
 def image_folder(data: DataConfig, root: str | None = None) -> MediaFolder:

@@ -95,11 +95,13 @@ def read_watched(run_folder: Path) -> Watched | None:
     folder = run_folder / WATCHED
     try:
         content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-        questions = tuple(WatchedQuestion(**one) for one in content["questions"])
+        questions = tuple(WatchedQuestion(**row) for row in content["questions"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     lines = read_log(folder / ANSWERS)
-    answers = {one["step"]: one["answers"] for one in lines if isinstance(one.get("answers"), dict) and "step" in one}
+    answers = {
+        line["step"]: line["answers"] for line in lines if isinstance(line.get("answers"), dict) and "step" in line
+    }
     return Watched(folder=folder, questions=questions, answers=answers)
 
 

@@ -47,23 +47,23 @@ def core_config(
             section's.
         also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
     """
-    own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
+    settings = {field.name: getattr(adapter, field.name) for field in fields(AdapterSettings)}
     default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
     chosen = {
         name: resolved_weights(model, globs, f"adapter.also_train.{name}") for name, globs in adapter.also_train.items()
     }
-    own["also_train"] = {**default, **chosen}
-    own["also_keep"] = (*also_keep, *adapter.also_keep)
-    own["parts"] = {
+    settings["also_train"] = {**default, **chosen}
+    settings["also_keep"] = (*also_keep, *adapter.also_keep)
+    settings["parts"] = {
         name: replace(part, targets=resolved_targets(model, part.targets, f"adapter.parts.{name}.targets"))
         for name, part in adapter.parts.items()
     }
     if adapter.targets is not None:
         targets = resolved_targets(model, adapter.targets, "adapter.targets", whole=adapter.method == "full")
-    named = (*targets, *(glob for part in own["parts"].values() for glob in part.targets))
+    named = (*targets, *(glob for part in settings["parts"].values() for glob in part.targets))
     if "experts" not in adapter.kinds and names_experts(model, named):
-        own["kinds"] = (*adapter.kinds, "experts")
-    return DoRAConfig(targets=targets, **own)
+        settings["kinds"] = (*adapter.kinds, "experts")
+    return DoRAConfig(targets=targets, **settings)
 
 
 def check_initial(initial: str | None) -> None:
@@ -87,29 +87,24 @@ def load_initial(model: nn.Module, folder: Path) -> None:
     Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
     over as well. Other frozen tensors of the folder must be the base's.
     """
-    found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
-    trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
-    taken = {**trained, **kept_tensors(model)}
-    taken |= {name: trained[whole] for name in found if (whole := split_rows(name)[0]) in trained}
-    _refuse_lost_values(model, folder, {name: tensor for name, tensor in found.items() if name not in taken})
-    _refuse_another_meaning(model, folder, found)
-    with torch.no_grad():
-        for name in [name for name in found if name in taken]:
-            _take_over(folder, name, taken[name], found[name])
+    stored = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
+    trained = {name: weight for part in trained_parts(model) for name, weight in part.parameters.items()}
+    taken_over = {**trained, **kept_tensors(model)}
+    taken_over |= {name: trained[tensor] for name in stored if (tensor := split_rows(name)[0]) in trained}
+    _refuse_lost_values(model, folder, {name: tensor for name, tensor in stored.items() if name not in taken_over})
+    _refuse_another_meaning(model, folder, stored)
+    for name in [name for name in stored if name in taken_over]:
+        weight, tensor = taken_over[name], stored[name]
+        with torch.no_grad(), gather_to_write([weight] if isinstance(weight, nn.Parameter) else []):
+            rows = kept_rows(name, weight)  # all of it, or those that the name says
+            if rows.numel() != tensor.numel():
+                raise SettingError(
+                    "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(rows.shape)}"
+                )
+            rows.copy_(tensor.view(rows.shape))
     for _, layer in adapted_layers(model):
         layer.forget_norms()
-    logger.info("%s sets %d of %d trained tensors", folder, len(set(found) & set(trained)), len(trained))
-
-
-def _take_over(folder: Path, name: str, place: Tensor, tensor: Tensor) -> None:
-    """Writes a folder's tensor to its place in the model, or to those rows of it that the name says."""
-    with gather_to_write([place] if isinstance(place, nn.Parameter) else []):
-        own = kept_rows(name, place)
-        if own.numel() != tensor.numel():
-            raise SettingError(
-                "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}"
-            )
-        own.copy_(tensor.view(own.shape))
+    logger.info("%s sets %d of %d trained tensors", folder, len(set(stored) & set(trained)), len(trained))
 
 
 def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Tensor]) -> None:
@@ -121,10 +116,10 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
         )
     other = []
     for name, tensor in frozen.items():
-        place = here[split_rows(name)[0]]
-        with gather_to_read([place] if isinstance(place, nn.Parameter) else []):
-            own = kept_rows(name, place.detach())
-            if own.shape != tensor.shape or not torch.equal(tensor.to(own), own):
+        weight = here[split_rows(name)[0]]
+        with gather_to_read([weight] if isinstance(weight, nn.Parameter) else []):
+            rows = kept_rows(name, weight.detach())
+            if rows.shape != tensor.shape or not torch.equal(tensor.to(rows), rows):
                 other.append(name)
     if other:
         raise SettingError(
@@ -134,14 +129,14 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
         )
 
 
-def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:
+def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str, Tensor]) -> None:
     """A and B mean what the folder's settings say; under others they would start the run somewhere else."""
-    owners = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in FACTORS}
+    owners = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FACTORS}
     if not owners:
         return
-    peft, own = read_peft_config(folder), read_recipe(folder).get("adapter", {})
-    config = read_config(str(folder), peft, own, found)
-    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, own)
+    peft, recipe = read_peft_config(folder), read_recipe(folder).get("adapter", {})
+    config = read_config(str(folder), peft, recipe, stored)
+    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, recipe)
     for name, layer in adapted_layers(model):
         if name not in owners:
             continue

@@ -114,7 +114,7 @@ class MixtureDataset(Dataset[MicroBatch]):
     def longest(self) -> list[MicroBatch]:
         """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
         epoch = int(self._epoch)
-        found = []
+        batches = []
         for number, source in enumerate(self.plan.sources):
             count = -(-source.batch_size // self.plan.parts)
             looked_at = max(LOOKED_AT, 2 * count)
@@ -122,8 +122,8 @@ class MixtureDataset(Dataset[MicroBatch]):
             items = [self._item(number, index, epoch) for index in places]
             usable = [one for one in items if isinstance(one, Seq2SeqSample)]
             longest = sorted(usable, key=lambda one: -(len(one.input_ids) + len(one.labels)))[:count]
-            found.append(MicroBatch(self.sources[number].subtask, [*longest]))
-        return found
+            batches.append(MicroBatch(self.sources[number].subtask, [*longest]))
+        return batches
 
     def __getitem__(self, number: int) -> MicroBatch:
         epoch = int(self._epoch)
@@ -197,17 +197,17 @@ class Seq2SeqLoss(LossModel):
             loss = answer_loss(head(hidden), targets, sample_weights)
             count = (labels != IGNORED_LABEL).sum()
             return {"loss": self._with_idle_heads(loss, hidden, closed), "labelled_tokens": count}
-        found = self.backbone(**text, labels=labels, features=features)
-        each = functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
-        count = each.new_tensor(found.targets.numel()).detach()
+        output = self.backbone(**text, labels=labels, features=features)
+        each = functional.cross_entropy(output.logits.float(), output.targets, reduction="none")
+        count = each.new_tensor(output.targets.numel()).detach()
         if normalise_by == "tokens":
             divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             loss = each.sum() / divisor
         else:
-            tokens = found.rows.bincount(minlength=len(labels)).clamp_min(1)
+            tokens = output.rows.bincount(minlength=len(labels)).clamp_min(1)
             weights = (sample_weights / tokens).to(each.dtype)
-            loss = (each * weights[found.rows]).sum()
-        return {"loss": self._with_idle_heads(loss, found.hidden, closed), "labelled_tokens": count}
+            loss = (each * weights[output.rows]).sum()
+        return {"loss": self._with_idle_heads(loss, output.hidden, closed), "labelled_tokens": count}
 
     def _with_idle_heads(
         self, loss: Float[Tensor, ""], hidden: Float[Tensor, "places width"], closed: ClosedBatch | None
