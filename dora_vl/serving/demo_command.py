@@ -8,10 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import add_model_options
@@ -26,10 +25,6 @@ from dora_vl.serving.options import (
     listening,
     media_limits,
 )
-
-if TYPE_CHECKING:
-    import socket
-
 
 DESCRIPTION = """\
 Opens a page in the browser: a picture, several, a video or the webcam on the left, an adapter's and the base's answers
@@ -74,36 +69,30 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         # SIGTERM ends the program as an exit does, so that the uploads' folder goes then too.
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         at_end.callback(signal.signal, signal.SIGTERM, before)
-        yield from _serve(options, adapters, listener, Path(folder))
+        admitted = admission(options)
+        keep_gradio_quiet(Path(folder))
+        from dora_vl.serving.engine import Engine
+        from dora_vl.serving.model import open_served
+        from dora_vl.serving.requests import RequestMedia
 
+        named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
+        model = open_served(options.base, adapters, **named)  # before Gradio, which takes seconds: it may refuse
+        from dora_vl.serving.door import http_config
+        from dora_vl.serving.page import Page, QuietServer, Uploads, build_page_app
+        from dora_vl.serving.page_parts import example_questions
+        from dora_vl.serving.side_by_side import SideBySide
 
-def _serve(
-    options: argparse.Namespace, adapters: Mapping[str, Path], listener: socket.socket, folder: Path
-) -> Iterator[str]:
-    admitted = admission(options)
-    keep_gradio_quiet(folder)
-    from dora_vl.serving.engine import Engine
-    from dora_vl.serving.model import open_served
-    from dora_vl.serving.requests import RequestMedia
-
-    named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
-    model = open_served(options.base, adapters, **named)
-    from dora_vl.serving.door import http_config
-    from dora_vl.serving.page import Page, QuietServer, Uploads, build_page_app
-    from dora_vl.serving.page_parts import example_questions
-    from dora_vl.serving.side_by_side import SideBySide
-
-    media = RequestMedia(media_limits(options), model.assistant.prompts.encoder.videos_of_one_length)
-    examples = next(filter(None, map(example_questions, adapters.values())), ())
-    most = media.limits.bytes * ROOM_FOR_A_MESSAGE
-    uploads = Uploads(folder, most * UPLOADS_AT_ONCE)
-    answers = {"new_tokens": options.max_new_tokens, "temperature": options.temperature}
-    with Engine(model, engine_settings(options)) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), uploads, examples, **answers)
-        app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
-        host, port = listener.getsockname()[:2]
-        yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
-        QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
+        media = RequestMedia(media_limits(options), model.assistant.prompts.encoder.videos_of_one_length)
+        examples = next(filter(None, map(example_questions, adapters.values())), ())
+        most = media.limits.bytes * ROOM_FOR_A_MESSAGE
+        uploads = Uploads(Path(folder), most * UPLOADS_AT_ONCE)
+        answers = {"new_tokens": options.max_new_tokens, "temperature": options.temperature}
+        with Engine(model, engine_settings(options)) as engine, contextlib.closing(media):
+            page = Page(SideBySide(engine, media), uploads, examples, **answers)
+            app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
+            host, port = listener.getsockname()[:2]
+            yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
+            QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 
 def keep_gradio_quiet(uploads: Path) -> None:
