@@ -33,7 +33,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from dora_vl.data.batches import Collator
-from dora_vl.data.order import train_files
+from dora_vl.data.columns import train_files
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_training_rows
 from dora_vl.errors import UserError, exit_on_user_error

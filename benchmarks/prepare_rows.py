@@ -43,7 +43,7 @@ from pathlib import Path
 from dora_vl.data.table import load_table
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream import StreamSource
-from dora_vl.data.order import TrainFile
+from dora_vl.data.columns import TrainFile
 
 how, path, cache = sys.argv[1:]
 def peak():  # of this program alone: getrusage's counts what it was before it was this one

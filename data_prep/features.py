@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings
-from dora_vl.backbones.tower_config import TowerSpec
+from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.vision_store import (
     HASH,
     FeatureWriter,

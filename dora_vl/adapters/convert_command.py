@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.adapters.adapter import write_adapter
     from dora_vl.adapters.base_weights import BaseWeights
     from dora_vl.adapters.exports import LayerExport, as_lora, export_layers
-    from dora_vl.adapters.folder import refuse_to_replace_adapter
+    from dora_vl.adapters.files import refuse_to_replace_adapter
     from dora_vl.adapters.read import read_any
 
     source, target, rank = arguments.source, arguments.to, arguments.rank

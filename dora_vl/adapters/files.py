@@ -127,8 +127,8 @@ def write_safetensors(
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-CONFIG_FILE = "adapter_config.json"
-RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = FILES = "adapter_model.safetensors", "adapter_config.json", "recipe.json"
+"""What an adapter folder holds."""
 
 AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
@@ -364,3 +364,8 @@ def drop_leftovers(run_folder: Path) -> None:
     patterns = (f".checkpoint-*{REMOVING}", ".checkpoint-*.previous-*", ".adapter.writing-*", ".adapter.previous-*")
     for path in [run_folder / WRITING, *(path for pattern in patterns for path in run_folder.glob(pattern))]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_to_replace_adapter(target: Path) -> None:
+    """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
+    refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())

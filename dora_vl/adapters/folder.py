@@ -29,14 +29,16 @@ from dora_vl.adapters.agreement import (
 )
 from dora_vl.adapters.agreement import own_name as own_name
 from dora_vl.adapters.files import CONFIG_FILE as CONFIG_FILE
+from dora_vl.adapters.files import FILES as FILES
 from dora_vl.adapters.files import RECIPE_FILE as RECIPE_FILE
+from dora_vl.adapters.files import WEIGHTS_FILE as WEIGHTS_FILE
 from dora_vl.adapters.files import (
     complete_checkpoints,
     read_peft_config,
     read_recipe,
     read_tensors,
     refuse_not_finite,
-    refuse_to_replace,
+    refuse_to_replace_adapter,
     write_json,
     written_whole,
 )
@@ -57,9 +59,7 @@ from dora_vl.core.trainable import (
 )
 from dora_vl.errors import UserError, shown_names
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
-FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 INNER = "adapter"
 """Where a run and each of its checkpoints keep their adapter."""
 
@@ -102,11 +102,6 @@ def write_folder(
         write_json(staging / CONFIG_FILE, config)
         if recipe:
             write_json(staging / RECIPE_FILE, recipe)
-
-
-def refuse_to_replace_adapter(target: Path) -> None:
-    """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
-    refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[AdaptedLayer | None, str]:

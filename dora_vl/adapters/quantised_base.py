@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
+from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
 from dora_vl.errors import UserError, one_line, shown
 
-Quantisation = Literal["nf4", "int8", "hqq"]
-"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8; `hqq`: 4 bits in groups of 64."""
 HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05

@@ -17,9 +17,10 @@ from transformers.processing_utils import ProcessorMixin
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
-from dora_vl.backbones.loading import TrainOn, load_tokenizer
+from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.backbones.video_inputs import (

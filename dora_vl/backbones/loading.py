@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -30,8 +30,8 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, kept_whole, quantised_layers
-from dora_vl.backbones.tower_config import TowerSpec, VisionLibrary
+from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
+from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
@@ -361,122 +361,3 @@ def _digests(spec: Any) -> dict[str, str]:
     """Each setting's digest: a base that is passed on says nothing of the paths on the machine that made it."""
     settings = dataclasses.asdict(spec).items()
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in settings}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComposeSpec:
-    """What a composed LLaVA is made of; between the two stands LLaVA-1.5's projector, `mlp2x_gelu`."""
-
-    vision_library: VisionLibrary
-    """Where the vision tower comes from."""
-    vision_name: str
-    """timm's or open_clip's model name; for transformers a folder or hub id."""
-    language_model: str
-    """Folder or hub id of a causal language model; with `gguf_file`, the folder that file lies in."""
-    gguf_file: str | None = None
-    """A GGUF file in `language_model`; it is dequantised."""
-    vision_weights: str = "pretrained"
-    """`pretrained` (the library's own download), `random`, an open_clip tag, or a .pth / .safetensors file."""
-    vision_weights_in_order: bool = False
-    """Matches the weights file to the network by position instead of by name, every shape checked."""
-    vision_layer: int | None = None
-    """Hidden state counted from the end; None is -2 for transformers (as in LLaVA-1.5), -1 for the others."""
-    grid_pool: int | None = None
-    """Side of the picture's grid after average pooling in the tower; None keeps the tower's grid."""
-    image_size: int | None = None
-    """Pixels along a side; None takes the tower's published value."""
-    image_mean: tuple[float, float, float] | None = None
-    """Colour mean, 0 to 1; None takes the tower's published value."""
-    image_std: tuple[float, float, float] | None = None
-    """Colour deviation, 0 to 1; None takes the tower's published value."""
-    projector_seed: int = 0
-    """Seed of the projector's initial weights."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
-
-    def tower(self) -> TowerSpec:
-        """The part of this that is about the vision tower."""
-        return TowerSpec(
-            library=self.vision_library,
-            name=self.vision_name,
-            weights=self.vision_weights,
-            weights_in_order=self.vision_weights_in_order,
-            layer=self.vision_layer,
-            grid_pool=self.grid_pool,
-            image_size=self.image_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-        )
-
-
-PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]
-TrainOn = Literal["all", "answer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageSource:
-    """A causal language model that is written once as a plain Hugging Face folder: a GGUF file, or another dtype."""
-
-    folder: str
-    """Folder or hub id of the model; with `gguf_file`, the folder that file lies in."""
-    gguf_file: str | None = None
-    """A GGUF file in `folder`; it is dequantised."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
-
-
-Boxes = Literal["zeros", "grid", "strip"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmallBart:
-    """A BART to be pretrained here, for data too small or too special for a published one."""
-
-    texts: tuple[str, ...]
-    """Records files whose texts its vocabulary is made from."""
-    words: tuple[str, ...] = ()
-    """More texts for the vocabulary: what the task writes around a question, which is spelled letter by letter
-    otherwise."""
-    vocabulary: int = 1000
-    """Tokens before the added ones, at most."""
-    width: int = 256
-    layers: int = 3
-    """Of the encoder, and of the decoder."""
-    heads: int = 4
-    feedforward: int = 1024
-    max_positions: int = 256
-    """Longest text."""
-    init_std: float = 0.02
-    """Spread of the random weights. BART's 0.02 suits widths near 1000: with it, a width of 128 had learned to count
-    and nothing else after 600 steps on moving shapes; with 0.1, near 1/sqrt(width), it found colors after 200."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartSpec:
-    """What a VL-BART is made of."""
-
-    bart: str = "facebook/bart-base"
-    """Folder or hub id of a BART; its tokenizer and weights are taken."""
-    small: SmallBart | None = None
-    """Makes a small BART with random weights instead, and its vocabulary from texts."""
-    checkpoint: str | None = None
-    """A file of VL-T5 or VL-Adapter (`Epoch30.pth`, `LAST.pth`) whose weights the model starts from."""
-    feature_width: int = 2048
-    """Numbers of a picture token: 2048 for CLIP's RN101 grid, 512 for video frames of CLIP's ViT-B/32."""
-    pooled_side: int | None = 6
-    """Max-pools each picture's grid to so many rows and columns; null keeps its tokens (video)."""
-    boxes: Boxes = "zeros"
-    """A picture token's place: zeros as published for grids and videos; its cell's real box; or its box on a strip of
-    a video's frames, which says when."""
-    frame_side: int = 1
-    """Rows and columns of one frame's tokens, for boxes: strip."""
-    max_images: int = 2
-    """Pictures that one input may have."""
-    dropout: float = 0.1
-    """All of BART's dropouts; the published runs set all three to this."""
-    standardise: str | None = None
-    """Folder of features: the fresh visual embedding begins as if each of their numbers had mean 0 and spread 1.
-    Deep features of simple pictures have much in common, which a randomly initialised model has
-    to learn to look past."""
-    seed: int = 9595
-    """Draws the visual embedding and the new tokens' rows."""

@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import (
     Attention,
     Backbone,
@@ -41,6 +40,7 @@ from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
 from dora_vl.core import DoRAConfig
+from dora_vl.core.config import Quantisation
 from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised

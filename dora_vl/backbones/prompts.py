@@ -14,12 +14,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.backbones.loading import TrainOn
 from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.specs import FormatName, TrainOn
 from dora_vl.backbones.templates import (
     BREAK,
     PROBE,
@@ -318,7 +318,6 @@ def special_tokens(processor: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-FormatName = Literal["question_answer", "paligemma"]
 USUAL = ("vicuna_v1", "chatml")
 
 

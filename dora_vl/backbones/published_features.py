@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 
-from dora_vl.backbones.tower_config import PRETRAINED, TowerSpec
+from dora_vl.backbones.specs import PRETRAINED, TowerSpec
 from dora_vl.backbones.tower_sources import (
     load_from_file,
     load_open_clip,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from dora_vl.backbones.loading import TrainOn
+from dora_vl.backbones.specs import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 
 Span = tuple[int, int]
@@ -191,22 +190,6 @@ class Prompt:
 # - v0, v0_mmtag: it counts a begin token for every turn, and so is one place further off with each; at first it labels
 #   "Assistant:" too. It trains "###" to close an answer, as here: no special token does, so an answer is read up to
 #   that text. And it asks with "###Human: ", which it never trains; here a prompt is the beginning of a training text.
-
-TemplateName = Literal[
-    "vicuna_v1",
-    "llava_v1",
-    "v1_mmtag",
-    "llama_2",
-    "llava_llama_2",
-    "mistral_instruct",
-    "mpt",
-    "chatml_direct",
-    "chatml",
-    "v0",
-    "v0_mmtag",
-    "plain",
-    "tokenizer",
-]
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -25,15 +25,9 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
-from dora_vl.backbones.loading import (
-    ComposeSpec,
-    LanguageModel,
-    LanguageSource,
-    load_language_model,
-    read_language_model,
-    written_base,
-)
-from dora_vl.backbones.tower_config import PRETRAINED, RANDOM, GridTowerConfig, TowerSpec
+from dora_vl.backbones.loading import LanguageModel, load_language_model, read_language_model, written_base
+from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, TowerSpec
+from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
     GridTower,
     Preparation,

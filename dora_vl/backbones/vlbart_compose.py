@@ -22,10 +22,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING
-from dora_vl.backbones.loading import SmallBart as SmallBart
-from dora_vl.backbones.loading import VlBartSpec as VlBartSpec
 from dora_vl.backbones.loading import written_base
 from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.specs import VlBartSpec
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError

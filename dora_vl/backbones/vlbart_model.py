@@ -26,7 +26,7 @@ from transformers.models.bart.modeling_bart import (
     BartScaledWordEmbedding,
 )
 
-from dora_vl.backbones.loading import Boxes as Boxes
+from dora_vl.backbones.specs import Boxes
 from dora_vl.errors import UserError
 from dora_vl.heads.answer import AnswerHead
 

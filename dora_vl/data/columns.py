@@ -1,4 +1,4 @@
-"""What each column of a row is: one table of roles with the names that people use, and the one resolver of all readers.
+"""Training files, and what each column of a row is: one table of roles with people's names, and one resolver.
 
 Of each role the first column that holds something is used. Every other column is left out, which is said before the
 first step, and refused where it looks like a part of the sample: nothing that means something is dropped in silence.
@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Literal
 
 from dora_vl.data.example import FIELDS
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.errors import UserError, shown, shown_text
 
 Row = Mapping[str, object]
+Mixing = Literal["proportional", "balanced"]
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "question_id", "qid", "__key__"),
@@ -340,3 +342,24 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 USUAL = Columns()
 """Without settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFile:
+    """One of several training files."""
+
+    path: str
+    """A file, a folder of shards, or hub:OWNER/NAME."""
+    weight: float = 1.0
+    """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
+
+
+def train_files(train: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
+    """What `data.train` names, one path or several files, as a list."""
+    files = (train,) if isinstance(train, str) else train
+    return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
+
+
+def train_name(train: str | Sequence[str | TrainFile]) -> str:
+    """The files' names, for messages."""
+    return ", ".join(file.path for file in train_files(train))

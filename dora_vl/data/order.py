@@ -11,7 +11,7 @@ import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dora_vl.data.columns import Mixing
 from dora_vl.data.pictures import NOT_DECODED, HeldPictures, MediaFolder, opened_picture, path_inside
 from dora_vl.errors import BadSample
 
@@ -115,9 +116,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
             return batches
         order = self._lengths[batches].argsort(dim=1, descending=True, stable=True)
         return batches.gather(1, order)
-
-
-Mixing = Literal["proportional", "balanced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,27 +221,6 @@ class MixturePlan:
             self._orders = {key_: order for key_, order in self._orders.items() if key_[0] != task}
             self._orders[key] = generator.permutation(source.items)
         return self._orders[key]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainFile:
-    """One of several training files."""
-
-    path: str
-    """A file, a folder of shards, or hub:OWNER/NAME."""
-    weight: float = 1.0
-    """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
-
-
-def train_files(train: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
-    """What `data.train` names, one path or several files, as a list."""
-    files = (train,) if isinstance(train, str) else train
-    return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
-
-
-def train_name(train: str | Sequence[str | TrainFile]) -> str:
-    """The files' names, for messages."""
-    return ", ".join(file.path for file in train_files(train))
 
 
 HEADERS = 1_000

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from dora_vl.data.columns import USUAL, Columns, column_lines
+from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set
 from dora_vl.data.example import Example
-from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped

@@ -23,10 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from dora_vl.data.columns import USUAL, Columns, column_lines
+from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
-from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.plain_lines import NotPlain, plain_batches
 from dora_vl.data.readers import RowReader, check_usable

@@ -20,10 +20,10 @@ from dora_vl.adapters.files import (
     checkpoint_to_resume,
     complete_checkpoints,
     drop_leftovers,
+    refuse_to_replace_adapter,
     set_later_aside,
     step_of,
 )
-from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
 from dora_vl.run.settings import RunSettings
 

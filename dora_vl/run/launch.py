@@ -6,24 +6,34 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import nn
-from transformers import TrainingArguments
-from transformers.integrations import deepspeed as integration
 
 from dora_vl.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
 GLOO_REST_SECONDS = 10.0
+SAVE_SECONDS = 120.0
+"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
+DEEPSPEED_PARENT = "deepspeed.launcher.launch"
+"""What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
+logger = logging.getLogger(__name__)
 
 
 def threads_of_this_rank() -> int | None:
@@ -220,6 +230,8 @@ def loading_in(dtype: torch.dtype) -> Iterator[None]:
     transformers shards while loading (zero.Init) in the number type of DeepSpeed's own bf16/fp16 switch, which is
     off while float32 adapters train: without this a bfloat16 base becomes float32, twice the memory, in silence.
     """
+    from transformers.integrations import deepspeed as integration  # not for --help
+
     config = integration.deepspeed_config()
     if config is None:
         yield
@@ -237,6 +249,8 @@ def loading_in(dtype: torch.dtype) -> Iterator[None]:
 @contextlib.contextmanager
 def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
     """Builds models whole, on this rank alone, though the run uses ZeRO-3 (whose sharding needs all ranks)."""
+    from transformers.integrations import deepspeed as integration  # not for --help
+
     holder = vars(arguments).get("hf_deepspeed_config")  # set by transformers where DeepSpeed is used
     integration.unset_hf_deepspeed_config()
     try:
@@ -248,4 +262,24 @@ def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
 
 def load_whole_models_again() -> None:
     """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
+    from transformers.integrations import deepspeed as integration  # not for --help
+
     integration.unset_hf_deepspeed_config()
+
+
+def end_with_launcher(*, every: float = 2.0, patience: float = SAVE_SECONDS) -> None:
+    """Watches the launcher of this process; a process without one is left alone when its shell closes."""
+    if "LOCAL_RANK" in os.environ:
+        launchers = psutil.Process().parents()[:2]
+        if launchers and DEEPSPEED_PARENT not in " ".join(launchers[0].cmdline()):
+            del launchers[1:]
+        threading.Thread(target=_watch_launchers, args=(launchers, every, patience), daemon=True).start()
+
+
+def _watch_launchers(launchers: Sequence[psutil.Process], every: float, patience: float) -> None:
+    while all(launcher.is_running() for launcher in launchers):
+        time.sleep(every)
+    logger.warning("the launcher is gone: this rank saves what it can and ends")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience)
+    os._exit(128 + signal.SIGTERM)

@@ -82,13 +82,15 @@ def run_parser(program: str, description: str, settings: type[Any] = RunConfig) 
     return parser
 
 
-def setting_names(settings: type[Any] = RunConfig) -> list[str]:
-    """Every dotted name a run understands, `training.*` included."""
-    from dora_vl.run.arguments import training_fields  # transformers: not for --help
-
+def setting_names(settings: type[Any] = RunConfig, *, training: bool = True) -> list[str]:
+    """Every dotted name a run understands, transformers' own below `training` among them unless that is left out."""
     # Only leaf settings: a name such as "model" also stands for a whole section.
     names = [action.dest for action in run_parser("run", "", settings)._actions if action.dest not in NO_SETTINGS]
     leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    if not training:
+        return leaves
+    from dora_vl.run.arguments import training_fields  # transformers: not for --help
+
     return leaves + [f"training.{name}" for name in training_fields()]
 
 

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.loading import ComposeSpec, LanguageSource, PromptName, TrainOn, VlBartSpec
-from dora_vl.backbones.prompts import FormatName
-from dora_vl.backbones.templates import TemplateName
-from dora_vl.core.config import AdapterSettings
-from dora_vl.data.columns import Columns
-from dora_vl.data.order import Mixing, TrainFile, train_name
+from dora_vl.backbones.specs import (
+    ComposeSpec,
+    FormatName,
+    LanguageSource,
+    PromptName,
+    TemplateName,
+    TrainOn,
+    VlBartSpec,
+)
+from dora_vl.core.config import AdapterSettings, Quantisation
+from dora_vl.data.columns import Columns, Mixing, TrainFile, train_name
 
 Kernel = Literal["sdpa", "flash_attention_2", "eager"]
 """Of attention."""

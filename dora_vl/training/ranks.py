@@ -40,15 +40,11 @@ NEWS_SECONDS = 10.0
 """How long a rank whose connection broke waits to read why, and after which a rank gives no sign of life."""
 SUSPENDED_SECONDS = 20.0
 """A look this late means that this process was suspended."""
-SAVE_SECONDS = 120.0
-"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
 STATUS = 1
 NEWS, STUCK = "news", "stuck"
 RESUME = "--resume last goes on from the last checkpoint"
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 """Code that a thread is in while it waits for other ranks."""
-DEEPSPEED_PARENT = "deepspeed.launcher.launch"
-"""What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
 Answer = TypeVar("Answer")
 
 
@@ -351,21 +347,3 @@ def ranks_end_together() -> Iterator[None]:
 
 
 # A rank ends with its launcher: nobody else would stop it, read its output or start it again.
-
-
-def end_with_launcher(*, every: float = LOOK_SECONDS, patience: float = SAVE_SECONDS) -> None:
-    """Watches the launcher of this process; a process without one is left alone when its shell closes."""
-    if "LOCAL_RANK" in os.environ:
-        launchers = psutil.Process().parents()[:2]
-        if launchers and DEEPSPEED_PARENT not in " ".join(launchers[0].cmdline()):
-            del launchers[1:]
-        threading.Thread(target=_watch_launchers, args=(launchers, every, patience), daemon=True).start()
-
-
-def _watch_launchers(launchers: Sequence[psutil.Process], every: float, patience: float) -> None:
-    while all(launcher.is_running() for launcher in launchers):
-        time.sleep(every)
-    logger.warning("the launcher is gone: this rank saves what it can and ends")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)
-    os._exit(128 + signal.SIGTERM)

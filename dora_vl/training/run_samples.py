@@ -19,6 +19,7 @@ from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.video_inputs import within_pixels
+from dora_vl.data.columns import train_files, train_name
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
@@ -26,8 +27,6 @@ from dora_vl.data.order import (
     longest_places,
     places_of_largest_pictures,
     sampling_lengths,
-    train_files,
-    train_name,
 )
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_image, path_inside
 from dora_vl.data.samples import FIRST, ConversationDataset, Encoded, Examples, Labelled, Sample, Skipped, look_ahead

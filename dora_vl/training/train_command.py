@@ -63,8 +63,7 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
         program: for --help, as is `description`.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
-    from dora_vl.run.launch import first_rank_speaks, log_to_stderr
-    from dora_vl.training.ranks import end_with_launcher
+    from dora_vl.run.launch import end_with_launcher, first_rank_speaks, log_to_stderr
 
     log_to_stderr()
     end_with_launcher()
@@ -106,7 +105,7 @@ def settings_and_task(
             stated |= set(flattened(json.loads(value))) if name == "config" else {name}
 
     def unknown(kind: type[Any]) -> int:
-        names = (*setting_names(kind), "training", "variant")
+        names = (*setting_names(kind, training=False), "training", "variant")
         return sum(not any(one == name or one.startswith(f"{name}.") for name in names) for one in stated)
 
     task = min(classes, key=lambda name: unknown(classes[name]))

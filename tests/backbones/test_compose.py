@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.loading import ComposeSpec, load_language_model, load_tokenizer
+from dora_vl.backbones.loading import load_language_model, load_tokenizer
 from dora_vl.backbones.model import open_backbone
+from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
 

@@ -16,8 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from dora_vl.backbones.families import config_of
 from dora_vl.backbones.frozen_outputs import find_parts, hollowed, inputs_of, model_inputs
 from dora_vl.backbones.generation import generation_loss
-from dora_vl.backbones.loading import LanguageSource
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator

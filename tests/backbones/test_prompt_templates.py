@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
-from dora_vl.backbones.templates import TEMPLATES, VICUNA_SYSTEM, TemplateName
+from dora_vl.backbones.specs import TemplateName
+from dora_vl.backbones.templates import TEMPLATES, VICUNA_SYSTEM
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
 from dora_vl.backbones import loading
-from dora_vl.backbones.loading import ComposeSpec, add_image_token, load_tokenizer
+from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import open_backbone
+from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
 from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk

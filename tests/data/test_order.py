@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from dora_vl.data.order import Mixing, MixturePlan, ModalityLengthSampler, Source, sampling_lengths
+from dora_vl.data.columns import Mixing
+from dora_vl.data.order import MixturePlan, ModalityLengthSampler, Source, sampling_lengths
 from dora_vl.data.table import load_table
 
 SOURCES = (

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dora_vl.data.batches import Collator
+from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.samples import ConversationDataset, Encoded, Examples
 from dora_vl.data.stream import Read, SampleStream, StreamedDataset, StreamOrder, StreamSource, shuffled

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from dora_vl.data import plain_lines
 from dora_vl.data import table as table_module
-from dora_vl.data.columns import roles_of_columns
+from dora_vl.data.columns import TrainFile, roles_of_columns
 from dora_vl.data.example import Example, as_conversation
-from dora_vl.data.order import TrainFile
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.table import described, held_out_places, load_rows, load_table, load_training_rows, overlap

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from dora_vl.backbones.loading import LanguageSource, written_base
+from dora_vl.backbones.loading import written_base
+from dora_vl.backbones.specs import LanguageSource
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run import base as run_base
 from dora_vl.run.base import load_base, make_base

@@ -115,7 +115,7 @@ def test_who_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None
 
 ORPHAN = """
 import signal, sys, time
-from dora_vl.training.ranks import end_with_launcher
+from dora_vl.run.launch import end_with_launcher
 if sys.argv[1] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 end_with_launcher(every=0.1, patience=0.5)

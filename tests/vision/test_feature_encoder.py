@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, merged
-from dora_vl.backbones.tower_config import TowerSpec
+from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import Clip
 from dora_vl.data.video import EverySeconds, Uniform, VideoReader

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
-from dora_vl.backbones.tower_config import TowerSpec
+from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_from_file, load_tower
 from dora_vl.backbones.towers import GridTower
 from dora_vl.errors import UserError

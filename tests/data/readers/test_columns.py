@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dora_vl.data.check import FileCheck, Limits
-from dora_vl.data.columns import Columns
+from dora_vl.data.columns import Columns, TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.order import TrainFile
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, load_rows
 from dora_vl.errors import UserError
