@@ -25,7 +25,7 @@ NOT_YET_A_CHARACTER = "\ufffd"
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
     """The text of ids, without special tokens; `ids` may be a tensor's row."""
-    return str(tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
+    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
 
 
 def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str]) -> Callable[[Sequence[int]], str]:
@@ -108,7 +108,7 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
     """The texts that were chosen by scores, a row each; None where one of a row's is NaN."""
     broken = scores.isnan().flatten(1).any(1).tolist()
-    return [None if one else text for text, one in zip(texts, broken, strict=True)]
+    return [None if is_broken else text for text, is_broken in zip(texts, broken, strict=True)]
 
 
 class ScoreWatch:

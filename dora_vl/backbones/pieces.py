@@ -272,7 +272,7 @@ class Seq2SeqEncoder:
         return ids[0] if len(ids) == 1 else None
 
     def _longest(self, max_tokens: int | None) -> int | None:
-        return min((one for one in (max_tokens, self.max_positions) if one is not None), default=None)
+        return min((limit for limit in (max_tokens, self.max_positions) if limit is not None), default=None)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []

@@ -141,7 +141,7 @@ def _parameters_in(model: PreTrainedModel, place: Place) -> list[str]:
 def _language(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder's layers, of an encoder-decoder the encoder's too; never the output head."""
     parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else ())]
-    inside = {id(one) for part in parts for one in part.modules()}
+    inside = {id(module) for part in parts for module in part.modules()}
     head, beside = model.get_output_embeddings(), {*_vision(model), *_projector(model)}
     return {n: m for n, m in model.named_modules() if id(m) in inside and m is not head and n not in beside}
 
@@ -153,8 +153,8 @@ def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
     encoder = model.get_encoder(modality="image")
     if encoder is model or encoder is model.base_model:
         return {}
-    inside, projector = {id(one) for one in encoder.modules()}, _projector(model)
-    return {name: one for name, one in model.named_modules() if id(one) in inside and name not in projector}
+    inside, projector = {id(module) for module in encoder.modules()}, _projector(model)
+    return {name: module for name, module in model.named_modules() if id(module) in inside and name not in projector}
 
 
 def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -164,22 +164,22 @@ def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
     patterns = projector_patterns(model)
     outer = {pattern.removesuffix(".*") for pattern in patterns}
     return {
-        name: one
-        for name, one in model.named_modules()
+        name: module
+        for name, module in model.named_modules()
         if name in outer or any(fnmatchcase(name, pattern) for pattern in patterns)
     }
 
 
 def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Experts that are one tensor."""
-    return {name: one for name, one in model.named_modules() if expert_projections(one)}
+    return {name: module for name, module in model.named_modules() if expert_projections(module)}
 
 
 def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear layer but the output heads, and experts that are one tensor."""
     closed = dict(model.named_children()).get("answer_heads", nn.Module())  # a VL-BART's
     heads = {model.get_output_embeddings(), *closed.modules()}
-    linears = {name: one for name, one in model.named_modules() if _is_linear(one) and one not in heads}
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module) and module not in heads}
     return {**linears, **_experts(model)}
 
 

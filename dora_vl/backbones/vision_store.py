@@ -142,7 +142,7 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
 def check_features(example: Example, reader: FeatureReader) -> None:
     """Refuses what `features_of` would, as far as it can be known without reading features."""
     stored = [reader.stored(path) for path in feature_paths(example)]
-    _check(example, reader, [one.tokens for one in stored])
+    _check(example, reader, [features.tokens for features in stored])
     try:
         for one in stored:
             pooled_frames(one.tokens, reader.tokens, frames=one.frames)

@@ -129,7 +129,7 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
         model, tokenizer = _composed(spec)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    log.info("composed %s: %d parameters", folder, sum(one.numel() for one in model.parameters()))
+    log.info("composed %s: %d parameters", folder, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrainedTokenizerBase]:

@@ -334,7 +334,7 @@ def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:
         benchmarks, cells = run.benchmarks.get("benchmarks"), dict[str, dict[str, Cell]]()
         for name, entry in benchmarks.items() if isinstance(benchmarks, Mapping) else ():
             metrics = entry["metrics"].items()
-            cells[name] = {key: _cell(one["value"], one["n"], one["interval_95"]) for key, one in metrics}
+            cells[name] = {key: _cell(entry["value"], entry["n"], entry["interval_95"]) for key, entry in metrics}
             cells[name] |= _baseline_cells(entry)
         by_run.append(cells)
     names = dict.fromkeys(name for cells in by_run for name in cells)

@@ -130,7 +130,7 @@ def _accepted_name(key: str) -> str:
         return key
     if key == "activation_checkpointing":  # the name before transformers 5.22
         return "gradient_checkpointing"
-    close = [f"training.{one}" for one in difflib.get_close_matches(key, fields - OWNED.keys(), n=1, cutoff=0.6)]
+    close = [f"training.{name}" for name in difflib.get_close_matches(key, fields - OWNED.keys(), n=1, cutoff=0.6)]
     hint = f"did you mean {close[0]}?" if close else "see transformers.TrainingArguments"
     raise SettingError(name, f" is not a setting; {hint}", close)
 

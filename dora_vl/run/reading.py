@@ -105,9 +105,9 @@ def files_first(arguments: Sequence[str]) -> list[str]:
     options, others = parser.parse_known_args(list(arguments))
     for argument in others:
         refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-    settings = [_as_json(one) for one in settings_of_files(options.config, options.variant)]
+    settings = [_as_json(section) for section in settings_of_files(options.config, options.variant)]
     variant = [] if options.variant is None else [f"--variant={options.variant}"]
-    return [*(f"--config={one}" for one in settings), *others, *variant]
+    return [*(f"--config={section}" for section in settings), *others, *variant]
 
 
 def _as_json(settings: Mapping[str, Any]) -> str:

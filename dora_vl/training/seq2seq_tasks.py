@@ -120,8 +120,8 @@ class MixtureDataset(Dataset[MicroBatch]):
             looked_at = max(LOOKED_AT, 2 * count)
             places = range(0, source.items, max(1, source.items // looked_at))
             items = [self._item(number, index, epoch) for index in places]
-            usable = [one for one in items if isinstance(one, Seq2SeqSample)]
-            longest = sorted(usable, key=lambda one: -(len(one.input_ids) + len(one.labels)))[:count]
+            usable = [sample for sample in items if isinstance(sample, Seq2SeqSample)]
+            longest = sorted(usable, key=lambda sample: -(len(sample.input_ids) + len(sample.labels)))[:count]
             batches.append(MicroBatch(self.sources[number].subtask, [*longest]))
         return batches
 

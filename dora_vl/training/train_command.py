@@ -106,7 +106,7 @@ def settings_and_task(
 
     def unknown(kind: type[Any]) -> int:
         names = (*setting_names(kind, training=False), "training", "variant")
-        return sum(not any(one == name or one.startswith(f"{name}.") for name in names) for one in stated)
+        return sum(not any(setting == name or setting.startswith(f"{name}.") for name in names) for setting in stated)
 
     task = min(classes, key=lambda name: unknown(classes[name]))
     config = read_settings(words, classes[task], program=program, description=description)

@@ -262,7 +262,7 @@ class AdapterTrainer(Trainer):
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
-        trained = {name: one for part in self.parts for name, one in part.parameters.items()}
+        trained = {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
         self.places = places_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
             self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))

@@ -36,32 +36,32 @@ def choice(examples: Sequence[Example], answers: Answers) -> Scored:
     return score_points(examples, answers, right, kinds=by_kind)
 
 
-def _chosen(said: str, choices: Mapping[str, str]) -> str | None:
+def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     """The letter an answer gives, or None.
 
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
     the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
     """
-    bare = said.strip().removesuffix(".")
+    bare = answer.strip().removesuffix(".")
     if bare in choices:
         return bare
     for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
-        equal = [letter for letter, text in choices.items() if same(text) == same(said)]
+        equal = [letter for letter, text in choices.items() if same(text) == same(answer)]
         if len(equal) == 1:
             return equal[0]
-    return bare.upper() if bare.upper() in choices else llava.chosen(said, choices, "2025")
+    return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
 
 
-def similarity(said: str, true: str) -> float:
+def similarity(answer: str, true: str) -> float:
     """One answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
 
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
-    said, true = (" ".join(text.lower().split()) for text in (said, true))
-    longer = max(len(said), len(true))
-    if abs(len(said) - len(true)) * 2 > longer:  # at least so many insertions
+    answer, true = (" ".join(text.lower().split()) for text in (answer, true))
+    longer = max(len(answer), len(true))
+    if abs(len(answer) - len(true)) * 2 > longer:  # at least so many insertions
         return 0.0
-    share = 1.0 - _edits(said, true) / longer if longer else 1.0
+    share = 1.0 - _edits(answer, true) / longer if longer else 1.0
     return share if share > 0.5 else 0.0
 
 
@@ -77,14 +77,14 @@ def _edits(first: str, second: str) -> int:
     return row[-1]
 
 
-def is_close(said: str, true: str) -> bool:
+def is_close(answer: str, true: str) -> bool:
     """ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true.
 
     Others must be equal but for letter case; so must a number whose true value is zero.
     """
-    number, true_number = _number(said), _number(true)
+    number, true_number = _number(answer), _number(true)
     if number is None or not true_number:
-        return said.strip().lower() == true.strip().lower()
+        return answer.strip().lower() == true.strip().lower()
     # 105 is within, whatever float division makes of it
     return abs(number - true_number) <= (0.05 + 1e-9) * abs(true_number)
 
