@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
 from PIL import Image, PngImagePlugin
 
+from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.backbones.vision_store import Media, Medium
 from dora_vl.data import pictures
 from dora_vl.data.check import MediaCheck
