@@ -230,6 +230,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, traine
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_the_head_is_merged_into_a_base_that_trains_on(run_file: Path, trained: Path) -> None:
     base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
     main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])

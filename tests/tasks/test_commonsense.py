@@ -71,6 +71,7 @@ def losses(run_folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     """As a person starts it, in a process of its own: 40 generated rows, training, both ways of scoring."""
     command = [sys.executable, "tasks/commonsense.py", *arguments(folder, "smoke", "--training.max_steps", "6")]

@@ -39,6 +39,7 @@ def losses_of(settings: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return [line["loss"] for line in read_log(settings.with_suffix("") / "log.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_every_file_trains_by_one_command_and_gives_the_same_losses(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

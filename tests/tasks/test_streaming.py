@@ -57,6 +57,7 @@ def trained(path: Path, name: str, *overrides: str) -> list[float]:
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_every_container_and_any_number_of_workers_give_the_same_losses(tmp_path: Path, base: Path) -> None:
     made, found = items(12), {}
     write_pictures(tmp_path, made)

@@ -136,6 +136,7 @@ def test_a_whole_run_that_is_resumed_takes_no_further_step(run_file: Path) -> No
     assert not (folder / "checkpoint-3").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_an_earlier_checkpoint_saves_and_logs_as_it_says_now(run_file: Path) -> None:
     data = str(read_run_file(run_file).data.train)
     settings = ["--training.save_strategy=steps", "--training.eval_strategy=steps", f"--data.validation={data}"]
