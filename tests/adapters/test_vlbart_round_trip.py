@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dora_vl.adapters.folder import load_adapter
+from dora_vl.backbones.specs import SmallBart, VlBartSpec
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
-from dora_vl.backbones.vlbart_compose import SmallBart, VlBartSpec, compose_vlbart
+from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.cli import main
 from tests.adapters.original_vlbart import FEEDFORWARD, LORA_ALPHA, TOKEN_NAMES, WIDTH, original
 from tests.training.tiny_vlbart_run import FEATURE_TOKENS, FEATURE_WIDTH, write_vlbart_data

@@ -18,11 +18,10 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.foreign import LAYOUTS
 from dora_vl.adapters.read import ReadOptions, from_vl_adapter, to_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.specs import SmallBart, VlBartSpec
 from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.backbones.vlbart_compose import (
-    SmallBart,
-    VlBartSpec,
     add_picture_tokens,
     as_original,
     compose_vlbart,
