@@ -11,6 +11,7 @@ from torch import nn
 from dora_vl.data.samples import Skipped
 from dora_vl.report.batch import BatchView, TokenText, batch_view
 from dora_vl.run.folder import FAULTS
+from dora_vl.run.settings import DataConfig, LoadedModelConfig
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.optim import LearningRates
 from dora_vl.training.pipeline import Pipeline
@@ -32,9 +33,9 @@ def shown_settings(config: Any, folder: Path) -> Any:
     training |= {"output_dir": str(folder), "use_cpu": True, "eval_strategy": "no"}
     data = dataclasses.replace(config.data, workers=0)
     model = dataclasses.replace(config.model, dtype="float32")
-    if hasattr(data, "cache_features"):
+    if isinstance(data, DataConfig):
         data = dataclasses.replace(data, cache_features=False)
-    if hasattr(model, "quantisation"):
+    if isinstance(model, LoadedModelConfig):
         model = dataclasses.replace(model, quantisation=None)
     return dataclasses.replace(config, training=training, data=data, model=model, resume=None)
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
-from dora_vl.run.settings import DataConfig, RunSettings
+from dora_vl.run.settings import DataConfig, LoadedModelConfig, RunSettings, VlBartDataConfig
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
 from dora_vl.training.validation import random_state_kept
@@ -141,14 +141,15 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
 
 def smaller_model(config: RunSettings) -> str:
     """What to do where the model alone does not fit."""
-    four = ", or model.quantisation to nf4" if getattr(config.model, "quantisation", "") is None else ""
+    unquantised = isinstance(config.model, LoadedModelConfig) and config.model.quantisation is None
+    four = ", or model.quantisation to nf4" if unquantised else ""
     half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
     return f"Set training.deepspeed to zero3 with more ranks, or to zero3_offload{half}{four}"
 
 
 def smaller_validation(config: RunSettings, arguments: TrainingArguments) -> str:
     """What makes a validation batch smaller."""
-    if hasattr(config.data, "batch_size"):  # such a run validates by the test's batches
+    if isinstance(config.data, VlBartDataConfig):  # such a run validates by the test's batches
         return smaller_test(config)
     size = arguments.per_device_eval_batch_size
     return f"Set training.per_device_eval_batch_size to {max(1, size // 2)} (it is {size})"
