@@ -426,6 +426,7 @@ class OutputStore:
         self._waiting: dict[str, StoredRow] = {}
         self._bytes = 0
         self._rows: dict[str, tuple[Path, Any]] = {}
+        self._shards = set[Path]()
         self._opened: dict[Path, Any] = {}
         self.refresh()
 
@@ -473,8 +474,8 @@ class OutputStore:
         self.flush()
 
     def refresh(self) -> None:
-        """Looks again at what the folder holds, whichever process wrote it."""
-        for path in sorted(self.folder.glob("outputs-*.safetensors")):
+        """Reads the index of each shard that is new in the folder, whichever process wrote it."""
+        for path in sorted({*self.folder.glob("outputs-*.safetensors")} - self._shards):
             try:
                 with safe_open(path, framework="pt") as shard:
                     self._rows |= {key: (path, row) for key, row in json.loads(shard.metadata()["index"]).items()}
@@ -483,6 +484,7 @@ class OutputStore:
                     f"{path} holds no stored outputs that can be read ({error}); it is a cache: delete this file, and "
                     "what it held is computed anew by the next run"
                 ) from error
+            self._shards.add(path)
 
     def add(self, key: str, row: StoredRow) -> None:
         """Takes what was kept of a sample's pictures; it is on disk when its shard is full, or at `flush`."""
