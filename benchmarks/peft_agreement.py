@@ -20,7 +20,8 @@ from report import table, write_json
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from dora_vl.adapters.folder import RECIPE_FILE, load_adapter, read_json
+from dora_vl.adapters.files import RECIPE_FILE, read_json
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import merge_dora
 from dora_vl.data.pictures import open_image

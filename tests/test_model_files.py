@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed import DistStoreError
 
-from dora_vl.adapters.files import read_tensors
-from dora_vl.adapters.folder import WEIGHTS_FILE
+from dora_vl.adapters.files import WEIGHTS_FILE, read_tensors
 from dora_vl.adapters.folder import read_weights as read_adapter_weights
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError

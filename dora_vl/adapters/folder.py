@@ -27,12 +27,11 @@ from dora_vl.adapters.agreement import (
     refuse_untied_values,
     whole_change,
 )
-from dora_vl.adapters.agreement import own_name as own_name
-from dora_vl.adapters.files import CONFIG_FILE as CONFIG_FILE
-from dora_vl.adapters.files import FILES as FILES
-from dora_vl.adapters.files import RECIPE_FILE as RECIPE_FILE
-from dora_vl.adapters.files import WEIGHTS_FILE as WEIGHTS_FILE
 from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    FILES,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
     complete_checkpoints,
     read_peft_config,
     read_recipe,
@@ -42,7 +41,6 @@ from dora_vl.adapters.files import (
     write_json,
     written_whole,
 )
-from dora_vl.adapters.files import read_json as read_json
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.inject import apply_dora, refuse_unwritable

@@ -15,8 +15,15 @@ from torch import Tensor
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
 from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.files import CONFIG_FILE, read_json, read_peft_config, read_tensors, refuse_not_finite
-from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, no_adapter
+from dora_vl.adapters.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    read_peft_config,
+    read_tensors,
+    refuse_not_finite,
+)
+from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
 from dora_vl.adapters.foreign import (
     FORMATS,
     KOHYA_PREFIXES,

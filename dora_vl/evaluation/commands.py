@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         against = None if options.against is None else _from_file(options.against, sets[0], options)
         yield from finish(sets, _from_file(options.predictions, sets[0], options), against, options, to)
         return
-    from dora_vl.adapters.folder import WEIGHTS_FILE
+    from dora_vl.adapters.files import WEIGHTS_FILE
     from dora_vl.evaluation.ask import check_pictures, joined_launch
     from dora_vl.run.launch import first_rank_speaks, is_first_rank
 

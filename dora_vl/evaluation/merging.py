@@ -21,8 +21,8 @@ from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.convert_command import reading_options
 from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
-from dora_vl.adapters.files import DTYPES, refuse_to_replace
-from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.foreign import GGUF_KINDS
 from dora_vl.adapters.gguf import check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target

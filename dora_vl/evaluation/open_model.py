@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from dora_vl.adapters import files
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, local_folder
 from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
-from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, no_adapter
+from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
+from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
 from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields

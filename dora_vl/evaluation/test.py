@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from dora_vl.adapters.folder import WEIGHTS_FILE
+from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns

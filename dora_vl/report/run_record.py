@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.folder import RECIPE_FILE
+from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError, shown_names
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
 from dora_vl.run.watched import Watched, read_watched

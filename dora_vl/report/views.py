@@ -22,7 +22,7 @@ from dora_vl.adapters.decomposition import (
     refuse_saved_on_another_base,
     saved_in,
 )
-from dora_vl.adapters.folder import WEIGHTS_FILE
+from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
 from dora_vl.report.page import InlinePictures

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
-from dora_vl.adapters.files import read_peft_config, read_recipe
-from dora_vl.adapters.folder import WEIGHTS_FILE, no_adapter, own_name, read_weights
+from dora_vl.adapters.agreement import (
+    LEAVES,
+    fields_of_the_change,
+    first_difference,
+    own_name,
+    refuse_pefts_other_result,
+)
+from dora_vl.adapters.files import WEIGHTS_FILE, read_peft_config, read_recipe
+from dora_vl.adapters.folder import no_adapter, read_weights
 from dora_vl.adapters.quantised_base import check_gradients
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.adapters.adapter import file_hash, versions
-from dora_vl.adapters.folder import RECIPE_FILE, read_json
+from dora_vl.adapters.files import RECIPE_FILE, read_json
 from dora_vl.errors import UserError, shown
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
-from dora_vl.adapters.folder import read_json
+from dora_vl.adapters.files import read_json
 from dora_vl.data.example import ExampleFile
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, SettingError, UserError, shown_names

@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
-from dora_vl.adapters.folder import RECIPE_FILE
+from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import Seq2SeqEncoder

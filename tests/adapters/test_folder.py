@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from dora_vl.adapters import folder as folder_module
 from dora_vl.adapters import settings as settings_module
 from dora_vl.adapters.adapter import read_adapter, write_adapter
-from dora_vl.adapters.folder import CONFIG_FILE, FILES, RECIPE_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from dora_vl.adapters.files import CONFIG_FILE, FILES, RECIPE_FILE, WEIGHTS_FILE
+from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import apply_dora, trained_parts
 from dora_vl.errors import UserError
 from tests.core.dense_dora import move

@@ -18,7 +18,8 @@ from dora_vl import merge_dora
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.decomposition import Saved, opened
-from dora_vl.adapters.folder import WEIGHTS_FILE, load_adapter
+from dora_vl.adapters.files import WEIGHTS_FILE
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.gguf import export_gguf
 from dora_vl.adapters.merge import MergedWeights, merge_to_folder
 from dora_vl.errors import UserError

@@ -20,7 +20,8 @@ from dora_vl.adapters.adapter import read_adapter, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.exports import as_lora, export_layers
-from dora_vl.adapters.folder import CONFIG_FILE, load_adapter, save_adapter
+from dora_vl.adapters.files import CONFIG_FILE
+from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart

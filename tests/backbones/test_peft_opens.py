@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl import DoRAConfig, apply_dora, save_adapter, trained_parts
-from dora_vl.adapters.folder import CONFIG_FILE
+from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.settings import peft_config
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from tests.backbones.image_text_talks import TALKS, batch_of, encoder_of, talks_of
