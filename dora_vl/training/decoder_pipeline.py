@@ -92,7 +92,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         if samples.has_videos and config.data.cache_features:
-            raise SettingError("data.cache_features", " stores outputs of pictures, and there are videos; set false")
+            raise SettingError("data.cache_features", " is for pictures, and there are videos; set it false")
         if samples.has_videos:
             check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
