@@ -25,12 +25,13 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return write_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(base: Path, folders: dict[str, Path]) -> ServedModel:
+    """A file's own: tests load adapters into it and take them out, which leaves them in another order."""
     return served(base, folders)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
     settings = ServerSettings(
         adapter_root=folders["one"].parent,

@@ -23,7 +23,7 @@ from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
-from tests.app.tiny_served import RED, WIDE, answers, batches_of, served
+from tests.app.tiny_served import RED, WIDE, answers, batches_of
 from tests.vision.video_files import write_video
 
 TOKENS, FRAMES = 8, 4
@@ -40,12 +40,6 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chromium() -> Iterator[Any]:
     with browser() as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def model(base: Path, folders: dict[str, Path]) -> ServedModel:
-    """Its own: the page begins with the first adapter, and other files' tests add some to the shared one."""
-    return served(base, folders)
 
 
 @pytest.fixture(scope="module")
