@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
+from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,6 @@ def _join(trees: Sequence[SharedRow]) -> SharedRow:
     )
 
 
-ALIGNED = (
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "cross_attention_mask",
-)
-"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}

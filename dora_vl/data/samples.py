@@ -25,6 +25,14 @@ from dora_vl.errors import BadSample, UserError, one_line, shown_text
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
 """Names in a batch of what is counted and told; all else goes to the model."""
+ALIGNED = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)
+"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 IGNORED_LABEL = -100
 """Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
 
@@ -68,6 +76,15 @@ class Sample:
     lost_pixels: int = 0
     stored: tuple[Any, ...] = ()
     """Outputs of frozen vision parts for its pictures (`backbones.frozen_outputs`), where they are kept."""
+    media_end: int = 0
+    """The first place behind the tokens of all its pictures and videos."""
+    positions: Int[Tensor, "axes seq"] | None = None
+    """Of a family that counts along several axes; None: places."""
+
+    @property
+    def positions_or_steps(self) -> Int[Tensor, "axes seq"]:
+        """The position of each token: the family's own, else its place."""
+        return torch.arange(len(self.input_ids))[None] if self.positions is None else self.positions
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""A batch's rows as forests: what samples have in common stands once, and samples stand beside each other.
+
+A row is made of trees of segments. A token sees its own segment up to itself and all segments above it, and its
+position is that of its own path. A sample is the path from a root to a leaf: alone it is a tree of one segment, several
+stand in a row side by side (packing), questions about the same pictures are branches behind them, and the choices of a
+question are branches behind it. `grow` finds what samples share, `plan` fills rows up to a number of tokens, `Row` says
+who sees whom; `backbones.rows` has a model follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens `start` to `stop` of a sample, behind those of its tree's segment number `parent`, None for a root."""
+
+    sample: Sample
+    start: int
+    stop: int
+    parent: int | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Tree = tuple[Segment, ...]
+"""Parents stand before their children, and the first segment alone has none."""
+
+
+def tokens_of(tree: Tree) -> int:
+    """How many tokens stand in it."""
+    return sum(map(len, tree))
+
+
+def grow(samples: Sequence[Sample], *, budget: int, shares: Callable[[Sample], object] | None = None) -> list[Tree]:
+    """The samples as few trees of at most `budget` tokens each; one sample alone may be longer.
+
+    Args:
+        shares: samples of the same value are put into one tree where they begin alike; None stands for a sample that
+            shares nothing. Without it each sample is a tree of its own.
+    """
+    groups: dict[object, list[Sample]] = {}
+    for number, sample in enumerate(samples):
+        value = None if shares is None else shares(sample)
+        groups.setdefault(("alone", number) if value is None else ("shared", value), []).append(sample)
+    return [tree for group in groups.values() for tree in _trees(group, budget)]
+
+
+def _trees(group: list[Sample], budget: int) -> list[Tree]:
+    """One tree where all pictures stand in what the samples share, and it is short enough; else several."""
+    if len(group) == 1:
+        return [(Segment(group[0], 0, len(group[0].input_ids)),)]
+    tree = _branches(group) if all(_same_media(group[0], sample) for sample in group[1:]) else ()
+    if len(tree) <= 1 or tree[0].stop < max(1, tree[0].sample.media_end):
+        return [tree for sample in group for tree in _trees([sample], budget)]
+    if tokens_of(tree) > budget:
+        half = len(group) // 2
+        return [*_trees(group[:half], budget), *_trees(group[half:], budget)]
+    return [tree]
+
+
+def _branches(group: list[Sample]) -> Tree:
+    """The samples' tokens, those that begin alike in one segment; nothing if they do not even begin alike."""
+    columns = [_columns(sample) for sample in group]
+    trained = [int((sample.labels != IGNORED_LABEL).int().argmax()) for sample in group]
+    segments: list[Segment] = []
+
+    def add(members: list[int], start: int, parent: int | None) -> None:
+        """What the members, alike up to `start`, still have in common, and behind it a branch for each way on."""
+        if len(members) == 1:
+            segments.append(Segment(group[members[0]], start, len(columns[members[0]]), parent))
+            return
+        # Nothing that is trained is shared: every sample's loss stays its own.
+        stop = min(trained[member] for member in members)
+        first = columns[members[0]]
+        for member in members[1:]:
+            differs = (first[start:stop] != columns[member][start:stop]).any(1).nonzero()
+            stop = start + int(differs[0]) if len(differs) else stop
+        if stop > start:
+            segments.append(Segment(group[members[0]], start, stop, parent))
+            parent = len(segments) - 1
+        branches: dict[object, list[int]] = {}
+        for member in members:
+            alone = trained[member] <= stop
+            branches.setdefault(member if alone else tuple(columns[member][stop].tolist()), []).append(member)
+        for branch in branches.values():
+            add(branch, stop, parent)
+
+    add(list(range(len(group))), 0, None)
+    return tuple(segments) if sum(segment.parent is None for segment in segments) == 1 else ()
+
+
+def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
+    """What two tokens must have in common to be one: id, position, and whatever else a processor says of a token."""
+    length = len(sample.input_ids)
+    columns = [sample.input_ids[:, None], sample.positions_or_steps.T]
+    columns += [value.reshape(length, -1).long() for name, value in sample.inputs.items() if name in ALIGNED]
+    return torch.cat(columns, dim=1)
+
+
+def _same_media(first: Sample, second: Sample) -> bool:
+    """Whether two samples show a model the same pictures and videos, prepared in the same way."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            return one is other or torch.equal(one, other)
+        return bool(one == other)
+
+    names = [name for name in first.inputs if name not in ALIGNED]
+    return names == [name for name in second.inputs if name not in ALIGNED] and all(
+        same(first.inputs[name], second.inputs[name]) for name in names
+    )
+
+
+def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which trees stand in which row of at most `budget` tokens: first fit, longest first; a longer one alone."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):
+        row = next((row for row, room in enumerate(free) if room >= lengths[tree]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(budget)
+        rows[row].append(tree)
+        free[row] -= lengths[tree]
+    return rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """Trees one after another, as tensors of their tokens.
+
+    Attributes:
+        labels: the token at each place where it is trained, else -100; never at a root's first, which nothing predicts.
+        positions: by the axes that the family has.
+        segment: the number of each token's segment.
+        steps: how far each token is from its path's beginning.
+        sources: the place whose hidden state predicts each token, that before it on its path; -1 at a root's first.
+        sees: whether the tokens of a segment see those of another, itself and all above it.
+        roots: the samples whose pictures and videos stand in the row, in order.
+    """
+
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " seq"]
+    positions: Int[Tensor, "axes seq"]
+    segment: Int[Tensor, " seq"]
+    steps: Int[Tensor, " seq"]
+    sources: Int[Tensor, " seq"]
+    sees: Bool[Tensor, "segments segments"]
+    inputs: dict[str, Tensor]
+    roots: tuple[Sample, ...]
+
+
+def lay_out(trees: Sequence[Tree]) -> Row:
+    """A row of trees."""
+    segments: list[Segment] = []
+    parents: list[int | None] = []
+    for tree in trees:
+        first = len(segments)
+        segments += tree
+        parents += [None if segment.parent is None else first + segment.parent for segment in tree]
+    lengths = torch.tensor([len(segment) for segment in segments])
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    sees = torch.eye(len(segments), dtype=torch.bool)
+    steps, sources = [], []
+    for number, (segment, parent) in enumerate(zip(segments, parents, strict=True)):
+        steps.append(torch.arange(segment.start, segment.stop))
+        sources.append(torch.arange(len(segment)) + starts[number] - 1)
+        sources[number][0] = -1
+        if parent is not None:
+            sees[number] |= sees[parent]
+            sources[number][0] = starts[parent] + len(segments[parent]) - 1
+    before = torch.cat(sources)
+
+    def joined(of_sample: Callable[[Sample], Tensor]) -> Tensor:
+        """A tensor of every segment's tokens, from those of its sample, whose last dimension they are."""
+        return torch.cat([of_sample(segment.sample)[..., segment.start : segment.stop] for segment in segments], dim=-1)
+
+    names = dict.fromkeys(name for segment in segments for name in segment.sample.inputs if name in ALIGNED)
+    return Row(
+        input_ids=joined(lambda sample: sample.input_ids),
+        labels=joined(lambda sample: sample.labels).masked_fill(before < 0, IGNORED_LABEL),
+        positions=joined(lambda sample: sample.positions_or_steps),
+        segment=torch.repeat_interleave(torch.arange(len(segments)), lengths),
+        steps=torch.cat(steps),
+        sources=before,
+        sees=sees,
+        inputs={name: joined(lambda sample, name=name: _of_tokens(sample, name)) for name in names},
+        roots=tuple(segment.sample for segment in segments if segment.parent is None),
+    )
+
+
+def _of_tokens(sample: Sample, name: str) -> Tensor:
+    """What a processor says of each token by this name; zeros where it says nothing of words alone."""
+    value = sample.inputs.get(name)
+    return torch.zeros_like(sample.input_ids) if value is None else value[0]
