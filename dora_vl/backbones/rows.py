@@ -155,15 +155,17 @@ def _into_branches(forest: Forest, family: MaskFunction) -> MaskFunction:
 def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
     """Plain causal attention of a forest: each segment's queries against the keys and values of its path."""
 
-    def run(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **named: Any) -> Any:
+    def run(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
+    ) -> Any:
         followed = _followed.get()
         if (
             followed is None
-            or mask is not None
+            or attention_mask is not None
             or query.shape[2] != followed.forest.segment.shape[1]
             or not getattr(module, "is_causal", False)
         ):
-            return attend(module, query, key, value, mask, *args, **named)
+            return attend(module, query, key, value, attention_mask, *args, **named)
         rows = []
         for row, segments in enumerate(followed.spans):
             q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
