@@ -1,0 +1,159 @@
+"""Rows as forests: every sample is whole on its own path, and micro-batches are full and the same everywhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dora_vl.data.rows import MicroBatches, Row, grow, lay_out, plan, tokens_of
+from dora_vl.data.samples import IGNORED_LABEL, Sample
+
+PICTURE = 9
+PIXELS = torch.arange(6.0).reshape(1, 2, 3)
+
+
+def sample(text: str, *, trained: str, picture: str | None = None, number: int = 0) -> Sample:
+    """`text`'s letters as tokens, the `trained` end labelled; a picture's three tokens stand in front."""
+    before = [PICTURE] * 3 if picture else []
+    ids = torch.tensor([*before, *(ord(letter) for letter in text)])
+    labels = ids.clone()
+    labels[: len(ids) - len(trained)] = IGNORED_LABEL
+    inputs = {"pixel_values": PIXELS + ord(picture)} if picture else {}
+    images = (picture,) if picture else ()
+    return Sample(
+        index=number, id=str(number), input_ids=ids, labels=labels, images=images, inputs=inputs, media_end=len(before)
+    )
+
+
+ALIKE = (
+    sample("Q: what? A: red", trained="red", picture="a", number=0),
+    sample("Q: what? A: rose", trained="rose", picture="a", number=1),
+    sample("Q: where? A: there", trained="there", picture="a", number=2),
+    sample("Q: what? A: red", trained="red", picture="b", number=3),
+    sample("Q: what? A: red", trained="red", number=4),
+)
+
+
+def by_picture(item: Sample) -> object:
+    return item.images or None
+
+
+def paths(row: Row) -> list[list[int]]:
+    """The places of each path from a root to a leaf, followed from token to token."""
+    children = {source for source in row.sources.tolist() if source >= 0}
+    last_of = {number: int((row.segment == number).nonzero()[-1]) for number in row.segment.unique().tolist()}
+    found = []
+    for number, last in last_of.items():
+        if last in children and any(
+            row.sources[first] == last for first in (row.segment != number).nonzero()[:, 0].tolist()
+        ):
+            continue
+        path, place = [], last
+        while place >= 0:
+            path.append(place)
+            place = int(row.sources[place])
+        found.append(path[::-1])
+    return found
+
+
+def seen(row: Row) -> torch.Tensor:
+    places = torch.arange(len(row.input_ids))
+    return row.sees[row.segment][:, row.segment] & (places[None] <= places[:, None])
+
+
+def rows_of(samples: Sequence[Sample], *, budget: int = 1_000, share: bool = True) -> list[Row]:
+    trees = grow(samples, budget=budget, shares=by_picture if share else None)
+    return [lay_out([trees[tree] for tree in row]) for row in plan([tokens_of(tree) for tree in trees], budget)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_sample_is_whole_on_its_path(share: bool) -> None:
+    (row,) = rows_of(ALIKE, share=share)
+    wholes = {tuple(row.input_ids[path].tolist()): path for path in paths(row)}
+    assert set(wholes) == {tuple(item.input_ids.tolist()) for item in ALIKE}
+    assert len(paths(row)) == len(ALIKE)
+    for path in paths(row):
+        text = row.input_ids[path].tolist()
+        twin = next(item for item in ALIKE if item.input_ids.tolist() == text)
+        assert row.labels[path][1:].tolist() == twin.labels[1:].tolist()
+        assert row.steps[path].tolist() == row.positions[0, path].tolist() == list(range(len(path)))
+        for number, place in enumerate(path):
+            assert seen(row)[place].nonzero()[:, 0].tolist() == sorted(path[: number + 1])
+
+
+def test_a_picture_and_what_is_said_of_it_stand_once() -> None:
+    (row,) = rows_of(ALIKE)
+    assert int((row.input_ids == PICTURE).sum()) == 6, "three tokens of each of two pictures"
+    assert [root.images for root in row.roots if root.images] == [("a",), ("b",)]
+    shared, own = 3 + len("Q: wh") + len("at? A: "), len("red") + len("rose") + len("ere? A: there")
+    assert len(row.input_ids) == shared + own + len(ALIKE[3].input_ids) + len(ALIKE[4].input_ids)
+
+
+def test_nothing_trained_is_shared() -> None:
+    twins = (ALIKE[0], replace(ALIKE[0], id="twin"))
+    (row,) = rows_of(twins)
+    assert int((row.labels != IGNORED_LABEL).sum()) == 2 * len("red")
+    first = row.sources[(row.labels == ord("r")).nonzero()[:, 0]]
+    assert first.tolist() == [first[0], first[0]], "one place predicts the first token of both"
+
+
+def test_pictures_prepared_otherwise_are_not_shared() -> None:
+    other = replace(ALIKE[1], inputs={"pixel_values": PIXELS})
+    assert len(grow([ALIKE[0], other], budget=1_000, shares=by_picture)) == 2
+
+
+def test_a_picture_behind_what_differs_is_not_shared() -> None:
+    early, late = (replace(item, media_end=len(item.input_ids) - 4) for item in (ALIKE[0], ALIKE[2]))
+    assert len(grow([early, late], budget=1_000, shares=by_picture)) == 2
+
+
+def test_trees_stay_below_the_budget() -> None:
+    many = [sample(f"Q: {number}? A: yes", trained="yes", picture="a", number=number) for number in range(40)]
+    trees = grow(many, budget=60, shares=by_picture)
+    assert max(map(tokens_of, trees)) <= 60
+    assert sum(sum(segment.stop == len(segment.sample.input_ids) for segment in tree) for tree in trees) == 40
+
+
+def test_rows_are_filled_first_fit_longest_first() -> None:
+    assert plan([3, 9, 4, 7, 2], 10) == [[1], [3, 0], [2, 4]]
+    assert plan([30], 10) == [[0]], "a longer one stands alone"
+
+
+@pytest.fixture(scope="module")
+def batches() -> MicroBatches:
+    chance = random.Random(3)
+    pictures, tokens, shared = [], [], []
+    for picture in range(1_500):
+        for _ in range(chance.randint(1, 4)):
+            pictures.append(picture if picture % 7 else -1)
+            shared.append(100 if picture % 7 else 0)
+            tokens.append(shared[-1] + chance.randint(5, 80))
+    made = MicroBatches(
+        *(torch.tensor(values) for values in (tokens, shared, pictures)), samples_each=16, parts=6, seed=5
+    )
+    made.tokens, made.shared, made.pictures = tokens, shared, pictures  # type: ignore[attr-defined]
+    return made
+
+
+def test_each_epoch_has_every_sample_once_and_as_many_micro_batches(batches: MicroBatches) -> None:
+    epochs = [batches.of(epoch) for epoch in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == len(batches) and len(batches) % 6 == 0
+        assert sorted(number for samples in epoch for number in samples) == list(range(len(batches.tokens)))
+        assert all(epoch)
+    assert epochs[0] == batches.of(0) != epochs[1]
+
+
+def test_micro_batches_are_equally_long_and_keep_pictures_together(batches: MicroBatches) -> None:
+    costs, apart = [], set()
+    for number, samples in enumerate(batches.of(2)):
+        once = {batches.pictures[item]: batches.shared[item] for item in samples if batches.pictures[item] >= 0}
+        costs.append(sum(batches.tokens[item] - batches.shared[item] for item in samples) + sum(once.values()))
+        apart |= {(picture, number) for picture in once}
+    mean = sum(costs) / len(costs)
+    assert 0.9 * mean < min(costs) and max(costs) < 1.1 * mean
+    assert len(apart) == len({picture for picture, _ in apart}), "no picture stands in two micro-batches"
