@@ -9,10 +9,9 @@ convolutions, Mamba) run each path by itself.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,10 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MASKED = ("sdpa", "eager", "flex_attention")
 """Ways to attend that take a mask function; flash attention's kernels look at none."""
-
-
+OF_ROWS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
+"""What a layer with a running state is told of whole rows, which its paths are not."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Of a batch's row, a head, a query's place and a key's: whether it is seen."""
+
+
+class BlockIsCut(ValueError):
+    """The family lets a token see later ones that stand in a branch behind its segment: such rows cannot be shared."""
 
 
 class Forest(NamedTuple):
@@ -36,77 +39,138 @@ class Forest(NamedTuple):
     sees: Bool[Tensor, "rows segments segments"]
 
 
-class _Followed(NamedTuple):
-    """What a forward follows, for the decoder of this config; `checked` once no block of a mask is cut."""
+class Span(NamedTuple):
+    """A segment: where it begins and ends in its row, and all places of its path, itself last."""
 
-    forest: Forest
-    config: Any
-    spans: list[list[tuple[int, int, Tensor]]]
-    checked: set[bool]
-
-
-class BlockIsCut(ValueError):
-    """The family lets a token see later ones that stand in a branch behind its segment: such rows cannot be shared."""
+    start: int
+    stop: int
+    path: Int[Tensor, " path"]
 
 
-_followed: ContextVar[_Followed | None] = ContextVar("followed", default=None)
+class Paths(NamedTuple):
+    """Every path of a batch, filled up at its end: its row, its places, and which of them no path before it writes."""
+
+    rows: Int[Tensor, " paths"]
+    places: Int[Tensor, "paths longest"]
+    writes: Bool[Tensor, "paths longest"]
 
 
-@contextlib.contextmanager
-def following(forest: Forest, decoder: nn.Module) -> Iterator[None]:
-    """The decoder's masks, attention and running states follow the forest inside; also in a recomputed forward."""
-    masks, kernels = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
-    before, attend = dict(masks), kernels["sdpa"]
-    masks.update({kind: _along_paths(before[kind]) for kind in MASKED})
-    kernels["sdpa"] = _by_segment(attend)
-    config: Any = getattr(decoder, "config", None)
-    token = _followed.set(_Followed(forest, config, spans(forest), set()))
-    mixers = [layer for layer in decoder.modules() if any(isinstance(part, nn.Conv1d) for part in layer.children())]
-    forwards = [mixer.forward for mixer in mixers]
-    try:
-        if mixers:
-            paths = paths_of(forest)
-            for mixer, forward in zip(mixers, forwards, strict=True):
-                mixer.forward = _path_by_path(forward, paths)
-        yield
-    finally:
-        for mixer in mixers:
-            vars(mixer).pop("forward", None)
-        _followed.reset(token)
-        kernels["sdpa"] = attend
-        masks.update(before)
-
-
-def spans(forest: Forest) -> list[list[tuple[int, int, Tensor]]]:
-    """Of each row its segments: where each begins and ends, and the places of its path."""
+def spans_of(forest: Forest) -> list[list[Span]]:
+    """The segments of each row."""
     rows = []
     for segment, sees in zip(forest.segment, forest.sees, strict=True):
         ends = torch.bincount(segment[segment >= 0]).cumsum(0).tolist()
         paths = sees[: len(ends), segment.clamp_min(0)] & (segment >= 0)
-        starts = [0, *ends[:-1]]
-        rows.append([(a, b, path.nonzero()[:, 0]) for a, b, path in zip(starts, ends, paths, strict=True)])
+        ranges = zip([0, *ends[:-1]], ends, paths, strict=True)
+        rows.append([Span(start, stop, path.nonzero()[:, 0]) for start, stop, path in ranges])
     return rows
+
+
+def paths_of(forest: Forest) -> Paths:
+    """From each root to each leaf."""
+    rows, places, writes = [], [], []
+    for row, spans in enumerate(spans_of(forest)):
+        seen_by = forest.sees[row, : len(spans), : len(spans)].sum(0)
+        written = torch.zeros(forest.segment.shape[1], dtype=torch.bool, device=forest.segment.device)
+        for leaf in (seen_by == 1).nonzero()[:, 0].tolist():
+            path = spans[leaf].path
+            rows.append(row)
+            places.append(path)
+            writes.append(~written[path])
+            written[path] = True
+    longest = max(map(len, places))
+    filled = [nn.functional.pad(path, (0, longest - len(path)), value=int(path[-1])) for path in places]
+    first = [nn.functional.pad(path, (0, longest - len(path)), value=False) for path in writes]
+    return Paths(torch.tensor(rows, device=forest.segment.device), torch.stack(filled), torch.stack(first))
+
+
+class RowFollower:
+    """Has a decoder follow the forest that it is given, until it is given another or None.
+
+    A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
+    nothing is taken back at the forward's end.
+
+    Args:
+        decoder: a model's layers; those with a running state are hooked.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        _install()
+        self.config: Any = getattr(decoder, "config", None)
+        self.forest: Forest | None = None
+        self.spans: list[list[Span]] = []
+        self.paths: Paths | None = None
+        self.blocks_are_whole = False
+        """Whether the forest was found to cut no block of the family's mask."""
+        self._states = [
+            layer for layer in decoder.modules() if any(isinstance(part, nn.Conv1d) for part in layer.children())
+        ]
+        for layer in self._states:
+            layer.register_forward_pre_hook(self._apart, with_kwargs=True)
+            layer.register_forward_hook(self._together)
+        _followers[id(self.config)] = self
+
+    def follow(self, forest: Forest | None) -> None:
+        """What the next forward follows; None: nothing."""
+        self.forest, self.blocks_are_whole = forest, False
+        self.spans = [] if forest is None else spans_of(forest)
+        self.paths = paths_of(forest) if forest is not None and self._states else None
+
+    def _apart(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A layer with a running state gets each path as a row of its own."""
+        if self.paths is None:
+            return None
+        named = {name: None if name in OF_ROWS else value for name, value in named.items()}
+        hidden, *rest = args or (named["hidden_states"],)
+        hidden = hidden[self.paths.rows[:, None], self.paths.places]
+        if not args:
+            return (), {**named, "hidden_states": hidden}
+        return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), named
+
+    def _together(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """What it gives goes back to the row's places; of what several paths share, the first path's."""
+        if self.paths is None or self.forest is None:
+            return None
+        hidden, writes = output[0] if isinstance(output, tuple) else output, self.paths.writes
+        rows = self.paths.rows[:, None].expand_as(writes)
+        whole = hidden.new_zeros(*self.forest.segment.shape, hidden.shape[-1])
+        whole = whole.index_put((rows[writes], self.paths.places[writes]), hidden[writes])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+
+_followers: WeakValueDictionary[int, RowFollower] = WeakValueDictionary()
+"""By the id of the decoder's config, which masks and attention are given."""
+_installed: list[bool] = []
+
+
+def _install() -> None:
+    """Puts followers in front of transformers' masks and attention, once a process."""
+    if not _installed:
+        _installed.append(True)
+        for kind in MASKED:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
 
 
 def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
     """A family's masks, built of its own mask functions and restricted to what stands on each token's path."""
 
     def mask(*args: Any, mask_function: MaskFunction, config: Any = None, **options: Any) -> Any:
-        followed = _followed.get()
-        if followed is None or config is not followed.config:
+        follower = _followers.get(id(config))
+        if follower is None or follower.forest is None:
             return build(*args, mask_function=mask_function, config=config, **options)
         if mask_function is causal_mask_function and config._attn_implementation == "sdpa":
             return None  # `_by_segment` does it
         size, device = options.pop("local_size", None), options.get("device", "cpu")
-        forest = Forest(*(tensor.to(device) for tensor in followed.forest))
+        forest = Forest(*(tensor.to(device) for tensor in follower.forest))
         chunked = size is not None and getattr(config, "attention_chunk_size", None) == size
         options |= {name: False for name in options if name.startswith("allow_is_")}
         options["attention_mask"] = None  # padding is no segment
-        if not followed.checked:
-            followed.checked.add(True)
+        if not follower.blocks_are_whole:
             blocks = sdpa_mask(*args, mask_function=_into_branches(forest, mask_function), **options)
             if blocks is not None and bool(blocks.any()):
                 raise BlockIsCut("tokens that see each other stand in a shared segment and in a branch behind it")
+            follower.blocks_are_whole = True
         along = _visible(forest, mask_function, size, chunked=chunked)
         return build(*args, mask_function=along, config=config, **options)
 
@@ -158,77 +222,25 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
-        followed = _followed.get()
-        if (
-            followed is None
-            or attention_mask is not None
-            or query.shape[2] != followed.forest.segment.shape[1]
-            or not getattr(module, "is_causal", False)
-        ):
+        follower = _followers.get(id(getattr(module, "config", None)))
+        is_causal = getattr(module, "is_causal", False)
+        if follower is None or follower.forest is None or attention_mask is not None or not is_causal:
             return attend(module, query, key, value, attention_mask, *args, **named)
         rows = []
-        for row, segments in enumerate(followed.spans):
+        for row, spans in enumerate(follower.spans):
             q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
             parts = []
-            for start, stop, path in segments:
-                alone = len(path) == stop - start
-                seen = None
-                if not alone:
-                    seen = torch.ones(stop - start, len(path), dtype=torch.bool, device=q.device)
-                    seen = seen.tril(len(path) - (stop - start))[None, None]
-                chosen = slice(start, stop) if alone else path
-                keys, values = k[:, :, chosen], v[:, :, chosen]
-                parts.append(attend(module, q[:, :, start:stop], keys, values, seen, *args, **named)[0])
-            if (padding := query.shape[2] - segments[-1][1]) > 0:
+            for start, stop, path in spans:
+                length, above = stop - start, len(path) - (stop - start)
+                chosen = path if above else slice(start, stop)
+                seen = torch.ones(length, len(path), dtype=torch.bool, device=q.device).tril(above) if above else None
+                mask = None if seen is None else seen[None, None]
+                parts.append(
+                    attend(module, q[:, :, start:stop], k[:, :, chosen], v[:, :, chosen], mask, *args, **named)[0]
+                )
+            if padding := query.shape[2] - spans[-1].stop:
                 parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
             rows.append(torch.cat(parts, dim=1))
         return torch.cat(rows), None
 
     return run
-
-
-class Paths(NamedTuple):
-    """Every path of a batch, filled up at its end: its row, its places, and which of them no other path writes."""
-
-    rows: Int[Tensor, " paths"]
-    places: Int[Tensor, "paths longest"]
-    writes: Bool[Tensor, "paths longest"]
-
-
-def paths_of(forest: Forest) -> Paths:
-    """From each root to each leaf; what several share is written by the first."""
-    rows, places, writes = [], [], []
-    for row, segments in enumerate(spans(forest)):
-        sees = forest.sees[row, : len(segments), : len(segments)]
-        written = torch.zeros(forest.segment.shape[1], dtype=torch.bool, device=sees.device)
-        for number in (sees.sum(0) == 1).nonzero()[:, 0].tolist():
-            path = segments[number][2]
-            rows.append(row)
-            places.append(path)
-            writes.append(~written[path])
-            written[path] = True
-    longest = max(map(len, places))
-    filled = [nn.functional.pad(path, (0, longest - len(path)), value=int(path[-1])) for path in places]
-    own = [nn.functional.pad(path, (0, longest - len(path)), value=False) for path in writes]
-    return Paths(torch.tensor(rows, device=forest.segment.device), torch.stack(filled), torch.stack(own))
-
-
-def _path_by_path(forward: Callable[..., Any], paths: Paths) -> Callable[..., Any]:
-    """A layer with a running state runs each path as a row of its own; what it gives goes back to its places."""
-    rows = paths.rows[:, None].expand_as(paths.places)
-    to_row, to_place = rows[paths.writes], paths.places[paths.writes]
-
-    def run(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        # Rows have no padding inside, and no state is carried on.
-        named = {name: None if name in _OF_ROWS else value for name, value in named.items()}
-        args = tuple(None if isinstance(value, Tensor) else value for value in args)
-        output = forward(hidden_states[rows, paths.places], *args, **named)
-        first = output[0] if isinstance(output, tuple) else output
-        whole = torch.zeros_like(hidden_states, dtype=first.dtype).index_put((to_row, to_place), first[paths.writes])
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
-
-    return run
-
-
-_OF_ROWS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
-"""What a mixer is told of whole rows, which its paths are not."""
