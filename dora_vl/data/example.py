@@ -23,7 +23,7 @@ from typing import IO, Any, Literal, TypeAlias, get_args
 from uuid import uuid4
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Role, Turn, arrange
+from dora_vl.data.turns import Clip, Role, Turn
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 JSON: TypeAlias = Any
@@ -53,7 +53,7 @@ class Example:
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
-        turns: instead of question and answers, for conversations; all that is trained on (`as_conversation`).
+        turns: instead of question and answers, for conversations; all that is trained on (`readers.read_talk`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
@@ -86,16 +86,6 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
         raise BadSample(example.id, "it has no answer to train on", NO_ANSWER)
     answer = max(example.answers, key=lambda answer: answer.weight)
     return Turn("user", example.question), Turn("assistant", answer.text)
-
-
-def as_conversation(example: Example) -> Example:
-    """What is trained of an example: its turns checked, its pictures in their places, and no more of it."""
-    images, turns = arrange(example.id, example.images, turns_of(example), example.videos)
-    try:
-        "".join([example.id, *images, *(clip.path for clip in example.videos), *(turn.text for turn in turns)]).encode()
-    except UnicodeEncodeError:
-        raise BadSample(example.id, "its text holds half of a surrogate pair, which is no character") from None
-    return Example(example.id, images, turns, example.videos, image_bytes=example.image_bytes)
 
 
 MIDDLE_FRAME = "middle_frame"

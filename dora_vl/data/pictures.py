@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
@@ -499,37 +499,32 @@ BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 STORED = "bytes:"
 
 
-@dataclass
-class RowPictures:
-    """Pictures in order: `names` are paths, or made of the content where `held` has the bytes."""
+def picture_name(value: object, key: str, sample_id: str, held: dict[str, bytes]) -> str:
+    """A picture's path, or a name made of its content, which goes into `held`.
 
-    sample_id: str
-    names: list[str] = field(default_factory=list)
-    held: dict[str, bytes] = field(default_factory=dict)
-
-    def add(self, value: object, key: str) -> None:
-        """Takes a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web."""
-        if isinstance(value, Mapping):
-            value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
-        if isinstance(value, str) and value.startswith(IN_PLACE):
-            header, _, text = value.partition(",")
-            content = _from_base64(text) if header.endswith(";base64") else None
-            if content is None:
-                raise BadSample(self.sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
-            value = content
-        elif isinstance(value, str) and value.startswith(BARE_BASE64):
-            value = _from_base64(value) or value  # a path may begin alike
-        if isinstance(value, bytes | bytearray) and value:
-            name = STORED + hashlib.sha256(value).hexdigest()[:32]
-            self.names.append(name)
-            self.held[name] = bytes(value)
-        elif isinstance(value, str) and value.startswith(WEB):
-            reason = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
-            raise BadSample(self.sample_id, reason, ON_THE_WEB)
-        elif isinstance(value, str) and value:
-            self.names.append(value.removeprefix(AS_URL).replace("\\", "/"))
-        else:
-            raise BadSample(self.sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+    Args:
+        value: a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web.
+        key: what messages call it.
+    """
+    if isinstance(value, Mapping):
+        value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
+    if isinstance(value, str) and value.startswith(IN_PLACE):
+        header, _, text = value.partition(",")
+        content = _from_base64(text) if header.endswith(";base64") else None
+        if content is None:
+            raise BadSample(sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
+        value = content
+    elif isinstance(value, str) and value.startswith(BARE_BASE64):
+        value = _from_base64(value) or value  # a path may begin alike
+    if isinstance(value, bytes | bytearray) and value:
+        name = STORED + hashlib.sha256(value).hexdigest()[:32]
+        held[name] = bytes(value)
+        return name
+    if not isinstance(value, str) or not value:
+        raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+    if value.startswith(WEB):
+        raise BadSample(sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+    return value.removeprefix(AS_URL).replace("\\", "/")
 
 
 def _from_base64(text: str) -> bytes | None:
@@ -537,14 +532,3 @@ def _from_base64(text: str) -> bytes | None:
         return base64.b64decode(text, validate=True)
     except ValueError:
         return None
-
-
-def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
-    """The pictures among a row's fields; one that is no list counts as a list of one."""
-    pictures = RowPictures(sample_id)
-    value = fields.get("images")
-    if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
-        return pictures
-    for picture in value if isinstance(value, list | tuple) else [value]:
-        pictures.add(picture, "images")
-    return pictures

@@ -62,7 +62,7 @@ _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
     """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
-    Columns: the fields of an `Example` as `as_conversation` made it, `problem` (why the row cannot be a sample, else
+    Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else
     null), `length` (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that
     the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in
     the first row that has these). The cache is keyed by the files' paths, sizes and modification times, so a changed

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dora_vl.data import plain_lines
 from dora_vl.data import table as table_module
 from dora_vl.data.columns import TrainFile, roles_of_columns
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.table import described, held_out_places, load_rows, load_table, load_training_rows, overlap
@@ -53,10 +53,10 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
     for number, found in enumerate(table):
         row = {"question": "q", "answer": "a", **rows[number]}
         if isinstance(found, Example):
-            assert found == table[number] == as_conversation(read_row(row, number=number))
+            assert found == table[number] == read_row(row, number=number)
             continue
         with pytest.raises(BadSample) as caught:
-            as_conversation(read_row(row, number=number))
+            read_row(row, number=number)
         assert found.reason == caught.value.reason
     assert [isinstance(found, Example) for found in table] == [True] * 4 + [False] * 4
     assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "record 5", r"half \ud83d", r"no \ud83d"]

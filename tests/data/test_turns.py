@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample
@@ -25,7 +25,7 @@ def said(*speakers: str) -> dict[str, object]:
 
 
 def read(row: dict[str, object]) -> Example:
-    return as_conversation(read_row(row))
+    return read_row(row)
 
 
 def texts_of(row: dict[str, object]) -> list[str]:

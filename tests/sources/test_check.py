@@ -187,7 +187,6 @@ def test_lengths_are_tokens_where_a_tokenizer_is_given(tmp_path: Path) -> None:
         ["rows.jsonl", "--media", "nowhere"],
         ["rows.jsonl", "--videos", "nowhere"],
         ["rows.jsonl", "--tokenizer", "nowhere"],
-        ["rows.jsonl", "--longest", "0"],
         ["broken.jsonl"],
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.columns import FORMATS, USUAL, ColumnsError
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.turns import Turn
 from dora_vl.errors import EMPTY_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError
@@ -23,7 +23,7 @@ ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
 
 
 def talk(row: Mapping[str, object]) -> Example:
-    return as_conversation(read_row(row))
+    return read_row(row)
 
 
 def documented_rows(kind: str = "rows") -> list[str]:
@@ -81,8 +81,6 @@ def test_videos_in_parts_and_beside_them_keep_their_order() -> None:
     assert [clip.path for clip in found.videos] == ["first.mp4", "second.mp4", "third.mp4"]
     assert (found.videos[1].start_seconds, found.videos[1].end_seconds) == (1.0, 2.5)
     assert (found.video, found.images) == (None, ("a.png",))
-    placed = as_conversation(found)
-    assert (len(placed.videos), placed.turns[0].text) == (3, found.turns[0].text)
 
 
 def test_a_caption_may_be_a_video_s() -> None:
