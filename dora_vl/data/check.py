@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +23,6 @@ from dora_vl.data.pictures import (
     Trouble,
     decoding_trouble,
     path_inside,
-    picture_ending,
 )
 from dora_vl.data.readers import id_of, read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
@@ -81,14 +80,14 @@ class MediaCheck:
         return None
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
-        """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
-        quick = ends_trouble(file)
-        trouble = decoding_trouble(source) if self._decode or quick else None
-        return quick if trouble and quick and quick.kind == TRUNCATED else trouble
+        """What looks odd from outside is for training's own decoder to judge."""
+        is_whole = looks_whole(file)
+        trouble = None if is_whole and not self._decode else decoding_trouble(source)
+        return replace(trouble, kind=TRUNCATED) if trouble and is_whole is False else trouble
 
 
-def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
-    """What a picture's first and last bytes say."""
+def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
+    """Whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 4096))
     last = file.read()
@@ -96,14 +95,10 @@ def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
     beginning = file.read(16)
     for start, end in ENDS.items():
         if beginning.startswith(start):
-            whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
-            return None if whole else Trouble(TRUNCATED, f"{size:,} bytes, its end is missing")
+            return last.rstrip(b"\0").endswith(end) or end in last[-64:]
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
-        stated = int.from_bytes(beginning[4:8], "little") + 8
-        return None if size >= stated else Trouble(TRUNCATED, f"{size:,} of {stated:,} bytes")
-    if picture_ending(beginning) is not None:
-        return None
-    return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
+        return size >= int.from_bytes(beginning[4:8], "little") + 8
+    return None
 
 
 SHOWN_IDS = 5

@@ -340,21 +340,8 @@ def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
     return None
 
 
-_BEGINNINGS = {
-    b"\xff\xd8\xff": ".jpg",
-    PNG_MARK: ".png",
-    b"GIF8": ".gif",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
-
-
-def picture_ending(data: bytes) -> str | None:
-    """The file name's ending for an encoded picture, by its first bytes; None for anything else."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return next((ending for beginning, ending in _BEGINNINGS.items() if data.startswith(beginning)), None)
+ENDINGS = {"JPEG": "jpg", "TIFF": "tif"}
+"""How files of a format are called where it is not by the format's own name."""
 
 
 def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
@@ -362,15 +349,16 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 
     It is decoded first: in a table that was cut or damaged, one may begin and end well.
     """
-    ending = picture_ending(data)
-    if ending is None:
-        raise BadSample(sample_id, f"its picture begins with {data[:8]!r}, which is no known picture format")
-    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}{ending}"
+    try:
+        with opened_picture(BytesIO(data)) as image:
+            kind = str(image.format)
+    except NOT_DECODED as error:
+        raise BadSample(sample_id, f"its picture cannot be read: {error}") from None
+    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}.{ENDINGS.get(kind, kind.lower())}"
     target = folder / relative
     if target.is_file() and target.stat().st_size == len(data):
         return relative
-    trouble = decoding_trouble(BytesIO(data))
-    if trouble is not None:
+    if trouble := decoding_trouble(BytesIO(data)):
         raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -384,8 +372,10 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
     return relative
 
 
+STORED = "bytes:"
+"""How the names of pictures begin that a data file holds itself."""
 HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Pictures by the name that a row gives them."""
+"""Those pictures by their names."""
 
 
 @dataclass(frozen=True)
@@ -415,7 +405,7 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
     `PICTURE_SIDE` pixels, which are shrunk to it.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
-    if stored is not None and relative in stored:
+    if relative.startswith(STORED) and stored is not None and relative in stored:
         source, where = BytesIO(stored[relative]), "the data file"
     else:
         source, where = path_inside(folder, relative), folder
@@ -496,7 +486,6 @@ WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
 """What begins a picture's text where that is no path."""
 BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How the bytes of PNG, JPEG, GIF and WebP begin in base64."""
-STORED = "bytes:"
 
 
 def picture_name(value: object, key: str, sample_id: str, held: dict[str, bytes]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,31 +87,6 @@ def test_two_questions_about_one_picture_written_out() -> None:
     assert row.labels.tolist() == [IGNORED] * 3 + [IGNORED, 6, 7] + [IGNORED] * 3 + [4]
     assert row.layout.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
     assert row.pictures_of == (first,)
-
-
-def test_the_token_that_a_branch_begins_with_is_never_predicted() -> None:
-    # Both answers begin right after the picture with the same token: it must stay out of the prefix.
-    rows = [asked(0, [1, PICTURE, 5, 6], 2), asked(1, [1, PICTURE, 5, 7], 2)]
-    parted = shared_rows(rows, picture_token_id=PICTURE)
-    assert [len(row.input_ids) for row in parted] == [4, 4]  # the picture would be in the branches: nothing to share
-    rows = [asked(0, [1, PICTURE, 4, 5, 6], 2), asked(1, [1, PICTURE, 4, 5, 7], 2)]
-    (row,) = shared_rows(rows, picture_token_id=PICTURE)
-    assert row.input_ids.tolist() == [1, PICTURE, 4, 5, 6, 4, 5, 7]
-    assert row.labels.tolist() == [IGNORED] * 2 + [IGNORED, 5, 6] + [IGNORED, 5, 7]
-
-
-@pytest.mark.parametrize(
-    ("other", "why"),
-    [
-        (asked(1, [2, PICTURE, 5, 6], 1), "the text differs before the picture"),
-        (asked(1, [1, PICTURE, 5, 6], 1, ("b.png",)), "another picture"),
-        (asked(1, [1, 5, 6], 1, ()), "no picture"),
-    ],
-)
-def test_what_cannot_share_stands_by_itself(other: Sample, why: str) -> None:
-    rows = shared_rows([asked(0, [1, PICTURE, 5, 6], 1), other], picture_token_id=PICTURE)
-    assert sum(len(row.pictures_of) for row in rows) == 2, why
-    assert sum(len(row.input_ids) for row in rows) == 4 + len(other.input_ids), why
 
 
 def test_rows_are_filled_up_to_the_longest_tree() -> None:

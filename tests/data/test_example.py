@@ -187,21 +187,6 @@ def test_a_broken_line_is_named_with_its_file(tmp_path: Path, line: bytes) -> No
     assert all(f"{path}, line 3: " in error and "\n" not in error for error in errors)
 
 
-@settings(max_examples=80)
-@given(st.binary(max_size=60), st.integers(0, len(GOOD)), st.booleans())
-def test_any_bytes_are_examples_or_bad_samples(tmp_path: Path, inserted: bytes, at: int, each_answer: bool) -> None:
-    path = tmp_path / "any.jsonl"
-    path.write_bytes(GOOD[:at] + inserted + GOOD[at:])
-    file = ExampleFile(path, each_answer=each_answer)
-    for index in range(len(file)):
-        reason = ""
-        try:
-            file[index]
-        except BadSample as error:
-            reason = error.reason
-        assert not reason or f"{path}, line " in reason
-
-
 @given(st.dictionaries(st.sampled_from(["id", "images", "video", "turns", "answers", "extra", "other"]), VALUE))
 def test_any_object_is_an_example_or_a_bad_sample(record: dict[str, object]) -> None:
     try:

@@ -41,24 +41,6 @@ def published_normalisation(value: str) -> str:
     return value
 
 
-def test_a_two_round_sample_with_a_picture() -> None:
-    found = read(record("What is it? <image>", "A cat.", " And here? ", "Yes. ", image="coco/1.jpg"))
-    turns = (
-        Turn("user", "<image>\nWhat is it?"),
-        Turn("assistant", "A cat."),
-        Turn("user", " And here? "),
-        Turn("assistant", "Yes. "),
-    )
-    assert found == Example("sample 7", ("coco/1.jpg",), turns)
-
-
-def test_placeholders_of_several_pictures_stay_where_they_are() -> None:
-    names = ["a.png", "b.png", "c.png"]
-    row = record("Is <image> like <image>?", "No.", "And <image> ?", "Yes.", image=names)
-    assert texts_of(row) == ["Is <image> like <image>?", "No.", "And <image> ?", "Yes."]
-    assert read(row).images == tuple(names)
-
-
 def test_a_leading_answer_is_dropped_and_a_system_turn_stays_first() -> None:
     turns = (Turn("user", "text"), Turn("assistant", "text"))
     assert read(said("gpt", "human", "gpt")).turns == turns

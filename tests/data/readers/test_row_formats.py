@@ -83,13 +83,6 @@ def test_videos_in_parts_and_beside_them_keep_their_order() -> None:
     assert (found.video, found.images) == (None, ("a.png",))
 
 
-def test_a_caption_may_be_a_video_s() -> None:
-    assert talk({"video": "a.mp4", "caption": "A cat."}).turns == (
-        Turn("user", "<video>\n"),
-        Turn("assistant", "A cat."),
-    )
-
-
 def test_tables_fill_parts_with_null() -> None:
     """One column of structs: a part has every field, null where it is another part's."""
     parts = [{"type": "image", "text": None, "image": "a.png"}, {"type": "text", "text": "q", "image": None}]
@@ -97,15 +90,6 @@ def test_tables_fill_parts_with_null() -> None:
     assert talk(row).turns[0].text == "<image>\nq"
     record = {"id": "a", "images": None, "question": "q", "answers": [{"text": "x", "weight": None}], "video": None}
     assert talk(record).turns == (Turn("user", "q"), Turn("assistant", "x"))
-
-
-def test_prompt_and_completion_may_be_messages() -> None:
-    row = {
-        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "image"}, "q"]}],
-        "completion": [{"role": "assistant", "content": "a"}],
-        "images": ["a.png"],
-    }
-    assert talk(row).turns == (Turn("system", "s"), Turn("user", "<image>\nq"), Turn("assistant", "a"))
 
 
 def test_the_most_frequent_answer_counts_and_numbers_are_text() -> None:
