@@ -20,7 +20,7 @@ from data_prep.easy_vqa import (
     seen_in_pictures,
 )
 from data_prep.easy_vqa_halves import main as halve
-from data_prep.easy_vqa_package import Question, kind_of, shows
+from data_prep.easy_vqa_package import Question, shows
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
 
@@ -123,40 +123,22 @@ def test_balance_leaves_out_absent_things_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "kind"),
-    [
-        ("what is the color of the shape?", "gray", "color"),
-        ("what is the gray shape?", "circle", "shape"),
-        ("is a gray shape present?", "yes", "yes/no"),
-        ("does the image not contain a gray shape?", "no", "yes/no negated"),
-        ("is no gray shape present?", "no", "yes/no negated"),
-    ],
-)
-def test_kinds(text: str, answer: str, kind: str) -> None:
-    assert kind_of(Question(index=0, text=text, answer=answer, picture=0)) == kind
-
-
-@pytest.mark.parametrize(
     "questions",
     [
         '[["is it?", "maybe", 0]]',
-        '[["is it red?", "red", 0]]',
         "[1",
         '[["what shape is it?", ["circle"], 0]]',
-        '[[{"a": 1}, "circle", 0]]',
-        f'[["{"q" * 9000}", "{"x" * 9000}", 0]]',
         '[["q", "circle", []]]',
         None,  # a picture that is not there
     ],
 )
-def test_broken_packages_are_refused_in_a_short_line(package: Path, tmp_path: Path, questions: str | None) -> None:
+def test_broken_packages_are_refused(package: Path, tmp_path: Path, questions: str | None) -> None:
     if questions is None:
         (package / "train/images/4.png").unlink()
     else:
         (package / "train/questions.json").write_text(questions)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError):
         convert(package, tmp_path / "data", Settings(validation_pictures=1))
-    assert len(str(caught.value)) < 500
     (package / "answers.txt").unlink()
     with pytest.raises(UserError):
         convert(package, tmp_path / "data", Settings(validation_pictures=1))
@@ -202,20 +184,6 @@ def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted
         "red circle, so red",
         "red circle, so circle",
     ]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "said"),
-    [
-        ("is there a circle?", "yes", "red circle, present, so yes"),
-        ("is there a teal shape?", "no", "red circle, absent, so no"),
-        ("is no circle present?", "no", "red circle, present, so no"),
-        ("does the image not contain a teal shape?", "yes", "red circle, absent, so yes"),
-    ],
-)
-def test_a_yes_no_answer_says_in_between_whether_the_thing_is_there(text: str, answer: str, said: str) -> None:
-    question = Question(index=0, text=text, answer=answer, picture=4)
-    assert [one.answer for one in reasoned([question], {4: "red circle"})] == [said]
 
 
 @pytest.fixture

@@ -153,20 +153,6 @@ def test_any_value_in_an_ids_place_is_counted_or_refused_in_one_short_line(tmp_p
         path.write_text(whole, encoding="utf-8")
 
 
-@pytest.mark.parametrize("fixture", FIXTURE_NAMES)
-def test_a_file_that_was_cut_or_holds_something_else_is_one_line(tmp_path: Path, fixture: str) -> None:
-    for number, damage in enumerate((b'{"a": [1, 2', b"\xff\xfe\x00", b'[{"other": "column"}]\n')):
-        records = tmp_path / f"records{number}"
-        folder = copied(fixture, tmp_path / str(number))
-        for path in folder.rglob("*"):
-            if path.suffix in TEXTS - {".srt"}:
-                path.write_bytes(damage)
-        with pytest.raises(UserError) as caught:
-            prepared(SOURCE_OF[fixture], folder, records)
-        assert "\n" not in str(caught.value)
-        assert [*records.glob("*/*.jsonl"), *records.glob("*/.*.partial")] == []
-
-
 OF_MEMBERS = {"gqa", "scienceqa", "mmvet", "yc2c-youcook2"}
 """Sources whose rows are the members of one object."""
 
