@@ -189,7 +189,7 @@ def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}, filmed]))
     table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
     lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
-    assert lengths.tolist() == [5, 106, 207, 0, 2106]
+    assert lengths.tolist() == [5, 106, 207, 0, 2108]
     assert is_multimodal.tolist() == [False, True, True, False, True]
     assert pictures.unique().tolist() == [0, 1, 2]
     assert pictures[0] == pictures[3]  # the two without a picture

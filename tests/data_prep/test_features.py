@@ -22,18 +22,8 @@ from dora_vl.errors import UserError
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
-TOWER = [
-    "--library",
-    "timm",
-    "--name",
-    "tf_efficientnet_lite0",
-    "--image-size",
-    "64",
-    "--layer",
-    "-3",
-    "--grid-pool",
-    "2",
-]
+TOWER = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--image-size", "64"]
+TOWER += ["--layer", "-3", "--grid-pool", "2"]
 
 
 @pytest.fixture(scope="module")
