@@ -117,10 +117,11 @@ class _Talk:
         if len(message) > 2:
             self._refuse_lost(message, role, number)
         content = message.get(what)
-        parts = [content] if isinstance(content, str) else content
-        if not isinstance(parts, Sequence) or isinstance(parts, bytes) or not parts:
+        if isinstance(content, str):
+            return Turn(role, self._words(content))
+        if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
             raise BadSample(self._id, f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
-        return Turn(role, "".join(self._part(part, number) for part in parts))
+        return Turn(role, "".join(self._part(part, number) for part in content))
 
     def _refuse_lost(self, message: Mapping[str, object], role: Role, number: int) -> None:
         """Refuses what would be lost of a turn: what it holds beside its words, and a mark that it is not trained."""
@@ -182,7 +183,8 @@ class _Talk:
             reason = f"the index {shown(place)} of {len(self._beside)} pictures"
             raise BadSample(self._id, f"a part of turn {number} has {reason}")
         self._images.append(self._beside[place])
-        self._left = [left for left in self._left if left != place]
+        if place in self._left:
+            self._left.remove(place)
 
     def _picture(self, value: object, key: str) -> str:
         return picture_name(value, key, self._id, self.held)

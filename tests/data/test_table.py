@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data import plain_lines
 from dora_vl.data import table as table_module
-from dora_vl.data.columns import TrainFile, roles_of_columns
+from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
@@ -229,67 +228,3 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []
-
-
-def talk(question: str, answer: str = "x", **more: object) -> dict[str, object]:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": question, "conversations": turns, **more}
-
-
-ODD_LINES = [
-    talk("q\n<image>", image="a.png"),
-    talk("<image>\n q \u3000", " a\u00a0b\t ", image="a/b.png"),
-    talk("<image>", image="b.png"),
-    talk("no placeholder", image="a.png"),
-    talk("<image><image> two", image="a.png"),
-    talk("<image> none"),
-    talk("<image1> by number", image="a.png"),
-    talk("<img>a.png</img> named"),
-    talk("in the answer", "<image> x", image="a.png"),
-    talk("empty", " <image> ", image="a.png"),
-    talk("<image> no path", image="https://a/b.png"),
-    talk("<image> backslash", image="a\\b.png"),
-    talk("<image> file", image="file://b.png"),
-    talk("", "no question", image=""),
-    talk("noted", model="gpt", width=3),
-    talk("four") | {"conversations": 2 * [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    talk("led") | {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
-    talk("roles") | {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
-    talk("no turns") | {"conversations": []},
-    talk("no value") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]},
-    talk("no id") | {"id": None},
-]
-
-
-@pytest.mark.parametrize(
-    ("more", "reads_plain"),
-    [
-        ([], True),
-        ([talk("marked", weight=1)], True),
-        ([talk("several", image=["a.png", "b.png"])], False),
-        ([talk("number") | {"id": 3}], False),
-        ([talk("nested", notes={"a": 1})], False),
-        ([talk("x") | {"conversations": [{"from": "human", "value": "a", "loss": 0}]}], False),
-        ([{"id": "x", "text": "another format"}], False),
-        ([talk("half \ud83d")], False),
-    ],
-)
-def test_plain_lines_become_the_rows_that_reading_each_by_itself_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[dict[str, object]], reads_plain: bool
-) -> None:
-    monkeypatch.setattr(plain_lines, "BLOCK_BYTES", 4096)
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (ODD_LINES + more) * 3))
-    alone: list[int] = []
-    read = table_module.RowReader.read
-    monkeypatch.setattr(
-        table_module.RowReader, "read", lambda self, row, number: alone.append(number) or read(self, row, number)
-    )
-    plain = load_table(path, cache_folder=tmp_path / "plain")
-    assert (len(alone) < len(plain)) == reads_plain
-    path.write_text(" " + path.read_text())  # which is not looked at as plain
-    by_row = load_table(path, cache_folder=tmp_path / "row")
-    names = [name for name in plain.column_names if name != "columns"]
-    assert plain.select_columns(names).to_list() == by_row.select_columns(names).to_list()
-    roles = [roles_of_columns(map(json.loads, filter(None, table["columns"]))) for table in (plain, by_row)]
-    assert roles[0] == roles[1]
