@@ -95,35 +95,18 @@ FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
 """The fields of a record; `video` is written for one video, `videos` for several."""
 
 
+_EXAMPLE = TypeAdapter(Example)
+
+
 def to_record(example: Example) -> dict[str, JSON]:
     """The example as a JSON object, without the fields it has not."""
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
-
-    def with_times(part: Clip | Subtitle, **fields: JSON) -> dict[str, JSON]:
-        times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
-        return fields | {name: seconds for name, seconds in times.items() if seconds is not None}
-
-    videos = [with_times(clip, path=clip.path) for clip in example.videos]
-    record: dict[str, JSON] = {
-        "id": example.id,
-        "images": list(example.images),
-        "video": videos[0] if len(videos) == 1 else None,
-        "videos": videos if len(videos) > 1 else None,
-        "question": example.question,
-        "turns": [{"role": turn.role, "text": turn.text} for turn in example.turns],
-        "answers": [
-            {"text": answer.text} | ({} if answer.weight == 1.0 else {"weight": answer.weight})
-            for answer in example.answers
-        ],
-        "choices": list(example.choices),
-        "subtitles": [with_times(subtitle, text=subtitle.text) for subtitle in example.subtitles],
-        "extra": dict(example.extra),
-    }
-    return {name: value for name, value in record.items() if value}
-
-
-_EXAMPLE = TypeAdapter(Example)
+    unlike = {"extra", "image_bytes"}  # anything may be in `extra`, which `json_line` judges
+    record = _EXAMPLE.dump_python(example, mode="json", exclude=unlike, exclude_defaults=True)
+    if example.video is not None:
+        (record["video"],) = record.pop("videos")
+    return record | ({"extra": dict(example.extra)} if example.extra else {})
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
