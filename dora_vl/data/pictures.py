@@ -188,8 +188,7 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False, mend: bo
     """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`.
 
     Args:
-        mend: what Pillow refuses for a flaw that leaves no pixel in doubt is read all the same: a PNG without its
-            notes, a JPEG with the end mark that it lacks. Other readers open both.
+        mend: what Pillow refuses for a flaw that leaves no pixel in doubt is read all the same, see `_mended`.
     """
     try:
         with opened_picture(source) as image:
@@ -197,20 +196,47 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False, mend: bo
             if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
                 raise OSError("it is cut off: its end mark is missing")
             image.load()
-            return _rgb(image, as_published=as_published)
+            turn = None
+            if not as_published:
+                with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
+                    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+                if image.mode not in {"RGB", "L"} or "transparency" in image.info:
+                    image = _as_shown(image)
+            image = image.convert("RGB")
+            if max(image.size) > PICTURE_SIDE:
+                image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+            return image if turn is None else image.transpose(turn)
     except (FileNotFoundError, NoRegularFile):
         raise
     except NOT_DECODED as error:
-        with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
-            content = stream.read(PICTURE_BYTES + 1)
-        mended = None
-        if mend and len(content) <= PICTURE_BYTES and content.startswith(PNG_MARK):
-            mended = _without_notes(content)
-        elif mend and len(content) <= PICTURE_BYTES and content.startswith(b"\xff\xd8\xff"):
-            mended = None if isinstance(error, NoPicture) else _with_end_mark(content)
+        mended = _mended(source, error) if mend else None
         if mended is None:
             raise
     return load_picture(BytesIO(mended), as_published=as_published, mend=False)
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    """A decoded picture as a viewer shows it."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        image = white
+    image.info.pop("transparency", None)
+    return image
+
+
+def _mended(source: Path | BytesIO, error: BaseException) -> bytes | None:
+    """What other readers open too: a PNG without its notes, a JPEG with the end mark that it lacks."""
+    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
+        content = stream.read(PICTURE_BYTES + 1)
+    if len(content) > PICTURE_BYTES:
+        return None
+    if content.startswith(PNG_MARK):
+        return _without_notes(content)
+    is_jpeg = content.startswith(b"\xff\xd8\xff") and not isinstance(error, NoPicture)
+    return _with_end_mark(content) if is_jpeg else None
 
 
 def _without_notes(content: bytes) -> bytes | None:
@@ -251,25 +277,6 @@ def _with_end_mark(content: bytes) -> bytes | None:
     except NOT_DECODED:  # IndexError where it ends in its header
         return None
     return content + END_MARK if len(sums) == 1 else None
-
-
-def _rgb(image: Image.Image, *, as_published: bool) -> Image.Image:
-    """A decoded picture as a viewer shows it, or as LLaVA's own code reads it."""
-    turn = None
-    if not as_published:
-        with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = _eight_bits(image)
-        elif image.mode in _WITH_ALPHA or "transparency" in image.info:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
-            image = white
-        image.info.pop("transparency", None)
-    image = image.convert("RGB")
-    if max(image.size) > PICTURE_SIDE:
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
