@@ -85,8 +85,8 @@ def test_two_questions_about_one_picture_written_out() -> None:
     (row,) = shared_rows([first, second], picture_token_id=PICTURE)
     assert row.input_ids.tolist() == [1, PICTURE, PICTURE, 5, 6, 7, 5, 8, 9, 4]
     assert row.labels.tolist() == [IGNORED] * 3 + [IGNORED, 6, 7] + [IGNORED] * 3 + [4]
-    assert row.layout.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
-    assert row.pictures_of == (first,)
+    assert row.inputs["layout"][0].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
+    assert row.inputs["image_features"].tolist() == first.inputs["image_features"].tolist()
 
 
 def test_rows_are_filled_up_to_the_longest_tree() -> None:
@@ -94,8 +94,8 @@ def test_rows_are_filled_up_to_the_longest_tree() -> None:
     samples = [asked(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
     rows = shared_rows(samples, picture_token_id=PICTURE)
     assert [len(row.input_ids) for row in rows] == [9, 9, 5]
-    assert [[one.index for one in row.pictures_of] for row in rows] == [[0], [2, 1], [3, 4]]
-    assert rows[1].layout[1].tolist() == [1] * 5 + [2] * 4
+    assert [row.inputs["image_features"][:, 0, 0].tolist() for row in rows] == [[0], [2, 1], [3, 4]]
+    assert rows[1].inputs["layout"][0, 1].tolist() == [1] * 5 + [2] * 4
     assert rows[1].labels[5] == IGNORED  # nothing is predicted across the border
 
 
@@ -119,7 +119,7 @@ def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, l
         for number, (picture, text) in enumerate(questions)
     ]
     rows = shared_rows(samples, picture_token_id=PICTURE)
-    found = sorted(tuple(trail) for row in rows for trail in _labelled_trails(row.input_ids, row.labels, row.layout))
+    found = sorted(tuple(trail) for row in rows for trail in _labelled_trails(row))
     alone = sorted(
         (*map(int, one.input_ids[:place]), int(one.labels[place]))
         for one in samples
@@ -129,8 +129,9 @@ def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, l
     assert found == alone
 
 
-def _labelled_trails(ids: torch.Tensor, labels: torch.Tensor, layout: torch.Tensor) -> list[list[int]]:
+def _labelled_trails(row: Sample) -> list[list[int]]:
     """For each label: the tokens that its predicting position sees, ordered by position, then the label."""
+    ids, labels, layout = row.input_ids, row.labels, row.inputs["layout"][0]
     seen = visible(layout.unsqueeze(0))[0, 0]
     trails = []
     for place in range(1, len(ids)):

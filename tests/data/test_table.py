@@ -75,7 +75,7 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=str(path)):
+    with pytest.raises(UserError):
         load_table(path, cache_folder=tmp_path / "cache")
     assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(UserError):

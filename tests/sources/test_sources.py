@@ -71,10 +71,9 @@ def test_sources_are_read_without_transformers_and_datasets() -> None:
 
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - {"hugging-face"}))
-def test_an_empty_folder_is_one_line_that_says_what_belongs_there(tmp_path: Path, source: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_an_empty_folder_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(UserError):
         prepared(source, tmp_path, tmp_path / "records")
-    assert str(tmp_path) in str(caught.value)
 
 
 def read(path: Path) -> tuple[Any, bool]:

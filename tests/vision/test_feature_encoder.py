@@ -108,7 +108,7 @@ def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept
     torch.testing.assert_close(given, made("other", "pretrained"))
     assert not torch.allclose(given, folders_own, atol=1e-2)
     assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
-    with pytest.raises(UserError, match="openai"):
+    with pytest.raises(UserError):
         made("clip", "openai")
 
 

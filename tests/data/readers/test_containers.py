@@ -186,7 +186,7 @@ def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, 
 )
 def test_such_files_that_are_not_whole(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError):
         load_table(tmp_path / name, cache_folder=tmp_path / "cache")
 
 
