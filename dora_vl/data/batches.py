@@ -99,8 +99,6 @@ def _join(trees: Sequence[Sample]) -> Sample:
     names = dict.fromkeys(name for tree in trees for name in tree.inputs if name != "layout")
     inputs = {name: joined_values([tree.inputs[name] for tree in trees if name in tree.inputs]) for name in names}
     return Sample(
-        index=-1,
-        id="",
         input_ids=torch.cat([tree.input_ids for tree in trees]),
         labels=torch.cat(labels),
         inputs={**inputs, "layout": torch.cat(layouts, dim=2)},
@@ -168,7 +166,7 @@ class Collator:
                 rows.append(_tree([dummy], len(dummy.input_ids)) if rows and "layout" in rows[0].inputs else dummy)
         if not rows:
             nothing = torch.tensor([self.pad_token_id])
-            rows = [Sample(index=-1, id="", input_ids=nothing, labels=torch.tensor([IGNORED_LABEL]))]
+            rows = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
         batch = self._joined(rows)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
         stored = [outputs for row in rows for outputs in row.stored]

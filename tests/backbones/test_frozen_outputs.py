@@ -48,7 +48,7 @@ def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore |
             rows = RowEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
             row = Example(talk, tuple(NAMES[id(picture)] for picture in pictures), turns)
             encoded = rows.encode(row, StoredPictures(()))
-            samples.append(Sample(0, talk, encoded.input_ids, encoded.labels, inputs=encoded.inputs))
+            samples.append(Sample(encoded.input_ids, encoded.labels, id=talk, inputs=encoded.inputs))
             samples[-1] = replace(samples[-1], stored=encoded.stored)
     return samples
 

@@ -15,7 +15,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
 
 def sample(index: int, ids: list[int], *, cut: int = 0, **inputs: Tensor) -> Sample:
     labels = torch.tensor([-100, *ids[1:]])
-    return Sample(index, f"s{index}", torch.tensor(ids), labels, cut_tokens=cut, inputs=inputs)
+    return Sample(torch.tensor(ids), labels, index=index, id=f"s{index}", cut_tokens=cut, inputs=inputs)
 
 
 def test_right_padding_written_out() -> None:
@@ -77,7 +77,7 @@ def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...]
     labels = torch.full_like(row, IGNORED)
     labels[len(ids) - answered :] = row[len(ids) - answered :]
     inputs = {"image_features": torch.full((len(images), 2, 3), float(index))} if images else {}
-    return Sample(index, f"s{index}", row, labels, inputs=inputs, images=images)
+    return Sample(row, labels, index=index, id=f"s{index}", inputs=inputs, images=images)
 
 
 def test_two_questions_about_one_picture_written_out() -> None:
