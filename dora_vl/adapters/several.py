@@ -205,7 +205,7 @@ def _factors(layer: nn.Module, name: str) -> Factors:
         lora_A=None if a is None else a.detach(),
         lora_B=None if b is None else b.detach(),
         magnitude=None if layer.magnitude is None else layer.magnitude.detach(),
-        scale=layer.scale(),
+        scale=layer.adapter.scale,
     )
 
 

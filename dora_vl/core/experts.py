@@ -82,31 +82,29 @@ class ExpertsProjection(AdaptedLayer):
         factors = self.factors()
         return [] if factors is None else list(zip(*factors, strict=True))
 
-    def dense_weight(self) -> Float[Tensor, "out in_"]:
-        """Refused: what asks for it knows one matrix a layer."""
-        raise UserError("LoftQ and PiSSA start from one matrix a layer; experts that are one tensor start otherwise")
-
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
         """||W_e,i||^2 of every row of every expert."""
-        return torch.stack([functional.row_norms_squared(weight) for weight in self.as_matrix(self._frozen_weight())])
+        return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
     def norms_squared(self) -> Float[Tensor, "experts out"]:
         """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
         factors = self.factors()
         if factors is None:
             return self.weight_norms_squared()
-        weight = self.as_matrix(self._frozen_weight())
+        weight = self.frozen_matrix()
         with torch.autocast(weight.device.type, enabled=False):
             a, b = (factor.to(weight.dtype) for factor in factors)
             on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
-            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.scale())
+            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """An expert at a time."""
-        weight, owners, dense = self.as_matrix(self._frozen_weight()), index // self.out_features, []
+        weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
         for expert in owners.unique_consecutive().tolist():
             rows = index[owners == expert] - expert * self.out_features
-            dense.append(functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale()))
+            dense.append(
+                functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.adapter.scale)
+            )
         return torch.cat(dense)
 
     # -- forward -----------------------------------------------------------------------------------------------
@@ -142,12 +140,12 @@ class ExpertsProjection(AdaptedLayer):
                 assert lora_A is not None
                 assert lora_B is not None
                 dropped_x = F.dropout(x, probability)
-                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.scale()
+                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.adapter.scale
                 full, frozen = functional.gain(m, self.norms()[expert]), F.linear(dropped_x, weight)
                 outputs.append(functional.changed_output(F.linear(x, weight, b_e), frozen, low_rank, full))
                 continue
             dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
-            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.scale(), dropped)
+            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.adapter.scale, dropped)
             outputs.append(cast(Tensor, functional.AdaptedProduct.apply(*operands)))
         return torch.cat(outputs)
 
@@ -176,7 +174,7 @@ class ExpertsProjection(AdaptedLayer):
         for expert, weight in enumerate(self.as_matrix(self.weight)):
             a, b = (None, None) if factors is None else (factors[0][expert], factors[1][expert])
             m = None if self.magnitude is None else self.magnitude[expert]
-            weight.copy_(functional.merged_weight(weight, a, b, m, self.scale()))
+            weight.copy_(functional.merged_weight(weight, a, b, m, self.adapter.scale))
         self.merged = True
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import ROW_HALVES, scaled_product, triton_kernels
+from dora_vl.core.fast.products import frozen_product, scaled_product, triton_kernels
 from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
@@ -156,7 +156,7 @@ class AdaptedProduct(torch.autograd.Function):
         """Runs the layer; every operand but A, B and m in the dtype of x."""
         kept_input = x
         rows = masked = x.reshape(-1, x.shape[-1])
-        y = ROW_HALVES.product(rows, weight.t(), bias)
+        y = frozen_product(rows, weight.t(), bias)
         hidden = saved_y = fragile_z = positions = taken = None
         ctx.probability = None
         if lora_A is not None:
@@ -202,7 +202,7 @@ class AdaptedProduct(torch.autograd.Function):
             dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
         elif gain is not None and dm is not None and fragile_z is not None:
             dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
-        dx = ROW_HALVES.product(dz, weight) if needs[0] else None
+        dx = frozen_product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
             # Contiguous in the same copy: a gradient laid out unlike its parameter would be copied once more.

@@ -159,7 +159,7 @@ class RowChange:
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
         gain = None if full is None else careful_gain(full, layer.norms(), layer.bias, dtype)
-        scaled_b = (b.to(dtype) * layer.scale()).t().contiguous()
+        scaled_b = (b.to(dtype) * layer.adapter.scale).t().contiguous()
         return cls(a.to(dtype).contiguous(), scaled_b, gain, GainByStrength.of(layer))
 
     def minus_one(self) -> Float[Tensor, " out"]:

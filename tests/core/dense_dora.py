@@ -50,7 +50,7 @@ def dense_dora(
 def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Tensor, strength: float) -> Tensor:
     """y of one layer at a share of its adapter, with a dense direction."""
     factors = layer.factors()
-    change = torch.zeros_like(weight) if factors is None else layer.scale() * factors[1] @ factors[0]
+    change = torch.zeros_like(weight) if factors is None else layer.adapter.scale * factors[1] @ factors[0]
     direction = weight + strength * change
     if layer.magnitude is not None:
         before = torch.linalg.vector_norm(weight, dim=1)

@@ -147,7 +147,7 @@ def test_rows_that_cancel_are_taken_dense():
     with torch.no_grad():  # V is nearly 0 in two rows of two experts
         layer.lora_A[[1, 4]] = torch.eye(6, dtype=torch.float64)
         for place in ((1, 2), (4, 5)):
-            layer.lora_B[place] = -weight[place] / layer.scale() * (1 - 1e-6)
+            layer.lora_B[place] = -weight[place] / layer.adapter.scale * (1 - 1e-6)
     expected = functional_call(base, dense(model, base), given)
     torch.testing.assert_close(model(*given), expected, rtol=1e-9, atol=1e-9)
 

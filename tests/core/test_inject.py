@@ -158,8 +158,8 @@ def test_rank_and_alpha_patterns_and_magnitude_targets():
     apply_dora(model, config(**patterns, magnitude_targets=("vision.*_proj",)))
     assert model.text[1].q_proj.lora_A.shape == (3, 6)
     assert model.text[0].q_proj.lora_A.shape == (2, 6)
-    assert model.text[0].q_proj.scale() == 0.5
-    assert model.text[0].v_proj.scale() == 3.0
+    assert model.text[0].q_proj.adapter.scale == 0.5
+    assert model.text[0].v_proj.adapter.scale == 3.0
     assert model.vision[0].q_proj.lora_A is None
     assert model.vision[0].q_proj.magnitude.requires_grad
     assert not model.vision[0].norm.weight.requires_grad

@@ -121,7 +121,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_form(kind, method, detach_
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for _ in range(2)]
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in trained.items()}
-    direction = layer.as_matrix(layer.dense_weight())
+    direction = layer.frozen_matrix()
     if kind != "opaque":
         direction = layer.as_matrix(layer.weight.detach())
     if "lora_A" in leaves:

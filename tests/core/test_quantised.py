@@ -80,10 +80,10 @@ def test_it_trains_as_the_dense_layer(quantiser):
     before = base(inputs[0])
     layer = adapted(base)["q"]
     assert torch.equal(layer(inputs[0]), before)
-    torch.testing.assert_close(layer.dense_weight(), weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.frozen_matrix(), weight, rtol=1e-5, atol=1e-5)
     move_layer(layer)
     leaves = {n: getattr(layer, n).detach().clone().requires_grad_() for n in ("lora_A", "lora_B", "magnitude")}
-    direction = weight + layer.scale() * leaves["lora_B"] @ leaves["lora_A"]
+    direction = weight + layer.adapter.scale * leaves["lora_B"] @ leaves["lora_A"]
     norms = direction.norm(dim=1).detach()
     torch.testing.assert_close(layer.norms(), norms, rtol=1e-5, atol=0)
     y = layer(inputs[0].requires_grad_())
@@ -109,9 +109,9 @@ def test_bitsandbytes_8bit():
     layer = adapted(base)["q"]
     assert torch.equal(layer(x), before)
     move_layer(layer)
-    weight = layer.dense_weight()
+    weight = layer.frozen_matrix()
     torch.testing.assert_close(weight, plain.weight, rtol=0, atol=2e-3)
-    direction = (weight + layer.scale() * layer.lora_B @ layer.lora_A).detach()
+    direction = (weight + layer.adapter.scale * layer.lora_B @ layer.lora_A).detach()
     torch.testing.assert_close(layer.norms(), direction.norm(dim=1), rtol=1e-3, atol=0)
     expected = x.float() @ ((layer.magnitude / direction.norm(dim=1)).unsqueeze(1) * direction).t() + plain.bias
     torch.testing.assert_close(layer(x).float(), expected, rtol=5e-2, atol=5e-2)
@@ -219,7 +219,7 @@ def test_an_edit_of_the_layer_inside_or_of_its_scales_is_noticed(edit):
     layer = QuantisedLinear(base, config, QUANTISED_KINDS["hqq.core.quantize.HQQLinear"])
     move_layer(layer)
     for _ in range(2):
-        direction = base.dequantize() + layer.scale() * layer.lora_B @ layer.lora_A
+        direction = base.dequantize() + layer.adapter.scale * layer.lora_B @ layer.lora_A
         norm = direction.norm(dim=1)
         torch.testing.assert_close(layer.norms(), norm, rtol=1e-5, atol=0)
         expected = x @ ((layer.magnitude / norm).unsqueeze(1) * direction).t()

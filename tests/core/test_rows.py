@@ -180,11 +180,11 @@ def test_norms_on_the_line_hold_where_a_row_nearly_vanishes():
     layer = DoRALinear(linear, config()).eval()
     layer.lora_A[0] = linear.weight[3] + 0.01 * torch.randn(6)
     layer.lora_B.normal_(std=0.2)
-    layer.lora_B[3] = torch.tensor([-2.0, 0.0]) / layer.scale()
+    layer.lora_B[3] = torch.tensor([-2.0, 0.0]) / layer.adapter.scale
     gain = GainByStrength.of(layer)
     assert gain is not None
     for strength in (0.25, 0.5, 0.75):
-        dense = linear.weight.double() + strength * layer.scale() * layer.lora_B.double() @ layer.lora_A.double()
+        dense = linear.weight.double() + strength * layer.adapter.scale * layer.lora_B.double() @ layer.lora_A.double()
         expected = torch.linalg.vector_norm(dense, dim=1)
         assert strength != 0.5 or expected[3] < 0.1 * torch.linalg.vector_norm(linear.weight[3])
         torch.testing.assert_close(gain.norms_at(strength).double(), expected, rtol=1e-3, atol=1e-6)
