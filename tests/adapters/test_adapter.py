@@ -43,7 +43,7 @@ def test_a_start_that_changed_the_base_is_refused_everywhere(tmp_path, start):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for read in (read_adapter, lambda folder: load_adapter(model, folder), lambda f: AdapterSet(model).load("x", f)):
-        with pytest.raises(UserError, match="path_initial_model_for_weight_conversion"):
+        with pytest.raises(UserError):
             read(tmp_path / "peft")
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

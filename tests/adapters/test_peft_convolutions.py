@@ -144,8 +144,3 @@ def test_a_kernel_of_width_one_has_no_dilation(tmp_path, padding_mode):
     conv = nn.Conv2d(6, 4, 1, dilation=3, padding_mode=padding_mode)
     save_adapter(adapted(conv, "dora"), tmp_path / "adapter")
     assert peft_type(tmp_path / "adapter") == "LORA"
-
-
-def test_groups_are_refused_with_the_layers_name():
-    with pytest.raises(UserError):
-        adapted(nn.Conv1d(6, 4, 3, groups=2), "dora")

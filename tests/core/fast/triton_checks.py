@@ -382,23 +382,6 @@ def test_layers_equal_the_eager_ones(monkeypatch, launches, kind, changes):
             close(narrow.eval()(x), wide.eval()(x.double()), torch.float32, "eval", times=4)
 
 
-def test_an_opaque_layers_gain_is_kept_and_fresh():
-    layer, x = adapted_layer("opaque"), torch.randn(5, 33)
-    layer(x)
-    kept = layer._kept["gain"]
-    layer(x)
-    assert layer._kept["gain"] is kept
-    before, bias = layer(x).detach(), layer.base.bias.detach()
-    with torch.no_grad():
-        layer.magnitude.mul_(1.5)
-    torch.testing.assert_close(layer(x).detach() - bias, 1.5 * (before - bias), rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        layer.base.secret.mul_(2)
-    fresh = copy.deepcopy(layer)
-    fresh.forget_norms(frozen=True)
-    torch.testing.assert_close(layer(x), fresh(x))
-
-
 def test_every_launch_is_on_its_tensors_device(monkeypatch):
     """Triton launches on the current device; a model spread over several has its layers on others."""
     assert isinstance(kernels.on_device(torch.device("cuda", 1)), torch.cuda.device)
