@@ -77,11 +77,6 @@ class ExpertsProjection(AdaptedLayer):
         """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
         return "experts that are one tensor"
 
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each expert."""
-        factors = self.factors()
-        return [] if factors is None else list(zip(*factors, strict=True))
-
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
         """||W_e,i||^2 of every row of every expert."""
         return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
@@ -106,6 +101,13 @@ class ExpertsProjection(AdaptedLayer):
                 functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.adapter.scale)
             )
         return torch.cat(dense)
+
+    def merged_matrix(self) -> Float[Tensor, "experts out in_"]:
+        """W' of each expert, in float32 one at a time."""
+        a, b = self.factors() or ([None] * self.experts, [None] * self.experts)
+        magnitudes = [None] * self.experts if self.magnitude is None else self.magnitude
+        operands = zip(self.as_matrix(self.weight), a, b, magnitudes, strict=True)
+        return torch.stack([functional.merged_weight(*operand, self.adapter.scale) for operand in operands])
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -161,21 +163,6 @@ class ExpertsProjection(AdaptedLayer):
         biases = [None] * self.experts if bias is None else bias.unbind()
         rows = zip(quick, functional.gain(magnitude, norms), norms, biases, strict=True)
         return [gain or careful_gain(full, norm, expert_bias, dtype) for gain, full, norm, expert_bias in rows]
-
-    # -- merging -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def merge(self, *, keep_base: bool = True) -> None:
-        """Folds the adapter into `weight`, an expert at a time."""
-        if self.merged:
-            return
-        factors = self.factors()
-        self._base_weight = self.weight.detach().clone() if keep_base else None
-        for expert, weight in enumerate(self.as_matrix(self.weight)):
-            a, b = (None, None) if factors is None else (factors[0][expert], factors[1][expert])
-            m = None if self.magnitude is None else self.magnitude[expert]
-            weight.copy_(functional.merged_weight(weight, a, b, m, self.adapter.scale))
-        self.merged = True
 
 
 def products(

@@ -229,7 +229,7 @@ def changed_product_(
     """Makes g (W x + h B^T) + b of W x + b, in place; `hidden` is h = s A x."""
     kernels = None if gain is None else triton_kernels(y)
     if kernels is not None and gain is not None:
-        return kernels.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
+        return kernels.adapted_output(y, hidden, lora_B, bias, gain.minus_one, in_place=True)
     if hidden is not None and lora_B is not None:
         y.addmm_(hidden, lora_B.to(y.dtype).t())
     return y if gain is None else apply_gain(y, bias, gain.minus_one)

@@ -65,6 +65,8 @@ class AdaptedLayer(nn.Module):
         "magnitude": "lora_magnitude_vector",
     }
     """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
+    experts: int = 0
+    """Of a mixture, how many matrices the layer's weight holds; 0: it is one."""
     weight_is_readable: ClassVar[bool] = True
     """Whether `weight` holds the values that multiply the input; not so where they are quantised."""
 
@@ -96,7 +98,8 @@ class AdaptedLayer(nn.Module):
             self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
             (out_features, in_features), rank = self.matrix_shape(), self.adapter.rank
-            for a, b in self.factor_pairs() if device.type != "meta" else ():
+            pairs = zip(self.lora_A, self.lora_B, strict=True) if self.experts else [(self.lora_A, self.lora_B)]
+            for a, b in pairs if device.type != "meta" else ():
                 if self.adapter.init == "kaiming":
                     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 elif self.adapter.init == "gaussian":
@@ -165,10 +168,6 @@ class AdaptedLayer(nn.Module):
     def factors(self) -> tuple[Float[Tensor, "*experts rank in_"], Float[Tensor, "*experts out rank"]] | None:
         """A and B as matrices, with their gradients; None for a magnitude alone."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
-
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each matrix that the layer multiplies by, as views: one pair, or one for each expert."""
-        return [] if self.lora_A is None or self.lora_B is None else [(self.lora_A, self.lora_B)]
 
     def frozen_matrix(self) -> Float[Tensor, "*experts out in_"]:
         """W as it was before a merge; of a quantised layer made for the one who asks."""
@@ -317,11 +316,14 @@ class AdaptedLayer(nn.Module):
         """Folds the adapter into `weight`, computed in float32; with `keep_base`, `unmerge` restores it bit by bit."""
         if self.merged:
             return
-        a, b = self.factors() or (None, None)
-        merged = functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.adapter.scale)
         self._base_weight = self.weight.detach().clone() if keep_base else None
-        self.weight.copy_(self.from_matrix(merged))
+        self.weight.copy_(self.from_matrix(self.merged_matrix()))
         self.merged = True
+
+    def merged_matrix(self) -> Float[Tensor, "*experts out in_"]:
+        """W' of the adapter as it is now."""
+        a, b = self.factors() or (None, None)
+        return functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.adapter.scale)
 
     def refuse_merging(self, name: str) -> None:
         """Raises a `UserError` that names the layer where `weight` cannot hold merged values."""

@@ -100,7 +100,7 @@ def test_both_passes(shape, dtype, with_bias, low_rank):
     assert torch.equal(product, before)
     assert y.dtype == dtype
     close(y, reference_output(product, hidden, b, bias, gain.minus_one), dtype, "y")
-    assert torch.equal(kernels.adapted_output_(product, hidden, b, bias, gain.minus_one), y)
+    assert torch.equal(kernels.adapted_output(product, hidden, b, bias, gain.minus_one, in_place=True), y)
     assert torch.equal(product, y)
     dz, dh, dm, db = kernels.backward_pass(dy, y, b, bias, gain, 0.7, with_bias_sum=with_bias)
     assert dz.dtype == dtype
@@ -135,7 +135,7 @@ def test_any_layout_of_any_operand(layout):
     for names in [*({name} for name in forward), set(forward)]:
         assert torch.equal(kernels.adapted_output(**changed(forward, names)), plain), names
         operands = changed(forward, names)
-        assert kernels.adapted_output_(**operands) is operands["product"]
+        assert kernels.adapted_output(**operands, in_place=True) is operands["product"]
         assert torch.equal(operands["product"], plain), names
     for names in [*({name} for name in backward), set(backward)]:
         found = kernels.backward_pass(**changed(backward, names), gain=strided, scale=0.7, with_bias_sum=True)
@@ -155,7 +155,7 @@ def test_only_what_is_asked_for(with_kept, with_sum):
 def test_no_rows():
     gain, b, seed = gain_of(12, torch.bfloat16), torch.randn(12, 3), torch.tensor(1)
     empty, hidden = torch.empty(0, 12, dtype=torch.bfloat16), torch.empty(0, 3, dtype=torch.bfloat16)
-    assert kernels.adapted_output_(empty, hidden, b, None, gain.minus_one).shape == (0, 12)
+    assert kernels.adapted_output(empty, hidden, b, None, gain.minus_one, in_place=True).shape == (0, 12)
     dz, dh, dm, db = kernels.backward_pass(empty, empty, b, torch.randn(12), gain, 2.0, with_bias_sum=True)
     assert (dz.shape, dh.shape) == ((0, 12), (0, 3))
     assert torch.equal(dm, torch.zeros(12))
@@ -220,7 +220,7 @@ def test_tiles_are_timed_once_a_bucket_into_scratch_memory_and_the_quickest_is_t
     for rows, scale in ((33, 0.7), (40, 0.8), (64, 0.7), (65, 0.7), (5, 0.7)):
         product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
         expected = reference_output(product, hidden, b, bias, gain.minus_one)
-        y = kernels.adapted_output_(product, hidden, b, bias, gain.minus_one)
+        y = kernels.adapted_output(product, hidden, b, bias, gain.minus_one, in_place=True)
         close(y, expected, torch.float32, "y")
         dz, dh, _, db = kernels.backward_pass(dy, y, b, bias, gain, scale, with_bias_sum=True)
         close(dz, gain.full * dy, torch.float32, "dz")
@@ -302,8 +302,8 @@ SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
 def launches(monkeypatch):
     """How often the kernel of the output ran."""
     calls: list[int] = []
-    real = kernels._output
-    monkeypatch.setattr(kernels, "_output", lambda *operands: calls.append(1) or real(*operands))
+    real = kernels.adapted_output
+    monkeypatch.setattr(kernels, "adapted_output", lambda *given, **named: calls.append(1) or real(*given, **named))
     return calls
 
 
