@@ -183,15 +183,19 @@ class Adapter:
         return self.embeddings.union(kernels)
 
     @cached_property
+    def _by_name(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return by_own_name(self.source, self.tensors)
+
+    @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        tensors, _ = by_own_name(self.source, self.tensors)
-        return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[2] not in LEAVES and n not in SHARED}
+        own = self._by_name[0]
+        return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
 
     @cached_property
     def copies(self) -> dict[str, Tensor]:
         """PEFT's copies of the weights under adapted embeddings and heads, by the model's own names."""
-        return by_own_name(self.source, self.tensors)[1]
+        return self._by_name[1]
 
     @cached_property
     def answer_heads(self) -> frozenset[str]:
@@ -303,7 +307,7 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
     refuse_contradiction(str(source), config, recipe.get("adapter", {}))
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
-    if not adapter.matrix_factors and not adapter.experts and not adapter.extras:
+    if not adapter.extras and not adapter.matrix_factors and not adapter.experts:
         raise UserError(f"{weights} holds no tensor")
     return adapter
 
