@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from dora_vl.adapters.adapter import Factors, read_adapter
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.core.config import DoRAConfig
+from dora_vl.core.config import MAIN_PART, DoRAConfig
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
@@ -24,12 +24,14 @@ from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (
     adapted_layers,
+    all_tensors,
     choose_trained,
     forget_trained,
     is_adapted,
     kept_tensors,
     named_tensor,
     no_gather,
+    split_rows,
     trained_parts,
 )
 from dora_vl.errors import UserError
@@ -81,13 +83,12 @@ class AdapterSet:
         if adapter.experts:
             raise UserError(f"{folder} adapts experts that are one tensor, which cannot be switched; use load_adapter")
         self.switch(None)
-        modules, tensors = dict(self.model.named_modules()), self._tensors()
+        modules, tensors = dict(self.model.named_modules()), all_tensors(self.model)
         for layer in adapter.layers:
             if layer in modules:
                 self._base_layers.setdefault(layer, modules[layer])
-        for extra in adapter.extras:
-            if extra in tensors:
-                self._base_values.setdefault(extra, named_tensor(tensors, extra).detach().clone())
+        there = [n for n in adapter.extras if split_rows(n)[0] in tensors and n not in self._base_values]
+        self._base_values |= self._values(there)
         try:
             names = load_adapter(self.model, folder, change_base=False)
         except UserError:
@@ -114,22 +115,22 @@ class AdapterSet:
                 factors.setdefault(layer, []).append((shares[key], _factors(module, layer)))
         as_dora = any(part.magnitude is not None for parts in factors.values() for _, part in parts)
         self.switch(None)
+        layers: dict[str, nn.Module] = {}
         for layer, parts in sorted(factors.items()):
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
-            self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
-        values: dict[str, Tensor] = {}
+            layers[layer] = _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base)
+        extras: dict[str, Tensor] = {}
         trained: dict[str, tuple[str, ...]] = {}
         for key, adapter in loaded.items():
             for extra, tensor in adapter.extras.items():
-                base_value = self._base_values[extra].float()
-                values[extra] = values.get(extra, base_value) + shares[key] * (tensor - base_value)
+                start = self._base_values[extra].float()
+                extras[extra] = extras.get(extra, start) + shares[key] * (tensor - start)
             for part, names in adapter.parts.items():
                 trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
         kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.kept))
-        choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
-        self._set_values(values)
-        self._keep(name)
+        self._loaded[name] = _Loaded(layers, extras, trained, kept, {})
+        self.switch(name)
 
     def switch(self, name: str | None) -> None:
         """Makes an adapter active, or none: the model is then the base."""
@@ -139,8 +140,8 @@ class AdapterSet:
             raise UserError(f"adapter {self.active!r} is merged into the weights; unmerge_dora(model) before switching")
         if self.active is not None:
             # It may have been trained since; its layers are its own, its other tensors are the model's.
-            tensors, active = self._tensors(), self._loaded[self.active]
-            active.extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in active.extras}
+            active = self._loaded[self.active]
+            active.extras = self._values(active.extras)
         self._to_base()
         if name is None:
             return
@@ -153,13 +154,15 @@ class AdapterSet:
             also_train=chosen.parts,
             also_keep=chosen.kept,
             gather=no_gather,
-            part_of=lambda layer: chosen.part_of[layer],
+            part_of=lambda layer: chosen.part_of.get(layer, MAIN_PART),
         )
         self._set_values(chosen.extras)
         self.active = name
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+    def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of tensors of the model, or of their rows."""
+        tensors = all_tensors(self.model)
+        return {name: named_tensor(tensors, name).detach().clone() for name in names}
 
     def _keep(self, name: str) -> None:
         parts: dict[str, tuple[str, ...]] = {}
@@ -170,8 +173,7 @@ class AdapterSet:
             else:
                 parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
         kept = tuple(kept_tensors(self.model))
-        tensors = self._tensors()
-        extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in (*sum(parts.values(), ()), *kept)}
+        extras = self._values((*sum(parts.values(), ()), *kept))
         self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept, part_of)
         self.active = name
 
@@ -185,7 +187,7 @@ class AdapterSet:
 
     @torch.no_grad()
     def _set_values(self, values: Mapping[str, Tensor]) -> None:
-        tensors = self._tensors()
+        tensors = all_tensors(self.model)
         for name, value in values.items():
             named_tensor(tensors, name).copy_(value)
 

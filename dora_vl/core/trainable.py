@@ -116,7 +116,7 @@ def choose_trained(
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
-    keep = _kept_names(_tensors(model), also_keep)
+    keep = _kept_names(all_tensors(model), also_keep)
     _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
     parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
     for part, names in by_part.items():
@@ -138,7 +138,7 @@ def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]]
     """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
     for part, patterns in also_train.items():
         matching((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
-    _kept_names(_tensors(model), also_keep)
+    _kept_names(all_tensors(model), also_keep)
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
@@ -152,7 +152,7 @@ def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Frozen tensors that the adapter folder carries as well; a name may end in rows, which `kept_rows` takes."""
-    tensors = _tensors(model)
+    tensors = all_tensors(model)
     return {name: tensors[split_rows(name)[0]] for name in _trained_list(model).also_keep}
 
 
@@ -208,7 +208,8 @@ def _trained_list(model: nn.Module) -> _TrainedList:
     return vars(model)[_ATTRIBUTE]
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, under each of their names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
