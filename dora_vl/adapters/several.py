@@ -15,7 +15,7 @@ from dora_vl.adapters.adapter import Factors, read_adapter
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.core.config import MAIN_PART, DoRAConfig
+from dora_vl.core.config import DoRAConfig
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
@@ -23,16 +23,17 @@ from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (
+    TrainedList,
     adapted_layers,
     all_tensors,
     choose_trained,
     forget_trained,
     is_adapted,
-    kept_tensors,
     named_tensor,
     no_gather,
     split_rows,
-    trained_parts,
+    train_list,
+    trained_list,
 )
 from dora_vl.errors import UserError
 
@@ -42,10 +43,7 @@ class _Loaded:
     layers: dict[str, nn.Module]
     extras: dict[str, Tensor]
     """Values of the other tensors that the adapter carries."""
-    parts: dict[str, tuple[str, ...]]
-    kept: tuple[str, ...]
-    part_of: dict[str, str]
-    """The part that each adapted layer belongs to."""
+    trained: TrainedList
 
 
 class AdapterSet:
@@ -115,22 +113,23 @@ class AdapterSet:
                 factors.setdefault(layer, []).append((shares[key], _factors(module, layer)))
         as_dora = any(part.magnitude is not None for parts in factors.values() for _, part in parts)
         self.switch(None)
-        layers: dict[str, nn.Module] = {}
         for layer, parts in sorted(factors.items()):
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
-            layers[layer] = _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base)
+            self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
         extras: dict[str, Tensor] = {}
         trained: dict[str, tuple[str, ...]] = {}
         for key, adapter in loaded.items():
             for extra, tensor in adapter.extras.items():
                 start = self._base_values[extra].float()
                 extras[extra] = extras.get(extra, start) + shares[key] * (tensor - start)
-            for part, names in adapter.parts.items():
-                trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
-        kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.kept))
-        self._loaded[name] = _Loaded(layers, extras, trained, kept, {})
-        self.switch(name)
+            for part in adapter.trained.parts:
+                if not part.adapts:
+                    trained[part.name] = tuple(dict.fromkeys((*trained.get(part.name, ()), *part.parameters)))
+        kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.trained.also_keep))
+        choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
+        self._set_values(extras)
+        self._keep(name)
 
     def switch(self, name: str | None) -> None:
         """Makes an adapter active, or none: the model is then the base."""
@@ -148,14 +147,7 @@ class AdapterSet:
         chosen = self._loaded[name]
         for layer, module in chosen.layers.items():
             self._put(layer, module)
-        choose_trained(
-            self.model,
-            full_modules=(),
-            also_train=chosen.parts,
-            also_keep=chosen.kept,
-            gather=no_gather,
-            part_of=lambda layer: chosen.part_of.get(layer, MAIN_PART),
-        )
+        train_list(self.model, chosen.trained)
         self._set_values(chosen.extras)
         self.active = name
 
@@ -165,16 +157,10 @@ class AdapterSet:
         return {name: named_tensor(tensors, name).detach().clone() for name in names}
 
     def _keep(self, name: str) -> None:
-        parts: dict[str, tuple[str, ...]] = {}
-        part_of: dict[str, str] = {}
-        for part in trained_parts(self.model):
-            if part.adapts:
-                part_of |= {parameter.rpartition(".")[0]: part.part for parameter in part.parameters}
-            else:
-                parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
-        kept = tuple(kept_tensors(self.model))
-        extras = self._values((*sum(parts.values(), ()), *kept))
-        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept, part_of)
+        trained = trained_list(self.model)
+        extras = [name for part in trained.parts if not part.adapts for name in part.parameters]
+        values = self._values((*extras, *trained.also_keep))
+        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), values, trained)
         self.active = name
 
     def _to_base(self) -> None:
