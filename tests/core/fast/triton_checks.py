@@ -253,21 +253,6 @@ def test_what_forbids_timing(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_only_tiles_that_fit_are_timed():
-    def fitting(tiled: Any, rows: int, rank: int) -> list[Any]:
-        tensors = {name: torch.empty(1, dtype=torch.bfloat16) for name in ("factor", "dy", "minus_one")}
-        return tiled.fitting(
-            {**tensors, "rows": rows, "BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank}
-        )
-
-    for tiled in (kernels.OUTPUT, kernels.BACKWARD):
-        assert {tile.kwargs["BLOCK_ROWS"] for tile in fitting(tiled, 1, 16)} == {16}
-        assert len(fitting(tiled, 4096, 16)) == len(tiled.space), "small ranks exclude nothing"
-    wide = fitting(kernels.BACKWARD, 4096, 256)
-    assert 0 < len(wide) < len(kernels.BACKWARD.space)
-    assert all(tile.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * tile.num_warps for tile in wide)
-
-
 def test_products_follow_torchs_precision():
     before = torch.get_float32_matmul_precision()
     try:
