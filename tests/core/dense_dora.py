@@ -6,6 +6,8 @@ product with a given mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +60,19 @@ def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Ten
         direction = magnitude.unsqueeze(1) * direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
     y = x @ direction.t()
     return y if bias is None else y + bias
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Holds the block to leave a model's modules, tensors and what of it trains as they are."""
+    modules, flags = list(model.named_modules()), [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    assert list(model.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dora_vl.core.gain import Snapshot
 from dora_vl.core.inject import loftq
 from dora_vl.core.quantised import QUANTISED_KINDS, QuantisedLinear
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move_layer
+from tests.core.dense_dora import move_layer, unchanged
 from tests.core.test_layers import PATH, Sealed
 
 HOW = "optional quantisation: pip install bitsandbytes hqq torchao"
@@ -114,28 +114,22 @@ def test_a_mix_is_refused_before_anything_is_merged():
     plain = nn.Linear(300, 7)
     model: Any = nn.ModuleDict({"plain": plain, "sealed": sealed()})
     apply_dora(model, DoRAConfig(targets=("*",), rank=2, dropout=0.0, opaque_layers=(PATH,)))
-    before = plain.weight.detach().clone()
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         merge_dora(model)
-    assert torch.equal(plain.weight, before)
     assert not model["plain"].merged
 
 
 def test_pissa_is_refused_before_anything_changes(tmp_path):
     """By `apply_dora`, and by a folder that was trained over a plain layer."""
     model = nn.ModuleDict({"q": sealed(), "plain": nn.Linear(6, 6)})
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = {"targets": ("*",), "rank": 2, "init": "pissa", "opaque_layers": (PATH,)}
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         apply_dora(model, DoRAConfig(**settings))
     source = nn.ModuleDict({"q": nn.Linear(300, 7)})
     apply_dora(source, DoRAConfig(**settings))
     save_adapter(source, tmp_path / "a")
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         load_adapter(model, tmp_path / "a")
-    assert type(model["q"]) is Sealed
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_bias_that_trains_costs_no_pass_over_the_weight(monkeypatch):
