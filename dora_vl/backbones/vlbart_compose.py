@@ -23,8 +23,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING
 from dora_vl.backbones.loading import written_base
-from dora_vl.backbones.published_features import open_features
 from dora_vl.backbones.specs import VlBartSpec
+from dora_vl.backbones.vision_store import open_features
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
@@ -102,7 +102,7 @@ LEAST_SPREAD = 0.1
 def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Mean and spread of each number of a token, over the tokens of the folder's first files."""
     source = open_features(folder)
-    tokens = torch.cat([source.read(name).double() for name in islice(source.held, MOST_FILES)])
+    tokens = torch.cat([source.read(name).double() for name in islice(source.rows, MOST_FILES)])
     spread = tokens.std(dim=0, correction=0)
     least = LEAST_SPREAD * float(tokens.std(correction=0))
     return tokens.mean(dim=0).float(), spread.clamp_min(least).float()
