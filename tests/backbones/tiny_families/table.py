@@ -7,22 +7,19 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.backbones.tiny_families import crossing, deepseek, gemma, glm, grids, llava, mistral, qwen, tiles
+from tests.backbones.tiny_families import grids, towers
 from tests.backbones.tiny_families.family import Family, why_not_here
 
 FAMILIES: Mapping[str, Family] = {
-    **llava.FAMILIES,
-    **qwen.FAMILIES,
-    **tiles.FAMILIES,
-    **gemma.FAMILIES,
-    **mistral.FAMILIES,
-    **glm.FAMILIES,
-    **deepseek.FAMILIES,
-    **crossing.FAMILIES,
-    **grids.FAMILIES,
+    **towers.LLAVAS,
+    **grids.QWENS,
+    **towers.TILES,
+    **towers.GEMMAS,
+    **towers.ONE_SIZE,
+    **grids.GLMS,
+    **towers.CROSSING,
+    **grids.OTHERS,
 }
-
-
 QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
 """Of each kind of picture, mask and prompt one."""
 
