@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 TemplateName = Literal[
@@ -80,16 +80,9 @@ class ComposeSpec:
 
     def tower(self) -> TowerSpec:
         """The part of this that is about the vision tower."""
+        own = vars(self)
         return TowerSpec(
-            library=self.vision_library,
-            name=self.vision_name,
-            weights=self.vision_weights,
-            weights_in_order=self.vision_weights_in_order,
-            layer=self.vision_layer,
-            grid_pool=self.grid_pool,
-            image_size=self.image_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
+            **{field.name: own.get(f"vision_{field.name}", own.get(field.name)) for field in fields(TowerSpec)}
         )
 
 
