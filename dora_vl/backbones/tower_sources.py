@@ -37,7 +37,7 @@ from dora_vl.backbones.towers import (
     of_three_colours,
 )
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
@@ -184,23 +184,14 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
     if spec.weights_in_order:
         if len(state) != len(target):
             raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
-        pairs = zip(state.items(), target.items(), strict=True)
-        for place, ((theirs, value), (ours, weight)) in enumerate(pairs):
-            if value.shape != weight.shape:
-                raise UserError(
-                    f"{source}: tensor {place} is {theirs} {tuple(value.shape)}, but the network has {ours} "
-                    f"{tuple(weight.shape)} there: not the same order"
-                )
         state = dict(zip(target, state.values(), strict=True))
-    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
-    wrong = sorted(name for name in target.keys() & state.keys() if target[name].shape != state[name].shape)
-    if missing or unexpected or wrong:
+    try:
+        network.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
         raise UserError(
-            f"{source} does not fit {type(network).__name__}: {len(missing)} names missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}; where the "
-            "tensors stand in the same order under other names, set vision_weights_in_order"
-        )
-    network.load_state_dict(dict(state), strict=True)
+            f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors stand in the same order under "
+            "other names, set vision_weights_in_order"
+        ) from error
 
 
 def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:

@@ -24,7 +24,8 @@ QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefic
 """Of each kind of picture, mask and prompt one."""
 
 
-def _param(family: str, *, is_slow: bool = False) -> object:
+def param(family: str, *, is_slow: bool = False) -> object:
+    """A family's name with what it takes to be tried."""
     needs = FAMILIES[family].needs
     missing = needs is not None and importlib.util.find_spec(needs) is None
     slow = (pytest.mark.slow,) if is_slow or FAMILIES[family].slow else ()
@@ -33,8 +34,8 @@ def _param(family: str, *, is_slow: bool = False) -> object:
     return pytest.param(family, marks=(*skips, *slow))
 
 
-families = pytest.mark.parametrize("family", [_param(family) for family in FAMILIES])
+families = pytest.mark.parametrize("family", [param(family) for family in FAMILIES])
 """A test of every family."""
 
-families_in_turn = pytest.mark.parametrize("family", [_param(one, is_slow=one not in QUICK) for one in FAMILIES])
+families_in_turn = pytest.mark.parametrize("family", [param(one, is_slow=one not in QUICK) for one in FAMILIES])
 """A test of every family that takes a second for each: quick of a few, slow of the others."""
