@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 TemplateName = Literal[
     "vicuna_v1",
@@ -81,9 +81,10 @@ class ComposeSpec:
     def tower(self) -> TowerSpec:
         """The part of this that is about the vision tower."""
         own = vars(self)
-        return TowerSpec(
-            **{field.name: own.get(f"vision_{field.name}", own.get(field.name)) for field in fields(TowerSpec)}
-        )
+        tower: dict[str, Any] = {
+            field.name: own.get(f"vision_{field.name}", own.get(field.name)) for field in fields(TowerSpec)
+        }
+        return TowerSpec(**tower)
 
 
 PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]

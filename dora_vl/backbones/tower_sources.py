@@ -25,7 +25,14 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
-from dora_vl.backbones.loading import LanguageModel, filled, load_language_model, read_language_model, written_base
+from dora_vl.backbones.loading import (
+    LanguageModel,
+    add_image_token,
+    filled,
+    load_language_model,
+    read_language_model,
+    written_base,
+)
 from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, TowerSpec
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
@@ -36,7 +43,6 @@ from dora_vl.backbones.towers import (
     network_output,
     of_three_colours,
 )
-from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
@@ -281,7 +287,7 @@ def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForC
     config = LlavaConfig(
         vision_config=tower.model.config,
         text_config=language.config,
-        image_token_index=language.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        image_token_index=add_image_token(language.tokenizer),
         image_seq_length=tower.tokens,
         vision_feature_layer=tower.layer,
         vision_feature_select_strategy=tower.select,
