@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on(
     place.filled()
     assert len(computed) == again
     kinds = {path.name.split("-")[0] for path in place.cache.rglob("*") if path.is_file()}
-    assert kinds == {"outputs", "settings.json"}
+    assert kinds == {"shard", "settings.json"}
 
 
 def test_a_changed_picture_is_computed_again(place: Place, computed: list[object]) -> None:
