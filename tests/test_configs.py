@@ -28,8 +28,8 @@ from dora_vl.core import trained_parts
 from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.reading import read_settings, variants_of
 from dora_vl.run.settings import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
-from dora_vl.training.adapting import adapt
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
+from dora_vl.training.parts import adapt
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config
 from tests.backbones.tiny_families.table import FAMILIES as TINY_FAMILIES
 from tests.backbones.tiny_image_text import tiny_tokenizer

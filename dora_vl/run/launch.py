@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -34,6 +34,7 @@ SAVE_SECONDS = 120.0
 DEEPSPEED_PARENT = "deepspeed.launcher.launch"
 """What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 def threads_of_this_rank() -> int | None:
@@ -136,6 +137,15 @@ def rank_and_ranks() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gathered(mine: Item) -> list[Item]:
+    """What every rank has, in their order; every rank must call it."""
+    _, ranks = rank_and_ranks()
+    everyone = [mine] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def wait_for_everyone() -> None:

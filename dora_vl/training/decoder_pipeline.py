@@ -28,6 +28,7 @@ from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import check_test, evaluate_commonsense, media_of_run, read_sets, read_test, run_test
 from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import check_model_folder
+from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
     check_base,
@@ -41,9 +42,9 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.adapting import core_config
 from dora_vl.training.memory import Activations, decoder_activations
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
+from dora_vl.training.parts import core_config
+from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -220,14 +221,14 @@ class DecoderPipeline(Pipeline[RunConfig]):
         """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""
         return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """Its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
         places = [config[name] for name in PLACES if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
         if not places and isinstance(token, str):
             places = [tokenizer.convert_tokens_to_ids(token)]
-        return Reading(tokenizer, frozenset(places))
+        return TokenText(tokenizer, frozenset(places))
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError, shown_names
 from dora_vl.run.folder import read_log, write_log
-from dora_vl.run.launch import rank_and_ranks
+from dora_vl.run.launch import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class StepFaults(TrainerCallback):
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
             of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            ids = _on_all_ranks([sample_id for micro_batch in broken for sample_id in micro_batch])
+            ids = [sample_id for rank in gathered(broken) for micro_batch in rank for sample_id in micro_batch]
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
             # A gradient that is a number was not dropped: an infinite loss may have one.
             done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
@@ -212,7 +212,7 @@ def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Names of floating weights that hold NaN or infinity on any rank."""
     # DeepSpeed's name for this rank's share of a parameter.
     here = [name for name, weight in named if not _is_finite(vars(weight).get("ds_tensor", weight).detach())]
-    return sorted(set(_on_all_ranks(here)))
+    return sorted({name for names in gathered(here) for name in names})
 
 
 def _is_finite(weights: Tensor) -> bool:
@@ -222,12 +222,3 @@ def _is_finite(weights: Tensor) -> bool:
     if weights.dtype == torch.float64:
         return bool(weights.isfinite().all())
     return bool(weights.sum(dtype=torch.float32).isfinite()) or bool(weights.isfinite().all())
-
-
-def _on_all_ranks(names: list[str]) -> list[str]:
-    _, ranks = rank_and_ranks()
-    if ranks == 1:
-        return names
-    everyone: list[list[str]] = [[] for _ in range(ranks)]
-    torch.distributed.all_gather_object(everyone, names)
-    return [name for of_rank in everyone for name in of_rank]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import TextIOBase
@@ -23,7 +26,6 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import shown_text
-from dora_vl.training.progress import lines_above
 
 MOST_SHARE, LEAST_SECONDS = 0.01, 0.25
 """Of the time, for drawing: after a drawing the next waits so long."""
@@ -297,3 +299,70 @@ class LiveView(TrainerCallback):
             self._busy = False
         while self._waiting:
             self._show_line(self._waiting.pop(0))
+
+
+class LinesAbove:
+    """Stands for a terminal's stream above a live view: whole lines are handed on, all else is the stream's own.
+
+    A process forked from this one, such as a data worker, has no view and writes to the stream itself. A line that was
+    drawn over (`\\r`, as progress bars do) is handed on as it was last.
+    """
+
+    def __init__(self, stream: TextIO, show: Callable[[str], None]) -> None:
+        self._stream, self._show = stream, show
+        self._process = os.getpid()
+        self._begun = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Shows each line that is whole now."""
+        if os.getpid() != self._process:
+            return self._stream.write(text)
+        *whole, begun = (self._begun + text).split("\n")
+        self._begun = begun[begun.rfind("\r") + 1 :]
+        for line in whole:
+            self._show(line.rstrip("\r").rpartition("\r")[2])
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes one after another."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """A line that has no end yet waits for it."""
+        if os.getpid() != self._process:
+            self._stream.flush()
+
+    def finish(self) -> None:
+        """Shows a line that never got its end."""
+        if self._begun:
+            self._show(self._begun)
+            self._begun = ""
+
+
+@contextlib.contextmanager
+def lines_above(show: Callable[[str], None]) -> Iterator[None]:
+    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `show`, line by line."""
+    out, err = sys.stdout, sys.stderr
+    above = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
+    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    handlers = [
+        (handler, handler.stream)
+        for logger in loggers
+        for handler in logger.handlers  # they keep the stream they were made with; some ask for sys.stderr each time
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in above
+    ]
+    for handler, stream in handlers:
+        handler.setStream(above[id(stream)])
+    sys.stdout, sys.stderr = (cast(TextIO, above.get(id(stream), stream)) for stream in (out, err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for handler, stream in handlers:
+            handler.setStream(stream)
+        for stream in above.values():
+            stream.finish()

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.adapters.folder import load_adapter
@@ -27,6 +26,7 @@ from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
+from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunSettings
@@ -136,14 +136,6 @@ class TrainingData:
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A tokenizer, and the ids that stand for a piece of a picture or a video."""
-
-    tokenizer: PreTrainedTokenizerBase
-    places: frozenset[int] = frozenset()
-
-
 Config = TypeVar("Config", bound=RunSettings)
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 
@@ -206,7 +198,7 @@ class Pipeline(ABC, Generic[Config]):
         """
 
     @abstractmethod
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """How the tokens of its batches are read."""
 
     @abstractmethod

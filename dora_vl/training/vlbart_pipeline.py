@@ -41,16 +41,17 @@ from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
+from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.launch import loading_in
 from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
 from dora_vl.run.watched import Watch
-from dora_vl.training.adapting import core_config
 from dora_vl.training.closed_answers import SETTING, account, check_closed, lists_in, make_lists
 from dora_vl.training.memory import Activations
-from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
+from dora_vl.training.parts import core_config
+from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.seq2seq_tasks import (
     MixtureDataset,
     Seq2SeqLoss,
@@ -206,9 +207,9 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             source=str(data.held_out or evaluation.file),
         )
 
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """BART's tokens; pictures have no place among them."""
-        return Reading(self.encoder.tokenizer)
+        return TokenText(self.encoder.tokenizer, frozenset())
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]

@@ -18,7 +18,7 @@ from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_settings, run_parser
 from dora_vl.run.settings import AdapterConfig, RunConfig
-from dora_vl.training.adapting import core_config
+from dora_vl.training.parts import core_config
 
 OTHER: dict[str, Any] = {
     "method": "lora",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dora_vl.training.callbacks import read_log
+from dora_vl.run.folder import read_log
 from tasks import llava_instruct
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_llava, write_pictures
 from tests.training.tiny_run import write_run, write_tiny_llava

@@ -14,9 +14,9 @@ from dora_vl.report.batch import BatchView, Piece, batch_page, batch_picture, te
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.first_batch import first_batch, shown_settings
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
+from dora_vl.training.show_command import first_batch, shown_settings
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny
 from tests.report.test_report import Page, asks_a_host

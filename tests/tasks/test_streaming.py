@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from dora_vl.errors import SettingError, UserError
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training import run_samples
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_pictures

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from dora_vl.errors import SettingError, UserError
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_settings
 from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import check_same_features
 from dora_vl.training.vlbart_pipeline import VlBartPipeline

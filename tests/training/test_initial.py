@@ -16,7 +16,7 @@ from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig
 from dora_vl.core.trainable import adapted_layers
 from dora_vl.errors import UserError
-from dora_vl.training.adapting import adapt
+from dora_vl.training.parts import adapt
 
 CONFIG = DoRAConfig(rank=4, alpha=6.0, targets=("first", "second"), alpha_pattern={"second": 10.0})
 

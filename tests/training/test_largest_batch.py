@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training import largest_batch
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
     asked_bytes,

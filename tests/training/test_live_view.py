@@ -16,8 +16,17 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.training.live_view import Asked, LiveView, RunNumbers, can_show, clock, close_views, rows, sparkline
-from dora_vl.training.progress import LinesAbove
+from dora_vl.training.live_view import (
+    Asked,
+    LinesAbove,
+    LiveView,
+    RunNumbers,
+    can_show,
+    clock,
+    close_views,
+    rows,
+    sparkline,
+)
 
 LINE = {
     "loss": 0.5,

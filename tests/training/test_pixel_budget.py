@@ -12,8 +12,8 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import grey_video, within_pixels
 from dora_vl.errors import SettingError
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from dora_vl.data.samples import BadSampleLedger
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.progress import BatchStatistics, Progress, account_of
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch
@@ -99,9 +101,13 @@ MEDIA = {"a.png": "1", "b.png": "2", "missing.png": "", "broken.png": "3"}
 def progress_over(*ids: str, **media: str) -> Progress:
     statistics = BatchStatistics(BadSampleLedger(max_bad_share=1.0, total_samples=3, source="train.json"))
     statistics.carry_over({"c": "picture broken.png in . cannot be decoded"})
-    found = Progress(statistics, None)
-    found.trains_on(lambda: ids, "train.json", lambda: {**MEDIA, **{f"{name}.png": key for name, key in media.items()}})
-    return found
+    named = {**MEDIA, **{f"{name}.png": key for name, key in media.items()}}
+    return Progress(statistics, None, data_of(ids=lambda: ids, media=lambda: named))
+
+
+def data_of(**account: Any) -> TrainingData:
+    sizes = {"samples": 3, "longest_tokens": 9}
+    return TrainingData(train=TensorDataset(torch.zeros(3)), collate=dict, source="train.json", **sizes, **account)
 
 
 @pytest.fixture
@@ -134,7 +140,7 @@ def test_a_replaced_file_is_refused_and_a_mended_one_goes_on(checkpoint: Path) -
 
 
 def test_a_stream_has_no_account(checkpoint: Path) -> None:
-    stream = Progress(BatchStatistics(), None)
+    stream = Progress(BatchStatistics(), None, data_of())
     stream.check_samples(checkpoint)
     stream.write(checkpoint, torch.device("cpu"), writes=True)
     assert json.loads((checkpoint / "progress.json").read_text())["training_samples"] is None

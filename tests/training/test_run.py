@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
-from dora_vl.run.folder import add_metrics, finished_already
+from dora_vl.run.folder import add_metrics, finished_already, read_log
 from dora_vl.run.reading import read_run_file
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.run import train

@@ -14,18 +14,20 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file, save_file
 
 from dora_vl.errors import UserError
-from dora_vl.training.checkpoint import load_random_states, save_random_states, seed_all
-from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
-from dora_vl.training.optimizer_state import (
+from dora_vl.training.checkpoint import (
     Layout,
     OptimizerPlaces,
     Piece,
     load_optimizer,
+    load_random_states,
     load_values,
     optimizer_numbers,
     places_of,
+    save_random_states,
+    seed_all,
     whole_tensors,
 )
+from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
 
 CPU = torch.device("cpu")
 Trained = dict[str, torch.nn.Parameter]

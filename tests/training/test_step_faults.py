@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
 from dora_vl.training.run import train

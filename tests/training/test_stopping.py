@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.adapters.files import complete_checkpoints
-from dora_vl.training.callbacks import StopOnSignal, read_log
+from dora_vl.run.folder import read_log
+from dora_vl.training.callbacks import StopOnSignal
 from tests.training.test_two_ranks import ROOT, launch, losses
 from tests.training.tiny_run import write_run
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.run.folder import read_log
 from dora_vl.run.watched import read_watched
-from dora_vl.training.callbacks import read_log
 from tests.training.tiny_run import write_run, write_tiny_data
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dora_vl.errors import UserError
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.progress import ValidationLoss, WholeSteps
 from dora_vl.training.run import train
-from dora_vl.training.validation import ValidationLoss, WholeSteps
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run, write_tiny_data

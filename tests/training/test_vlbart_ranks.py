@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_vl.data.example import iterate_examples, write_examples
+from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_settings
 from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import losses

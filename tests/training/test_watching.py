@@ -17,10 +17,9 @@ from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
-from dora_vl.training.callbacks import read_log
+from dora_vl.training.callbacks import read_log, steps_to_ask, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
-from dora_vl.training.watching import steps_to_ask, track_answers
 from tests.training.tiny_run import logged_losses, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
