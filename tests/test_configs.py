@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
-from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
+from dora_vl.run.arguments import check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.reading import read_settings, variants_of
 from dora_vl.run.settings import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
@@ -288,10 +287,3 @@ def test_the_table_names_it(recipe: Recipe) -> None:
     rows = [line.split("|") for line in table if line.startswith(f"| `{recipe.path.relative_to(ROOT / 'configs')}` |")]
     named = [name.strip() for row in rows for name in row[2].split(",")]
     assert named.count(f"`{recipe.variant}`" if recipe.variant else "") == 1
-
-
-def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:
-    files = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
-    assert [path.stem for path in files] == sorted(SHORT_NAMES)
-    for path in files:
-        check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora")

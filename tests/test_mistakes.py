@@ -131,6 +131,8 @@ OTHERS = [
     ("--model.base=pictures", "pictures"),
     ("--model.template=chatml", "model.template"),
     ("--evaluation.file=test.json", "test.json"),
+    ("--evaluation.file=empty.json", "empty.json"),
+    ("--evaluation.file=pictures/train.json --evaluation.image_folder=none", "none"),
     ("--data.max_tokens=8", "data.max_tokens"),
     ("--data.max_bad_share=5", "data.max_bad_share"),
     ("--data.train=mine.json", "mine.json"),
@@ -159,6 +161,7 @@ def test_a_setting_is_named_by_its_key(person: Person, options: str, key: str) -
 @pytest.mark.parametrize(("options", "name"), OTHERS)
 def test_what_a_model_or_a_file_has_wrong_is_named(person: Person, options: str, name: str) -> None:
     person.write("other.csv", "file,colour\nred-0.png,red\n")
+    person.write("empty.json", "[]")
     person.rows("gone.jsonl", row(), row("gone.png"))
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     person.rows("mixed.jsonl", row(), talk)

@@ -155,11 +155,7 @@ def wait_for_everyone() -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all.
-
-    Raises:
-        UserError: on every rank, what `action` raised on the first.
-    """
+    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all."""
     rank, ranks = rank_and_ranks()
     error: UserError | None = None
     if rank == 0:

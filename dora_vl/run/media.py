@@ -34,11 +34,7 @@ class VideoReading:
     reader: VideoReader = field(default_factory=VideoReader, repr=False)
 
     def read(self, clips: Sequence[Clip]) -> list[Video]:
-        """The frames of each.
-
-        Raises:
-            BadSample: one is missing, cannot be decoded in time, or has no such part.
-        """
+        """The frames of each."""
         videos = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
         return videos if self.frames is None else [repeated(video, self.frames) for video in videos]
 

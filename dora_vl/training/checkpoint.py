@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.launch import gather_to_write
 from dora_vl.training.checkpoint_files import StateFiles, is_plain, write_numbers, write_state
 
@@ -74,11 +74,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
 
 
 def load_state(checkpoint: Path, running: RunningState) -> None:
-    """Goes on from a checkpoint's `state/`; every rank must call it.
-
-    Raises:
-        UserError: a file is missing or broken, or holds the state of something else.
-    """
+    """Goes on from a checkpoint's `state/`; every rank must call it."""
     files = StateFiles(checkpoint)
     load_values(running.places, files)
     try:
@@ -125,11 +121,7 @@ def save_random_states(checkpoint: Path, rank: int, device: torch.device) -> Non
 
 
 def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> None:
-    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
-
-    Raises:
-        UserError: their file is missing or broken.
-    """
+    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks."""
     files = StateFiles(checkpoint)
     if rank >= files.number("ranks", int):
         logger.warning("resume: rank %d was not there; its random states are drawn from seed %d", rank, seed)
@@ -178,43 +170,40 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """An optimizer's tensors: flat ones that torch's, the innermost, steps, and pieces of trained tensors in them.
+class OptimizerPlaces:
+    """The tensors that an optimizer steps, and where in them each trained tensor is.
 
     torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
-    every rank has a part. `pieces` are by the `id` of the model's parameter; `stage3` is DeepSpeed's optimizer of
-    ZeRO-3, which lends `optimizer` its tensors for a step alone.
+    every rank has a part.
+
+    Attributes:
+        optimizer: torch's, the innermost, which steps the `flats`.
+        trained: in the same order on all ranks, which exchange tensors on `device`; `pieces` by the same names.
+        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
     """
 
     optimizer: torch.optim.Optimizer
     flats: Sequence[Tensor]
-    pieces: Mapping[int, Piece]
+    trained: Mapping[str, nn.Parameter]
+    pieces: Mapping[str, Piece]
+    device: torch.device
     stage3: Any = None
-
-
-class OptimizerPlaces:
-    """The tensors that an optimizer steps, and where in them each trained tensor is.
-
-    `trained` has the same order on all ranks, which exchange tensors on `device`.
-    """
-
-    def __init__(self, layout: Layout, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
-        self.optimizer, self.flats = layout.optimizer, layout.flats
-        self.pieces = {name: layout.pieces[id(parameter)] for name, parameter in trained.items()}
-        self._trained, self._device = trained, device
-        self._stage3 = layout.stage3
 
     def shape(self, name: str) -> torch.Size:
         """The whole tensor's."""
-        return vars(self._trained[name]).get("ds_shape", self._trained[name].shape)  # noted on a sharded one
+        return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)  # noted on a sharded one
+
+    def flat_of(self, name: str) -> Tensor:
+        """What holds a trained tensor, or this rank's piece of it."""
+        return self.flats[self.pieces[name].flat]
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
-        return self.optimizer.state.get(self.flats[self.pieces[name].flat], {})
+        return self.optimizer.state.get(self.flat_of(name), {})
 
     def is_by_element(self, name: str, value: Any) -> bool:
         """Whether a value of `state_of` has a number for each element."""
-        return isinstance(value, Tensor) and value.shape == self.flats[self.pieces[name].flat].shape
+        return isinstance(value, Tensor) and value.shape == self.flat_of(name).shape
 
     def whole(self, name: str, flat: Tensor) -> Tensor:
         """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
@@ -222,7 +211,7 @@ class OptimizerPlaces:
         part = flat.flatten()[piece.start : piece.start + piece.count]
         if piece.group is None:
             return part.to("cpu", copy=True).view(self.shape(name))
-        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self._device)
+        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
         whole[piece.first : piece.first + piece.count] = part
         # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
         torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
@@ -240,8 +229,8 @@ class OptimizerPlaces:
     @torch.no_grad()
     def set_value(self, name: str, whole: Tensor) -> None:
         """Gives the optimizer's tensor and the model's parameter a value; every rank must call it."""
-        parameter = self._trained[name]
-        flat = self.flats[self.pieces[name].flat]
+        parameter = self.trained[name]
+        flat = self.flat_of(name)
         self.put(name, whole, flat.data)
         if flat is not parameter:
             with gather_to_write([parameter]):
@@ -250,68 +239,61 @@ class OptimizerPlaces:
     @contextmanager
     def whole_parameters_written(self) -> Iterator[None]:
         """To be around `set_value`: ZeRO-3 keeps small parameters whole on every rank, and gathers them anew."""
-        if self._stage3 is not None:
-            self._stage3.checkpoint_event_prologue()
+        if self.stage3 is not None:
+            self.stage3.checkpoint_event_prologue()
         yield
-        if self._stage3 is not None:
-            self._stage3.checkpoint_event_epilogue()
+        if self.stage3 is not None:
+            self.stage3.checkpoint_event_epilogue()
 
     @contextmanager
     def in_optimizer(self) -> Iterator[None]:
         """To be around `optimizer.load_state_dict`: the tensors are in the optimizer's groups."""
-        if self._stage3 is not None:
-            self._stage3._set_fp32_optimizer_param_groups()
+        if self.stage3 is not None:
+            self.stage3._set_fp32_optimizer_param_groups()
         try:
             yield
         finally:
-            if self._stage3 is not None:
-                self._stage3._clear_fp32_optimizer_param_groups()
+            if self.stage3 is not None:
+                self.stage3._clear_fp32_optimizer_param_groups()
 
 
 def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
-    """Finds them in torch's optimizer or an engine's of DeepSpeed; arguments as of `OptimizerPlaces`.
-
-    Raises:
-        UserError: its state could not be written as whole tensors.
-    """
-    if isinstance(optimizer, torch.optim.Optimizer):
-        flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        pieces = {id(flat): Piece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
-        layout = Layout(optimizer, flats, pieces)
-    else:
-        layout = _of_deepspeed(optimizer)
-    places = OptimizerPlaces(layout, trained, device)
-    partitioned = any(piece.group is not None for piece in places.pieces.values())
-    if partitioned and type(places.optimizer).__module__.startswith("bitsandbytes"):
-        raise UserError(
-            "training.optim: states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold "
-            "them; set adamw_torch, or leave training.deepspeed out"
-        )
-    return places
-
-
-def _of_deepspeed(optimizer: Any) -> Layout:
+    """Finds them in torch's optimizer or an engine's of DeepSpeed."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return _of_linked(optimizer, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
-    if isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
-        return _of_linked(optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return _of_stage_3(optimizer)
-    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
-        copies, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
+    stage3, inner = None, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        pieces = {id(flat): Piece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flats, pieces = optimizer.single_partition_of_fp32_groups, _linked(optimizer.bit16_groups)
+    elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
+        flats, pieces = optimizer.fp32_groups_flat_partition, _linked(optimizer.bf16_groups)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        stage3, flats, pieces = optimizer, optimizer.fp32_partitioned_groups_flat, _of_stage_3(optimizer)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
+        flats, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
         pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
-        return Layout(optimizer.optimizer, copies, pieces)
-    raise UserError(
-        f"training.optim: a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch"
-    )
+    else:
+        raise SettingError(
+            "training.optim",
+            f": a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch",
+        )
+    named = {name: pieces[id(parameter)] for name, parameter in trained.items()}
+    partitioned = any(piece.group is not None for piece in named.values())
+    if partitioned and type(inner).__module__.startswith("bitsandbytes"):
+        raise SettingError(
+            "training.optim",
+            ": states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold them; set "
+            "adamw_torch, or leave training.deepspeed out",
+        )
+    return OptimizerPlaces(inner, flats, trained, named, device, stage3)
 
 
-def _of_linked(optimizer: Any, flats: Sequence[Tensor], groups: Sequence[Sequence[Any]]) -> Layout:
+def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
     """A flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
@@ -320,28 +302,27 @@ def _of_linked(optimizer: Any, flats: Sequence[Tensor], groups: Sequence[Sequenc
             if (linked := parameter._hp_mapping) is not None:
                 flat, half = linked.hp_fragment_address, linked.lp_fragment_address
                 pieces[id(parameter)] = Piece(number, flat.start, half.start, flat.numel, parameter._dp_group)
-    return Layout(optimizer.optimizer, flats, pieces)
+    return pieces
 
 
-def _of_stage_3(optimizer: Any) -> Layout:
+def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
     """Each rank has an equal part of every parameter, the last ones padded."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-        raise UserError("training.deepspeed: a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
+        raise SettingError("training.deepspeed", ": a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
     pieces = {}
-    for group in optimizer.fp16_groups:
-        for parameter in group:
-            number, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            ranks = parameter.ds_process_group
-            first = torch.distributed.get_rank(ranks) * count
-            count = max(0, min(count, parameter.ds_numel - first))
-            pieces[id(parameter)] = Piece(number, start, first if count else 0, count, ranks)
-    return Layout(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, pieces, stage3=optimizer)
+    for parameter in chain(*optimizer.fp16_groups):
+        number, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        ranks = parameter.ds_process_group
+        first = torch.distributed.get_rank(ranks) * count
+        count = max(0, min(count, parameter.ds_numel - first))
+        pieces[id(parameter)] = Piece(number, start, first if count else 0, count, ranks)
+    return pieces
 
 
 def whole_tensors(places: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
     """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
     for name in places.pieces:
-        yield f"{VALUE}/{name}", places.whole(name, places.flats[places.pieces[name].flat].detach())
+        yield f"{VALUE}/{name}", places.whole(name, places.flat_of(name).detach())
         for key, value in sorted(places.state_of(name).items()):
             if places.is_by_element(name, value):
                 yield f"{key}/{name}", places.whole(name, value)
@@ -363,11 +344,7 @@ def optimizer_numbers(places: OptimizerPlaces) -> dict[str, Any]:
 
 
 def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
-    """Gives what trains its values; every rank must call it.
-
-    Raises:
-        UserError: the checkpoint holds other tensors than this run trains, or one of another shape.
-    """
+    """Gives what trains its values; every rank must call it."""
     there = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
     if missing := sorted(set(places.pieces) ^ there):
         raise UserError(
@@ -385,11 +362,7 @@ def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
 
 
 def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
-    """Gives the optimizer its state, with `optimizer_numbers`; every rank must call it.
-
-    Raises:
-        UserError: the state is not that of this optimizer.
-    """
+    """Gives the optimizer its state, with `optimizer_numbers`; every rank must call it."""
     groups, kept = numbers.get("groups"), numbers.get("numbers")
     if not isinstance(groups, list) or not isinstance(kept, dict):
         raise files.damaged("the optimizer's numbers are missing")
@@ -439,7 +412,7 @@ def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
 
 def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, files: StateFiles) -> None:
     """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
-    value, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flats[places.pieces[name].flat]
+    value, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flat_of(name)
     if value.dim() and value.shape != shape != flat.shape:
         raise files.damaged(f"{key} of {name} is {list(value.shape)}, which is no piece of anything here")
     if value.shape != shape:

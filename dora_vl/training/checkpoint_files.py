@@ -87,12 +87,7 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
 
 
 def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
-    """Compares a checkpoint with its own account and with the run that would resume from it.
-
-    Raises:
-        UserError: a file is missing or changed; its steps took another number of samples; or settings differ that
-            change the result.
-    """
+    """Compares a checkpoint with its own account and with the run that would resume from it."""
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
@@ -114,11 +109,7 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
 
 
 def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
-    """Compares the base's content hash with that of the checkpoint's adapter, where both are known.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compares the base's content hash with that of the checkpoint's adapter, where both are known."""
     recipe = checkpoint / ADAPTER / RECIPE_FILE
     then = read_json(recipe).get("base_sha256") if recipe.is_file() else None
     if then and sha256 and then != sha256:
@@ -251,11 +242,7 @@ def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file
 
 
 def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STATE_NUMBERS) -> None:
-    """Writes what is no tensor, or one rank's random state.
-
-    Raises:
-        UserError: a value is of a kind that JSON does not have.
-    """
+    """Writes what is no tensor, or one rank's random state."""
     (checkpoint / STATE).mkdir(parents=True, exist_ok=True)
     try:
         text = json.dumps(numbers)  # a float's shortest digits: the same float when they are read
@@ -265,11 +252,7 @@ def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STAT
 
 
 class StateFiles:
-    """A checkpoint's state, read piece by piece.
-
-    Raises:
-        UserError: here and in every method, a file is missing or broken.
-    """
+    """A checkpoint's state, read piece by piece."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._folder = checkpoint / STATE

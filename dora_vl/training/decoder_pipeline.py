@@ -42,7 +42,6 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.memory import Activations, decoder_activations
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
@@ -196,10 +195,6 @@ class DecoderPipeline(Pipeline[RunConfig]):
         """Next-token loss."""
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
-
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Questions of the validation samples, or else of the test."""
         held_out, config = self.samples(arguments).held_out, self.config
@@ -305,7 +300,8 @@ class CommonsensePipeline(DecoderPipeline):
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
         data, collate = self._run.data, Collator(self.encoder.pad_token_id, pack=self._run.data.packing)
         training = self.samples(arguments).training_data(self._rows(arguments), collate=collate)
-        return replace(training, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
+        tokens = arguments.per_device_train_batch_size * data.max_tokens  # words would not count the prompt's
+        return replace(training, batch_tokens=tokens)
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         return RowEncoder(encoder=self.encoder)

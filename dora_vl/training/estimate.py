@@ -112,9 +112,6 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
         pipeline: of the run.
         tokens: of a sample, pictures among them; None: `data.max_tokens`, the longest.
         labelled: of these; None: all that are not a picture's.
-
-    Raises:
-        UserError: settings that are wrong, or of which nothing can be said here.
     """
     section = check_training_section(pipeline.config.training)
     settings: Any = pipeline.config
@@ -193,11 +190,7 @@ SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shap
 
 
 def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
-    """The settings over a folder with a published model's config; as they are where no shape is named.
-
-    Raises:
-        UserError: there is no such shape, or none is named and the base is still to be composed.
-    """
+    """The settings over a folder with a published model's config; as they are where no shape is named."""
     written_here = {field.name for field in dataclasses.fields(config.model)} & {"compose", "source"}
     if shape is None:
         if "compose" in written_here and config.model.compose is not None and not Path(config.model.base).exists():

@@ -181,9 +181,6 @@ def check_base_weights(model: nn.Module, base: str) -> None:
     """Reads every weight of a loaded base once; every rank must call it (under ZeRO-3 each reads its own shards).
 
     Buffers are left out: masks of minus infinity are among them.
-
-    Raises:
-        UserError: on every rank, where one holds a weight that is NaN or infinite.
     """
     if broken := _not_finite(model.named_parameters()):
         raise UserError(
@@ -194,11 +191,7 @@ def check_base_weights(model: nn.Module, base: str) -> None:
 
 
 def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str | None) -> None:
-    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint.
-
-    Raises:
-        UserError: on every rank, where a trained weight is NaN or infinite.
-    """
+    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint."""
     if broken := _not_finite(pair for part in parts for pair in part.parameters.items()):
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise UserError(

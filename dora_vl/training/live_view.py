@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import TextIOBase
@@ -183,13 +183,6 @@ def can_show(stream: TextIO | TextIOBase) -> bool:
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
-def close_views(callbacks: Iterable[TrainerCallback]) -> None:
-    """Closes the views among a Trainer's callbacks; one that is closed stays so."""
-    for callback in callbacks:
-        if isinstance(callback, LiveView):
-            callback.close()
-
-
 class LiveView(TrainerCallback):
     """Draws what is known of a run; for the first rank, in a terminal.
 
@@ -219,12 +212,9 @@ class LiveView(TrainerCallback):
         """Opens the view."""
         self.run.step, self.run.steps = state.global_step, state.max_steps
         self.run.asked = self._asked()
+        console = self._console  # streams are redirected by lines_above: for loggers too, and not in data workers
         self._live = Live(
-            self._drawn(),
-            console=self._console,
-            auto_refresh=False,
-            redirect_stdout=False,  # lines_above does, for loggers too and not in data workers
-            redirect_stderr=False,
+            self._drawn(), console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
         self._open.enter_context(self._live)
         self._open.enter_context(lines_above(self._show_line))
@@ -234,13 +224,13 @@ class LiveView(TrainerCallback):
         """Moves on by a step."""
         self.run.take_step(state.global_step, self._clock())
         if not control.should_log:  # its line comes next, and is drawn with the step
-            self._draw_now_and_then()
+            self._draw(at_once=False)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Counts the batches of a validation."""
         done, _ = self.run.validating or (0, 0)
         self.run.validating = done + 1, len(more["eval_dataloader"])
-        self._draw_now_and_then()
+        self._draw(at_once=False)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Takes the newest numbers; a validation has a line above too."""
@@ -250,11 +240,7 @@ class LiveView(TrainerCallback):
         if "eval_loss" in logs:
             loss, skipped = logs["eval_loss"], logs.get("eval_skipped", 0)
             self._show_line(f"step {state.global_step}: validation loss {loss:.4f}, skipped {skipped}")
-        self._draw_now_and_then()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A validation has ended."""
-        self.run.validating = None
+        self._draw(at_once=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draws the last state, which stays, and gives the terminal back."""
@@ -267,12 +253,10 @@ class LiveView(TrainerCallback):
             self._open.close()
             self._live = None
 
-    def _draw_now_and_then(self) -> None:
-        if self._clock() >= self._next:
-            self._draw()
-
-    def _draw(self) -> None:
+    def _draw(self, *, at_once: bool = True) -> None:
         began = self._clock()
+        if not at_once and began < self._next:
+            return
         self.run.asked = self._asked()
         self._on_the_terminal(lambda live: live.update(self._drawn(), refresh=True))
         now = self._clock()

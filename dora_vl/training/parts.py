@@ -193,9 +193,6 @@ def rates_of(optim: OptimConfig, default: float) -> LearningRates:
     """The rates that a run's `optim:` section says, `training.learning_rate` being the default.
 
     B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it.
-
-    Raises:
-        UserError: a rate that is said twice.
     """
     named = {"projector": optim.projector_learning_rate, "magnitude": optim.magnitude_learning_rate}
     short = {name: rate for name, rate in named.items() if rate is not None}
@@ -216,11 +213,7 @@ def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> 
 
 
 def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
-    """Refuses patterns and rates of parts that the model does not have, on a model without weights.
-
-    Raises:
-        UserError: one line, before any weight is read.
-    """
+    """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
     adapter, optim = pipeline.config.adapter, pipeline.config.optim
     if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates):
         return
@@ -250,11 +243,7 @@ def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedP
 def parameter_groups(
     parts: Sequence[TrainedPart], rates: LearningRates, *, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so.
-
-    Raises:
-        UserError: a learning rate for a part that this run does not train.
-    """
+    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so."""
     refuse_unknown_parts(parts, rates)
     return [
         {

@@ -31,7 +31,6 @@ from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunSettings
 from dora_vl.run.watched import Watch
-from dora_vl.training.memory import Activations
 
 
 class LossModel(nn.Module):
@@ -117,7 +116,7 @@ class TrainingData:
         source: the training file, for messages.
         ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
         media: what the picture and video files of some of them hold, by name (`content_key`).
-        longest_tokens: the longest sequence, for the memory estimate.
+        batch_tokens: of the largest micro-batch, for the memory estimate.
         pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
     """
 
@@ -129,7 +128,7 @@ class TrainingData:
     set_epoch: tuple[Callable[[int], None], ...] = ()
     samples: int
     source: str
-    longest_tokens: int
+    batch_tokens: int
     ids: Callable[[], Iterable[str]] | None = None
     media: Callable[[], Mapping[str, str]] = dict
     read_in_a_pass: int | None = None
@@ -185,10 +184,6 @@ class Pipeline(ABC, Generic[Config]):
     @abstractmethod
     def loss(self, backbone: Backbone[Any]) -> LossModel:
         """The module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
-
-    @abstractmethod
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """What a step keeps in memory, for the estimate."""
 
     @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:

@@ -92,11 +92,7 @@ class BatchStatistics:
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
     def judge(self, counts: Counts) -> None:
-        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together.
-
-        Raises:
-            UserError: more than `data.max_bad_share`.
-        """
+        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together."""
         if self.ledger is not None:
             self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
 
@@ -143,12 +139,7 @@ class Progress:
         return None if self._data.ids is None else account_of(self._data.ids(), self._data.media())
 
     def check_samples(self, checkpoint: Path) -> None:
-        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone.
-
-        Raises:
-            UserError: rows came or went, or stand in another order: samples would be lost and others come twice. Or a
-                picture or video has been replaced under its name.
-        """
+        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone."""
         written, now = _read(checkpoint), self._samples
         if (then := written[SAMPLES]) is None or now is None:
             return
@@ -256,11 +247,7 @@ class ValidationLoss:
             self._samples += samples
 
     def finish(self, device: torch.device) -> dict[str, float | int]:
-        """The numbers of this evaluation over all ranks, and starts the next; every rank must call it.
-
-        Raises:
-            UserError: not one sample was usable.
-        """
+        """The numbers of this evaluation over all ranks, and starts the next; every rank must call it."""
         sums = torch.tensor([self._loss, self._samples, self._skipped], dtype=torch.float64)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             sums = sums.to(device)
@@ -296,11 +283,7 @@ def validation_owed(state: TrainerState, arguments: TrainingArguments) -> bool:
 
 
 def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str) -> None:
-    """Reads validation items up to the first usable sample, so that none at all shows before training.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Reads validation items up to the first usable sample, so that none at all shows before training."""
     first: tuple[str, str] | None = None
     for index in range(len(samples)):
         batch = collate([samples[index]])

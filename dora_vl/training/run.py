@@ -44,7 +44,6 @@ from dora_vl.run.settings import RunSettings
 from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
-from dora_vl.training.live_view import close_views
 from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.ranks import ranks_end_together
@@ -110,12 +109,8 @@ def train(pipeline: Pipeline) -> RunResult:
             trainer.progress.go_on_from(checkpoint)
         keep_freed_memory()
         torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
-        try:
-            with training_fits(trainer, config):
-                output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            trainer.stop.restore()
-            close_views(trainer.callback_handler.callbacks)
+        with trainer.closing, training_fits(trainer, config):
+            output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.faults.ended_by is not None:
             raise UserError(trainer.faults.ended_by)
         stopped_by = trainer.stop.received

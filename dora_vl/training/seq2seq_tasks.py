@@ -91,11 +91,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         self._epoch.fill_(epoch)
 
     def examples(self, number: int) -> list[Example]:
-        """What a micro-batch is made of.
-
-        Raises:
-            BadSample: a line is no record.
-        """
+        """What a micro-batch is made of."""
         part = self.plan.part(number, epoch=int(self._epoch))
         return [self.sources[part.source].file[index] for index in part.indices]
 

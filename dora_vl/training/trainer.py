@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from dora_vl.training.checkpoint_files import STATE, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights, steps_left_out
 from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.live_view import LiveView, can_show
-from dora_vl.training.memory import Activations, Table, engine_of, held_by, rough_table
+from dora_vl.training.memory import Activations, Table, activations_of, engine_of, held_by, rough_table
 from dora_vl.training.parts import (
     LearningRates,
     frozen_table,
@@ -86,6 +87,8 @@ class AdapterTrainer(OrderedTrainer):
 
     places: OptimizerPlaces
     """Where the optimizer holds what trains, once it is there."""
+    closing: ExitStack
+    """Gives signals and the terminal back, also after an error in training."""
 
     def __init__(
         self, pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any], data: TrainingData
@@ -121,7 +124,8 @@ class AdapterTrainer(OrderedTrainer):
             data,
             skips_seen=not arguments.ignore_data_skip,
         )
-        self.stop = StopOnSignal()
+        self.stop, self.closing = StopOnSignal(), ExitStack()
+        self.closing.callback(self.stop.restore)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
         super().__init__(
             data,
@@ -335,7 +339,8 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     """The Trainer of an adapted backbone with its data, and all that happens beside its steps."""
     config, data = pipeline.config, pipeline.data(backbone, arguments)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
-    activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
+    recomputed = bool(arguments.gradient_checkpointing)
+    activations = activations_of(backbone.model, tokens=data.batch_tokens, recomputed=recomputed)
     plan = plan_of(backbone, trainer.rates, activations, arguments)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
@@ -352,14 +357,14 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
         trainer.add_callback(watching)
     if not arguments.disable_tqdm and is_first_rank() and can_show(sys.stderr):
         trainer.remove_callback(ProgressCallback)  # without a terminal transformers' bar stays
-        trainer.add_callback(
-            LiveView(
-                Console(file=sys.stderr),
-                str(trainer.run_folder),
-                asked=lambda: () if watching is None else watching.newest,
-                steps_left_out=lambda: steps_left_out(trainer.run_folder / FAULTS),
-            )
+        view = LiveView(
+            Console(file=sys.stderr),
+            str(trainer.run_folder),
+            asked=lambda: () if watching is None else watching.newest,
+            steps_left_out=lambda: steps_left_out(trainer.run_folder / FAULTS),
         )
+        trainer.closing.callback(view.close)
+        trainer.add_callback(view)
     # Last: the validation that it may begin with is shown, asked and logged by those before.
     trainer.add_callback(Epochs(data.set_epoch, trainer.validate_at_once))
     if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:

@@ -31,7 +31,7 @@ from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tasks import image_qa
-from tests.training.test_two_ranks import losses
+from tests.training.tiny_run import losses_of
 from tests.training.tiny_vlbart_run import (
     FEATURE_TOKENS,
     FEATURE_WIDTH,
@@ -168,7 +168,7 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
         dtype=torch.float64,
     )
     expected = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).sum() / ITEMS
-    assert losses(folder).tolist() == [pytest.approx(float(expected), rel=1e-5)]
+    assert losses_of(folder).tolist() == [pytest.approx(float(expected), rel=1e-5)]
     before = backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
     moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - before
     assert float(moved.detach().abs().max()) == pytest.approx(0.1, rel=1e-3)  # AdamW's first step is the part's rate

@@ -78,24 +78,6 @@ def test_a_picture_in_the_file_that_is_none_is_a_bad_sample_of_its_own(
     assert "in the data file begins as a PNG and is cut" in skipped[0]["reason"]
 
 
-def test_several_files_with_weights_and_a_share_held_out(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = items(12)
-    write_pictures(tmp_path, made)
-    files = [
-        {"path": str(WRITERS["messages"](tmp_path, made[:8]))},
-        {"path": str(WRITERS["parquet"](tmp_path, made[8:])), "weight": 2},
-    ]
-    settings = run_file(tmp_path, base, write_llava(tmp_path, made), validation_share=0.25)
-    told = yaml.safe_load(settings.read_text())
-    told["data"]["train"] = files
-    settings.write_text(yaml.safe_dump(told))
-    assert len(losses_of(settings, monkeypatch)) == 2
-    log = read_log(tmp_path / "run" / "log.jsonl")
-    assert [line["eval_samples"] for line in log if "eval_loss" in line] == [3]
-
-
 def test_what_the_test_asks_again_is_counted_and_named(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.test_two_ranks import ROOT, losses
-from tests.training.tiny_run import write_run
+from tests.training.launched import ROOT
+from tests.training.tiny_run import losses_of, write_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def test_every_stage_trains_float32_adapters_over_a_bfloat16_base(run_file: Path
     if stage == "zero3_offload" and importlib.util.find_spec("ninja") is None:
         pytest.skip("DeepSpeed compiles its CPU Adam with ninja: pip install ninja")
     launch_on_gpu(run_file, f"--training.deepspeed={stage}")
-    found = losses(run_file.with_suffix(""))
+    found = losses_of(run_file.with_suffix(""))
     assert len(found) == 10
     assert found[-1] < found[0]
     tensors = load_file(run_file.with_suffix("") / "adapter" / "adapter_model.safetensors")
@@ -56,7 +56,7 @@ def test_going_on_repeats_the_whole_run(run_file: Path, stage: str) -> None:
         f"--training.output_dir={run_file.parent / 'again'}",
         f"--resume={folder / 'checkpoint-5'}",
     )
-    torch.testing.assert_close(losses(run_file.parent / "again"), losses(folder)[5:], atol=2e-2, rtol=0)
+    torch.testing.assert_close(losses_of(run_file.parent / "again"), losses_of(folder)[5:], atol=2e-2, rtol=0)
 
 
 def test_cached_features_workers_and_full_fine_tuning(run_file: Path) -> None:

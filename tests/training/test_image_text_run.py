@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 from dora_vl import cli
-from dora_vl.backbones.encoder import Encoder
-from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import COLOURS, logged_losses, write_run, write_tiny_data
+from tests.training.tiny_run import write_run, write_tiny_data
 
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2}
 
@@ -37,51 +34,6 @@ def settings(there: Path, name: str, **changes: dict[str, object]) -> Path:
     return write_run(
         there / f"{name}.yaml", there / "base", there / "data" / "train.json", training=training, **changes
     )
-
-
-def test_stored_outputs_train_like_pixels(there: Path) -> None:
-    for name in ("pixels", "stored"):
-        data: dict[str, object] = {"cache_features": name == "stored"}
-        run(DecoderPipeline(read_run_file(settings(there, name, data=data, training={"max_steps": 4}))))
-    assert logged_losses(there / "stored") == pytest.approx(logged_losses(there / "pixels"), abs=1e-5)
-    assert list((there / "stored" / "features").rglob("outputs-*.safetensors"))
-
-
-def rows_with_system(there: Path, form: str) -> Path:
-    """The data once more, each row with a system text, as messages or beside ShareGPT's talk."""
-    rows = json.loads((there / "data" / "train.json").read_text())
-    for row in rows if form == "messages" else ():
-        asked, said = (turn["value"] for turn in row.pop("conversations"))
-        talk = [("system", "Be brief."), ("user", asked), ("assistant", said)]
-        row["messages"] = [{"role": role, "content": text} for role, text in talk]
-        row["images"] = [row.pop("image")] if "image" in row else []
-    path = there / "data" / f"{form}.json"
-    path.write_text(json.dumps(rows if form == "messages" else [{**row, "system": "Be brief."} for row in rows]))
-    return path
-
-
-@pytest.mark.parametrize("form", ["messages", "sharegpt"])
-def test_rows_with_a_system_turn_train(there: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str]] = []
-    encode = Encoder.encode
-
-    def noted(encoder: Encoder, *given: Any) -> Any:
-        found = encode(encoder, *given)
-        labelled = found.labels[found.labels != IGNORED_LABEL]
-        seen.append((encoder.tokenizer.decode(found.input_ids), encoder.tokenizer.decode(labelled)))
-        return found
-
-    monkeypatch.setattr(Encoder, "encode", noted)
-    data: dict[str, object] = {"train": str(rows_with_system(there, form))}
-    path = settings(there, form, data=data, training={"max_steps": 2, "save_strategy": "no"})
-    run(DecoderPipeline(read_run_file(path)))
-    assert len(logged_losses(there / form)) == 2
-    assert len(seen) >= 8
-    for text, answer in seen:
-        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
-        assert answer.partition(" ")[0].removesuffix("<|im_end|>") in COLOURS
-    log = [json.loads(line) for line in (there / form / "log.jsonl").read_text().splitlines()]
-    assert {line["skipped"] for line in log if "skipped" in line} == {0}
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama4", "bert"])
@@ -152,20 +104,3 @@ def test_evaluate_gives_the_answers_of_the_run_s_own_test(there: Path, tested: P
     entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["exact_match"]
     accuracy = json.loads((there / "tested" / "metrics.json").read_text())["accuracy"]
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * accuracy)
-
-
-@pytest.mark.parametrize(("written", "folder"), [("[]", "data"), (None, "data"), ("whole", "empty")])
-def test_a_wrong_test_ends_a_run_before_weights_are_read(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | None, folder: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    questions = tmp_path / "questions.json"
-    if written is not None:
-        questions.write_text((there / "data" / "train.json").read_text() if written == "whole" else written)
-    pictures = there / "data" if folder == "data" else tmp_path / folder
-    evaluation = {"file": str(questions), "image_folder": str(pictures)}
-    records = there / "data" / "train.json"
-    path = write_run(tmp_path / "run.yaml", there / "base", records, training=CPU, evaluation=evaluation)
-    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-    with pytest.raises(UserError):
-        run(DecoderPipeline(read_run_file(path)))

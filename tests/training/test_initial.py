@@ -69,11 +69,6 @@ def test_another_scale_is_refused(folder: Path, change: dict[str, Any], with_rec
         adapt(model(), replace(CONFIG, **change), initial=str(folder))
 
 
-def test_the_line_has_both_numbers(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"first has alpha 6\.0 there \(scale 1\.5\), and 8\.0 in this run \(scale 2\)"):
-        adapt(model(), replace(CONFIG, alpha=8.0), initial=str(folder))
-
-
 @pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
 def test_what_is_no_number_is_no_start(folder: Path, leaf: str) -> None:
     """Training would go on from it, and every loss be NaN."""

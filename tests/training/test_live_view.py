@@ -23,7 +23,6 @@ from dora_vl.training.live_view import (
     RunNumbers,
     can_show,
     clock,
-    close_views,
     rows,
     sparkline,
 )
@@ -161,7 +160,7 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
         assert terminal.screen.cursor.hidden
         print("no end", end="", file=terminal_now())
         view.on_log(arguments, state, control, logs={"eval_loss": 0.25})
-        close_views([view])
+        view.close()
     finally:
         logger.removeHandler(handler)
     assert not terminal.screen.cursor.hidden

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from data_prep import generated_commonsense
 from dora_vl.adapters.folder import load_adapter, read_weights
-from dora_vl.core import merge_dora, strip_adapters, trained_parts
+from dora_vl.core import trained_parts
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
@@ -82,37 +79,6 @@ def test_every_part_trains_at_its_rank(there: Path, adapter: Path) -> None:
     load_adapter(model, adapter)
     names = {part.part for part in trained_parts(model)}
     assert names == {"dora", "experts", "vision", "projector", "tokens"}
-
-
-def test_the_plan_says_what_trains_and_what_does_not(there: Path) -> None:
-    only = {"targets": ["language"], "rank": 3, "parts": {"vision": PARTS["parts"]["vision"]}}
-    changes = {"adapter": only, "optim": {"rates": {"vision": 1e-4}}, "training": {**CPU, "max_steps": 1}}
-    run(DecoderPipeline(read_run_file(settings(there, "table", **changes))))
-    plan = json.loads((there / "table" / "plan.json").read_text())
-    trained, frozen = ({row[0]: row[1:] for row in plan[name]["rows"]} for name in ("trained", "not_adapted"))
-    assert trained["dora.A"][0::3] == ["8", "3"]
-    assert trained["vision.B"][-2:] == ["4", "0.0001"]
-    assert trained["projector"][-1] == "0.001"
-    assert frozen["experts that are one tensor"][-1].endswith("experts.gate_up_proj")
-    assert frozen["linear layers"][-1] == "lm_head.weight"
-
-
-def test_a_merged_folder_is_the_adapted_model(there: Path, adapter: Path, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    merge_command.add_arguments(parser)
-    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(tmp_path / "merged")])))
-    model = base(there)
-    load_adapter(model, adapter)
-    merge_dora(model, keep_base=False)
-    strip_adapters(model)
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
-    changed = 0
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(
-            merged[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
-        changed += not torch.equal(tensor, base(there).state_dict()[name]) if "experts." in name else 0
-    assert changed == 4
 
 
 def llava(folder: Path, changes: dict[str, Any]) -> Pipeline:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.errors import UserError
 from dora_vl.training.checkpoint import (
-    Layout,
     OptimizerPlaces,
     Piece,
     load_optimizer,
@@ -63,9 +62,8 @@ def whole_places(tensors: Trained, *, steps: int) -> OptimizerPlaces:
 def flat_places(tensors: Trained) -> OptimizerPlaces:
     """As ZeRO lays tensors out: the first two in one flat tensor, in another order and padded; the third alone."""
     flats = [torch.nn.Parameter(torch.zeros(20)), torch.nn.Parameter(torch.zeros(4))]
-    a, b, c = tensors.values()
-    pieces = {id(a): Piece(0, 6, 0, 12), id(b): Piece(0, 0, 0, 5), id(c): Piece(1, 0, 0, 4)}
-    return OptimizerPlaces(Layout(optimizer_of(flats, 2), flats, pieces), tensors, CPU)
+    pieces = dict(zip(tensors, (Piece(0, 6, 0, 12), Piece(0, 0, 0, 5), Piece(1, 0, 0, 4)), strict=True))
+    return OptimizerPlaces(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
 
 
 def saved(checkpoint: Path, places: OptimizerPlaces, **sizes: int) -> None:
@@ -127,7 +125,7 @@ def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> N
 def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
     whole, held = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
     one = torch.nn.Parameter(torch.zeros(3, 4))
-    places = OptimizerPlaces(Layout(optimizer_of([held], 1), [held], {id(one): Piece(0, 0, 6, 5)}), {"a": one}, CPU)
+    places = OptimizerPlaces(optimizer_of([held], 1), [held], {"a": one}, {"a": Piece(0, 0, 6, 5)}, CPU)
     places.set_value("a", whole)
     assert held.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
     assert torch.equal(one, whole)

@@ -19,7 +19,7 @@ import pyte
 import pytest
 
 from dora_vl.run.folder import read_log
-from tests.training.test_two_ranks import ROOT
+from tests.training.launched import ROOT
 from tests.training.tiny_run import write_run
 
 WIDTH, HEIGHT, SECONDS = 90, 30, 200

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.questions import read_questions
@@ -114,12 +113,6 @@ def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, t
     assert [bool(one.picture) for one in found.questions] == [True, False, True]
     assert "nowhere.png" in found.questions[1].why_no_picture
     assert all(set(one) == {"held-0", "held-2"} for one in found.answers.values())
-
-
-def test_a_negative_number_is_refused(run_file: Path) -> None:
-    with pytest.raises(SettingError) as error:
-        read_run_file(run_file, "--watch=-1")
-    assert error.value.key == "watch"
 
 
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_two_ranks import ROOT
+from tests.training.launched import ROOT
 from tests.training.tiny_run import write_run
 
 # Trains in a process of its own (DeepSpeed keeps global state) and says what the numbers' types are afterwards.
