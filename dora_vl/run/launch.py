@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -210,16 +211,6 @@ class Launch:
 # What ZeRO-3 asks of the code around it: gathering, loading in the base's number type, staying out of the way.
 
 
-def gather_to_read(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes sharded parameters whole on every rank; what is written to them is lost."""
-    return _gathered(parameters, modifier_rank=None)
-
-
-def gather_to_write(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes sharded parameters whole on every rank; what the first rank writes becomes part of the shards."""
-    return _gathered(parameters, modifier_rank=0)
-
-
 def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) -> AbstractContextManager[None]:
     sharded = [parameter for parameter in parameters if "ds_id" in vars(parameter)]  # DeepSpeed's mark
     if not sharded:
@@ -227,6 +218,12 @@ def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) 
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
+
+
+gather_to_read = partial(_gathered, modifier_rank=None)
+"""Makes sharded parameters whole on every rank; what is written to them is lost."""
+gather_to_write = partial(_gathered, modifier_rank=0)
+"""Makes sharded parameters whole on every rank; what the first rank writes becomes part of the shards."""
 
 
 @contextlib.contextmanager

@@ -31,15 +31,19 @@ from dora_vl.files import check_model_folder
 from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
+    VideoReading,
     check_base,
     check_base_takes_videos,
     check_pixels,
     check_quantisation,
+    check_videos,
+    image_folder,
     load_base,
     make_base,
+    video_folder,
+    video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config

@@ -48,16 +48,20 @@ from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.launch import loading_in
 from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
 from dora_vl.run.watched import Watch
-from dora_vl.training.closed_answers import SETTING, account, check_closed, lists_in, make_lists
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.seq2seq_tasks import (
+    SETTING,
     MixtureDataset,
     Seq2SeqLoss,
     TaskSource,
     ValidationBatches,
+    account,
+    check_closed,
     check_names,
     check_same_features,
+    lists_in,
+    make_lists,
     with_run_settings,
 )
 

@@ -10,8 +10,8 @@ from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run import media as run_media
-from dora_vl.run.media import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run import base as run_base
+from dora_vl.run.base import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.run.settings import DataConfig
 from tests.vision.video_files import write_video
 
@@ -76,6 +76,6 @@ def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkey
     def missing(backend: str) -> None:
         raise BackendMissing(f"no module for {backend}")
 
-    monkeypatch.setattr(run_media, "import_backend", missing)
+    monkeypatch.setattr(run_base, "import_backend", missing)
     with pytest.raises(UserError):
         check_videos(settings(folder))

@@ -13,8 +13,7 @@ import torch
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
 from dora_vl.run.folder import read_log
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.reading import read_run_file
 from dora_vl.training import largest_batch
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
@@ -29,10 +28,9 @@ from dora_vl.training.largest_batch import (
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.run import train
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import assert_same_weights, json_of, logged_losses, trained, write_run, write_tiny_data
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = 1 << 47
@@ -115,11 +113,8 @@ def test_vlbart_tries_the_longest_of_each_task(tmp_path: Path, monkeypatch: pyte
     data = write_vlbart_data(tmp_path / "data")
     tried = counted(monkeypatch)
     for asked in ("false", "true"):
-        path = write_vlbart_run(
-            tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"use_cpu": True, "optim": "adamw_torch"}
-        )
-        config = read_settings(["--config", str(path), f"--try_largest_batch={asked}"], VlBartRunConfig)
-        train(VlBartPipeline(config, all_subtasks(), name="tiny"))
+        path = write_vlbart_run(tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"optim": "adamw_torch"})
+        train(vlbart_run(path, f"--try_largest_batch={asked}"))
     assert len(tried) == 1
     assert logged_losses(tmp_path / "true") == logged_losses(tmp_path / "false")
     assert_same_weights(tmp_path / "true", tmp_path / "false")
@@ -195,10 +190,9 @@ def test_advice_goes_from_the_mildest_on(
 
 def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
     data = write_vlbart_data(tmp_path / "data")
-    path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})
     settings = ("--data.batch_size=6", "--training.gradient_accumulation_steps=3", "--evaluation.batch_size=10")
-    bart = read_settings(["--config", str(path), *settings], VlBartRunConfig)
-    arguments = VlBartPipeline(bart, all_subtasks(), name="tiny").arguments()
+    pipeline = vlbart_run(write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",)), *settings)
+    bart, arguments = pipeline.config, pipeline.arguments()
     assert "accumulation_steps to 6 (it is 3): the step keeps its 6 samples" in what_to_lower(bart, arguments)
     arguments.gradient_accumulation_steps, arguments.gradient_checkpointing = 6, True
     arguments.per_device_train_batch_size = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,22 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.run.reading import read_run_file
-from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
-from tests.training.tiny_run import logged_losses, write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import (
+    decoder_run,
+    logged_losses,
+    merged,
+    refused,
+    write_run,
+    write_tiny_data,
+    write_tiny_llava,
+)
 
 SMOKE = Path(__file__).parents[2] / "configs" / "commonsense" / "smoke.yaml"
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -64,13 +68,6 @@ def trained(there: Path, monkeypatch: pytest.MonkeyPatch, base: str, kind: str) 
         path = settings(there, base, f"{base}-{kind}", model={"quantisation": kind})
         start(monkeypatch, llava_instruct, "--config", str(path))
     return adapter
-
-
-def merged(adapter: Path, to: Path, *more: str) -> Path:
-    parser = argparse.ArgumentParser()
-    merge_command.add_arguments(parser)
-    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(to), *more])))
-    return to
 
 
 def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
@@ -138,10 +135,8 @@ def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
-def test_zero_3_is_refused_before_weights_are_read(there: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+def test_zero_3_is_refused_before_weights_are_read(there: Path, base: str) -> None:
     path = settings(there, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
-    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-    with pytest.raises(UserError):
-        run(DecoderPipeline(read_run_file(path)))
+    refused(decoder_run(path))
     with pytest.raises(UserError):
         read_run_file(path, "--model.quantisation=fp3")

@@ -22,6 +22,7 @@ from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from tasks import llava_instruct
+from tests.training.own_data import items, write_parquet
 from tests.training.tiny_run import (
     assert_same_weights,
     json_of,
@@ -180,24 +181,22 @@ def test_checkpoints_hold_nothing_of_the_base_and_a_half_written_one_is_not_take
     assert len(logged_losses(folder)) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
 
 
-def test_results_and_somebody_elses_files_are_not_written_over(run_file: Path) -> None:
-    folder = trained(run_file)
-    before = contents(folder)
-    for options in ((), ("--resume=last",)):
-        with pytest.raises(UserError):
-            trained(run_file, *options)
-    (folder / "adapter" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError):
-        trained(run_file, "--overwrite=true")
-    (folder / "adapter" / "notes.txt").unlink()
-    assert contents(folder) == before
-
-
 def test_cached_features_train_like_pixels(run_file: Path) -> None:
     pixels = trained(run_file)
     cached = trained(run_file, "--data.cache_features=true", name="cached")
     assert logged_losses(cached) == pytest.approx(logged_losses(pixels), abs=1e-5)
     assert list((cached / "features").rglob("*.safetensors"))
+
+
+def test_cached_features_of_pictures_in_the_file_give_the_same_losses(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    training = {"use_cpu": True, "max_steps": 2}
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, write_parquet(tmp_path, items(8)), training=training)
+    plain = trained(run_file, name="plain")
+    cached = trained(run_file, "--data.cache_features=true", "--data.workers=1", name="cached")
+    assert logged_losses(cached) == pytest.approx(logged_losses(plain), abs=1e-5)
 
 
 @pytest.mark.parametrize("missing", [False, True])

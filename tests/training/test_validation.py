@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.progress import ValidationLoss, WholeSteps
 from dora_vl.training.run import train
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import logged, skipped_by, trained, write_run, write_tiny_data
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
-
-
-def batch(samples: int, *skipped: tuple[str, str]) -> dict[str, Any]:
-    return {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "samples": samples, "skipped": skipped}
-
-
-def test_a_batch_counts_by_its_usable_samples() -> None:
-    account = ValidationLoss(source="v.json", samples=8)
-    for loss, held in ((2.0, batch(3)), (7.0, batch(1, ("a", "broken"))), (0.0, batch(0, ("b", "broken")))):
-        inputs, samples = account.take(held)
-        assert set(inputs) == {"input_ids", "labels"}
-        account.add(torch.tensor(loss), samples)
-    found = account.finish(torch.device("cpu"))
-    assert found == {"eval_loss": pytest.approx(13 / 4), "eval_samples": 4, "eval_skipped": 2}
-    account.add(torch.tensor(0.0), account.take(batch(0, ("b", "broken")))[1])
-    with pytest.raises(UserError):
-        account.finish(torch.device("cpu"))
-
-
-def test_whole_steps_repeat_nothing() -> None:
-    assert list(WholeSteps([1, 2, 3], step_samples=2)[place] for place in range(4)) == [1, 2, 3, None]
-    assert len(WholeSteps([1, 2, 3, 4], step_samples=2)) == 4
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
 
 @pytest.fixture
-def vlbart_run(tmp_path: Path) -> Path:
+def run_file(tmp_path: Path) -> Path:
     data = write_vlbart_data(tmp_path / "data")
     (data / "features" / "p5.npz").unlink()
     (data / "empty").mkdir()
@@ -66,19 +38,11 @@ def vlbart_run(tmp_path: Path) -> Path:
     )
 
 
-def train_vlbart(run_file: Path, *overrides: str) -> None:
-    config = read_settings([f"--config={run_file}", *overrides], VlBartRunConfig)
-    train(VlBartPipeline(config, all_subtasks(), name="tiny"))
-
-
-def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(vlbart_run: Path) -> None:
-    folder, data = vlbart_run.parent, vlbart_run.parent / "data"
-    train_vlbart(vlbart_run)
-    train_vlbart(
-        vlbart_run,
-        f"--training.output_dir={folder / 'whole'}",
-        f"--data.validation_files.gqa={data / 'whole.jsonl'}",
-    )
+def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(run_file: Path) -> None:
+    folder, data = run_file.parent, run_file.parent / "data"
+    train(vlbart_run(run_file))
+    other = f"--data.validation_files.gqa={data / 'whole.jsonl'}"
+    train(vlbart_run(run_file, f"--training.output_dir={folder / 'whole'}", other))
     (found,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert (found["eval_samples"], found["eval_skipped"]) == (6, 1)
@@ -89,11 +53,11 @@ def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(vlbart_ru
     assert "p5" in line["reason"]
 
 
-def test_a_wrong_features_folder_stops_before_training(vlbart_run: Path) -> None:
-    empty = vlbart_run.parent / "data" / "empty"
+def test_a_wrong_features_folder_stops_before_training(run_file: Path) -> None:
+    empty = run_file.parent / "data" / "empty"
     with pytest.raises(UserError):
-        train_vlbart(vlbart_run, f"--data.features.gqa={empty}")
-    assert not (vlbart_run.parent / "run" / "log.jsonl").exists()
+        train(vlbart_run(run_file, f"--data.features.gqa={empty}"))
+    assert not (run_file.parent / "run" / "log.jsonl").exists()
 
 
 @pytest.fixture

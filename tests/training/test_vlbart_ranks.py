@@ -15,13 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_vl.data.example import iterate_examples, write_examples
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import assert_same_weights, logged, losses_of, weights_of
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
 TASKS = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
 SHARED = "model.shared.weight"
@@ -127,8 +124,7 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def in_this_process(config: Path, *overrides: str) -> None:
-    settings = read_settings([f"--config={config}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
-    assert run(VlBartPipeline(settings, all_subtasks(), name="tiny")) is None
+    assert run(vlbart_run(config, *overrides)) is None
 
 
 def with_two_ranks(config: Path, *overrides: str) -> None:

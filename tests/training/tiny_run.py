@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -17,9 +18,12 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.backbones.towers import Preparation, image_processor
+from dora_vl.cli import main
+from dora_vl.errors import UserError
 from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
@@ -98,6 +102,25 @@ def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 
     path = folder / "train.json"
     path.write_text(json.dumps(records))
     return path
+
+
+def decoder_run(run_file: Path, *overrides: str) -> DecoderPipeline:
+    return DecoderPipeline(read_run_file(run_file, *overrides))
+
+
+def refused(pipeline: Pipeline) -> UserError:
+    """What a run ends with before it reads a weight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "load", lambda: pytest.fail("weights are read"))
+        with pytest.raises(UserError) as error:
+            train(pipeline)
+    return error.value
+
+
+def merged(adapter: Path, to: Path, *more: str) -> Path:
+    """The folder of a base with an adapter merged into it, by the command."""
+    main(["merge", "--adapter", str(adapter), "--to", str(to), *more])
+    return to
 
 
 def trained(run_file: Path, *overrides: str, name: str = "") -> Path:
