@@ -14,7 +14,7 @@ from unittest import mock
 from transformers import TrainerCallback
 
 from dora_vl.training import run as training_run
-from dora_vl.training.imagined_step import LiveBytes
+from dora_vl.training.estimate import LiveBytes
 from dora_vl.training.trainer import AdapterTrainer
 from tasks.llava_instruct import main
 

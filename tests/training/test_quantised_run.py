@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,21 @@ from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.run.reading import read_run_file
-from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
 from tests.training.tiny_run import (
+    assert_same_weights,
     decoder_run,
+    json_of,
     logged_losses,
     merged,
     refused,
+    trained,
     write_run,
     write_tiny_data,
     write_tiny_llava,
 )
 
-SMOKE = Path(__file__).parents[2] / "configs" / "commonsense" / "smoke.yaml"
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 KINDS = ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(SCHEMES) if kind != "nf4")]
 TURNS = [Turn("user", "<image>\nSay the colour.")]
@@ -55,18 +55,12 @@ def settings(there: Path, base: str, name: str, **changes: Any) -> Path:
     return write_run(there / f"{name}.yaml", there / base, there / "data" / "train.json", **sections)
 
 
-def start(monkeypatch: pytest.MonkeyPatch, task: Any, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", [task.__file__, *arguments])
-    task.main()
-
-
-def trained(there: Path, monkeypatch: pytest.MonkeyPatch, base: str, kind: str) -> Path:
-    """The adapter of a run of the script, made once."""
+def adapter_of(there: Path, kind: str) -> Path:
+    """The adapter of a run, made once."""
     pytest.importorskip(SCHEMES[kind].package)
-    adapter = there / f"{base}-{kind}" / "adapter"
+    adapter = there / f"qwen2_5_vl-{kind}" / "adapter"
     if not adapter.is_dir():
-        path = settings(there, base, f"{base}-{kind}", model={"quantisation": kind})
-        start(monkeypatch, llava_instruct, "--config", str(path))
+        trained(settings(there, "qwen2_5_vl", f"qwen2_5_vl-{kind}", model={"quantisation": kind}))
     return adapter
 
 
@@ -77,29 +71,26 @@ def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_the_decoder_and_the_whole_projector(there: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+def test_it_trains_the_decoder_and_the_whole_projector(there: Path, kind: str) -> None:
+    adapter = adapter_of(there, kind)
     weights = read_weights(adapter)
     assert sum("lora_B" in name for name in weights) == 14
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     assert any("merger" in name for name in weights)
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    assert recipe["quantisation"] == kind
-    assert recipe["adapter"]["method"] == "dora"
+    recipe = json_of(adapter / "recipe.json")
+    assert (recipe["quantisation"], recipe["adapter"]["method"]) == (kind, "dora")
     losses = logged_losses(adapter.parent)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_plain_model_is_the_trained_one(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+def test_the_merged_plain_model_is_the_trained_one(there: Path, tmp_path: Path, kind: str) -> None:
+    adapter = adapter_of(there, kind)
     opened = open_model(ModelRequest(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in json_of(tmp_path / "merged" / "config.json")
     assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.prompts)
     # LLM.int8 rounds inputs as well, which no plain model does.
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
@@ -114,24 +105,18 @@ def test_the_merged_plain_model_is_the_trained_one(
     assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
 
 
-def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
-    path = settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
-    start(monkeypatch, llava_instruct, "--config", str(path))
-    start(monkeypatch, llava_instruct, "--config", str(path), "--resume", str(there / "half" / "checkpoint-2"))
-    resumed = read_weights(there / "half" / "adapter")
-    assert resumed.keys() == whole.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
+    whole, path = adapter_of(there, "nf4").parent, settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
+    folder = trained(path)
+    trained(path, f"--resume={folder / 'checkpoint-2'}")
+    assert_same_weights(folder, whole, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
+def test_zero_2_trains_what_one_process_trains(there: Path) -> None:
     path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
     launch(path, ranks=1)
-    for name, tensor in read_weights(there / "zero2" / "adapter").items():
-        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
+    assert_same_weights(there / "zero2", adapter_of(there, "nf4").parent, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
