@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import SettingError
 from dora_vl.run.launch import gather_to_write
 from dora_vl.training.checkpoint_files import StateFiles, is_plain, write_numbers, write_state
 
@@ -347,9 +347,10 @@ def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
     """Gives what trains its values; every rank must call it."""
     there = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
     if missing := sorted(set(places.pieces) ^ there):
-        raise UserError(
-            f"resume: the checkpoint does not fit this run: {len(set(places.pieces) - there)} trained tensors are not "
-            f"in it, {len(there - set(places.pieces))} are not trained here, such as {missing[0]}"
+        raise SettingError(
+            "resume",
+            f": the checkpoint does not fit this run: {len(set(places.pieces) - there)} trained tensors are not "
+            f"in it, {len(there - set(places.pieces))} are not trained here, such as {missing[0]}",
         )
     with places.whole_parameters_written():
         for name in places.pieces:

@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
-from dora_vl.errors import UserError, shown_names
+from dora_vl.errors import SettingError, UserError, shown_names
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import gathered, rank_and_ranks
 from dora_vl.training.pipeline import TrainingData
@@ -155,10 +155,11 @@ class Progress:
             differ += shown_names(changed)
         else:
             return
-        raise UserError(
-            f"resume: {checkpoint} was written in training on {then['samples']:,} samples; those of "
+        raise SettingError(
+            "resume",
+            f": {checkpoint} was written in training on {then['samples']:,} samples; those of "
             f"{self._data.source} {differ}. Put the data back as it was, or begin a new run from its weights with "
-            f"--adapter.initial {checkpoint / ADAPTER}"
+            f"--adapter.initial {checkpoint / ADAPTER}",
         )
 
     def go_on_from(self, checkpoint: Path) -> None:

@@ -170,30 +170,19 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("more", "key"),
+    ("more", "name"),
     [
         (["--data.validation", "x.json"], "data.validation"),
         (["--data.streaming", "true"], "data.validation_size"),
         (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
-    ],
-)
-def test_settings_that_cannot_work_are_named(folder: Path, more: list[str], key: str) -> None:
-    with pytest.raises(SettingError) as error:
-        train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
-    assert error.value.key == key
-
-
-@pytest.mark.parametrize(
-    ("more", "name"),
-    [
         (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
         (["--evaluation.files", '{"openbookqa": "x.json"}'], "x.json"),
         (["--data.train", "[]"], "data.train"),
         (["--data.validation_size", "40"], "validation_size"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
+def test_settings_and_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
     with pytest.raises(UserError, match=name):
         train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
 

@@ -24,7 +24,7 @@ from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.run import train
+from dora_vl.training.run import run, train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 IMAGE_PIXELS = 8
@@ -113,7 +113,7 @@ def refused(pipeline: Pipeline) -> UserError:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "load", lambda: pytest.fail("weights are read"))
         with pytest.raises(UserError) as error:
-            train(pipeline)
+            run(pipeline)
     return error.value
 
 
