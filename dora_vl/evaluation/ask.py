@@ -46,6 +46,7 @@ from dora_vl.evaluation.predictions import (
     write_in_order,
 )
 from dora_vl.evaluation.questions import Question, outputs_of
+from dora_vl.run.base import VideoReading
 from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
@@ -53,7 +54,6 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
-from dora_vl.run.media import VideoReading
 from dora_vl.run.watched import SIDE, tiled
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Assistant, Decoding, EncoderPrompts, MediaReader, Shown, ask
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import Question
-from dora_vl.run.media import VideoReading
+from dora_vl.run.base import VideoReading
 
 END = 1
 FIRST_LETTER = 10
