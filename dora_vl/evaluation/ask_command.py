@@ -287,7 +287,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     from dora_vl.data.video import VideoReader
     from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import as_question
-    from dora_vl.evaluation.scores.prompts import about_video
+    from dora_vl.evaluation.scores.benchmark import about_video
 
     opened = opened_by(options)
     frames_of: dict[object, Frames[Image]] = {}  # what was read, for every part and way of picking

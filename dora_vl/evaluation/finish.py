@@ -123,7 +123,7 @@ def _result(
     def says(example: Example) -> str:
         """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
         if not benchmark.chooses and not benchmark.labels_choices:
-            return final_answer(right_text(example), after) or ""
+            return final_answer(right_text(example), after)
         index = correct_index(example)
         return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
 

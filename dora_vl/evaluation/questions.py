@@ -17,8 +17,7 @@ from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
-from dora_vl.evaluation.scores.prompts import Prompt
-from dora_vl.evaluation.scores.prompts import turns_of as prompt_turns
+from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.questions import expected, has_truth, in_words
-from dora_vl.evaluation.scores.commonsense import extracted
-from dora_vl.evaluation.scores.commonsense import score as commonsense_score
-from dora_vl.evaluation.scores.exact import final_answer, normalised
+from dora_vl.evaluation.scores.exact import commonsense_score, extracted, final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 from dora_vl.report.run_record import RunRecord
@@ -102,7 +100,7 @@ def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     shares = {} if scored is None else scored.per_item
     folder = evaluation.get("image_folder") or run.section("data").get("image_folder")
     items = [
-        _item(row, final_answer(row.truth, after) or "", final_answer(row.prediction, after) or "", shares.get(row.id))
+        _item(row, final_answer(row.truth, after), final_answer(row.prediction, after), shares.get(row.id))
         for row in rows.values()
     ]
     return SetAnswers(

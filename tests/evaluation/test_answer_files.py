@@ -14,8 +14,7 @@ from dora_vl.data.example import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Predictions, read_rows
-from dora_vl.evaluation.scores.benchmark import join
-from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE
+from dora_vl.evaluation.scores.benchmark import SHORT, UNANSWERABLE, join
 
 
 def answers_in(path: Path, content: object) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.benchmarks import read_set
 from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions
-from dora_vl.evaluation.scores.prompts import LETTER, SHORT, turns_of
+from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
 
 
 def record(name: object, *texts: str, **more: object) -> dict[str, object]:
@@ -89,8 +89,8 @@ def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
     one = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
     first, second = one.examples
     assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
-    assert turns_of(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
-    assert turns_of(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
+    assert prompt_turns(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
+    assert prompt_turns(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
     assert one.scorer is None
     assert read_set(f"{name}={path}", tmp_path, mode=None, limit=1).examples == [first]
 
@@ -131,7 +131,7 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     by_id = {example.id: example for example in one.examples}
     assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
     assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
-    (asked,) = turns_of(by_id["4"], one.benchmark.prompt)
+    (asked,) = prompt_turns(by_id["4"], one.benchmark.prompt)
     assert asked.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
     assert (one.not_scored.keys(), one.unreadable.keys()) == ({"7"}, {"8"})
     answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.evaluation.scores import commonsense, exact, llava, own, video, vqa
+from dora_vl.evaluation.scores import exact, llava, vqa
 from dora_vl.evaluation.scores.vqa import ARTICLES, CONTRACTIONS, DIGITS
 from tests.shared_data import shared
 
@@ -63,10 +63,10 @@ READINGS: list[tuple[Callable[[str], object], Mapping[str, object]]] = [
     (vqa.normalise_evalai, BOTH_NORMALISERS | EVALAI),
     (vqa.converted, {"Yes.": "yes", "yes...": "yes", "yes. ": "yes. ", " yes": " yes", "U.S.": "u.s", "": ""}),
     *((llava.said, MME), (llava.says_no, POPE), (llava.parsed, SCIENCEQA)),
-    (video.submitted_index, {"a0": 0, "a1.": 1, "A0": 0, " a2": 0, "": 0, "x3": 3, "a": 0, "a²": 0}),
+    (exact.submitted_index, {"a0": 0, "a1.": 1, "A0": 0, " a2": 0, "": 0, "x3": 3, "a": 0, "a²": 0}),
     (exact.normalised, {"Yes.": "yes", " Light \n blue ": "light blue", "yes, it is": "yes, it is", "3.5": "3.5"}),
     (partial(exact.final_answer, after=", so "), {"blue circle, so no": "no", "no": "no", "a, so b, so c": "c"}),
-    *((partial(commonsense.extracted, task=task, rule="nvlabs"), rows) for task, rows in COMMONSENSE.items()),
+    *((partial(exact.extracted, task=task, rule="nvlabs"), rows) for task, rows in COMMONSENSE.items()),
     (lambda answer: vqa.leave_one_out("x", [*answer]), {"x" * n + "y" * (10 - n): min(1, 0.3 * n) for n in range(11)}),
 ]
 
@@ -112,18 +112,16 @@ def test_nlvr2_reads_the_line_of_a_csv(answer: str) -> None:
 
 
 def test_the_two_rules_of_commonsense_take_different_parts() -> None:
-    goes_on = (
-        f"the correct answer is answer1\n\n### Instruction:\n\n{commonsense.RESPONSE} the correct answer is answer2"
-    )
-    assert commonsense.extracted(goes_on, "openbookqa", "llm_adapters") == "answer1"
-    assert commonsense.extracted(goes_on, "openbookqa", "nvlabs") == "answer2"
+    goes_on = f"the correct answer is answer1\n\n### Instruction:\n\n{exact.RESPONSE} the correct answer is answer2"
+    assert exact.extracted(goes_on, "openbookqa", "llm_adapters") == "answer1"
+    assert exact.extracted(goes_on, "openbookqa", "nvlabs") == "answer2"
 
 
-@given(st.text(), st.sampled_from(sorted(commonsense.PATTERNS)), st.sampled_from(["nvlabs", "llm_adapters"]))
-def test_what_is_extracted_is_in_the_text(text: str, task: str, rule: commonsense.Rule) -> None:
-    found = commonsense.extracted(text, task, rule)
+@given(st.text(), st.sampled_from(sorted(exact.PATTERNS)), st.sampled_from(["nvlabs", "llm_adapters"]))
+def test_what_is_extracted_is_in_the_text(text: str, task: str, rule: exact.Rule) -> None:
+    found = exact.extracted(text, task, rule)
     assert found in text
-    assert not found or commonsense.PATTERNS[task].fullmatch(found)
+    assert not found or exact.PATTERNS[task].fullmatch(found)
 
 
 def test_the_table_of_contractions_is_the_published_one_without_its_empty_entries() -> None:
@@ -162,7 +160,7 @@ def test_any_text_ends_in_plain_words(normalise: Callable[[str], str], text: str
     ],
 )
 def test_anls(said: str, true: str, points: float) -> None:
-    assert own.similarity(said, true) == own.similarity(true, said) == pytest.approx(points)
+    assert exact.similarity(said, true) == exact.similarity(true, said) == pytest.approx(points)
 
 
 def distance(first: str, second: str) -> int:
@@ -176,7 +174,7 @@ def distance(first: str, second: str) -> int:
 @given(first=st.text(alphabet="abc", max_size=5), second=st.text(alphabet="abc", max_size=5))
 def test_anls_is_by_the_edit_distance(first: str, second: str) -> None:
     share = 1 - distance(first, second) / max(len(first), len(second), 1)
-    assert own.similarity(first, second) == pytest.approx(share if share > 0.5 else 0.0)
+    assert exact.similarity(first, second) == pytest.approx(share if share > 0.5 else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_anls_is_by_the_edit_distance(first: str, second: str) -> None:
     ],
 )
 def test_relaxed(said: str, true: str, right: bool) -> None:
-    assert own.is_close(said, true) is right
+    assert exact.is_close(said, true) is right
 
 
 FILES = {"openbookqa/test.json": 500, "ARC-Easy/test.json": 2376, "ARC-Challenge/test.json": 1172}
@@ -210,6 +208,4 @@ def test_the_published_commonsense_targets_score_full_marks(file: str) -> None:
     assert len(records) == FILES[file]
     task = file.partition("/")[0]
     for rule in ("nvlabs", "llm_adapters"):
-        assert [commonsense.extracted(row["output"], task, rule) for row in records] == [
-            row["answer"] for row in records
-        ]
+        assert [exact.extracted(row["output"], task, rule) for row in records] == [row["answer"] for row in records]

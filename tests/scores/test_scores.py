@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores import commonsense, exact, llava, video, vqa
-from dora_vl.evaluation.scores.own import SCORINGS
+from dora_vl.evaluation.scores import exact, llava, vqa
+from dora_vl.evaluation.scores.exact import SCORINGS
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
@@ -224,15 +224,15 @@ def test_mmbench(matcher: llava.Matcher, right: int) -> None:
 def test_video_questions() -> None:
     answers = said(["a0", "a1", "a2", "a3", "A0", "a1.", " a2", "", "x3", "a"])
     examples = [example(n, choices=FOUR, correct=n % 4) for n in range(10)]
-    scored = video.score(examples, answers)
+    scored = exact.video_score(examples, answers)
     parsed = [0, 1, 2, 3, 0, 1, 0, 0, 3, 0]
     right = sum(index == n % 4 for n, index in enumerate(parsed))
     assert scored.metrics == pytest.approx({"accuracy": 40.0, "value_accuracy": 10.0 * right})
-    third = video.score(examples[:3], {"0": "a0"}).metrics
+    third = exact.video_score(examples[:3], {"0": "a0"}).metrics
     assert third == {"accuracy": pytest.approx(100 / 3), "value_accuracy": 33.33}  # two decimals, as the server
-    assert video.score(examples, {**answers, "x": "a1"}).metrics == scored.metrics
+    assert exact.video_score(examples, {**answers, "x": "a1"}).metrics == scored.metrics
     with pytest.raises(UserError):
-        video.score_how2qa(examples, {**answers, "x": "a1"})
+        exact.how2qa_score(examples, {**answers, "x": "a1"})
 
 
 def test_nlvr2() -> None:
@@ -261,7 +261,7 @@ def test_nlvr2() -> None:
 def test_commonsense_is_the_mean_over_tasks() -> None:
     rows = [("boolq", "true", "true")] * 4 + [("piqa", "solution1", "solution2")] * 5 + [("boolq", "true", "TRUE")]
     examples = [example(n, truth, task=task) for n, (task, truth, _) in enumerate(rows)]
-    scored = commonsense.score(examples, said([row[2] for row in rows]), rule="llm_adapters")
+    scored = exact.commonsense_score(examples, said([row[2] for row in rows]), rule="llm_adapters")
     assert scored.metrics == pytest.approx({"average": 40.0, "boolq": 80.0, "piqa": 0.0})
     assert scored.settings == {"extraction": "llm_adapters"}
 
@@ -376,12 +376,12 @@ def test_how2qa_and_tvqa_as_published() -> None:
     counts = Counter(row["answer_idx"] for row in rows)
     assert (len(rows), [counts[n] for n in range(4)]) == (3115, [778, 727, 781, 829])
     for answer, accuracy, value in (("a1", 100 * 727 / 3115, 23.34), ("", 0.0, 24.98)):  # 778 of 3,115
-        metrics = video.score_how2qa(examples, {row.id: answer for row in examples}).metrics
+        metrics = exact.how2qa_score(examples, {row.id: answer for row in examples}).metrics
         assert metrics == {"accuracy": pytest.approx(accuracy), "value_accuracy": value}
     shows = json.loads(shared("value/tvqa_val_solution.json").read_text())["solution"]
     answers = {name: correct for questions in shows.values() for name, correct in questions.items()}
     asked = [example(name, choices="abcde", correct=correct) for name, correct in answers.items()]
-    scored = video.score(asked, {name: f"a{correct}" for name, correct in answers.items()})
+    scored = exact.video_score(asked, {name: f"a{correct}" for name, correct in answers.items()})
     assert (scored.n, scored.metrics["accuracy"]) == (15253, 100.0)
 
 

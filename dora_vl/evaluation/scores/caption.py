@@ -23,9 +23,16 @@ import numpy as np
 
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation.scores import prompts
-from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Submission, json_lines, published_id
-from dora_vl.evaluation.scores.prompts import Prompt
+from dora_vl.evaluation.scores.benchmark import (
+    Benchmark,
+    ByKey,
+    Prompt,
+    Submission,
+    caption_of_picture,
+    caption_of_video,
+    json_lines,
+    published_id,
+)
 from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers, Ratio, Scored, Sums, Tally
 
 Tokenizer = Literal["ptb", "fallback"]
@@ -325,6 +332,6 @@ def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tup
     )
 
 
-COCO = _benchmark("coco", prompts.caption, coco_caption, ("test", "validation"))
-TVC = _benchmark("value", prompts.caption_of_video, tvc, ("validation", "test"))
-YC2C = _benchmark("value", prompts.caption_of_video, yc2c, ("validation", "test"))
+COCO = _benchmark("coco", caption_of_picture, coco_caption, ("test", "validation"))
+TVC = _benchmark("value", caption_of_video, tvc, ("validation", "test"))
+YC2C = _benchmark("value", caption_of_video, yc2c, ("validation", "test"))

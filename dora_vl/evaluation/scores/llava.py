@@ -21,20 +21,27 @@ from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
+    LETTER,
+    LETTER_CN,
     LONG_ANSWER_TOKENS,
     REPEATED,
+    SHORT,
+    YES_OR_NO,
     Benchmark,
     ByKey,
     ByOrder,
     Key,
     correct_index,
     json_lines,
+    letter,
+    lettered,
     letters,
     plain,
     question_in,
+    refuse_strangers,
     right_answer,
+    short,
 )
-from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, letter, lettered, short
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
     Answers,
@@ -388,11 +395,8 @@ def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
     A missing answer counts as the wrong one of the two. Division by zero gives 0.
     """
-    if strangers := sorted(answers.keys() - {example.id for example in examples}):
-        raise UserError(
-            f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
-            "come in two versions, so prepare the one that the questions were asked from"
-        )
+    why = "the label files come in two versions, so prepare the one that the questions were asked from"
+    refuse_strangers("POPE", examples, answers, why)
     tally, categories = Tally(), Counter[str]()
     for example in examples:
         category, label = str(example.extra.get("category", "all")), right_answer(example)

@@ -21,6 +21,8 @@ from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     REPEATED,
+    SHORT,
+    UNANSWERABLE,
     Benchmark,
     ByKey,
     Key,
@@ -28,8 +30,9 @@ from dora_vl.evaluation.scores.benchmark import (
     published_id,
     question_in,
     right_answer,
+    short,
+    true_or_false,
 )
-from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE, short, true_or_false
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Ratio, Scored, Tally, score_points, share_of
 
 # How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
