@@ -17,7 +17,7 @@ from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import commands
 from dora_vl.evaluation.benchmarks import EvaluationSet, read_set
-from dora_vl.evaluation.finish import finish
+from dora_vl.evaluation.commands import finish
 from dora_vl.evaluation.predictions import Prediction, Predictions, refuse_anothers, write_metrics
 from dora_vl.files import file_sha256
 from tests.backbones.tiny_language import write_tiny_language
