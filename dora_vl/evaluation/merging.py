@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from os import getpid
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -210,14 +209,13 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
         yield first
         return
     target: Path = arguments.to
-    folder = target.with_name(f".{target.name}.adapter-{getpid()}")
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.adapter-", dir=target.parent) as scratch:
         # with what the first one's recipe says of how its model is asked
         prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
+        folder = Path(scratch) / "adapter"
         write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
@@ -235,7 +233,6 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
         yield from write(plan, arguments)
         return
     target: Path = arguments.to
-    read_back = target.with_name(f".{target.name}.read-{getpid()}")
     with adapter_folder(plan, arguments) as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
         yield from write(plan, arguments)
@@ -245,17 +242,16 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
             yield from checked(check, source, "exported", exported, target, about(plan, arguments))
             return
         weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
-        try:
+        with TemporaryDirectory(prefix=f".{target.name}.read-", dir=target.parent) as read_back:
+            model = Path(read_back) / "model"
             yield from checked(
                 check,
                 source,
                 "gguf",
-                lambda: as_model(source, folder_of_gguf(target, plan.base, read_back)),
+                lambda: as_model(source, folder_of_gguf(target, plan.base, model)),
                 target,
                 weights,
             )
-        finally:
-            shutil.rmtree(read_back, ignore_errors=True)
 
 
 def _refuse(target: Path, base: Path, *, gguf: bool) -> None:

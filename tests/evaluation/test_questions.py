@@ -143,21 +143,6 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
 
 
-@pytest.mark.parametrize(
-    ("name", "upload"),
-    [
-        ("vqav2", [{"question_id": 7, "answer": ""}, {"question_id": 8, "answer": "dogs"}]),
-        ("mmvet", {"v1_7": "", "v1_8": "The  dogs"}),
-    ],
-)
-def test_answers_to_questions_give_the_servers_file(name: str, upload: object, tmp_path: Path) -> None:
-    rows = [{"question_id": n, "image": f"{n}.jpg", "text": f"Is it red?\n{SHORT}"} for n in (7, 8)]
-    lines(tmp_path / "p.jsonl", [{"question_id": 8, "prompt": "?", "text": "The  dogs"}])
-    predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
-    main(["evaluate", "--benchmarks", f"{name}={lines(tmp_path / 'q.jsonl', rows)}", *predictions])
-    assert json.loads((tmp_path / name / f"{name}.json").read_text()) == upload
-
-
 # Instructions name the outputs that they admit, of which the likeliest is taken.
 
 
