@@ -65,10 +65,7 @@ By = Literal["generation", "letters", "outputs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What one prompt shows.
-
-    RGB, in the order of the prompt's `<image>` and `<video>`.
-    """
+    """What one prompt shows, RGB, in the order of the prompt's `<image>` and `<video>`."""
 
     pictures: tuple[Image.Image, ...] = ()
     videos: tuple[Video, ...] = ()
@@ -122,12 +119,7 @@ class EncoderPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
-    """Reads what questions show; it may be sent to data workers.
-
-    Attributes:
-        videos: which frames of a video, and from which root.
-        stored: pictures that a data file holds itself.
-    """
+    """Reads what questions show; `stored` are pictures that a data file holds. It may be sent to data workers."""
 
     folder: Path | MediaFolder
     videos: VideoReading
@@ -196,11 +188,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A question about a video as a model is asked it, and what it looks at.
-
-    Attributes:
-        as_pictures: the model takes no videos; the frames are so many pictures to it.
-    """
+    """A question about a video as a model is asked it, and what it looks at: as pictures where it takes no videos."""
 
     example: Example
     clip: Clip
@@ -244,13 +232,14 @@ def ask(
 ) -> Predictions:
     """Answers every question that the file has no prediction for, and appends the answers to it, batch by batch.
 
+    What could not be asked gets no line in the file, so that the next run asks it again.
+
     Args:
-        path: receives a line for each answer; what could not be asked gets none, so that the next run asks it again.
         settings: what the answers depend on; earlier ones with other settings are not taken, without any none is.
 
     Raises:
-        UserError: the model's scores were no numbers for some questions. Those that it can answer are answered first;
-            it ends after `batch_size` in a row that it cannot.
+        UserError: the model's scores were no numbers for some questions; the others are answered first, unless
+            `batch_size` in a row cannot be.
     """
     started = time.monotonic()
     failed: dict[str, str] = {}
@@ -443,11 +432,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
 class Assistant:
     """A decoder with what turns words and pictures into its inputs; an `Asker`.
 
-    Attributes:
-        backbone: its `generate` gives the new ids of left-padded prompts, its forward `Features`, both from what
-            `prompts` makes.
-        while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
-            to save, as the tensors of inference mode are.
+    `while_training`: the model goes on training afterwards, and autograd must be able to save what it made here.
     """
 
     backbone: Any

@@ -184,11 +184,7 @@ def _write(text: str) -> None:
 
 
 def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
-    """Prints the answer while it is made, and the one without the adapter under it; returns both, by speaker.
-
-    Args:
-        answer: gives the answer of a speaker's model, and writes it as it comes.
-    """
+    """Prints the answer while `answer` makes it, and the one without the adapter under it; both, by speaker."""
     speakers: list[tuple[str, Asker]] = [("with adapter", opened.adapted)]
     if opened.base is not None:
         speakers.append(("without adapter", opened.base))

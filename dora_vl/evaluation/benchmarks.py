@@ -171,10 +171,10 @@ def read_own(path: Path) -> NamedBenchmark:
 
 
 def with_choices(example: Example, suffix: str) -> Example:
-    """A multiple-choice question of LLaVA's conversations with its choices, read out of its words, and the right one.
+    """A question of LLaVA's conversations with the choices that its words end with, and the right one.
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
-    answer's letter names, or whose text it is. Without choices the example stays as it is.
+    answer's letter names, or whose text it is.
     """
     turn, text = example.turns[-1], example.turns[-1].text
     choices = _choices(text)

@@ -52,11 +52,7 @@ class Check:
 
 
 def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
-    """The questions, read and with a folder of pictures; None where no check is asked for.
-
-    Args:
-        adapter: the first adapter; a run's folder around it says what its test is.
-    """
+    """The questions, of a file or of the test of the run around the adapter; None where no check is asked for."""
     if not options.check:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
@@ -114,10 +110,7 @@ def _read(file: Path) -> list[Question]:
 
 
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
-    """The model that an adapter folder and its base are, in the number type of the check.
-
-    That the base is the right one has been seen before.
-    """
+    """The model that an adapter folder and its base, which is the right one, are, in the check's number type."""
     source = find_source(ModelRequest(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
         features = source.recipe["features"]
@@ -151,13 +144,9 @@ def checked(
     folder: Path,
     about: Mapping[str, object],
 ) -> Iterator[str]:
-    """Asks, writes the certificate into the folder, and yields the lines to print; one model is in memory at a time.
+    """Asks, writes the certificate with what it is `about`, and yields the lines to print; exit status 1 if it fails.
 
-    Args:
-        about: what the certificate says was compared.
-
-    Raises:
-        SystemExit: with status 1, more answers differ than may.
+    One model is in memory at a time.
     """
     decoding = Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task)
     with (

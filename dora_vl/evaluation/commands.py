@@ -85,10 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Answers, scores, writes; yields the table's lines in the first process of a launch.
-
-    Nothing is asked before all benchmarks are read.
-    """
+    """Answers once all benchmarks are read, scores, writes; yields the lines to print in a launch's first process."""
     if options.predictions is not None:
         sets = _sets(options)
         if options.against is not None and options.against.is_dir():
@@ -290,9 +287,6 @@ def finish(
     """Scores, writes metrics, single scores and submissions; yields what there is to say.
 
     A benchmark that cannot be scored is refused at the end, when what the others have is written.
-
-    Args:
-        exchanges: answers about exchanged pictures, by benchmark, where some were asked for.
     """
     entries: dict[str, dict[str, Any]] = {}
     baselines: list[str] = []
@@ -398,11 +392,7 @@ def _result(
 
 
 def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) -> list[str]:
-    """One line for each metric, the benchmark's name on its first; numbers as the official scripts have them.
-
-    Args:
-        details: also metrics of parts of a set, which have "/" in their name and are else in the file alone.
-    """
+    """One line for each metric, the benchmark's name on its first; with `details` also of parts of a set ("/")."""
     paired = any("difference" in entry for entry in entries.values())
     head = ["benchmark", "metric", "value", "95 % interval", "n", "no answer"]
     rows = [head + (["difference", "95 % interval"] if paired else [])]

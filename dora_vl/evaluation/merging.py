@@ -42,13 +42,7 @@ ROUNDING = {False: 1e-3, True: 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is merged into what; everything that was asked for has been read and fits.
-
-    Attributes:
-        adapters: as they were given.
-        adapter: the one that is merged: the given one, or their combination.
-        open_base: gives the values that are merged into.
-    """
+    """What is merged into what, all read: `adapter` is the given one or the combination of `adapters`."""
 
     adapters: list[Adapter]
     adapter: Adapter
@@ -57,11 +51,7 @@ class Plan:
 
 
 def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
-    """Reads the adapters and finds their base.
-
-    Args:
-        refuse: raises where the result may not be written over what is there, given its folder and the base's.
-    """
+    """Reads the adapters, finds their base, and refuses a result that may not be written there."""
     options = reading_options(arguments)
     adapters = [read_any(source, options) for source in arguments.adapter]
     base = arguments.base or base_of(adapters[0])
@@ -120,11 +110,7 @@ def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    """The merged folder's logits beside those of base and adapter, for drawn tokens without pictures.
-
-    Raises:
-        SystemExit: with status 1, they differ by more than rounding.
-    """
+    """The merged folder's logits for drawn tokens beside base and adapter's; exit status 1 beyond rounding."""
     result: Path = arguments.to
     beside = f"{result}: not compared with base and adapter"
     if reason := _incomparable(plan):

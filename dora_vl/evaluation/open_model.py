@@ -89,14 +89,7 @@ KERNELS = ("sdpa", "eager", FLASH)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that can be opened.
-
-    Attributes:
-        kind: of the backbone, as `run.adapting` and `recipe.json` call it.
-        base: folder or hub id of the base, or of the model itself.
-        recipe: the adapter's; empty where no training run of ours wrote one.
-        attention: as the adapter was trained with it; None: transformers' choice.
-    """
+    """A model that can be opened; without a recipe where no training run of ours wrote the adapter."""
 
     kind: str
     base: str
@@ -306,11 +299,7 @@ def _model_config(source: ModelSource) -> ModelConfig:
 def with_adapter(
     backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False, strength: float = 1.0
 ) -> tuple[AnyBackbone, AnyBackbone | None]:
-    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer.
-
-    Args:
-        strength: how much of the adapter is applied; at 0 the two are one.
-    """
+    """The backbone with so much of the adapter applied, and if asked for one without it, ready to answer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if adapter is None:
         return backbone.to(device).eval(), None
@@ -375,11 +364,7 @@ def _open_vlbart(source: ModelSource) -> Opened:
 
 
 def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
-    """Writes what the files of an export hold as a model folder in float32, so that it can be asked like any other.
-
-    The language model comes through transformers' own reader of the format, its configuration too; the tower and the
-    projector by gguf's table of names. Tokenizer and picture preparation are the base's.
-    """
+    """Writes an export's files as a model folder in float32, with the base's tokenizer, so that it can be asked."""
     language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
     with BaseWeights(base_folder) as base:
         shell = skeleton(base.config)

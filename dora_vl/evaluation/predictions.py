@@ -295,16 +295,12 @@ def write_metrics(
     asked: Collection[str],
     options: Mapping[str, JSON],
 ) -> list[str]:
-    """Writes the entries, with those of before that are still true; without any there is no file.
+    """Writes the entries, with those of before that are still true; without any there is no file. Says what went.
 
     Args:
         origin: what all numbers of the file are of; hashes tell an adapter from its successor at the same place.
-        entries: of the benchmarks that have a score.
         asked: every benchmark of the command; of these no entry of before stays.
-        options: of the answers, by benchmark; empty for a predictions file.
-
-    Returns:
-        What to say: where the numbers are, and which of before stayed and which went.
+        options: of the answers, by benchmark.
     """
     content = _mapping_in(path)
     before, options_before = (

@@ -25,9 +25,8 @@ class Question:
     """What the model is asked and what it should say.
 
     Attributes:
-        images: paths relative to the picture folder.
-        turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
-        answer: the part of it that is scored, where the row says it; else empty.
+        turns: everything up to and with the last question; earlier rounds keep their true answers.
+        answer: the part of the truth that is scored, where the row says it.
         example: what the question was made of, with its choices.
     """
 
@@ -122,7 +121,7 @@ def has_truth(examples: Sequence[Example]) -> bool:
 
 
 def outputs_of(question: Question) -> list[str]:
-    """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
+    """The outputs that the question's last line, `Answer format: a/b/...`, admits.
 
     What stands before the answer in the true output stands before each: "the correct answer is ".
     """

@@ -69,7 +69,6 @@ class TestSet:
     """A set of a run's test: what is asked, the model that answers, and how that is scored.
 
     Attributes:
-        examples: what the score is over.
         score: None: the file holds no answers.
         says: the right answer as the model says it, for the baselines; None: it has none.
         settings: what the answers of an earlier run must have been made with to stay; None: none stays.
@@ -129,14 +128,12 @@ def evaluate_sets(
     exchange: bool = False,
     sheet: bool = False,
 ) -> dict[str, Any]:
-    """Asks and scores every set, draws what was answered, and asks again about others' pictures.
+    """Asks and scores every set, draws what was answered, and asks again about others' pictures, in one process.
 
-    `metrics.json` is written after each set, so that an error in a later one does not cost its score. One process does
-    all of it.
+    `metrics.json` is written after each set, so that an error in a later one does not cost its score.
 
     Args:
         metrics_of: what `metrics.json` holds of the sets that have been answered.
-        exchange: a sample is asked again about exchanged pictures.
         sheet: a contact sheet can be drawn: of the one set that is scored by accuracy, else of all.
     """
     answered: list[Answered] = []

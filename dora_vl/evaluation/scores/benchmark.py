@@ -175,10 +175,7 @@ def plain(question: str) -> str:
 def join(
     benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[Prediction], *, path: Path, questions: Path
 ) -> Predictions:
-    """Each row of another tool's file under its question's id; of two for one question the later stands.
-
-    A row's question is found by the id, or as the benchmark's own files name it.
-    """
+    """Each row of another tool's file under its question's id, found by the id or as the benchmark's files name it."""
     matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
     for way in (ByKey("id", lambda row: row.id, lambda example: example.id), *benchmark.joins):
@@ -322,11 +319,7 @@ def check_choices(
 ) -> None:
     """Sees, before a model is asked, that every question of a file can be answered and scored.
 
-    A file that gives no right answer at all is one whose answers the publisher keeps.
-
-    Args:
-        most: choices that a question may have; the letters end with Z.
-        all_known: where some questions say which choice is right, all must.
+    With `all_known`, where some questions say which choice is right all must; a publisher keeps those of some files.
     """
     examples = list(examples)
     known = all_known and any(example.answers or "correct" in example.extra for example in examples)

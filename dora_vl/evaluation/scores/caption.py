@@ -211,10 +211,7 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to: all answers of a clip's (TVC, YC2C) or picture's (COCO) are references.
-
-    The loaders of VL-Adapter flatten the captions, so its training log compares each with one reference.
-    """
+    """What an example's captions belong to, all of them references: a clip (TVC, YC2C) or a picture (COCO)."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 

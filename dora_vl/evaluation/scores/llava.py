@@ -65,11 +65,8 @@ def judge_requests(
 ) -> list[dict[str, str]]:
     """One request for each question: its id, category and the text to put to the judge.
 
-    Reads `question`, `answers[0]` (the reference), `extra["category"]` (conv, detail, complex) and `extra["context"]`.
-
-    Args:
-        rules: category -> the instruction that ends the text (`prompt` of `llava_bench_<category>` in LLaVA's
-            rule.json); without them that part is left to the judge's system prompt.
+    `rules` are by category the instruction that ends the text (`prompt` in LLaVA's rule.json); without them that part
+    is left to the judge's system prompt.
     """
     requests: list[dict[str, str]] = []
     for example in examples:
@@ -457,10 +454,7 @@ def parsed(answer: str) -> str | None:
 
 
 def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent.
-
-    What cannot be parsed is wrong, and so is a letter beyond the question's choices.
-    """
+    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent."""
     image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
     return score_points(
         examples,

@@ -440,10 +440,7 @@ def nlvr2_score(
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy (called precision there) and consistency in percent; an interval draws sentences.
-
-    A sentence is consistent when all of its examples are right.
-    """
+    """Accuracy (called precision there) and consistency, all of a sentence's examples right, in percent."""
     if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
