@@ -196,9 +196,13 @@ def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[s
     return answers
 
 
-def answer_typed(answer: Callable[[str], object], *, hint: str) -> None:
-    """Answers typed questions until an empty line or the end of input; a mistake in one ends nothing."""
-    print(hint)
+def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: str) -> None:
+    """Answers the questions; without any those that are typed until an empty line, where a mistake ends nothing."""
+    for question in questions:
+        answer(question)
+    if questions:
+        return
+    print(f"Type {what} or an empty line to leave.")
     while True:
         try:
             line = input("question> ").strip()
@@ -244,11 +248,7 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
                 print(f"{', '.join(topic.names)}  {line}".strip())
             ask_topic(opened, topic, line, max_new_tokens=options.max_new_tokens, conversation=options.conversation)
 
-    if not options.question:
-        hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
-        answer_typed(answer, hint=hint)
-    for question in options.question:
-        answer(question)
+    answer_all(options.question, answer, f"a question, `{PICTURE_COMMAND}FILE` for another picture,")
 
 
 def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
@@ -313,7 +313,4 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             ask_clip(path, question)
 
     with VideoReader() as reader:
-        for question in options.question:
-            answer(question)
-        if not options.question:
-            answer_typed(answer, hint="Type a question, or an empty line to leave.")
+        answer_all(options.question, answer, "a question,")

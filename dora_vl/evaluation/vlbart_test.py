@@ -62,17 +62,15 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
         bad = _reasons(examples, partial(check_sample, subtask=subtask, reader=reader))
         left = [example for example in examples if example.id not in bad]
         sample = left[:: -(-len(left) // READ)] if left else []
-        make = partial(make_sample, subtask=subtask, encoder=encoder, reader=reader, target=None)
-        unread = _reasons(sample, make)
-        if not bad and not unread:
-            continue
-        counts = [f"{len(bad):,} of {len(examples):,} examples cannot be asked"] if bad else []
-        counts += [f"{len(unread)} of {len(sample)} whose features were read cannot be asked"] if unread else []
+        unread = _reasons(sample, partial(make_sample, subtask=subtask, encoder=encoder, reader=reader, target=None))
         reasons = bad | unread
+        if not reasons:
+            continue
+        names = ", ".join(path.name for path in file.paths)
         message = (
-            f"{', '.join(path.name for path in file.paths):.60}: {', and '.join(counts)} ({shown_names(reasons, NAMED)}"
-            f"); the first: {next(iter(reasons.values())):.160}. Correct "
-            f"evaluation.files or {subtask.name}'s folder of features"
+            f"{names:.60}: {len(bad):,} of {len(examples):,} examples cannot be asked, nor {len(unread)} of "
+            f"{len(sample)} whose features were read ({shown_names(reasons, NAMED)}); the first: "
+            f"{next(iter(reasons.values())):.160}. Correct evaluation.files or {subtask.name}'s folder of features"
         )
         if not left:
             raise UserError(message)

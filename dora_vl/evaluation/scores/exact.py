@@ -22,7 +22,7 @@ from dora_vl.evaluation.scores.benchmark import (
     refuse_strangers,
     right_answer,
 )
-from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Mean, Ratio, Scored, Tally, score_points, share_of
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Mean, Ratio, Scored, score_points, share_of
 
 
 def normalised(answer: str) -> str:
@@ -177,14 +177,20 @@ def extracted(text: str, task: str, rule: Rule) -> str:
 
 def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
     """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
-    tally, seen = Tally(), set[str]()
-    for example in examples:
-        task, answer = str(example.extra.get("task", "")), answers.get(example.id)
-        seen.add(task)
-        right = float(extracted(answer or "", task, rule) == right_answer(example))
-        tally.add(example.id, right, {f"right {task}": right, f"asked {task}": 1.0}, failed=answer is None)
-    tasks = {task: share_of(task) for task in PATTERNS if task in seen}
-    return tally.scored({"average": Mean(tuple(tasks.values())), **tasks}, settings={"extraction": rule})
+
+    def points(example: Example, answer: str) -> float:
+        return float(extracted(answer, str(example.extra.get("task", "")), rule) == right_answer(example))
+
+    present = {str(example.extra.get("task", "")) for example in examples}
+    tasks = {task: share_of(task) for task in PATTERNS if task in present}
+    return score_points(
+        examples,
+        answers,
+        points,
+        metrics={"average": Mean(tuple(tasks.values())), **tasks},
+        kinds=lambda example: [str(example.extra.get("task", ""))],
+        settings={"extraction": rule},
+    )
 
 
 COMMONSENSE = Benchmark(
