@@ -55,14 +55,6 @@ def test_the_title_and_the_marks_are_the_scores(tmp_path: Path) -> None:
     assert [row.id for row in rows] == list(shares)
 
 
-def test_what_could_not_be_asked_counts_as_wrong_in_the_title_too(tmp_path: Path) -> None:
-    truth = (Answer(text="true"),)
-    examples = [Example(id=f"dev-{n}-0-0", images=("a.png",), question="?", answers=truth) for n in range(4)]
-    answers = {"dev-0-0-0": "True", "dev-1-0-0": "false"}
-    rows, title, _ = drawn(tmp_path, task("nlvr2", examples, answers, vqa.nlvr2_score(examples, answers)))
-    assert (title[:23], len(rows)) == ("nlvr2: 25.0% of 4 right", 2)
-
-
 def test_a_label_stands_in_its_words_and_other_scores_are_no_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores import exact, llava, vqa
 from dora_vl.evaluation.scores.exact import SCORINGS
+from dora_vl.evaluation.scores.scored import intervals
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
@@ -49,6 +50,8 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     assert scored.settings == row.get("settings", scored.settings)
     assert len(scored.units) == row.get("units", len(scored.units))
     assert {name: scored.items_of(name) for name in row.get("items", {})} == row.get("items", {})
+    for name, (low, high) in intervals(scored, resamples=200).items():
+        assert low - 1e-9 <= scored.metrics[name] <= high + 1e-9, name
     assert set(scored.failed) == scored.per_item.keys() - row["answers"].keys()
 
 
