@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import (
     MOST_FIELDS,
     MOST_MESSAGES,
@@ -26,11 +27,9 @@ from dora_vl.serving.requests import (
     MOST_VALUES,
     BadRequest,
     ChatRequest,
-    MediaLimits,
     TooLarge,
     parsed,
 )
-from dora_vl.serving.server import ServerSettings
 from tests.app.tiny_served import RED, data_url, running
 
 MANY = 80_000
@@ -82,20 +81,33 @@ def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
     assert len(str(told.value)) < 500
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b'{"messages":[' + b"0," * 2_000_000 + b"0]}", b"{" + b'"a":0,' * 2_000_000 + b'"a":0}', b"[" * 2_000_000],
-    ids=["items", "fields", "brackets"],
-)
-def test_two_million_values_are_refused_before_they_become_objects(body: bytes) -> None:
+ENDLESS: dict[str, tuple[bytes, bytes, bytes]] = {
+    "items": (b'{"messages":[', b"0,", b"0]}"),
+    "fields": (b"{", b'"a":0,', b'"a":0}'),
+    "brackets": (b"", b"[", b""),
+    "a text": (b'{"model": "', b",", b""),
+    "escaped quotes": (b'{"model": "', rb"\",", b""),
+    "a backslash": (b'{"model": "', b",", b"\\"),
+    "texts without a comma": (b"", b'"",', b'"'),
+    "backslashes outside of a text": (b"[", rb"\",", b""),
+    "nothing but quotes": (b",,", b'""', b","),
+}
+"""How a request begins, what is in it until it has ten megabytes, and how it ends; some are never closed."""
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_ten_megabytes_of_values_or_of_what_is_never_closed_are_refused_soon(what: str) -> None:
+    """Before they become objects: of those the first would have 16 bytes and more for each of its own."""
+    begin, middle, end = ENDLESS[what]
+    body = begin + middle * (10_000_000 // len(middle)) + end
     tracemalloc.start()
     began = time.process_time()
-    with pytest.raises(TooLarge):
+    with pytest.raises((BadRequest, TooLarge)):
         parsed(ChatRequest, body)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * len(body)  # of objects the first would have 16 bytes and more for each of its own
-    assert seconds < 2
+    assert peak < 4 * len(body)
+    assert seconds < 5
 
 
 def test_what_is_allowed_passes() -> None:
@@ -137,26 +149,6 @@ def test_a_value_of_any_kind_is_counted(value: str) -> None:
     for count, error in ((MOST_VALUES // 3, BadRequest), (MOST_VALUES + 1, TooLarge)):
         with pytest.raises(error):
             parsed(ChatRequest, f"[{','.join([value] * count)}]".encode())
-
-
-UNCLOSED = {
-    "a text": (b'{"model": "', b",", b""),
-    "escaped quotes": (b'{"model": "', rb"\",", b""),
-    "a backslash": (b'{"model": "', b",", b"\\"),
-    "texts without a comma": (b"", b'"",', b'"'),
-    "backslashes outside of a text": (b"[", rb"\",", b""),
-    "nothing but quotes": (b",,", b'""', b","),
-}
-
-
-@pytest.mark.parametrize("what", UNCLOSED)
-def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
-    begin, middle, end = UNCLOSED[what]
-    body = begin + middle * (20_000_000 // len(middle)) + end
-    began = time.process_time()
-    with pytest.raises((BadRequest, TooLarge)):
-        parsed(ChatRequest, body)
-    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -243,8 +235,9 @@ BODIES = st.one_of(
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel) -> Iterator[str]:
-    limits = MediaLimits(pictures=3, picture_pixels=1000, bytes=100_000, remote=True, fetch_seconds=1.0)
-    with running(model, ServerSettings(media=limits, body_bytes=200_000, new_tokens=3)) as address:
+    limits = {"max_pictures": 3, "max_picture_mpx": 0.001, "max_media_mib": 0.1, "max_body_mib": 0.2}
+    settings = Settings(**limits, allow_remote_media=True, fetch_seconds=1.0, max_new_tokens=3)
+    with running(model, settings) as address:
         yield address.removeprefix("http://")
 
 
