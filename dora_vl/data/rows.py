@@ -105,7 +105,7 @@ def _branches(group: list[Sample]) -> Tree:
 def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
     """What two tokens must have in common to be one: id, position, and whatever else a processor says of a token."""
     length = len(sample.input_ids)
-    columns = [sample.input_ids[:, None], sample.positions_or_steps.T]
+    columns = [sample.input_ids[:, None], sample.own_positions().T]
     columns += [value.reshape(length, -1).long() for name, value in sample.inputs.items() if name in ALIGNED]
     return torch.cat(columns, dim=1)
 
@@ -192,7 +192,7 @@ def lay_out(trees: Sequence[Tree]) -> Row:
     return Row(
         input_ids=joined(lambda sample: sample.input_ids),
         labels=joined(lambda sample: sample.labels).masked_fill(before < 0, IGNORED_LABEL),
-        positions=joined(lambda sample: sample.positions_or_steps),
+        positions=joined(lambda sample: sample.own_positions()),
         segment=torch.repeat_interleave(torch.arange(len(segments)), lengths),
         steps=torch.cat(steps),
         sources=before,
