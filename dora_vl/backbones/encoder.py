@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import ImagePreparation
@@ -129,6 +130,8 @@ class Encoder:
         self.max_positions = max_positions
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
+        self.own_positions: OwnPositions | None = None
+        """Of a family that counts along several axes; set where samples are to share rows."""
 
     @property
     def pad_token_id(self) -> int:
@@ -214,7 +217,8 @@ class Encoder:
         ids = processed.ids[:kept]
         labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
         inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in processed.inputs.items()}
-        return Encoded(ids, labels, len(processed.ids) - kept, inputs)
+        cut, end = len(processed.ids) - kept, processed.roles.media_end
+        return Encoded(ids, labels, cut, inputs, media_end=end, positions=self._positions(ids, inputs))
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
@@ -254,7 +258,13 @@ class Encoder:
         trained = torch.tensor(processed.roles.trained)
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
         trained[: int(others[-1]) + 1 if len(others) else 0] = False
-        return Encoded(processed.ids, torch.where(trained, processed.ids, IGNORED_LABEL), 0, processed.inputs)
+        ids, inputs, end = processed.ids, processed.inputs, processed.roles.media_end
+        labels = torch.where(trained, ids, IGNORED_LABEL)
+        return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
+
+    def _positions(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"] | None:
+        """The family's own along its axes, where it counts along several."""
+        return None if self.own_positions is None else self.own_positions.of(ids, inputs)
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""

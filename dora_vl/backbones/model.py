@@ -39,12 +39,12 @@ from dora_vl.backbones.families import (
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
+from dora_vl.backbones.rows import Forest, RowFollower
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
 from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
-from dora_vl.data.batches import visible
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
@@ -71,6 +71,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
+        self.follower = RowFollower(model.get_decoder())
         self.train(model.training)
 
     @property
@@ -93,7 +94,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"] | None = None,
-        layout: Int[Tensor, "batch 3 seq"] | None = None,
+        layout: Mapping[str, Tensor] | None = None,
         stored: Sequence[Outputs] = (),
         **inputs: Any,
     ) -> Features:
@@ -101,7 +102,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
         Args:
             labels: the token at each place, or -100; the shift by one happens here.
-            layout: what each token sees where rows hold several samples (`data.batches`).
+            layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
             stored: what frozen parts gave for the pictures of each sample that has some.
             inputs: what else the processor gave, by its own names.
         """
@@ -110,8 +111,10 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             places = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
             targets = torch.full_like(rows, IGNORED_LABEL)
         else:
-            rows, places = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-            targets = labels[rows, places + 1]
+            rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+            targets, places = labels[rows, places], places - 1 if layout is None else layout["sources"][rows, places]
+            predicted = places >= 0  # a row's first token is predicted by nothing
+            rows, places, targets = rows[predicted], places[predicted], targets[predicted]
         head: Any = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
@@ -151,6 +154,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
         Those of a row whose scores are no numbers are `NO_TOKEN`; `streamer` receives the new tokens alone.
         """
+        self.follower.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
         padding, ends = stated.pad_token_id, stated.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
@@ -168,29 +172,10 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             )
         return watch.marked(tokens[:, input_ids.shape[1] :])
 
-    def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> dict[str, Tensor | None]:
+    def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Mask, and positions where the model would take others."""
-        config = self.model.get_decoder().config
-        if layout is not None:
-            window = getattr(config, "sliding_window", None)
-            if window is not None and layout.shape[2] > window:
-                raise UserError(
-                    f"rows of {layout.shape[2]} tokens hold several samples, but this model sees {window} tokens back "
-                    "in some layers, which such rows' mask does not say; set data.packing: false"
-                )
-            kernel = str(config._attn_implementation)
-            if kernel not in ("sdpa", "eager"):
-                raise UserError(
-                    "a row of several samples (data.share_pictures, data.packing) needs "
-                    f"model.attn_implementation sdpa or eager, not {kernel}"
-                )
-            mask = visible(layout)
-            if kernel == "eager":
-                dtype = self.model.dtype
-                zeros = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
-                mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
-            return {"attention_mask": mask, "position_ids": layout[:, 0]}
-        if not self.causal:
+        self.follower.follow(None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"]))
+        if layout is not None or not self.causal:
             return {"attention_mask": attention_mask}
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}

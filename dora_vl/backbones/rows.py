@@ -9,7 +9,8 @@ convolutions, Mamba) run each path by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -244,3 +245,40 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         return torch.cat(rows), None
 
     return run
+
+
+class OwnPositions:
+    """The positions of a family that counts along several axes (M-RoPE), by its own rule.
+
+    Args:
+        model: may be a skeleton without weights.
+        axes: how many there are, of which words alone take the same position on each.
+    """
+
+    def __init__(self, model: nn.Module, *, axes: int) -> None:
+        self._model, self._axes = _counting(model), axes
+
+    @classmethod
+    def by_sample(cls, model: nn.Module, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> OwnPositions | None:
+        """Of a model and a sample with a picture; None: it counts places."""
+        if not hasattr(_counting(model), COUNTS):
+            return None
+        positions = cls(model, axes=1).of(ids, inputs)
+        return cls(model, axes=len(positions)) if len(positions) > 1 else None
+
+    def of(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"]:
+        """Of a sample's tokens."""
+        given = {**inputs, "input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        given["inputs_embeds"] = torch.zeros(1, len(ids), 1)
+        count = getattr(self._model, COUNTS)
+        positions = count(**{name: given.get(name) for name in inspect.signature(count).parameters})
+        self._model.rope_deltas = None  # what decoding would go on from
+        return torch.arange(len(ids)).expand(self._axes, -1) if positions is None else positions[:, 0]
+
+
+COUNTS = "compute_3d_position_ids"
+"""transformers' name for a model's rule of positions along several axes."""
+
+
+def _counting(model: nn.Module) -> Any:
+    return getattr(model, "model", model)

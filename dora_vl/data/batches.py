@@ -1,109 +1,20 @@
-"""Samples as one batch: padded, masked by length, pictures that several share read once; every loss counted."""
+"""Samples as one batch: a row each, or several in a row as trees; every loss counted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dora_vl.data.rows import RowKind, grow, lay_out, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
-
-def visible(layout: Int[Tensor, "batch 3 seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-    """Which earlier tokens each token sees: its group's prefix and its own branch, and itself."""
-    _, groups, branches = layout.unbind(dim=1)
-    same_group = groups.unsqueeze(2) == groups.unsqueeze(1)
-    own_branch = branches.unsqueeze(2) == branches.unsqueeze(1)
-    prefix = (branches == 0).unsqueeze(1)
-    causal = torch.ones(layout.shape[2], layout.shape[2], dtype=torch.bool, device=layout.device).tril()
-    return (causal & same_group & (own_branch | prefix)).unsqueeze(1)
-
-
-def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[Sample]:
-    """A micro-batch's samples as few full rows; samples of the same pictures share them where their text allows it.
-
-    A row has the pictures of one sample for each tree in it, and a `layout`: each token's position, group and branch.
-    """
-    groups: dict[tuple[object, ...], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.images or (sample.index, sample.id), []).append(sample)
-    trees = [tree for group in groups.values() for tree in _trees(group, picture_token_id)]
-    return [_join(row) for row in _fill_rows(trees)]
-
-
-def _trees(group: list[Sample], picture_token_id: int) -> list[Sample]:
-    """One tree where all pictures stand in the common prefix, else each sample by itself."""
-    shared = _shared_tokens(group)
-    pictures = group[0].input_ids == picture_token_id
-    if len(group) > 1 and bool(pictures.any()) and not bool(pictures[shared:].any()):
-        return [_tree(group, shared)]
-    return [_tree([sample], len(sample.input_ids)) for sample in group]
-
-
-def _shared_tokens(group: list[Sample]) -> int:
-    """Length of the prefix: the same tokens, and no label on the branches' first, which the prefix would predict."""
-    first = group[0].input_ids
-    shared = min(int((sample.labels != IGNORED_LABEL).int().argmax()) - 1 for sample in group)
-    for sample in group[1:]:
-        length = min(shared, len(first), len(sample.input_ids))
-        differs = (first[:length] != sample.input_ids[:length]).nonzero()
-        shared = int(differs[0]) if len(differs) else length
-    return max(0, shared)
-
-
-def _tree(group: Sequence[Sample], shared: int) -> Sample:
-    """A prefix of so many tokens and a branch for what each sample says behind it."""
-    prefix = torch.stack([torch.arange(shared), torch.ones(shared).long(), torch.zeros(shared).long()])
-    layout = [prefix]
-    for number, sample in enumerate(group, start=1):
-        rest = torch.arange(shared, len(sample.input_ids))
-        layout.append(torch.stack([rest, torch.ones_like(rest), torch.full_like(rest, number)]))
-    media = {name: value for name, value in group[0].inputs.items() if name not in ALIGNED}
-    return replace(
-        group[0],
-        input_ids=torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
-        labels=torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
-        inputs={**media, "layout": torch.cat(layout, dim=1)[None]},
-    )
-
-
-def _fill_rows(trees: Sequence[Sample]) -> list[list[Sample]]:
-    """First fit, longest first, into rows as long as the longest tree: hardly any padding, few rows."""
-    rows: list[list[Sample]] = []
-    free: list[int] = []
-    longest = max((len(tree.input_ids) for tree in trees), default=0)
-    for tree in sorted(trees, key=lambda tree: -len(tree.input_ids)):
-        length = len(tree.input_ids)
-        place = next((number for number, room in enumerate(free) if room >= length), None)
-        if place is None:
-            rows.append([tree])
-            free.append(longest - length)
-        else:
-            rows[place].append(tree)
-            free[place] -= length
-    return rows
-
-
-def _join(trees: Sequence[Sample]) -> Sample:
-    """Trees one after another; the first token of each carries no label, so none is predicted across a border."""
-    layouts = [tree.inputs["layout"].clone() for tree in trees]
-    labels = [tree.labels.clone() for tree in trees]
-    for number, (layout, row) in enumerate(zip(layouts, labels, strict=True), start=1):
-        layout[:, 1] = number
-        row[0] = IGNORED_LABEL
-    names = dict.fromkeys(name for tree in trees for name in tree.inputs if name != "layout")
-    inputs = {name: joined_values([tree.inputs[name] for tree in trees if name in tree.inputs]) for name in names}
-    return Sample(
-        input_ids=torch.cat([tree.input_ids for tree in trees]),
-        labels=torch.cat(labels),
-        inputs={**inputs, "layout": torch.cat(layouts, dim=2)},
-        stored=tuple(outputs for tree in trees for outputs in tree.stored),
-    )
+ROW_TOKENS = 4_096
+"""Of a row that holds several samples, about; a micro-batch of more becomes several rows."""
 
 
 BY_ROW = "cross_attention_mask"
@@ -131,37 +42,31 @@ class Collator:
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
-        share_pictures_by: the picture token's id: samples of the same pictures then share their tokens.
-        pack: several samples stand in a row where they fit, each by itself: the same loss, hardly any padding.
+        rows: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
+            padding. `trees`: and those of the same pictures share them and what is said before they differ.
     """
 
     pad_token_id: int
     dummy: Sample | None = None
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
-    share_pictures_by: int | None = None
-    pack: bool = False
+    rows: RowKind = "plain"
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""
         samples = [item for item in items if isinstance(item, Sample)]
-        rows = list(samples)
-        if samples and self.share_pictures_by is not None:
-            rows = shared_rows(samples, picture_token_id=self.share_pictures_by)
-        elif samples and self.pack:
-            # Nothing is shared: each sees itself alone, from position 0.
-            trees = [_tree([sample], len(sample.input_ids)) for sample in samples]
-            rows = [_join(row) for row in _fill_rows(trees)]
-        tokens = sum(len(row.input_ids) for row in rows)
+        shown = list(samples)
         for dummy in (self.dummy, self.dummy_video):
-            if dummy is not None and not any(_media(dummy) <= _media(row) for row in rows):
-                rows.append(_tree([dummy], len(dummy.input_ids)) if rows and "layout" in rows[0].inputs else dummy)
-        if not rows:
+            if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
+                shown.append(dummy)
+        if not shown:
             nothing = torch.tensor([self.pad_token_id])
-            rows = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
-        batch = self._joined(rows)
+            shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
+        batch = self._joined(shown) if self.rows == "plain" else self._forest(shown)
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        if self.rows != "plain":
+            tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
-        stored = [outputs for row in rows for outputs in row.stored]
         return {
             **batch,
             "samples": len(samples),
@@ -170,36 +75,65 @@ class Collator:
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
             **({"shrunk": shrunk} if shrunk else {}),
-            **({"stored": stored} if stored else {}),
         }
 
-    def _joined(self, rows: Sequence[Sample]) -> dict[str, Any]:
-        joined: dict[str, Any] = {
-            "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
-            "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
-            # By length, not by ids: an unknown word may share the padding's id.
-            "attention_mask": self._tokens(
-                [row.inputs.get("attention_mask", torch.ones_like(row.input_ids)[None]) for row in rows], 0
-            ),
+    def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Rows that hold several samples, and who sees whom in them."""
+        trees = grow(samples, budget=ROW_TOKENS, shares=_pictures if self.rows == "trees" else None)
+        lengths = [tokens_of(tree) for tree in trees]
+        rows = [lay_out([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // ROW_TOKENS))]
+        of_tokens: dict[str, tuple[int, list[Tensor]]] = {
+            "input_ids": (self.pad_token_id, [row.input_ids for row in rows]),
+            "labels": (IGNORED_LABEL, [row.labels for row in rows]),
+            "attention_mask": (0, [torch.ones_like(row.input_ids) for row in rows]),
+            "segment": (-1, [row.segment for row in rows]),
+            "steps": (0, [row.steps for row in rows]),
+            "sources": (-1, [row.sources for row in rows]),
         }
-        crossing = any(BY_ROW in row.inputs for row in rows)
         for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
-            values = [row.inputs[name] for row in rows if name in row.inputs]
-            if crossing and name not in ALIGNED:
-                values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
-            if name in ALIGNED:
-                like = values[0]  # zeros where a sample has none (words alone beside pictures)
-                joined[name] = self._tokens(
-                    [
-                        row.inputs.get(name, torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype))
-                        for row in rows
-                    ],
-                    0,
-                )
-            elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
+            of_tokens[name] = 0, [row.inputs.get(name, torch.zeros_like(row.input_ids)) for row in rows]
+        batch: dict[str, Any] = {
+            name: self._tokens([value[None] for value in values], fill) for name, (fill, values) in of_tokens.items()
+        }
+        positions = self._tokens([row.positions[None].mT for row in rows], 0).permute(2, 0, 1)
+        batch["position_ids"] = positions[0] if len(positions) == 1 else positions
+        sees = [row.sees for row in rows]
+        most = max(map(len, sees))
+        batch["layout"] = {name: batch.pop(name) for name in ("segment", "steps", "sources")} | {
+            "sees": torch.stack([torch.nn.functional.pad(table, (0, most - len(table)) * 2) for table in sees])
+        }
+        return batch | self._joined_media([root for row in rows for root in row.roots])
+
+    def _joined(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """A row for each sample."""
+        joined: dict[str, Any] = {
+            "input_ids": self._tokens([sample.input_ids[None] for sample in samples], self.pad_token_id),
+            "labels": self._tokens([sample.labels[None] for sample in samples], IGNORED_LABEL),
+        }
+        # By length, not by ids: an unknown word may share the padding's id.
+        masks = [sample.inputs.get("attention_mask", torch.ones_like(sample.input_ids)[None]) for sample in samples]
+        joined["attention_mask"] = self._tokens(masks, 0)
+        for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name in ALIGNED[1:]):
+            like = next(sample.inputs[name] for sample in samples if name in sample.inputs)
+            # Zeros where a sample has none (words alone beside pictures).
+            values = [
+                sample.inputs.get(name, like.new_zeros(1, len(sample.input_ids), *like.shape[2:])) for sample in samples
+            ]
+            joined[name] = self._tokens(values, 0)
+        return joined | self._joined_media(samples)
+
+    def _joined_media(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What the samples have beside their tokens, one behind another."""
+        joined: dict[str, Any] = {}
+        by_row = any(BY_ROW in sample.inputs for sample in samples)
+        for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name not in ALIGNED):
+            values = [sample.inputs[name] for sample in samples if name in sample.inputs]
+            if by_row:
+                values = [sample.inputs.get(name, torch.zeros_like(values[0])) for sample in samples]
+            if any(IN_ONE_ROW.get(name) in sample.inputs for sample in samples):
                 joined[name] = torch.cat(values, dim=-1)
             elif name in POINTING:
-                pixels = [row.inputs[POINTING[name]] for row in rows if name in row.inputs]
+                pixels = [sample.inputs[POINTING[name]] for sample in samples if name in sample.inputs]
                 starts = accumulate((patches.shape[0] * patches.shape[1] for patches in pixels), initial=0)
                 moved = [
                     torch.where(places >= 0, places + start, places)
@@ -208,9 +142,10 @@ class Collator:
                 joined[name] = stacked(moved, -1)
             else:
                 joined[name] = joined_values(values)
-        if crossing and FIRST_TILE in joined:
+        if by_row and FIRST_TILE in joined:
             joined[FIRST_TILE][:, :, 0] = 1
-        return joined
+        stored = [outputs for sample in samples for outputs in sample.stored]
+        return joined | ({"stored": stored} if stored else {})
 
     def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
         if self.pad_side == "left":
@@ -218,9 +153,14 @@ class Collator:
         return stacked(rows, value)
 
 
-def _media(row: Sample) -> frozenset[str]:
-    """Names of a row's inputs for pictures and videos."""
-    return frozenset(row.inputs).difference(ALIGNED)
+def _media(sample: Sample) -> frozenset[str]:
+    """Names of a sample's inputs for pictures and videos."""
+    return frozenset(sample.inputs).difference(ALIGNED)
+
+
+def _pictures(sample: Sample) -> object:
+    """What samples share; those of words alone, or of a video, share nothing."""
+    return sample.images or None
 
 
 def joined_values(values: Sequence[Any]) -> Any:

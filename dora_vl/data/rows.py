@@ -13,13 +13,15 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample
+
+RowKind = Literal["trees", "packed", "plain"]
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,15 @@ def _same_media(first: Sample, second: Sample) -> bool:
     )
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Which trees stand in which row of at most `budget` tokens: first fit, longest first; a longer one alone."""
-    rows: list[list[int]] = []
-    free: list[int] = []
+def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Which trees stand in which of so many rows, equally many tokens in each: the longest first, to the shortest."""
+    filled = [(0, row) for row in range(rows)]
+    trees: list[list[int]] = [[] for _ in range(rows)]
     for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):
-        row = next((row for row, room in enumerate(free) if room >= lengths[tree]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(budget)
-        rows[row].append(tree)
-        free[row] -= lengths[tree]
-    return rows
+        tokens, row = heapq.heappop(filled)
+        trees[row].append(tree)
+        heapq.heappush(filled, (tokens + lengths[tree], row))
+    return [row for row in trees if row]
 
 
 @dataclass(frozen=True)
@@ -279,11 +278,10 @@ class MicroBatches:
                 cost += self._costs[drawn[first]]
                 first += 1
             done += cost
-            filled = [(0, number, list[int]()) for number in range(end - len(batches))]
-            for group in sorted(window, key=lambda group: -self._costs[group]):
-                tokens, number, samples = heapq.heappop(filled)
-                heapq.heappush(filled, (tokens + self._costs[group], number, [*samples, *self._groups[group]]))
-            rows = [samples for _, _, samples in filled]
+            rows = [
+                [sample for group in row for sample in self._groups[window[group]]]
+                for row in spread([self._costs[group] for group in window], end - len(batches))
+            ]
             chance.shuffle(rows)
             batches += rows
         return batches

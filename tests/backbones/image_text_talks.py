@@ -125,14 +125,7 @@ def sample_of(encoder: Encoder, talk: Talk) -> Sample:
     names = tuple(f"{number}.png" for number in range(len(pictures)))
     clips = tuple(Clip(path=f"{number}.mp4") for number in range(len(videos[0] if videos else ())))
     encoded = encoder.encode(Example("talk", names, turns, clips), pictures, *videos)
-    return Sample(
-        index=0,
-        id="talk",
-        input_ids=encoded.input_ids,
-        labels=encoded.labels,
-        cut_tokens=encoded.cut_tokens,
-        inputs=encoded.inputs,
-    )
+    return Sample(index=0, id="talk", **vars(encoded))
 
 
 def messages_of(talk: Talk) -> list[dict[str, Any]]:

@@ -1,0 +1,113 @@
+"""Every family: packed rows and trees train as rows of a sample each do, to the last bits of double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.generation import generation_loss
+from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.rows import OwnPositions
+from dora_vl.data.batches import Collator
+from dora_vl.data.rows import RowKind
+from dora_vl.data.samples import Sample
+from dora_vl.data.turns import Turn
+from tests.backbones.image_text_talks import BLUE, RED, Talk, adapted_backbone, encoder_of, inputs_of, sample_of
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
+
+Folders = Mapping[str, Path]
+GREEN = Image.new("RGB", BLUE.size, (30, 180, 40))
+SINGLE = torch.float32
+NAMES = {id(RED): "red.png", id(BLUE): "blue.png", id(GREEN): "green.png"}
+
+
+def talk(question: str, answer: str, *pictures: Image.Image) -> Talk:
+    return (Turn("user", "<image>\n" * len(pictures) + question), Turn("assistant", answer)), pictures
+
+
+ALIKE = (
+    talk("What colour is it?", "It is red.", BLUE),
+    talk("What is it?", "Two it is.", BLUE),
+    talk("What is it?", "None", BLUE),
+)
+OTHERS = (talk("Which is blue?", "Two.", GREEN, BLUE), talk("Is it red?", "No.", GREEN))
+WORDS = (talk("Say it.", "red"),)
+
+
+def samples_of(encoder: Encoder, talks: Sequence[Talk]) -> list[Sample]:
+    return [
+        replace(sample_of(encoder, talk), index=number, id=str(number), images=tuple(NAMES[id(one)] for one in talk[1]))
+        for number, talk in enumerate(talks)
+    ]
+
+
+@contextmanager
+def double_precision(backbone: DecoderBackbone) -> Iterator[None]:
+    """Everything in float64, also what models cast to float32: norms, rotations, softmax."""
+    backbone.model.set_experts_implementation("eager")
+    backbone.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(SINGLE)
+
+
+def trained(
+    backbone: DecoderBackbone, collate: Collator, groups: Sequence[Sequence[Sample]]
+) -> tuple[float, dict[str, torch.Tensor], int]:
+    """The sum of the losses of all labels, every gradient, and how many tokens went through."""
+    backbone.zero_grad()
+    total, tokens = 0.0, 0
+    for group in groups:
+        batch = inputs_of(collate(group))
+        tokens += batch["input_ids"].numel()
+        features = backbone(**batch)
+        loss = generation_loss(features.logits, features.targets).loss * len(features.targets)
+        loss.backward()
+        total += loss.item()
+    gradients = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+        for name, weight in backbone.named_parameters()
+        if weight.requires_grad
+    }
+    return total, gradients, tokens
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpointing"])
+@families_in_turn
+def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, checkpointing: bool | None) -> None:
+    if family in PLAIN:
+        pytest.skip(PLAIN[family])
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    dummy = encoder.dummy()
+    encoder.own_positions = OwnPositions.by_sample(backbone.model, dummy.input_ids, dummy.inputs)
+    takes_words = FAMILIES[family].format != "paligemma"
+    samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
+    if checkpointing is not None:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    with double_precision(backbone):
+        plain = trained(backbone, Collator(encoder.pad_token_id), [[sample] for sample in samples])
+        kinds: tuple[RowKind, ...] = ("packed", "trees")
+        for kind in kinds:
+            rows = trained(backbone, Collator(encoder.pad_token_id, rows=kind), [samples])
+            assert rows[0] == pytest.approx(plain[0], rel=1e-10)
+            for name, gradient in plain[1].items():
+                torch.testing.assert_close(rows[1][name], gradient, rtol=1e-8, atol=1e-10)
+            shares = kind == "trees" and takes_words
+            assert (rows[2] < plain[2]) == shares
+    assert any(bool(gradient.any()) for gradient in plain[1].values())
+
+
+PLAIN = {"mllama": "looks pictures up by row"}
+"""Families that rows of several samples do not fit, and why."""
