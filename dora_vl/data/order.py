@@ -34,6 +34,8 @@ class SamplingLengths(NamedTuple):
     is_multimodal: Bool[Tensor, " samples"]
     pictures: Int[Tensor, " samples"]
     """A number for each different list of pictures; samples with the same number can share their tokens."""
+    shared: Int[Tensor, " samples"]
+    """Those of its length that its pictures take."""
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
@@ -50,7 +52,7 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_pe
     lengths = lengths + tokens_per_image * pictures + tokens_per_video * videos
     joined = pc.call_function("binary_join", [columns["images"].combine_chunks(), "\0"])
     numbers = torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
-    return SamplingLengths(lengths, (pictures + videos) > 0, numbers)
+    return SamplingLengths(lengths, (pictures + videos) > 0, numbers, tokens_per_image * pictures)
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
@@ -61,9 +63,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
     into global batches at random, the batches are shuffled, and what fills no global batch of its modality comes
     last, pictures before text: only there can modalities meet, in at most one micro-batch.
-
-    With `pictures`, samples of the same pictures are drawn together instead of by length, for a collator that runs
-    what they share once; a global batch's border may part them.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         lengths: Int[Tensor, " samples"],
         is_multimodal: Bool[Tensor, " samples"],
         *,
-        pictures: Int[Tensor, " samples"] | None = None,
         batch_size: int,
         world_size: int,
         accumulation: int,
@@ -79,7 +77,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     ) -> None:
         self._lengths = lengths
         self._is_multimodal = is_multimodal
-        self._pictures = pictures
         self._global_batch = batch_size * world_size * accumulation
         self._seed = seed
         self._epoch = 0
@@ -98,7 +95,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         full, rest = [], []
         for modality in (self._is_multimodal, ~self._is_multimodal):
             members = modality.nonzero().flatten()
-            drawn = self._together(members[torch.randperm(len(members), generator=generator)], generator)
+            drawn = members[torch.randperm(len(members), generator=generator)]
             cut = len(drawn) - len(drawn) % self._global_batch
             full.append(self._long_to_short(drawn[:cut].view(-1, self._global_batch)))
             rest.append(self._long_to_short(drawn[cut:].unsqueeze(0)).flatten())
@@ -106,18 +103,97 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         batches = batches[torch.randperm(len(batches), generator=generator)]
         return iter(torch.cat([batches.flatten(), *rest]).tolist())
 
-    def _together(self, drawn: Int[Tensor, " drawn"], generator: torch.Generator) -> Int[Tensor, " drawn"]:
-        """Samples of the same pictures one after another, the pictures in random order."""
-        if self._pictures is None:
-            return drawn
-        numbers, picture = self._pictures[drawn].unique(return_inverse=True)
-        return drawn[torch.randperm(len(numbers), generator=generator)[picture].argsort(stable=True)]
-
     def _long_to_short(self, batches: Int[Tensor, "batches batch"]) -> Int[Tensor, "batches batch"]:
-        if self._pictures is not None:
-            return batches
         order = self._lengths[batches].argsort(dim=1, descending=True, stable=True)
         return batches.gather(1, order)
+
+
+WINDOW = 1_024
+"""Samples among which micro-batches are made equally long; more would hardly even them out any further."""
+NEIGHBOURS = 8
+"""Micro-batches of almost the same length that follow each other, so that up to so many ranks need not wait."""
+
+
+class TreeSampler(torch.utils.data.Sampler[int]):
+    """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
+
+    Samples of the same pictures are drawn as one; a micro-batch's border parts them only where none has room for all.
+    """
+
+    def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:
+        self._lengths = lengths.lengths.tolist()
+        self._shared = lengths.shared.tolist()
+        self._pictures = lengths.pictures.tolist()
+        self._batch = batch_size
+        self._seed = seed
+        self._epoch = 0
+        groups: dict[int, list[int]] = {}
+        for sample, (picture, shared) in enumerate(zip(self._pictures, self._shared, strict=True)):
+            groups.setdefault(picture if shared else -1 - sample, []).append(sample)
+        self._groups = [
+            group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        chance = random.Random(f"{self._seed}/{self._epoch}/trees")
+        groups = list(self._groups)
+        chance.shuffle(groups)
+        most = max(1, WINDOW // self._batch) * self._batch
+        window: list[list[int]] = []
+        for number, group in enumerate(groups, start=1):
+            window.append(group)
+            samples = sum(map(len, window))
+            if samples < most and number < len(groups):
+                continue
+            last = number == len(groups)
+            full, window = (window, []) if last else self._cut(window, most)
+            batches = self._dealt(full)
+            # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
+            whole = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
+            blocks = [whole[start : start + NEIGHBOURS] for start in range(0, len(whole), NEIGHBOURS)]
+            chance.shuffle(blocks)
+            rest = [batch for batch in batches if len(batch) < self._batch]
+            for batch in (*(batch for block in blocks for batch in block), *rest):
+                yield from batch
+
+    def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+        """The window with exactly so many samples, and what is left of its last group."""
+        over = sum(map(len, window)) - most
+        kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
+        return [*window[:-1], kept], [left] if left else []
+
+    def _tokens(self, samples: list[int]) -> int:
+        """About how many of a row's tokens they take, with every picture once."""
+        pictures = {self._pictures[sample]: self._shared[sample] for sample in samples}
+        return sum(pictures.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
+
+    def _dealt(self, groups: list[list[int]]) -> list[list[int]]:
+        """Micro-batches: the longest group goes to the shortest of those that have room for it."""
+        count = sum(map(len, groups))
+        room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
+        tokens, batches = [0] * len(room), [list[int]() for _ in room]
+
+        left = sorted(groups, key=self._tokens)
+        while left:
+            group = left.pop()
+            with_room = [batch for batch, places in enumerate(room) if places >= len(group)]
+            if with_room:
+                chosen = min(with_room, key=tokens.__getitem__)
+            else:  # a part of it where most have room; the rest waits for its turn
+                chosen = max(range(len(room)), key=room.__getitem__)
+                left.append(group[room[chosen] :])
+                group = group[: room[chosen]]
+            batches[chosen] += group
+            room[chosen] -= len(group)
+            tokens[chosen] += self._tokens(group)
+        return batches
 
 
 @dataclass(frozen=True, kw_only=True)

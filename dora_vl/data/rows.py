@@ -10,7 +10,6 @@ who sees whom; `backbones.rows` has a model follow it.
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -205,83 +204,3 @@ def _of_tokens(sample: Sample, name: str) -> Tensor:
     """What a processor says of each token by this name; zeros where it says nothing of words alone."""
     value = sample.inputs.get(name)
     return torch.zeros_like(sample.input_ids) if value is None else value[0]
-
-
-WINDOW = 1_024
-"""Samples among which micro-batches are made equally long; more would hardly save any padding."""
-
-
-class MicroBatches:
-    """The samples of every micro-batch of an epoch: equally many tokens in each, those of the same pictures together.
-
-    A function of (seed, epoch) alone, and as many micro-batches in every epoch, a multiple of `parts`. On average they
-    hold `samples_each` samples.
-
-    Args:
-        tokens: of each sample, its pictures' included, as far as they are known before it is encoded.
-        shared: those of them that samples of the same `pictures` need once.
-        pictures: a number for each different list of pictures, -1 for none.
-        parts: micro-batches of a step, over all ranks.
-    """
-
-    def __init__(
-        self,
-        tokens: Int[Tensor, " samples"],
-        shared: Int[Tensor, " samples"],
-        pictures: Int[Tensor, " samples"],
-        *,
-        samples_each: int,
-        parts: int,
-        seed: int,
-    ) -> None:
-        self._seed = seed
-        batches = -(-len(tokens) // samples_each)
-        self._count = -(-batches // parts) * parts
-        self._windows = max(1, len(tokens) // WINDOW)
-        alone = pictures < 0
-        members = torch.where(alone, pictures.max() + 1 + torch.arange(len(pictures)), pictures)
-        order = members.argsort(stable=True)
-        groups = order.split(members.unique(return_counts=True)[1].tolist())
-        most = max(1.0, float(tokens.sum()) / self._count)
-        self._groups: list[list[int]] = []
-        self._costs: list[int] = []
-        for group in groups:
-            once = int(shared[group].max())
-            own = (tokens[group] - shared[group]).tolist()
-            piece, cost = [], once
-            for sample, more in zip(group.tolist(), own, strict=True):
-                if piece and cost + more > most:
-                    self._add(piece, cost)
-                    piece, cost = [], once
-                piece.append(sample)
-                cost += more
-            self._add(piece, cost)
-
-    def _add(self, group: list[int], cost: int) -> None:
-        self._groups.append(group)
-        self._costs.append(cost)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def of(self, epoch: int) -> list[list[int]]:
-        """The samples of each micro-batch of an epoch."""
-        chance = random.Random(f"{self._seed}/{epoch}/rows")
-        drawn = list(range(len(self._groups)))
-        chance.shuffle(drawn)
-        ends = [self._count * (window + 1) // self._windows for window in range(self._windows)]
-        total, batches, done, first = sum(self._costs), [], 0, 0
-        for end in ends:
-            window, cost = [], 0
-            while first < len(drawn) and (end == self._count or done + cost < total * end / self._count):
-                window.append(drawn[first])
-                cost += self._costs[drawn[first]]
-                first += 1
-            done += cost
-            rows = [
-                [sample for group in row for sample in self._groups[window[group]]]
-                for row in spread([self._costs[group] for group in window], end - len(batches))
-            ]
-            chance.shuffle(rows)
-            batches += rows
-        return batches

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dora_vl.data.rows import MicroBatches, Row, grow, lay_out, spread, tokens_of
+from dora_vl.data.rows import Row, grow, lay_out, spread, tokens_of
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 
 PICTURE = 9
@@ -120,41 +119,3 @@ def test_trees_stay_below_the_budget() -> None:
 def test_rows_are_equally_long() -> None:
     assert spread([3, 9, 4, 7, 2], 2) == [[1, 0], [3, 2, 4]]
     assert spread([30], 2) == [[0]], "no row is empty"
-
-
-@pytest.fixture(scope="module")
-def batches() -> MicroBatches:
-    chance = random.Random(3)
-    pictures, tokens, shared = [], [], []
-    for picture in range(1_500):
-        for _ in range(chance.randint(1, 4)):
-            pictures.append(picture if picture % 7 else -1)
-            shared.append(100 if picture % 7 else 0)
-            tokens.append(shared[-1] + chance.randint(5, 80))
-    made = MicroBatches(
-        *(torch.tensor(values) for values in (tokens, shared, pictures)), samples_each=16, parts=6, seed=5
-    )
-    made.tokens, made.shared, made.pictures = tokens, shared, pictures  # type: ignore[attr-defined]
-    return made
-
-
-def test_each_epoch_has_every_sample_once_and_as_many_micro_batches(batches: MicroBatches) -> None:
-    epochs = [batches.of(epoch) for epoch in range(3)]
-    for epoch in epochs:
-        assert len(epoch) == len(batches)
-        assert len(batches) % 6 == 0
-        assert sorted(number for samples in epoch for number in samples) == list(range(len(batches.tokens)))
-        assert all(epoch)
-    assert epochs[0] == batches.of(0) != epochs[1]
-
-
-def test_micro_batches_are_equally_long_and_keep_pictures_together(batches: MicroBatches) -> None:
-    costs, apart = [], set()
-    for number, samples in enumerate(batches.of(2)):
-        once = {batches.pictures[item]: batches.shared[item] for item in samples if batches.pictures[item] >= 0}
-        costs.append(sum(batches.tokens[item] - batches.shared[item] for item in samples) + sum(once.values()))
-        apart |= {(picture, number) for picture in once}
-    mean = sum(costs) / len(costs)
-    assert 0.9 * mean < min(costs)
-    assert max(costs) < 1.1 * mean
-    assert len(apart) == len({picture for picture, _ in apart}), "no picture stands in two micro-batches"
