@@ -292,8 +292,9 @@ class Encoder:
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         processed = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
-        unlabelled = torch.full_like(processed.ids, IGNORED_LABEL)
-        return Sample(index=-1, id="dummy", input_ids=processed.ids, labels=unlabelled, inputs=processed.inputs)
+        ids, inputs, end = processed.ids, processed.inputs, processed.roles.media_end
+        unlabelled, positions = torch.full_like(ids, IGNORED_LABEL), self._positions(ids, inputs)
+        return Sample(ids, unlabelled, inputs=inputs, media_end=end, positions=positions, id="dummy")
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """The text of an answer, without special tokens and what ends it."""

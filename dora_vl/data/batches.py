@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dora_vl.data.rows import RowKind, grow, lay_out, spread, tokens_of
+from dora_vl.data.columns import RowKind
+from dora_vl.data.rows import grow, lay_out, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 ROW_TOKENS = 4_096

@@ -18,6 +18,8 @@ from dora_vl.errors import UserError, shown, shown_text
 
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
+RowKind = Literal["trees", "packed", "plain"]
+"""How samples stand in a batch's rows; see `data.rows`."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "question_id", "qid", "__key__"),

@@ -12,15 +12,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample
-
-RowKind = Literal["trees", "packed", "plain"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
         tokens, row = heapq.heappop(filled)
         trees[row].append(tree)
         heapq.heappush(filled, (tokens + lengths[tree], row))
-    return [row for row in trees if row]
+    return [sorted(row) for row in trees if row]
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,11 @@ def check_base(model: ModelConfig, data: DataConfig) -> None:
     check_trained(model.base, model_type)
     if data.cache_features and not sees_pictures(model.base, model.revision):
         raise SettingError("data.cache_features", f": {model.base} sees no pictures; set it false")
-    refused = {
-        "data.share_pictures": (data.share_pictures, "each sample brings its own pictures"),
-        "model.image_aspect": (model.image_aspect != "pad", "the model's own processor prepares pictures"),
-    }
-    for setting, (is_set, reason) in refused.items():
-        if is_set and model_type != LLAVA:
-            raise SettingError(setting, f" is for a LLaVA-1.5 alone, and {model.base} is none: {reason}; leave it out")
+    if model.image_aspect != "pad" and model_type != LLAVA:
+        raise SettingError(
+            "model.image_aspect",
+            f" is for a LLaVA-1.5 alone, and {model.base} is none: its own processor prepares pictures; leave it out",
+        )
 
 
 def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:

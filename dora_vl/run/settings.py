@@ -19,7 +19,7 @@ from dora_vl.backbones.specs import (
     VlBartSpec,
 )
 from dora_vl.core.config import AdapterSettings, Quantisation
-from dora_vl.data.columns import Columns, Mixing, TrainFile, train_name
+from dora_vl.data.columns import Columns, Mixing, RowKind, TrainFile, train_name
 
 Kernel = Literal["sdpa", "flash_attention_2", "eager"]
 """Of attention."""
@@ -97,8 +97,13 @@ class SamplesConfig:
     """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    rows: RowKind = "trees"
+    """How a micro-batch's samples stand in its rows. trees: one behind another, those of the same pictures as branches
+    behind them, so that nothing is padded and no picture runs twice; packed: each by itself; plain: a row each, padded.
+    The loss is the same. A base that does not fit rows of several samples takes plain ones, and the log says why."""
     group_by_modality_length: bool = True
-    """Batches hold samples of like length, and either all with pictures or all without."""
+    """Batches hold samples of like length, and either all with pictures or all without. With `rows: trees` pictures
+    have an order of their own: those of one picture together, equally many tokens in each batch."""
     streaming: bool = False
     """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
     hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not
@@ -151,8 +156,6 @@ class DataConfig(SamplesConfig):
     """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
     training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger
     picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
-    share_pictures: bool = False
-    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +267,6 @@ class InstructionDataConfig(SamplesConfig):
     """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
     max_tokens: int = 256
     """Longest sample, prompt and output together; what lies beyond is cut and reported."""
-    packing: bool = False
-    """Samples of a micro-batch stand behind each other in rows as long as the longest; each sees itself alone and
-    counts its positions from 0, so the loss is the same, with hardly any padding."""
     workers: int = 2
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     group_by_modality_length: bool = False

@@ -17,9 +17,11 @@ from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns, skeleton_of
+from dora_vl.backbones.row_probe import followed_rows, own_positions
 from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
+from dora_vl.data.columns import RowKind
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
@@ -165,7 +167,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
-        data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
+        data, encoder, samples, rows = self.config.data, self.encoder, self.samples(arguments), self._row_kind(backbone)
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
         videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
@@ -182,13 +184,21 @@ class DecoderPipeline(Pipeline[RunConfig]):
                 encoder.pad_token_id,
                 dummy=dummy,
                 dummy_video=encoder.dummy_video() if videos else None,
-                share_pictures_by=encoder.processor.image_token_id if data.share_pictures else None,
+                rows=rows,
             ),
             tokens_per_image=encoder.tokens_per_image,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if shows_videos else 0,
-            share_pictures=data.share_pictures,
+            trees=rows == "trees",
             sized_pictures=folder if encoder.pixels_count else None,
         )
+
+    def _row_kind(self, backbone: Backbone[Any]) -> RowKind:
+        """`data.rows`, as far as the model was found to follow them; its samples' positions are then its own."""
+        self.encoder.own_positions = own_positions(backbone.model, self.encoder)
+        kind, reason = followed_rows(cast(DecoderBackbone, backbone), self.encoder, self.config.data.rows)
+        if reason is not None:
+            logger.warning("data.rows: %s instead of %s: %s", kind, self.config.data.rows, reason)
+        return kind
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
@@ -310,7 +320,7 @@ class CommonsensePipeline(DecoderPipeline):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
-        data, collate = self._run.data, Collator(self.encoder.pad_token_id, pack=self._run.data.packing)
+        data, collate = self._run.data, Collator(self.encoder.pad_token_id, rows=self._row_kind(backbone))
         training = self.samples(arguments).training_data(self._rows(arguments), collate=collate)
         tokens = arguments.per_device_train_batch_size * data.max_tokens  # words would not count the prompt's
         return replace(training, batch_tokens=tokens)

@@ -24,6 +24,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
     SamplingLengths,
+    TreeSampler,
     longest_places,
     places_of_largest_pictures,
     sampling_lengths,
@@ -242,7 +243,7 @@ class RunSamples:
         collate: Callable[[list[Any]], Mapping[str, Any]],
         tokens_per_image: int = 0,
         tokens_per_video: int = 0,
-        share_pictures: bool = False,
+        trees: bool = False,
         sized_pictures: MediaFolder | None = None,
     ) -> TrainingData:
         """What the Trainer takes.
@@ -251,7 +252,7 @@ class RunSamples:
             rows: makes their samples.
             collate: a batch of samples.
             tokens_per_image: with `tokens_per_video` for the lengths that group samples.
-            share_pictures: whether the samples of a picture come in one batch.
+            trees: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
         make, micro_batch = rows.dataset, self._arguments.per_device_train_batch_size
@@ -273,13 +274,13 @@ class RunSamples:
         train = self._train
         assert train is not None
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
-        samples, grouped = make(train, train.stored), self._data.group_by_modality_length or share_pictures
-        sampler = None
-        if grouped:  # LLaVA's grouping by modality and length for the global batch, or by modality and picture
+        samples, trees = make(train, train.stored), trees and bool(lengths.shared.any())
+        grouped = self._data.group_by_modality_length and not trees
+        sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed) if trees else None
+        if grouped:  # LLaVA's grouping by modality and length for the global batch
             sampler = ModalityLengthSampler(
                 lengths.lengths,
                 lengths.is_multimodal,
-                pictures=lengths.pictures if share_pictures else None,
                 batch_size=micro_batch,
                 world_size=self._arguments.world_size,
                 accumulation=self._arguments.gradient_accumulation_steps,
@@ -378,7 +379,6 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
         "group_by_modality_length": "sorts by the lengths of all samples; set it false",
         "validation_share": "chooses among all samples; name a data.validation file",
         "validation_size": "draws among all samples; name a data.validation file",
-        "share_pictures": "looks for the samples of each picture; set it false",
         "cache_features": "needs all pictures before the first step; set it false",
     }
     for name, reason in refused.items():

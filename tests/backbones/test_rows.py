@@ -14,9 +14,9 @@ from PIL import Image
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.rows import OwnPositions
+from dora_vl.backbones.row_probe import followed_rows, own_positions
 from dora_vl.data.batches import Collator
-from dora_vl.data.rows import RowKind
+from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from tests.backbones.image_text_talks import BLUE, RED, Talk, adapted_backbone, encoder_of, inputs_of, sample_of
@@ -90,8 +90,8 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
     if family in PLAIN:
         pytest.skip(PLAIN[family])
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    dummy = encoder.dummy()
-    encoder.own_positions = OwnPositions.by_sample(backbone.model, dummy.input_ids, dummy.inputs)
+
+    encoder.own_positions = own_positions(backbone.model, encoder)
     takes_words = FAMILIES[family].format != "paligemma"
     samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
     if checkpointing is not None:
@@ -111,3 +111,22 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
 
 PLAIN = {"mllama": "looks pictures up by row"}
 """Families that rows of several samples do not fit, and why."""
+
+
+@families_in_turn
+def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: str) -> None:
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    encoder.own_positions = own_positions(backbone.model, encoder)
+    kind, reason = followed_rows(backbone, encoder, "trees")
+    assert backbone.training
+    assert (kind, reason is None) == (("plain", False) if family in PLAIN else ("trees", True)), reason
+
+
+def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, backbone = encoder_of(folders["qwen3_vl"]), adapted_backbone(folders["qwen3_vl"])
+    kind, reason = followed_rows(backbone, encoder, "trees")  # without the family's own positions
+    assert kind == "plain"
+    assert reason
+    encoder.own_positions = own_positions(backbone.model, encoder)
+    monkeypatch.setattr(backbone.follower, "follow", lambda forest: None)
+    assert followed_rows(backbone, encoder, "packed")[0] == "plain"

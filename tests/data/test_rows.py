@@ -117,5 +117,5 @@ def test_trees_stay_below_the_budget() -> None:
 
 
 def test_rows_are_equally_long() -> None:
-    assert spread([3, 9, 4, 7, 2], 2) == [[1, 0], [3, 2, 4]]
+    assert spread([3, 9, 4, 7, 2], 2) == [[0, 1], [2, 3, 4]]
     assert spread([30], 2) == [[0]], "no row is empty"

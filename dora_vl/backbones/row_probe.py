@@ -1,0 +1,119 @@
+"""Whether a model follows rows of several samples: three samples as rows of their own and as a forest, compared.
+
+No list says which families do. What such rows need of a model (a mask function that can be asked, positions that can be
+given, pictures that are found by their tokens) shows in what it gives for the labelled tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from dora_vl.backbones.encoder import GREY, Encoder
+from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.rows import MASKED, OwnPositions
+from dora_vl.data.batches import Collator
+from dora_vl.data.columns import RowKind
+from dora_vl.data.example import Example
+from dora_vl.data.samples import BOOKKEEPING, Sample
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.errors import one_line
+
+QUESTIONS = (("What is it?", "A house."), ("What is red?", "The roof, I think."), ("Which?", "None"))
+TIMES_NOISE = 8.0
+"""Of the difference that padding alone makes, which rounding explains."""
+LEAST_NOISE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""A share of the scores' own size; in half precision 1e-2."""
+
+
+NOT_FOLLOWED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a family's own code may end in over rows that it does not expect."""
+
+
+def own_positions(model: nn.Module, encoder: Encoder) -> OwnPositions | None:
+    """How a family that counts along several axes does so; None: it counts places."""
+    if not encoder.sees_pictures:
+        return None
+    dummy = encoder.dummy()
+    return OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
+
+
+def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) -> tuple[RowKind, str | None]:
+    """The wanted rows, or of trees, packed and plain ones the first that the model follows, and why not the wanted."""
+    if wanted == "plain":
+        return "plain", None
+    kernel = str(backbone.model.get_decoder().config._attn_implementation)
+    if kernel not in MASKED:
+        return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
+    was_training, reason = backbone.training, None
+    backbone.eval()
+    try:
+        with torch.no_grad(), _whole_weights(backbone):
+            samples = _samples(encoder)
+            apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
+            noise = float((_scores(backbone, encoder, samples, "plain") - apart).norm() / apart.norm())
+            least = LEAST_NOISE.get(backbone.model.dtype, 1e-2)
+            kinds: tuple[RowKind, ...] = ("trees", "packed") if wanted == "trees" else ("packed",)
+            for kind in kinds:
+                try:
+                    off = float((_scores(backbone, encoder, samples, kind) - apart).norm() / apart.norm())
+                except NOT_FOLLOWED as error:
+                    reason = reason or one_line(f"{type(error).__name__}: {error}", 200)
+                    continue
+                if off <= max(TIMES_NOISE * noise, least):
+                    return kind, reason
+                reason = reason or f"its scores for the same samples are off by {off:.1e} of their size"
+    finally:
+        backbone.follower.follow(None)
+        backbone.train(was_training)
+    return "plain", reason
+
+
+def _samples(encoder: Encoder) -> list[Sample]:
+    """Three about one picture, or of words alone."""
+    pictures = [Image.new("RGB", (64, 48), GREY)] if encoder.sees_pictures else []
+    place = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
+    samples = []
+    for number, (question, answer) in enumerate(QUESTIONS):
+        turns = (Turn("user", place + question), Turn("assistant", answer))
+        encoded = encoder.encode(Example("probe", ("probe",) * len(pictures), turns), pictures)
+        samples.append(Sample(**vars(encoded), index=number, images=("probe",) * len(pictures)))
+    return samples
+
+
+def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], rows: RowKind) -> Tensor:
+    """Of the labelled tokens, in the order of the samples."""
+    batch: dict[str, Any] = Collator(encoder.pad_token_id, rows=rows)(samples)
+    device = next(backbone.parameters()).device
+    inputs = {name: _moved(value, device) for name, value in batch.items() if name not in BOOKKEEPING}
+    features = backbone(**inputs)
+    return features.logits.double().cpu()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _whole_weights(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3 each module's weights are gathered while it runs, as the engine will do; it is not there yet."""
+    hooks: list[Any] = []
+    if is_deepspeed_zero3_enabled():
+        for module in model.modules():
+            split = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+            if split:
+                hooks.append(module.register_forward_pre_hook(lambda *_, split=split: split[0].all_gather(split)))
+                hooks.append(module.register_forward_hook(lambda *_, split=split: split[0].partition(split)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
