@@ -21,6 +21,7 @@ from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
+from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from dora_vl.training.decoder_pipeline import PAPER_TARGETS
@@ -185,10 +186,14 @@ class TestPictures:
             ids = torch.tensor([1, 7, *PICTURE, *text])
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
             seen = {"pixel_values": pixels(1, seed=ord(name))}
-            samples.append(Sample(ids, labels, index=number, id=str(number), inputs=seen, images=(name,)))
+            end = 2 + len(PICTURE)
+            samples.append(
+                Sample(ids, labels, index=number, id=str(number), inputs=seen, images=(name,), media_end=end)
+            )
         adapted(backbone)
         samples = with_stored(samples, backbone) if stored else samples
-        apart, shared = (Collator(0, share_pictures_by=by)(samples) for by in (None, IMAGE))
+        kinds: tuple[RowKind, ...] = ("plain", "trees")
+        apart, shared = (Collator(0, rows=kind)(samples) for kind in kinds)
         assert len(apart["pixel_values"]) == 4
         assert len(shared["pixel_values"]) == 2
         loss, expected = gradients(backbone, apart)
@@ -213,9 +218,9 @@ class TestPacking:
         model = tiny_language(family)
         model.set_attn_implementation(kernel)
         backbone = DecoderBackbone(model)
-        plain, packed = Collator(0)(language_samples()), Collator(0, pack=True)(language_samples())
-        assert len(packed["input_ids"]) == 4  # 9, 7, 5 + 4, 3: rows as long as the longest sample
-        assert packed["padding_tokens"] < plain["padding_tokens"]
+        plain, packed = Collator(0)(language_samples()), Collator(0, rows="packed")(language_samples())
+        assert len(packed["input_ids"]) == 1
+        assert packed["padding_tokens"] == 0 < plain["padding_tokens"]
         assert packed["samples"] == plain["samples"] == 5
         found = [backbone(**inputs(batch)) for batch in (plain, packed)]
         # In an order that does not depend on rows: by target, then by first logit.
@@ -228,21 +233,8 @@ class TestPacking:
         weight = model.model.layers[0].self_attn.k_proj.weight
         grads = [torch.autograd.grad(loss, [weight])[0] for loss in losses]
         torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
-        without = backbone(**{**inputs(packed), "layout": None}).logits
+        without = backbone(**{**inputs(packed), "layout": None, "position_ids": None}).logits
         assert float((without - found[1].logits).abs().max().detach()) > 0.1
-
-    def test_a_kernel_without_masks_is_refused(self) -> None:
-        model = tiny_language()
-        model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(UserError, match=r"data\.packing"):
-            DecoderBackbone(model)(**inputs(Collator(0, pack=True)(language_samples())))
-
-    def test_a_sliding_window_is_not_lost_in_silence(self) -> None:
-        model = tiny_language("gemma2")
-        model.set_attn_implementation("eager")
-        model.config.sliding_window = 8
-        with pytest.raises(UserError, match=r"rows of 9 tokens .* sees 8"):
-            DecoderBackbone(model)(**inputs(Collator(0, pack=True)(language_samples())))
 
 
 class Collected(BaseStreamer):

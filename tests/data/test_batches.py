@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_vl.data.batches import Collator, shared_rows, visible
+from dora_vl.data import batches
+from dora_vl.data.batches import Collator
 from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
 
 
@@ -76,67 +78,32 @@ def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...]
     row = torch.tensor(ids)
     labels = torch.full_like(row, IGNORED)
     labels[len(ids) - answered :] = row[len(ids) - answered :]
-    inputs = {"image_features": torch.full((len(images), 2, 3), float(index))} if images else {}
-    return Sample(row, labels, index=index, id=f"s{index}", inputs=inputs, images=images)
+    inputs = {"image_features": torch.full((len(images), 2, 3), float(ord(images[0][0])))} if images else {}
+    end = max((place + 1 for place, token in enumerate(ids) if token == PICTURE), default=0)
+    return Sample(row, labels, index=index, id=f"s{index}", inputs=inputs, images=images, media_end=end)
 
 
 def test_two_questions_about_one_picture_written_out() -> None:
     first, second = asked(0, [1, PICTURE, PICTURE, 5, 6, 7], 2), asked(1, [1, PICTURE, PICTURE, 5, 8, 9, 4], 1)
-    (row,) = shared_rows([first, second], picture_token_id=PICTURE)
-    assert row.input_ids.tolist() == [1, PICTURE, PICTURE, 5, 6, 7, 5, 8, 9, 4]
-    assert row.labels.tolist() == [IGNORED] * 3 + [IGNORED, 6, 7] + [IGNORED] * 3 + [4]
-    assert row.inputs["layout"][0].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
-    assert row.inputs["image_features"].tolist() == first.inputs["image_features"].tolist()
+    batch = Collator(0, rows="trees")([first, second])
+    assert batch["input_ids"].tolist() == [[1, PICTURE, PICTURE, 5, 6, 7, 8, 9, 4]]
+    assert batch["labels"].tolist() == [[IGNORED] * 4 + [6, 7] + [IGNORED] * 2 + [4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6]]
+    layout = {name: value[0].tolist() for name, value in batch["layout"].items()}
+    assert layout["segment"] == [0] * 4 + [1] * 2 + [2] * 3
+    assert layout["sources"] == [-1, 0, 1, 2, 3, 4, 3, 6, 7]
+    assert layout["sees"] == [[True, False, False], [True, True, False], [True, False, True]]
+    assert batch["image_features"].tolist() == first.inputs["image_features"].tolist()
+    assert (batch["samples"], batch["padding_tokens"]) == (2, 0)
 
 
-def test_rows_are_filled_up_to_the_longest_tree() -> None:
+def test_long_rows_become_several_and_each_has_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "ROW_TOKENS", 12)
     lengths = [9, 4, 5, 3, 2]
     samples = [asked(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
-    rows = shared_rows(samples, picture_token_id=PICTURE)
-    assert [len(row.input_ids) for row in rows] == [9, 9, 5]
-    assert [row.inputs["image_features"][:, 0, 0].tolist() for row in rows] == [[0], [2, 1], [3, 4]]
-    assert rows[1].inputs["layout"][0, 1].tolist() == [1] * 5 + [2] * 4
-    assert rows[1].labels[5] == IGNORED  # nothing is predicted across the border
-
-
-def test_the_batch_holds_each_picture_once_in_the_order_of_the_rows() -> None:
-    same = [asked(index, [1, PICTURE, PICTURE, 20 + index, 7], 1) for index in range(3)]
-    other = asked(7, [1, PICTURE, PICTURE, *range(30, 45)], 2, ("b.png",))
-    batch = Collator(0, share_pictures_by=PICTURE)([*same, other])
-    assert batch["image_features"][:, 0, 0].tolist() == [7.0, 0.0]
-    assert batch["samples"] == 4
-    assert batch["layout"].shape == (2, 3, 18)
-    assert batch["padding_tokens"] == 36 - 18 - (3 + 3 * 2)
-    assert (batch["layout"][1, 1] == 0).sum() == batch["padding_tokens"]
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 4), min_size=2, max_size=6)), min_size=1, max_size=9)
-)
-def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, list[int]]]) -> None:
-    samples = [
-        asked(number, [7, PICTURE, *text], 1 + len(text) % 2, (f"{picture}.png",))
-        for number, (picture, text) in enumerate(questions)
-    ]
-    rows = shared_rows(samples, picture_token_id=PICTURE)
-    found = sorted(tuple(trail) for row in rows for trail in _labelled_trails(row))
-    alone = sorted(
-        (*map(int, one.input_ids[:place]), int(one.labels[place]))
-        for one in samples
-        for place in range(1, len(one.labels))
-        if one.labels[place] != IGNORED
-    )
-    assert found == alone
-
-
-def _labelled_trails(row: Sample) -> list[list[int]]:
-    """For each label: the tokens that its predicting position sees, ordered by position, then the label."""
-    ids, labels, layout = row.input_ids, row.labels, row.inputs["layout"][0]
-    seen = visible(layout.unsqueeze(0))[0, 0]
-    trails = []
-    for place in range(1, len(ids)):
-        if labels[place] != IGNORED:
-            tokens = seen[place - 1].nonzero().flatten()
-            assert layout[0, tokens].tolist() == list(range(len(tokens)))
-            trails.append([*ids[tokens].tolist(), int(labels[place])])
-    return trails
+    batch = Collator(0, rows="trees")(samples)
+    assert batch["attention_mask"].sum(1).tolist() == [12, 11]
+    assert batch["padding_tokens"] == 1
+    assert batch["image_features"][:, 0, 0].tolist() == [ord(name) for name in "03124"]
+    starts = batch["layout"]["sources"] < 0
+    assert bool((batch["labels"][starts] == IGNORED).all()), "nothing is predicted across a border"

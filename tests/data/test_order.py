@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
 from dora_vl.data.columns import Mixing
-from dora_vl.data.order import MixturePlan, ModalityLengthSampler, Source, sampling_lengths
+from dora_vl.data.order import (
+    MixturePlan,
+    ModalityLengthSampler,
+    SamplingLengths,
+    Source,
+    TreeSampler,
+    sampling_lengths,
+)
 from dora_vl.data.table import load_table
 
 SOURCES = (
@@ -188,36 +196,52 @@ def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     filmed = {"id": 4, "videos": ["a.mp4", "b.mp4"], "image": "a.png", "conversations": turns}
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}, filmed]))
     table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
-    lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
+    lengths, is_multimodal, pictures, shared = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
     assert lengths.tolist() == [5, 106, 207, 0, 2108]
     assert is_multimodal.tolist() == [False, True, True, False, True]
+    assert shared.tolist() == [0, 100, 200, 0, 100]
     assert pictures.unique().tolist() == [0, 1, 2]
     assert pictures[0] == pictures[3]  # the two without a picture
-    lengths, is_multimodal, _ = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
+    lengths, is_multimodal, *_ = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
     assert (lengths.tolist(), is_multimodal.tolist()) == ([27, 5], [True, False])
 
 
-def test_samples_of_one_picture_come_together_and_every_epoch_is_another_order() -> None:
-    pictures = torch.arange(60) % 12
-    multimodal = pictures < 11  # number 11 is no picture
+@pytest.fixture(scope="module")
+def by_pictures() -> tuple[SamplingLengths, TreeSampler]:
+    """Three questions a picture on average, every seventh sample of words alone."""
+    chance = random.Random(3)
+    pictures, tokens, shared = [], [], []
+    for picture in range(1, 1_200):
+        for _ in range(chance.randint(1, 5)):
+            pictures.append(picture if picture % 7 else 0)
+            shared.append(100 if picture % 7 else 0)
+            tokens.append(shared[-1] + chance.randint(5, 80))
+    values = [torch.tensor(column) for column in (tokens, pictures, shared)]
+    lengths = SamplingLengths(values[0], values[2] > 0, values[1], values[2])
+    return lengths, TreeSampler(lengths, batch_size=16, seed=5)
 
-    def epoch(number: int) -> list[int]:
-        made = ModalityLengthSampler(
-            torch.ones(60, dtype=torch.int64),
-            multimodal,
-            pictures=pictures,
-            batch_size=5,
-            world_size=1,
-            accumulation=2,
-            seed=3,
-        )
-        made.set_epoch(number)
-        return list(made)
 
-    order = epoch(0)
-    assert sorted(order) == list(range(60))
-    assert order == epoch(0) != epoch(1)
-    for batch in chunks(order, 10)[:5]:
-        assert len({bool(multimodal[index]) for index in batch}) == 1
-        # Five samples a picture: ten hold at most two whole pictures and the parts of one that the border cut.
-        assert len(pictures[batch].unique()) <= 3
+def test_every_epoch_has_each_sample_once_in_another_order(by_pictures: tuple[SamplingLengths, TreeSampler]) -> None:
+    lengths, sampler = by_pictures
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(len(lengths.lengths)))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_pictures_stay_together_in_equally_long_micro_batches(by_pictures: tuple[SamplingLengths, TreeSampler]) -> None:
+    lengths, sampler = by_pictures
+    tokens, apart, pictures = [], 0, set()
+    for batch in chunks(list(sampler), 16):
+        once = {int(picture): int(lengths.shared[i]) for i, picture in zip(batch, lengths.pictures[batch], strict=True)}
+        tokens.append(int((lengths.lengths[batch] - lengths.shared[batch]).sum()) + sum(once.values()))
+        apart += len(pictures & once.keys() - {0})
+        pictures |= once.keys()
+    assert apart < 0.05 * len(pictures), "hardly any picture stands in two micro-batches"
+    whole = tokens[: len(tokens) // 8 * 8]
+    waiting = 1 - sum(whole) / sum(8 * max(block) for block in chunks(whole, 8))
+    assert waiting < 0.05
+    alone = lengths.lengths.sum() / sum(tokens)
+    assert alone > 1.7, "pictures run once"
