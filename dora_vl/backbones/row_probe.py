@@ -23,7 +23,7 @@ from dora_vl.data.columns import RowKind
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-from dora_vl.errors import one_line
+from dora_vl.errors import BadSample, one_line
 
 QUESTIONS = (("What is it?", "A house."), ("What is red?", "The roof, I think."), ("Which?", "None"))
 TIMES_NOISE = 8.0
@@ -32,7 +32,7 @@ LEAST_NOISE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """A share of the scores' own size; in half precision 1e-2."""
 
 
-NOT_FOLLOWED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a family's own code may end in over rows that it does not expect."""
 
 
@@ -56,6 +56,9 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
     try:
         with torch.no_grad(), _whole_weights(backbone):
             samples = _samples(encoder)
+            if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
+                Collator(encoder.pad_token_id, rows=wanted)(samples)
+                return wanted, None
             apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             noise = float((_scores(backbone, encoder, samples, "plain") - apart).norm() / apart.norm())
             least = LEAST_NOISE.get(backbone.model.dtype, 1e-2)
@@ -69,6 +72,8 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
                 if off <= max(TIMES_NOISE * noise, least):
                     return kind, reason
                 reason = reason or f"its scores for the same samples are off by {off:.1e} of their size"
+    except NOT_FOLLOWED as error:
+        return "plain", one_line(f"{type(error).__name__}: {error}", 200)
     finally:
         backbone.follower.follow(None)
         backbone.train(was_training)
