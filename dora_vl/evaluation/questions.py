@@ -17,8 +17,7 @@ from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
-from dora_vl.evaluation.scores.prompts import Prompt
-from dora_vl.evaluation.scores.prompts import turns_of as prompt_turns
+from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,8 @@ class Question:
     """What the model is asked and what it should say.
 
     Attributes:
-        images: paths relative to the picture folder.
-        turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
-        answer: the part of it that is scored, where the row says it; else empty.
+        turns: everything up to and with the last question; earlier rounds keep their true answers.
+        answer: the part of the truth that is scored, where the row says it.
         example: what the question was made of, with its choices.
     """
 
@@ -123,7 +121,7 @@ def has_truth(examples: Sequence[Example]) -> bool:
 
 
 def outputs_of(question: Question) -> list[str]:
-    """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
+    """The outputs that the question's last line, `Answer format: a/b/...`, admits.
 
     What stands before the answer in the true output stands before each: "the correct answer is ".
     """

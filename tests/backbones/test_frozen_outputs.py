@@ -30,7 +30,7 @@ from dora_vl.data.pictures import MediaFolder, StoredPictures
 from dora_vl.data.samples import Sample
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from dora_vl.run.media import VideoReading
+from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_talks import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on(
     place.filled()
     assert len(computed) == again
     kinds = {path.name.split("-")[0] for path in place.cache.rglob("*") if path.is_file()}
-    assert kinds == {"outputs", "settings.json"}
+    assert kinds == {"shard", "settings.json"}
 
 
 def test_a_changed_picture_is_computed_again(place: Place, computed: list[object]) -> None:

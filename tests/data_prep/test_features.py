@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from data_prep.features import main, media_in_records, media_under, which_part
-from dora_vl.backbones.published_features import FeatureEncoder, open_features
-from dora_vl.backbones.vision_store import Medium, read_settings
+from dora_vl.backbones.feature_encoder import FeatureEncoder, Medium
+from dora_vl.backbones.shards import read_settings
+from dora_vl.backbones.vision_store import open_features
 from dora_vl.data.example import Clip, Example, write_examples
 from dora_vl.errors import UserError
 from tests.vision.video_files import write_video
@@ -62,7 +63,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     to = tmp_path / "features"
     run(root, to, weights)
     source = open_features(to)
-    shapes = {name: tuple(source.read(name).shape) for name in source.held}
+    shapes = {name: tuple(source.read(name).shape) for name in source.rows}
     assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}
     (skipped,) = [json.loads(line) for line in (to / "skipped-0.jsonl").read_text().splitlines()]
     assert skipped["id"] == "bad.mp4"
@@ -99,11 +100,11 @@ def test_an_interruption_loses_no_features(
     terminated = signal.getsignal(signal.SIGTERM)
     with pytest.raises({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, None: RuntimeError}[how]):
         run(root, to, weights)
-    assert set(open_features(to).held) == {"one", "three"}
+    assert set(open_features(to).rows) == {"one", "three"}
     assert json.loads((to / "skipped-0.jsonl").read_text())["id"] == "bad.mp4"
     monkeypatch.undo()
     run(root, to, weights)
-    assert set(open_features(to).held) == {"one", "three", "two"}
+    assert set(open_features(to).rows) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is terminated
 
 
@@ -113,7 +114,7 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
     run(root, alone, weights)
     for number in range(2):
         run(root, together, weights, "--part", f"{number}/2")
-        assert len(open_features(together).held) == (2, 3)[number]
+        assert len(open_features(together).rows) == (2, 3)[number]
     for name in ("one", "two", "three"):
         assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
 
@@ -122,7 +123,7 @@ def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: st
     to, records = tmp_path / "features", tmp_path / "r.jsonl"
     write_examples(records, [Example(id="1", videos=(Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0),))])
     run(root, to, weights, "--records", str(records))
-    assert open_features(to)["one"].part == (0.4, 1.0)
+    assert open_features(to).part("one") == (0.4, 1.0)
     refused(root, to, weights)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
-from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, merged
+from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merged
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import Clip
@@ -117,8 +117,9 @@ def test_frames_of_a_clip(tmp_path: Path) -> None:
     spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
     encoder = FeatureEncoder(FeatureSettings(tower=spec, merge=2, frames=3))
     with VideoReader(backends=("decord", "pyav")) as reader:
-        features, frames = encoder.video(reader, tmp_path, Clip(path="a.mp4"))
+        frames = reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), encoder.preparation.prepare)
         pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3))
+    features = encoder.sequence(encoder.encode(torch.stack(frames.pictures)))
     assert features.shape == (3, 4 * 40)
     assert frames.indices == (8, 25, 41)
     torch.testing.assert_close(features, encoder.pictures(pictures.pictures)[:, 0])
@@ -130,8 +131,8 @@ def test_changes_stand_beside_each_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = FeatureEncoder(FeatureSettings(tower=spec, frames=3, changes=True))
     with VideoReader(backends=("decord", "pyav")) as reader:
-        features, _ = encoder.video(reader, tmp_path, Clip(path="a.mp4"))
         pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3)).pictures
+    features = encoder.frames(pictures)
     numbers, changes = features.unflatten(0, (3, 4)).chunk(2, dim=-1)
     alone = encoder.pictures(pictures)  # the same frames as pictures: nothing came before them
     torch.testing.assert_close(numbers, alone[..., :40])
