@@ -13,7 +13,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
-from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
+from dora_vl.data.containers import ENDINGS, find_files, is_data_file
 from dora_vl.data.example import FIELDS, JSON, Example
 from dora_vl.data.pictures import (
     BROKEN,
@@ -253,8 +253,6 @@ when something was found.
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
 """
 
-ENDINGS = (*JSON_ENDINGS, *READERS)
-NO_DATA = ("manifest.json", *BESIDE_ARROW)
 WORDS, TOKENS = 1_500, 2_048
 
 
@@ -347,8 +345,8 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
-            inside = [file for file in below if file.name not in NO_DATA and not file.name.startswith(".")]
+            below = sorted(filter(is_data_file, path.rglob("*")))
+            inside = [file for file in below if not file.name.startswith(".")]
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
