@@ -221,8 +221,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
         # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
         for group in range(file.num_row_groups):
-            held = file.metadata.row_group(group)
-            size = _rows_at_once(held.num_rows, held.total_byte_size)
+            group_metadata = file.metadata.row_group(group)
+            size = _rows_at_once(group_metadata.num_rows, group_metadata.total_byte_size)
             yield from _rows(file.iter_batches(batch_size=size, row_groups=[group]))
 
 

@@ -41,19 +41,19 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     """
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
     splits = {(task, name): size for task, sizes in SIZES.items() for name, size in zip(PARTS, sizes, strict=True)}
-    found = False
+    any_file = False
     for (task, name), size in {**splits, (MIX, "train"): 170_420}.items():
-        places = [root / task / f"{name}.json", root / task / f"{name}_sample.json"]
+        candidates = [root / task / f"{name}.json", root / task / f"{name}_sample.json"]
         if task == MIX:
-            places = [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
-        path = next(filter(Path.is_file, places), None)
+            candidates = [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
+        path = next(filter(Path.is_file, candidates), None)
         if path is not None:
-            found, sample = True, path.stem.endswith("_sample")
+            any_file, sample = True, path.stem.endswith("_sample")
             notes = {"sample": True} if sample else {}
             rows, convert = partial(_rows, path), partial(commonsense_row, task=task, split=name)
             published = None if sample else size
             yield Split(task, name, (path,), rows, convert, published, ids_by_place=True, notes=notes)
-    if not found:
+    if not any_file:
         raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
 
 
