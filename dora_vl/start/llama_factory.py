@@ -12,22 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown_names
 from dora_vl.start import tool_rules as shared
-from dora_vl.start.rules import (
-    Counterpart,
-    Setting,
-    Tool,
-    globs_of_endings,
-    lost,
-    missing,
-    of_adapters,
-    only,
-    same,
-    to,
-    unless,
-    where_on,
-)
+from dora_vl.start.rules import COMPUTED, Counterpart, Setting, computed, globs_of_endings, missing, of_adapters
 
 FREEZES: shared.Freezes = {
     "language": ("freeze_language_model", False),
@@ -36,8 +24,9 @@ FREEZES: shared.Freezes = {
 }
 
 
+@computed
 @of_adapters
-def _targets(setting: Setting) -> Counterpart:
+def _factory_targets(setting: Setting) -> Counterpart:
     """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
     names = setting.words
     places = [place for place in shared.chosen_places(setting, FREEZES) if place != "projector"]
@@ -52,25 +41,30 @@ def _targets(setting: Setting) -> Counterpart:
     return Counterpart({"adapter.targets": [f"{where}.{name}" for name in names]}, note)
 
 
-def _projector(setting: Setting) -> Counterpart:
+@computed
+@partial(of_adapters, otherwise="said by adapter.targets")
+def _factory_projector(setting: Setting) -> Counterpart:
     if any(map(shared.is_projector, str(setting.settings.get("additional_target") or "").split(","))):
         return Counterpart(note="said by additional_target")
     return Counterpart({"adapter.train_projector": False}, "LoRA leaves it as it is, frozen or not")
 
 
-def _additional(setting: Setting) -> Counterpart:
+@computed
+def _factory_additional(setting: Setting) -> Counterpart:
     projector = {"adapter.train_projector": True} if any(map(shared.is_projector, setting.words)) else {}
     return Counterpart({**projector, **shared.whole_modules(setting.words)}, "whole")
 
 
-def _alpha(setting: Setting) -> Counterpart:
+@computed
+def _factory_alpha(setting: Setting) -> Counterpart:
     if setting.value != "":
         return Counterpart({"adapter.alpha": setting.number})
     rank = replace(setting, key="lora_rank", value=setting.settings["lora_rank"]).number
     return Counterpart({"adapter.alpha": 2.0 * rank}, "twice the rank")
 
 
-def _template(setting: Setting) -> Counterpart:
+@computed
+def _factory_template(setting: Setting) -> Counterpart:
     base = str(setting.settings.get("model_name_or_path", "")).lower()
     if not any(part in base for part in ("llava-1.5", "llava_1.5", "llava-v1.5")):
         return Counterpart(note="the base's own chat template; compare with dora-vl show batch")
@@ -158,58 +152,17 @@ def _data_set(entry: Any, folder: str) -> DataSet:
     return path, {column: role for column, role in roles.items() if column != role}, trouble
 
 
-LLAMA_FACTORY_DEFAULTS: Mapping[str, Any] = {
-    "finetuning_type": "lora", "use_dora": False, "lora_rank": 8, "lora_alpha": "", "lora_dropout": 0.0,
-    "lora_target": "all", "freeze_vision_tower": True, "freeze_multi_modal_projector": True, "cutoff_len": 2048,
-    "disable_gradient_checkpointing": False, "image_max_pixels": 768 * 768, "dataset_dir": "data", "media_dir": "",
-    "dataloader_num_workers": 0, "train_sampling_strategy": "random",
-}  # fmt: skip
-LLAMA_FACTORY = Tool(
-    name="LLaMA-Factory",
-    method=lambda settings: "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings),
-    otherwise=shared.otherwise("LLaMA-Factory"),
-    table={
-        **shared.COMMON,
-        "stage": only(("sft",), same("supervised fine-tuning")),
-        "finetuning_type": only(("lora", "full"), shared.which_method),
-        "use_dora": shared.which_method,
-        "lora_rank": to("adapter.rank"),
-        "lora_alpha": _alpha,
-        "lora_dropout": shared.dropout,
-        "lora_target": _targets,
-        "use_rslora": shared.scaling,
-        "loraplus_lr_ratio": to("optim.b_learning_rate_ratio"),
-        "pissa_init": where_on({"adapter.init": "pissa"}),
-        "additional_target": _additional,
-        "freeze_vision_tower": partial(shared.whole_places, freezes=FREEZES),
-        "freeze_language_model": partial(shared.whole_places, freezes=FREEZES),
-        "freeze_multi_modal_projector": of_adapters(_projector, "said by adapter.targets"),
-        "pure_bf16": where_on({"model.dtype": "bfloat16"}, "what trains is float32 all the same"),
-        "model_name_or_path": to("model.base"),
-        "model_revision": to("model.revision"),
-        "adapter_name_or_path": to("adapter.initial", note="a folder of PEFT's with the same rank and layers"),
-        "flash_attn": shared.attention(fa2="flash_attention_2", disabled="eager", off="eager"),
-        "disable_gradient_checkpointing": to(
-            "training.gradient_checkpointing", lambda setting: not setting.is_on, note="on unless it is disabled"
-        ),
-        "quantization_bit": shared.quantised("quantization_method"),
-        "template": _template,
-        "dataset": partial(_files, "data.train"),
-        "dataset_dir": same("said by data.train"),
-        "media_dir": to("data.image_folder", lambda setting: setting.value or _folder(setting)),
-        "eval_dataset": partial(_files, "data.validation"),
-        "val_size": shared.held_out_share,
-        "cutoff_len": to("data.max_tokens", note="here the end is cut, there questions and answers in proportion"),
-        "max_samples": to("data.limit", note="of each file, as there"),
-        "streaming": shared.streaming,
-        "buffer_size": to("data.shuffle_buffer"),
-        "interleave_probs": lost("weights say how often an epoch sees each sample: data.train with {path, weight}"),
-        "mix_strategy": unless("concat", "files are mixed by weights: data.train with {path, weight}"),
-        **{f"{kind}_{limit}_pixels": shared.PIXELS for kind in ("image", "video") for limit in ("max", "min")},
-        "video_fps": to("data.video_fps"),
-        "video_maxlen": to("data.video_frames"),
-        "hf_hub_token": lost("the environment's HF_TOKEN"),
-    },
-    defaults=LLAMA_FACTORY_DEFAULTS,
-    always={"(loss)": shared.MICRO_BATCH, "(decay)": shared.DECAY},
-)
+def method(settings: Mapping[str, Any]) -> Method:
+    """What a file trains."""
+    return "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings)
+
+
+@computed
+def _factory_media(setting: Setting) -> Counterpart:
+    """Where the pictures are: with the sets, unless it is said."""
+    return Counterpart({"data.image_folder": setting.value or _folder(setting)})
+
+
+COMPUTED["factory_dataset"] = partial(_files, "data.train")
+COMPUTED["factory_eval_dataset"] = partial(_files, "data.validation")
+COMPUTED["factory_whole_places"] = partial(shared.whole_places, freezes=FREEZES)
