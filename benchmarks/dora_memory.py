@@ -37,7 +37,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from benchmarks.contenders import DEVICE, contender
 from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of, tokens_of
 from benchmarks.report import table, write_json
-from dora_vl.training.imagined_step import LiveBytes, storages_of
+from dora_vl.training.estimate import LiveBytes, storages_of
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
 """Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""

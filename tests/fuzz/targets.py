@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from dora_vl.cli import main
 from dora_vl.data.example import Example, iterate_examples, to_record
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores import prompts, vqa
-from dora_vl.evaluation.scores.commonsense import PATTERNS
-from dora_vl.evaluation.scores.own import SCORINGS
+from dora_vl.evaluation.scores import vqa
+from dora_vl.evaluation.scores.benchmark import SHORT
+from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 SOURCE_OF = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}
@@ -113,7 +113,7 @@ def _llava(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -
     """LLaVA's answers, and its questions with them."""
     questions, lines = [], []
     for example in examples:
-        asked = {"question_id": example.id, "text": f"{example.question}\n{prompts.SHORT}"}
+        asked = {"question_id": example.id, "text": f"{example.question}\n{SHORT}"}
         lines.append({**asked, "prompt": asked["text"], "text": answers[example.id], "metadata": {}})
         picture = {"image": example.images[0]} if example.images else {}
         questions.append({**asked, **picture, "category": str(example.extra.get("category", "default"))})
