@@ -1,4 +1,4 @@
-"""What the settings of each tool are here: `tables.yaml`, and what of TRL, ms-swift and LLaVA must be computed."""
+"""What the settings of each tool are here: `tables.yaml`, and what of them must be computed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from dora_vl.core.config import Method
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown_names
 from dora_vl.run.arguments import OWNED, RENAMED, check_training_section, training_fields
-from dora_vl.start import llama_factory
 from dora_vl.start import tool_rules as shared
 from dora_vl.start.rules import (
     COMPUTED,
@@ -29,6 +28,158 @@ from dora_vl.start.rules import (
     of_adapters,
     rule_of,
 )
+
+# -- LLaMA-Factory --------------------------------------------------------------------------------------------------
+
+FACTORY_FREEZES: shared.Freezes = {
+    "language": ("freeze_language_model", False),
+    "vision": ("freeze_vision_tower", True),
+    "projector": ("freeze_multi_modal_projector", True),
+}
+
+
+@computed
+@of_adapters
+def _factory_targets(setting: Setting) -> Counterpart:
+    """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
+    names = setting.words
+    places = [place for place in shared.chosen_places(setting, FACTORY_FREEZES) if place != "projector"]
+    if names == ["all"]:
+        return Counterpart({"adapter.targets": places})
+    if len(places) == 2:
+        return Counterpart({"adapter.targets": globs_of_endings(names)})
+    if "language" in places:
+        where, note = "*language_model*", "of the language model alone: the tower is frozen"
+    else:
+        where, note = "*vis*", "of the tower alone"
+    return Counterpart({"adapter.targets": [f"{where}.{name}" for name in names]}, note)
+
+
+@computed
+@partial(of_adapters, otherwise="said by adapter.targets")
+def _factory_projector(setting: Setting) -> Counterpart:
+    if any(map(shared.is_projector, str(setting.settings.get("additional_target") or "").split(","))):
+        return Counterpart(note="said by additional_target")
+    return Counterpart({"adapter.train_projector": False}, "LoRA leaves it as it is, frozen or not")
+
+
+@computed
+def _factory_additional(setting: Setting) -> Counterpart:
+    projector = {"adapter.train_projector": True} if any(map(shared.is_projector, setting.words)) else {}
+    return Counterpart({**projector, **shared.whole_modules(setting.words)}, "whole")
+
+
+@computed
+def _factory_alpha(setting: Setting) -> Counterpart:
+    if setting.value != "":
+        return Counterpart({"adapter.alpha": setting.number})
+    rank = replace(setting, key="lora_rank", value=setting.settings["lora_rank"]).number
+    return Counterpart({"adapter.alpha": 2.0 * rank}, "twice the rank")
+
+
+@computed
+def _factory_template(setting: Setting) -> Counterpart:
+    base = str(setting.settings.get("model_name_or_path", "")).lower()
+    if not any(part in base for part in ("llava-1.5", "llava_1.5", "llava-v1.5")):
+        return Counterpart(note="the base's own chat template; compare with dora-vl show batch")
+    if setting.value in ("llava", "vicuna"):
+        return Counterpart({"model.template": "vicuna_v1"})
+    return missing("formats of a LLaVA-1.5 are listed in docs/training.md")
+
+
+# -- dataset_info.json --------------------------------------------------------------------------------------------
+
+INFO = "dataset_info.json"
+COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output"} | {
+    name: name for name in ("history", "system", "images", "videos")
+}
+"""What `columns` of a set calls a column -> its role in `data.columns`."""
+TURNS = {("from", "value"): "conversations", ("role", "content"): "messages"}
+"""What the turns call the speaker and the words -> the role of their column."""
+
+
+DataSet = tuple[str, Mapping[str, str], list[str]]
+"""Where a set is, the roles of its columns, and what of it has no counterpart."""
+
+
+def _set_folder(setting: Setting) -> str:
+    return str(setting.settings.get("dataset_dir") or "data")
+
+
+def _files(target: str, setting: Setting) -> Counterpart:
+    """`dataset` or `eval_dataset`: names of sets, as paths and the roles of their columns."""
+    info = _read_info(setting)
+    if info is None:
+        return missing(f"{_set_folder(setting)}/{INFO}, which says what file that is, is not there; put the file here")
+    if unknown := [given for given in setting.words if given not in info]:
+        raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
+    sets = {name: _data_set(info[name], _set_folder(setting)) for name in setting.words}
+    trouble = [f"{name}: {'; '.join(reasons)}" for name, (_, _, reasons) in sets.items() if reasons]
+    columns = {column: role for _, roles, _ in sets.values() for column, role in roles.items()}
+    for name, (_, roles, _) in sets.items():
+        if clash := [column for column, role in roles.items() if columns[column] != role]:
+            trouble.append(f"{name}: its column {clash[0]} is {roles[clash[0]]} here; rename one")
+    paths = [path for path, _, _ in sets.values()]
+    if not all(paths):
+        return missing("; ".join(trouble))
+    files = shared.sources(target, paths, "; ".join(trouble), is_lost=bool(trouble))
+    return replace(files, settings={**files.settings, "data.columns": columns}) if files.settings and columns else files
+
+
+def _read_info(setting: Setting) -> Mapping[str, Any] | None:
+    folder = Path(_set_folder(setting))
+    beside = (setting.file.parent, *setting.file.resolve().parents[:4])
+    paths = [folder / INFO, *(parent / folder / INFO for parent in beside)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: no object of data sets")
+    return content
+
+
+def _data_set(entry: Any, folder: str) -> DataSet:
+    if not isinstance(entry, Mapping):
+        return "", {}, ["its entry is no object"]
+    if entry.get("ranking"):
+        return "", {}, ["pairs of a better and a worse answer are no samples"]
+    if name := entry.get("file_name"):
+        path = str(Path(folder) / str(name))
+    elif name := entry.get("hf_hub_url"):
+        path = shared.hub(str(name), str(entry.get("split") or "train"))
+    else:
+        return "", {}, ["it is loaded by a script, or from another hub; put its rows into a file"]
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    trouble = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
+    trouble += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
+    trouble += [f"its column {columns[name]} is not read" for name in ("tools", "audios") if columns.get(name)]
+    roles = {str(columns[name]): role for name, role in COLUMN_ROLES.items() if columns.get(name)}
+    if entry.get("formatting", "alpaca") != "alpaca":
+        role = TURNS.get((tags.get("role_tag", "from"), tags.get("content_tag", "value")))
+        if role is None:
+            trouble.append("its turns' keys: rename them to from and value, or role and content")
+        roles[str(columns.get("messages") or "conversations")] = role or "conversations"
+    return path, {column: role for column, role in roles.items() if column != role}, trouble
+
+
+def _factory_method(settings: Mapping[str, Any]) -> Method:
+    """What a file trains."""
+    return "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings)
+
+
+@computed
+def _factory_media(setting: Setting) -> Counterpart:
+    """Where the pictures are: with the sets, unless it is said."""
+    return Counterpart({"data.image_folder": setting.value or _set_folder(setting)})
+
+
+COMPUTED["factory_dataset"] = partial(_files, "data.train")
+COMPUTED["factory_eval_dataset"] = partial(_files, "data.validation")
+COMPUTED["factory_whole_places"] = partial(shared.whole_places, freezes=FACTORY_FREEZES)
 
 # -- TRL -------------------------------------------------------------------------------------------------------------
 
@@ -311,7 +462,7 @@ DECAY = Counterpart({"optim.weight_decay_on": "all_but_biases"}, "magnitudes dec
 LLAVA_NEEDS = {"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json"}
 TOOLS: Mapping[str, Tool] = {
     "llama-factory": _tool(
-        "llama-factory", "LLaMA-Factory", llama_factory.method, always={"(loss)": MICRO_BATCH, "(decay)": DECAY}
+        "llama-factory", "LLaMA-Factory", _factory_method, always={"(loss)": MICRO_BATCH, "(decay)": DECAY}
     ),
     "trl": _tool(
         "trl",
