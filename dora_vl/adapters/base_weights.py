@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dora_vl.adapters.agreement import own_name, tied_names
 from dora_vl.adapters.files import read_json
 from dora_vl.adapters.folder import read_weights
-from dora_vl.core.experts import expert_projections
+from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
-from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import TransposedLinear
+from dora_vl.core.other_layers import ExpertsProjection
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError, shown
 

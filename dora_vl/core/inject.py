@@ -15,10 +15,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.experts import AdaptedExperts, ExpertsProjection, expert_projections
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
-from dora_vl.core.other_layers import SCALED_EMBEDDINGS, DoRAConv1d, DoRAConv2d, DoRAEmbedding
+from dora_vl.core.other_layers import (
+    SCALED_EMBEDDINGS,
+    AdaptedExperts,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAEmbedding,
+    ExpertsProjection,
+    expert_projections,
+)
 from dora_vl.core.quantised import (
     QUANTISED_KINDS,
     TENSOR_SUBCLASS,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.exports import original_dictionary
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
-from dora_vl.adapters.vlbart_original import original_dictionary
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.trainable import adapted_layers

@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dora_vl import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, strip_adapters, trained_parts
 from dora_vl.core import adapted_layers, unmerge_dora
-from dora_vl.core.experts import AdaptedExperts
+from dora_vl.core.other_layers import AdaptedExperts
 from dora_vl.errors import UserError
 
 EXPERTS, TOKENS, SIZES = 5, 23, {"hidden_size": 7}
