@@ -91,9 +91,8 @@ class BaseWeights:
         if stem is None:
             files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise UserError(
-                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards with "
-                f"an index ({files}); give a model folder in safetensors (load an older one and save_pretrained it "
-                "once)"
+                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards "
+                f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
             )
         self.stem = stem
         """How its weight files begin."""

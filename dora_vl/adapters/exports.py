@@ -52,8 +52,7 @@ def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[La
     """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
     if not adapter.layers:
         raise UserError(
-            f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
-            "nothing to write as a LoRA; dora-vl merge writes it with its base as a model"
+            f"{adapter.source} (method: {adapter.method}) adapts no layer, so there is no LoRA; use dora-vl merge"
         )
     factors = planned_factors(base, adapter)
     for layer, own in factors.items():
@@ -90,8 +89,7 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
     if above:
         raise UserError(
             f"{len(above)} of {len(exports)} layers lose more than {max_error:g} of their change, most "
-            f"{above[0].layer} ({above[0].relative_error:.3g}); nothing written. Raise --rank or --max-error, or "
-            "merge instead (dora-vl merge), which is exact"
+            f"{above[0].layer} ({above[0].relative_error:.3g}); raise --rank or --max-error, or use dora-vl merge"
         )
     if adapter.not_linear:
         raise UserError(f"{adapter.source}: {min(adapter.not_linear)} is no linear layer; only linears are exported")
@@ -178,9 +176,8 @@ def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
     tower = config.get("vision_config")
     if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
         raise UserError(
-            f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}) as grid "
-            "tokens, which vLLM has no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge writes the "
-            "whole model for transformers instead"
+            f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}), which vLLM has "
+            f"no class for: its LLaVA takes CLIP, SigLIP and Pixtral; {WHOLE}"
         )
 
 

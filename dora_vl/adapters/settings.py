@@ -321,8 +321,7 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
         raise UserError(
-            f"{source}: {', '.join(changing)} is set, which changes the forward pass and is not computed here; merge "
-            "it in PEFT (merge_and_unload) and take the merged model"
+            f"{source}: {', '.join(changing)} is set, which is not computed here; merge it in PEFT (merge_and_unload)"
         )
     unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
     if unknown:
