@@ -6,7 +6,7 @@ product with a given mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,18 @@ def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Ten
         direction = magnitude.unsqueeze(1) * direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
     y = x @ direction.t()
     return y if bias is None else y + bias
+
+
+def passed(
+    model: nn.Module, x: Tensor, upstream: Tensor | None = None, run: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Output of a pass, and the gradients of its input and of all that trains; without `upstream` of the squares."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = (model if run is None else run)(x)
+    y.backward(2 * y.detach() if upstream is None else upstream.to(y.dtype))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **({} if x.grad is None else {"x": x.grad}), **gradients}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import DoRALinear
 from dora_vl.core.fast.dropout import draw_dropped
-from tests.core.dense_dora import assert_same_gradients, config, moved_layer, reference_of
+from tests.core.dense_dora import assert_same_gradients, config, moved_layer, passed, reference_of
 
 methods = pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 
@@ -38,15 +38,9 @@ def test_float32_is_within_1e_6_of_float64(sizes, rows, method, detach_norm):
     settings = config(rank=rank, alpha=2.3 * rank, method=method, detach_norm=detach_norm)
     narrow = moved_layer(settings, dtype=torch.float32, in_features=in_features, out_features=out_features)
     wide, x, upstream = copy.deepcopy(narrow).double(), torch.randn(rows, in_features), torch.randn(rows, out_features)
-    results = []
-    for layer, dtype in ((narrow, torch.float32), (wide, torch.float64)):
-        inputs = x.detach().to(dtype).requires_grad_()
-        y = layer(inputs)
-        y.backward(upstream.to(dtype))
-        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "x": inputs.grad, **gradients})
-    for name, expected in results[1].items():
-        error = (results[0][name].double() - expected).abs().max()
+    results = passed(narrow, x, upstream)
+    for name, expected in passed(wide, x.double(), upstream).items():
+        error = (results[name].double() - expected).abs().max()
         assert error <= 1e-6 * expected.abs().max(), (name, float(error), float(expected.abs().max()))
 
 
@@ -139,10 +133,9 @@ def test_half_precision_gradients_stay_near_float32():
     half = copy.deepcopy(layer)
     half.weight.data, half.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
     x, upstream = torch.randn(200, 64), torch.randn(200, 33)
-    layer(x).backward(upstream)
-    half(x.bfloat16()).backward(upstream.bfloat16())
+    gradients, of_half = passed(layer, x, upstream), passed(half, x.bfloat16(), upstream)
     for name in ("lora_A", "lora_B", "magnitude"):
-        expected, found = getattr(layer, name).grad, getattr(half, name).grad
+        expected, found = gradients[name], of_half[name]
         assert found.dtype == torch.float32
         assert float((found - expected).norm() / expected.norm()) < 2e-2, name
 
@@ -176,16 +169,8 @@ def rows(*shape: int) -> torch.Tensor:
 
 def gradients(layer: nn.Module, x: torch.Tensor, run) -> list[torch.Tensor]:
     """Of the input and of what trains, with the same dropout at each call."""
-    layer.zero_grad()
-    x.grad = None
     torch.manual_seed(3)
-    run(x).square().sum().backward()
-    return [x.grad.clone(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
-
-
-def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    return list(passed(layer, x, run=run).values())[1:]
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
@@ -194,7 +179,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 def test_an_output_edited_in_place_has_the_gradients_of_one_that_was_not(edit, dropout, shape):
     layer, x = moved_layer(config(dropout=dropout)).train(), rows(*shape)
     expected = gradients(layer, x, lambda x: edit(layer(x).clone()))
-    assert_close(gradients(layer, x, lambda x: edit(layer(x))), expected)
+    torch.testing.assert_close(gradients(layer, x, lambda x: edit(layer(x))), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -204,7 +189,8 @@ def test_a_checkpoint_gives_the_same_gradients(reentrant, mode, inplace):
     layer, x = moved_layer(config(dropout=0.4, dropout_mode=mode)).train(), rows()
     block = nn.Sequential(layer, nn.ReLU(inplace=inplace))
     expected = gradients(layer, x, lambda x: torch.relu(layer(x)))
-    assert_close(gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant)), expected)
+    found = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_input_edited_in_place_is_still_refused_by_torch():
