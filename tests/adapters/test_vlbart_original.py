@@ -21,10 +21,10 @@ from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.core.trainable import adapted_layers
 from dora_vl.errors import UserError
 from tests.adapters.original_vlbart import FEEDFORWARD, LORA_ALPHA, TOKEN_NAMES, WIDTH, original
 from tests.backbones.tiny_vlbart import tiny
+from tests.core.dense_dora import move_trained
 from tests.training.tiny_vlbart_run import FEATURE_TOKENS, FEATURE_WIDTH, write_vlbart_data
 
 Q = "model.decoder.layers.1.encoder_attn.q_proj"
@@ -43,12 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(folder: Path, **changes: Any) -> Path:
     model = tiny(seed=2)
     apply_dora(model, DoRAConfig(**{**vars(CONFIG), **changes}))
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            for parameter in layer._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
+    move_trained(model)
     save_adapter(model, folder)
     return folder
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core import DoRAConfig, DoRALinear, trained_parts
 from dora_vl.core.layer import AdaptedLayer
 
 
@@ -101,6 +101,18 @@ def move(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DoRALinear):
             move_layer(module)
+
+
+@torch.no_grad()
+def move_trained(model: nn.Module, seed: int = 1, amount: float = 0.3) -> None:
+    """Moves every trained tensor away from where it starts."""
+    draw = torch.Generator().manual_seed(seed)
+    for part in trained_parts(model):
+        for name, parameter in part.parameters.items():
+            if name.endswith("magnitude"):
+                parameter.mul_(torch.rand(parameter.shape, generator=draw) + 0.5)
+            else:
+                parameter.add_(amount * torch.randn(parameter.shape, generator=draw))
 
 
 def moved_layer(
