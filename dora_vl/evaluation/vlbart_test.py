@@ -23,7 +23,7 @@ from dora_vl.evaluation.predictions import BY_TASK
 from dora_vl.evaluation.questions import Question, as_question, expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.subtask import Subtask, check_sample, make_sample
-from dora_vl.evaluation.test import Answered, TestSet, evaluate_sets, watch_questions
+from dora_vl.evaluation.test import TestSet, evaluate_sets, watch_questions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.settings import VlBartEvaluationConfig
 from dora_vl.run.watched import Watch, evenly
@@ -154,12 +154,12 @@ def evaluate_subtasks(
                 path=run_folder / BY_TASK / f"{subtask.name}.jsonl",
             )
 
-    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
-        tasks = {done.test.name: _entry(subtasks[done.test.name], done) for done in answered}
-        accuracies = [done for done in answered if done.is_accuracy]
+    def metrics_of(answered: Sequence[TestSet]) -> dict[str, Any]:
+        tasks = {test.name: _entry(subtasks[test.name], test) for test in answered}
+        accuracies = [test for test in answered if test.is_accuracy]
         top = accuracies[0].headline() if len(accuracies) == 1 else {}
         if not accuracies and len(tasks) == 1:
-            top = {"n": len(answered[0].test.examples)}
+            top = {"n": len(answered[0].examples)}
         seconds = round(time.monotonic() - started, 1)
         return {**numbers, "tasks": tasks, "settings": dict(settings), "evaluation_seconds": seconds, **top}
 
@@ -167,13 +167,13 @@ def evaluate_subtasks(
     return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
 
 
-def _entry(subtask: Subtask, done: Answered) -> dict[str, Any]:
+def _entry(subtask: Subtask, test: TestSet) -> dict[str, Any]:
     """What `metrics.json` holds of a task."""
-    predictions, scored = done.predictions, done.scored
+    predictions, scored = test.predictions, test.scored
     lost = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
     if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": len(done.test.examples), **lost, "note": note}
+        return {"metrics": {}, "n": len(test.examples), **lost, "note": note}
     made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
-    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": done.limits}
-    return {**counts, "settings": made_with, **({"baselines": done.baselines} if done.baselines else {})}
+    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": test.limits}
+    return {**counts, "settings": made_with, **({"baselines": test.baselines} if test.baselines else {})}

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_vl.errors import LONGEST_MESSAGE, UserError
-from dora_vl.evaluation.benchmarks import read_set
+from dora_vl.evaluation.benchmarks import read_own, read_set
 from dora_vl.evaluation.predictions import read_predictions, read_rows
 from dora_vl.evaluation.questions import read_question_file, read_questions
 
@@ -23,6 +23,7 @@ READERS: Mapping[str, Reader] = {
     "questions": read_questions,
     "question file": read_question_file,
     "evaluation set": lambda path: read_set(f"exact_match={path}", path.parent, mode=None, limit=None),
+    "own benchmark": read_own,
     "choices": lambda path: read_set(f"scienceqa={path}", path.parent, mode=None, limit=2),
 }
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv")

@@ -26,19 +26,17 @@ def people(name: str, *said: str) -> Example:
     return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=said[0]),), extra=extra)
 
 
-def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> test.Answered:
+def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> test.TestSet:
     predictions = Predictions(rows=[Prediction(id=one, prediction=text) for one, text in answers.items()])
     asked: Any = {"model": None, "questions": [], "decoding": None, "score": None, "path": Path()}
-    return test.Answered(
-        test=test.TestSet(name=name, examples=examples, **asked), predictions=predictions, scored=scored
-    )
+    return test.TestSet(name=name, examples=examples, predictions=predictions, scored=scored, **asked)
 
 
-def draw(folder: Path, *tasks: test.Answered) -> None:
+def draw(folder: Path, *tasks: test.TestSet) -> None:
     test.draw(tasks, run_folder=folder, media=media_reader(folder, frames=1))
 
 
-def drawn(folder: Path, *tasks: test.Answered) -> tuple[Any, ...]:
+def drawn(folder: Path, *tasks: test.TestSet) -> tuple[Any, ...]:
     """What the sheet is drawn of: predictions, title and shares."""
     with mock.patch.object(test, "write_contact_sheet") as sheet:
         draw(folder, *tasks)
