@@ -46,6 +46,7 @@ from dora_vl.evaluation.predictions import (
     write_in_order,
 )
 from dora_vl.evaluation.questions import Question, outputs_of
+from dora_vl.run.base import VideoReading
 from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
@@ -53,7 +54,6 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
-from dora_vl.run.media import VideoReading
 from dora_vl.run.watched import SIDE, tiled
 
 log = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ class EncoderPrompts:
         """Turns that end with a question, up to where the answer begins, without labels; never cut."""
         inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
-        return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
+        return Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
         encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
-        return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
+        return Sample(encoded.input_ids, encoded.labels, inputs=encoded.inputs)
 
     def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`."""

@@ -318,9 +318,9 @@ def with_adapter(
 
 def _open_vlbart(source: ModelSource) -> Opened:
     """The VL-BART that an adapter folder's `recipe.json` describes."""
+    from dora_vl.backbones.feature_encoder import open_encoders
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
-    from dora_vl.backbones.published_features import open_encoders
     from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
     from dora_vl.evaluation.subtask import Subtask, with_input_tokens
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of

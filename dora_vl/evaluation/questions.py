@@ -12,7 +12,7 @@ from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, as_conversation
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
@@ -52,8 +52,8 @@ def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Quest
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
     kind = record.get("kind")
-    answer = example.answers[0].text if example.turns and example.answers else ""
-    return question_of_turns(as_conversation(example), answer=answer, kind=None if kind is None else str(kind))
+    answer = example.answers[0].text if example.answers else ""
+    return question_of_turns(example, answer=answer, kind=None if kind is None else str(kind))
 
 
 def question_of_turns(conversation: Example, **more: Any) -> Question:

@@ -51,8 +51,8 @@ from dora_vl.evaluation.scores.exact import PATTERNS, commonsense_score, extract
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.files import file_sha256
+from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
-from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
 from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 

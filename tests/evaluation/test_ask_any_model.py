@@ -25,7 +25,7 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
-from dora_vl.run.media import VideoReading
+from dora_vl.run.base import VideoReading
 from dora_vl.run.settings import EvaluationConfig
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny

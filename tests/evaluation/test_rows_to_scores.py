@@ -21,7 +21,7 @@ import pytest
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.data import prepare
 from dora_vl.data.benchmarks.table import SOURCES
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.benchmarks import BENCHMARKS, read_set
@@ -94,5 +94,5 @@ def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
     """A conversation under a template, and the parts of it that carry labels."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     (record,) = (one for one in rows if one["id"] == name)
-    rendered = TEMPLATES[template].render(as_conversation(read_row(record)).turns)
+    rendered = TEMPLATES[template].render(read_row(record).turns)
     return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

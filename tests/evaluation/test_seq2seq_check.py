@@ -86,32 +86,24 @@ def test_what_the_test_lacks_is_told_before_training(data: Path, spoil: Callable
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    index: Index
-    name: str
-    part: None = None
-
-    def stored(self) -> Stored:
-        self.index.looked_up.append(self.name)
-        return Stored(4, 8, 4)
-
-    def read(self) -> torch.Tensor:
-        self.index.opened.append(self.name)
-        if self.name == self.index.damaged:
-            raise BadSample(self.name, "damaged " + "x" * 900)
-        return torch.zeros(4, 8)
-
-
-class Index:
+class Index(FeatureStore):
     """A store that knows every picture; reading is counted, and one is damaged."""
 
     def __init__(self, damaged: str = "") -> None:
         self.damaged = damaged
+        super().__init__(Path("index"), {f"p{n}": None for n in range(1000)})
         self.looked_up: list[str] = []
         self.opened: list[str] = []
-        pictures = {f"p{n}": Picture(self, f"p{n}") for n in range(1000)}
-        self.reader = FeatureReader(FeatureStore(Path("index"), pictures), 4, 8)
+
+    def _stored(self, name: str) -> Stored:
+        self.looked_up.append(name)
+        return Stored(4, 8, 4)
+
+    def _read(self, name: str) -> torch.Tensor:
+        self.opened.append(name)
+        if name == self.damaged:
+            raise BadSample(name, "damaged " + "x" * 900)
+        return torch.zeros(4, 8)
 
 
 def test_all_are_looked_up_and_some_are_read(tmp_path: Path) -> None:
@@ -122,7 +114,7 @@ def test_all_are_looked_up_and_some_are_read(tmp_path: Path) -> None:
     write_examples(tmp_path / f"{name}.jsonl", examples)
     gqa, file = all_subtasks()["gqa"], ExampleFile(tmp_path / f"{name}.jsonl")
     encoder, index = Seq2SeqEncoder(small_tokenizer(iter(["what? red"] * 4), vocabulary=300)), Index()
-    check_tests([(gqa, file, index.reader)], encoder, max_bad_share=0.0)
+    check_tests([(gqa, file, FeatureReader(index, 4, 8))], encoder, max_bad_share=0.0)
     assert index.looked_up == [f"p{n}" for n in range(1000)]
     assert 50 <= len(index.opened) <= 64
     numbers = [int(name.strip("p")) for name in index.opened]
