@@ -25,8 +25,15 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
-from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
+from dora_vl.evaluation.vlbart_tasks import (
+    MicroBatch,
+    Seq2SeqCollator,
+    Seq2SeqSample,
+    Subtask,
+    image_subtasks,
+    make_sample,
+    video_subtasks,
+)
 
 log = logging.getLogger(__name__)
 

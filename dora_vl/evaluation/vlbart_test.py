@@ -22,9 +22,9 @@ from dora_vl.evaluation.ask import Asker, Decoding, media_reader
 from dora_vl.evaluation.predictions import BY_TASK
 from dora_vl.evaluation.questions import Question, as_question, expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
-from dora_vl.evaluation.subtask import Subtask, check_sample, make_sample
 from dora_vl.evaluation.test import TestSet, evaluate_sets, watch_questions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
 from dora_vl.run.settings import VlBartEvaluationConfig
 from dora_vl.run.watched import Watch, evenly
 

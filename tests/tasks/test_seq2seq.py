@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 import torch
+from dora_vl.backbones.published_features import open_features
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.templates import Prompt
-from dora_vl.backbones.published_features import open_features
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
@@ -31,7 +31,7 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
-from dora_vl.evaluation.subtask import Seq2SeqCollator
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator
 from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource
 
 WORDS = (
