@@ -52,12 +52,9 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The answers to a set of questions.
+    """The answers to a set of questions, in their order, with the hashes of what gave them.
 
-    Attributes:
-        rows: the answered ones, in the questions' order.
-        sha256: of what gave the answers: adapter and base, or a file.
-        joined_by: what a file's rows and the questions had in common; `strangers` are ids that answer no question.
+    `joined_by` is what a file's rows and the questions had in common, `strangers` are ids that answer no question.
     """
 
     rows: Sequence[Prediction] = ()
@@ -81,12 +78,9 @@ def settings_file(path: Path) -> Path:
 
 
 class PredictionsFile(AbstractContextManager["PredictionsFile"]):
-    """Reads what an earlier run finished, without a line that was cut, then appends; a context manager.
+    """Reads what an earlier run finished, without a line that was cut, then appends; in memory where there is no path.
 
-    Args:
-        path: None keeps the predictions in memory.
-        settings: what the answers depend on (adapter, questions); those made with others are thrown away, and without
-            settings all are.
+    Predictions made with other `settings` (adapter, questions), or without any, are thrown away. A context manager.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:

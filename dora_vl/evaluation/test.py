@@ -185,11 +185,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
 
-    Goes on from a `predictions.jsonl` made with the same adapter file and questions; gives what `metrics.json` holds.
-
-    Args:
-        run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
-        numbers: more entries for `metrics.json`, such as `train_seconds`.
+    Goes on from a `predictions.jsonl` made with the same adapter file and questions; gives what `metrics.json` holds,
+    with the `numbers` of the training.
     """
     questions, unreadable = read_test(evaluation, columns)
     after = evaluation.answer_after

@@ -304,10 +304,7 @@ def own_caption(example: Example, answer: int | None, random: Random) -> Target:
 
 
 def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task on videos; without `task_prompt` the text does not say which one it is.
-
-    What states the part of a video writes it as the set's files have it, or as `dora_vl.data.benchmarks.videos` does.
-    """
+    """Every task on videos; without `task_prompt` the text does not say which one it is."""
 
     def task(name: str, text: Callable[[Example], str], target: Any, score: Any, **more: Any) -> Subtask:
         def prompt(example: Example) -> Prompt:

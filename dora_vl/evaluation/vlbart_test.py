@@ -50,9 +50,7 @@ def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile
 def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_share: float) -> None:
     """Tries the scorers, looks up the features of every example, and reads those of some.
 
-    Args:
-        max_bad_share: largest share of examples that cannot be asked, of all by the features' index and of those that
-            were read; they are named and count as wrong in the test.
+    A share of bad ones above `max_bad_share`, of all or of those that were read, is refused; others are named.
     """
     for subtask, file, reader in tested:
         examples = list(file)
@@ -133,10 +131,7 @@ def evaluate_subtasks(
     settings: Mapping[str, Any],
     numbers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
-
-    Where one task alone is scored by accuracy, its headline stands at the top of `metrics.json`.
-    """
+    """Answers and scores each task; the only one with an accuracy has its headline at the top of `metrics.json`."""
     backbone.eval()
     media, started = media_reader(Path(evaluation.image_folder or "."), frames=1), time.monotonic()
     subtasks = {subtask.name: subtask for subtask, _, _ in tested}
