@@ -8,11 +8,9 @@ from random import Random
 
 import pytest
 import torch
-from dora_vl.backbones.published_features import open_features
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
