@@ -140,12 +140,12 @@ def test_each_score_is_written_at_once_and_missing_features_are_named(data: Path
 
     def fail(examples: object, answers: object) -> None:
         if answers:
-            raise RuntimeError("later")
+            raise ArithmeticError
 
     known = broken._subtasks
     known["vqav2"] = dataclasses.replace(known["vqav2"], score=fail)  # type: ignore[arg-type]
     (data / "features" / "p5.npz").unlink()
-    with pytest.raises(RuntimeError, match="later"):
+    with pytest.raises(ArithmeticError):
         run(broken)
     metrics = json.loads((data.parent / "run" / "metrics.json").read_text())
     assert set(metrics["tasks"]) == {"gqa"}
