@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -154,12 +155,13 @@ def evaluate_subtasks(
         accuracies = [test for test in answered if test.is_accuracy]
         top = accuracies[0].headline() if len(accuracies) == 1 else {}
         if not accuracies and len(tasks) == 1:
-            top = {"n": len(answered[0].examples)}
+            top = {"n": next(iter(tasks.values()))["n"]}
         seconds = round(time.monotonic() - started, 1)
         return {**numbers, "tasks": tasks, "settings": dict(settings), "evaluation_seconds": seconds, **top}
 
     exchange, sheet = evaluation.exchange_pictures, evaluation.image_folder is not None
-    return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
+    with closing(media):
+        return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
 
 
 def _entry(subtask: Subtask, test: TestSet) -> dict[str, Any]:
