@@ -30,17 +30,18 @@ from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, SettingError, UserError, shown_names
-from dora_vl.evaluation.subtask import (
+from dora_vl.evaluation.vlbart_tasks import (
     ClosedBatch,
     MicroBatch,
     NormaliseBy,
     Seq2SeqSample,
     Subtask,
     Target,
+    closed,
     make_sample,
+    soft_scores,
     with_input_tokens,
 )
-from dora_vl.evaluation.vlbart_tasks import closed, soft_scores
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.training.pipeline import LossModel

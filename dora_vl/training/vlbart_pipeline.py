@@ -39,7 +39,7 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, Subtask
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
