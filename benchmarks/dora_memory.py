@@ -45,7 +45,7 @@ from benchmarks.dora_step import (
     tokens_of,
 )
 from benchmarks.report import table, write_json
-from dora_vl.training.imagined_step import LiveBytes, storages_of
+from dora_vl.training.estimate import LiveBytes, storages_of
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
 """Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""

@@ -37,7 +37,7 @@ from dora_vl.data.columns import train_files
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_training_rows
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.run.media import VideoReading, image_folder, video_folder, video_sampling
+from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
 from dora_vl.run.reading import read_run
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline

@@ -146,10 +146,10 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
     build = training.build_trainer
 
     def with_turns(*options: Any) -> Any:
-        trainer, stop = build(*options)
+        trainer = build(*options)
         put_switches(turns, trainer)
         trainer.callback_handler.callbacks.append(turns)
-        return trainer, stop
+        return trainer
 
     training.build_trainer = with_turns
     try:
@@ -162,7 +162,7 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
 def put_switches(turns: Turns, trainer: Any) -> None:
     """Every watcher of a Trainer can be switched off."""
     from dora_vl.data.samples import BOOKKEEPING
-    from dora_vl.training.callbacks import EpochCallback
+    from dora_vl.training.callbacks import Epochs
 
     def taken(batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
@@ -171,7 +171,7 @@ def put_switches(turns: Turns, trainer: Any) -> None:
         turns.switch(trainer.faults, name)
     turns.switch(trainer.statistics, "take", taken)
     for callback in trainer.callback_handler.callbacks:
-        if type(callback).__module__.startswith("transformers.trainer_callback") or isinstance(callback, EpochCallback):
+        if type(callback).__module__.startswith("transformers.trainer_callback") or isinstance(callback, Epochs):
             continue  # the Trainer's own flow, and the data's
         for name in ("on_step_begin", "on_optimizer_step", "on_step_end", "on_log"):
             turns.switch(callback, name)

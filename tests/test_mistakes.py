@@ -15,17 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from dora_vl.cli import main as dora_vl
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run import arguments
 from dora_vl.run.reading import read_run
-from dora_vl.start import init
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct, video_qa
-from tests.adapters.foreign_files import saved, tiny_llama
-from tests.adapters.peft_folders import moved_peft
-from tests.setup.people import picture, write_folder, write_table
+from tests.setup.people import picture
 from tests.training.tiny_run import IMAGE_PIXELS, write_run, write_tiny_data, write_tiny_llava
 
 LLAMA_FACTORY = {
@@ -131,6 +127,8 @@ OTHERS = [
     ("--model.base=pictures", "pictures"),
     ("--model.template=chatml", "model.template"),
     ("--evaluation.file=test.json", "test.json"),
+    ("--evaluation.file=empty.json", "empty.json"),
+    ("--evaluation.file=pictures/train.json --evaluation.image_folder=none", "none"),
     ("--data.max_tokens=8", "data.max_tokens"),
     ("--data.max_bad_share=5", "data.max_bad_share"),
     ("--data.train=mine.json", "mine.json"),
@@ -159,6 +157,7 @@ def test_a_setting_is_named_by_its_key(person: Person, options: str, key: str) -
 @pytest.mark.parametrize(("options", "name"), OTHERS)
 def test_what_a_model_or_a_file_has_wrong_is_named(person: Person, options: str, name: str) -> None:
     person.write("other.csv", "file,colour\nred-0.png,red\n")
+    person.write("empty.json", "[]")
     person.rows("gone.jsonl", row(), row("gone.png"))
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     person.rows("mixed.jsonl", row(), talk)
@@ -225,53 +224,6 @@ def test_a_base_of_which_a_file_is_anothers(person: Person, model: Path, wrong: 
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "image_token_index": -200}))
     assert str(train(person, "--model.base=other").value).startswith("other: ")
-
-
-def test_verbs(person: Person) -> None:
-    saved(tiny_llama(), person.folder / "llama")
-    moved_peft(tiny_llama()).save_pretrained(person.folder / "peft" / "adapter")
-    for number in range(60):
-        person.write(f"crowd/some quite long name of a file {number}.txt", "x")
-    person.write("mine/thesis.tex", "years")
-    adapter = "--adapter peft/adapter --base llama"
-    said = {
-        "merg": "no command 'merg'; did you mean 'merge'?",
-        "merge --adapter peft --base llama --to merged": "its adapter is peft/adapter",
-        "merge --adapter crowd --base llama --to merged": "crowd has no adapter_model.safetensors",
-        f"merge {adapter} --to mine": "mine is there already and holds thesis.tex",
-        "merge --adapter peft/adapter --base none --to merged": "none",
-        "convert crowd --to there": "and 52 more",
-        "evaluate --adapter none --benchmarks pope": "none",
-        "evaluate --model base --benchmarks poppe": "poppe",
-        "check-data nowhere": "nowhere: neither a data file nor a folder",
-        "prepare vqav3 --from x --to y": "vqav3",
-        "analyze none runs/none": "none",
-    }
-    for words, expected in said.items():
-        assert expected in person.says(dora_vl, *words.split()), words
-
-
-def test_first_steps(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_on_gpu", lambda: False)
-    write_folder(person.folder / "whole", count=8)
-    write_table(person.folder / "two" / "b.csv", [["x.png", "Q?", "a"]])
-    write_table(person.folder / "two" / "a.csv", [["x.png", "Q?", "a"]])
-    person.write("bare/a.png", picture(1))
-    person.write("runs/whole/run.yaml", "")
-    person.adapter("adapter")
-    (person.folder / "adapter" / "recipe.json").unlink()
-    said = {
-        "init none": "none: no such folder",
-        "init bare": "1 pictures and no file of questions",
-        "init two": "2 files hold questions, a.csv, b.csv; name one with --questions FILE",
-        "init whole": "runs/whole holds an earlier run.yaml; --overwrite replaces",
-        "init whole --to o --questions a.csv": "--questions a.csv: no such file",
-        "init whole --to o --model adapter": "--model adapter is an adapter's folder",
-        "init whole --to o --model ../none": "--model '../none': no such folder, and no hub id",
-        "init whole --to o --model base --test-share 0": "--test-share is 0.0; it must be above 0",
-    }
-    for words, expected in said.items():
-        assert expected in person.says(dora_vl, *words.split()), words
 
 
 def test_the_settings_that_the_mistakes_are_made_in_do_work(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:

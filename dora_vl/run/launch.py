@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -34,6 +35,7 @@ SAVE_SECONDS = 120.0
 DEEPSPEED_PARENT = "deepspeed.launcher.launch"
 """What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 def threads_of_this_rank() -> int | None:
@@ -138,6 +140,15 @@ def rank_and_ranks() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def gathered(mine: Item) -> list[Item]:
+    """What every rank has, in their order; every rank must call it."""
+    _, ranks = rank_and_ranks()
+    everyone = [mine] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
 def wait_for_everyone() -> None:
     """Goes on when every rank is here."""
     if torch.distributed.is_initialized():
@@ -145,11 +156,7 @@ def wait_for_everyone() -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all.
-
-    Raises:
-        UserError: on every rank, what `action` raised on the first.
-    """
+    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all."""
     rank, ranks = rank_and_ranks()
     error: UserError | None = None
     if rank == 0:
@@ -204,16 +211,6 @@ class Launch:
 # What ZeRO-3 asks of the code around it: gathering, loading in the base's number type, staying out of the way.
 
 
-def gather_to_read(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes sharded parameters whole on every rank; what is written to them is lost."""
-    return _gathered(parameters, modifier_rank=None)
-
-
-def gather_to_write(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes sharded parameters whole on every rank; what the first rank writes becomes part of the shards."""
-    return _gathered(parameters, modifier_rank=0)
-
-
 def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) -> AbstractContextManager[None]:
     sharded = [parameter for parameter in parameters if "ds_id" in vars(parameter)]  # DeepSpeed's mark
     if not sharded:
@@ -221,6 +218,12 @@ def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) 
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
+
+
+gather_to_read = partial(_gathered, modifier_rank=None)
+"""Makes sharded parameters whole on every rank; what is written to them is lost."""
+gather_to_write = partial(_gathered, modifier_rank=0)
+"""Makes sharded parameters whole on every rank; what the first rank writes becomes part of the shards."""
 
 
 @contextlib.contextmanager

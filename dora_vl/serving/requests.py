@@ -24,7 +24,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn,
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.evaluation.ask import Shown
-from dora_vl.run.media import VideoReading
+from dora_vl.run.base import VideoReading
 from dora_vl.serving.remote_media import NotFetched, fetch
 
 LONGEST_NAME = 256

@@ -1,4 +1,4 @@
-"""What happens beside the steps: the loss log, one line of progress, epochs for the data, stopping on a signal."""
+"""What happens beside the steps: the loss log, epochs, watched questions, stopping on a signal."""
 
 from __future__ import annotations
 
@@ -8,45 +8,81 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.run.folder import read_log, write_json, write_log
+from dora_vl.data.pictures import PICTURE_FORMATS
+from dora_vl.errors import UserError
+from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log, write_json, write_log
+from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
+from dora_vl.training.live_view import Asked
 from dora_vl.training.memory import memory_gib
-from dora_vl.training.progress import BatchStatistics, Counts
-from dora_vl.training.validation import validation_owed
+from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
 
 logger = logging.getLogger(__name__)
 
-ECHO_SECONDS = 1.0  # a signal this soon after the first is the launcher passing on the same one
+ECHO_SECONDS = 1.0
+"""A signal this soon after the first is the launcher passing on the same one."""
+TIMES_WITHOUT_VALIDATION = 5
+"""So often are the watched questions asked in a run that validates nothing."""
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the sampler and the data set which epoch it is, also after resuming, where loaders are nested."""
+class Epochs(TrainerCallback):
+    """Tells the data which epoch it is, and keeps checkpoints and validations at an epoch's end in their order.
 
-    def __init__(self, *listeners: Callable[[int], None]) -> None:
-        self._listeners = listeners
+    The Trainer saves at an epoch's last step and validates afterwards: a run resumed from there would never hear of
+    this validation, neither in its log nor when it chooses the best checkpoint. So that checkpoint is written after it.
+    And a run that was stopped in front of a validation begins with it when it is resumed (`validate`).
+    """
+
+    def __init__(self, set_epoch: Sequence[Callable[[int], None]], validate: Callable[[], None]) -> None:
+        self._set_epoch, self._validate = set_epoch, validate
+        self._save_waits = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validates, on every rank."""
+        if validation_owed(state, args):
+            self._validate()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the epoch's first batch is drawn."""
-        for listener in self._listeners:
-            listener(int(state.epoch or 0))
+        """Before the epoch's first batch is drawn, also after resuming."""
+        for set_epoch in self._set_epoch:
+            set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Puts the checkpoint off where the epoch ends with this step."""
+        ends = float(state.epoch or 0).is_integer() or control.should_training_stop
+        self._save_waits = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
+        if self._save_waits:
+            control.should_save = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for it again."""
+        if self._save_waits:
+            self._save_waits = False
+            control.should_save = True
 
 
 class LossLog(TrainerCallback):
-    """Adds speed, padding, memory, rates by part and skipped samples to each line, and appends it to `log.jsonl`.
+    """Writes `log.jsonl`, each line with speed, padding, memory, rates by part and skipped samples; and `plan.json`.
 
-    The file of a resumed run keeps the lines up to the step it resumes from.
+    Both once training begins: a resume that is refused leaves them as they were. The log of a resumed run keeps the
+    lines up to the step it resumes from.
     """
 
-    def __init__(self, path: Path, statistics: BatchStatistics) -> None:
-        self._path, self._statistics = path, statistics
+    def __init__(self, run_folder: Path, statistics: BatchStatistics, plan: Mapping[str, Any]) -> None:
+        self._folder, self._statistics, self._plan = run_folder, statistics, plan
         self._before, self._since = Counts(), 0.0
         self._rates: dict[str, float] = {}
 
@@ -59,10 +95,11 @@ class LossLog(TrainerCallback):
         """Starts the clock, and cuts lines that a resumed run will write again."""
         self._since, self._before = time.monotonic(), self._statistics.earlier
         if state.is_world_process_zero:
+            write_json(self._folder / PLAN, self._plan)
             step, again = state.global_step, validation_owed(state, args)
-            lines = read_log(self._path)
+            lines = read_log(self._folder / LOSS_LOG)
             kept = [line for line in lines if line["step"] < step + (not again or "eval_loss" not in line)]
-            write_log(self._path, kept)
+            write_log(self._folder / LOSS_LOG, kept)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """One line; every rank takes part in the sums."""
@@ -76,7 +113,7 @@ class LossLog(TrainerCallback):
         if state.is_world_process_zero:
             # JSON knows no NaN: it is written as text, so that the line still says what happened.
             finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-            with self._path.open("a", encoding="utf-8") as file:
+            with (self._folder / LOSS_LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
     def _speed(self, device: torch.device) -> dict[str, float | int]:
@@ -94,54 +131,6 @@ class LossLog(TrainerCallback):
             "shrunk_samples": counts.shrunk_samples,
             "memory_gib": round(memory_gib(device), 3),
         }
-
-
-class PlanFile(TrainerCallback):
-    """Writes what trains and what it takes once training begins: a resume that is refused leaves the file as it was."""
-
-    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
-        self._path, self._plan = path, plan
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """On the first rank."""
-        if state.is_world_process_zero:
-            write_json(self._path, self._plan)
-
-
-class SaveAfterValidation(TrainerCallback):
-    """Where validation follows an epoch, the checkpoint of its last step is written after it.
-
-    The Trainer saves at the step and validates afterwards: a run resumed from there would never hear of this
-    validation, neither in its log nor when it chooses the best checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self._waiting = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Puts the checkpoint off where the epoch ends with this step."""
-        ends = float(state.epoch or 0).is_integer() or control.should_training_stop
-        self._waiting = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
-        if self._waiting:
-            control.should_save = False
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for it again."""
-        if self._waiting:
-            self._waiting = False
-            control.should_save = True
-
-
-class ValidateFirst(TrainerCallback):
-    """Has a resumed run begin with the validation that the run before was stopped in front of; on every rank."""
-
-    def __init__(self, validate: Callable[[], None]) -> None:
-        self._validate = validate
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the first step."""
-        if validation_owed(state, args):
-            self._validate()
 
 
 class StopOnSignal(TrainerCallback):
@@ -207,3 +196,120 @@ class StopOnSignal(TrainerCallback):
             if os.getpid() == self._process:  # data workers, forked from here, hear a terminal's Ctrl-C as well
                 logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
             self._heard, self._since = number, time.monotonic()
+
+
+# Watched questions: asked while it trains, their answers kept and handed to the trackers.
+
+
+class WatchQuestions(TrainerCallback):
+    """Has the questions answered before the first step, at every validation, or now and then where there is none.
+
+    Every rank answers, since under ZeRO-3 they only can together; the first writes. Nothing that is drawn at random
+    afterwards, dropout say, is changed by it. `trackers` also hear of the answers.
+    """
+
+    def __init__(self, watch: Watch, folder: Path, trackers: Sequence[TrainerCallback]) -> None:
+        self._watch, self._folder, self._trackers = watch, folder, trackers
+        self._failed = False
+        self.newest: tuple[Asked, ...] = ()
+        """The questions with their last answers, on the first rank."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
+        if state.is_world_process_zero:
+            begin(self._folder, self._watch, step=state.global_step)
+        if state.global_step == 0:
+            self._ask(args, state, more["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """With each validation."""
+        self._ask(args, state, more["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """At a few steps, evenly over the run, where nothing is validated."""
+        if args.eval_strategy == IntervalStrategy.NO and state.global_step in steps_to_ask(state.max_steps):
+            self._ask(args, state, more["model"])
+
+    def _ask(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        if self._failed:
+            return
+        training = model.training
+        model.eval()
+        try:
+            with random_state_kept(args.device):
+                answers = self._watch.ask()
+        except UserError as error:  # of every rank, so that none waits for another
+            self._failed = True
+            logger.warning("the watched questions are not asked any more, watch: 0 leaves them out: %s", error)
+            return
+        finally:
+            model.train(training)
+        if not state.is_world_process_zero:
+            return
+        with (self._folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "answers": dict(answers)}) + "\n")
+        self.newest = tuple(
+            Asked(state.global_step, question.question, answers[question.id], question.truth)
+            for question in self._watch.questions
+            if question.id in answers
+        )
+        if not args.disable_tqdm:
+            for asked in self.newest:
+                tqdm.write(f"step {asked.step}: {asked}")
+        if (watched := read_watched(self._folder)) is not None:
+            track_answers(self._trackers, watched, state.global_step)
+
+
+def steps_to_ask(max_steps: int) -> frozenset[int]:
+    """At which steps of a run without validation; the last is one of them."""
+    parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
+    return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)
+
+
+def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
+    """Sends the answers of one step to TensorBoard, trackio and Weights & Biases, whose reporters know no pictures."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            _to_tensorboard(callback.tb_writer, watched, step)
+        elif isinstance(callback, TrackioCallback):
+            _as_table(callback._trackio, watched, step)
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            _as_table(callback._wandb, watched, step)
+
+
+def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
+    """A text for each question, which TensorBoard shows by step, and its picture once."""
+    if writer is None:  # before training begins, or after its end
+        return
+
+    def indented(text: str) -> str:  # as a block of code in Markdown: a model's answer is shown, not followed
+        return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+    answers = watched.answers[step]
+    for number, question in enumerate(watched.questions):
+        name = f"{WATCHED}/{number}"
+        if question.id in answers:
+            texts = question.question, answers[question.id], question.truth
+            writer.add_text(name, "\n\n".join(map(indented, texts)), step)
+        if step == min(watched.answers) and (picture := _picture(watched, question)) is not None:
+            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    writer.flush()
+
+
+def _as_table(tracker: Any, watched: Watched, step: int) -> None:
+    """One table; trackio takes Weights & Biases' calls."""
+    answers, rows = watched.answers[step], []
+    for question in watched.questions:
+        if question.id in answers:
+            picture = _picture(watched, question)
+            shown = None if picture is None else tracker.Image(picture)
+            rows.append([shown, question.question, question.truth, answers[question.id]])
+    columns = ["picture", "question", "right", "answer"]
+    tracker.log({WATCHED: tracker.Table(columns=columns, data=rows), "train/global_step": step})
+
+
+def _picture(watched: Watched, question: WatchedQuestion) -> Image.Image | None:
+    if not question.picture:
+        return None
+    with Image.open(watched.folder / question.picture, formats=PICTURE_FORMATS) as picture:
+        return picture.convert("RGB")

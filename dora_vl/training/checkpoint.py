@@ -12,22 +12,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
-from dora_vl.training.optimizer_state import (
-    OptimizerPlaces,
-    load_optimizer,
-    load_values,
-    optimizer_numbers,
-    whole_tensors,
-)
+from dora_vl.errors import SettingError
+from dora_vl.run.launch import gather_to_write
+from dora_vl.training.checkpoint_files import StateFiles, is_plain, write_numbers, write_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VALUE = "value"
+"""What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """DeepSpeed's, of its own log lines."""
 MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError)
@@ -74,11 +74,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
 
 
 def load_state(checkpoint: Path, running: RunningState) -> None:
-    """Goes on from a checkpoint's `state/`; every rank must call it.
-
-    Raises:
-        UserError: a file is missing or broken, or holds the state of something else.
-    """
+    """Goes on from a checkpoint's `state/`; every rank must call it."""
     files = StateFiles(checkpoint)
     load_values(running.places, files)
     try:
@@ -125,11 +121,7 @@ def save_random_states(checkpoint: Path, rank: int, device: torch.device) -> Non
 
 
 def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> None:
-    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
-
-    Raises:
-        UserError: their file is missing or broken.
-    """
+    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks."""
     files = StateFiles(checkpoint)
     if rank >= files.number("ranks", int):
         logger.warning("resume: rank %d was not there; its random states are drawn from seed %d", rank, seed)
@@ -155,3 +147,286 @@ def seed_all(seed: int, step: int, rank: int) -> None:
     random.seed(drawn)
     np.random.seed(int.from_bytes(drawn[:4], "little"))
     torch.manual_seed(int.from_bytes(drawn[:8], "little", signed=True))
+
+
+# What trains and the optimizer's state as whole tensors by name, and back into any number of ranks and ZeRO stage.
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one trained tensor that this rank's optimizer holds; `count` 0: another rank holds all of it.
+
+    Attributes:
+        flat: number of the tensor that the optimizer steps; `start`: first element in it.
+        first: first element in the whole tensor, read row by row.
+        group: the ranks that hold the others; None: this rank holds all.
+    """
+
+    flat: int
+    start: int
+    first: int
+    count: int
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class OptimizerPlaces:
+    """The tensors that an optimizer steps, and where in them each trained tensor is.
+
+    torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
+    every rank has a part.
+
+    Attributes:
+        optimizer: torch's, the innermost, which steps the `flats`.
+        trained: in the same order on all ranks, which exchange tensors on `device`; `pieces` by the same names.
+        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
+    """
+
+    optimizer: torch.optim.Optimizer
+    flats: Sequence[Tensor]
+    trained: Mapping[str, nn.Parameter]
+    pieces: Mapping[str, Piece]
+    device: torch.device
+    stage3: Any = None
+
+    def shape(self, name: str) -> torch.Size:
+        """The whole tensor's."""
+        return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)  # noted on a sharded one
+
+    def flat_of(self, name: str) -> Tensor:
+        """What holds a trained tensor, or this rank's piece of it."""
+        return self.flats[self.pieces[name].flat]
+
+    def state_of(self, name: str) -> Mapping[str, Any]:
+        """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
+        return self.optimizer.state.get(self.flat_of(name), {})
+
+    def is_by_element(self, name: str, value: Any) -> bool:
+        """Whether a value of `state_of` has a number for each element."""
+        return isinstance(value, Tensor) and value.shape == self.flat_of(name).shape
+
+    def whole(self, name: str, flat: Tensor) -> Tensor:
+        """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
+        piece = self.pieces[name]
+        part = flat.flatten()[piece.start : piece.start + piece.count]
+        if piece.group is None:
+            return part.to("cpu", copy=True).view(self.shape(name))
+        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
+        whole[piece.first : piece.first + piece.count] = part
+        # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
+        torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
+        return whole.cpu().view(self.shape(name))
+
+    def put(self, name: str, whole: Tensor, into: Tensor) -> None:
+        """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
+        piece = self.pieces[name]
+        if piece.count == into.numel() == whole.numel():  # whatever its strides
+            into.copy_(whole.reshape(into.shape))
+        else:
+            part = whole.flatten()[piece.first : piece.first + piece.count]
+            into[piece.start : piece.start + piece.count] = part.to(into)
+
+    @torch.no_grad()
+    def set_value(self, name: str, whole: Tensor) -> None:
+        """Gives the optimizer's tensor and the model's parameter a value; every rank must call it."""
+        parameter = self.trained[name]
+        flat = self.flat_of(name)
+        self.put(name, whole, flat.data)
+        if flat is not parameter:
+            with gather_to_write([parameter]):
+                parameter.data.copy_(whole.to(parameter.device))
+
+    @contextmanager
+    def whole_parameters_written(self) -> Iterator[None]:
+        """To be around `set_value`: ZeRO-3 keeps small parameters whole on every rank, and gathers them anew."""
+        if self.stage3 is not None:
+            self.stage3.checkpoint_event_prologue()
+        yield
+        if self.stage3 is not None:
+            self.stage3.checkpoint_event_epilogue()
+
+    @contextmanager
+    def in_optimizer(self) -> Iterator[None]:
+        """To be around `optimizer.load_state_dict`: the tensors are in the optimizer's groups."""
+        if self.stage3 is not None:
+            self.stage3._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            if self.stage3 is not None:
+                self.stage3._clear_fp32_optimizer_param_groups()
+
+
+def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
+    """Finds them in torch's optimizer or an engine's of DeepSpeed."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    stage3, inner = None, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        pieces = {id(flat): Piece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flats, pieces = optimizer.single_partition_of_fp32_groups, _linked(optimizer.bit16_groups)
+    elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
+        flats, pieces = optimizer.fp32_groups_flat_partition, _linked(optimizer.bf16_groups)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        stage3, flats, pieces = optimizer, optimizer.fp32_partitioned_groups_flat, _of_stage_3(optimizer)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
+        flats, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
+        pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
+    else:
+        raise SettingError(
+            "training.optim",
+            f": a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch",
+        )
+    named = {name: pieces[id(parameter)] for name, parameter in trained.items()}
+    partitioned = any(piece.group is not None for piece in named.values())
+    if partitioned and type(inner).__module__.startswith("bitsandbytes"):
+        raise SettingError(
+            "training.optim",
+            ": states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold them; set "
+            "adamw_torch, or leave training.deepspeed out",
+        )
+    return OptimizerPlaces(inner, flats, trained, named, device, stage3)
+
+
+def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
+    """A flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
+    pieces = {}
+    for number, group in enumerate(groups):
+        for parameter in group:
+            pieces[id(parameter)] = Piece(number, 0, 0, 0, parameter._dp_group)
+            if (linked := parameter._hp_mapping) is not None:
+                flat, half = linked.hp_fragment_address, linked.lp_fragment_address
+                pieces[id(parameter)] = Piece(number, flat.start, half.start, flat.numel, parameter._dp_group)
+    return pieces
+
+
+def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
+    """Each rank has an equal part of every parameter, the last ones padded."""
+    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        raise SettingError("training.deepspeed", ": a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
+    pieces = {}
+    for parameter in chain(*optimizer.fp16_groups):
+        number, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        ranks = parameter.ds_process_group
+        first = torch.distributed.get_rank(ranks) * count
+        count = max(0, min(count, parameter.ds_numel - first))
+        pieces[id(parameter)] = Piece(number, start, first if count else 0, count, ranks)
+    return pieces
+
+
+def whole_tensors(places: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
+    """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
+    for name in places.pieces:
+        yield f"{VALUE}/{name}", places.whole(name, places.flat_of(name).detach())
+        for key, value in sorted(places.state_of(name).items()):
+            if places.is_by_element(name, value):
+                yield f"{key}/{name}", places.whole(name, value)
+            elif isinstance(value, Tensor):
+                yield f"{key}/{name}", value.to("cpu", copy=True).contiguous()
+
+
+def optimizer_numbers(places: OptimizerPlaces) -> dict[str, Any]:
+    """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
+    kept = {
+        name: {key: value for key, value in places.state_of(name).items() if not isinstance(value, Tensor)}
+        for name in places.pieces
+    }
+    groups = places.optimizer.param_groups
+    return {
+        "groups": [{k: value for k, value in group.items() if k != "params" and is_plain(value)} for group in groups],
+        "numbers": {name: numbers for name, numbers in kept.items() if numbers},
+    }
+
+
+def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
+    """Gives what trains its values; every rank must call it."""
+    there = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
+    if missing := sorted(set(places.pieces) ^ there):
+        raise SettingError(
+            "resume",
+            f": the checkpoint does not fit this run: {len(set(places.pieces) - there)} trained tensors are not "
+            f"in it, {len(there - set(places.pieces))} are not trained here, such as {missing[0]}",
+        )
+    with places.whole_parameters_written():
+        for name in places.pieces:
+            value, shape = files.tensor(f"{VALUE}/{name}"), places.shape(name)
+            if value.shape != shape:
+                raise files.damaged(f"{VALUE}/{name} is {list(value.shape)}, here it is {list(shape)}")
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise files.damaged(f"{VALUE}/{name} holds NaN or infinity")
+            places.set_value(name, value)
+
+
+def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
+    """Gives the optimizer its state, with `optimizer_numbers`; every rank must call it."""
+    groups, kept = numbers.get("groups"), numbers.get("numbers")
+    if not isinstance(groups, list) or not isinstance(kept, dict):
+        raise files.damaged("the optimizer's numbers are missing")
+    with places.in_optimizer():
+        optimizer = places.optimizer
+        if [group.get("name") for group in optimizer.param_groups] != [group.get("name") for group in groups]:
+            raise files.damaged("the optimizer has other parts here")
+        number_of = {id(flat): number for number, flat in enumerate(places.flats)}
+        optimizer.load_state_dict(
+            {
+                "state": _states(places, files, kept),
+                "param_groups": [
+                    {**_restored(group, saved), "params": [number_of[id(flat)] for flat in group["params"]]}
+                    for group, saved in zip(optimizer.param_groups, groups, strict=True)
+                ],
+            }
+        )
+
+
+def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings, with the values of the checkpoint in their own kinds."""
+    values = {key: value for key, value in saved.items() if key in group}
+    return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
+
+
+def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The optimizer's state of each tensor that it steps, by its number."""
+    states: dict[int, dict[str, Any]] = {}
+    for entry in sorted(files.names()):
+        key, _, name = entry.partition("/")
+        if key == VALUE:
+            continue
+        if name not in places.pieces:
+            raise files.damaged(f"there is {key} of {name}")
+        _add(states.setdefault(places.pieces[name].flat, {}), key, name, places, files)
+    for name, numbers in kept.items():
+        if name not in places.pieces or not isinstance(numbers, dict):
+            raise files.damaged(f"there are numbers of {name}")
+        state = states.setdefault(places.pieces[name].flat, {})
+        state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if isinstance(places.optimizer, DeepSpeedCPUAdam):  # it keeps its steps as an integer, where torch has a tensor
+        return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
+    return states
+
+
+def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, files: StateFiles) -> None:
+    """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
+    value, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flat_of(name)
+    if value.dim() and value.shape != shape != flat.shape:
+        raise files.damaged(f"{key} of {name} is {list(value.shape)}, which is no piece of anything here")
+    if value.shape != shape:
+        state[key] = _agreed(state.get(key), value, key)
+        return
+    if key not in state:
+        state[key] = torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+    places.put(name, value, state[key])
+
+
+def _agreed(before: Any, value: Any, key: str) -> Any:
+    """One number for all tensors that are one flat tensor here; where they had different ones, the largest."""
+    if before is None or isinstance(value, bool | None) or float(before) == float(value):
+        return value
+    logger.warning("resume: %s was %g for some tensors, %g for others; ZeRO has one for all", key, before, value)
+    return max(before, value)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import file_hash, versions
 from dora_vl.adapters.files import RECIPE_FILE, read_json
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import SettingError, UserError, shown
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch
 
@@ -25,41 +25,17 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE, STATE_NUMBERS = "state", "state.json"
 """The folder of a checkpoint that holds what a resumed run needs beside the adapter, and its file of numbers."""
-MAY_CHANGE = (
-    "resume",
-    "overwrite",
-    "test_only",
-    "watch",
-    "try_largest_batch",
-    "variant",
-    "evaluation.*",
-    "optim.not_finite",
-    "adapter.initial",
-    "data.closed_answers*",  # compared as the lists themselves
-    "data.workers",
-    "data.feature_cache",
-    "data.follow_links",
-    "data.max_bad_share",
-    "training.output_dir",
-    "training.save_*",
-    "training.logging_*",
-    "training.report_to",
-    "training.run_name",
-    "training.disable_tqdm",
-    "training.dataloader_num_workers",  # dataloader_drop_last is another number of samples
-    "training.dataloader_pin_memory",
-    "training.dataloader_persistent_workers",
-    "training.dataloader_prefetch_factor",
-    "training.eval_*",
-    "training.per_device_eval_batch_size",
-    "training.load_best_model_at_end",
-    "training.metric_for_best_model",
-    "training.greater_is_better",
-    "training.use_cpu",
-    "training.ddp_timeout",
-    "training.deepspeed",  # compared as the engine
-    "training.per_device_train_batch_size",  # the samples of a step are compared
-    "training.gradient_accumulation_steps",
+MAY_CHANGE = tuple(
+    f"{section}{name}"
+    for section, names in {
+        "": "resume overwrite test_only watch try_largest_batch variant evaluation.* optim.not_finite adapter.initial",
+        "data.": "workers feature_cache follow_links max_bad_share closed_answers*",  # compared as the lists themselves
+        "training.": "output_dir save_* logging_* report_to run_name disable_tqdm use_cpu ddp_timeout eval_* "
+        "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better deepspeed "
+        "per_device_train_batch_size gradient_accumulation_steps",  # compared as the engine and the samples of a step
+        "training.dataloader_": "num_workers pin_memory persistent_workers prefetch_factor",  # drop_last: other samples
+    }.items()
+    for name in names.split()
 )
 """Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
 MAY_GROW = ("training.max_steps", "training.num_train_epochs")
@@ -87,15 +63,10 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
 
 
 def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
-    """Compares a checkpoint with its own account and with the run that would resume from it.
-
-    Raises:
-        UserError: a file is missing or changed; its steps took another number of samples; or settings differ that
-            change the result.
-    """
+    """Compares a checkpoint with its own account and with the run that would resume from it."""
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
+        raise SettingError("resume", f": {path} is missing; {NEXT_STEP}")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         then, files, wrote = written["settings"], written["files"], Launch(**written["launch"])
@@ -104,28 +75,25 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"resume: {file} is missing; {NEXT_STEP}")
+            raise SettingError("resume", f": {file} is missing; {NEXT_STEP}")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise UserError(f"resume: {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
+            raise SettingError("resume", f": {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
         if file_hash(file) != expected["sha256"]:
-            raise UserError(f"resume: {file} was changed after it was written; {NEXT_STEP}")
+            raise SettingError("resume", f": {file} was changed after it was written; {NEXT_STEP}")
     _check_shape(checkpoint, Shape(then, wrote), Shape(settings, launch))
     _check_settings(checkpoint, then, settings)
 
 
 def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
-    """Compares the base's content hash with that of the checkpoint's adapter, where both are known.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compares the base's content hash with that of the checkpoint's adapter, where both are known."""
     recipe = checkpoint / ADAPTER / RECIPE_FILE
     then = read_json(recipe).get("base_sha256") if recipe.is_file() else None
     if then and sha256 and then != sha256:
-        raise UserError(
-            f"resume: {checkpoint} was trained on another base than what {base} holds now (content hash {then[:12]}, "
+        raise SettingError(
+            "resume",
+            f": {checkpoint} was trained on another base than what {base} holds now (content hash {then[:12]}, "
             f"is {sha256[:12]}). Put the base back, or begin a new run from its weights with --adapter.initial "
-            f"{checkpoint / ADAPTER}"
+            f"{checkpoint / ADAPTER}",
         )
 
 
@@ -143,9 +111,10 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
             changed.append(change)
     if changed:
         more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-        raise UserError(
-            f"resume: {checkpoint} was written with other settings: {'; '.join(changed[:2])}{more}. Put them back, or "
-            f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}"
+        raise SettingError(
+            "resume",
+            f": {checkpoint} was written with other settings: {'; '.join(changed[:2])}{more}. Put them back, or "
+            f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}",
         )
 
 
@@ -189,7 +158,7 @@ class Shape:
 
 def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
     """Refuses processes that cannot go on with what others did, and logs it where others go on."""
-    written = f"resume: {checkpoint} was written by {then.launch}"
+    written = f": {checkpoint} was written by {then.launch}"
     samples, together = then.step_samples, now.micro_batch * now.launch.ranks
     if samples != now.step_samples:
         if samples % together == 0:
@@ -201,24 +170,27 @@ def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
             )
         else:
             advice = f"start as many ranks as divide {samples}"
-        raise UserError(
+        raise SettingError(
+            "resume",
             f"{written}, whose steps took {samples:,} samples; those of this run ({now.launch}) take "
-            f"{now.step_samples:,}: {advice}"
+            f"{now.step_samples:,}: {advice}",
         )
     if (then.launch, then.micro_batch) == (now.launch, now.micro_batch):
         return
     drops = then.of_training("dataloader_drop_last") or now.of_training("dataloader_drop_last")
     if drops and then.micro_batch * then.launch.ranks != together and not now.mixes_tasks:
-        raise UserError(
+        raise SettingError(
+            "resume",
             f"{written}, this run is {now.launch}, and training.dataloader_drop_last leaves others of an epoch's "
-            "samples out for each: start it as then"
+            "samples out for each: start it as then",
         )
     optimizer = now.of_training("optim")
     partitioned = then.launch.zero_stage or now.launch.zero_stage
     if partitioned and then.launch != now.launch and optimizer not in BY_ELEMENT:
-        raise UserError(
+        raise SettingError(
+            "resume",
             f"{written}, this run is {now.launch}, and the state of training.optim {optimizer} cannot be dealt out "
-            "anew: start it as then"
+            "anew: start it as then",
         )
     of_loss = ""
     by_micro_batch = now.settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not now.mixes_tasks
@@ -251,25 +223,19 @@ def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file
 
 
 def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STATE_NUMBERS) -> None:
-    """Writes what is no tensor, or one rank's random state.
-
-    Raises:
-        UserError: a value is of a kind that JSON does not have.
-    """
+    """Writes what is no tensor, or one rank's random state."""
     (checkpoint / STATE).mkdir(parents=True, exist_ok=True)
     try:
         text = json.dumps(numbers)  # a float's shortest digits: the same float when they are read
     except TypeError as error:
-        raise UserError(f"{file}: {error}; a checkpoint holds numbers and tensors alone: set another optim") from error
+        raise SettingError(
+            "training.optim", f": {file}: {error}; a checkpoint holds numbers and tensors alone: set another"
+        ) from error
     (checkpoint / STATE / file).write_text(text + "\n", encoding="utf-8")
 
 
 class StateFiles:
-    """A checkpoint's state, read piece by piece.
-
-    Raises:
-        UserError: here and in every method, a file is missing or broken.
-    """
+    """A checkpoint's state, read piece by piece."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._folder = checkpoint / STATE
@@ -280,19 +246,19 @@ class StateFiles:
                 with safe_open(path, framework="pt") as file:
                     self._file_of.update(dict.fromkeys(file.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"resume: {path} cannot be read ({error}); {NEXT_STEP}") from error
+                raise SettingError("resume", f": {path} cannot be read ({error}); {NEXT_STEP}") from error
 
     def json(self, file: str) -> dict[str, Any]:
         """One of the JSON files below `state/`."""
         path = self._folder / file
         if not path.exists():
-            raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
+            raise SettingError("resume", f": {path} is missing; {NEXT_STEP}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise UserError(f"resume: {path} is damaged; {NEXT_STEP}")
+            raise SettingError("resume", f": {path} is damaged; {NEXT_STEP}")
         return content
 
     def number(self, name: str, kind: type) -> Any:
@@ -312,11 +278,11 @@ class StateFiles:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"resume: {path} cannot be read ({error}); {NEXT_STEP}") from error
+            raise SettingError("resume", f": {path} cannot be read ({error}); {NEXT_STEP}") from error
 
     def damaged(self, what: str) -> UserError:
         """The error for content that cannot be used."""
-        return UserError(f"resume: {self._folder} is damaged: {what}; {NEXT_STEP}")
+        return SettingError("resume", f": {self._folder} is damaged: {what}; {NEXT_STEP}")
 
 
 def is_plain(value: Any) -> bool:

@@ -25,25 +25,37 @@ from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.test import check_test, evaluate_commonsense, media_of_run, read_sets, read_test, run_test
-from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
+from dora_vl.evaluation.test import (
+    check_test,
+    evaluate_commonsense,
+    media_of_run,
+    questions_of_rows,
+    read_sets,
+    read_test,
+    run_test,
+    watch_assistant,
+)
 from dora_vl.files import check_model_folder
+from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
+    VideoReading,
     check_base,
     check_base_takes_videos,
     check_pixels,
     check_quantisation,
+    check_videos,
+    image_folder,
     load_base,
     make_base,
+    video_folder,
+    video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.adapting import core_config
-from dora_vl.training.memory import Activations, decoder_activations
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
+from dora_vl.training.parts import core_config
+from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -195,10 +207,6 @@ class DecoderPipeline(Pipeline[RunConfig]):
         """Next-token loss."""
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
-
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Questions of the validation samples, or else of the test."""
         held_out, config = self.samples(arguments).held_out, self.config
@@ -220,14 +228,14 @@ class DecoderPipeline(Pipeline[RunConfig]):
         """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""
         return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """Its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
         places = [config[name] for name in PLACES if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
         if not places and isinstance(token, str):
             places = [tokenizer.convert_tokens_to_ids(token)]
-        return Reading(tokenizer, frozenset(places))
+        return TokenText(tokenizer, frozenset(places))
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
@@ -304,7 +312,8 @@ class CommonsensePipeline(DecoderPipeline):
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
         data, collate = self._run.data, Collator(self.encoder.pad_token_id, pack=self._run.data.packing)
         training = self.samples(arguments).training_data(self._rows(arguments), collate=collate)
-        return replace(training, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
+        tokens = arguments.per_device_train_batch_size * data.max_tokens  # words would not count the prompt's
+        return replace(training, batch_tokens=tokens)
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         return RowEncoder(encoder=self.encoder)

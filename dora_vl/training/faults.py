@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError, shown_names
 from dora_vl.run.folder import read_log, write_log
-from dora_vl.run.launch import rank_and_ranks
+from dora_vl.run.launch import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class StepFaults(TrainerCallback):
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
             of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            ids = _on_all_ranks([sample_id for micro_batch in broken for sample_id in micro_batch])
+            ids = [sample_id for rank in gathered(broken) for micro_batch in rank for sample_id in micro_batch]
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
             # A gradient that is a number was not dropped: an infinite loss may have one.
             done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
@@ -181,9 +181,6 @@ def check_base_weights(model: nn.Module, base: str) -> None:
     """Reads every weight of a loaded base once; every rank must call it (under ZeRO-3 each reads its own shards).
 
     Buffers are left out: masks of minus infinity are among them.
-
-    Raises:
-        UserError: on every rank, where one holds a weight that is NaN or infinite.
     """
     if broken := _not_finite(model.named_parameters()):
         raise UserError(
@@ -194,11 +191,7 @@ def check_base_weights(model: nn.Module, base: str) -> None:
 
 
 def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str | None) -> None:
-    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint.
-
-    Raises:
-        UserError: on every rank, where a trained weight is NaN or infinite.
-    """
+    """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint."""
     if broken := _not_finite(pair for part in parts for pair in part.parameters.items()):
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise UserError(
@@ -212,7 +205,7 @@ def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Names of floating weights that hold NaN or infinity on any rank."""
     # DeepSpeed's name for this rank's share of a parameter.
     here = [name for name, weight in named if not _is_finite(vars(weight).get("ds_tensor", weight).detach())]
-    return sorted(set(_on_all_ranks(here)))
+    return sorted({name for names in gathered(here) for name in names})
 
 
 def _is_finite(weights: Tensor) -> bool:
@@ -222,12 +215,3 @@ def _is_finite(weights: Tensor) -> bool:
     if weights.dtype == torch.float64:
         return bool(weights.isfinite().all())
     return bool(weights.sum(dtype=torch.float32).isfinite()) or bool(weights.isfinite().all())
-
-
-def _on_all_ranks(names: list[str]) -> list[str]:
-    _, ranks = rank_and_ranks()
-    if ranks == 1:
-        return names
-    everyone: list[list[str]] = [[] for _ in range(ranks)]
-    torch.distributed.all_gather_object(everyone, names)
-    return [name for of_rank in everyone for name in of_rank]

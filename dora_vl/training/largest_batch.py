@@ -26,7 +26,8 @@ from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.run.settings import DataConfig, LoadedModelConfig, RunSettings, VlBartDataConfig
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
-from dora_vl.training.validation import random_state_kept
+from dora_vl.training.pipeline import TrainingData
+from dora_vl.training.progress import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,7 @@ def smaller_test(config: RunSettings) -> str:
 class LargestBatch(TrainerCallback):
     """Tries the largest micro-batch when training begins; every rank tries the same one at the same time.
 
-    `pools` gives what micro-batches are drawn from, the largest items of each; `cost` is a micro-batch's in any unit.
-    A UserError ends the run where it does not fit.
+    `cost` is a micro-batch's in any unit. A UserError ends the run where it does not fit.
     """
 
     def __init__(
@@ -173,20 +173,18 @@ class LargestBatch(TrainerCallback):
         trainer: Any,
         config: RunSettings,
         *,
-        pools: Callable[[], Sequence[Pool]],
+        data: TrainingData,
         cost: Callable[[Pool], int],
-        collate: Callable[[list[Any]], Mapping[str, Any]],
     ) -> None:
-        self._trainer, self._config = trainer, config
-        self._pools, self._cost, self._collate = pools, cost, collate
+        self._trainer, self._config, self._data, self._cost = trainer, config, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before anything is asked or trained."""
         with random_state_kept(args.device):
-            items = largest(self._pools(), self._cost, args.per_device_train_batch_size)
+            items = largest(self._data.pools(), self._cost, args.per_device_train_batch_size)
             if not items:
                 return
-            trouble, batch = self._trouble(items, args), self._collate(items)
+            trouble, batch = self._trouble(items, args), self._data.collate(items)
             rows, tokens = batch["input_ids"].shape
             size = f"{batch['samples']} samples in {rows} rows of {tokens} tokens"
             if trouble is None:
@@ -206,7 +204,7 @@ class LargestBatch(TrainerCallback):
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
         """What did not fit; None where all did. The error itself is let go, since it holds what the step had made."""
         try:
-            take_and_undo(self._trainer, self._collate(items))
+            take_and_undo(self._trainer, self._data.collate(items))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

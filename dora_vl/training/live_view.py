@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import TextIOBase
@@ -23,7 +26,6 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import shown_text
-from dora_vl.training.progress import lines_above
 
 MOST_SHARE, LEAST_SECONDS = 0.01, 0.25
 """Of the time, for drawing: after a drawing the next waits so long."""
@@ -181,13 +183,6 @@ def can_show(stream: TextIO | TextIOBase) -> bool:
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
-def close_views(callbacks: Iterable[TrainerCallback]) -> None:
-    """Closes the views among a Trainer's callbacks; one that is closed stays so."""
-    for callback in callbacks:
-        if isinstance(callback, LiveView):
-            callback.close()
-
-
 class LiveView(TrainerCallback):
     """Draws what is known of a run; for the first rank, in a terminal.
 
@@ -217,12 +212,9 @@ class LiveView(TrainerCallback):
         """Opens the view."""
         self.run.step, self.run.steps = state.global_step, state.max_steps
         self.run.asked = self._asked()
+        console = self._console  # streams are redirected by lines_above: for loggers too, and not in data workers
         self._live = Live(
-            self._drawn(),
-            console=self._console,
-            auto_refresh=False,
-            redirect_stdout=False,  # lines_above does, for loggers too and not in data workers
-            redirect_stderr=False,
+            self._drawn(), console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
         self._open.enter_context(self._live)
         self._open.enter_context(lines_above(self._show_line))
@@ -232,13 +224,13 @@ class LiveView(TrainerCallback):
         """Moves on by a step."""
         self.run.take_step(state.global_step, self._clock())
         if not control.should_log:  # its line comes next, and is drawn with the step
-            self._draw_now_and_then()
+            self._draw(at_once=False)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Counts the batches of a validation."""
         done, _ = self.run.validating or (0, 0)
         self.run.validating = done + 1, len(more["eval_dataloader"])
-        self._draw_now_and_then()
+        self._draw(at_once=False)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Takes the newest numbers; a validation has a line above too."""
@@ -248,11 +240,7 @@ class LiveView(TrainerCallback):
         if "eval_loss" in logs:
             loss, skipped = logs["eval_loss"], logs.get("eval_skipped", 0)
             self._show_line(f"step {state.global_step}: validation loss {loss:.4f}, skipped {skipped}")
-        self._draw_now_and_then()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A validation has ended."""
-        self.run.validating = None
+        self._draw(at_once=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draws the last state, which stays, and gives the terminal back."""
@@ -265,12 +253,10 @@ class LiveView(TrainerCallback):
             self._open.close()
             self._live = None
 
-    def _draw_now_and_then(self) -> None:
-        if self._clock() >= self._next:
-            self._draw()
-
-    def _draw(self) -> None:
+    def _draw(self, *, at_once: bool = True) -> None:
         began = self._clock()
+        if not at_once and began < self._next:
+            return
         self.run.asked = self._asked()
         self._on_the_terminal(lambda live: live.update(self._drawn(), refresh=True))
         now = self._clock()
@@ -297,3 +283,70 @@ class LiveView(TrainerCallback):
             self._busy = False
         while self._waiting:
             self._show_line(self._waiting.pop(0))
+
+
+class LinesAbove:
+    """Stands for a terminal's stream above a live view: whole lines are handed on, all else is the stream's own.
+
+    A process forked from this one, such as a data worker, has no view and writes to the stream itself. A line that was
+    drawn over (`\\r`, as progress bars do) is handed on as it was last.
+    """
+
+    def __init__(self, stream: TextIO, show: Callable[[str], None]) -> None:
+        self._stream, self._show = stream, show
+        self._process = os.getpid()
+        self._begun = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Shows each line that is whole now."""
+        if os.getpid() != self._process:
+            return self._stream.write(text)
+        *whole, begun = (self._begun + text).split("\n")
+        self._begun = begun[begun.rfind("\r") + 1 :]
+        for line in whole:
+            self._show(line.rstrip("\r").rpartition("\r")[2])
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes one after another."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """A line that has no end yet waits for it."""
+        if os.getpid() != self._process:
+            self._stream.flush()
+
+    def finish(self) -> None:
+        """Shows a line that never got its end."""
+        if self._begun:
+            self._show(self._begun)
+            self._begun = ""
+
+
+@contextlib.contextmanager
+def lines_above(show: Callable[[str], None]) -> Iterator[None]:
+    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `show`, line by line."""
+    out, err = sys.stdout, sys.stderr
+    above = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
+    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    handlers = [
+        (handler, handler.stream)
+        for logger in loggers
+        for handler in logger.handlers  # they keep the stream they were made with; some ask for sys.stderr each time
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in above
+    ]
+    for handler, stream in handlers:
+        handler.setStream(above[id(stream)])
+    sys.stdout, sys.stderr = (cast(TextIO, above.get(id(stream), stream)) for stream in (out, err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for handler, stream in handlers:
+            handler.setStream(stream)
+        for stream in above.values():
+            stream.finish()

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from dora_vl.core.quantised import is_quantised
 
@@ -102,15 +102,15 @@ class Activations:
         return vector * (self.layers + VECTORS_PER_LAYER if self.recomputed else self.layers * VECTORS_PER_LAYER)
 
 
-def decoder_activations(model: PreTrainedModel, arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-    """Those of a model's decoder, at the longest sequence."""
+def activations_of(model: PreTrainedModel, *, tokens: int, recomputed: bool) -> Activations:
+    """Those of a model's text layers, at a micro-batch of so many tokens."""
     text: Any = model.config.get_text_config()
     return Activations(
-        tokens=arguments.per_device_train_batch_size * longest_tokens,
-        layers=text.num_hidden_layers,
+        tokens=tokens,
+        layers=text.num_hidden_layers + (text.decoder_layers if text.is_encoder_decoder else 0),
         hidden_width=text.hidden_size,
         element_bytes=model.dtype.itemsize,
-        recomputed=bool(arguments.gradient_checkpointing),
+        recomputed=recomputed,
     )
 
 

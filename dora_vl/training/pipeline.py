@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.adapters.folder import load_adapter
@@ -27,11 +26,11 @@ from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
+from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunSettings
 from dora_vl.run.watched import Watch
-from dora_vl.training.memory import Activations
 
 
 class LossModel(nn.Module):
@@ -117,7 +116,7 @@ class TrainingData:
         source: the training file, for messages.
         ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
         media: what the picture and video files of some of them hold, by name (`content_key`).
-        longest_tokens: the longest sequence, for the memory estimate.
+        batch_tokens: of the largest micro-batch, for the memory estimate.
         pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
     """
 
@@ -129,19 +128,11 @@ class TrainingData:
     set_epoch: tuple[Callable[[int], None], ...] = ()
     samples: int
     source: str
-    longest_tokens: int
+    batch_tokens: int
     ids: Callable[[], Iterable[str]] | None = None
     media: Callable[[], Mapping[str, str]] = dict
     read_in_a_pass: int | None = None
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A tokenizer, and the ids that stand for a piece of a picture or a video."""
-
-    tokenizer: PreTrainedTokenizerBase
-    places: frozenset[int] = frozenset()
 
 
 Config = TypeVar("Config", bound=RunSettings)
@@ -195,10 +186,6 @@ class Pipeline(ABC, Generic[Config]):
         """The module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
 
     @abstractmethod
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """What a step keeps in memory, for the estimate."""
-
-    @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """`watch` fixed questions, ready to be asked while it trains; None where the settings name nothing to ask.
 
@@ -206,7 +193,7 @@ class Pipeline(ABC, Generic[Config]):
         """
 
     @abstractmethod
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """How the tokens of its batches are read."""
 
     @abstractmethod

@@ -1,30 +1,31 @@
-"""Counts of what batches held, was skipped or cut; kept in checkpoints, so that a resumed run ends with all sums."""
+"""Counts of what batches held, was skipped or cut, and the validation loss; kept in checkpoints for a resumed run."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import logging
 import operator
-import os
-import sys
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
-from dora_vl.errors import UserError, shown_names
+from dora_vl.errors import SettingError, UserError, shown_names
 from dora_vl.run.folder import ADAPTER
-from dora_vl.run.launch import rank_and_ranks
-
-if TYPE_CHECKING:
-    from dora_vl.data.stream import StreamOrder
+from dora_vl.run.launch import gathered, rank_and_ranks
+from dora_vl.training.pipeline import TrainingData
 
 PROGRESS = "progress.json"
 SAMPLES = "training_samples"
@@ -91,11 +92,7 @@ class BatchStatistics:
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
     def judge(self, counts: Counts) -> None:
-        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together.
-
-        Raises:
-            UserError: more than `data.max_bad_share`.
-        """
+        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together."""
         if self.ledger is not None:
             self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
 
@@ -110,23 +107,25 @@ class BatchStatistics:
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
         mine = {} if self.ledger is None else dict(self.ledger.reasons)
-        _, ranks = rank_and_ranks()
-        if ranks == 1:
-            return mine
-        everyone: list[dict[str, str]] = [{} for _ in range(ranks)]
-        torch.distributed.all_gather_object(everyone, mine)
-        return {name: reason for of_rank in everyone for name, reason in of_rank.items()}
+        return {name: reason for reasons in gathered(mine) for name, reason in reasons.items()}
 
 
 class Progress:
-    """Counts, skipped samples and seconds of a run, those before a resume included."""
+    """Counts, skipped samples and seconds of a run, those before a resume included, and an account of its samples.
 
-    def __init__(self, statistics: BatchStatistics, validation: BatchStatistics | None) -> None:
-        self._statistics, self._validation = statistics, validation
-        self._stream: StreamOrder | None = None
-        self._ids: Callable[[], Iterable[str]] | None = None
-        self._media: Callable[[], Mapping[str, str]] = dict
-        self._source = ""
+    Of a stream also the length of its epochs, where the Trainer skips what a resumed run has seen of it (`skips_seen`).
+    """
+
+    def __init__(
+        self,
+        statistics: BatchStatistics,
+        validation: BatchStatistics | None,
+        data: TrainingData,
+        *,
+        skips_seen: bool = True,
+    ) -> None:
+        self._statistics, self._validation, self._data = statistics, validation, data
+        self._stream = data.stream if skips_seen else None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
 
     @property
@@ -134,30 +133,13 @@ class Progress:
         """How long the run has trained."""
         return self._earlier_seconds + time.monotonic() - self._started
 
-    def follow(self, stream: StreamOrder) -> None:
-        """Keeps the length of a stream's epochs too; the Trainer must skip what a resumed run has seen of it."""
-        self._stream = stream
-
-    def trains_on(
-        self, ids: Callable[[], Iterable[str]] | None, source: str, media: Callable[[], Mapping[str, str]] = dict
-    ) -> None:
-        """Keeps an account of the training samples too: their ids in order, and what the files of some of them hold.
-
-        `ids` is None where they are not known beforehand, as of a stream; `source` is the training file, for messages.
-        """
-        self._ids, self._source, self._media = ids, source, media
-
     @cached_property
     def _samples(self) -> dict[str, Any] | None:
-        return None if self._ids is None else account_of(self._ids(), self._media())
+        """An account of the training samples; None where they are not known beforehand, as of a stream."""
+        return None if self._data.ids is None else account_of(self._data.ids(), self._data.media())
 
     def check_samples(self, checkpoint: Path) -> None:
-        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone.
-
-        Raises:
-            UserError: rows came or went, or stand in another order: samples would be lost and others come twice. Or a
-                picture or video has been replaced under its name.
-        """
+        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone."""
         written, now = _read(checkpoint), self._samples
         if (then := written[SAMPLES]) is None or now is None:
             return
@@ -173,10 +155,11 @@ class Progress:
             differ += shown_names(changed)
         else:
             return
-        raise UserError(
-            f"resume: {checkpoint} was written in training on {then['samples']:,} samples; those of {self._source} "
-            f"{differ}. Put the data back as it was, or begin a new run from its weights with "
-            f"--adapter.initial {checkpoint / ADAPTER}"
+        raise SettingError(
+            "resume",
+            f": {checkpoint} was written in training on {then['samples']:,} samples; those of "
+            f"{self._data.source} {differ}. Put the data back as it was, or begin a new run from its weights with "
+            f"--adapter.initial {checkpoint / ADAPTER}",
         )
 
     def go_on_from(self, checkpoint: Path) -> None:
@@ -218,68 +201,100 @@ def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> di
     return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(media or {})}
 
 
-class LinesAbove:
-    """Stands for a terminal's stream above a live view: whole lines are handed on, all else is the stream's own.
+# The loss on validation data: the mean over its usable samples; the others are counted and named.
 
-    A process forked from this one, such as a data worker, has no view and writes to the stream itself. A line that was
-    drawn over (`\\r`, as progress bars do) is handed on as it was last.
+
+class WholeSteps(Dataset[Any]):
+    """A data set filled up with None, which collators leave out, until all ranks have equally many whole batches.
+
+    Left to accelerate, the ranks' last batches would repeat the set's first samples, which would count twice.
     """
 
-    def __init__(self, stream: TextIO, show: Callable[[str], None]) -> None:
-        self._stream, self._show = stream, show
-        self._process = os.getpid()
-        self._begun = ""
+    def __init__(self, samples: Any, *, step_samples: int) -> None:
+        self._samples = samples
+        self._length = -(-len(samples) // step_samples) * step_samples
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def __len__(self) -> int:
+        return self._length
 
-    def write(self, text: str) -> int:
-        """Shows each line that is whole now."""
-        if os.getpid() != self._process:
-            return self._stream.write(text)
-        *whole, begun = (self._begun + text).split("\n")
-        self._begun = begun[begun.rfind("\r") + 1 :]
-        for line in whole:
-            self._show(line.rstrip("\r").rpartition("\r")[2])
-        return len(text)
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[index] if index < len(self._samples) else None
 
-    def writelines(self, lines: Any) -> None:
-        """Writes one after another."""
-        for line in lines:
-            self.write(line)
 
-    def flush(self) -> None:
-        """A line that has no end yet waits for it."""
-        if os.getpid() != self._process:
-            self._stream.flush()
+class ValidationLoss:
+    """Sums of one evaluation, and the bad samples of all of them; messages call the data by its `source`."""
 
-    def finish(self) -> None:
-        """Shows a line that never got its end."""
-        if self._begun:
-            self._show(self._begun)
-            self._begun = ""
+    def __init__(self, *, source: str, samples: int) -> None:
+        self._source = source
+        ledger = BadSampleLedger(max_bad_share=1.0, total_samples=samples, source=source)
+        self.statistics = BatchStatistics(ledger)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._loss, self._samples, self._skipped = 0.0, 0, 0
+
+    def take(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The batch's tensors, and how many of its samples are usable."""
+        before = self.statistics.counts
+        inputs = self.statistics.take(batch)
+        counts = self.statistics.counts - before
+        self._skipped += counts.skipped
+        return inputs, counts.samples
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """A batch's mean loss over so many samples; one without any has no loss to speak of."""
+        if samples:
+            self._loss += float(loss) * samples
+            self._samples += samples
+
+    def finish(self, device: torch.device) -> dict[str, float | int]:
+        """The numbers of this evaluation over all ranks, and starts the next; every rank must call it."""
+        sums = torch.tensor([self._loss, self._samples, self._skipped], dtype=torch.float64)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            sums = sums.to(device)
+            torch.distributed.all_reduce(sums)
+        self._begin()
+        loss, samples, skips = sums.tolist()
+        if not samples:
+            skipped = self.statistics.skipped_on_all_ranks()
+            raise UserError(nothing_usable(self._source, next(iter(skipped.items()), None)))
+        return {"eval_loss": loss / samples, "eval_samples": int(samples), "eval_skipped": int(skips)}
 
 
 @contextlib.contextmanager
-def lines_above(show: Callable[[str], None]) -> Iterator[None]:
-    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `show`, line by line."""
-    out, err = sys.stdout, sys.stderr
-    above = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
-    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
-    handlers = [
-        (handler, handler.stream)
-        for logger in loggers
-        for handler in logger.handlers  # they keep the stream they were made with; some ask for sys.stderr each time
-        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in above
-    ]
-    for handler, stream in handlers:
-        handler.setStream(above[id(stream)])
-    sys.stdout, sys.stderr = (cast(TextIO, above.get(id(stream), stream)) for stream in (out, err))
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = out, err
-        for handler, stream in handlers:
-            handler.setStream(stream)
-        for stream in above.values():
-            stream.finish()
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def validation_owed(state: TrainerState, arguments: TrainingArguments) -> bool:
+    """Whether the state ends an epoch, or the run, and the validation that follows there is not in its log.
+
+    A run that is stopped at an epoch's last step saves and ends without it: the launcher may not wait so long.
+    """
+    ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+    done = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+    return arguments.eval_strategy == IntervalStrategy.EPOCH and state.global_step > 0 and ends and not done
+
+
+def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str) -> None:
+    """Reads validation items up to the first usable sample, so that none at all shows before training."""
+    first: tuple[str, str] | None = None
+    for index in range(len(samples)):
+        batch = collate([samples[index]])
+        if batch["samples"]:
+            return
+        first = first or next(iter(batch["skipped"]), None)
+    raise UserError(nothing_usable(source, first))
+
+
+def nothing_usable(source: str, example: tuple[str, str] | None) -> str:
+    """What is said of data without any usable sample."""
+    because = "" if example is None else f"; for example {example[0]}: {example[1]}"
+    return f"{source}: not one sample can be used{because}. Repair the data, or correct the folder that is named for it"

@@ -119,10 +119,10 @@ def answer_within(seconds: float, work: Callable[[], Answer]) -> Answer | None:
     return answers[0] if answers else None
 
 
-class RankWatch:
+class RankWatch(TrainerCallback):
     """One rank's share of the watch, from `start` to `close`, where the run ends well.
 
-    After `limit` seconds without a step the ranks give up.
+    After `limit` seconds without a step the ranks give up; counted from the first step on, to the last.
     """
 
     def __init__(self, store: Store, rank: int, ranks: int, *, limit: int) -> None:
@@ -145,11 +145,13 @@ class RankWatch:
         self._sigterm_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._watch, daemon=True, name="rank watch").start()
 
-    def note(self, step: int) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The run moves: a step, or a part of one, is done."""
-        self._step, self._progress = step, time.monotonic()
+        self._step, self._progress = state.global_step, time.monotonic()
 
-    def rest(self) -> None:
+    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What follows takes as long as it takes."""
         self._progress = None
 
@@ -287,63 +289,42 @@ class RankWatch:
             os._exit(status)
 
 
-_WATCHES: list[RankWatch] = []
-"""That of this process, while it runs."""
-
-
-def watch_ranks(*, limit: int) -> None:
-    """Begins the watch of a launch of several ranks; the process group must be there. `limit`: training.ddp_timeout."""
+def watch_ranks(*, limit: int) -> RankWatch | None:
+    """The watch of a launch of several ranks, begun; None where there is none. The process group must be there."""
     rank, ranks = rank_and_ranks()
-    if not several_ranks() or ranks == 1 or _WATCHES:
-        return
+    if not several_ranks() or ranks == 1:
+        return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = timedelta(seconds=STORE_SECONDS)
     try:
         store = TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
     except RuntimeError as error:
         logger.warning("the ranks do not watch each other, their store is out of reach: %s", one_line(str(error)))
-        return
-    _WATCHES.append(RankWatch(PrefixStore("dora_vl", store), rank, ranks, limit=limit))
-    _WATCHES[0].start()
-
-
-class NoteSteps(TrainerCallback):
-    """Tells the watch that this rank moves; it counts from the first step on and rests after the last."""
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A step."""
-        for watch in _WATCHES:
-            watch.note(state.global_step)
-
-    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows has no steps."""
-        for watch in _WATCHES:
-            watch.rest()
+        return None
+    watch = RankWatch(PrefixStore("dora_vl", store), rank, ranks, limit=limit)
+    watch.start()
+    return watch
 
 
 @contextlib.contextmanager
-def ranks_end_together() -> Iterator[None]:
+def ranks_end_together(*, limit: int) -> Iterator[RankWatch | None]:
     """An error in here ends all ranks: the one that has it says what it is, the others that it is gone.
 
-    One in the input (`UserError`) is raised here as ever, and announced to those who would wait.
+    One in the input (`UserError`) is raised here as ever, and announced to those who would wait. `limit` is
+    training.ddp_timeout.
     """
+    watch = watch_ranks(limit=limit)
+    if watch is None:
+        yield None
+        return
     try:
-        yield
-        if _WATCHES:  # one that left now would leave the others without the store, and in doubt
-            wait_for_everyone()
+        yield watch
+        wait_for_everyone()  # one that left now would leave the others without the store, and in doubt
     except UserError as error:
-        for watch in _WATCHES:
-            watch.announce(str(error), USER_ERROR_STATUS)
+        watch.announce(str(error), USER_ERROR_STATUS)
         raise
     except Exception as error:
-        for watch in _WATCHES:
-            watch.end(error)
-        raise
+        watch.end(error)
+        raise  # not reached: it ends the process
     finally:
-        while _WATCHES:
-            _WATCHES.pop().close()
-
-
-# A rank ends with its launcher: nobody else would stop it, read its output or start it again.
+        watch.close()

@@ -41,16 +41,13 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
 )
 from dora_vl.run.settings import RunSettings
-from dora_vl.training.adapting import adapt, check_initial
-from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
-from dora_vl.training.live_view import close_views
-from dora_vl.training.optim import check_parts
+from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.ranks import ranks_end_together, watch_ranks
-from dora_vl.training.trainer import AdapterTrainer
+from dora_vl.training.ranks import ranks_end_together
+from dora_vl.training.trainer import AdapterTrainer, build_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +73,7 @@ def run(pipeline: Pipeline) -> int | None:
             test_again(pipeline)
             return None
         try:
-            with ranks_end_together():
-                result = train(pipeline)
+            result = train(pipeline)
             first = is_first_rank()
         finally:
             leave_process_group()
@@ -96,31 +92,29 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = pipeline.arguments()
     if threads is not None:
         torch.set_num_threads(threads)
-    watch_ranks(limit=arguments.ddp_timeout)
-    checkpoint = checkpoint_of(config)
-    on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
+    with ranks_end_together(limit=arguments.ddp_timeout) as rank_watch:
+        checkpoint = checkpoint_of(config)
+        on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
 
-    with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
-        backbone = pipeline.load()
-        check_base_weights(backbone.model, config.model.base)
-        torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-        adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
-        trainer, stop = build_trainer(pipeline, arguments, backbone)
-    if checkpoint is not None:  # base and samples, which are read by now, must be its own
-        on_first_rank(partial(_go_on, trainer, checkpoint, config))
-        trainer.progress.go_on_from(checkpoint)
-    keep_freed_memory()
-    torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
-    try:
-        with training_fits(trainer, config):
+        with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
+            backbone = pipeline.load()
+            check_base_weights(backbone.model, config.model.base)
+            torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
+            adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
+            trainer = build_trainer(pipeline, arguments, backbone)
+        if rank_watch is not None:
+            trainer.add_callback(rank_watch)
+        if checkpoint is not None:  # base and samples, which are read by now, must be its own
+            on_first_rank(partial(_go_on, trainer, checkpoint, config))
+            trainer.progress.go_on_from(checkpoint)
+        keep_freed_memory()
+        torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
+        with trainer.closing, training_fits(trainer, config):
             output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        stop.restore()
-        close_views(trainer.callback_handler.callbacks)
-    if trainer.faults.ended_by is not None:
-        raise UserError(trainer.faults.ended_by)
-    numbers = _written(trainer, run_folder_of(config.training), stopped=stop.received is not None)
-    return RunResult(output.global_step, stop.received, numbers)
+        if trainer.faults.ended_by is not None:
+            raise UserError(trainer.faults.ended_by)
+        stopped_by = trainer.stop.received
+        return RunResult(output.global_step, stopped_by, _written(trainer, stopped=stopped_by is not None))
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
@@ -141,15 +135,15 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
 def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunSettings) -> None:
     """Takes over a checkpoint; for the first rank alone."""
     folder = run_folder_of(config.training)
-    check_base(checkpoint, config.model.base, trainer.persistence.base_sha256)
+    check_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
     trainer.progress.check_samples(checkpoint)
     prepare_run_folder(folder, checkpoint=checkpoint, overwrite=False)
     write_settings(folder, config)
 
 
-def _written(trainer: AdapterTrainer, folder: Path, *, stopped: bool) -> dict[str, Any]:
+def _written(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
     """Writes what a whole run leaves, and returns its numbers; of one that was stopped nothing is written."""
-    counts = trainer.statistics.over_ranks(trainer.args.device)
+    folder, counts = trainer.run_folder, trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     step, seconds = trainer.state.global_step, trainer.progress.seconds

@@ -46,9 +46,9 @@ from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
+from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
-from dora_vl.run.media import VideoReading, image_folder, video_folder
 from dora_vl.run.settings import DataConfig, RunConfig, SamplesConfig
 from dora_vl.training.pipeline import TrainingData
 
@@ -254,23 +254,21 @@ class RunSamples:
             share_pictures: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
-        make = rows.dataset
+        make, micro_batch = rows.dataset, self._arguments.per_device_train_batch_size
         held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
-        micro_batch = self._arguments.per_device_train_batch_size
+        shared: dict[str, Any] = {"validation": held_out, "collate": collate, "source": self._name}
         if self._stream is not None:
             order = StreamOrder(self._stream, total=self._total)
             streamed = StreamedDataset(make, length=len(order))
             return TrainingData(
                 train=streamed,
                 pools=partial(_pool_of_first_rows, streamed, self._stream.sources, micro_batch),
-                validation=held_out,
-                collate=collate,
                 sampler=order,
                 stream=order,
                 set_epoch=(order.set_epoch,),
                 samples=len(order),
-                source=self._name,
-                longest_tokens=self._data.max_tokens,
+                batch_tokens=micro_batch * self._data.max_tokens,
+                **shared,
             )
         train = self._train
         assert train is not None
@@ -290,15 +288,13 @@ class RunSamples:
         return TrainingData(
             train=samples,
             pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped, sized=sized_pictures),
-            validation=held_out,
-            collate=collate,
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
             media=partial(_media_keys, train, self._data) if isinstance(self._data, DataConfig) else dict,
-            source=self._name,
-            longest_tokens=min(self._data.max_tokens, int(lengths.lengths.max())),
+            batch_tokens=micro_batch * min(self._data.max_tokens, int(lengths.lengths.max())),
+            **shared,
         )
 
 
@@ -416,8 +412,6 @@ def stored_outputs(
     """Outputs of the model's frozen vision parts for samples' pictures, missing ones computed first; and a dummy row's.
 
     Every rank must call it: they share the computing.
-
-    Raises: UserError if the family's outputs cannot be stored, or weights before the last of them train.
     """
     model = backbone.model
     cache = Path(config.data.feature_cache or run_folder_of(config.training) / "features")

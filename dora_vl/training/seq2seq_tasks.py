@@ -1,8 +1,11 @@
-"""Batches of tasks for an encoder-decoder that reads text and stored features."""
+"""Batches of tasks for an encoder-decoder that reads text and stored features, and its closed answer lists."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from dora_vl.adapters.adapter import CLOSED_ANSWERS
+from dora_vl.adapters.files import read_json
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.shards import first_difference, read_settings
@@ -23,7 +28,8 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
-from dora_vl.errors import BadSample, SettingError
+from dora_vl.data.text_file import json_object, json_of, whole_text
+from dora_vl.errors import BadSample, SettingError, UserError, shown_names
 from dora_vl.evaluation.subtask import (
     ClosedBatch,
     MicroBatch,
@@ -34,11 +40,14 @@ from dora_vl.evaluation.subtask import (
     make_sample,
     with_input_tokens,
 )
-from dora_vl.evaluation.vlbart_tasks import closed
+from dora_vl.evaluation.vlbart_tasks import closed, soft_scores
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.training.pipeline import LossModel
 
+logger = logging.getLogger(__name__)
+
+SETTING, OUTSIDE = "data.closed_answers", "outside"
 LOOKED_AT = 256
 """Of each task, samples among which the longest are looked for."""
 
@@ -92,11 +101,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         self._epoch.fill_(epoch)
 
     def examples(self, number: int) -> list[Example]:
-        """What a micro-batch is made of.
-
-        Raises:
-            BadSample: a line is no record.
-        """
+        """What a micro-batch is made of."""
         part = self.plan.part(number, epoch=int(self._epoch))
         return [self.sources[part.source].file[index] for index in part.indices]
 
@@ -265,3 +270,122 @@ def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -
             f": {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is trained on "
             f"{trained[task]}, with {before.get(name)!r}; compute both with the same settings",
         )
+
+
+# Closed answer lists: made before training, written to the run's folder, compared with a head's.
+
+
+def check_closed(
+    lists: Mapping[str, str | int], subtasks: Mapping[str, Subtask], trained: Mapping[str, object]
+) -> None:
+    """Refuses a closed list for a task that does not train, or is not a question answered in words."""
+    able = [name for name, task in subtasks.items() if task.answer_by == "text" and task.reads_question]
+    for task in lists:
+        if task not in able:
+            those = f"{', '.join(able)} can have" if able else "none of this script's tasks has"
+            raise SettingError(SETTING, f": {task} is no question answered in words; {those} a closed list")
+        if task not in trained:
+            raise SettingError(SETTING, f" names {task}, which data.train does not; its head would not train")
+
+
+def make_lists(
+    path: Path, choices: Mapping[str, str | int], files: Mapping[str, ExampleFile], *, same_as: Mapping[str, Path]
+) -> None:
+    """Writes a run's `closed_answers.json`: each task's list, and the training samples that it leaves out.
+
+    Those train too, as in VL-T5: all their targets are 0. They are counted and logged.
+
+    Args:
+        choices: by task a file of answers, or how many of the training answers to take, the most frequent first.
+        files: each task's training records.
+        same_as: by the setting that names a head's weights, what says which answers its scores mean.
+    """
+    lists, outside = {}, {}
+    for task, choice in choices.items():
+        key, scores = f"{SETTING}.{task}", _scores(files[task])
+        answers = _most_frequent(scores, choice) if isinstance(choice, int) else _listed(Path(choice), task)
+        if len(answers) < 2:
+            raise SettingError(key, f": {len(answers)} answers leave nothing to choose; at least 2 are needed")
+        if len(set(answers)) < len(answers):
+            twice = shown_names(answer for answer in dict.fromkeys(answers) if answers.count(answer) > 1)
+            raise SettingError(key, f": the list names {twice} more than once; leave the others out")
+        if isinstance(choice, int) and len(answers) < choice:
+            logger.warning("%s: %d answers are asked for, the training samples have %d", key, choice, len(answers))
+        for setting, file in same_as.items():
+            other = lists_in(file).get(task)
+            if other is not None and other != answers:  # the head's scores mean others, or the same in another order
+                raise SettingError(
+                    setting,
+                    f": {file} has another list, of {len(other):,} answers, than the {len(answers):,} of this run; set "
+                    f"{key} to that file",
+                )
+        left_out = [name for name, of_sample in scores if not of_sample.keys() & set(answers)]
+        if len(left_out) == len(scores):
+            raise SettingError(
+                key, f": of {len(scores):,} training samples not one has one of the {len(answers):,} answers"
+            )
+        if left_out:
+            logger.warning(
+                "%s: %d of %d training samples have none of the %d answers, and teach that none of them is right: %s",
+                *(key, len(left_out), len(scores), len(answers), shown_names(left_out)),
+            )
+        lists[task], outside[task] = answers, left_out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {CLOSED_ANSWERS: lists, OUTSIDE: outside}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def lists_in(path: Path) -> dict[str, list[str]]:
+    """The answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`; none where it has none."""
+    lists = json_object(path, SETTING).get(CLOSED_ANSWERS, {})
+    if not isinstance(lists, dict) or not all(isinstance(answers, list) for answers in lists.values()):
+        raise UserError(f"{path}: {CLOSED_ANSWERS} is no object of lists by task; copy the file again")
+    return {str(task): [str(answer) for answer in answers] for task, answers in lists.items()}
+
+
+def account(path: Path) -> dict[str, dict[str, int]]:
+    """How long each list of a run's `closed_answers.json` is, and how many training samples it leaves out; logged."""
+    counts, outside = {}, read_json(path)[OUTSIDE]
+    for task, answers in lists_in(path).items():
+        counts[task] = {"answers": len(answers), "outside": len(outside[task])}
+        names = f" ({shown_names(outside[task])})" if outside[task] else ""
+        logger.info(
+            "%s: %d closed answers; %d training samples have none of them%s; %s names all",
+            *(task, len(answers), len(outside[task]), names, path),
+        )
+    return counts
+
+
+def _scores(file: ExampleFile) -> list[tuple[str, Mapping[str, float]]]:
+    """Id and soft scores of every sample that can be trained on."""
+    scores = []
+    for index in range(len(file)):
+        try:
+            example = file[index]
+            scores.append((example.id, soft_scores(example)))
+        except BadSample:  # named and counted when the run comes to it
+            continue
+    return scores
+
+
+def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], most: int) -> list[str]:
+    """The answers with the largest sums of soft scores; of equals the first seen."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for _, of_sample in scores:
+        for answer, score in of_sample.items():
+            sums[answer] += score
+    return sorted(sums, key=lambda answer: -sums[answer])[:most]
+
+
+def _listed(path: Path, task: str) -> list[str]:
+    """The answers of a file: one a line; a JSON list; or the task's in a JSON object under `closed_answers`."""
+    text = whole_text(path, SETTING)
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = json_of(text, str(path))
+    if isinstance(content, dict):
+        lists = content.get(CLOSED_ANSWERS)
+        content = lists.get(task) if isinstance(lists, dict) else None
+    if not isinstance(content, list) or not all(isinstance(answer, str) for answer in content):
+        raise UserError(f"{path}: neither a list of answers, nor an object whose {CLOSED_ANSWERS} holds one for {task}")
+    return content

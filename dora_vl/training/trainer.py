@@ -1,99 +1,140 @@
-"""transformers' Trainer with our parameter groups, checkpoints that hold only what trains, and our sampler."""
+"""The Trainer of a run: transformers', with our order, parameter groups and checkpoints that hold only what trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dora_vl.adapters.adapter import versions
 from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints, replace_folder
-from dora_vl.core import TrainedPart, adapted_layers
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.backbones.base import Backbone, attention_of
+from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.data.batches import over_step
+from dora_vl.data.samples import BadSampleLedger
 from dora_vl.run.arguments import launch_of, zero_stage
-from dora_vl.run.folder import ADAPTER, full_disk_reported
+from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
+from dora_vl.run.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
+from dora_vl.training.callbacks import Epochs, LossLog, StopOnSignal, WatchQuestions
 from dora_vl.training.checkpoint import (
+    OptimizerPlaces,
     RunningState,
     load_random_states,
     load_state,
     load_trained,
+    places_of,
     save_random_states,
     save_state,
 )
 from dora_vl.training.checkpoint_files import STATE, write_manifest
-from dora_vl.training.faults import StepFaults, check_trained_weights
-from dora_vl.training.optim import LearningRates, parameter_groups
-from dora_vl.training.optimizer_state import OptimizerPlaces, places_of
-from dora_vl.training.progress import BatchStatistics, Progress
-from dora_vl.training.validation import ValidationLoss, random_state_kept
+from dora_vl.training.faults import StepFaults, check_trained_weights, steps_left_out
+from dora_vl.training.largest_batch import LargestBatch, cost_of
+from dora_vl.training.live_view import LiveView, can_show
+from dora_vl.training.memory import Activations, Table, activations_of, engine_of, held_by, rough_table
+from dora_vl.training.parts import (
+    LearningRates,
+    frozen_table,
+    parameter_groups,
+    rates_of,
+    refuse_unknown_parts,
+    trained_table,
+    with_decay,
+)
+from dora_vl.training.pipeline import Pipeline, TrainingData
+from dora_vl.training.progress import (
+    BatchStatistics,
+    Progress,
+    ValidationLoss,
+    WholeSteps,
+    check_validation,
+    random_state_kept,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-
-@dataclass(frozen=True)
-class Persistence:
-    """Where a run is kept, and how its adapter folder is written and read; every rank calls `save` and `load`.
-
-    Reading it takes frozen tensors too, which a checkpoint's state does not hold. The run's `settings` are for the
-    account of a checkpoint; the base's content hash is known on the rank that writes.
-    """
-
-    run_folder: Path
-    save: Callable[[Path], None]
-    load: Callable[[Path], object]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    base_sha256: str | None = None
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Monitors:
-    """What counts training batches, what watches losses and gradients, and what sums validation batches and loss."""
+class OrderedTrainer(Trainer):
+    """Takes a pipeline's samples in their order; where the data has none, in the Trainer's."""
 
-    statistics: BatchStatistics
-    faults: StepFaults
-    validation: ValidationLoss | None = None
+    def __init__(self, data: TrainingData, **options: Any) -> None:
+        super().__init__(train_dataset=data.train, data_collator=cast(Any, data.collate), **options)
+        self._sampler = data.sampler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
 
-class AdapterTrainer(Trainer):
-    """Trains `parts`, as `core.trained_parts` lists them, and saves them at every checkpoint.
-
-    Without a `sampler` the Trainer orders the samples. Where `labels_shift`, a label at position 0 has nothing to be
-    predicted from, and the token count of a step leaves it out.
-    """
+class AdapterTrainer(OrderedTrainer):
+    """Trains what `core.trained_parts` lists of an adapted backbone, and saves it at every checkpoint."""
 
     places: OptimizerPlaces
     """Where the optimizer holds what trains, once it is there."""
+    closing: ExitStack
+    """Gives signals and the terminal back, also after an error in training."""
 
     def __init__(
-        self,
-        *,
-        rates: LearningRates,
-        sampler: Sampler[Any] | None,
-        parts: Sequence[TrainedPart],
-        persistence: Persistence,
-        monitors: Monitors,
-        labels_shift: bool = True,
-        **options: Any,
+        self, pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any], data: TrainingData
     ) -> None:
-        super().__init__(**options)
-        self.rates = rates
-        self.sampler = sampler
-        self.parts = parts
-        self.persistence = persistence
-        self.statistics, self.validation, self.faults = monitors.statistics, monitors.validation, monitors.faults
-        self.add_callback(self.faults)
-        self.progress = Progress(self.statistics, None if self.validation is None else self.validation.statistics)
-        self._checkpoint_parent = persistence.run_folder
-        self._saved_step: int | None = None
-        self._loss_shifts_labels = labels_shift
+        config = pipeline.config
+        self.run_folder = self._checkpoint_parent = run_folder_of(config.training)
+        self._settings, self._saved_step = settings_of(config), None
+        self._adapted, self._writes = backbone.model, arguments.process_index == 0
+        attention = {"attn_implementation": attention_of(backbone.model)}
+        self.base, self.recipe = config.model.base, {**pipeline.recipe(), **attention} if self._writes else {}
+
+        parts = trained_parts(backbone.model)
+        self.rates = rates_of(config.optim, arguments.learning_rate)
+        refuse_unknown_parts(parts, self.rates)
+        self.parts = with_decay(parts, config.optim.weight_decay_on)
+        ledger = BadSampleLedger(
+            max_bad_share=config.data.max_bad_share,
+            total_samples=data.samples,
+            source=data.source,
+            read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
+        )
+        self.statistics = BatchStatistics(ledger)
+        held_out = self.validation = None
+        if data.validation is not None:
+            source = str(config.data.held_out)
+            on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
+            step_samples = arguments.per_device_eval_batch_size * arguments.world_size
+            held_out = WholeSteps(data.validation, step_samples=step_samples)
+            self.validation = ValidationLoss(source=source, samples=len(held_out))
+        self.progress = Progress(
+            self.statistics,
+            None if self.validation is None else self.validation.statistics,
+            data,
+            skips_seen=not arguments.ignore_data_skip,
+        )
+        self.stop, self.closing = StopOnSignal(), ExitStack()
+        self.closing.callback(self.stop.restore)
+        self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
+        super().__init__(
+            data,
+            model=pipeline.loss(backbone),
+            args=arguments,
+            eval_dataset=held_out,
+            callbacks=[self.stop, self.faults],
+        )
+        self._loss_shifts_labels = pipeline.labels_shift  # else a step's token count has the label at position 0 too
 
     def _run_epoch(self, *options: Any, **named: Any) -> None:
         # The Trainer asks whether it is done after a step only: a whole run that is resumed would take one more.
@@ -103,10 +144,6 @@ class AdapterTrainer(Trainer):
         super()._run_epoch(*options, **named)
 
     # ---- what a step sees
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
-        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
@@ -149,7 +186,7 @@ class AdapterTrainer(Trainer):
     def validate_at_once(self) -> None:
         """As at an epoch's end, also for the choice of the best checkpoint, which is there by now."""
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-        self._name_best(self.persistence.run_folder)
+        self._name_best()
 
     # ---- the optimizer
 
@@ -187,56 +224,60 @@ class AdapterTrainer(Trainer):
         if self._saved_step == self.state.global_step:  # asked for at the step's and again at the epoch's end
             return
         self._saved_step = self.state.global_step
-        run_folder = self.persistence.run_folder
-        self._check_weights()
+        check_trained_weights(self.parts, step=self.state.global_step, kept=self._last_whole())
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with full_disk_reported(run_folder, name, self._last_whole):
-            self._write_checkpoint(model, trial, run_folder, name)
+        with full_disk_reported(self.run_folder, name, self._last_whole):
+            self._write_checkpoint(model, trial, self.run_folder / WRITING / name)
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any, run_folder: Path, name: str) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path) -> None:
         """All of a checkpoint under another folder, its account last; then it gets its name."""
-        self._checkpoint_parent = run_folder / WRITING
+        self._checkpoint_parent = written.parent
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._checkpoint_parent = run_folder
+            self._checkpoint_parent = self.run_folder
         self.accelerator.wait_for_everyone()
-        self.progress.write(run_folder / WRITING / name, self.args.device, writes=self.args.should_save)
-        self._name_best(run_folder, name)
+        self.progress.write(written, self.args.device, writes=self.args.should_save)
+        self._name_best(written)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(str(run_folder / WRITING / name / STATE_FILE))
-            launch = launch_of(self.args)
-            write_manifest(run_folder / WRITING / name, self.persistence.settings, launch)
-            replace_folder(run_folder / WRITING / name, run_folder / name)
-            (run_folder / WRITING).rmdir()
+            self.state.save_to_json(str(written / STATE_FILE))
+            write_manifest(written, self._settings, launch_of(self.args))
+            replace_folder(written, self.run_folder / written.name)
+            written.parent.rmdir()
             best = self.state.best_model_checkpoint
             also = [Path(best)] if best else []
-            drop_old_checkpoints(run_folder, keep=self.args.save_total_limit, also_keep=also)
+            drop_old_checkpoints(self.run_folder, keep=self.args.save_total_limit, also_keep=also)
         self.accelerator.wait_for_everyone()
 
-    def _name_best(self, run_folder: Path, name: str | None = None) -> None:
-        """Every rank records the best checkpoint by the name it gets, not the one (`name`) it is written under."""
-        step = self.state.best_global_step
-        if step:
-            best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            written = best if best.name != name else run_folder / WRITING / best.name
-            self.state.best_model_checkpoint = str(best) if written.is_dir() else None
+    def _name_best(self, written: Path | None = None) -> None:
+        """Every rank records the best checkpoint by the name it gets, not by the one that is being `written`."""
+        if step := self.state.best_global_step:
+            best = self.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            there = written if written is not None and written.name == best.name else best
+            self.state.best_model_checkpoint = str(best) if there.is_dir() else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""
-        if output_dir is not None:  # a checkpoint's, which were checked before the first of its files
-            self.persistence.save(Path(output_dir) / ADAPTER)
+        if output_dir is not None:  # a checkpoint's, whose weights were checked before the first of its files
+            self._save_adapter(Path(output_dir))
             return
-        self._check_weights()
-        with full_disk_reported(self.persistence.run_folder, ADAPTER, self._last_whole):
-            self.persistence.save(self.persistence.run_folder / ADAPTER)
-
-    def _check_weights(self) -> None:
         check_trained_weights(self.parts, step=self.state.global_step, kept=self._last_whole())
+        with full_disk_reported(self.run_folder, ADAPTER, self._last_whole):
+            self._save_adapter(self.run_folder)
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_adapter(
+            self._adapted,
+            folder / ADAPTER,
+            base_model=self.base,
+            recipe=self.recipe or None,
+            gather=gather_to_read,
+            write=self._writes,
+        )
 
     def _last_whole(self) -> str | None:
-        whole = complete_checkpoints(self.persistence.run_folder)
+        whole = complete_checkpoints(self.run_folder)
         return whole[-1].name if whole else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -276,7 +317,8 @@ class AdapterTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.persistence.load(Path(resume_from_checkpoint) / ADAPTER)
+        # Frozen tensors too, which the state does not hold.
+        load_adapter(self._adapted, Path(resume_from_checkpoint) / ADAPTER, gather=gather_to_write)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -287,7 +329,73 @@ class AdapterTrainer(Trainer):
         best = Path(str(self.state.best_model_checkpoint))
         if (best / STATE).is_dir():
             load_trained(best, self.places)
-            for _, layer in adapted_layers(cast(nn.Module, self.model)):
+            for _, layer in adapted_layers(self._adapted):
                 layer.forget_norms()
         else:  # of `save_only_model`
             self._load_from_checkpoint(str(best))
+
+
+def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any]) -> AdapterTrainer:
+    """The Trainer of an adapted backbone with its data, and all that happens beside its steps."""
+    config, data = pipeline.config, pipeline.data(backbone, arguments)
+    trainer = AdapterTrainer(pipeline, arguments, backbone, data)
+    recomputed = bool(arguments.gradient_checkpointing)
+    activations = activations_of(backbone.model, tokens=data.batch_tokens, recomputed=recomputed)
+    plan = plan_of(backbone, trainer.rates, activations, arguments)
+    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
+    device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
+    machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
+    written = {name: asdict(table) for name, table in plan.items()} | machine
+
+    callbacks = trainer.callback_handler.callbacks
+    # Our log line first, since transformers puts its trackers there, and in a file alone.
+    callbacks.insert(0, LossLog(trainer.run_folder, trainer.statistics, written))
+    trainer.remove_callback(PrinterCallback)
+    watch = pipeline.watch(backbone, arguments) if config.watch else None
+    watching = None if watch is None else WatchQuestions(watch, trainer.run_folder, callbacks)
+    if watching is not None:  # before what shows their answers
+        trainer.add_callback(watching)
+    if not arguments.disable_tqdm and is_first_rank() and can_show(sys.stderr):
+        trainer.remove_callback(ProgressCallback)  # without a terminal transformers' bar stays
+        view = LiveView(
+            Console(file=sys.stderr),
+            str(trainer.run_folder),
+            asked=lambda: () if watching is None else watching.newest,
+            steps_left_out=lambda: steps_left_out(trainer.run_folder / FAULTS),
+        )
+        trainer.closing.callback(view.close)
+        trainer.add_callback(view)
+    # Last: the validation that it may begin with is shown, asked and logged by those before.
+    trainer.add_callback(Epochs(data.set_epoch, trainer.validate_at_once))
+    if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
+        model_config: Any = backbone.model.config
+        cost = cost_of(activations, int(model_config.get_text_config().vocab_size))
+        # Before a clock runs or a question is asked.
+        callbacks.insert(0, LargestBatch(trainer, config, data=data, cost=cost))
+    return trainer
+
+
+def plan_of(
+    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
+) -> dict[str, Table]:
+    """What trains, what does not, and the memory that it will take, before the first step."""
+    engine = engine_of(
+        deepspeed_config() if arguments.deepspeed is not None else None,
+        ranks=arguments.world_size,
+        hidden_width=activations.hidden_width,
+    )
+    held = held_by(backbone, engine, half_precision=arguments.bf16 or arguments.fp16)
+    return {
+        "trained": trained_table(backbone.model, trained_parts(backbone.model), rates),
+        "not_adapted": frozen_table(backbone.model),
+        "memory": rough_table(held, engine, activations),
+    }
+
+
+def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
+    """Samples that the ranks read in an epoch: accelerate repeats some until all have equally many whole batches."""
+    if arguments.world_size == 1:
+        return samples
+    together = arguments.per_device_train_batch_size * arguments.world_size
+    whole = samples - samples % together
+    return whole if arguments.dataloader_drop_last or whole == samples else whole + together

@@ -41,23 +41,27 @@ from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
+from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.launch import loading_in
 from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
 from dora_vl.run.watched import Watch
-from dora_vl.training.adapting import core_config
-from dora_vl.training.closed_answers import SETTING, account, check_closed, lists_in, make_lists
-from dora_vl.training.memory import Activations
-from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
+from dora_vl.training.parts import core_config
+from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.seq2seq_tasks import (
+    SETTING,
     MixtureDataset,
     Seq2SeqLoss,
     TaskSource,
     ValidationBatches,
+    account,
+    check_closed,
     check_names,
     check_same_features,
+    lists_in,
+    make_lists,
     with_run_settings,
 )
 
@@ -145,6 +149,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         """The mixture of all training files."""
         data, evaluation = self.config.data, self.config.evaluation
         train, validation = self._mixture(arguments), None
+        longest = max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens
         if data.validation_files:
             sources = self._sources(data.validation_files, limit=None)
             validation = ValidationBatches(sources, batch_size=evaluation.batch_size, ranks=arguments.world_size)
@@ -159,7 +164,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             ids=lambda: chain.from_iterable(task.file.ids() for task in train.sources),
             read_in_a_pass=train.plan.items,
             source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
-            longest_tokens=max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens,
+            batch_tokens=-(-data.batch_size // train.plan.parts) * longest,
         )
 
     def _mixture(self, arguments: TrainingArguments) -> MixtureDataset:
@@ -180,18 +185,6 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         """Cross-entropy, as each task normalises it."""
         return Seq2SeqLoss(backbone)
 
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """Of encoder and decoder."""
-        config: Any = cast(VlBartBackbone, backbone).config
-        parts = arguments.world_size * arguments.gradient_accumulation_steps
-        return Activations(
-            tokens=-(-self.config.data.batch_size // parts) * longest_tokens,
-            layers=config.encoder_layers + config.decoder_layers,
-            hidden_width=config.d_model,
-            element_bytes=backbone.model.dtype.itemsize,
-            recomputed=bool(arguments.gradient_checkpointing),
-        )
-
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Examples of the validation files, or else of the test's, of each task in turn."""
         data, evaluation = self.config.data, self.config.evaluation
@@ -206,9 +199,9 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             source=str(data.held_out or evaluation.file),
         )
 
-    def reading(self, backbone: Backbone[Any]) -> Reading:
+    def reading(self, backbone: Backbone[Any]) -> TokenText:
         """BART's tokens; pictures have no place among them."""
-        return Reading(self.encoder.tokenizer)
+        return TokenText(self.encoder.tokenizer, frozenset())
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]

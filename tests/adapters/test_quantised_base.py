@@ -25,7 +25,7 @@ from dora_vl.adapters.quantised_base import (
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.quantised import dequantised
 from dora_vl.errors import UserError
-from dora_vl.training.adapting import adapt
+from dora_vl.training.parts import adapt
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 

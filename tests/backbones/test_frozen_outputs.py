@@ -30,7 +30,7 @@ from dora_vl.data.pictures import MediaFolder, StoredPictures
 from dora_vl.data.samples import Sample
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from dora_vl.run.media import VideoReading
+from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_talks import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -48,7 +48,7 @@ def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore |
             rows = RowEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
             row = Example(talk, tuple(NAMES[id(picture)] for picture in pictures), turns)
             encoded = rows.encode(row, StoredPictures(()))
-            samples.append(Sample(0, talk, encoded.input_ids, encoded.labels, inputs=encoded.inputs))
+            samples.append(Sample(encoded.input_ids, encoded.labels, id=talk, inputs=encoded.inputs))
             samples[-1] = replace(samples[-1], stored=encoded.stored)
     return samples
 

@@ -23,18 +23,8 @@ from dora_vl.errors import UserError
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
-TOWER = [
-    "--library",
-    "timm",
-    "--name",
-    "tf_efficientnet_lite0",
-    "--image-size",
-    "64",
-    "--layer",
-    "-3",
-    "--grid-pool",
-    "2",
-]
+TOWER = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--image-size", "64"]
+TOWER += ["--layer", "-3", "--grid-pool", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +59,9 @@ def refused(root: Path, to: Path, weights: str, *more: str) -> None:
     assert stopped.value.code == 2
 
 
-def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: str) -> None:
     to = tmp_path / "features"
     run(root, to, weights)
-    assert (
-        "features of 3 more files, 1 left out\n  bad.mp4: video bad.mp4 begins with b'no video'"
-        in capsys.readouterr().out
-    )
     source = open_features(to)
     shapes = {name: tuple(source.read(name).shape) for name in source.rows}
     assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}
@@ -84,8 +70,9 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     settings = read_settings(to)
     assert settings is not None
     assert (settings["merge"], settings["frames"], settings["tower"]["layer"]) == (2, 3, -3)
+    before = sorted(to.iterdir())
     run(root, to, weights)
-    assert "features of 0 more files, 1 left out" in capsys.readouterr().out
+    assert sorted(to.iterdir()) == before
     refused(root, to, weights, "--aspect", "square")
 
 
@@ -94,7 +81,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],
 )
 def test_an_interruption_loses_no_features(
-    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, request, how: int | None
+    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, request, how: int | None
 ) -> None:
     to, encode, seen = tmp_path / "features", FeatureEncoder.encode, []
 
@@ -117,7 +104,6 @@ def test_an_interruption_loses_no_features(
     assert json.loads((to / "skipped-0.jsonl").read_text())["id"] == "bad.mp4"
     monkeypatch.undo()
     run(root, to, weights)
-    assert "features of 1 more files" in capsys.readouterr().out
     assert set(open_features(to).rows) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is terminated
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -35,6 +34,7 @@ from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
+from tests.training.launched import free_port
 from tests.training.recorded_run import record_samples
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
@@ -62,16 +62,8 @@ class Case(NamedTuple):
 CASES = [Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for kind in KINDS]
 
 
-class Operation(NamedTuple):
-    """A file operation inside a run's folder; `saves` or removes a checkpoint, or belongs to the steps."""
-
-    rank: int
-    number: int
-    saves: bool
-
-
 class Kill(NamedTuple):
-    """Before the file operation `number` on `rank` and so many seconds more; without a number after the start."""
+    """So many seconds after the file operation `number` begins on `rank`; without a number after the start."""
 
     rank: int
     seconds: float
@@ -79,12 +71,15 @@ class Kill(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """`killed` where the kill came in time; `error` says what went wrong by itself."""
+    """`killed` where the kill came in time; `error` says what went wrong by itself.
+
+    `saves` are the operations, by rank and number, that write or remove a checkpoint.
+    """
 
     killed: bool
     error: str
     seconds: float
-    operations: Sequence[Operation]
+    saves: Sequence[tuple[int, int]]
 
 
 def write_material(folder: Path) -> None:
@@ -123,38 +118,39 @@ def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: floa
 def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, resume: Sequence[str] = ()) -> Ended:
     """A run to its end, or to where one rank is killed; the others then die as a launcher ends them."""
     notes.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    begun, (reads, writes) = time.monotonic(), os.pipe()
+    begun, port = time.monotonic(), free_port()
 
     def work(rank: int) -> None:
         log = os.open(notes / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        stop = kill.number if kill is not None and kill.rank == rank else None
-        _watch_operations(settings.with_suffix(""), notes / f"operations-{rank}", stop, writes)
+        _watch_operations(
+            settings.with_suffix(""), notes / f"operations-{rank}", kill if kill and kill.rank == rank else None
+        )
         if case.ranks > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_SIZE": case.ranks}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": 0, "CROSS_SIZE": 1}
             os.environ.update({name: str(value) for name, value in names.items()})
         record_samples(notes / f"samples-{rank}")
-        _train(case, settings, resume)
+        log_to_stderr()
+        options = ["--config", str(settings), *resume]
+        if case.kind == "vlbart":
+            run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
+        else:
+            run(DecoderPipeline(read_run(options)))
 
-    processes = [_fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)]
-    os.close(writes)
-    killed = _wait_and_kill(reads, processes, kill, begun)
-    os.close(reads)
-    statuses = [os.waitpid(process, 0)[1] for process in processes]
-    operations = [
-        Operation(rank, number, line == "save")
+    statuses = _statuses([_fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
+    killed = kill is not None and statuses[kill.rank] == signal.SIGKILL and time.monotonic() - begun < SECONDS
+    saves = [
+        (rank, number)
         for rank in range(case.ranks)
         for number, line in enumerate((notes / f"operations-{rank}").read_text().splitlines())
+        if line == "save" and number > 0
     ]
     error = ""
     if not killed and any(statuses):
         error = f"status {statuses}: {(notes / 'rank-0.log').read_text(errors='replace')[-400:]}"
-    return Ended(killed, error, time.monotonic() - begun, operations)
+    return Ended(killed, error, time.monotonic() - begun, saves)
 
 
 def _fork(work: Callable[[], None]) -> int:
@@ -174,31 +170,27 @@ def _fork(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begun: float) -> bool:
-    """Kills at the kill's time, and everything that hangs; returns whether the kill found a process to kill."""
-    moment = begun + (kill.seconds if kill is not None and kill.number is None else SECONDS)
-    ready = select.select([reads], [], [], max(0.0, moment - time.monotonic()))[0]
-    if ready and os.read(reads, 1) == b"":  # every process has closed it, so all have ended
-        return False
-    if ready and kill is not None:  # the operation was reached
-        time.sleep(kill.seconds)
-    for process in processes if kill is None else [processes[kill.rank], *processes]:
-        os.kill(process, signal.SIGKILL)
-    return kill is not None and time.monotonic() - begun < SECONDS
+def _statuses(processes: Sequence[int]) -> list[int]:
+    """How each ended; one that fails takes the others with it, and what hangs is killed."""
+    statuses: dict[int, int] = {}
+    end = time.monotonic() + SECONDS
+    while len(statuses) < len(processes):
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            statuses[process] = status
+        elif any(statuses.values()) or time.monotonic() > end:
+            for other in set(processes) - statuses.keys():
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+    return [statuses[process] for process in processes]
 
 
-def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
-    log_to_stderr()
-    options = ["--config", str(settings), *resume]
-    if case.kind == "vlbart":
-        run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
-    else:
-        run(DecoderPipeline(read_run(options)))
-
-
-def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, writes: int) -> None:
-    """Notes the phase of each file operation in the run's folder, and stops this process before one of them."""
+def _watch_operations(run_folder: Path, record: Path, kill: Kill | None) -> None:
+    """Notes the phase of each file operation in the run's folder, and kills this process in one of them."""
     count, file = 0, os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
@@ -212,13 +204,14 @@ def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, w
         in_a_tree = event in REMOVES and "/" not in path  # by rmtree, which names what is in a folder it has open
         if not path.startswith(str(run_folder)) and not in_a_tree:
             return
-        saves = any(part in path for part in ("checkpoint-", ".writing", "adapter"))
-        os.write(file, b"save\n" if event in REMOVES or saves else b"steps\n")
+        saves = event in REMOVES or any(part in path for part in ("checkpoint-", ".writing", "adapter"))
+        os.write(file, b"save\n" if saves else b"steps\n")
         count += 1
-        if stop_before is not None and count > stop_before:
-            os.write(writes, b"x")
-            time.sleep(SECONDS)
+        if kill is not None and kill.number == count - 1:
+            end() if kill.seconds == 0 else threading.Timer(kill.seconds, end).start()
 
+    if kill is not None and kill.number is None:
+        threading.Timer(kill.seconds, end).start()
     sys.addaudithook(hook)
 
 
@@ -294,7 +287,7 @@ class Killer:
         for _ in range(10):  # a run that ended before the kill came is drawn again
             for path in (folder, notes):
                 shutil.rmtree(path, ignore_errors=True)
-            ended = self._start(case, folder, notes / "killed", kill=_draw(whole, draws, in_files=in_files))
+            ended = self._start(case, folder, notes / "killed", kill=_draw(whole, case, draws, in_files=in_files))
             if ended.killed or ended.error:
                 break
         if whole.error or ended.error or not ended.killed:
@@ -315,13 +308,11 @@ class Killer:
         return start(case, settings_file(case, self._folder / "material", folder, dropout=dropout), notes, **how)
 
 
-def _draw(whole: Ended, draws: Random, *, in_files: bool) -> Kill:
-    inside = [operation for operation in whole.operations if operation.saves and operation.number > 0]
-    if in_files and inside:
-        operation = draws.choice(inside)
-        return Kill(operation.rank, draws.choice((0.0, draws.uniform(0, LATER))), operation.number)
-    rank = draws.randrange(1 + max(operation.rank for operation in whole.operations))
-    return Kill(rank, draws.uniform(0.05, 0.95) * whole.seconds)
+def _draw(whole: Ended, case: Case, draws: Random, *, in_files: bool) -> Kill:
+    if in_files and whole.saves:
+        rank, number = draws.choice(whole.saves)
+        return Kill(rank, draws.choice((0.0, draws.uniform(0, LATER))), number)
+    return Kill(draws.randrange(case.ranks), draws.uniform(0.05, 0.95) * whole.seconds)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 from transformers import TrainerCallback
 
 from dora_vl.training import run as training_run
-from dora_vl.training.imagined_step import LiveBytes
+from dora_vl.training.estimate import LiveBytes
 from dora_vl.training.trainer import AdapterTrainer
 from tasks.llava_instruct import main
 
@@ -47,9 +47,9 @@ def measured(out: str, words: list[str]) -> None:
     build, compute = training_run.build_trainer, AdapterTrainer.compute_loss
 
     def with_measure(*parts: Any) -> Any:
-        trainer, stop = build(*parts)
+        trainer = build(*parts)
         trainer.add_callback(Measure(out, batch))
-        return trainer, stop
+        return trainer
 
     def seen(self: AdapterTrainer, model: Any, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
         rows, tokens = inputs["input_ids"].shape

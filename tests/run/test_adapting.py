@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_vl import load_adapter, save_adapter, trained_parts
+from dora_vl import trained_parts
 from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_settings, run_parser
 from dora_vl.run.settings import AdapterConfig, RunConfig
-from dora_vl.training.adapting import core_config
+from dora_vl.training.parts import core_config
 
 OTHER: dict[str, Any] = {
     "method": "lora",
@@ -120,14 +119,6 @@ CONFIG = DoRAConfig(
 )
 
 
-def moved(model: torch.nn.Module) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for part in trained_parts(model):
-            for parameter in part.parameters.values():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-
-
 def test_each_part_has_its_rank_scale_and_name() -> None:
     model = tiny()
     names = apply_dora(model, CONFIG)
@@ -142,25 +133,6 @@ def test_each_part_has_its_rank_scale_and_name() -> None:
     expected = {f"{part}.{factor}": n for part, n in (("dora", 4), ("feed", 3), ("keys", 2)) for factor in ("A", "B")}
     assert counts == {**expected, "dora.magnitude": 4, "feed.magnitude": 3, "keys.magnitude": 2, "tokens": 1}
     assert {(part.part, part.factor) for part in trained_parts(model) if not part.adapts} == {("tokens", None)}
-
-
-def test_parts_come_back_from_a_folder_bit_by_bit(tmp_path: Path) -> None:
-    model, ids = tiny().eval(), torch.arange(7)[None]
-    apply_dora(model, CONFIG)
-    moved(model)
-    save_adapter(model, tmp_path / "adapter")
-    peft = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert peft["rank_pattern"]["model.layers.0.mlp.up_proj"] == 2
-    other = tiny().eval()
-    load_adapter(other, tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(other(ids).logits, model(ids).logits)
-    assert [part.name for part in trained_parts(other)] == [part.name for part in trained_parts(model)]
-    again = tiny().eval()
-    apply_dora(again, CONFIG)
-    load_adapter(again, tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -41,13 +40,10 @@ def changed(**sections: object) -> dict[str, object]:
     return there
 
 
-def test_the_same_run_resumes(checkpoint: Path) -> None:
-    check_manifest(checkpoint, changed(), LAUNCH)
-
-
 @pytest.mark.parametrize(
     "sections",
     [
+        {},
         {"resume": "last"},
         {"watch": 0},
         {"training": {"save_steps": 10, "logging_steps": 1, "output_dir": "elsewhere"}},
@@ -83,53 +79,44 @@ def shaped(micro_batch: int, accumulation: int, **training: object) -> dict[str,
     return changed(training={**cut, "optim": "adamw_torch", **training})
 
 
+MIXTURE = {"data": {"batch_size": 300}, "training": {"per_device_train_batch_size": 1, "optim": "sgd"}}
+ADAFACTOR, DROPS = {"optim": "adafactor"}, {"dataloader_drop_last": True}
+
+
 @pytest.mark.parametrize(
-    ("launch", "cut", "said"),
+    ("then", "wrote", "now", "launch"),
     [
-        (Launch(2, 2), (4, 1), "written by 2 ranks with ZeRO-3, goes on on 2 ranks with ZeRO-2"),
-        (Launch(1, None), (4, 2), "written by 2 ranks with ZeRO-3, goes on on 1 rank without DeepSpeed"),
-        (Launch(4, 0), (2, 1), "goes on on 4 ranks with ZeRO-0"),
-        (Launch(2, 3), (2, 2), "which were of 4 samples and are of 2"),
+        (shaped(4, 1), LAUNCH, shaped(4, 1), Launch(2, 2)),
+        (shaped(4, 1), LAUNCH, shaped(4, 2), Launch(1, None)),
+        (shaped(4, 1), LAUNCH, shaped(2, 1), Launch(4, 0)),
+        (shaped(4, 1), LAUNCH, shaped(2, 2), LAUNCH),
+        (MIXTURE, LAUNCH, MIXTURE, Launch(8, None)),  # a mixture's step is its own setting
+        (shaped(4, 1, **ADAFACTOR), LAUNCH, shaped(4, 1, **ADAFACTOR), LAUNCH),
+        (shaped(4, 1, **DROPS), LAUNCH, shaped(4, 1, **DROPS), LAUNCH),
+        (shaped(4, 2, **ADAFACTOR), Launch(1, None), shaped(4, 1, **ADAFACTOR), Launch(2, 0)),  # no ranks share it
     ],
 )
-def test_other_processes_with_the_same_step_go_on_and_it_is_said(
-    checkpoint: Path, launch: Launch, cut: tuple[int, int], said: str, caplog: pytest.LogCaptureFixture
+def test_processes_with_the_same_step_go_on(
+    checkpoint: Path, then: dict[str, object], wrote: Launch, now: dict[str, object], launch: Launch
 ) -> None:
-    caplog.set_level(logging.INFO)
-    micro_batches = {"optim": {"loss_normalisation": "micro_batch"}}
-    write_manifest(checkpoint, {**shaped(4, 1), **micro_batches}, LAUNCH)
-    check_manifest(checkpoint, {**shaped(*cut), **micro_batches}, launch)
-    assert said in caplog.text
-    assert caplog.text.count("resume: ") == 1
+    write_manifest(checkpoint, then, wrote)
+    check_manifest(checkpoint, now, launch)
 
 
 @pytest.mark.parametrize(
-    ("launch", "cut"),
-    [(Launch(1, 3), (4, 1)), (Launch(4, 2), (4, 1)), (Launch(3, 3), (4, 1)), (Launch(2, 3), (4, 3))],
+    ("launch", "cut", "training"),
+    [
+        *((launch, (4, 1), {}) for launch in (Launch(1, 3), Launch(4, 2), Launch(3, 3))),
+        (LAUNCH, (4, 3), {}),
+        *((Launch(1, None), (4, 2), training) for training in (ADAFACTOR, DROPS)),
+    ],
 )
-def test_another_step_is_refused(checkpoint: Path, launch: Launch, cut: tuple[int, int]) -> None:
-    write_manifest(checkpoint, shaped(4, 1), LAUNCH)
-    with pytest.raises(UserError):
-        check_manifest(checkpoint, shaped(*cut), launch)
-
-
-def test_a_mixtures_step_is_its_own_setting(checkpoint: Path) -> None:
-    mixture = {"data": {"batch_size": 300}, "training": {"per_device_train_batch_size": 1, "optim": "sgd"}}
-    write_manifest(checkpoint, mixture, LAUNCH)
-    check_manifest(checkpoint, mixture, Launch(8, None))
-
-
-@pytest.mark.parametrize("training", [{"optim": "adafactor"}, {"dataloader_drop_last": True}])
-def test_what_no_other_processes_can_go_on_with_is_refused(checkpoint: Path, training: dict[str, object]) -> None:
+def test_another_step_and_what_others_cannot_go_on_with_is_refused(
+    checkpoint: Path, launch: Launch, cut: tuple[int, int], training: dict[str, object]
+) -> None:
     write_manifest(checkpoint, shaped(4, 1, **training), LAUNCH)
-    check_manifest(checkpoint, shaped(4, 1, **training), LAUNCH)
     with pytest.raises(UserError):
-        check_manifest(checkpoint, shaped(4, 2, **training), Launch(1, None))
-
-
-def test_any_optimizer_goes_on_where_no_ranks_share_it(checkpoint: Path) -> None:
-    write_manifest(checkpoint, shaped(4, 2, optim="adafactor"), Launch(1, None))
-    check_manifest(checkpoint, shaped(4, 1, optim="adafactor"), Launch(2, 0))
+        check_manifest(checkpoint, shaped(*cut, **training), launch)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.arguments import check_deepspeed, read_deepspeed, zero_stage
+from dora_vl.files import shipped_folder
+from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.tiny_run import write_run
@@ -42,7 +43,9 @@ def test_what_is_unsafe_or_not_taken_is_refused(block: dict[str, Any], key: str)
 
 
 def test_what_is_safe_is_taken() -> None:
-    for name in ("zero0", "zero2", "zero3", "zero3_offload"):
+    shipped = sorted(path.stem for path in (shipped_folder() / "deepspeed").glob("*.json"))
+    assert shipped == sorted(SHORT_NAMES)
+    for name in shipped:
         check_deepspeed(read_deepspeed(name), method="dora")
     check_deepspeed({**read_deepspeed("zero2"), "bf16": {"enabled": True}}, method="full")  # with float32 masters
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -12,37 +11,6 @@ import torch
 
 from dora_vl.run import launch
 from dora_vl.run.launch import stand_alone_environment
-
-FAULTS = """
-import resource, sys, torch
-from dora_vl.run.launch import keep_freed_memory
-if sys.argv[1] == "kept":
-    print(keep_freed_memory())
-def step():
-    kept = [torch.zeros(2 ** 22) for _ in range(6)]
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def page_faults(mode: str) -> list[str]:
-    finished = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
-    return finished.stdout.split()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library's allocator")
-def test_freed_memory_is_kept_for_the_next_step():
-    (left_alone,) = page_faults("alone")
-    kept, faults = page_faults("kept")
-    if kept == "False":
-        pytest.skip("freed memory is kept on machines without a GPU and with the GNU C library alone")
-    assert int(left_alone) > 10_000  # 3 x 100 MB come back page by page
-    assert int(faults) < int(left_alone) / 4
 
 
 def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch: pytest.MonkeyPatch):

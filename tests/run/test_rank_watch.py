@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +16,9 @@ from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from dora_vl.errors import is_communication
 from dora_vl.training.ranks import Sign, is_timeout, who_did_not_come
+from tests.training.launched import launch
 from tests.training.tiny_run import write_run
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LIMIT = 15
 RANK_1 = r"rank 1 \(process \d+ on \S+\)"
@@ -34,21 +33,13 @@ class Ended:
     lines: list[str]
 
 
-def launch(how: str, tiny_llava: Path, tiny_data: Path, folder: Path, *, stage: str) -> Ended:
+def launched(how: str, tiny_llava: Path, tiny_data: Path, folder: Path, *, stage: str) -> Ended:
     training = {"max_steps": 6, "per_device_train_batch_size": 2, "deepspeed": stage, "ddp_timeout": LIMIT}
     run_file = write_run(folder / "run.yaml", tiny_llava, tiny_data, training=training)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
-    command += ["tests/run/faulty_rank.py", how, "--config", str(run_file)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=170, check=False
-    )
+    done = launch(run_file, ranks=2, program=("tests/run/faulty_rank.py", how), succeeds=False)
     own = [line for line in done.stderr.splitlines() if line.strip() and "[launch.py:" not in line]
-    assert done.returncode not in (0, 2)
+    assert done.returncode != 2
     return Ended(done.returncode, time.monotonic() - began, own)
 
 
@@ -57,7 +48,7 @@ def launch(how: str, tiny_llava: Path, tiny_data: Path, folder: Path, *, stage: 
 def test_a_killed_rank_ends_the_other_with_one_line(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, stage: str
 ) -> None:
-    ended = launch("kill", tiny_llava, tiny_data, tmp_path, stage=stage)
+    ended = launched("kill", tiny_llava, tiny_data, tmp_path, stage=stage)
     assert ended.seconds < 60 + 30  # of which the start takes most
     assert re.match(rf"error: {RANK_1} .*--resume last", ended.lines[-1])
     assert not any("Traceback" in line for line in ended.lines)
@@ -69,7 +60,7 @@ def test_a_killed_rank_ends_the_other_with_one_line(
 def test_an_exception_of_one_rank_is_shown_by_it_alone(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, stage: str
 ) -> None:
-    ended = launch("raise", tiny_llava, tiny_data, tmp_path, stage=stage)
+    ended = launched("raise", tiny_llava, tiny_data, tmp_path, stage=stage)
     assert ended.seconds < 60 + 30
     assert sum("Traceback" in line for line in ended.lines) == 1
     assert ended.lines[-2].endswith("LookupError: no such word")
@@ -82,7 +73,7 @@ def test_an_exception_of_one_rank_is_shown_by_it_alone(
 def test_a_rank_that_does_not_come_is_named_after_the_limit_and_stacks_are_shown(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, how: str, why: str
 ) -> None:
-    ended = launch(how, tiny_llava, tiny_data, tmp_path, stage="zero2")
+    ended = launched(how, tiny_llava, tiny_data, tmp_path, stage="zero2")
     assert re.match(rf"error: .* {LIMIT} s \(training.ddp_timeout\): {RANK_1} did not come \({why}", ended.lines[-1])
     stacks = [line for line in ended.lines if line.endswith("its stack:")]
     assert len(stacks) == (1 if how == "stop" else 2)  # a stopped process shows nothing

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from dora_vl.run.folder import read_log
-from tests.training.tiny_run import write_run
+from tests.training.tiny_run import assert_same_weights, logged_losses, write_run
 
 ROOT = Path(__file__).parents[2]
 LIMIT, STEPS = 15, 5
@@ -131,11 +128,5 @@ def test_a_lost_link_ends_both_hosts_and_the_run_resumes_bitwise(
     resumed = start(hosts, "none", run_file, f"--training.output_dir={cut}", "--resume=last")
     said = ended(resumed, within=150)
     assert [one.returncode for one in resumed] == [0, 0], said[0][-3000:]
-    assert losses(cut) == losses(whole)
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line]
+    assert logged_losses(cut) == logged_losses(whole)
+    assert_same_weights(cut, whole)

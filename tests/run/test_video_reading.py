@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import pytest
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
-from dora_vl.errors import BadSample, SettingError, UserError
-from dora_vl.run import media as run_media
-from dora_vl.run.media import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.errors import SettingError, UserError
+from dora_vl.run import base as run_base
+from dora_vl.run.base import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.run.settings import DataConfig
 from tests.vision.video_files import write_video
 
@@ -63,22 +62,6 @@ def test_short_videos_are_filled_up_where_all_must_have_one_length(folder: Path)
 
 
 @pytest.mark.parametrize(
-    "clip",
-    [Clip(path="none.mp4"), Clip(path="../a.mp4"), Clip(path="cut.mp4"), Clip(path="a.mp4", start_seconds=9.0)],
-)
-def test_what_is_wrong_with_a_video_makes_a_bad_sample(folder: Path, clip: Clip) -> None:
-    with pytest.raises(BadSample):
-        reading(folder).read([CLIP, clip])
-
-
-def test_it_can_be_sent_to_a_data_worker(folder: Path) -> None:
-    ours = reading(folder)
-    expected = ours.read([CLIP])[0]
-    theirs = pickle.loads(pickle.dumps(ours)).read([CLIP])[0]
-    assert (theirs.indices, theirs.pictures[0].tobytes()) == (expected.indices, expected.pictures[0].tobytes())
-
-
-@pytest.mark.parametrize(
     ("name", "value"),
     [("video_frames", 0), ("video_fps", 0.0), ("video_fps", float("nan")), ("video_folder", "nowhere")],
 )
@@ -93,6 +76,6 @@ def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkey
     def missing(backend: str) -> None:
         raise BackendMissing(f"no module for {backend}")
 
-    monkeypatch.setattr(run_media, "import_backend", missing)
+    monkeypatch.setattr(run_base, "import_backend", missing)
     with pytest.raises(UserError):
         check_videos(settings(folder))

@@ -24,6 +24,7 @@ from dora_vl.training.run import train
 from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import json_of, logged_losses, skipped_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -40,35 +41,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
     """The smoke configuration over the tiny model."""
-    return [
-        f"--config={SMOKE}",
-        "--model.base",
-        str(folder / "base"),
-        "--model.source",
-        "null",
-        "--model.dtype",
-        "float32",
-        "--adapter.rank",
-        "4",
-        "--data.train",
-        json.dumps([str(folder / "data" / "train.json")]),
-        "--data.max_tokens",
-        "512",
-        "--evaluation.files",
-        json.dumps({"openbookqa": str(folder / "data" / "test.json")}),
-        "--training.output_dir",
-        str(folder / output),
-        *more,
-    ]
+    changes = {
+        "model.base": str(folder / "base"),
+        "model.source": "null",
+        "model.dtype": "float32",
+        "adapter.rank": "4",
+        "data.train": json.dumps([str(folder / "data" / "train.json")]),
+        "data.max_tokens": "512",
+        "evaluation.files": json.dumps({"openbookqa": str(folder / "data" / "test.json")}),
+        "training.output_dir": str(folder / output),
+    }
+    return [f"--config={SMOKE}", *(f"--{name}={value}" for name, value in changes.items()), *more]
 
 
 def settings(folder: Path, output: str, *more: str) -> CommonsenseRunConfig:
     return read_settings(arguments(folder, output, *more), CommonsenseRunConfig)
-
-
-def losses(run_folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.slow
@@ -78,7 +65,7 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     run = folder / "smoke"
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    metrics = json_of(run / "metrics.json")
     assert metrics["train_samples"] == 48
     for way in ("generation", "likelihood"):
         found = metrics[way]
@@ -95,9 +82,8 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert any(name.endswith("up_proj.lora_magnitude_vector") for name in weights)
     assert not any(".o_proj." in name or ".gate_proj." in name for name in weights)
-    recipe = json.loads((run / "adapter" / "recipe.json").read_text())
-    assert recipe["task"] == "commonsense"
-    assert recipe["template"] == "alpaca"
+    recipe = json_of(run / "adapter" / "recipe.json")
+    assert (recipe["task"], recipe["template"]) == ("commonsense", "alpaca")
 
 
 def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
@@ -118,7 +104,7 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     (run / "metrics.json").write_text(json.dumps({"train_steps": 7, "generation": {"n": 1}}))
     again("tested", "--evaluation.limit", "5")
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json_of(run / "metrics.json")
     assert (metrics["train_steps"], metrics["generation"]["n"], metrics["likelihood"]["n"]) == (7, 5, 5)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert not (run / "log.jsonl").exists()
@@ -128,13 +114,10 @@ def test_packing_trains_the_same(folder: Path) -> None:
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
     for packing in ("true", "false"):
         train(CommonsensePipeline(settings(folder, f"packing_{packing}", "--data.packing", packing, *more)))
-    packed, plain = (losses(folder / f"packing_{one}") for one in ("true", "false"))
+    packed, plain = (logged_losses(folder / f"packing_{one}") for one in ("true", "false"))
     assert packed == pytest.approx(plain, abs=1e-4)
-    padding = [
-        json.loads((folder / f"packing_{one}" / "metrics.json").read_text())["padding_share"]
-        for one in ("true", "false")
-    ]
-    assert padding[0] <= padding[1]
+    shares = [json_of(folder / f"packing_{one}" / "metrics.json")["padding_share"] for one in ("true", "false")]
+    assert shares[0] <= shares[1]
 
 
 def test_the_references_validation_split(folder: Path) -> None:
@@ -169,11 +152,8 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
         *("--training.use_cpu", "true", "--training.deepspeed", "null"),
     )
     train(CommonsensePipeline(config))
-    metrics = json.loads((folder / "stream" / "metrics.json").read_text())
-    assert len(losses(folder / "stream")) == metrics["train_steps"] == 4
-    skipped = (folder / "stream" / "skipped.jsonl").read_text()
-    assert "chat 4" in skipped
-    assert "one question and its output" in skipped
+    assert len(logged_losses(folder / "stream")) == json_of(folder / "stream" / "metrics.json")["train_steps"] == 4
+    assert "one question and its output" in skipped_by(folder / "stream")["chat 4"]
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
@@ -190,30 +170,19 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("more", "key"),
+    ("more", "name"),
     [
         (["--data.validation", "x.json"], "data.validation"),
         (["--data.streaming", "true"], "data.validation_size"),
         (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
-    ],
-)
-def test_settings_that_cannot_work_are_named(folder: Path, more: list[str], key: str) -> None:
-    with pytest.raises(SettingError) as error:
-        train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
-    assert error.value.key == key
-
-
-@pytest.mark.parametrize(
-    ("more", "name"),
-    [
         (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
         (["--evaluation.files", '{"openbookqa": "x.json"}'], "x.json"),
         (["--data.train", "[]"], "data.train"),
         (["--data.validation_size", "40"], "validation_size"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
+def test_settings_and_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
     with pytest.raises(UserError, match=name):
         train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
 

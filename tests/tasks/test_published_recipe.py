@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.model import open_backbone
 from tests.tasks.published_recipe import run_all
-
-
-def losses(run_folder: Path) -> list[float]:
-    lines = (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+from tests.training.tiny_run import logged_losses, weights_of
 
 
 @pytest.mark.slow
@@ -27,12 +21,11 @@ def losses(run_folder: Path) -> list[float]:
 def test_both_stages_and_the_merge(tmp_path: Path) -> None:
     run_all(tmp_path, python=Path(sys.executable))
     runs = tmp_path / "runs"
-    assert len(losses(runs / "pretrain")) == 4
-    stage_2 = losses(runs / "dora")
+    assert len(logged_losses(runs / "pretrain")) == 4
+    stage_2 = logged_losses(runs / "dora")
     assert len(stage_2) == 6
     assert sum(stage_2[3:]) < sum(stage_2[:3])
-    trained = load_file(runs / "pretrain" / "adapter" / "adapter_model.safetensors")
-    assert len(trained) == 4  # weight and bias of the projector's two linears
+    assert len(weights_of(runs / "pretrain")) == 4  # weight and bias of the projector's two linears
     tokenizer = load_tokenizer(str(runs / "merged"))
     picture = tokenizer.convert_tokens_to_ids("<image>")
     ids = torch.tensor([[*tokenizer(" Is it").input_ids, *[picture] * 4, *tokenizer("red?").input_ids[1:]]])

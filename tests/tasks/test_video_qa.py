@@ -32,6 +32,7 @@ from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
 from tasks import video_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import write_vlbart_run
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
 pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
@@ -73,29 +74,22 @@ def vlbart(place: Path) -> Path:
     captions = place / "data/records/moving_shapes_caption"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
     compose = {"small": {**small, "max_positions": 256}, "feature_width": 320, "pooled_side": None, "dropout": 0.0}
-    settings = {
-        "model": {"base": str(place / "base"), "compose": compose},
-        "adapter": {"rank": 2},
-        "data": {
+    tests = {"video_caption": captions / "test.jsonl", "video_words": records.with_name("test.jsonl")}
+    path = write_vlbart_run(
+        place / "vlbart.yaml",
+        place,
+        (),
+        model={"base": str(place / "base"), "compose": compose},
+        data={
             "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
             "features": {"video_words": str(place / "features"), "video_caption": str(place / "caption_features")},
             "feature_tokens": 3,
             "batch_size": 4,
-            "workers": 0,
         },
-        "training": {"output_dir": str(place / "vlbart"), "use_cpu": True, "max_steps": 1, "report_to": "none"},
-        "evaluation": {
-            "files": {
-                "video_caption": str(captions / "test.jsonl"),
-                "video_words": str(place / "data/records/moving_shapes/test.jsonl"),
-            },
-            "image_folder": str(place / "data"),
-        },
-    }
-    path = place / "vlbart.yaml"
-    path.write_text(json.dumps(settings))
-    config = read_settings([f"--config={path}"], VlBartRunConfig, program="vlbart_video.py", description="")
-    run(pipeline_of("vlbart_video")(config))
+        training={"use_cpu": True, "max_steps": 1, "optim": "adamw_torch"},
+        evaluation={"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(place / "data")},
+    )
+    run(pipeline_of("vlbart_video")(read_settings([f"--config={path}"], VlBartRunConfig)))
     return place / "vlbart" / "adapter"
 
 

@@ -6,17 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.callbacks import read_log
+from dora_vl.run.folder import read_log
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import check_same_features
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from tests.training.tiny_vlbart_run import ITEMS, all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import ITEMS, vlbart_run, write_vlbart_data, write_vlbart_run
 
 TESTED = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
 
@@ -34,8 +29,7 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         training={"use_cpu": True, "optim": "adamw_torch", "learning_rate": 1e-3},
         evaluation={"files": files, "batch_size": 4},
     )
-    config = read_settings([f"--config={file}"], VlBartRunConfig)
-    assert run(VlBartPipeline(config, all_subtasks(), name="vlbart_image")) is None
+    assert run(vlbart_run(file)) is None
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["tasks"]) == set(TESTED)
@@ -63,32 +57,6 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     assert sorted(recipe["tasks"]) == sorted(tasks)
 
 
-def test_magnitudes_and_norms_decay_where_the_settings_say_so(tmp_path: Path) -> None:
-    """One step of plain SGD: what decays has moved by the rate times the decay times itself more."""
-    data, found = write_vlbart_data(tmp_path / "data"), {}
-    for decayed in ("matrices", "all_but_biases"):
-        file = write_vlbart_run(
-            tmp_path / f"{decayed}.yaml",
-            data,
-            ("vqav2",),
-            optim={"weight_decay_on": decayed},
-            training={"use_cpu": True, "weight_decay": 0.5},
-        )
-        config = read_settings([f"--config={file}"], VlBartRunConfig)
-        assert run(VlBartPipeline(config, all_subtasks(), name="tiny")) is None
-        found[decayed] = load_file(tmp_path / decayed / "adapter" / "adapter_model.safetensors")
-    base = load_file(data / "base" / "model.safetensors")
-    layer = "model.encoder.layers.0.self_attn"
-    for name, before in {
-        f"{layer}.q_proj.lora_magnitude_vector": base[f"{layer}.q_proj.weight"].norm(dim=1),
-        f"{layer}_layer_norm.weight": base[f"{layer}_layer_norm.weight"],
-        f"{layer}_layer_norm.bias": torch.zeros(16),
-        f"{layer}.v_proj.lora_B.weight": torch.zeros(16, 2),
-    }.items():
-        plain, decayed = (one[f"base_model.model.{name}"] for one in found.values())
-        torch.testing.assert_close(plain - decayed, 0.05 * 0.5 * before.view(plain.shape), atol=1e-6, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("section", "change", "key"),
     [
@@ -101,7 +69,7 @@ def test_magnitudes_and_norms_decay_where_the_settings_say_so(tmp_path: Path) ->
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, section: str, change: dict, key: str) -> None:
     file = write_vlbart_run(tmp_path / "run.yaml", tmp_path, ("vqav2",), **{section: change})
     with pytest.raises(SettingError) as error:
-        VlBartPipeline(read_settings([f"--config={file}"], VlBartRunConfig), all_subtasks(), name="vlbart_image")
+        vlbart_run(file)
     assert error.value.key == key
 
 
@@ -120,9 +88,8 @@ def test_a_test_file_that_cannot_be_scored_stops_the_run_before_it_trains(tmp_pa
         training={"use_cpu": True},
         evaluation={"files": {"tvqa": str(records)}},
     )
-    config = read_settings([f"--config={file}"], VlBartRunConfig)
     with pytest.raises(UserError, match="tvqa-3"):
-        run(VlBartPipeline(config, all_subtasks(), name="vlbart_image"))
+        run(vlbart_run(file))
     assert not (tmp_path / "run" / "adapter").exists()
 
 

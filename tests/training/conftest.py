@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +17,9 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    """Settings of a run of six steps in this process."""
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True})

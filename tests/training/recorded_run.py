@@ -8,42 +8,33 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.training.launched import launch
 
 
 def recorded(
     kind: str, config: Path, folder: Path, *overrides: str, ranks: int, stage: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Trains into a folder, without DeepSpeed where `stage` is None; the samples stand in `records/` below it."""
-    program = ["tests/training/recorded_run.py", "--config", str(config), f"--training.output_dir={folder}"]
-    command = [sys.executable]
-    if ranks > 1 or stage is not None:
-        command += ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", _free_port()]
-    told = [] if stage is None else [f"--training.deepspeed={stage}"]
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "KIND": kind,
-        "RECORDS": str(folder.with_name(f"{folder.name}-records")),
-    }
-    return subprocess.run(
-        [*command, *program, *told, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    engine = [] if stage is None else [f"--training.deepspeed={stage}"]
+    return launch(
+        config,
+        f"--training.output_dir={folder}",
+        *engine,
+        *overrides,
+        ranks=ranks,
+        program=("tests/training/recorded_run.py",),
+        launcher="deepspeed" if ranks > 1 or engine else "",
+        KIND=kind,
+        RECORDS=str(folder.with_name(f"{folder.name}-records")),
     )
-
-
-def _free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
 
 
 def samples_by_step(folder: Path) -> dict[int, Counter[str]]:
@@ -63,11 +54,11 @@ def record_samples(folder: Path) -> None:
     take = AdapterTrainer.get_batch_samples
 
     def noted(self: AdapterTrainer, *options: Any) -> Any:
-        found = take(self, *options)
-        line = {"step": self.state.global_step + 1, "samples": [one for ids in self.faults._ids for one in ids]}
+        batches = take(self, *options)
+        line = {"step": self.state.global_step + 1, "samples": [name for ids in self.faults._ids for name in ids]}
         with (folder / f"{self.args.process_index}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return found
+        return batches
 
     setattr(AdapterTrainer, "get_batch_samples", noted)  # noqa: B010
 

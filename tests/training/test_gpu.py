@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.training.test_two_ranks import ROOT, losses
-from tests.training.tiny_run import write_run
+from tests.training.launched import launch
+from tests.training.tiny_run import losses_of, weights_of, write_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +20,7 @@ pytestmark = [
 
 
 def launch_on_gpu(run_file: Path, *overrides: str) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
-    command += ["tasks/llava_instruct.py", "--config", str(run_file), *overrides]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(run_file, *overrides, ranks=1, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 
 
 @pytest.fixture
@@ -39,24 +34,18 @@ def test_every_stage_trains_float32_adapters_over_a_bfloat16_base(run_file: Path
     if stage == "zero3_offload" and importlib.util.find_spec("ninja") is None:
         pytest.skip("DeepSpeed compiles its CPU Adam with ninja: pip install ninja")
     launch_on_gpu(run_file, f"--training.deepspeed={stage}")
-    found = losses(run_file.with_suffix(""))
-    assert len(found) == 10
-    assert found[-1] < found[0]
-    tensors = load_file(run_file.with_suffix("") / "adapter" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    losses = losses_of(run_file.with_suffix(""))
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in weights_of(run_file.with_suffix("")).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_going_on_repeats_the_whole_run(run_file: Path, stage: str) -> None:
-    launch_on_gpu(run_file, f"--training.deepspeed={stage}")
-    folder = run_file.with_suffix("")
-    launch_on_gpu(
-        run_file,
-        f"--training.deepspeed={stage}",
-        f"--training.output_dir={run_file.parent / 'again'}",
-        f"--resume={folder / 'checkpoint-5'}",
-    )
-    torch.testing.assert_close(losses(run_file.parent / "again"), losses(folder)[5:], atol=2e-2, rtol=0)
+    engine, whole, again = f"--training.deepspeed={stage}", run_file.with_suffix(""), run_file.parent / "again"
+    launch_on_gpu(run_file, engine)
+    launch_on_gpu(run_file, engine, f"--training.output_dir={again}", f"--resume={whole / 'checkpoint-5'}")
+    torch.testing.assert_close(losses_of(again), losses_of(whole)[5:], atol=2e-2, rtol=0)
 
 
 def test_cached_features_workers_and_full_fine_tuning(run_file: Path) -> None:

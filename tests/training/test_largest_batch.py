@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.folder import read_log
+from dora_vl.run.reading import read_run_file
 from dora_vl.training import largest_batch
-from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
     asked_bytes,
@@ -30,10 +28,9 @@ from dora_vl.training.largest_batch import (
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.run import train
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import logged_losses, write_run, write_tiny_data
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.launched import launch
+from tests.training.tiny_run import assert_same_weights, json_of, logged_losses, trained, write_run, write_tiny_data
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = 1 << 47
@@ -41,19 +38,9 @@ SETTINGS = ("--adapter.dropout=0.2", "--training.save_strategy=steps", "--traini
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True, "weight_decay": 0.1})
-
-
-def trained(run_file: Path, name: str, *overrides: str) -> tuple[list[float], Path]:
-    folder = run_file.parent / name
-    train(DecoderPipeline(read_run_file(run_file, *overrides, f"--training.output_dir={folder}")))
-    return logged_losses(folder), folder
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def run_file(run_file: Path) -> Path:
+    run_file.write_text(run_file.read_text().replace("training:\n", "training:\n  weight_decay: 0.1\n"))
+    return run_file
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -82,70 +69,55 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_run_is_the_same_to_the_bit_with_it_and_without(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    without, plain = trained(run_file, "without", *SETTINGS, *more)
-    tried = counted(monkeypatch)
-    found, folder = trained(run_file, "with", *SETTINGS, *more, "--try_largest_batch=true")
-    assert len(tried) == 1
-    assert found == without
-    assert same_tensors(folder, plain)
-    numbers = [json.loads((one / "metrics.json").read_text()) for one in (folder, plain)]
-    assert numbers[0]["train_samples"] == numbers[1]["train_samples"]
+    plain = trained(run_file, *SETTINGS, *more, name="without")
+    tried, asked = counted(monkeypatch), [*SETTINGS, *more, "--try_largest_batch=true"]
     # a resumed run too: the optimizer's state is the checkpoint's afterwards, not a step older
-    again = [*SETTINGS, *more, "--try_largest_batch=true", f"--resume={folder / 'checkpoint-4'}"]
-    resumed, _ = trained(run_file, "with", *again)
-    assert resumed == without
-    assert same_tensors(folder, plain)
+    for resume in ([], [f"--resume={run_file.parent / 'with' / 'checkpoint-4'}"]):
+        folder = trained(run_file, *asked, *resume, name="with")
+        assert logged_losses(folder) == logged_losses(plain)
+        assert_same_weights(folder, plain)
+        samples = [json_of(run / "metrics.json")["train_samples"] for run in (folder, plain)]
+        assert samples[0] == samples[1]
+    assert len(tried) == 2
 
 
 def test_the_longest_samples_make_it(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = json.loads((read_data(run_file)).read_text())
+    data = Path(str(read_run_file(run_file).data.train))
+    records = json.loads(data.read_text())
     for row in (5, 11):
         records[row]["conversations"][1]["value"] = "blue it " * 30
-    path = Path(read_data(run_file)).with_name("long.json")
+    path = data.with_name("long.json")
     path.write_text(json.dumps(records))
     tried = counted(monkeypatch)
     asked = ("--try_largest_batch=true", "--training.max_steps=1", "--training.per_device_train_batch_size=2")
-    trained(run_file, "run", *asked, f"--data.train={path}")
+    trained(run_file, *asked, f"--data.train={path}")
     assert sorted(tried[0]["sample_ids"]) == ["sample-11", "sample-5"]
-
-
-def read_data(run_file: Path) -> Path:
-    return Path(str(read_run_file(run_file).data.train))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "ranks", "port"), [("zero3", 2, 29641), ("zero2", 1, 29642)])
-def test_under_zero_the_run_is_the_same_to_the_bit(
-    tmp_path: Path, tiny_llava: Path, stage: str, ranks: int, port: int
-) -> None:
+@pytest.mark.parametrize(("stage", "ranks"), [("zero3", 2), ("zero2", 1)])
+def test_under_zero_the_run_is_the_same_to_the_bit(tmp_path: Path, tiny_llava: Path, stage: str, ranks: int) -> None:
     data = write_tiny_data(tmp_path / "data", samples=24, text_only_blocks=2)
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, data, adapter={"dropout": 0.1})
-    found = []
-    for number, asked in enumerate(("false", "true")):
-        folder = tmp_path / asked
-        settings = [f"--training.output_dir={folder}", f"--training.deepspeed={stage}", f"--try_largest_batch={asked}"]
-        settings += ["--training.gradient_accumulation_steps=2", "--training.per_device_train_batch_size=2"]
-        launch(run_file, *settings, "--training.max_steps=4", ranks=ranks, port=port + 2 * number)
-        found.append(logged_losses(folder))
-    assert found[0] == found[1]
-    assert same_tensors(tmp_path / "true", tmp_path / "false")
+    settings = [f"--training.deepspeed={stage}", "--training.gradient_accumulation_steps=2"]
+    settings += ["--training.per_device_train_batch_size=2", "--training.max_steps=4"]
+    for asked in ("false", "true"):
+        more = [f"--training.output_dir={tmp_path / asked}", f"--try_largest_batch={asked}"]
+        launch(run_file, *settings, *more, ranks=ranks)
+    assert logged_losses(tmp_path / "true") == logged_losses(tmp_path / "false")
+    assert_same_weights(tmp_path / "true", tmp_path / "false")
 
 
 def test_vlbart_tries_the_longest_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_vlbart_data(tmp_path / "data")
-    found = []
     tried = counted(monkeypatch)
     for asked in ("false", "true"):
-        path = write_vlbart_run(
-            tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"use_cpu": True, "optim": "adamw_torch"}
-        )
-        config = read_settings(["--config", str(path), f"--try_largest_batch={asked}"], VlBartRunConfig)
-        train(VlBartPipeline(config, all_subtasks(), name="tiny"))
-        found.append(logged_losses(tmp_path / asked))
-    assert found[0] == found[1]
+        path = write_vlbart_run(tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"optim": "adamw_torch"})
+        train(vlbart_run(path, f"--try_largest_batch={asked}"))
     assert len(tried) == 1
-    assert same_tensors(tmp_path / "true", tmp_path / "false")
+    assert logged_losses(tmp_path / "true") == logged_losses(tmp_path / "false")
+    assert_same_weights(tmp_path / "true", tmp_path / "false")
 
 
 # ---- what does not fit
@@ -163,36 +135,35 @@ def no_room_above(monkeypatch: pytest.MonkeyPatch, most: int, make: Callable[[],
     monkeypatch.setattr(NextTokenLoss, "forward", limited)
 
 
-def impossible() -> object:
-    return torch.empty(IMPOSSIBLE, dtype=torch.uint8)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.empty(IMPOSSIBLE, dtype=torch.uint8),
+        lambda: raised(MemoryError("Unable to allocate 3.00 GiB for an array with shape (1,)")),  # numpy's
+        lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79 GiB")),
+    ],
+)
+def test_any_allocators_error_ends_a_run(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], object]
+) -> None:
+    no_room_above(monkeypatch, 0, make)
+    with pytest.raises(UserError):
+        trained(run_file)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 def test_what_does_not_fit_ends_before_the_first_step_with_what_does(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_room_above(monkeypatch, 3, impossible)
+    no_room_above(monkeypatch, 3, lambda: torch.empty(IMPOSSIBLE, dtype=torch.uint8))
     with pytest.raises(UserError) as error:
-        trained(run_file, "run", "--training.per_device_train_batch_size=16", "--try_largest_batch=true")
+        trained(run_file, "--training.per_device_train_batch_size=16", "--try_largest_batch=true")
     for fact in ("16 rows", "131072.00 GiB", "per_device_train_batch_size to 2", "gradient_accumulation_steps to 8"):
         assert fact in str(error.value)
     assert read_log(run_file.parent / "run" / "log.jsonl") == []
-
-
-def numpys() -> object:
-    raise MemoryError("Unable to allocate 3.00 GiB for an array with shape (1,)")
-
-
-def cudas() -> object:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB")
-
-
-@pytest.mark.parametrize("make", [numpys, cudas])
-def test_other_allocators_errors_end_the_run_alike(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], object]
-) -> None:
-    no_room_above(monkeypatch, 0, make)
-    with pytest.raises(UserError):
-        trained(run_file, "run")
 
 
 ONE = "--training.per_device_train_batch_size=1"
@@ -219,10 +190,9 @@ def test_advice_goes_from_the_mildest_on(
 
 def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
     data = write_vlbart_data(tmp_path / "data")
-    path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})
     settings = ("--data.batch_size=6", "--training.gradient_accumulation_steps=3", "--evaluation.batch_size=10")
-    bart = read_settings(["--config", str(path), *settings], VlBartRunConfig)
-    arguments = VlBartPipeline(bart, all_subtasks(), name="tiny").arguments()
+    pipeline = vlbart_run(write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",)), *settings)
+    bart, arguments = pipeline.config, pipeline.arguments()
     assert "accumulation_steps to 6 (it is 3): the step keeps its 6 samples" in what_to_lower(bart, arguments)
     arguments.gradient_accumulation_steps, arguments.gradient_checkpointing = 6, True
     arguments.per_device_train_batch_size = 1

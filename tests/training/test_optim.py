@@ -11,7 +11,7 @@ from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import Decayed, OptimConfig
-from dora_vl.training.optim import (
+from dora_vl.training.parts import (
     LearningRates,
     frozen_table,
     parameter_groups,

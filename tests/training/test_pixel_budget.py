@@ -12,12 +12,8 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import grey_video, within_pixels
 from dora_vl.errors import SettingError
-from dora_vl.run.reading import read_run_file
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import write_run, write_tiny_llava
+from tests.training.tiny_run import decoder_run, json_of, logged, trained, write_run, write_tiny_llava
 
 FAMILIES = ("qwen2_vl", "llava_next")
 SIDES = ((640, 480), (60, 40), (900, 100))
@@ -60,7 +56,7 @@ def written(folder: Path, base: Path, **changes: dict[str, object]) -> Path:
 
 def tokens_of(path: Path, *overrides: str) -> list[int]:
     """Of the first three training samples."""
-    pipeline = DecoderPipeline(read_run_file(path, *overrides))
+    pipeline = decoder_run(path, *overrides)
     arguments = pipeline.arguments()
     pipeline.prepare(arguments)
     data = pipeline.data(pipeline.skeleton(), arguments)
@@ -86,16 +82,14 @@ def test_what_is_above_a_samples_share_becomes_fewer_tokens(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path, family: str) -> None:
     path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
-    run(DecoderPipeline(read_run_file(path)))
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["train_samples"] == 12
-    assert metrics["shrunk_samples"] == 8  # large and long ones
-    assert [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line][-1]["shrunk_samples"] == 8
+    metrics = json_of(trained(path) / "metrics.json")
+    assert (metrics["train_samples"], metrics["shrunk_samples"]) == (12, 8)  # large and long ones
+    assert logged(tmp_path / "run")[-1]["shrunk_samples"] == 8
 
 
 def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
     path = written(tmp_path, bases["qwen2_vl"])
-    pipeline = DecoderPipeline(read_run_file(path))
+    pipeline = decoder_run(path)
     arguments = pipeline.arguments()
     data = pipeline.data(pipeline.skeleton(), arguments)
     pictured = data.pools()[0]

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from dora_vl.data.samples import BadSampleLedger
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_run_file
-from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.progress import BatchStatistics, Progress, account_of
-from dora_vl.training.run import train
-from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.launched import launch
+from tests.training.tiny_run import json_of, skipped_by, trained, write_run, write_tiny_data
 
 SAME = ("train_samples", "train_steps", "padding_share", "skipped_samples")
+ON_CPU = "--training.use_cpu=true"
 
 
 @pytest.fixture
@@ -27,60 +27,46 @@ def run_file(tmp_path: Path, tiny_llava: Path) -> Path:
     data = write_tiny_data(tmp_path / "data", samples=48)
     for name in ("red-0.png", "green-45.png"):
         (data.parent / name).unlink()
-    records = json.loads(data.read_text())[10:16]  # pictures that training reads as well, but for one
-    (held_out := data.parent / "held.json").write_text(
-        json.dumps(
-            [
-                {**one, "id": f"held-{one['id']}", **({"image": "none.png"} if n == 2 else {})}
-                for n, one in enumerate(records)
-            ]
-        )
-    )
+    records = [{**row, "id": f"held-{row['id']}"} for row in json.loads(data.read_text())[10:16]]
+    records[2]["image"] = "none.png"
+    (held_out := data.parent / "held.json").write_text(json.dumps(records))
+    steps = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6}
     return write_run(
         tmp_path / "run.yaml",
         tiny_llava,
         data,
         data={"max_bad_share": 0.2, "group_by_modality_length": False, "validation": str(held_out)},
-        training={
-            **{"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6},
-            "train_sampling_strategy": "sequential",
-        },
+        training={**steps, "train_sampling_strategy": "sequential"},
     )
 
 
-def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    lines = (folder / "skipped.jsonl").read_text().splitlines()
-    return json.loads((folder / "metrics.json").read_text()), [json.loads(line) for line in lines]
+def numbers(folder: Path) -> dict[str, Any]:
+    metrics = json_of(folder / "metrics.json")
+    return {name: metrics[name] for name in SAME}
 
 
 def check(whole: Path, resumed: Path) -> None:
-    (metrics, skipped), (expected, named) = results(resumed), results(whole)
-    assert {one["id"] for one in named} == {"sample-0", "sample-45", "held-sample-12"}
-    assert sorted(map(str, skipped)) == sorted(map(str, named))
-    assert {key: metrics[key] for key in SAME} == {key: expected[key] for key in SAME}
-    assert expected["skipped_samples"] == 2
-    progress = json.loads((whole / "checkpoint-6" / "progress.json").read_text())
+    assert set(skipped_by(whole)) == {"sample-0", "sample-45", "held-sample-12"}
+    assert skipped_by(resumed) == skipped_by(whole)
+    assert numbers(resumed) == numbers(whole)
+    assert numbers(whole)["skipped_samples"] == 2
+    progress, metrics = json_of(whole / "checkpoint-6" / "progress.json"), json_of(resumed / "metrics.json")
     assert list(progress["skipped"]) == ["sample-0"]
     assert metrics["train_seconds"] >= round(progress["seconds"], 1) > 0
     assert metrics["samples_per_second"] == pytest.approx(metrics["train_samples"] / metrics["train_seconds"], rel=0.1)
 
 
 def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None:
-    whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"
-    train(DecoderPipeline(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}")))
-    options = (f"--training.output_dir={resumed}", f"--resume={whole / 'checkpoint-6'}")
-    train(DecoderPipeline(read_run_file(run_file, "--training.use_cpu=true", *options)))
-    check(whole, resumed)
-    before = results(whole)
-    again = read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
-    train(DecoderPipeline(again))
-    assert results(whole) == before
+    whole = trained(run_file, ON_CPU, name="whole")
+    check(whole, trained(run_file, ON_CPU, f"--resume={whole / 'checkpoint-6'}", name="resumed"))
+    before = [(whole / name).read_bytes() for name in ("metrics.json", "skipped.jsonl")]
+    trained(run_file, ON_CPU, "--resume=last", name="whole")
+    assert [(whole / name).read_bytes() for name in ("metrics.json", "skipped.jsonl")] == before
+    expected, skipped = numbers(whole), skipped_by(whole)
     (whole / "metrics.json").unlink()  # as if it had been stopped at its last step
     (whole / "skipped.jsonl").unlink()
-    train(DecoderPipeline(again))
-    metrics, skipped = results(whole)
-    assert {key: metrics[key] for key in SAME} == {key: before[0][key] for key in SAME}
-    assert skipped == before[1]
+    trained(run_file, ON_CPU, "--resume=last", name="whole")
+    assert (numbers(whole), skipped_by(whole)) == (expected, skipped)
 
 
 @pytest.mark.slow
@@ -88,8 +74,8 @@ def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None
 def test_two_ranks_carry_over_what_both_skipped(run_file: Path) -> None:
     whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"
     options = ("--training.deepspeed=zero2", "--training.per_device_train_batch_size=2")
-    for folder, more, port in ((whole, (), 29671), (resumed, (f"--resume={whole / 'checkpoint-6'}",), 29672)):
-        launch(run_file, *options, f"--training.output_dir={folder}", *more, ranks=2, port=port)
+    for folder, more in ((whole, ()), (resumed, (f"--resume={whole / 'checkpoint-6'}",))):
+        launch(run_file, *options, f"--training.output_dir={folder}", *more, ranks=2)
     check(whole, resumed)
 
 
@@ -99,9 +85,13 @@ MEDIA = {"a.png": "1", "b.png": "2", "missing.png": "", "broken.png": "3"}
 def progress_over(*ids: str, **media: str) -> Progress:
     statistics = BatchStatistics(BadSampleLedger(max_bad_share=1.0, total_samples=3, source="train.json"))
     statistics.carry_over({"c": "picture broken.png in . cannot be decoded"})
-    found = Progress(statistics, None)
-    found.trains_on(lambda: ids, "train.json", lambda: {**MEDIA, **{f"{name}.png": key for name, key in media.items()}})
-    return found
+    named = {**MEDIA, **{f"{name}.png": key for name, key in media.items()}}
+    return Progress(statistics, None, data_of(ids=lambda: ids, media=lambda: named))
+
+
+def data_of(**account: Any) -> TrainingData:
+    sizes = {"samples": 3, "batch_tokens": 9}
+    return TrainingData(train=TensorDataset(torch.zeros(3)), collate=dict, source="train.json", **sizes, **account)
 
 
 @pytest.fixture
@@ -119,23 +109,19 @@ def test_an_account_is_of_ids_in_order() -> None:
     assert account["ids_sha256"] not in [account_of(ids)["ids_sha256"] for ids in others]
 
 
-@pytest.mark.parametrize("ids", ["abcd", "ac", "acb"])
-def test_other_samples_are_refused(checkpoint: Path, ids: str) -> None:
-    progress_over("a", "b", "c").check_samples(checkpoint)
+@pytest.mark.parametrize(
+    ("ids", "media"),
+    [("abcd", {}), ("ac", {}), ("acb", {}), ("abc", {"b": "7"}), ("abc", {"b": ""})],  # another picture, none
+)
+def test_other_samples_and_replaced_files_are_refused(checkpoint: Path, ids: str, media: dict[str, str]) -> None:
+    progress_over("a", "b", "c", missing="5", broken="6").check_samples(checkpoint)  # a mended one goes on
     with pytest.raises(UserError):
-        progress_over(*ids).check_samples(checkpoint)
-
-
-def test_a_replaced_file_is_refused_and_a_mended_one_goes_on(checkpoint: Path) -> None:
-    progress_over("a", "b", "c", missing="5", broken="6").check_samples(checkpoint)
-    for key in ("7", ""):  # another picture, none
-        with pytest.raises(UserError):
-            progress_over("a", "b", "c", b=key).check_samples(checkpoint)
+        progress_over(*ids, **media).check_samples(checkpoint)
 
 
 def test_a_stream_has_no_account(checkpoint: Path) -> None:
-    stream = Progress(BatchStatistics(), None)
+    stream = Progress(BatchStatistics(), None, data_of())
     stream.check_samples(checkpoint)
     stream.write(checkpoint, torch.device("cpu"), writes=True)
-    assert json.loads((checkpoint / "progress.json").read_text())["training_samples"] is None
+    assert json_of(checkpoint / "progress.json")["training_samples"] is None
     progress_over("a").check_samples(checkpoint)

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
-from data_prep import generated_commonsense
-from dora_vl.adapters.folder import load_adapter, read_weights
-from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
+from dora_vl.adapters.folder import read_weights
+from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import CommonsenseRunConfig
-from dora_vl.training import run as training_run
-from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
-from dora_vl.training.run import run
-from tasks import llava_instruct
+from dora_vl.run.reading import read_run_file
 from tests.backbones.tiny_image_text import write_tiny
-from tests.backbones.tiny_language import write_tiny_language
-from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import logged_losses, write_run, write_tiny_data, write_tiny_llava
+from tests.training.launched import launch
+from tests.training.tiny_run import (
+    assert_same_weights,
+    decoder_run,
+    json_of,
+    logged_losses,
+    merged,
+    refused,
+    trained,
+    write_run,
+    write_tiny_data,
+    write_tiny_llava,
+)
 
-SMOKE = Path(__file__).parents[2] / "configs" / "commonsense" / "smoke.yaml"
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 KINDS = ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(SCHEMES) if kind != "nf4")]
 TURNS = [Turn("user", "<image>\nSay the colour.")]
@@ -57,26 +55,13 @@ def settings(there: Path, base: str, name: str, **changes: Any) -> Path:
     return write_run(there / f"{name}.yaml", there / base, there / "data" / "train.json", **sections)
 
 
-def start(monkeypatch: pytest.MonkeyPatch, task: Any, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", [task.__file__, *arguments])
-    task.main()
-
-
-def trained(there: Path, monkeypatch: pytest.MonkeyPatch, base: str, kind: str) -> Path:
-    """The adapter of a run of the script, made once."""
+def adapter_of(there: Path, kind: str) -> Path:
+    """The adapter of a run, made once."""
     pytest.importorskip(SCHEMES[kind].package)
-    adapter = there / f"{base}-{kind}" / "adapter"
+    adapter = there / f"qwen2_5_vl-{kind}" / "adapter"
     if not adapter.is_dir():
-        path = settings(there, base, f"{base}-{kind}", model={"quantisation": kind})
-        start(monkeypatch, llava_instruct, "--config", str(path))
+        trained(settings(there, "qwen2_5_vl", f"qwen2_5_vl-{kind}", model={"quantisation": kind}))
     return adapter
-
-
-def merged(adapter: Path, to: Path, *more: str) -> Path:
-    parser = argparse.ArgumentParser()
-    merge_command.add_arguments(parser)
-    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(to), *more])))
-    return to
 
 
 def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
@@ -86,29 +71,26 @@ def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_the_decoder_and_the_whole_projector(there: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+def test_it_trains_the_decoder_and_the_whole_projector(there: Path, kind: str) -> None:
+    adapter = adapter_of(there, kind)
     weights = read_weights(adapter)
     assert sum("lora_B" in name for name in weights) == 14
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     assert any("merger" in name for name in weights)
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    assert recipe["quantisation"] == kind
-    assert recipe["adapter"]["method"] == "dora"
+    recipe = json_of(adapter / "recipe.json")
+    assert (recipe["quantisation"], recipe["adapter"]["method"]) == (kind, "dora")
     losses = logged_losses(adapter.parent)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_plain_model_is_the_trained_one(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+def test_the_merged_plain_model_is_the_trained_one(there: Path, tmp_path: Path, kind: str) -> None:
+    adapter = adapter_of(there, kind)
     opened = open_model(ModelRequest(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in json_of(tmp_path / "merged" / "config.json")
     assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.prompts)
     # LLM.int8 rounds inputs as well, which no plain model does.
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
@@ -123,103 +105,23 @@ def test_the_merged_plain_model_is_the_trained_one(
     assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
 
 
-def gradients_of(monkeypatch: pytest.MonkeyPatch, path: Path, *, training: bool = False) -> list[list[torch.Tensor]]:
-    """Those of each step of a run of the script, whose base is in this mode when the adapter goes in."""
-    steps: list[list[torch.Tensor]] = []
-    kept = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
-    )
-    adapt = training_run.adapt
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            training_run, "adapt", lambda model, *given, **named: adapt(model.train(training), *given, **named)
-        )
-        start(patch, llava_instruct, "--config", str(path))
-    kept.remove()
-    return steps
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_dequantised_base(there: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """After an evaluation too, from an adapter that has moved, whichever mode it goes in."""
-    often = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "learning_rate": 1e-4}
-    data = {"validation": str(there / "data" / "train.json"), "validation_limit": 4}
-    changes = {
-        "training": often,
-        "data": data,
-        "adapter": {"initial": str(trained(there, monkeypatch, "qwen2_5_vl", kind))},
-    }
-    plain = shutil.copytree(there / "qwen2_5_vl", there / f"plain-{kind}")
-    model = AutoModelForImageTextToText.from_pretrained(plain)
-    with torch.no_grad():
-        for name in quantised_layers(json.loads((plain / "config.json").read_text()), kind, "base").quantised:
-            weight = model.get_submodule(name).weight
-            weight.copy_(quantised_values(weight.detach(), kind, torch.float32))
-    model.save_pretrained(plain)
-    wanted = gradients_of(monkeypatch, settings(there, plain.name, f"plain-run-{kind}", **changes))
-    assert [any(bool(gradient.any()) for gradient in step) for step in wanted] == [True] * 3
-    for training in (False, True):
-        path = settings(there, "qwen2_5_vl", f"{kind}-{training}", model={"quantisation": kind}, **changes)
-        for found, step in zip(gradients_of(monkeypatch, path, training=training), wanted, strict=True):
-            for ours, theirs in zip(found, step, strict=True):
-                assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())  # 0 of what a batch does not reach
-
-
-def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
-    path = settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
-    start(monkeypatch, llava_instruct, "--config", str(path))
-    start(monkeypatch, llava_instruct, "--config", str(path), "--resume", str(there / "half" / "checkpoint-2"))
-    resumed = read_weights(there / "half" / "adapter")
-    assert resumed.keys() == whole.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
+    whole, path = adapter_of(there, "nf4").parent, settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
+    folder = trained(path)
+    trained(path, f"--resume={folder / 'checkpoint-2'}")
+    assert_same_weights(folder, whole, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
+def test_zero_2_trains_what_one_process_trains(there: Path) -> None:
     path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
-    launch(path, ranks=1, port=29741)
-    for name, tensor in read_weights(there / "zero2" / "adapter").items():
-        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
-
-
-def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("bitsandbytes")
-    write_tiny_language(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    generated_commonsense.main(["--to", str(tmp_path / "data")])
-    given = {
-        "model": {"base": str(tmp_path / "base"), "source": None, "dtype": "float32", "quantisation": "nf4"},
-        "adapter": {"rank": 4},
-        "data": {"train": [str(tmp_path / "data" / "train.json")], "max_tokens": 512},
-        "evaluation": {"files": {"openbookqa": str(tmp_path / "data" / "test.json")}, "limit": 4},
-        "training": {"output_dir": str(tmp_path / "run"), "max_steps": 3, "learning_rate": 1e-2, "deepspeed": None},
-    }
-    flat = [
-        f"--{part}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for part, keys in given.items()
-        for key, value in keys.items()
-    ]
-    run(CommonsensePipeline(read_settings([f"--config={SMOKE}", *flat], CommonsenseRunConfig)))
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 3
-    adapter = tmp_path / "run" / "adapter"
-    ours = open_backbone(str(tmp_path / "base"), quantisation="nf4").model
-    load_adapter(ours, adapter)
-    model = AutoModelForCausalLM.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        found, expected = model(input_ids=ids).logits, ours.eval()(input_ids=ids).logits
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    assert float((base - expected).abs().max()) > 1e-2
+    launch(path, ranks=1)
+    assert_same_weights(there / "zero2", adapter_of(there, "nf4").parent, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
-def test_zero_3_is_refused_before_weights_are_read(there: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+def test_zero_3_is_refused_before_weights_are_read(there: Path, base: str) -> None:
     path = settings(there, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
-    monkeypatch.setattr(DecoderPipeline, "load", lambda self: pytest.fail("weights are read"))
-    with pytest.raises(UserError):
-        run(DecoderPipeline(read_run_file(path)))
+    refused(decoder_run(path))
     with pytest.raises(UserError):
         read_run_file(path, "--model.quantisation=fp3")

@@ -14,20 +14,21 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file, save_file
 
 from dora_vl.errors import UserError
-from dora_vl.training.checkpoint import load_random_states, save_random_states, seed_all
-from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
-from dora_vl.training.optimizer_state import (
-    Layout,
+from dora_vl.training.checkpoint import (
     OptimizerPlaces,
     Piece,
     load_optimizer,
+    load_random_states,
     load_values,
     optimizer_numbers,
     places_of,
+    save_random_states,
+    seed_all,
     whole_tensors,
 )
+from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
 
-CPU = torch.device("cpu")
+CPU, TENSORS = torch.device("cpu"), "tensors-00001.safetensors"
 Trained = dict[str, torch.nn.Parameter]
 
 
@@ -61,9 +62,8 @@ def whole_places(tensors: Trained, *, steps: int) -> OptimizerPlaces:
 def flat_places(tensors: Trained) -> OptimizerPlaces:
     """As ZeRO lays tensors out: the first two in one flat tensor, in another order and padded; the third alone."""
     flats = [torch.nn.Parameter(torch.zeros(20)), torch.nn.Parameter(torch.zeros(4))]
-    a, b, c = tensors.values()
-    pieces = {id(a): Piece(0, 6, 0, 12), id(b): Piece(0, 0, 0, 5), id(c): Piece(1, 0, 0, 4)}
-    return OptimizerPlaces(Layout(optimizer_of(flats, 2), flats, pieces), tensors, CPU)
+    pieces = dict(zip(tensors, (Piece(0, 6, 0, 12), Piece(0, 0, 0, 5), Piece(1, 0, 0, 4)), strict=True))
+    return OptimizerPlaces(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
 
 
 def saved(checkpoint: Path, places: OptimizerPlaces, **sizes: int) -> None:
@@ -115,17 +115,17 @@ def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> N
     saved(tmp_path, whole_places(trained(), steps=3))
     tensors = trained()
     first, *last = tensors.values()
-    whole = WholeSteps([{"name": "first", "params": [first, last[0]]}, {"name": "last", "params": last[1:]}])
-    loaded(tmp_path, places_of(whole, tensors, CPU))
-    steps = [whole.state[one]["step"] for one in tensors.values()]
+    counting = WholeSteps([{"name": "first", "params": [first, last[0]]}, {"name": "last", "params": last[1:]}])
+    loaded(tmp_path, places_of(counting, tensors, CPU))
+    steps = [counting.state[tensor]["step"] for tensor in tensors.values()]
     assert steps == [3, 3, 3]
-    assert all(type(one) is int for one in steps)
+    assert {type(step) for step in steps} == {int}
 
 
 def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
     whole, held = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
     one = torch.nn.Parameter(torch.zeros(3, 4))
-    places = OptimizerPlaces(Layout(optimizer_of([held], 1), [held], {id(one): Piece(0, 0, 6, 5)}), {"a": one}, CPU)
+    places = OptimizerPlaces(optimizer_of([held], 1), [held], {"a": one}, {"a": Piece(0, 0, 6, 5)}, CPU)
     places.set_value("a", whole)
     assert held.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
     assert torch.equal(one, whole)
@@ -134,31 +134,27 @@ def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -
 def test_tensors_that_took_fewer_steps_get_the_others_count_in_one_flat_tensor(tmp_path: Path) -> None:
     tensors = trained()
     places = whole_places(tensors, steps=1)
-    step(places.optimizer, list(tensors.values())[:1], 0)
     tensors["b.bias"].grad = None
-    tensors["a.weight"].grad = torch.ones(3, 4)
     places.optimizer.step()
     saved(tmp_path, places)
     flat = flat_places(trained())
     loaded(tmp_path, flat)
-    assert [float(flat.optimizer.state[one]["step"]) for one in flat.flats] == [2.0, 2.0]
+    assert [float(flat.optimizer.state[tensor]["step"]) for tensor in flat.flats] == [2.0, 2.0]
 
 
-def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+def changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def spoil(folder: Path) -> None:
-        path = folder / "tensors-00001.safetensors"
-        tensors = load_file(path)
+        tensors = load_file(folder / TENSORS)
         change(tensors)
-        save_file(tensors, path)
+        save_file(tensors, folder / TENSORS)
 
     return spoil
 
 
-def renumbered(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
+def numbered(**numbers: object) -> Callable[[Path], object]:
     def spoil(folder: Path) -> None:
-        numbers = json.loads((folder / "state.json").read_text())
-        change(numbers["optimizer"])
-        (folder / "state.json").write_text(json.dumps(numbers))
+        content = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({"optimizer": {**content["optimizer"], **numbers}}))
 
     return spoil
 
@@ -167,20 +163,18 @@ def renumbered(change: Callable[[dict[str, object]], object]) -> Callable[[Path]
     "spoil",
     [
         lambda folder: (folder / "state.json").unlink(),
-        lambda folder: (folder / "state.json").write_text("[1]"),
-        lambda folder: (folder / "state.json").write_text("[" * 100_000),
-        lambda folder: (folder / "state.json").write_text("{}"),
-        lambda folder: (folder / "tensors-00001.safetensors").unlink(),
-        lambda folder: (folder / "tensors-00001.safetensors").write_bytes(b"no"),
-        rewritten(lambda tensors: tensors.pop("value/b.bias")),
-        rewritten(lambda tensors: tensors.update({"value/d": torch.ones(1)})),
-        rewritten(lambda tensors: tensors.update({"value/b.bias": torch.ones(6)})),
-        rewritten(lambda tensors: tensors["value/b.bias"].fill_(torch.nan)),
-        rewritten(lambda tensors: tensors.update({"exp_avg/d": torch.ones(1)})),
-        rewritten(lambda tensors: tensors.update({"exp_avg/b.bias": torch.ones(2)})),
-        renumbered(lambda numbers: numbers.update({"groups": [{}]})),
-        renumbered(lambda numbers: numbers.update({"groups": 3})),
-        renumbered(lambda numbers: numbers.update({"numbers": {"d": {"step": 1}}})),
+        *(lambda folder, text=text: (folder / "state.json").write_text(text) for text in ("[1]", "[" * 100_000, "{}")),
+        lambda folder: (folder / TENSORS).unlink(),
+        lambda folder: (folder / TENSORS).write_bytes(b"no"),
+        changed(lambda tensors: tensors.pop("value/b.bias")),
+        changed(lambda tensors: tensors.update({"value/d": torch.ones(1)})),
+        changed(lambda tensors: tensors.update({"value/b.bias": torch.ones(6)})),
+        changed(lambda tensors: tensors["value/b.bias"].fill_(torch.nan)),
+        changed(lambda tensors: tensors.update({"exp_avg/d": torch.ones(1)})),
+        changed(lambda tensors: tensors.update({"exp_avg/b.bias": torch.ones(2)})),
+        numbered(groups=[{}]),
+        numbered(groups=3),
+        numbered(numbers={"d": {"step": 1}}),
     ],
 )
 def test_what_is_broken_is_refused(tmp_path: Path, spoil: Callable[[Path], object]) -> None:

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_run_file
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.run.folder import read_log
 from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
-from dora_vl.training.run import train
 from dora_vl.training.trainer import AdapterTrainer
-from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import write_run
+from tests.training.launched import launch
+from tests.training.tiny_run import assert_same_weights, json_of, logged, trained, weights_of, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,11 +35,6 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
         data={"group_by_modality_length": False},
         training={"use_cpu": True, "train_sampling_strategy": "sequential"},
     )
-
-
-def trained(run_file: Path, *overrides: str) -> dict[str, Any]:
-    """What `metrics.json` gets."""
-    return train(DecoderPipeline(read_run_file(run_file, *overrides))).numbers
 
 
 def change_loss(
@@ -81,17 +73,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
 def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, loss: bool
 ) -> None:
-    trained(run_file, "--training.max_steps", "3", "--training.lr_scheduler_type", "constant")
-    folder = run_file.parent / run_file.stem
-    sound = load_file(folder / "adapter" / "adapter_model.safetensors")
+    constant = "--training.lr_scheduler_type=constant"
+    sound, folder = trained(run_file, "--training.max_steps=3", constant, name="sound"), run_file.with_suffix("")
     spoil(monkeypatch, 3, loss=loss)
     with pytest.raises(UserError):
-        trained(run_file, "--overwrite", "true", "--training.lr_scheduler_type", "constant")
+        trained(run_file, constant)
     assert not (folder / "adapter").exists()
     assert not (folder / "metrics.json").exists()
-    kept = load_file(folder / "checkpoint-4" / "adapter" / "adapter_model.safetensors")
-    for name, tensor in sound.items():
-        torch.testing.assert_close(kept[name], tensor, rtol=0, atol=0)  # as the step before left them
+    assert_same_weights(folder / "checkpoint-4", sound)  # as the step before left them
     (line,) = read_log(folder / "faults.jsonl")
     assert line["step"] == 4
     assert line["fault"] == ("loss" if loss else "gradient")
@@ -102,8 +91,8 @@ def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
 def test_ten_such_steps_in_a_row_end_it_all_the_same(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(2, 40), loss=False)
     with pytest.raises(UserError):
-        trained(run_file, "--optim.not_finite", "skip", "--training.max_steps", "40")
-    assert read_log(run_file.parent / run_file.stem / "faults.jsonl")[-1]["step"] == 12
+        trained(run_file, "--optim.not_finite=skip", "--training.max_steps=40")
+    assert read_log(run_file.with_suffix("") / "faults.jsonl")[-1]["step"] == 12
 
 
 def test_a_run_that_skips_counts_and_a_resumed_one_goes_on_after_the_step(
@@ -114,10 +103,10 @@ def test_a_run_that_skips_counts_and_a_resumed_one_goes_on_after_the_step(
         with pytest.raises(UserError):
             trained(run_file)
     spoil(monkeypatch, 4, loss=True)
-    numbers = trained(run_file, "--resume", "last", "--optim.not_finite", "skip")
+    folder = trained(run_file, "--resume=last", "--optim.not_finite=skip")
+    numbers = json_of(folder / "metrics.json")
     assert [numbers[name] for name in ("train_steps", "steps_left_out", "train_samples")] == [6, 2, 24]
-    tensors = load_file(run_file.parent / run_file.stem / "adapter" / "adapter_model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in weights_of(folder).values())
 
 
 def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(
@@ -129,8 +118,8 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
     weights[spoilt][3, 5] = math.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError):
-        trained(run_file, "--model.base", str(base))
-    assert not (run_file.parent / run_file.stem / "log.jsonl").exists()
+        trained(run_file, f"--model.base={base}")
+    assert not (run_file.with_suffix("") / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -153,13 +142,10 @@ def test_weights_are_read_whatever_their_number_type(value: float) -> None:
 
 @pytest.mark.slow
 def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(run_file: Path) -> None:
-    clipped = ("--training.max_steps=2", "--training.max_grad_norm=0.01")
-    trained(run_file, *clipped)
-    folder = run_file.parent / "engine"
-    launch(run_file, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1, port=29743)
+    clipped, folder = ("--training.max_steps=2", "--training.max_grad_norm=0.01"), run_file.parent / "engine"
+    launch(run_file, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1)
     plain, engine = (
-        [line["grad_norm"] for line in read_log(one / "log.jsonl") if "grad_norm" in line]
-        for one in (run_file.parent / run_file.stem, folder)
+        [line["grad_norm"] for line in logged(run, "grad_norm")] for run in (trained(run_file, *clipped), folder)
     )
     assert engine == pytest.approx(plain, rel=1e-3)
     assert len(engine) == 2
@@ -177,8 +163,8 @@ def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
 
 def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_loss(monkeypatch, (25,), lambda trainer, value: watched(trainer, value * 50, value))
-    trained(run_file, "--training.max_steps", "27", "--training.learning_rate", "1e-5")
-    (line,) = read_log(run_file.parent / run_file.stem / "faults.jsonl")
+    folder = trained(run_file, "--training.max_steps=27", "--training.learning_rate=1e-5")
+    (line,) = read_log(folder / "faults.jsonl")
     assert line["step"] == 26
     assert line["times_the_median"] > 10
     assert line["samples"] == ["sample-4", "sample-5", "sample-6", "sample-7"]  # 48 samples: the third epoch's second
@@ -197,13 +183,13 @@ def test_a_picture_whose_features_are_no_numbers_under_the_launcher(
         data={"group_by_modality_length": False, "cache_features": True, "feature_cache": str(tmp_path / "features")},
         training={"deepspeed": zero, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2},
     )
-    launch(run_file, "--training.max_steps=1", ranks=ranks, port=29741)
+    launch(run_file, "--training.max_steps=1", ranks=ranks)
     spoil_features(tmp_path / "features")
-    launch(run_file, "--overwrite=true", ranks=ranks, port=29742, succeeds=False)
+    launch(run_file, "--overwrite=true", ranks=ranks, succeeds=False)
     assert read_log(tmp_path / "run" / "faults.jsonl")[0]["fault"] == "loss"
     assert not (tmp_path / "run" / "adapter").exists()
-    whole = load_file(next((tmp_path / "run").glob("checkpoint-*/adapter/adapter_model.safetensors")))
-    assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
+    saved = weights_of(next((tmp_path / "run").glob("checkpoint-*")))
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
 
 
 def spoil_features(folder: Path) -> None:
@@ -211,8 +197,8 @@ def spoil_features(folder: Path) -> None:
     for shard in folder.rglob("*.safetensors"):
         with safe_open(shard, framework="pt") as opened:
             tensors, index = load_file(shard), opened.metadata()
-        changed = {
-            name: torch.full_like(one, math.nan) if one.is_floating_point() else one for name, one in tensors.items()
-        }
-        save_file(changed, shard, index)
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+        save_file(tensors, shard, index)
     assert json.loads((next(folder.rglob("*.json"))).read_text())

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.watched import read_watched
-from dora_vl.training.callbacks import read_log
-from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.launched import launch
+from tests.training.tiny_run import (
+    assert_same_weights,
+    json_of,
+    losses_of,
+    weights_of,
+    write_run,
+    write_tiny_data,
+)
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
-
-
-def launch(
-    config: Path, *overrides: str, ranks: int, port: int, launcher: str = "deepspeed", succeeds: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """The documented command, with nothing else in the environment but no GPU."""
-    if launcher == "torchrun":
-        command = ["torch.distributed.run", "--nproc_per_node", str(ranks)]
-    else:
-        command = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command = [sys.executable, "-m", *command, "--master_port", str(port), "tasks/llava_instruct.py"]
-    command += ["--config", str(config), *overrides]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert (result.returncode == 0) is succeeds, result.stderr[-3000:]
-    return result
-
-
-def losses(run_folder: Path) -> torch.Tensor:
-    return torch.tensor([line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line])
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +35,22 @@ def mixed_run(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def one_rank(mixed_run: Path) -> Path:
     """The run on one rank: accumulation makes the same global batch from the same micro-batches."""
     folder = mixed_run.parent / "one"
-    launch(
-        mixed_run,
-        f"--training.output_dir={folder}",
-        "--training.deepspeed=zero0",
-        "--training.gradient_accumulation_steps=2",
-        ranks=1,
-        port=29611,
-    )
+    settings = (f"--training.output_dir={folder}", "--training.deepspeed=zero0")
+    launch(mixed_run, *settings, "--training.gradient_accumulation_steps=2", ranks=1)
     return folder
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "port"), [pytest.param("zero2", 29612, marks=pytest.mark.slow), ("zero3", 29613)])
-def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str, port: int) -> None:
+@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str) -> None:
     folder = mixed_run.parent / stage
-    launch(mixed_run, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2, port=port)
-    expected, found = losses(one_rank), losses(folder)
+    launch(mixed_run, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2)
+    expected, found = losses_of(one_rank), losses_of(folder)
     assert len(found) == STEPS
     assert expected[0] - expected[-1] > 0.3  # it does learn: equal losses are not losses that stand still
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    ours = load_file(folder / "adapter" / "adapter_model.safetensors")
-    theirs = load_file(one_rank / "adapter" / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == torch.float32
-        torch.testing.assert_close(
-            tensor, theirs[name], atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.float32}
+    assert_same_weights(folder, one_rank, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -96,8 +65,8 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
         training={"deepspeed": "zero3"},
         evaluation={"file": str(tiny_data), "limit": 8},
     )
-    launch(run_file, ranks=2, port=29614)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    launch(run_file, ranks=2)
+    metrics = json_of(tmp_path / "run" / "metrics.json")
     assert metrics["n"] == 8
     assert metrics["train_steps"] == 6
     watched, predictions = read_watched(tmp_path / "run"), read_predictions(tmp_path / "run" / "predictions.jsonl")
@@ -106,7 +75,7 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     assert list(watched.answers) == [0, 2, 3, 4, 5, 6]
     assert watched.answers[6] == {one.id: predictions[one.id].prediction for one in watched.questions}
 
-    again = launch(run_file, ranks=2, port=29615, succeeds=False)
+    again = launch(run_file, ranks=2, succeeds=False)
     assert again.returncode == 2
     assert len([line for line in again.stderr.splitlines() if "error: " in line]) == 1
 
@@ -123,7 +92,7 @@ def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_l
         data={"group_by_modality_length": False, "max_bad_share": 0.1},
         training={"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 50, "deepspeed": "zero2"},
     )
-    launch(run_file, "--training.train_sampling_strategy=sequential", ranks=2, port=29675, succeeds=False)
+    launch(run_file, "--training.train_sampling_strategy=sequential", ranks=2, succeeds=False)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -134,10 +103,7 @@ def test_two_ranks_without_deepspeeds_engine_are_one_run(
     mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
 ) -> None:
     """On a CPU they would otherwise be two runs that write to one folder."""
-    launch(mixed_run, f"--training.output_dir={tmp_path}/run", ranks=2, port=29681, launcher=launcher)
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(one_rank), atol=1e-4, rtol=0)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_samples"] == STEPS * 4
-    weights = Path("adapter") / "adapter_model.safetensors"
-    ours, theirs = load_file(tmp_path / "run" / weights), load_file(one_rank / weights)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=0)
+    launch(mixed_run, f"--training.output_dir={tmp_path}/run", ranks=2, launcher=launcher)
+    torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(one_rank), atol=1e-4, rtol=0)
+    assert json_of(tmp_path / "run" / "metrics.json")["train_samples"] == STEPS * 4
+    assert_same_weights(tmp_path / "run", one_rank, atol=2e-3)

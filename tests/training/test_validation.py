@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
-from dora_vl.training.validation import ValidationLoss, WholeSteps
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from tests.training.test_two_ranks import launch
-from tests.training.tiny_run import write_run, write_tiny_data
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
-
-
-def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_log(folder / "log.jsonl") if "eval_loss" in line]
-
-
-def skipped(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-
-
-def batch(samples: int, skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    return {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "samples": samples, "skipped": skipped}
-
-
-def test_a_batch_counts_by_its_usable_samples() -> None:
-    account = ValidationLoss(source="v.json", samples=8)
-    for loss, held in ((2.0, batch(3, [])), (7.0, batch(1, [("a", "broken")])), (0.0, batch(0, [("b", "broken")]))):
-        inputs, samples = account.take(held)
-        assert set(inputs) == {"input_ids", "labels"}
-        account.add(torch.tensor(loss), samples)
-    found = account.finish(torch.device("cpu"))
-    assert found == {"eval_loss": pytest.approx(13 / 4), "eval_samples": 4, "eval_skipped": 2}
-    account.add(torch.tensor(0.0), account.take(batch(0, [("b", "broken")]))[1])
-    with pytest.raises(UserError):
-        account.finish(torch.device("cpu"))
-
-
-def test_whole_steps_repeat_nothing() -> None:
-    assert list(WholeSteps([1, 2, 3], step_samples=2)[place] for place in range(4)) == [1, 2, 3, None]
-    assert len(WholeSteps([1, 2, 3, 4], step_samples=2)) == 4
+from tests.training.launched import launch
+from tests.training.tiny_run import logged, skipped_by, trained, write_run, write_tiny_data
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
 
 @pytest.fixture
-def vlbart_run(tmp_path: Path) -> Path:
+def run_file(tmp_path: Path) -> Path:
     data = write_vlbart_data(tmp_path / "data")
     (data / "features" / "p5.npz").unlink()
     (data / "empty").mkdir()
@@ -76,33 +38,26 @@ def vlbart_run(tmp_path: Path) -> Path:
     )
 
 
-def train_vlbart(run_file: Path, *overrides: str) -> None:
-    config = read_settings([f"--config={run_file}", *overrides], VlBartRunConfig)
-    train(VlBartPipeline(config, all_subtasks(), name="tiny"))
-
-
-def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(vlbart_run: Path) -> None:
-    folder, data = vlbart_run.parent, vlbart_run.parent / "data"
-    train_vlbart(vlbart_run)
-    train_vlbart(
-        vlbart_run,
-        f"--training.output_dir={folder / 'whole'}",
-        f"--data.validation_files.gqa={data / 'whole.jsonl'}",
-    )
-    (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
+def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(run_file: Path) -> None:
+    folder, data = run_file.parent, run_file.parent / "data"
+    train(vlbart_run(run_file))
+    other = f"--data.validation_files.gqa={data / 'whole.jsonl'}"
+    train(vlbart_run(run_file, f"--training.output_dir={folder / 'whole'}", other))
+    (found,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert (found["eval_samples"], found["eval_skipped"]) == (6, 1)
     assert expected["eval_skipped"] == 0
-    (line,) = [one for one in skipped(folder / "run") if one.get("of") == "validation"]
+    lines = map(json.loads, (folder / "run" / "skipped.jsonl").read_text().splitlines())
+    (line,) = [line for line in lines if line.get("of") == "validation"]
     assert line["id"] == "gqa-5"
     assert "p5" in line["reason"]
 
 
-def test_a_wrong_features_folder_stops_before_training(vlbart_run: Path) -> None:
-    empty = vlbart_run.parent / "data" / "empty"
+def test_a_wrong_features_folder_stops_before_training(run_file: Path) -> None:
+    empty = run_file.parent / "data" / "empty"
     with pytest.raises(UserError):
-        train_vlbart(vlbart_run, f"--data.features.gqa={empty}")
-    assert not (vlbart_run.parent / "run" / "log.jsonl").exists()
+        train(vlbart_run(run_file, f"--data.features.gqa={empty}"))
+    assert not (run_file.parent / "run" / "log.jsonl").exists()
 
 
 @pytest.fixture
@@ -131,19 +86,16 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
     folder = llava_run.parent
     records = json.loads((folder / "held" / "train.json").read_text())
     (whole := folder / "held" / "whole.json").write_text(json.dumps(records[2:]))
-    for name, overrides in (("run", ()), ("whole", (f"--data.validation={whole}",))):
-        config = read_run_file(
-            llava_run, "--training.use_cpu=true", f"--training.output_dir={folder / name}", *overrides
-        )
-        train(DecoderPipeline(config))
-    (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
+    trained(llava_run, "--training.use_cpu=true")
+    trained(llava_run, "--training.use_cpu=true", f"--data.validation={whole}", name="whole")
+    (found,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
     assert (found["eval_samples"], found["eval_skipped"]) == (5, 2)
-    assert [one["id"] for one in skipped(folder / "run")] == ["sample-0", "sample-1"]
+    assert set(skipped_by(folder / "run")) == {"sample-0", "sample-1"}
     for picture in (folder / "held").glob("*.png"):
         picture.unlink()
     with pytest.raises(UserError):
-        train(DecoderPipeline(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
+        trained(llava_run, "--training.use_cpu=true", "--overwrite=true")
 
 
 @pytest.mark.slow
@@ -151,18 +103,12 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
 def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
     """Seven samples are no whole number of steps of two ranks; none may count twice."""
     found = []
-    for ranks, accumulated in ((1, 2), (2, 1)):
+    for ranks in (1, 2):
         folder = llava_run.parent / f"ranks-{ranks}"
-        launch(
-            llava_run,
-            f"--training.output_dir={folder}",
-            "--training.deepspeed=zero2",
-            f"--training.gradient_accumulation_steps={accumulated}",
-            ranks=ranks,
-            port=29660 + ranks,
-        )
-        assert {one["id"] for one in skipped(folder)} == {"sample-0", "sample-1"}
-        found += evaluations(folder)
+        settings = (f"--training.output_dir={folder}", "--training.deepspeed=zero2")
+        launch(llava_run, *settings, f"--training.gradient_accumulation_steps={2 // ranks}", ranks=ranks)
+        assert set(skipped_by(folder)) == {"sample-0", "sample-1"}
+        found += logged(folder, "eval_loss")
     one, two = found
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
     assert (two["eval_samples"], two["eval_skipped"]) == (5, 2)

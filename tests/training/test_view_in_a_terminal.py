@@ -18,8 +18,7 @@ from pathlib import Path
 import pyte
 import pytest
 
-from dora_vl.run.folder import read_log
-from tests.training.test_two_ranks import ROOT
+from tests.training.launched import ROOT
 from tests.training.tiny_run import write_run
 
 WIDTH, HEIGHT, SECONDS = 90, 30, 200
@@ -101,40 +100,26 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
 
 def view_of(screen: str) -> str:
     """The view at the bottom of a screen, with its frame whole."""
-    (top,) = [number for number, line in enumerate(screen.splitlines()) if line.startswith("╭─")]
-    (end,) = [number for number, line in enumerate(screen.splitlines()) if line.startswith("╰─")]
-    lines = screen.splitlines()[top : end + 1]
-    assert all(line[0] == line[-1] == "│" for line in lines[1:-1])
-    return "\n".join(lines)
+    lines = screen.splitlines()
+    (top,), (end,) = ([n for n, line in enumerate(lines) if line.startswith(corner)] for corner in ("╭─", "╰─"))
+    assert all(line[0] == line[-1] == "│" for line in lines[top + 1 : end])
+    return "\n".join(lines[top : end + 1])
 
 
-def shows(screen: str, words: str) -> bool:
-    """Whether the moment is not amid a drawing, and these words are in the view."""
-    return "╭─" in screen and screen.endswith("─╯") and words in screen[screen.rfind("╭─") :]
-
-
-def test_a_whole_run(run_file: Path) -> None:
-    with terminal_with(run_file) as seen:
-        during = view_of(seen.until(lambda screen: shows(screen, "validation ")))
-        assert seen.end() == 0, seen.whole
-    for name in ("step", "loss", "mean", "learning rate", "gradient norm", "samples/s", "GiB", "skipped", " -> "):
-        assert name in during
-    assert "60 of 60" not in during
-    (line,) = [one for one in read_log(run_file.parent / "run" / "log.jsonl") if one["step"] == 60 and "loss" in one]
-    for words in ("60 of 60  100%", f"{line['loss']:.4f}", "at step 60"):
-        assert words in view_of(seen.now)
-    for step in (20, 40, 60):
-        assert seen.whole.count(f"step {step}: validation loss") == 1
-    assert seen.whole.count("╭─") == 1  # it was drawn over, not again and again
-    assert "what trains, and what it takes" in seen.whole
+def shows(words: str) -> Callable[[str], bool]:
+    """Whether a screen is not amid a drawing, and these words are in the view."""
+    return lambda screen: "╭─" in screen and screen.endswith("─╯") and words in screen[screen.rfind("╭─") :]
 
 
 def test_ctrl_c_leaves_the_terminal_whole(run_file: Path) -> None:
-    with terminal_with(run_file, "--training.max_steps=5000", "--training.eval_strategy=no", "--watch=0") as seen:
-        seen.until(lambda screen: shows(screen, "gradient norm"))
+    with terminal_with(run_file, "--training.max_steps=5000") as seen:
+        during = view_of(seen.until(shows("validation ")))
         seen.press_ctrl_c()
         assert seen.end() == 130, seen.whole
+    for name in ("step", "loss", "mean", "learning rate", "gradient norm", "samples/s", "GiB", "skipped", " -> "):
+        assert name in during
     view_of(seen.now)
+    assert seen.whole.count("step 20: validation loss") == seen.whole.count("╭─") == 1  # drawn over, not again
     before, _, after = seen.whole.partition("╭─")
-    assert "SIGINT: finishing the step" in before
-    assert "stopped by SIGINT; --resume last" in after.rpartition("╰─")[2]
+    assert "SIGINT" in before
+    assert "SIGINT" in after.rpartition("╰─")[2]

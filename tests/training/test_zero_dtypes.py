@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training.test_two_ranks import ROOT
+from tests.training.launched import launch
 from tests.training.tiny_run import write_run
 
 # Trains in a process of its own (DeepSpeed keeps global state) and says what the numbers' types are afterwards.
@@ -26,7 +24,7 @@ def keep(task, arguments, backbone):
     return build(task, arguments, backbone)
 
 build, run_module.build_trainer = run_module.build_trainer, keep
-run_module.train(DecoderPipeline(read_run_file(sys.argv[1], *sys.argv[2:])))
+run_module.train(DecoderPipeline(read_run_file(sys.argv[2], *sys.argv[3:])))
 types = {True: set(), False: set()}
 for parameter in seen["backbone"].parameters():
     held = getattr(parameter, "ds_tensor", parameter)
@@ -37,18 +35,15 @@ run_module.leave_process_group()
 
 
 def types_after_training(run_file: Path, *overrides: str) -> dict[str, list[str]]:
-    command = [sys.executable, "-c", PROGRAM, str(run_file), *overrides]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch(run_file, *overrides, ranks=1, program=("-c", PROGRAM), launcher="")
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("TYPES ")]
     return json.loads(line.removeprefix("TYPES "))
 
 
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
-    return write_run(
-        tmp_path / "run.yaml", tiny_llava, tiny_data, model={"dtype": "bfloat16"}, training={"max_steps": 2}
-    )
+    settings = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 2}}
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, **settings)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llava.configuration_llava import LlavaConfig
@@ -15,7 +18,13 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.backbones.towers import Preparation, image_processor
+from dora_vl.cli import main
+from dora_vl.errors import UserError
 from dora_vl.run.folder import read_log
+from dora_vl.run.reading import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.run import run, train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 IMAGE_PIXELS = 8
@@ -95,9 +104,71 @@ def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 
     return path
 
 
+def decoder_run(run_file: Path, *overrides: str) -> DecoderPipeline:
+    return DecoderPipeline(read_run_file(run_file, *overrides))
+
+
+def refused(pipeline: Pipeline) -> UserError:
+    """What a run ends with before it reads a weight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "load", lambda: pytest.fail("weights are read"))
+        with pytest.raises(UserError) as error:
+            run(pipeline)
+    return error.value
+
+
+def merged(adapter: Path, to: Path, *more: str) -> Path:
+    """The folder of a base with an adapter merged into it, by the command."""
+    main(["merge", "--adapter", str(adapter), "--to", str(to), *more])
+    return to
+
+
+def trained(run_file: Path, *overrides: str, name: str = "") -> Path:
+    """The folder of a run in this process: the settings' own, or another one beside it."""
+    folder = [f"--training.output_dir={run_file.parent / name}"] if name else []
+    config = read_run_file(run_file, *folder, *overrides)
+    train(DecoderPipeline(config))
+    return Path(config.training["output_dir"])
+
+
+def logged(run_folder: Path, field: str = "loss") -> list[dict[str, Any]]:
+    """The lines of a run's log that have this field."""
+    return [line for line in read_log(run_folder / "log.jsonl") if field in line]
+
+
 def logged_losses(run_folder: Path) -> list[float]:
     """The training loss of each line of a run's log."""
-    return [line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line]
+    return [line["loss"] for line in logged(run_folder)]
+
+
+def losses_of(run_folder: Path) -> torch.Tensor:
+    """The same as a tensor."""
+    return torch.tensor(logged_losses(run_folder))
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def skipped_by(run_folder: Path) -> dict[str, str]:
+    """Reason by id of each sample that a run left out."""
+    lines = map(json.loads, (run_folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["id"]: line["reason"] for line in lines}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What stands in the adapter of a run or a checkpoint."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+    """The adapters of two runs, to the bit unless a tolerance is given."""
+    found, expected = weights_of(one), weights_of(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, expected[name], atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def write_run(path: Path, base: Path, records: Path, **changes: dict[str, object]) -> Path:

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 from dora_vl.data.example import Answer, Clip, Example, Subtitle, write_examples
 from dora_vl.evaluation.subtask import Subtask
+
+if TYPE_CHECKING:
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
@@ -111,6 +114,16 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+def vlbart_run(run_file: Path, *overrides: str) -> VlBartPipeline:
+    """The run of these settings in this process, with every task."""
+    from dora_vl.run.reading import read_settings
+    from dora_vl.run.settings import VlBartRunConfig
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
+
+    config = read_settings([f"--config={run_file}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
+    return VlBartPipeline(config, all_subtasks(), name="vlbart_image")
 
 
 def main() -> None:

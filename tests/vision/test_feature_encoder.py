@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merged
 from dora_vl.backbones.specs import TowerSpec
@@ -17,6 +17,7 @@ from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import Clip
 from dora_vl.data.video import EverySeconds, Uniform, VideoReader
 from dora_vl.errors import UserError
+from tests.vision.tiny_clip import small_clip
 from tests.vision.video_files import write_video
 
 TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)
@@ -71,17 +72,6 @@ def test_open_clips_projection_is_not_normalised() -> None:
     torch.testing.assert_close(features[0], encoder.network(pixels))
 
 
-def small_clip(seed: int) -> CLIPModel:
-    torch.manual_seed(seed)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={**small, "image_size": 32, "patch_size": 16},
-        text_config={**small, "vocab_size": 30},
-        projection_dim=6,
-    )
-    return CLIPModel(config).eval()
-
-
 def save_clip(model: CLIPModel, folder: Path) -> None:
     model.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -118,7 +108,7 @@ def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept
     torch.testing.assert_close(given, made("other", "pretrained"))
     assert not torch.allclose(given, folders_own, atol=1e-2)
     assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
-    with pytest.raises(UserError, match="openai"):
+    with pytest.raises(UserError):
         made("clip", "openai")
 
 

@@ -1,0 +1,337 @@
+"""What a run trains: the adapter put into its base, the parts with their learning rates, and the tables of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from dora_vl.adapters.agreement import (
+    LEAVES,
+    fields_of_the_change,
+    first_difference,
+    own_name,
+    refuse_pefts_other_result,
+)
+from dora_vl.adapters.files import WEIGHTS_FILE, read_peft_config, read_recipe
+from dora_vl.adapters.folder import no_adapter, read_weights
+from dora_vl.adapters.quantised_base import check_gradients
+from dora_vl.adapters.settings import read_config
+from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
+from dora_vl.core import DoRAConfig, TrainedPart, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.config import AdapterSettings
+from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
+from dora_vl.errors import SettingError, UserError
+from dora_vl.run.launch import gather_to_read, gather_to_write, without_sharding
+from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
+from dora_vl.training.memory import Table, parameter_count, unpacked_sizes, weight_count
+from dora_vl.training.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+FACTORS = LEAVES - {"magnitude"}
+"""Tensors of a layer whose effect depends on its scale."""
+
+
+def core_config(
+    adapter: AdapterConfig,
+    model: PreTrainedModel,
+    *,
+    targets: tuple[str, ...],
+    also_train: Mapping[str, tuple[str, ...]] | None = None,
+    also_keep: tuple[str, ...] = (),
+) -> DoRAConfig:
+    """The core's config of a run's adapter section; a backbone says what its own places are.
+
+    Args:
+        model: where presets (`language`, `vision`...) are looked up.
+        targets: the backbone's, unless the section names others.
+        also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
+            section's.
+        also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
+    """
+    settings = {field.name: getattr(adapter, field.name) for field in fields(AdapterSettings)}
+    default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
+    chosen = {
+        name: resolved_weights(model, globs, f"adapter.also_train.{name}") for name, globs in adapter.also_train.items()
+    }
+    settings["also_train"] = {**default, **chosen}
+    settings["also_keep"] = (*also_keep, *adapter.also_keep)
+    settings["parts"] = {
+        name: replace(part, targets=resolved_targets(model, part.targets, f"adapter.parts.{name}.targets"))
+        for name, part in adapter.parts.items()
+    }
+    if adapter.targets is not None:
+        targets = resolved_targets(model, adapter.targets, "adapter.targets", whole=adapter.method == "full")
+    named = (*targets, *(glob for part in settings["parts"].values() for glob in part.targets))
+    if "experts" not in adapter.kinds and names_experts(model, named):
+        settings["kinds"] = (*adapter.kinds, "experts")
+    return DoRAConfig(targets=targets, **settings)
+
+
+def check_initial(initial: str | None) -> None:
+    """Sees before any weight is read that the folder to start from holds an adapter."""
+    if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
+        raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
+
+
+def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
+    names = apply_dora(model, config, gather=gather_to_write)
+    check_gradients(model)
+    if initial is not None:
+        load_initial(model, Path(initial))
+    return names
+
+
+def load_initial(model: nn.Module, folder: Path) -> None:
+    """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
+
+    Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
+    over as well. Other frozen tensors of the folder must be the base's.
+    """
+    stored = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
+    trained = {name: weight for part in trained_parts(model) for name, weight in part.parameters.items()}
+    taken_over = {**trained, **kept_tensors(model)}
+    taken_over |= {name: trained[tensor] for name in stored if (tensor := split_rows(name)[0]) in trained}
+    _refuse_lost_values(model, folder, {name: tensor for name, tensor in stored.items() if name not in taken_over})
+    _refuse_another_meaning(model, folder, stored)
+    for name in [name for name in stored if name in taken_over]:
+        weight, tensor = taken_over[name], stored[name]
+        with torch.no_grad(), gather_to_write([weight] if isinstance(weight, nn.Parameter) else []):
+            rows = kept_rows(name, weight)  # all of it, or those that the name says
+            if rows.numel() != tensor.numel():
+                raise SettingError(
+                    "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(rows.shape)}"
+                )
+            rows.copy_(tensor.view(rows.shape))
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    logger.info("%s sets %d of %d trained tensors", folder, len(set(stored) & set(trained)), len(trained))
+
+
+def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Tensor]) -> None:
+    """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
+    here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
+        raise SettingError(
+            "adapter.initial", f": {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}"
+        )
+    other = []
+    for name, tensor in frozen.items():
+        weight = here[split_rows(name)[0]]
+        with gather_to_read([weight] if isinstance(weight, nn.Parameter) else []):
+            rows = kept_rows(name, weight.detach())
+            if rows.shape != tensor.shape or not torch.equal(tensor.to(rows), rows):
+                other.append(name)
+    if other:
+        raise SettingError(
+            "adapter.initial",
+            f": {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)",
+        )
+
+
+def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str, Tensor]) -> None:
+    """A and B mean what the folder's settings say; under others they would start the run somewhere else."""
+    owners = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FACTORS}
+    if not owners:
+        return
+    peft, recipe = read_peft_config(folder), read_recipe(folder).get("adapter", {})
+    config = read_config(str(folder), peft, recipe, stored)
+    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, recipe)
+    for name, layer in adapted_layers(model):
+        if name not in owners:
+            continue
+        theirs, ours = config.for_layer(name), layer.adapter
+        difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
+        if difference is not None:
+            field, there, here = difference
+            raise SettingError(
+                "adapter.initial",
+                f": {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
+            )
+
+
+# Learning rates and weight decay.
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate by part.
+
+    Attributes:
+        by_part: rate of a part (`dora`, `vision`, `projector`), of a factor in every part (`magnitude`), or of one
+            factor in one part (`vision.magnitude`).
+        b_ratio: B's rate as a multiple of its part's (LoRA+).
+    """
+
+    default: float
+    by_part: Mapping[str, float]
+    b_ratio: float = 1.0
+
+    def of(self, part: TrainedPart) -> float:
+        """The rate of a part: by its whole name, by its part, by its factor, or the default, in this order."""
+        if part.name in self.by_part:
+            return self.by_part[part.name]
+        keys = (key for key in (part.part, part.factor) if key is not None and key in self.by_part)
+        rate = next((self.by_part[key] for key in keys), self.default)
+        follows = part.factor == "B" and "B" not in self.by_part
+        return rate * self.b_ratio if follows else rate
+
+
+def rates_of(optim: OptimConfig, default: float) -> LearningRates:
+    """The rates that a run's `optim:` section says, `training.learning_rate` being the default.
+
+    B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it.
+    """
+    named = {"projector": optim.projector_learning_rate, "magnitude": optim.magnitude_learning_rate}
+    short = {name: rate for name, rate in named.items() if rate is not None}
+    if twice := sorted(short.keys() & optim.rates.keys()):
+        key = f"optim.rates.{twice[0]}"
+        raise SettingError(key, f" and optim.{twice[0]}_learning_rate say the same; leave one out")
+    return LearningRates(default, {**short, **optim.rates}, optim.b_learning_rate_ratio)
+
+
+def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> None:
+    """Raises a `UserError` where a learning rate is for a part that this run does not train; it names the nearest."""
+    trained = {name for part in parts for name in (part.name, part.part, part.factor) if name is not None}
+    for unknown in sorted(set(rates.by_part) - trained):
+        close = get_close_matches(unknown, trained, n=1, cutoff=0.5)
+        names = ", ".join(dict.fromkeys(part.part for part in parts))
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"a learning rate is set for {unknown}, but what trains is {names}{hint}")
+
+
+def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
+    """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
+    adapter, optim = pipeline.config.adapter, pipeline.config.optim
+    if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates):
+        return
+    with without_sharding(arguments):
+        backbone = pipeline.skeleton()
+    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
+    refuse_unknown_parts(trained_parts(backbone.model), rates_of(optim, arguments.learning_rate))
+
+
+def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:
+    """What trains, with the tensors that decay chosen anew: `matrices` as the list says, or `all_but_biases`.
+
+    VL-T5's optimizer leaves out names with "bias" or "LayerNorm.weight", the second of which BART's names never have.
+    """
+    if decayed == "matrices":
+        return tuple(parts)
+
+    split: list[TrainedPart] = []
+    for part in parts:
+        for biases in (False, True):
+            names = [name for name in part.parameters if (name.rpartition(".")[2] == "bias") == biases]
+            parameters = {name: part.parameters[name] for name in names}
+            split += [replace(part, parameters=parameters, weight_decay=not biases)] if names else []
+    return tuple(split)
+
+
+def parameter_groups(
+    parts: Sequence[TrainedPart], rates: LearningRates, *, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so."""
+    refuse_unknown_parts(parts, rates)
+    return [
+        {
+            "name": part.name,
+            "params": list(part.parameters.values()),
+            "lr": rates.of(part),
+            "weight_decay": weight_decay if part.weight_decay else 0.0,
+        }
+        for part in parts
+        if part.parameters
+    ]
+
+
+EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = KINDS = (
+    "experts that are one tensor",
+    "embeddings, tied to the head",
+    "embeddings",
+    "linear layers",
+    "convolutions",
+    "vectors and others",
+)
+
+
+def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> Table:
+    """A row for each part that trains: layers, numbers, their share of all, rank and learning rate."""
+    total = weight_count(model)
+    layers = dict(adapted_layers(model))
+    by_name: dict[str, list[TrainedPart]] = {}
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
+    rows = []
+    for name, same in by_name.items():
+        if not (count := sum(map(_count, same))):
+            continue
+        owners = dict.fromkeys(owner.rpartition(".")[0] for part in same for owner in part.parameters)
+        ranks = {layers[owner].adapter.rank for owner in owners} if same[0].factor in ("A", "B", "d") else set()
+        rank = "-".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else ""
+        rows.append((name, f"{len(owners):,}", *_share(count, total), rank, f"{rates.of(same[0]):g}"))
+    trained = sum(map(_count, parts))
+    for name, count in (("trained", trained), ("frozen", total - trained), ("all", total)):
+        rows.append((name, "", *_share(count, total), "", ""))
+    return Table(("part", "layers", "parameters", "share", "rank", "learning rate"), tuple(rows))
+
+
+def _count(part: TrainedPart) -> int:
+    return sum(map(parameter_count, part.parameters.values()))
+
+
+def _share(count: int, total: int) -> tuple[str, str]:
+    return f"{count:,}", f"{count / max(total, 1):.3%}"
+
+
+def frozen_table(model: nn.Module) -> Table:
+    """What is not adapted and does not train: a row for each kind of weight, with its share and its largest."""
+    total = weight_count(model)
+    weights: dict[str, list[tuple[str, int]]] = {}
+    for kind, name, count in _out_of_reach(model):
+        weights.setdefault(kind, []).append((name, count))
+    rows = [
+        (kind, *_share(sum(count for _, count in weights[kind]), total), max(weights[kind], key=itemgetter(1))[0])
+        for kind in KINDS
+        if kind in weights
+    ]
+    return Table(("not adapted", "parameters", "share", "such as"), tuple(rows))
+
+
+def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """Kind, name and size of every frozen weight that no adapter changes."""
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    seen = {id(layer.weight) for _, layer in adapted_layers(model)}
+    unpacked = unpacked_sizes(model)
+    for owner, module in model.named_modules():
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            size = unpacked.get(id(weight), parameter_count(weight))
+            yield _kind(module, weight, heads), f"{owner}.{leaf}".strip("."), size
+
+
+def _kind(module: nn.Module, weight: nn.Parameter, heads: set[int]) -> str:
+    axes = len(vars(weight).get("ds_shape", weight.shape))
+    if isinstance(module, nn.Embedding):
+        return TIED if id(weight) in heads else EMBEDDINGS
+    if axes < 2:
+        return OTHERS
+    if isinstance(module, nn.Linear):
+        return LINEARS
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return CONVOLUTIONS
+    return EXPERTS if axes == 3 else OTHERS

@@ -1,0 +1,124 @@
+"""Every kind of run reads its first labels back and looks its parts up: what is wrong ends it before its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from data_prep import generated_commonsense
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.errors import SettingError
+from dora_vl.training.decoder_pipeline import CommonsensePipeline
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.run import train
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
+from tests.tasks.test_commonsense import settings
+from tests.training.tiny_run import decoder_run, refused, write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
+
+CPU = ("--training.use_cpu=true", "--training.max_steps=1")
+
+
+def instruct(
+    folder: Path, write: Callable[[Path], object], *overrides: str, text_only: bool = False, streaming: bool = False
+) -> Pipeline:
+    write(folder / "base")
+    data = write_tiny_data(folder / "data", samples=24, text_only_blocks=4)
+    rows = [row for row in json.loads(data.read_text()) if not (text_only and "image" in row)]
+    data.write_text(json.dumps(rows))
+    more: dict[str, object] = {"streaming": streaming, "group_by_modality_length": not streaming}
+    path = write_run(folder / "run.yaml", folder / "base", data, data=more)
+    return decoder_run(path, *CPU, *overrides)
+
+
+def llava(folder: Path, *overrides: str, streaming: bool = False) -> Pipeline:
+    return instruct(folder, write_tiny_llava, *overrides, streaming=streaming)
+
+
+def commonsense(folder: Path, *overrides: str) -> Pipeline:
+    write_tiny_llama(folder / "base")
+    generated_commonsense.main(["--to", str(folder / "data")])
+    return CommonsensePipeline(settings(folder, "run", "--training.deepspeed=null", *CPU, *overrides))
+
+
+def vlbart(folder: Path, *overrides: str) -> Pipeline:
+    path = write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), ("vqav2", "nlvr2", "coco_caption"))
+    return vlbart_run(path, *overrides)
+
+
+RUNS: dict[str, tuple[Callable[[Path], Pipeline], type]] = {
+    "llava": (llava, Encoder),
+    "a stream": (lambda folder: llava(folder, streaming=True), Encoder),
+    "qwen2_5_vl": (lambda folder: instruct(folder, lambda base: write_tiny("qwen2_5_vl", base)), Encoder),
+    "language model": (
+        lambda folder: instruct(folder, lambda base: write_tiny_language("llama", base), text_only=True),
+        Encoder,
+    ),
+    "commonsense": (lambda folder: commonsense(folder, "--data.train_on=answer"), Encoder),
+    "commonsense, prompt too": (lambda folder: commonsense(folder, "--data.train_on=all"), Encoder),
+    "vlbart": (vlbart, Seq2SeqEncoder),
+}
+
+
+def without_last_label(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, the token that closes the last answer not trained."""
+
+    def changed(*given: Any, **named: Any) -> Any:
+        encoded = encode(*given, **named)
+        if not hasattr(encoded, "labels"):
+            return encoded[:-1]
+        labels = encoded.labels.clone()
+        labels[(labels != -100).nonzero()[-1]] = -100
+        return replace(encoded, labels=labels)
+
+    return changed
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_labels_that_are_not_the_answers_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    make, encoder = RUNS[kind]
+    pipeline, name = make(tmp_path), "labels" if encoder is Seq2SeqEncoder else "encode"
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, name, without_last_label(getattr(encoder, name)))
+        refused(pipeline)
+    monkeypatch.setattr(pipeline, "load", lambda: {}["weights are read"])
+    with pytest.raises(KeyError):
+        train(pipeline)
+
+
+@pytest.mark.parametrize("make", [llava, commonsense, vlbart], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "override",
+    [
+        '--adapter.targets=["*.nosuch_proj"]',
+        '--adapter.also_train={"norms": ["*.norrm.*"]}',
+        '--adapter.parts={"eyes": {"targets": ["*.eyes.*"]}}',
+        '--optim.rates={"dorra": 1e-4}',
+    ],
+)
+def test_parts_that_the_model_does_not_have_end_a_run(
+    tmp_path: Path, make: Callable[..., Pipeline], override: str
+) -> None:
+    refused(make(tmp_path, override))
+    assert not list(tmp_path.rglob("settings.json")), "the run has no folder yet that would be in a second try's way"
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama4", "bert"])
+def test_a_base_that_cannot_be_trained_ends_a_run(tmp_path: Path, model_type: str) -> None:
+    refused(instruct(tmp_path, lambda base: AutoConfig.for_model(model_type).save_pretrained(base)))  # no weights
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("data.share_pictures", "true"), ("model.image_aspect", "square")])
+def test_settings_of_the_llava_path_are_refused_elsewhere(tmp_path: Path, setting: str, value: str) -> None:
+    error = refused(instruct(tmp_path, lambda base: write_tiny("qwen2_5_vl", base), f"--{setting}={value}"))
+    assert isinstance(error, SettingError)
+    assert error.key == setting
