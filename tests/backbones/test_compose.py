@@ -25,6 +25,8 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
+from tests.backbones.conftest import VISION
+from tests.backbones.tiny_language import SIZES
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -37,18 +39,8 @@ def language_folder(
     folder = tmp_path_factory.mktemp("language")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved_without_image(new_tokenizer, folder))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=request.param == "tied",
-    )
+    tied = {"vocab_size": len(tokenizer), "tie_word_embeddings": request.param == "tied"}
+    config = LlamaConfig(**{**SIZES, **tied})
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -64,15 +56,7 @@ def _saved_without_image(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Pa
 def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder)
     return folder
 
 
