@@ -324,7 +324,7 @@ def evaluate_commonsense(
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
-        "prompt": list(prompt.test),
+        "prompt": [prompt.before_output("{instruction}", context, test=True) for context in ("", "{input}")],
         **way,
     }
     tests = [
