@@ -35,7 +35,7 @@ from data_prep.easy_vqa_package import (
     shows,
 )
 from dora_vl.data.example import whole_file
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError, exit_on_user_error, positive
 
 Record = dict[str, object]
 
@@ -63,12 +63,6 @@ class Settings:
     train_pictures: int | None = None
     validation_pictures: int = 25
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"--rounds is {self.rounds}; a conversation needs at least 1 round")
-        if self.train_pictures is not None and self.train_pictures < 1:
-            raise UserError(f"--train-pictures is {self.train_pictures}; at least 1 is needed")
 
 
 def balanced(questions: Sequence[Question], seed: int) -> list[Question]:
@@ -225,11 +219,11 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--from", dest="source", type=Path, default=package, help="the package's data folder")
     add("--to", type=Path, default=Path("runs/demo/data"), help="folder that gets the JSON files")
-    add("--rounds", type=int, default=usual.rounds, help="most questions in a training conversation")
+    add("--rounds", type=positive, default=usual.rounds, help="most questions in a training conversation")
     add("--reasons", action=switch, default=usual.reasons, help="training answers say what they see first")
     balance = "as many training questions about what a picture shows as about what it does not"
     add("--balanced", action=switch, default=usual.balanced, help=balance)
-    add("--train-pictures", type=int, help="how many pictures to train on; default: all not held out")
+    add("--train-pictures", type=positive, help="how many pictures to train on; default: all not held out")
     held_out = "training pictures held out for validation"
     add("--validation-pictures", type=int, default=usual.validation_pictures, help=held_out)
     add("--seed", type=int, default=usual.seed, help="fixes the choice of pictures and every order")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from dora_vl.errors import UserError, shown, shown_text
 
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})
+_ROWS = TypeAdapter(list[tuple[str, str, int]])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Question:
     """One question of the package, at its place in the package's list."""
 
@@ -33,15 +35,12 @@ def read_answers(folder: Path) -> frozenset[str]:
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
     """The questions of one of the package's splits, in its own order."""
     path = folder / split / "questions.json"
-    questions: list[Question] = []
     try:
-        for index, (text, answer, picture) in enumerate(json.loads(path.read_text(encoding="utf-8-sig"))):
-            if not isinstance(text, str) or not isinstance(answer, str) or type(picture) is not int:
-                raise TypeError(f"question {index} is {shown([text, answer, picture])}")
-            questions.append(Question(index=index, text=text, answer=answer, picture=picture))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        rows = _ROWS.validate_json(path.read_text(encoding="utf-8-sig"), strict=True)
+    except (OSError, ValueError) as error:
         reason = shown_text(str(error), 200)
         raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({reason})") from error
+    questions = [Question(index, *row) for index, row in enumerate(rows)]
     for question in questions:
         where = f"{split}: question {question.index}"
         if question.answer not in answers:

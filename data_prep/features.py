@@ -31,23 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings
+from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, Media, Medium, computed
+from dora_vl.backbones.shards import HASH
 from dora_vl.backbones.specs import TowerSpec
-from dora_vl.backbones.vision_store import (
-    HASH,
-    FeatureWriter,
-    Media,
-    Medium,
-    clip_of_features,
-    computed,
-    in_words,
-    shard_rows,
-)
+from dora_vl.backbones.vision_store import FeatureWriter, OwnFeatures, clip_of_features, in_words
 from dora_vl.data.example import Clip, iterate_examples
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, one_line, shown_text
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -89,15 +81,15 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
 
 def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     """Those whose features the folder does not hold yet."""
-    done = shard_rows(to)
+    done = OwnFeatures(to)
     for medium in media:
-        stored = done[medium.name].part if medium.name in done else None
+        stored = done.part(medium.name) if medium.name in done.rows else None
         if stored is not None and stored != medium.part:
             raise UserError(
                 f"{to} holds features of {in_words(stored)} of {medium.path} as {medium.name!r}, and those of "
                 f"{in_words(medium.part)} are asked for; name another folder"
             )
-    return [medium for medium in media if medium.name not in done]
+    return [medium for medium in media if medium.name not in done.rows]
 
 
 def compute(
@@ -113,11 +105,8 @@ def compute(
     total = max(1, len(media[part::parts]))
     ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(root))
 
-    def encode(clips: list[Tensor]) -> list[Tensor]:
-        return [
-            encoder.sequence(torch.cat([encoder.encode(pixels) for pixels in clip.split(options.batch_size)]))
-            for clip in clips
-        ]
+    def encode(frames: Tensor) -> Tensor:
+        return encoder.sequence(torch.cat([encoder.encode(pixels) for pixels in frames.split(options.batch_size)]))
 
     # Closed also when it is interrupted: what is computed need not be computed again.
     with (
@@ -132,12 +121,13 @@ def compute(
             sampling=encoder.settings.sampling,
             reader=reader,
         )
-        rows = computed(files, encode, at_once=1, workers=options.workers, progress=part == 0)
+        rows = computed(files, encode, workers=options.workers, progress=part == 0)
         try:
             for medium, row in zip(todo, rows, strict=True):
-                ledger.record(samples=int(not row.broken), skipped=[(medium.path, row.broken)] if row.broken else [])
+                broken = [(medium.path, row.reason)] if isinstance(row, BadSample) else []
+                ledger.record(samples=1 - len(broken), skipped=broken)
                 ledger.judge()
-                if not row.broken:
+                if not isinstance(row, BadSample):
                     writer.add(row)
         finally:
             write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)

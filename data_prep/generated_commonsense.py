@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from dora_vl.data.example import whole_file
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import exit_on_user_error, positive
 
 RANKED = {
     "largest": ("an ant", "a mouse", "a cat", "a sheep", "a horse", "an elephant", "a blue whale"),
@@ -55,11 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder for train.json and test.json")
-    parser.add_argument("--rows", type=int, default=40, help="questions in each file")
+    parser.add_argument("--rows", type=positive, default=40, help="questions in each file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.rows < 1:
-        raise UserError(f"--rows is {options.rows}; a file needs at least 1")
     for number, name in enumerate(("train.json", "test.json")):  # the test's questions are drawn apart
         with whole_file(options.to / name) as file:
             json.dump(generate(options.rows, seed=2 * options.seed + number), file, indent=1)

@@ -21,8 +21,7 @@ from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters
-from dora_vl.evaluation.scores.prompts import turns_of
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, prompt_turns
 
 NAMED = 5
 """How many of the records that were left out are named in the summary."""
@@ -32,7 +31,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     """One record in LLaVA's form."""
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
-    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, benchmark.prompt)]
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
     if benchmark.chooses and not example.turns:  # a whole talk is asked and answered as it stands
         reply = right_letter(example)
     else:  # the last turn of a conversation, or the first answer to a question

@@ -33,12 +33,19 @@ from pathlib import Path
 
 from data_prep.moving_shapes_drawing import CLIP_SECONDS, COLORS, DIRECTIONS, SHAPES, Mover, write_clip
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import exit_on_user_error, positive
 
 QUESTIONS, CAPTIONS = "moving_shapes", "moving_shapes_caption"
 CAPTION = "caption"
 LEARNED_FIRST = ("color", "shape")
 KINDS = ("color", "shape", "direction", "order", "count", "spoken")
+ASKED = {
+    "color": ("what color is the {shape}?", "color", tuple(COLORS)),
+    "shape": ("what shape is {color}?", "shape", SHAPES),
+    "direction": ("which way does the {color} shape move?", "direction", tuple(DIRECTIONS)),
+    "spoken": ("what shape is the one they talk about?", "shape", SHAPES),
+}
+"""What is asked about each shape: the question, what of the shape answers it, and all answers there are."""
 NUMBERS = ("one", "two", "three", "four")
 SPEAKERS = ("anna", "ben", "carla", "david")
 CLIPS_A_CHUNK = 16
@@ -53,11 +60,6 @@ class Settings:
     adapt: int = 800
     test: int = 150
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in SPLITS:
-            if (count := getattr(self, name)) < 1:
-                raise UserError(f"--{name} is {count}; a split needs at least 1 clip")
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,7 @@ def movers(order: random.Random) -> list[Mover]:
     count = order.randint(1, 4)
     parts = [order.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
     return [
-        Mover(
-            shape=shape,
-            color=color,
-            direction=order.choice(tuple(DIRECTIONS)),
-            quarter=quarter,
-            place=place,
-            of=count,
-        )
+        Mover(shape, color, order.choice(tuple(DIRECTIONS)), quarter=quarter, place=place, of=count)
         for place, (shape, color, quarter) in enumerate(zip(*parts, strict=True))
     ]
 
@@ -94,25 +89,14 @@ def caption(shown: Sequence[Mover]) -> str:
 
 def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
     """Every question of a kind that a clip has an answer to."""
-    if kind == "color":
-        return [
-            ShapeQuestion(f"what color is the {mover.shape}?", mover.color, tuple(COLORS), mover) for mover in shown
-        ]
-    if kind == "shape":
-        return [ShapeQuestion(f"what shape is {mover.color}?", mover.shape, SHAPES, mover) for mover in shown]
-    if kind == "direction":
-        return [
-            ShapeQuestion(f"which way does the {mover.color} shape move?", mover.direction, tuple(DIRECTIONS), mover)
-            for mover in shown
-        ]
     if kind == "count":
         return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
-    if kind == "spoken":
-        return [ShapeQuestion("what shape is the one they talk about?", mover.shape, SHAPES, mover) for mover in shown]
-    if len(shown) == 1:
-        return []
-    ends = (("first", shown[0]), ("last", shown[-1]))
-    return [ShapeQuestion(f"which color comes {place}?", mover.color, tuple(COLORS), mover) for place, mover in ends]
+    if kind == "order":
+        ends = {"first": shown[0], "last": shown[-1]} if len(shown) > 1 else {}
+        questions = {f"which color comes {place}?": mover for place, mover in ends.items()}
+        return [ShapeQuestion(text, mover.color, tuple(COLORS), mover) for text, mover in questions.items()]
+    text, attribute, possible = ASKED[kind]
+    return [ShapeQuestion(text.format(**vars(mover)), vars(mover)[attribute], possible, mover) for mover in shown]
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
@@ -227,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     add, folder = parser.add_argument, Path("runs/demo-video/data")
     add("--to", type=Path, default=folder, help="folder that gets clips and records")
     for split in SPLITS:
-        add(f"--{split}", type=int, default=getattr(usual, split), help=f"clips of the {split} split")
+        add(f"--{split}", type=positive, default=getattr(usual, split), help=f"clips of the {split} split")
     add("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     options = vars(parser.parse_args(arguments))

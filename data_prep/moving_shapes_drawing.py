@@ -56,7 +56,7 @@ OUTLINES: dict[str, Outline] = {
 SHAPES = tuple(OUTLINES)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mover:
     """One shape: what it is, where it moves, and as which of how many it appears.
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import stat
-import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown_text
@@ -88,8 +88,6 @@ HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
 """For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
 BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
-LENGTH_BYTES = 8
-"""A safetensors file begins with its header's length, little-endian."""
 ZIP_START = b"PK"
 """How torch's own files begin since 1.6; their table is at the end."""
 
@@ -172,36 +170,18 @@ def check_whole(path: Path) -> None:
     """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes."""
     size = path.stat().st_size
     if path.suffix == ".safetensors":
-        _check_safetensors(path, size)
-        return
+        try:
+            with safe_open(path, framework="numpy"):
+                return
+        except (SafetensorError, OSError) as error:
+            whole = f"its {size:,} bytes are no whole safetensors file"
+            raise UserError(f"{path}: {whole} ({error}); copy or fetch it again") from None
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy or fetch it again")
     with path.open("rb") as file:
         start = file.read(len(ZIP_START))
     if start == ZIP_START and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut short: its {size:,} bytes lack the table at its end; copy or fetch it again")
-
-
-def _check_safetensors(path: Path, size: int) -> None:
-    with path.open("rb") as file:
-        start = file.read(LENGTH_BYTES)
-        length = struct.unpack("<Q", start)[0] if len(start) == LENGTH_BYTES else LENGTH_BYTES
-        header = file.read(length) if LENGTH_BYTES + length <= size else b""
-    if len(start) < LENGTH_BYTES or not header:
-        raise UserError(
-            f"{path} is not a whole safetensors file: it has {size:,} bytes, and its header alone would end at "
-            f"{LENGTH_BYTES + length:,}; copy or fetch it again"
-        )
-    try:
-        ends = [int(entry["data_offsets"][1]) for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: its header is broken ({error})") from None
-    whole = LENGTH_BYTES + length + max(ends, default=0)
-    if whole != size:
-        raise UserError(
-            f"{path} is not a whole safetensors file: it has {size:,} bytes, and its header says {whole:,}; "
-            "copy or fetch it again"
-        )
 
 
 MOST_VALUES = 100_000

@@ -45,11 +45,12 @@ class Factors:
 
     A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
     transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
+    Experts that are one tensor in the model have an axis more, from which `of_expert` takes one.
     """
 
-    lora_A: Float[Tensor, "rank in_"] | None
-    lora_B: Float[Tensor, "out rank"] | None
-    magnitude: Float[Tensor, " length"] | None
+    lora_A: Float[Tensor, "*experts rank in_"] | None
+    lora_B: Float[Tensor, "*experts out rank"] | None
+    magnitude: Float[Tensor, "*experts length"] | None
     scale: float
     transposed: bool = False
     """The layer stores its weight as [in, out]: an embedding's table, transformers' `Conv1D`."""
@@ -62,6 +63,25 @@ class Factors:
     def rank(self) -> int:
         """Rows of A; 0 for a magnitude alone."""
         return 0 if self.lora_A is None else len(self.lora_A)
+
+    @property
+    def experts_and_rows(self) -> tuple[int, int]:
+        """How many experts there are, and output rows of each."""
+        by_row = self.lora_B if self.lora_B is not None else self.magnitude
+        assert by_row is not None
+        return by_row.shape[0], by_row.shape[1]
+
+    def of_expert(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
+        """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
+        size = self.experts_and_rows[1] // parts
+        rows = slice(part * size, (part + 1) * size)
+        a, b, m = self.lora_A, self.lora_B, self.magnitude
+        return replace(
+            self,
+            lora_A=None if a is None else a[expert],
+            lora_B=None if b is None else b[expert, rows],
+            magnitude=None if m is None else m[expert, rows],
+        )
 
     def on_weight(self, shape: tuple[int, ...], *, transposed: bool) -> Factors:
         """These factors for a layer whose weight has this shape and whose class may store it as [in, out]."""
@@ -110,34 +130,6 @@ class Factors:
         return functional.gain(self.magnitude, functional.root(functional.row_norms_squared(direction)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertFactors:
-    """A, B and magnitude of experts that are one tensor in the model."""
-
-    lora_A: Float[Tensor, "experts rank in_"] | None
-    lora_B: Float[Tensor, "experts out rank"] | None
-    magnitude: Float[Tensor, "experts out"] | None
-    scale: float
-
-    @property
-    def experts_and_rows(self) -> tuple[int, int]:
-        """How many experts there are, and output rows of each."""
-        by_row = self.lora_B if self.lora_B is not None else self.magnitude
-        assert by_row is not None
-        return by_row.shape[0], by_row.shape[1]
-
-    def of(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
-        """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
-        size = self.experts_and_rows[1] // parts
-        rows = slice(part * size, (part + 1) * size)
-        return Factors(
-            lora_A=None if self.lora_A is None else self.lora_A[expert],
-            lora_B=None if self.lora_B is None else self.lora_B[expert, rows],
-            magnitude=None if self.magnitude is None else self.magnitude[expert, rows],
-            scale=self.scale,
-        )
-
-
 CLOSED_ANSWERS = "closed_answers"
 """Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
 
@@ -183,15 +175,19 @@ class Adapter:
         return self.embeddings.union(kernels)
 
     @cached_property
+    def _by_name(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return by_own_name(self.source, self.tensors)
+
+    @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        tensors, _ = by_own_name(self.source, self.tensors)
-        return {n: tensor for n, tensor in tensors.items() if n.rpartition(".")[2] not in LEAVES and n not in SHARED}
+        own = self._by_name[0]
+        return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
 
     @cached_property
     def copies(self) -> dict[str, Tensor]:
         """PEFT's copies of the weights under adapted embeddings and heads, by the model's own names."""
-        return by_own_name(self.source, self.tensors)[1]
+        return self._by_name[1]
 
     @cached_property
     def answer_heads(self) -> frozenset[str]:
@@ -218,45 +214,38 @@ class Adapter:
     @cached_property
     def matrix_factors(self) -> dict[str, Factors]:
         """Those of `factors`, for whoever takes `experts` as well."""
-        matrices = {name: layer for name, layer in self.layers.items() if name not in self.experts}
-        return {
-            name: self._shared_factors(name, layer) if layer.keys() & {"lambda_d", "lambda_b"}
-            else self._factors(name, layer)
-            for name, layer in matrices.items()
-        }  # fmt: skip
+        return {name: self._factors(name, layer) for name, layer in self.layers.items() if name not in self.experts}
 
     @cached_property
-    def experts(self) -> dict[str, ExpertFactors]:
+    def experts(self) -> dict[str, Factors]:
         """The adapted weights of experts that are one tensor, by full name."""
-        experts: dict[str, ExpertFactors] = {}
-        for name in self.recipe.get("adapter", {}).get("experts", ()):
-            a, b, magnitude = (self.layers.get(name, {}).get(leaf) for leaf in ("lora_A", "lora_B", "magnitude"))
-            rank = 0 if a is None else a.shape[1]
-            incomplete = (a is None) != (b is None) or (a is None and magnitude is None)
-            if incomplete or rank not in (0, rank_of(self.config, name)):
-                raise UserError(f"{self.source}: {name} lacks a tensor or has another rank than stated; copy it again")
-            scale = scale_of(self.config, name, rank) if rank else 1.0
-            experts[name] = ExpertFactors(lora_A=a, lora_B=b, magnitude=magnitude, scale=scale)
-        return experts
+        names = self.recipe.get("adapter", {}).get("experts", ())
+        return {name: self._factors(name, self.layers.get(name, {}), of_experts=True) for name in names}
 
-    def _factors(self, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
+    def _factors(self, layer: str, tensors: Mapping[str, Tensor], *, of_experts: bool = False) -> Factors:
+        if tensors.keys() & {"lambda_d", "lambda_b"}:
+            return self._shared_factors(layer, tensors)
         a, b, magnitude = (tensors.get(leaf) for leaf in ("lora_A", "lora_B", "magnitude"))
-        if (a is None) != (b is None):
+        use_dora = bool(self.config.get("use_dora"))
+        if (a is None) != (b is None) or (a is None and magnitude is None):
             raise UserError(f"{self.source}: {layer} has one of A and B without the other; copy the file again")
-        if self.config.get("use_dora") and magnitude is None:
+        if use_dora and magnitude is None:
             raise UserError(f"{self.source}: {layer} has no magnitude, yet use_dora is true; it was lost on the way")
-        if magnitude is not None and a is not None and not self.config.get("use_dora"):
+        if magnitude is not None and a is not None and not use_dora:
             raise UserError(f"{self.source}: {layer} has a magnitude, yet use_dora is false; PEFT would drop it")
-        rank = 0 if a is None else len(a)
-        if a is not None and b is not None and (b.shape[1] != rank or rank_of(self.config, layer) != rank):
+        if not of_experts:
+            a, b = (None if factor is None else factor.flatten(1) for factor in (a, b))
+            magnitude = None if magnitude is None else magnitude.flatten()
+        rank = 0 if a is None else a.shape[-2]
+        if a is not None and b is not None and {b.shape[-1], rank_of(self.config, layer)} != {rank}:
             raise UserError(
                 f"{self.source}: {layer} has A {list(a.shape)} and B {list(b.shape)}, the configuration says "
                 f"rank {rank_of(self.config, layer)}; correct r or rank_pattern in {CONFIG_FILE}"
             )
         return Factors(
-            lora_A=None if a is None else a.flatten(1),
-            lora_B=None if b is None else b.flatten(1),
-            magnitude=None if magnitude is None else magnitude.flatten(),
+            lora_A=a,
+            lora_B=b,
+            magnitude=magnitude,
             scale=scale_of(self.config, layer, rank) if rank else 1.0,
             transposed=layer in self.embeddings or bool(self.config.get("fan_in_fan_out")),
             magnitude_axis="input" if layer in self.input_axis else "output",
@@ -303,7 +292,7 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
     refuse_contradiction(str(source), config, recipe.get("adapter", {}))
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
-    if not adapter.matrix_factors and not adapter.experts and not adapter.extras:
+    if not adapter.extras and not adapter.matrix_factors and not adapter.experts:
         raise UserError(f"{weights} holds no tensor")
     return adapter
 

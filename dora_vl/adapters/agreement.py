@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_vl.adapters.files import TRAINED_IN
+from dora_vl.adapters.files import TRAINED_IN, not_trained_in
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers
@@ -57,7 +57,7 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
         name = own_name(key)
         owner, _, leaf = name.rpartition(".")
         if leaf in LEAVES and tensor.dtype not in TRAINED_IN:
-            raise UserError(f"{source}: {name} is {tensor.dtype}, and A, B and magnitudes are of 16 bits or more")
+            raise not_trained_in(source, name, tensor)
         group = copies if key.endswith(".base_layer.weight") and owner in adapted else own
         if name in group:
             raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")

@@ -34,7 +34,7 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BESIDE_WEIGHTS = (torch.int64, torch.bool)
-"""Positions and counts that whole modules carry; an A or B of them was rounded."""
+"""Positions and counts that whole modules carry."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -69,14 +69,19 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     Or numbers of a type that nothing trains in: they would be cast.
     """
     for key, tensor in tensors.items():
-        if tensor.dtype not in TRAINED_IN and ("lora" in key.lower() or tensor.dtype not in BESIDE_WEIGHTS):
-            raise UserError(
-                f"{source}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, in which no adapter trains; save "
-                "it in float32, float16 or bfloat16"
-            )
+        if tensor.dtype not in (*TRAINED_IN, *BESIDE_WEIGHTS):
+            raise not_trained_in(source, key, tensor)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+
+
+def not_trained_in(source: str, key: str, tensor: Tensor) -> UserError:
+    """The error of a tensor in numbers of a type that nothing trains in: it was rounded."""
+    return UserError(
+        f"{source}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, in which no adapter trains; save it in "
+        "float32, float16 or bfloat16"
+    )
 
 
 DTYPES = {

@@ -69,7 +69,9 @@ class MergedWeights:
         if piece is not None and piece.layer in experts:
             numbers = range(len(weight)) if piece.expert is None else (piece.expert,)
             merged = [
-                replace(experts[piece.layer].of(number, piece.part, piece.parts), transposed=piece.in_out).merged(part)
+                replace(
+                    experts[piece.layer].of_expert(number, piece.part, piece.parts), transposed=piece.in_out
+                ).merged(part)
                 for number, part in zip(numbers, weight if piece.expert is None else [weight], strict=True)
             ]
             return torch.stack(merged) if piece.expert is None else merged[0]

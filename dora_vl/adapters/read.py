@@ -17,7 +17,9 @@ from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.files import (
     CONFIG_FILE,
+    TRAINED_IN,
     WEIGHTS_FILE,
+    not_trained_in,
     read_json,
     read_peft_config,
     read_tensors,
@@ -247,6 +249,8 @@ def _split_layers(
         ending = next((ending for ending in endings if name.endswith(ending)), None)
         if ending is None:
             others[name] = tensor
+        elif tensor.dtype not in TRAINED_IN and endings[ending] != "alpha":
+            raise not_trained_in(source, key, tensor)
         else:
             layers.setdefault(_renamed(name.removesuffix(ending), renames), {})[endings[ending]] = tensor
     if not layers:

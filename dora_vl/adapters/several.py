@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,17 @@ from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (
+    TrainedList,
     adapted_layers,
+    all_tensors,
     choose_trained,
     forget_trained,
     is_adapted,
-    kept_tensors,
     named_tensor,
     no_gather,
-    trained_parts,
+    split_rows,
+    train_list,
+    trained_list,
 )
 from dora_vl.errors import UserError
 
@@ -40,10 +43,7 @@ class _Loaded:
     layers: dict[str, nn.Module]
     extras: dict[str, Tensor]
     """Values of the other tensors that the adapter carries."""
-    parts: dict[str, tuple[str, ...]]
-    kept: tuple[str, ...]
-    part_of: dict[str, str]
-    """The part that each adapted layer belongs to."""
+    trained: TrainedList
 
 
 class AdapterSet:
@@ -81,13 +81,12 @@ class AdapterSet:
         if adapter.experts:
             raise UserError(f"{folder} adapts experts that are one tensor, which cannot be switched; use load_adapter")
         self.switch(None)
-        modules, tensors = dict(self.model.named_modules()), self._tensors()
+        modules, tensors = dict(self.model.named_modules()), all_tensors(self.model)
         for layer in adapter.layers:
             if layer in modules:
                 self._base_layers.setdefault(layer, modules[layer])
-        for extra in adapter.extras:
-            if extra in tensors:
-                self._base_values.setdefault(extra, named_tensor(tensors, extra).detach().clone())
+        there = [n for n in adapter.extras if split_rows(n)[0] in tensors and n not in self._base_values]
+        self._base_values |= self._values(there)
         try:
             names = load_adapter(self.model, folder, change_base=False)
         except UserError:
@@ -118,17 +117,18 @@ class AdapterSet:
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
             self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
-        values: dict[str, Tensor] = {}
+        extras: dict[str, Tensor] = {}
         trained: dict[str, tuple[str, ...]] = {}
         for key, adapter in loaded.items():
             for extra, tensor in adapter.extras.items():
-                base_value = self._base_values[extra].float()
-                values[extra] = values.get(extra, base_value) + shares[key] * (tensor - base_value)
-            for part, names in adapter.parts.items():
-                trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
-        kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.kept))
+                start = self._base_values[extra].float()
+                extras[extra] = extras.get(extra, start) + shares[key] * (tensor - start)
+            for part in adapter.trained.parts:
+                if not part.adapts:
+                    trained[part.name] = tuple(dict.fromkeys((*trained.get(part.name, ()), *part.parameters)))
+        kept = tuple(dict.fromkeys(name for adapter in loaded.values() for name in adapter.trained.also_keep))
         choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
-        self._set_values(values)
+        self._set_values(extras)
         self._keep(name)
 
     def switch(self, name: str | None) -> None:
@@ -139,40 +139,28 @@ class AdapterSet:
             raise UserError(f"adapter {self.active!r} is merged into the weights; unmerge_dora(model) before switching")
         if self.active is not None:
             # It may have been trained since; its layers are its own, its other tensors are the model's.
-            tensors, active = self._tensors(), self._loaded[self.active]
-            active.extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in active.extras}
+            active = self._loaded[self.active]
+            active.extras = self._values(active.extras)
         self._to_base()
         if name is None:
             return
         chosen = self._loaded[name]
         for layer, module in chosen.layers.items():
             self._put(layer, module)
-        choose_trained(
-            self.model,
-            full_modules=(),
-            also_train=chosen.parts,
-            also_keep=chosen.kept,
-            gather=no_gather,
-            part_of=lambda layer: chosen.part_of[layer],
-        )
+        train_list(self.model, chosen.trained)
         self._set_values(chosen.extras)
         self.active = name
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+    def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of tensors of the model, or of their rows."""
+        tensors = all_tensors(self.model)
+        return {name: named_tensor(tensors, name).detach().clone() for name in names}
 
     def _keep(self, name: str) -> None:
-        parts: dict[str, tuple[str, ...]] = {}
-        part_of: dict[str, str] = {}
-        for part in trained_parts(self.model):
-            if part.adapts:
-                part_of |= {parameter.rpartition(".")[0]: part.part for parameter in part.parameters}
-            else:
-                parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
-        kept = tuple(kept_tensors(self.model))
-        tensors = self._tensors()
-        extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in (*sum(parts.values(), ()), *kept)}
-        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept, part_of)
+        trained = trained_list(self.model)
+        extras = [name for part in trained.parts if not part.adapts for name in part.parameters]
+        values = self._values((*extras, *trained.also_keep))
+        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), values, trained)
         self.active = name
 
     def _to_base(self) -> None:
@@ -185,7 +173,7 @@ class AdapterSet:
 
     @torch.no_grad()
     def _set_values(self, values: Mapping[str, Tensor]) -> None:
-        tensors = self._tensors()
+        tensors = all_tensors(self.model)
         for name, value in values.items():
             named_tensor(tensors, name).copy_(value)
 
@@ -205,7 +193,7 @@ def _factors(layer: nn.Module, name: str) -> Factors:
         lora_A=None if a is None else a.detach(),
         lora_B=None if b is None else b.detach(),
         magnitude=None if layer.magnitude is None else layer.magnitude.detach(),
-        scale=layer.scale(),
+        scale=layer.adapter.scale,
     )
 
 

@@ -21,7 +21,7 @@ from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.specs import TrainOn
-from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts
+from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
@@ -44,7 +44,6 @@ from dora_vl.files import NO_OWN_CODE, opening
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
-TOKEN_KINDS = "mm_token_type_ids"
 GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
@@ -312,12 +311,9 @@ class Encoder:
                 videos = ()
             if not self.sees_pictures and (pictures or any(IMAGE_PLACEHOLDER in turn.text for turn in turns)):
                 raise ValueError("it has pictures or videos, which a language model does not see")
-        except ValueError as error:
-            raise BadSample(sample, str(error)) from error
-        longest = max((len(video.pictures) for video in videos), default=0)
-        if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
-            videos = [repeated(video, longest) for video in videos]
-        try:
+            longest = max((len(video.pictures) for video in videos), default=0)
+            if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
+                videos = [repeated(video, longest) for video in videos]
             turns = marked(turns) if videos else turns
             chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
@@ -328,10 +324,8 @@ class Encoder:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
-        if TOKEN_KINDS in self.processor.model_input_names:
-            options[f"return_{TOKEN_KINDS}"] = (
-                True  # Cosmos 3 Edge's model needs them, and its processor waits for this
-            )
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            options["return_mm_token_type_ids"] = True  # Cosmos 3 Edge's needs them, and its processor waits for this
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]
@@ -381,8 +375,7 @@ class Encoder:
             """How many tokens the text and its beginning share; the latter's last may be joined to what follows."""
             text = chat.text[:place]
             prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
-            pairs = enumerate(zip(ids, prefix, strict=False))
-            return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(prefix)))
+            return shared_beginning(ids, prefix)
 
         for answer in chat.answer_spans:
             start, end = map(tokens_up_to, answer)

@@ -24,15 +24,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.shards import HASH, SHARD_BYTES, ShardStore, keep_settings, store_key
 from dora_vl.backbones.video_inputs import within_pixels
-from dora_vl.backbones.vision_store import HASH, SHARD_BYTES, file_state, keep_settings, save_whole, store_key
 from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import AS_PUBLISHED, READING, HeldPictures, MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
@@ -408,7 +407,7 @@ class StoredRow(NamedTuple):
 
 
 class OutputStore:
-    """Outputs by `PictureReader.key`, in shards that appear whole; several processes may fill it, workers read it.
+    """Outputs by `PictureReader.key`; several processes may fill it, workers read it.
 
     Args:
         cache: the folder of stores; the one in it is named after the parts' weights and `settings`.
@@ -423,20 +422,12 @@ class OutputStore:
         self.folder = cache / name
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, {**decided, HASH: name})
-        self._waiting: dict[str, StoredRow] = {}
-        self._bytes = 0
-        self._rows: dict[str, tuple[Path, Any]] = {}
-        self._shards = set[Path]()
-        self._opened: dict[Path, Any] = {}
-        self.refresh()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": {}}  # memory maps do not travel; a worker opens its own
+        self._shards = ShardStore(self.folder, shard_bytes=SHARD_BYTES)
 
     def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:
         """What it lacks of the pictures of samples, and those whose files have changed since; each once."""
         keys = {reader.key(names): names for names in pictures}
-        return [names for key, names in keys.items() if key not in self._rows]
+        return [names for key, names in keys.items() if key not in self._shards.entries]
 
     def fill(
         self,
@@ -457,68 +448,25 @@ class OutputStore:
             return
         log.info("computing the outputs of frozen vision parts for %d samples' pictures, in %s", len(mine), self.folder)
         rows: Any = DataLoader(_Rows(reader, mine), batch_size=None, num_workers=workers)
-        seen = 0
+        checked = False
         for row in tqdm(rows, unit="sample", desc="stored outputs", disable=part[0] > 0):
             if isinstance(row, BadSample):
                 continue
             key, sizes, sample = row
-            outputs = parts.outputs_of(model, inputs_of(model, sample))
-            needed, free = nbytes(outputs) * len(missing), shutil.disk_usage(self.folder).free
-            if not seen and needed > free:
+            described, tensors = _described(parts.outputs_of(model, inputs_of(model, sample)))
+            needed, free = sum(tensor.nbytes for tensor in tensors) * len(missing), shutil.disk_usage(self.folder).free
+            if not checked and needed > free:
                 raise UserError(
                     f"stored outputs need {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB free; "
                     "set data.feature_cache to a larger disk, or data.cache_features to false"
                 )
-            seen += 1
-            self.add(key, StoredRow(sizes, outputs))
-        self.flush()
+            checked = True
+            self._shards.add(key, [sizes, described], tensors)
+        self._shards.flush()
 
     def refresh(self) -> None:
-        """Reads the index of each shard that is new in the folder, whichever process wrote it."""
-        for path in sorted({*self.folder.glob("outputs-*.safetensors")} - self._shards):
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    self._rows |= {key: (path, row) for key, row in json.loads(shard.metadata()["index"]).items()}
-            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path} holds no stored outputs that can be read ({error}); it is a cache: delete this file, and "
-                    "what it held is computed anew by the next run"
-                ) from error
-            self._shards.add(path)
-
-    def add(self, key: str, row: StoredRow) -> None:
-        """Takes what was kept of a sample's pictures; it is on disk when its shard is full, or at `flush`."""
-        self._waiting[key] = StoredRow(row.sizes, pytree.tree_map_only(Tensor, Tensor.cpu, row.outputs))
-        self._bytes += nbytes(row.outputs)
-        if self._bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what was added as one shard."""
-        if not self._waiting:
-            return
-        tensors: dict[str, Tensor] = {"": torch.zeros(0)}
-
-        def described(leaf: Any) -> Any:
-            if isinstance(leaf, Hollow):
-                return {"shape": leaf.shape, "dtype": str(leaf.dtype).removeprefix("torch.")}
-            if not isinstance(leaf, Tensor):
-                return {"value": leaf}
-            name = str(len(tensors))
-            tensors[name] = leaf.contiguous()
-            return {"tensor": name}
-
-        index = {
-            key: [
-                row.sizes,
-                {part: [[described(leaf) for leaf in call] for call in calls] for part, calls in row.outputs.items()},
-            ]
-            for key, row in self._waiting.items()
-        }
-        digest = hashlib.sha256("".join(index).encode()).hexdigest()[:20]
-        save_whole(self.folder / f"outputs-{digest}.safetensors", tensors, {"index": json.dumps(index)})
-        self._waiting, self._bytes = {}, 0
-        self.refresh()
+        """Sees what other processes have written since."""
+        self._shards.refresh()
 
     def read(self, reader: PictureReader, names: Sequence[str]) -> StoredRow:
         """What was kept of a sample's pictures.
@@ -526,22 +474,38 @@ class OutputStore:
         Raises: BadSample if that is nothing, since they cannot be read or have changed.
         """
         key = reader.key(names)
-        if key not in self._rows:
+        if key not in self._shards.entries:
             reader.read(names)  # says what is wrong with them
             raise BadSample(names[0], f"picture {names[0]} was changed, or mended, after the run began; start again")
-        path, (sizes, parts) = self._rows[key]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, framework="pt").__enter__()
+        sizes, described = self._shards.entries[key].facts
+        return StoredRow([(width, height) for width, height in sizes], _outputs(described, self._shards.tensors(key)))
 
-        def leaf_of(described: Mapping[str, Any]) -> Any:
-            if "tensor" in described:
-                return self._opened[path].get_tensor(described["tensor"])
-            if "shape" in described:
-                return Hollow(tuple(described["shape"]), getattr(torch, described["dtype"]))
-            return described["value"]
 
-        outputs = {name: [[leaf_of(leaf) for leaf in call] for call in calls] for name, calls in parts.items()}
-        return StoredRow([(width, height) for width, height in sizes], outputs)
+def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
+    """Outputs as plain JSON values, and the tensors that they number."""
+    tensors: list[Tensor] = []
+
+    def described(leaf: Any) -> Any:
+        if isinstance(leaf, Hollow):
+            return {"shape": leaf.shape, "dtype": str(leaf.dtype).removeprefix("torch.")}
+        if not isinstance(leaf, Tensor):
+            return {"value": leaf}
+        tensors.append(leaf)
+        return {"tensor": len(tensors) - 1}
+
+    calls = {name: [[described(leaf) for leaf in call] for call in calls] for name, calls in outputs.items()}
+    return calls, tensors
+
+
+def _outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> Outputs:
+    def leaf_of(leaf: Mapping[str, Any]) -> Any:
+        if "tensor" in leaf:
+            return tensors[leaf["tensor"]]
+        if "shape" in leaf:
+            return Hollow(tuple(leaf["shape"]), getattr(torch, leaf["dtype"]))
+        return leaf["value"]
+
+    return {name: [[leaf_of(leaf) for leaf in call] for call in calls] for name, calls in described.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,7 +524,7 @@ class PictureReader:
 
     def key(self, names: Sequence[str]) -> str:
         """A sample's pictures in order: their names, bytes and times of change."""
-        return json.dumps([[name, *file_state(self.folder.root, name)] for name in names])
+        return json.dumps([[name, *_file_state(self.folder.root / name)] for name in names])
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels; another folder may have pictures of the same names, sizes and times."""
@@ -583,6 +547,15 @@ class PictureReader:
         return sizes, self.encoder.pictured(pictures)
 
 
+def _file_state(path: Path) -> tuple[int, int]:
+    """A file's bytes and time of change in nanoseconds, where there is one."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return -1, -1
+    return state.st_size, state.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class _Rows(Dataset[Any]):
     reader: PictureReader
@@ -597,8 +570,3 @@ class _Rows(Dataset[Any]):
             return self.reader.key(names), *self.reader.read(names)
         except BadSample as error:
             return error
-
-
-def nbytes(outputs: Outputs) -> int:
-    """Bytes of the tensors that are kept."""
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))

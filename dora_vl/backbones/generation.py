@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -123,22 +123,24 @@ class ScoreWatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.options: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([_Look(self)]),
-            "stopping_criteria": StoppingCriteriaList([_End(self)]),
+            "logits_processor": LogitsProcessorList([cast(Any, self._look)]),
+            "stopping_criteria": StoppingCriteriaList([cast(Any, self._end)]),
         }
         self._ends = sorted(end_tokens(model))
         self._over: Tensor | None = None
         self._broken: Tensor | None = None
 
-    def look(self, scores: Float[Tensor, "rows vocab"]) -> None:
+    def _look(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Notes the rows without numbers; one that is over already is padded, and says nothing any more."""
         broken = ~scores.amax(-1).isfinite()
         if self._broken is None or self._over is None:
             self._broken, self._over = broken, torch.zeros_like(broken)
         self._broken = self._broken | (broken & ~self._over)
+        return scores
 
-    def end(self, last: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """Which rows end here, given each one's newest token; none of a search with beams, whose rows change places."""
+    def _end(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
+        """Which rows end here, by each one's newest token; none of a search with beams, whose rows change places."""
+        last = input_ids[:, -1]
         if self._broken is None or self._over is None or len(last) != len(self._broken):
             return torch.zeros_like(last, dtype=torch.bool)
         self._over = self._over | torch.isin(last, last.new_tensor(self._ends))
@@ -168,27 +170,6 @@ class WithoutPrompt(BaseStreamer):
     def end(self) -> None:
         """Hands on the end."""
         self._streamer.end()
-
-
-class _Look(LogitsProcessor):
-    def __init__(self, watch: ScoreWatch) -> None:
-        self._watch = watch
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, "rows vocab"]:
-        self._watch.look(scores)
-        return scores
-
-
-class _End(StoppingCriteria):
-    def __init__(self, watch: ScoreWatch) -> None:
-        self._watch = watch
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **named: Any
-    ) -> Bool[Tensor, " rows"]:
-        return self._watch.end(input_ids[:, -1])
 
 
 def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, " batch"]:

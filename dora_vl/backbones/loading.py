@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
@@ -30,6 +30,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
+from dora_vl.adapters.files import written_whole
 from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
@@ -116,7 +117,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLanguageModel:
+class LanguageModel:
     """A language model's weights and what belongs to them, ready to become part of something else."""
 
     config: PreTrainedConfig
@@ -124,13 +125,6 @@ class PlainLanguageModel:
     """Names of the causal model: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
     generation: GenerationConfig | None
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModel(PlainLanguageModel):
-    """The same with `<image>` in its vocabulary, ready to become part of a LLaVA."""
-
-    image_token_id: int
 
 
 def load_tokenizer(
@@ -178,30 +172,24 @@ def _file(folder: str, name: str, revision: str | None) -> Path | None:
 def load_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A causal language model with `<image>` in its vocabulary; see `read_language_model`."""
-    plain = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
-    image_token_id = add_image_token(plain.tokenizer)
-    weights, config = dict(plain.weights), plain.config
-    if len(plain.tokenizer) > config.vocab_size:
-        rows = math.ceil(len(plain.tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    """A causal language model with `<image>` in its vocabulary, ready for a LLaVA; see `read_language_model`."""
+    language = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
+    add_image_token(language.tokenizer)
+    size, weights = len(language.tokenizer), language.weights
+    if size > language.config.vocab_size:
+        rows = math.ceil(size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
             # Each new row is the mean of the old ones: no new token stands out before it is trained.
             old = weights[name]
             mean = old.float().mean(0, keepdim=True).to(old.dtype)
             weights[name] = torch.cat([old, mean.expand(rows - len(old), -1)])
-        config.vocab_size = rows
-    return LanguageModel(
-        config=config,
-        weights=weights,
-        generation=plain.generation,
-        tokenizer=plain.tokenizer,
-        image_token_id=image_token_id,
-    )
+        language.config.vocab_size = rows
+    return language
 
 
 def read_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
-) -> PlainLanguageModel:
+) -> LanguageModel:
     """A causal language model as it is.
 
     Args:
@@ -210,16 +198,13 @@ def read_language_model(
         dtype: of the weights; None keeps the folder's own (float32 for GGUF).
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if gguf_file is None:
         check_model_folder(folder)
+    else:  # float32: what dequantising computes in; the caller's dtype follows below, rounded once
+        options = {"gguf_file": gguf_file, "dtype": torch.float32, **_dequantised()}
     with opening(f"no causal language model could be read from {folder!r}"):
-        if gguf_file is not None:
-            # float32: what dequantising computes in. The caller's dtype follows below, rounded once.
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf_file, dtype=torch.float32, **NO_OWN_CODE, **_dequantised()
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **NO_OWN_CODE)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options, **NO_OWN_CODE)
     # A GGUF model's config says it is quantised, though its weights no longer are.
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
@@ -228,9 +213,21 @@ def read_language_model(
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     config.name_or_path = ""  # a path of this machine
-    return PlainLanguageModel(
+    return LanguageModel(
         config=config, weights=weights, generation=copy.deepcopy(model.generation_config), tokenizer=tokenizer
     )
+
+
+def filled(model: PreTrainedModel, weights: dict[str, Tensor], language: LanguageModel) -> None:
+    """Gives a model on the meta device these weights, the language model's among them, and its way to generate."""
+    if model.config.tie_word_embeddings:
+        embedding = next(name for name in weights if name.endswith("embed_tokens.weight"))
+        weights["lm_head.weight"] = weights[embedding]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = next(iter(language.weights.values())).dtype
+    if language.generation is not None:
+        model.generation_config = language.generation
 
 
 def _dequantised() -> dict[str, Any]:
@@ -265,22 +262,18 @@ class QuantisedLoading:
 
     def finish(self, model: nn.Module) -> None:
         """Quantises what transformers does not, and checks that it is those layers."""
-        if self.kind == "hqq":
-            self._replace_layers(model)
+        if self.kind == "hqq":  # transformers 5.24 opens folders that HQQ wrote, but quantises none while loading
+            for name in self.layers:
+                parent, _, leaf = name.rpartition(".")
+                linear: Any = model.get_submodule(name)
+                setattr(model.get_submodule(parent), leaf, SCHEMES["hqq"].layer(linear, self.dtype, here()))
         settle_quantised(model)
-        found = {name for name, _, _ in quantised_in(model)}
-        if other := sorted(found ^ set(self.layers)):
+        quantised = {name for name, _, _ in quantised_in(model)}
+        if other := sorted(quantised ^ set(self.layers)):
             raise UserError(
-                f"model.quantisation: {len(found)} layers are quantised instead of {len(self.layers)}, first "
+                f"model.quantisation: {len(quantised)} layers are quantised instead of {len(self.layers)}, first "
                 f"{other[:2]}; this model cannot be quantised here, set model.quantisation: null"
             )
-
-    def _replace_layers(self, model: nn.Module) -> None:
-        """transformers 5.24 opens folders that HQQ wrote, but quantises none with it while loading."""
-        for name in self.layers:
-            parent, _, leaf = name.rpartition(".")
-            linear: Any = model.get_submodule(name)
-            setattr(model.get_submodule(parent), leaf, SCHEMES["hqq"].layer(linear, self.dtype, here()))
 
 
 def quantised_loading(
@@ -302,23 +295,19 @@ def quantised_loading(
             quantisation,
             SCHEMES[quantisation].width,
         )
-    options: dict[str, Any] = {}
-    if quantisation != "hqq":
-        whole = kept_whole(config, layers, folder_or_id)
-        options["quantization_config"] = _bits_and_bytes(quantisation, dtype, whole)
-    return QuantisedLoading(quantisation, dtype, layers, options)
-
-
-def _bits_and_bytes(kind: Quantisation, dtype: torch.dtype, whole: list[str]) -> BitsAndBytesConfig:
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=whole,
-    )
+    if quantisation == "hqq":
+        return QuantisedLoading(quantisation, dtype, layers)
+    whole = kept_whole(config, layers, folder_or_id)
+    bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    if quantisation == "nf4":
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=whole,
+        )
+    return QuantisedLoading(quantisation, dtype, layers, {"quantization_config": bits})
 
 
 SETTINGS_FILE = "made_from.json"
@@ -333,16 +322,9 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with written_whole(folder) as unfinished:
         yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    (unfinished / SETTINGS_FILE).write_text(json.dumps(_digests(spec), indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(folder)
+        (unfinished / SETTINGS_FILE).write_text(json.dumps(_digests(spec), indent=2) + "\n", encoding="utf-8")
 
 
 def check_made_from(folder: Path, spec: Any) -> None:

@@ -36,7 +36,7 @@ from dora_vl.backbones.families import (
     model_type_of,
     sees_pictures,
 )
-from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs
+from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
 from dora_vl.core import DoRAConfig
@@ -124,7 +124,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         replayed = contextlib.nullcontext()
         if self.frozen_parts is not None and stored:
             replayed = self.frozen_parts.replaying(self.model, stored)
-        inputs = {**self._in_own_dtype(inputs), **self._attention(attention_mask, layout)}
+        inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         # Inside the model's own forward, so that what it does to its logits (scales, soft caps) stays its own.
         hooks = [head.register_forward_pre_hook(labelled_alone)]
         if self.training and torch.is_grad_enabled():
@@ -163,7 +163,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 streamer=None if streamer is None else WithoutPrompt(streamer),
-                **self._in_own_dtype(inputs),
+                **model_inputs(self.model, inputs),
                 **chosen,
             )
         return watch.marked(tokens[:, input_ids.shape[1] :])
@@ -195,14 +195,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
-
-    def _in_own_dtype(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs of floating numbers (pixels) in the model's dtype, as `BatchFeature.to` gives them."""
-        dtype = self.model.dtype
-        return {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
 
 
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:

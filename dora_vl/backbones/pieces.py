@@ -45,12 +45,10 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     shift = len(begin) if added == len(begin) and not chat.text.startswith(begin) else 0
     ends = [old[1] for old, _ in moves]
     gains = [0, *(new[1] - old[1] for old, new in moves)]
-
-    def moved(place: int) -> int:
-        """A place in the chat's text, in the text that was tokenised; `moves` count from the latter's beginning."""
-        return place + shift + gains[bisect_right(ends, place + shift)]
-
-    answers = [(moved(start), moved(end)) for start, end in chat.answer_spans]
+    # In the text that was tokenised, from whose beginning `moves` count.
+    places = [place + shift for span in chat.answer_spans for place in span]
+    moved = [place + gains[bisect_right(ends, place)] for place in places]
+    answers = list(zip(moved[::2], moved[1::2], strict=True))
     trained = [any(first < end and start < last for start, end in answers) for first, last in offsets]
     last = moves[-1][1][1] if moves else 0
     media = [number for number, (start, end) in enumerate(offsets, 1) if start < last and end > start]
@@ -61,64 +59,17 @@ _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to 
 _STAND_INS = 31
 
 
-class ControlTokenizer:
-    """Tokenises text in which special tokens count only where the template wrote them.
-
-    A question may well contain `</s>` or `<|im_end|>` as characters. So special tokens in the text are switched off
-    and the template's own are replaced by stand-ins of the same length, made of characters that no text holds, which
-    the tokenizer's copy knows as added tokens with the special token's flags. The split of the text, and so every
-    id and character offset, is the one that the plain tokenizer makes when the text holds no special token itself.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise UserError(
-                f"{tokenizer.name_or_path} has no tokenizer.json; character offsets need a fast tokenizer (convert it "
-                "with AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-            )
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        special = {place: token for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stand_in: dict[str, str] = {}
-        for number, token in enumerate(special.values()):
-            # The number in noncharacters, filled up to the token's length, so that offsets stay what they are.
-            digits = chr(_FIRST_STAND_IN + number % _STAND_INS)
-            while number := number // _STAND_INS:
-                digits = chr(_FIRST_STAND_IN + number % _STAND_INS) + digits
-            self._stand_in[token.content] = digits.rjust(len(token.content), chr(_FIRST_STAND_IN))
-        self._tokenizer.add_tokens(
-            [
-                AddedToken(self._stand_in[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
-                for token in special.values()
-            ]
-        )
-        self._real_id: dict[int, int] = {}
-        for place, token in special.items():
-            stand_in = self._tokenizer.token_to_id(self._stand_in[token.content])
-            same_length = len(self._stand_in[token.content]) == len(token.content)
-            if stand_in is None or stand_in in self._real_id or not same_length:
-                raise UserError(f"special token {token.content!r} is too short to be kept apart from text")
-            self._real_id[stand_in] = place
-        # What the tokenizer puts before any text by itself: the begin token, or nothing.
-        bare, around = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-        begin = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
-        self.start_ids: list[int] = around[:begin]
-
-    def encode(self, text: str, controls: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Ids and character offsets, without the tokens that a tokenizer puts around a text by itself."""
-        for start, end in controls:
-            token = text[start:end]
-            if token not in self._stand_in:
-                raise UserError(
-                    f"the template writes {token!r}, which is no special token of this tokenizer; choose a "
-                    "model.template that fits the language model (tokenizer is its own)"
-                )
-            text = text[:start] + self._stand_in[token] + text[end:]
-        # Not kept by pickling, and a data worker gets this object pickled.
-        self._tokenizer.encode_special_tokens = True
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return [self._real_id.get(token, token) for token in encoding.ids], encoding.offsets
+def _stand_ins(tokens: Sequence[str]) -> dict[str, str]:
+    """For each token as many noncharacters: its number in them, filled up to its length."""
+    stand_ins = {}
+    for number, token in enumerate(tokens):
+        digits = chr(_FIRST_STAND_IN + number % _STAND_INS)
+        while number := number // _STAND_INS:
+            digits = chr(_FIRST_STAND_IN + number % _STAND_INS) + digits
+        stand_ins[token] = digits.rjust(len(token), chr(_FIRST_STAND_IN))
+        if len(digits) > len(token):
+            raise UserError(f"special token {token!r} is too short to be kept apart from text")
+    return stand_ins
 
 
 class PieceProcessor:
@@ -126,6 +77,12 @@ class PieceProcessor:
 
     As in LLaVA, the text between pictures is tokenised piece by piece, with one begin token in front, so a piece after
     a picture begins like a text of its own (a SentencePiece tokenizer puts its space mark there).
+
+    Special tokens count only where the template wrote them: a question may well contain `</s>` or `<|im_end|>` as
+    characters. So special tokens in the text are switched off and the template's own are replaced by stand-ins of the
+    same length, made of characters that no text holds, which the tokenizer's copy knows as added tokens with the
+    special token's flags. The split of the text, and so every id and character offset, is the one that the plain
+    tokenizer makes when the text holds no special token itself.
 
     Args:
         tokenizer: the language model's; of a LLaVA with the picture token added.
@@ -146,6 +103,11 @@ class PieceProcessor:
         image_token_id: int = -1,
         preparation: str = "",
     ) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UserError(
+                f"{tokenizer.name_or_path} has no tokenizer.json; character offsets need a fast tokenizer (convert it "
+                "with AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.tokens_per_image = tokens_per_image
@@ -153,12 +115,29 @@ class PieceProcessor:
         self.preparation = preparation
         if pixels is not None:
             self.image_token = IMAGE_PLACEHOLDER
-        self._words = ControlTokenizer(tokenizer)
+        self._words = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._words.no_truncation()
+        self._words.no_padding()
+        special = {place: token for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stand_ins = _stand_ins([token.content for token in special.values()])
+        self._words.add_tokens(
+            [
+                AddedToken(self._stand_ins[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+                for token in special.values()
+            ]
+        )
+        self._real_ids = {
+            self._words.token_to_id(self._stand_ins[token.content]): place for place, token in special.items()
+        }
+        # What the tokenizer puts before any text by itself: the begin token, or nothing.
+        bare, around = (self._words.encode("a", add_special_tokens=added).ids for added in (False, True))
+        begin = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
+        self._start_ids: list[int] = around[:begin]
 
     @property
     def begin_text(self) -> str:
         """The begin token's text; empty where the tokenizer puts none in front."""
-        return str(self.tokenizer.decode(self._words.start_ids))
+        return str(self.tokenizer.decode(self._start_ids))
 
     @property
     def chat_template(self) -> str | None:
@@ -189,10 +168,19 @@ class PieceProcessor:
 
         Raises: ValueError if the text has places for more or fewer pictures.
         """
-        pictures = images[0] if images else ()
-        pieces = [text[0]] if self.pixels is None else text[0].split(IMAGE_PLACEHOLDER)
+        (written,), pictures = text, images[0] if images else ()
+        for start, end in controls:
+            token = written[start:end]
+            if token not in self._stand_ins:
+                raise UserError(
+                    f"the template writes {token!r}, which is no special token of this tokenizer; choose a "
+                    "model.template that fits the language model (tokenizer is its own)"
+                )
+            written = written[:start] + self._stand_ins[token] + written[end:]
+        pieces = [written] if self.pixels is None else written.split(IMAGE_PLACEHOLDER)
         if len(pieces) - 1 != len(pictures):
             raise ValueError(f"{len(pieces) - 1} places for {len(pictures)} pictures")
+        self._words.encode_special_tokens = True  # not kept by pickling, and a data worker gets this object pickled
         ids: list[int] = []
         offsets: list[Span] = []
         places: list[dict[str, Span]] = []
@@ -204,15 +192,13 @@ class PieceProcessor:
                 offsets += [place] * self.tokens_per_image
                 places.append({"span": place, "new_span": place})
                 start = place[1]
-            own = [(a - start, b - start) for a, b in controls if start <= a and b <= start + len(piece)]
-            piece_ids, piece_offsets = self._words.encode(piece, own)
-            ids += piece_ids
+            encoding = self._words.encode(piece, add_special_tokens=False)
+            ids += [self._real_ids.get(token, token) for token in encoding.ids]
             # A token of no characters (a space mark put before a piece) counts where it stands.
-            offsets += [(start + a, start + max(b, a + 1)) for a, b in piece_offsets]
+            offsets += [(start + a, start + max(b, a + 1)) for a, b in encoding.offsets]
             start += len(piece)
-        begin = self._words.start_ids
-        if ids[: len(begin)] != begin:
-            ids, offsets = begin + ids, [(0, 1)] * len(begin) + offsets
+        if ids[: len(self._start_ids)] != self._start_ids:
+            ids, offsets = self._start_ids + ids, [(0, 1)] * len(self._start_ids) + offsets
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
         batch["text_replacement_offsets"] = [places]
         if self.pixels is not None and pictures:

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 Place = Mapping[str, nn.Module]
 """The modules of a place by full name."""
-NamesIn = Callable[[PreTrainedModel, Place], list[str]]
+NamesIn = Callable[[PreTrainedModel, str], list[str]]
+"""Names of what is meant in a preset's place."""
 
 
 def resolved_targets(
@@ -35,19 +36,17 @@ def resolved_targets(
         where: the setting, for messages.
         whole: any module with weights, not layers that can be adapted alone.
     """
-    if whole:
-        return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _owners_in))
-    return _resolved(model, patterns, where, {**dict.fromkeys(PRESETS, _layers_in), **ASKED_FOR})
+    return _resolved(model, patterns, where, _owners_in if whole else _targets_in)
 
 
 def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:
     """Patterns of parameters to train whole, each preset replaced by those that it stands for."""
-    return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _parameters_in))
+    return _resolved(model, patterns, where, _parameters_in)
 
 
 def resolved_layers(model: PreTrainedModel, place: str) -> frozenset[str]:
     """Full names of the linear layers of one of `PRESETS`."""
-    return frozenset(_layers_in(model, PRESETS[place](model)))
+    return frozenset(_layers_in(PRESETS[place](model)))
 
 
 def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
@@ -61,30 +60,25 @@ def _hits(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _resolved(
-    model: PreTrainedModel, patterns: Iterable[str], where: str, names_in: Mapping[str, NamesIn]
-) -> tuple[str, ...]:
-    found: list[str] = []
+def _resolved(model: PreTrainedModel, patterns: Iterable[str], where: str, names_in: NamesIn) -> tuple[str, ...]:
+    resolved: list[str] = []
     for pattern in patterns:
-        if pattern not in PRESETS:
-            _refuse_misspelt(model, pattern, where)
-            found.append(pattern)
-            continue
-        names = names_in[pattern](model, PRESETS[pattern](model))
-        if not names:
-            raise UserError(f"{where}: {pattern} is no place in a {type(model).__name__}; name its layers by patterns")
-        found += _as_patterns(names, [name for name, _ in (*model.named_modules(), *model.named_parameters())])
-    return tuple(dict.fromkeys(found))
-
-
-def _refuse_misspelt(model: PreTrainedModel, pattern: str, where: str) -> None:
-    if any(sign in pattern for sign in "*?[.") or pattern in dict(model.named_modules()):
-        return
-    close = get_close_matches(pattern, PRESETS, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"{where}: {pattern!r} is neither a module nor one of {', '.join(PRESETS)}; did you mean {close}, or a pattern "
-        f"such as '*.{pattern}'?"
-    )
+        if pattern in PRESETS:
+            names = names_in(model, pattern)
+            if not names:
+                raise UserError(
+                    f"{where}: {pattern} is no place in a {type(model).__name__}; name its layers by patterns"
+                )
+            resolved += _as_patterns(names, [name for name, _ in (*model.named_modules(), *model.named_parameters())])
+        elif any(sign in pattern for sign in "*?[.") or pattern in dict(model.named_modules()):
+            resolved.append(pattern)
+        else:
+            close = get_close_matches(pattern, PRESETS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{where}: {pattern!r} is neither a module nor one of {', '.join(PRESETS)}; did you mean {close}, or a "
+                f"pattern such as '*.{pattern}'?"
+            )
+    return tuple(dict.fromkeys(resolved))
 
 
 def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
@@ -104,7 +98,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_quantised(module)
 
 
-def _layers_in(model: PreTrainedModel, place: Place) -> list[str]:
+def _layers_in(place: Place) -> list[str]:
     """The place's linear layers, without those in which an adapter would be passed over."""
     linears = {name: module for name, module in place.items() if _is_linear(module)}
     names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]
@@ -113,17 +107,23 @@ def _layers_in(model: PreTrainedModel, place: Place) -> list[str]:
     return names
 
 
-def _layers_and_experts_in(model: PreTrainedModel, place: Place) -> list[str]:
-    experts = [f"{name}.{leaf}" for name, module in place.items() for leaf in expert_projections(module)]
-    return [*_layers_in(model, place), *experts]
+def _targets_in(model: PreTrainedModel, preset: str) -> list[str]:
+    """A place's layers, and experts that are one tensor where the preset asks for them."""
+    place = PRESETS[preset](model)
+    names = _layers_in(place)
+    if preset in ("experts", "all-linear"):
+        names += [f"{name}.{leaf}" for name, module in place.items() for leaf in expert_projections(module)]
+    return names
 
 
-def _owners_in(model: PreTrainedModel, place: Place) -> list[str]:
-    return [name for name, module in place.items() if any(True for _ in module.parameters(recurse=False))]
+def _owners_in(model: PreTrainedModel, preset: str) -> list[str]:
+    """A place's modules with weights of their own."""
+    return [name for name, module in PRESETS[preset](model).items() if any(True for _ in module.parameters(False))]
 
 
-def _parameters_in(model: PreTrainedModel, place: Place) -> list[str]:
-    """The place's parameters, without those that a module outside of it uses too (tied embeddings)."""
+def _parameters_in(model: PreTrainedModel, preset: str) -> list[str]:
+    """A place's parameters, without those that a module outside of it uses too (tied embeddings)."""
+    place = PRESETS[preset](model)
     outside = {
         id(weight)
         for name, module in model.named_modules()
@@ -193,7 +193,3 @@ PRESETS: Mapping[str, Callable[[PreTrainedModel], dict[str, nn.Module]]] = Mappi
     }
 )
 """Preset -> the modules of its place, by full name."""
-ASKED_FOR: Mapping[str, NamesIn] = MappingProxyType(
-    {"experts": _layers_and_experts_in, "all-linear": _layers_and_experts_in}
-)
-"""Presets that take experts that are one tensor too; the others leave those out."""

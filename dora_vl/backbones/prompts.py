@@ -30,8 +30,7 @@ from dora_vl.backbones.templates import (
     Instruction,
     Prompts,
     Span,
-    system_and_talk,
-    talk_alone,
+    shared_beginning,
 )
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
 from dora_vl.errors import UserError
@@ -113,6 +112,7 @@ class ProcessorChat(Prompts):
     """
 
     name = "tokenizer"
+    takes_system = True
 
     def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
         self._processor = processor
@@ -136,33 +136,35 @@ class ProcessorChat(Prompts):
         """Finds the messages' form and what closes an answer; refuses a template that cannot be trained on."""
         self._choose_parts()
         asked = PROCESSOR_PROBE[:2]
-        try:
-            self.render(asked)
-        except ValueError:
+        if self._why_not(asked):
             self._closing = str(self._processor.tokenizer.eos_token or "")
             log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
-        try:
-            text = self.render(asked).text
-        except ValueError as error:
-            raise UserError(
-                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
-            ) from error
-        if text != self._apply([*map(self._message, asked)], generation_prompt=False):
+        if reason := self._why_not(asked):
+            raise UserError(f"{self._name}: {reason}, so its answers cannot be trained on; change chat_template")
+        text = self.render(asked).text
+        if text != self._apply(asked, generation_prompt=False):
             log.info(
                 "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
             )
-        try:
-            self.render(PROCESSOR_PROBE)
-        except ValueError as error:
-            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
+        if reason := self._why_not(PROCESSOR_PROBE):
+            log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
         if not pictures:
             return
-        try:
-            with_picture = self.render(PROBE).text
-        except ValueError as error:
-            raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
-        if with_picture == text:
+        if reason := self._why_not(PROBE):
+            raise UserError(f"the chat template of {self._name} takes no pictures: {reason}")
+        if self.render(PROBE).text == text:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
+        """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
+        try:
+            if messages_alone:
+                self._check_nothing_lost(turns, self._apply(turns, generation_prompt=False))
+            else:
+                self.render(turns)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _choose_parts(self) -> None:
         """Finds whose messages without pictures are lists of parts to this template too; the others' must be strings.
@@ -174,7 +176,7 @@ class ProcessorChat(Prompts):
         reasons: list[str] = []
         for form in TEXT_FORMS if self._pieces else FORMS:
             self._in_parts = form
-            if (reason := self._why_not(PROCESSOR_PROBE[:2])) is None:
+            if (reason := self._why_not(PROCESSOR_PROBE[:2], messages_alone=True)) is None:
                 break
             reasons.append(reason)
         else:
@@ -186,16 +188,12 @@ class ProcessorChat(Prompts):
         forms = (with_system, talk) if talk else (talk, with_system)
         for form in forms:
             self._in_parts = form
-            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0])) is None:
+            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0]), messages_alone=True) is None:
                 return
         self._in_parts = forms[0]
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text, the first one the system's where it is; `generation_prompt` opens the next answer.
-
-        Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
-        """
-        system, _ = system_and_talk(turns, generation_prompt=generation_prompt)
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        turns = [*([] if system is None else [system]), *talk]
         if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
             turns = [
                 replace(turn, text=self._special.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
@@ -203,13 +201,11 @@ class ProcessorChat(Prompts):
             ]
         else:
             refuse_special(turns, self._special)
-        messages = [self._message(turn) for turn in turns]
-        whole = self._apply(messages, generation_prompt=generation_prompt)
+        whole = self._apply(turns, generation_prompt=generation_prompt)
         self._check_nothing_lost(turns, whole)
         text, spans, place = "", [], 0
-        first = 2 if system is None else 3
-        for count in range(first, len(messages) + 1, 2):
-            (opening, answer), asked, end = self._answer(messages[:count], whole)
+        for count in range(len(turns) - len(talk) + 2, len(turns) + 1, 2):
+            (opening, answer), asked, end = self._answer(turns[:count], whole)
             text += whole[place:opening] + asked
             start = len(text)
             text += whole[answer:end]
@@ -244,14 +240,13 @@ class ProcessorChat(Prompts):
             parts[-1]["text"] += closing
         return {"role": turn.role, "content": parts}
 
-    def _answer(self, messages: list[dict[str, Any]], whole: str) -> tuple[Span, str, int]:
+    def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[Span, str, int]:
         """What opens the last answer, what replaces that (the generation prompt's end), and where the answer ends."""
-        before = self._apply(messages[:-1], generation_prompt=True)
-        after = self._apply(messages, generation_prompt=False)
+        before = self._apply(turns[:-1], generation_prompt=True)
+        after = self._apply(turns, generation_prompt=False)
         if not whole.startswith(after):
             raise ValueError("the chat template writes an earlier answer differently once later turns follow")
-        differing = (place for place, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
-        shared = next(differing, min(len(before), len(after)))
+        shared = shared_beginning(before, after)
         asked, answer = before[shared:], after[shared:]
         first = shared + (len(answer) - len(answer.lstrip()) if asked else 0)
         if asked.strip():
@@ -274,19 +269,14 @@ class ProcessorChat(Prompts):
             if any(piece not in whole for piece in turn):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
-    def _why_not(self, turns: Sequence[Turn]) -> str | None:
-        """What the template loses of these turns in the present form, or why it refuses them; None: nothing."""
-        try:
-            self._check_nothing_lost(turns, self._apply([*map(self._message, turns)], generation_prompt=False))
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
         """The text that the template makes. Raises: ValueError for whatever is wrong with it."""
         try:
             text = self._processor.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+                [self._message(turn) for turn in turns],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except MemoryError:
             raise
@@ -298,13 +288,10 @@ class ProcessorChat(Prompts):
 
 
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
-    """Refuses words that the tokenizer would take for one of its special tokens.
-
-    Raises: ValueError; it names the turn and the token.
-    """
+    """Raises a ValueError for words that the tokenizer would take for one of its special tokens."""
     for number, turn in enumerate(turns):
-        if found := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
-            raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
+        if match := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
+            raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
 
 
 def special_tokens(processor: Any) -> re.Pattern[str]:
@@ -337,28 +324,21 @@ class QuestionAnswer(Prompts):
         if not self._end or (pictures and not self._picture):
             lacking = "a token for a picture" if self._end else "an end token"
             raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
-        # Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained.
         options = PROCESSOR_OPTIONS.get(type(processor).__name__)
         if options is None:
             return
-        if [int(token) for token in processor(text=["."], **options)["input_ids"][0]] != processor.tokenizer(".")[
-            "input_ids"
-        ]:
+        # Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained.
+        alone = [int(token) for token in processor(text=["."], **options)["input_ids"][0]]
+        if alone != processor.tokenizer(".")["input_ids"]:
             raise UserError(
                 f"model.template: the processor of {name} puts a separator behind every text; "
                 "take transformers 5.23 or later"
             )
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text; `generation_prompt` opens the next answer.
-
-        Raises: ValueError if the turns do not alternate, begin with a system turn, or hold one of the tokenizer's
-            special tokens.
-        """
-        talk_alone(turns, self.name, generation_prompt=generation_prompt)
-        refuse_special(turns, self._special)
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        refuse_special(talk, self._special)
         text, spans = "", []
-        for turn in turns:
+        for turn in talk:
             if turn.role == "user":
                 pieces = [piece.removeprefix("\n") for piece in turn.text.split(IMAGE_PLACEHOLDER)]
                 text += ("\n" if text else "") + f"Question: {self._picture.join(pieces)} Answer:"
@@ -384,17 +364,11 @@ class PaliGemma(Prompts):
         self._picture = str(processor.image_token)
         self._special = special_tokens(processor)
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The question as text and the answer as its suffix; `generation_prompt` leaves the answer to the model.
-
-        Raises: ValueError if there are more turns, a picture stands in or behind the question, or the turns hold a
-            special token.
-        """
-        talk_alone(turns, self.name, generation_prompt=generation_prompt)
-        refuse_special(turns, self._special)
-        if len(turns) > 2:
-            raise ValueError(f"{len(turns)} turns, and a PaliGemma takes one question and one answer")
-        question = turns[0].text
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        refuse_special(talk, self._special)
+        if len(talk) > 2:
+            raise ValueError(f"{len(talk)} turns, and a PaliGemma takes one question and one answer")
+        question = talk[0].text
         asked = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
         pictures = question.count(IMAGE_PLACEHOLDER)
         before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
@@ -405,7 +379,7 @@ class PaliGemma(Prompts):
         text = self._picture * pictures + asked
         if generation_prompt:
             return Chat(text, (), by_token_types=True)
-        return Chat(text, ((len(text), len(text) + 1),), suffix=turns[1].text, by_token_types=True)
+        return Chat(text, ((len(text), len(text) + 1),), suffix=talk[1].text, by_token_types=True)
 
 
 FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(

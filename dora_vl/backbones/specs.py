@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 TemplateName = Literal[
     "vicuna_v1",
@@ -80,17 +80,11 @@ class ComposeSpec:
 
     def tower(self) -> TowerSpec:
         """The part of this that is about the vision tower."""
-        return TowerSpec(
-            library=self.vision_library,
-            name=self.vision_name,
-            weights=self.vision_weights,
-            weights_in_order=self.vision_weights_in_order,
-            layer=self.vision_layer,
-            grid_pool=self.grid_pool,
-            image_size=self.image_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-        )
+        own = vars(self)
+        tower: dict[str, Any] = {
+            field.name: own.get(f"vision_{field.name}", own.get(field.name)) for field in fields(TowerSpec)
+        }
+        return TowerSpec(**tower)
 
 
 PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -47,9 +48,31 @@ class Prompts:
     bos_token: str | None = None
     stop: str = ""
     """Text that ends an answer, where no special token does."""
+    takes_system: bool = False
+    """Whether it has a place for a system turn."""
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text; `generation_prompt` opens the next answer. Raises: ValueError if the turns do not fit."""
+        """The turns as text; `generation_prompt` opens the next answer.
+
+        Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
+            end otherwise than asked, an answer holds nothing, or the format has no place for them.
+        """
+        system, talk = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+        if system is not None and not self.takes_system:
+            raise ValueError(
+                f"template {self.name} has no place for a system turn; leave it out, or choose another template"
+            )
+        for number, turn in enumerate(talk):
+            if turn.role != ("assistant" if number % 2 else "user"):
+                raise ValueError(f"turn {number} is from the {turn.role}; they must alternate, the user first")
+            if turn.role == "assistant" and not turn.text.strip():
+                raise ValueError(f"answer {number // 2 + 1} is empty")
+        if len(talk) % 2 != (1 if generation_prompt else 0):
+            last = "a question" if generation_prompt else "an answer"
+            raise ValueError(f"{len(talk)} turns, but {last} must be last")
+        return self._render(system, talk, generation_prompt=generation_prompt)
+
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         raise NotImplementedError
 
     def in_test(self) -> Prompts:
@@ -61,29 +84,10 @@ class Prompts:
         return (text.partition(self.stop)[0] if self.stop else text).strip()
 
 
-def system_and_talk(turns: Sequence[Turn], *, generation_prompt: bool) -> tuple[Turn | None, Sequence[Turn]]:
-    """The system turn, where the first one is that, and the turns after it.
-
-    Raises: ValueError if those do not alternate from the user, end otherwise than asked, or an answer holds nothing.
-    """
-    system, talk = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
-    for number, turn in enumerate(talk):
-        if turn.role != ("assistant" if number % 2 else "user"):
-            raise ValueError(f"turn {number} is from the {turn.role}; they must alternate, the user first")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise ValueError(f"answer {number // 2 + 1} is empty")
-    if len(talk) % 2 != (1 if generation_prompt else 0):
-        last = "a question" if generation_prompt else "an answer"
-        raise ValueError(f"{len(talk)} turns, but {last} must be last")
-    return system, talk
-
-
-def talk_alone(turns: Sequence[Turn], name: str, *, generation_prompt: bool) -> Sequence[Turn]:
-    """The turns of a format that has no place for a system turn. Raises: ValueError, also as `system_and_talk`."""
-    system, talk = system_and_talk(turns, generation_prompt=generation_prompt)
-    if system is not None:
-        raise ValueError(f"template {name} has no place for a system turn; leave it out, or choose another template")
-    return talk
+def shared_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters or ids two begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
@@ -117,15 +121,16 @@ class RoundTemplate(Prompts):
     stop: str = ""
     """Text that ends an answer, where no special token does."""
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """See `Prompts.render`."""
-        system, talk = system_and_talk(turns, generation_prompt=generation_prompt)
+    @property
+    def takes_system(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Prompts`."""
+        return bool(self.own_system)
+
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         first_question = self.first_question or self.question
         # The template's strings, what a person said at the `{}` of each, and whether it is an answer.
         frames = [(self.system, "", False)]
         if system is not None:
-            if not self.own_system:
-                talk_alone(turns, self.name, generation_prompt=generation_prompt)  # raises
             first_question = self.first_question_after_system or first_question
             frames = [(self.own_system, system.text, False)]
         for number, turn in enumerate(talk):
@@ -155,17 +160,14 @@ class PlainTemplate(Prompts):
     """Projector pretraining: the pictures of the question, its text dropped, then the caption and a newline."""
 
     name: str = "plain"
-    stop: str = ""
 
-    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """See `Prompts.render`; takes one question with a picture, and its caption."""
-        talk_alone(turns, self.name, generation_prompt=generation_prompt)
-        if len(turns) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
+    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        if len(talk) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in talk[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")
-        pictures = IMAGE_PLACEHOLDER * turns[0].text.count(IMAGE_PLACEHOLDER)
+        pictures = IMAGE_PLACEHOLDER * talk[0].text.count(IMAGE_PLACEHOLDER)
         if generation_prompt:
             return Chat(pictures, ())
-        text = pictures + turns[1].text + "\n"
+        text = pictures + talk[1].text + "\n"
         return Chat(text, ((len(pictures), len(text)),))
 
 
@@ -307,48 +309,26 @@ PAIRED = (
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionPrompt:
-    """What stands before an output, in training and in a test; `{instruction}` and `{input}` are filled in."""
+    """Alpaca's sections before an output: the first lines without and with an input, in training and in a test."""
 
-    train: str
-    train_with_input: str
-    test: str
-    test_with_input: str
+    train: tuple[str, str] = (PLAIN, PAIRED)
+    test: tuple[str, str] = (PLAIN, PAIRED)
+    indent: str = ""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
         """The text up to where the output begins; `context` is the record's `input`."""
-        plain, paired = (self.test, self.test_with_input) if test else (self.train, self.train_with_input)
-        pieces = (paired if context else plain).split("{instruction}")
-        return instruction.join(piece.replace("{input}", context) for piece in pieces)
+        sections = [("Instruction", instruction), *([("Input", context)] if context else []), ("Response", "")]
+        blank = "" if test else self.indent
+        body = f"\n{blank}\n".join(f"{self.indent}### {title}:\n{self.indent}{said}" for title, said in sections)
+        return f"{(self.test if test else self.train)[bool(context)]}\n\n{body}"
 
 
-def _laid_out(first_line: str, *, blank: str, indent: str, with_input: bool) -> str:
-    """Alpaca's sections, each line indented; `blank` is what stands on the lines between them."""
-    sections = ["### Instruction:\n{instruction}", *(["### Input:\n{input}"] if with_input else []), "### Response:\n"]
-    body = f"\n{blank}\n".join(f"{indent}{section}".replace("\n", f"\n{indent}") for section in sections)
-    return f"{first_line}\n\n{body}"
-
-
-def _published(*, train_ends: tuple[str, str], test_ends: tuple[str, str]) -> InstructionPrompt:
-    """The indented prompts; the pairs are how the first line ends, without and with an input."""
-    spaces = " " * 16
-    return InstructionPrompt(
-        train=_laid_out(PLAIN + train_ends[0], blank=spaces, indent=spaces, with_input=False),
-        train_with_input=_laid_out(PAIRED + train_ends[1], blank=spaces, indent=spaces, with_input=True),
-        test=_laid_out(PLAIN + test_ends[0], blank="", indent=spaces, with_input=False),
-        test_with_input=_laid_out(PAIRED + test_ends[1], blank="", indent=spaces, with_input=True),
-    )
-
-
-_ALPACA = (
-    _laid_out(PLAIN, blank="", indent="", with_input=False),
-    _laid_out(PAIRED, blank="", indent="", with_input=True),
-)
 PROMPTS: Mapping[str, InstructionPrompt] = {
-    "nvlabs": _published(train_ends=("  ", " "), test_ends=(" ", "")),
-    "llm_adapters": _published(train_ends=("  # noqa: E501", "  # noqa: E501"), test_ends=(" ", "")),
-    "alpaca": InstructionPrompt(
-        train=_ALPACA[0], train_with_input=_ALPACA[1], test=_ALPACA[0], test_with_input=_ALPACA[1]
+    "nvlabs": InstructionPrompt(train=(f"{PLAIN}  ", f"{PAIRED} "), test=(f"{PLAIN} ", PAIRED), indent=" " * 16),
+    "llm_adapters": InstructionPrompt(
+        train=(f"{PLAIN}  # noqa: E501", f"{PAIRED}  # noqa: E501"), test=(f"{PLAIN} ", PAIRED), indent=" " * 16
     ),
+    "alpaca": InstructionPrompt(),
 }
 """`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
 

@@ -25,7 +25,14 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
-from dora_vl.backbones.loading import LanguageModel, load_language_model, read_language_model, written_base
+from dora_vl.backbones.loading import (
+    LanguageModel,
+    add_image_token,
+    filled,
+    load_language_model,
+    read_language_model,
+    written_base,
+)
 from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, TowerSpec
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
@@ -36,7 +43,7 @@ from dora_vl.backbones.towers import (
     network_output,
     of_three_colours,
 )
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
@@ -69,22 +76,16 @@ def load_tower(spec: TowerSpec) -> LoadedTower:
     measure(network, config)
     # LLaVA itself reads sequences only, and drops at most one class token.
     readable = config.layout == "NLC" and config.prefix_tokens <= 1 and spec.grid_pool is None
+    tower = {"tokens": config.tokens, "patch_size": config.patch_size, "preparation": preparation_of(config)}
     if readable and isinstance(network, PreTrainedModel):
-        model, direct = network, True
-    else:
-        direct = False
-        model = GridTower(config).eval()
-        keep_all_buffers(network)
-        model.network.load_state_dict(network.state_dict(), strict=True)
-    return LoadedTower(
-        model=model,
-        layer=config.layer if direct else -1,
-        select="default" if direct and config.prefix_tokens else "full",
-        tokens=config.tokens,
-        patch_size=config.patch_size,
-        prefix_tokens=config.prefix_tokens if direct else 0,
-        preparation=preparation_of(config),
-    )
+        select = "default" if config.prefix_tokens else "full"
+        return LoadedTower(
+            model=network, layer=config.layer, select=select, prefix_tokens=config.prefix_tokens, **tower
+        )
+    model = GridTower(config).eval()
+    keep_all_buffers(network)
+    model.network.load_state_dict(network.state_dict(), strict=True)
+    return LoadedTower(model=model, layer=-1, select="full", prefix_tokens=0, **tower)
 
 
 def preparation_of(config: GridTowerConfig) -> Preparation:
@@ -189,23 +190,14 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
     if spec.weights_in_order:
         if len(state) != len(target):
             raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
-        pairs = zip(state.items(), target.items(), strict=True)
-        for place, ((theirs, value), (ours, weight)) in enumerate(pairs):
-            if value.shape != weight.shape:
-                raise UserError(
-                    f"{source}: tensor {place} is {theirs} {tuple(value.shape)}, but the network has {ours} "
-                    f"{tuple(weight.shape)} there: not the same order"
-                )
         state = dict(zip(target, state.values(), strict=True))
-    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
-    wrong = sorted(name for name in target.keys() & state.keys() if target[name].shape != state[name].shape)
-    if missing or unexpected or wrong:
+    try:
+        network.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
         raise UserError(
-            f"{source} does not fit {type(network).__name__}: {len(missing)} names missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}; where the "
-            "tensors stand in the same order under other names, set vision_weights_in_order"
-        )
-    network.load_state_dict(dict(state), strict=True)
+            f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors stand in the same order under "
+            "other names, set vision_weights_in_order"
+        ) from error
 
 
 def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:
@@ -295,13 +287,12 @@ def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForC
     config = LlavaConfig(
         vision_config=tower.model.config,
         text_config=language.config,
-        image_token_index=language.image_token_id,
+        image_token_index=add_image_token(language.tokenizer),
         image_seq_length=tower.tokens,
         vision_feature_layer=tower.layer,
         vision_feature_select_strategy=tower.select,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
-    dtype = next(iter(language.weights.values())).dtype
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     weights = {f"model.vision_tower.{name}": value for name, value in tower.model.state_dict().items()}
@@ -314,14 +305,9 @@ def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForC
                 weights[f"model.multi_modal_projector.{name}.{leaf}"] = value.detach()
     for name, value in language.weights.items():
         weights["model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name] = value
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    dtype = next(iter(language.weights.values())).dtype
     weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie_weights()
-    model.config.dtype = dtype
-    if language.generation is not None:
-        model.generation_config = language.generation
+    filled(model, weights, language)
     return model
 
 
@@ -350,16 +336,9 @@ def write_language_model(source: LanguageSource, folder: Path) -> None:
     with written_base(folder, source) as unfinished:
         dtype = getattr(torch, source.dtype) if source.dtype else None
         language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
-        weights = dict(language.weights)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
-        if language.config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        model.load_state_dict(weights, strict=True, assign=True)
-        model.tie_weights()
-        model.config.dtype = next(iter(weights.values())).dtype
-        if language.generation is not None:
-            model.generation_config = language.generation
+        filled(model, dict(language.weights), language)
         model.save_pretrained(unfinished)
         language.tokenizer.save_pretrained(unfinished)
     log.info("wrote %s from %s", folder, source.gguf_file or source.folder)

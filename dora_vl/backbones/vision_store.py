@@ -1,43 +1,36 @@
-"""The store of a frozen tower's features: written once by the name of a picture or video, read memory-mapped.
+"""Stored features of pictures and videos by name, whoever wrote them, and as many tokens of them as a model takes.
 
-A folder holds what one tower made in one way, and `settings.json` says which; other settings are refused. Each shard is
-one safetensors file that appears whole or not at all: `features` are all its tokens, one picture's after the other's,
-`index` is JSON in bytes and says whose they are and what they were made from. What was interrupted is resumed, and
-several processes may fill one folder.
+Beside our own shards these forms are read: VL-Adapter's re-hosted Parquet shards, its tree of one HDF5 file a picture,
+VALUE's folder of one `.npz` a video. `open_features` tells them apart by what the folder holds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import math
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, runtime_checkable
-from uuid import uuid4
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from dora_vl.backbones.towers import ImagePreparation
-from dora_vl.data.example import Clip, Example, whole_file
-from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.data.video import Sampling, VideoReader
+from dora_vl.backbones.shards import SHARD_BYTES, SHARD_GLOB, ShardStore, keep_settings
+from dora_vl.data.example import Clip, Example
 from dora_vl.errors import BadSample, UserError
-from dora_vl.files import check_whole
 
 Part = tuple[float, float | None]
 """From so many seconds to so many; None is the video's end."""
+WHOLE: Part = (0.0, None)
+Taken = TypeVar("Taken")
+DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What numpy, h5py and pyarrow raise on files that are damaged or hold something else."""
 
 
 @dataclass(frozen=True)
@@ -48,47 +41,262 @@ class Stored:
     width: int
     """Numbers of a token."""
     frames: int
-    """How many frames they are of, each of equally many tokens."""
+    """How many frames they are of, each of equally many tokens; where nothing says it, each token is a frame."""
 
 
-@runtime_checkable
-class Held(Protocol):
-    """One picture's or video's stored features; both methods raise `BadSample` where they are damaged."""
+class FeatureStore:
+    """Stored features by the name of their picture or video; worker processes may have it.
 
-    @property
-    def part(self) -> Part | None:
-        """Of the video; None where nothing says it."""
-        ...
+    Args:
+        folder: they are in.
+        rows: by name where each one's are, as the form has it.
+    """
 
-    def stored(self) -> Stored:
-        """What they are, without reading them; where nothing says it, each token is a frame."""
-        ...
+    def __init__(self, folder: Path, rows: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.rows = rows
 
-    def read(self) -> Float[Tensor, "tokens width"]:
-        """All of them, in the dtype they are stored in."""
-        ...
+    def stored(self, name: str) -> Stored:
+        """What one's features are, without reading them; raises `BadSample` where there are none, as `read`."""
+        return self._taken(name, self._stored)
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """One's features in the dtype they are stored in; raises `BadSample` where they are missing or damaged."""
+        return self._taken(name, self._read)
+
+    def part(self, name: str) -> Part | None:
+        """The part of the video that they are of; None where nothing says it."""
+        del name
+        return None
+
+    def _stored(self, name: str) -> Stored:
+        raise NotImplementedError
+
+    def _read(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def _taken(self, name: str, take: Callable[[str], Taken]) -> Taken:
+        if name not in self.rows:
+            reason = f"{self.folder} holds no features of {name}; python -m data_prep.features computes them"
+            raise BadSample(name, reason)
+        try:
+            return take(name)
+        except DAMAGE as error:
+            raise BadSample(name, f"features of {name} {_unreadable(self.folder, error)}") from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"in {path} cannot be read: {line[:200]}"
+
+
+def open_features(folder: Path) -> FeatureStore:
+    """The features in a folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
+    forms = {SHARD_GLOB: OwnFeatures, "*.parquet": ParquetFeatures, "*.h5": FileFeatures, "*.npz": FileFeatures}
+    found = [pattern for pattern in forms if next(folder.glob(pattern), None) is not None]
+    if not found:
+        raise UserError(f"{folder} holds no features: no {', '.join(forms)} in it")
+    if len(found) > 1:
+        raise UserError(f"{folder} holds features as {' and '.join(found)}; lay each form into a folder of its own")
+    return forms[found[0]](folder)
+
+
+class OwnFeatures(FeatureStore):
+    """What `FeatureWriter` wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self._shards = ShardStore(folder)
+        super().__init__(folder, self._shards.entries)
+
+    def part(self, name: str) -> Part | None:
+        """See `FeatureStore`."""
+        return self._taken(name, lambda name: tuple(self.rows[name].facts["part"]))
+
+    def _stored(self, name: str) -> Stored:
+        facts = self.rows[name].facts
+        return Stored(facts["tokens"], facts["width"], max(1, len(facts["indices"])))
+
+    def _read(self, name: str) -> Tensor:
+        return self._shards.tensors(name)[0]
 
 
 @dataclass(frozen=True)
-class FeatureStore:
-    """Stored features by the name of their picture or video, in whatever form; worker processes may have it."""
+class FeatureRow:
+    """One picture's or video's features and what they were made from.
 
-    folder: Path
-    held: Mapping[str, Held]
+    Attributes:
+        name: of the picture or video.
+        features: of any shape, its last axis is the width.
+        backend: the library that decoded it.
+        indices: the frames, by their place in the video; empty for a picture.
+        seconds: when they begin.
+        part: of the video; all of it, or the picture, if nothing else is said.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.held
+    name: str
+    features: Tensor
+    backend: str = ""
+    indices: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+    part: Part = WHOLE
 
-    def __getitem__(self, name: str) -> Held:
-        """Raises `BadSample` where there are none."""
-        if name not in self.held:
-            reason = f"{self.folder} holds no features of {name}; python -m data_prep.features computes them"
-            raise BadSample(name, reason)
-        return self.held[name]
 
-    def read(self, name: str) -> Float[Tensor, "tokens width"]:
-        """One picture's or video's features; raises `BadSample` where there are none, or they cannot be read."""
-        return self[name].read()
+class FeatureWriter:
+    """Writes rows in float16, a shard whenever there are enough; as a context manager, what is left at its end too."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_settings(folder, settings)
+        self._shards = ShardStore(folder, shard_bytes=shard_bytes)
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def add(self, row: FeatureRow) -> None:
+        """Takes one row; it is on disk when its shard is full, or at `flush`."""
+        tokens = row.features.detach().flatten(0, -2).to("cpu", torch.float16)
+        if not bool(torch.isfinite(tokens).all()):
+            largest = float(row.features.detach().abs().max())
+            raise UserError(f"features of {row.name} do not fit into float16: the largest is {largest:.4g}")
+        facts = {name: value for name, value in vars(row).items() if name not in ("name", "features")}
+        self._shards.add(row.name, {**facts, "tokens": len(tokens), "width": tokens.shape[1]}, [tokens])
+
+    def flush(self) -> None:
+        """Writes what was added."""
+        self._shards.flush()
+
+
+CACHE_BYTES = 256 * 2**20
+
+
+class ParquetFeatures(FeatureStore):
+    """VL-Adapter's re-hosted shards: Parquet with the columns `id` and `features`, nested lists of fixed sizes.
+
+    Groups of rows that were read last stay in memory, up to `cache_bytes`.
+    """
+
+    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+        self._cache_bytes = cache_bytes
+        self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
+        rows: dict[str, tuple[Path, int, int, Stored]] = {}
+        for path in sorted(folder.glob("*.parquet")):
+            try:
+                with _parquet_file(path) as opened:
+                    stored = _table_size(path, opened.schema_arrow)
+                    for group in range(opened.num_row_groups):
+                        names = opened.read_row_group(group, columns=["id"])["id"].to_pylist()
+                        rows |= {str(name): (path, group, number, stored) for number, name in enumerate(names)}
+            except (OSError, ValueError) as error:  # pyarrow's own errors are these
+                raise UserError(f"features {_unreadable(path, error)}; copy it again") from error
+        super().__init__(folder, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_groups": OrderedDict()}
+
+    def _stored(self, name: str) -> Stored:
+        return self.rows[name][-1]
+
+    def _read(self, name: str) -> Tensor:
+        path, group, row, stored = self.rows[name]
+        try:
+            numbers = self._group(path, group)
+        except DAMAGE as error:
+            raise BadSample(name, f"features of {name} {_unreadable(path, error)}") from None
+        length = stored.tokens * stored.width
+        return torch.from_numpy(numbers[row * length : (row + 1) * length].copy()).view(stored.tokens, stored.width)
+
+    def _group(self, path: Path, number: int) -> np.ndarray:
+        """The numbers of a shard's group of rows, from memory or the file."""
+        key = (path, number)
+        if key not in self._groups:
+            with _parquet_file(path) as opened:
+                column = opened.read_row_group(number, columns=["features"])["features"].combine_chunks()
+            for _ in _fixed_sizes(column.type):
+                column = column.flatten()
+            self._groups[key] = column.to_numpy(zero_copy_only=False)
+            while len(self._groups) > 1 and sum(group.nbytes for group in self._groups.values()) > self._cache_bytes:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+
+def _parquet_file(path: Path) -> Any:
+    import pyarrow.parquet as parquet
+
+    return parquet.ParquetFile(path)
+
+
+def _table_size(path: Path, schema: Any) -> Stored:
+    if missing := {"id", "features"} - set(schema.names):
+        raise UserError(f"{path} has no column {min(missing)!r}, so it holds no features")
+    sizes = _fixed_sizes(schema.field("features").type)
+    if len(sizes) < 2:
+        raise UserError(f"{path}: column 'features' holds no tables of one size")
+    tokens = math.prod(sizes[:-1])
+    return Stored(tokens, sizes[-1], tokens)
+
+
+def _fixed_sizes(kind: Any) -> list[int]:
+    """Sizes of nested lists of fixed sizes, from the outside in; nothing where one is of any length."""
+    import pyarrow as pa
+
+    sizes = []
+    while pa.types.is_nested(kind):
+        if not pa.types.is_fixed_size_list(kind):
+            return []
+        sizes.append(kind.list_size)
+        kind = kind.value_type
+    return sizes
+
+
+class FileFeatures(FeatureStore):
+    """One file a picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, {path.stem: path for suffix in _READERS for path in folder.glob(f"*{suffix}")})
+
+    def _stored(self, name: str) -> Stored:
+        shape = self._looked_into(name, values=False)
+        tokens = math.prod(shape[:-1])
+        return Stored(tokens, shape[-1], tokens)
+
+    def _read(self, name: str) -> Tensor:
+        return torch.from_numpy(self._looked_into(name, values=True)).flatten(0, -2)
+
+    def _looked_into(self, name: str, *, values: bool) -> Any:
+        """A file's numbers, or their shape alone."""
+        path = self.rows[name]
+        shape, dtype, numbers = _READERS[path.suffix](path, values)
+        if len(shape) < 2 or not np.issubdtype(dtype, np.floating):
+            raise BadSample(name, f"features of {name} are {dtype} of shape {tuple(shape)}, not a table of numbers")
+        return numbers if values else shape
+
+
+def _hdf5(path: Path, values: bool) -> tuple[tuple[int, ...], np.dtype, np.ndarray | None]:
+    import h5py
+
+    with h5py.File(path, "r") as opened:
+        stored: Any = opened[f"{path.stem}/features"]
+        return tuple(stored.shape), stored.dtype, np.asarray(stored) if values else None
+
+
+def _npz(path: Path, values: bool) -> tuple[tuple[int, ...], np.dtype, np.ndarray | None]:
+    with zipfile.ZipFile(path) as archive, archive.open("features.npy") as member:
+        if values:
+            numbers = np.lib.format.read_array(member, allow_pickle=False)
+            return numbers.shape, numbers.dtype, numbers
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        return shape, dtype, None
+
+
+_READERS = {".h5": _hdf5, ".npz": _npz}
 
 
 @dataclass(frozen=True)
@@ -109,13 +317,9 @@ class FeatureReader:
 
     def stored(self, path: str) -> Stored:
         """What they are, without reading them."""
-        found = self.source[Path(path).stem].stored()
-        self._refuse_other_width(path, found.width)
-        return found
-
-    def part(self, path: str) -> Part | None:
-        """The part of a video that they are of; None where nothing says it."""
-        return self.source[Path(path).stem].part
+        stored = self.source.stored(Path(path).stem)
+        self._refuse_other_width(path, stored.width)
+        return stored
 
     def _refuse_other_width(self, path: str, width: int) -> None:
         if width != self.width:
@@ -126,28 +330,16 @@ class FeatureReader:
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
     """Features of an example's pictures, or of its video."""
     paths = feature_paths(example)
-    read = [reader.read(path) for path in paths]
-    _check(example, reader, [len(features) for features in read])
-    fitted: list[Tensor] = []
-    try:
-        for path, features in zip(paths, read, strict=True):
-            # What is stored is asked only where frames count: a file of its own is looked into again.
-            frames = reader.stored(path).frames if len(features) > reader.tokens else 1
-            fitted.append(fixed_length(features, reader.tokens, frames=frames))
-    except UserError as error:
-        raise BadSample(example.id, str(error)) from None
-    return torch.stack(fitted)
+    features = [reader.read(path) for path in paths]
+    frames = _frames(example, reader, [len(tokens) for tokens in features])
+    return torch.stack(
+        [fixed_length(tokens, reader.tokens, frames=count) for tokens, count in zip(features, frames, strict=True)]
+    )
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
     """Refuses what `features_of` would, as far as it can be known without reading features."""
-    stored = [reader.stored(path) for path in feature_paths(example)]
-    _check(example, reader, [features.tokens for features in stored])
-    try:
-        for one in stored:
-            pooled_frames(one.tokens, reader.tokens, frames=one.frames)
-    except UserError as error:
-        raise BadSample(example.id, str(error)) from None
+    _frames(example, reader, [reader.stored(path).tokens for path in feature_paths(example)])
 
 
 def feature_paths(example: Example) -> tuple[str, ...]:
@@ -159,26 +351,38 @@ def feature_paths(example: Example) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def part_of(clip: Clip) -> Part:
-    """Where a clip begins and ends."""
-    return clip.start_seconds or 0.0, clip.end_seconds
+def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> list[int]:
+    """Of how many frames the features of each path are, as far as that counts for their length.
 
-
-def _check(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> None:
-    """Refuses another number of a picture's tokens, and features of another part of a video than the example means."""
+    Raises: BadSample for another number of a picture's tokens, and for features of another part of a video than the
+        example means.
+    """
     clip = clip_of_features(example)
     if clip is None and any(count != reader.tokens for count in tokens):
         counts = " and ".join(str(count) for count in dict.fromkeys(tokens))
         raise BadSample(example.id, f"its pictures have {counts} tokens; data.feature_tokens is {reader.tokens}")
-    if example.images or clip is None:
-        return
-    stored, meant = reader.part(clip[0]), part_of(clip[1])
-    if stored is not None and stored != meant:  # they were found by their name alone
-        raise BadSample(
-            example.id,
-            f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(stored)}; compute "
-            "them with python -m data_prep.features --records, in a folder of their own",
-        )
+    if clip is not None and not example.images:
+        part, meant = reader.source.part(Path(clip[0]).stem), part_of(clip[1])
+        if part is not None and part != meant:  # they were found by their name alone
+            raise BadSample(
+                example.id,
+                f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(part)}; compute "
+                "them with python -m data_prep.features --records, in a folder of their own",
+            )
+    try:
+        frames = []
+        for path, count in zip(feature_paths(example), tokens, strict=True):
+            # Asked only where frames count: a file of its own is looked into again.
+            frames.append(reader.stored(path).frames if count > reader.tokens else 1)
+            pooled_frames(count, reader.tokens, frames=frames[-1])
+    except UserError as error:
+        raise BadSample(example.id, str(error)) from None
+    return frames
+
+
+def part_of(clip: Clip) -> Part:
+    """Where a clip begins and ends."""
+    return clip.start_seconds or 0.0, clip.end_seconds
 
 
 def in_words(part: Part) -> str:
@@ -237,302 +441,3 @@ def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
             f"multiple of {places}"
         )
     return length // places
-
-
-SHARD_SUFFIX = ".safetensors"
-FEATURES, INDEX = "features", "index"
-SETTINGS_FILE = "settings.json"
-HASH = "sha256"
-"""Which setting says what the weights were."""
-SHARD_BYTES = 128 * 2**20
-WHOLE: Part = (0.0, None)
-NO_FILE = (-1, -1)
-
-
-@dataclass(frozen=True)
-class FeatureRow:
-    """One picture's or video's features and what they were made from.
-
-    Attributes:
-        name: of the picture or video.
-        features: of any shape, its last axis is the width; None where `broken` says why there are none.
-        backend: the library that decoded it.
-        indices: the frames, by their place in the video; empty for a picture.
-        seconds: when they begin.
-        part: of the video; all of it, or the picture, if nothing else is said.
-        state: the file's, when it was read (`file_state`).
-    """
-
-    name: str
-    features: Tensor | None
-    backend: str = ""
-    indices: tuple[int, ...] = ()
-    seconds: tuple[float, ...] = ()
-    part: Part = WHOLE
-    state: tuple[int, int] = NO_FILE
-    broken: str = ""
-
-
-class FeatureWriter:
-    """Collects rows and writes a shard whenever there are enough; as a context manager, what is left at its end too."""
-
-    def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, Any],
-        *,
-        dtype: torch.dtype | None = torch.float16,
-        shard_bytes: int = SHARD_BYTES,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_settings(folder, settings)
-        self._folder = folder
-        self._dtype = dtype
-        self._shard_bytes = shard_bytes
-        self._rows: list[FeatureRow] = []
-        self._bytes = 0
-
-    def __enter__(self) -> FeatureWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
-    def add(self, row: FeatureRow) -> None:
-        """Takes one row; it is on disk when its shard is full, or at `flush`."""
-        if row.features is not None:
-            tokens = row.features.detach().to("cpu", self._dtype or row.features.dtype)
-            if self._dtype is not None and not bool(torch.isfinite(tokens).all()):
-                named, largest = str(self._dtype).removeprefix("torch."), float(row.features.detach().abs().max())
-                raise UserError(f"features of {row.name} do not fit into {named}: the largest is {largest:.4g}")
-            row = replace(row, features=tokens.reshape(-1, tokens.shape[-1]))
-            self._bytes += tokens.nbytes
-        self._rows.append(row)
-        self._bytes += len(row.name) + 32 * len(row.indices)
-        if self._bytes >= self._shard_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it."""
-        if not self._rows:
-            return
-        named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
-        rows: list[dict[str, Any]] = []
-        start = 0
-        for row in self._rows:
-            count = 0 if row.features is None else len(row.features)
-            described = {name: value for name, value in vars(row).items() if name != FEATURES}
-            rows.append({**described, "start": start, "tokens": count})
-            start += count
-        index = json.dumps({"written": time.time_ns(), "rows": rows}).encode()
-        tokens = [row.features for row in self._rows if row.features is not None]
-        tensors = {
-            FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
-            INDEX: torch.frombuffer(bytearray(index), dtype=torch.uint8),
-        }
-        save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
-        self._rows, self._bytes = [], 0
-
-
-def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a shard under a temporary name and renames it; nothing half-written is left."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
-    try:
-        save_file(tensors, unfinished, metadata)
-        unfinished.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"{path}: cannot be written ({error}); nothing half-written was left") from error
-        raise
-
-
-class Shard:
-    """A shard's tokens, mapped into memory when they are first asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @cached_property
-    def tokens(self) -> Float[Tensor, "tokens width"]:
-        """Of all its pictures."""
-        with safe_open(self._path, framework="pt") as opened:
-            return opened.get_tensor(FEATURES).flatten(0, -2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Memory maps do not travel; a worker opens its own.
-        return {"_path": self._path}
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRow:
-    """Where one name's features are, and what they are; a `Held`."""
-
-    name: str
-    shard: Shard
-    start: int
-    shape: Stored
-    part: Part | None
-    state: tuple[int, int]
-    broken: str
-
-    def stored(self) -> Stored:
-        """See `Held`."""
-        if self.broken:
-            raise BadSample(self.name, self.broken)
-        return self.shape
-
-    def read(self) -> Float[Tensor, "tokens width"]:
-        """See `Held`; a view of the memory map."""
-        return self.shard.tokens[self.start : self.start + self.stored().tokens]
-
-
-def shard_rows(folder: Path) -> dict[str, ShardRow]:
-    """What the folder's shards hold by now, by name; of two that have a name the one written last counts."""
-    indexes = [_read_index(path) for path in sorted(folder.glob(f"*{SHARD_SUFFIX}"))]
-    newest = {row.name: row for _, rows in sorted(indexes, key=lambda index: index[0]) for row in rows}
-    # In the order of the shards' names, which is the same whichever process was done first.
-    return {row.name: newest[row.name] for _, rows in indexes for row in rows}
-
-
-def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
-    try:
-        check_whole(path)
-    except UserError as error:
-        said = str(error).removesuffix("; copy or fetch it again")
-        raise UserError(
-            f"{said}; it is a cache of features: delete this file, and what it held is computed anew by the next run, "
-            "or by python -m data_prep.features with the same options"
-        ) from None
-    try:
-        with safe_open(path, framework="pt") as opened:
-            shape = opened.get_slice(FEATURES).get_shape()
-            index = json.loads(bytes(opened.get_tensor(INDEX).numpy()))
-        shard = Shard(path)
-        return int(index["written"]), [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
-    except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(
-            f"{path} holds no features that can be read ({type(error).__name__}: {error}); it is a cache: delete this "
-            "file, and what it held is computed anew by the next run, or by python -m data_prep.features"
-        ) from error
-
-
-def _shard_row(row: Mapping[str, Any], shard: Shard, width: int) -> ShardRow:
-    (start, end), (size, changed) = row["part"], row["state"]
-    shape = Stored(row["tokens"], width, max(1, len(row["indices"])))
-    return ShardRow(row["name"], shard, row["start"], shape, (start, end), (size, changed), row["broken"])
-
-
-def file_state(root: Path, path: str) -> tuple[int, int]:
-    """A file's bytes and time of change in nanoseconds; `NO_FILE` where there is none."""
-    try:
-        state = (root / path).stat()
-    except (OSError, ValueError):
-        return NO_FILE
-    return state.st_size, state.st_mtime_ns
-
-
-def store_key(tower: nn.Module, settings: dict[str, Any]) -> str:
-    """A name for the features of exactly these weights, in this dtype, and these settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, value in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:24]
-
-
-def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes `settings.json`, or compares with the one that is there."""
-    plain = json.loads(json.dumps(dict(settings)))
-    before = read_settings(folder)
-    if before is None:
-        with whole_file(folder / SETTINGS_FILE) as file:
-            json.dump(plain, file, indent=1)
-    elif (name := first_difference(plain, before)) is not None:
-        raise UserError(
-            f"{folder} holds features with {name} {before.get(name)!r}, and {plain.get(name)!r} is asked for; "
-            "name another folder, or delete this one"
-        )
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the features of a folder were made with; None where nothing says it."""
-    path = folder / SETTINGS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); python -m data_prep.features writes it") from None
-
-
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first name, in their order, whose values differ; None where all are equal."""
-    return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
-
-
-log = logging.getLogger(__name__)
-
-PICTURE_BACKEND = "pillow"
-
-
-@dataclass(frozen=True)
-class Medium:
-    """A picture's path or a clip, and the name of its features."""
-
-    name: str
-    path: str
-    clip: Clip | None = None
-
-    @property
-    def part(self) -> Part:
-        """Of the video; a picture is whole."""
-        return WHOLE if self.clip is None else part_of(self.clip)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
-    """Reads and prepares media: a row yet without features, and `[frames, 3, height, width]`; None where it is broken.
-
-    Attributes:
-        root: the folder of their paths.
-        sampling: which frames of a clip; `reader` decodes it.
-    """
-
-    media: Sequence[Medium]
-    root: MediaFolder
-    preparation: ImagePreparation
-    sampling: Sampling | None = None
-    reader: VideoReader | None = None
-
-    def __len__(self) -> int:
-        return len(self.media)
-
-    def __getitem__(self, index: int) -> tuple[FeatureRow, Tensor | None]:
-        medium = self.media[index]
-        row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root.root, medium.path))
-        prepare = self.preparation.prepare
-        try:
-            if medium.clip is None:
-                picture = prepare(open_image(self.root, medium.path))
-                return replace(row, backend=PICTURE_BACKEND), picture[None]
-            if self.reader is None or self.sampling is None:
-                raise ValueError("clips need a reader and a sampling")
-            frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
-            row = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
-            return row, torch.stack(frames.pictures)
-        except BadSample as error:
-            return replace(row, broken=error.reason), None
-
-
-def computed(
-    media: Media, encode: Callable[[list[Tensor]], Iterable[Tensor]], *, at_once: int, workers: int, progress: bool
-) -> Iterator[FeatureRow]:
-    """The media's rows in their order, those that could not be read without features."""
-    loader: Iterable[Any] = DataLoader(media, batch_size=at_once, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(media), unit="file", desc="features", disable=not progress) as bar:
-        for batch in loader:
-            pixels = [one for _, one in batch if one is not None]
-            features = iter(encode(pixels) if pixels else ())
-            for row, one in batch:
-                yield row if one is None else replace(row, features=next(features))
-            bar.update(len(batch))

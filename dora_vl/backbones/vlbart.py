@@ -76,10 +76,9 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
     ) -> tuple[Float[Tensor, "batch total width"], Int[Tensor, "batch total"]]:
         """The encoder's output and its mask, text first."""
-        hidden = self.model.model.encoder(input_ids, attention_mask, features, boxes).last_hidden_state
+        hidden = self.model.model.encoder(input_ids, attention_mask, features).last_hidden_state
         return hidden, joint_mask(attention_mask, hidden.shape[1])
 
     def decode(
@@ -118,13 +117,12 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch answer"],
         features: Float[Tensor, "batch images tokens channels"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
     ) -> Features:
         """Hidden states and logits at the positions that have a label, -100 being none.
 
         The decoder reads the labels one place later, so a label at t is predicted at t.
         """
-        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        encoded, mask = self.encode(input_ids, attention_mask, features)
         hidden = self.decode(self.shifted(labels), encoded, mask)
         rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
         if len(rows) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
@@ -146,7 +144,6 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
         *,
         max_length: int = 20,
         num_beams: int = 1,
@@ -158,7 +155,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         tokens) is off unless `options` of transformers' generate say so; beam search ends with the end token, as
         in the original. Ids of a row whose scores are no numbers are `NO_TOKEN`.
         """
-        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        encoded, mask = self.encode(input_ids, attention_mask, features)
         model: Any = self.model
         settings = {
             "do_sample": False,
@@ -186,10 +183,9 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
         candidates: Int[Tensor, "choices answer"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
     ) -> Float[Tensor, "batch choices"]:
         """Log-probability of each candidate answer, summed over its tokens (-100 is none); the encoder runs once."""
-        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        encoded, mask = self.encode(input_ids, attention_mask, features)
         batch, choices = len(input_ids), len(candidates)
         labels = candidates.to(input_ids.device).repeat(batch, 1)
         hidden = self.decode(

@@ -23,11 +23,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING
 from dora_vl.backbones.loading import written_base
-from dora_vl.backbones.published_features import open_features
 from dora_vl.backbones.specs import VlBartSpec
+from dora_vl.backbones.vision_store import open_features
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.data.example import Example, iterate_examples
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
@@ -49,13 +49,8 @@ class OriginalState:
         return self.tensors[f"{EMBEDDING}.feat_embedding.0.weight"].shape[1]
 
 
-def original_state(path: Path) -> OriginalState:
-    """Reads a `.pth` (with `weights_only=True`) or safetensors file."""
-    return as_original(read_tensors(path), source=str(path))
-
-
 def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
-    """The base's weights of a dictionary; adapters in it are left to `dora-vl convert`."""
+    """The base's weights of a file's dictionary; adapters in it are left to `dora-vl convert`."""
     own = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("module.")
@@ -74,24 +69,15 @@ def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
 
 def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -> None:
     """Loads strictly; a name for the shared tensor that the file leaves out is filled from another."""
-    found = dict(state.tensors)
-    tokens = next((found[name] for name in ALIASES if name in found), None)
-    if tokens is not None:
-        found = {**dict.fromkeys(ALIASES, tokens), **found}
-    expected = model.state_dict()
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    shapes = [
-        f"{name} is {list(found[name].shape)}, here {list(expected[name].shape)}"
-        for name in sorted(set(expected) & set(found))
-        if found[name].shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
+    tokens = next((state.tensors[name] for name in ALIASES if name in state.tensors), None)
+    aliases = {} if tokens is None else dict.fromkeys(ALIASES, tokens)
+    try:
+        model.load_state_dict({**aliases, **state.tensors}, strict=True)
+    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
         raise UserError(
-            f"{state.source} does not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected "
-            f"{unexpected[:3]}, {len(shapes)} of another shape {shapes[:2]}; is feature_width {state.feature_width}, "
+            f"{one_line(f'{state.source} does not fit: {error}', 400)}; is feature_width {state.feature_width}, "
             f"visual_norm {state.visual_norm}?"
-        )
-    model.load_state_dict(found, strict=True)
+        ) from error
 
 
 MOST_FILES = 2000
@@ -102,7 +88,7 @@ LEAST_SPREAD = 0.1
 def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Mean and spread of each number of a token, over the tokens of the folder's first files."""
     source = open_features(folder)
-    tokens = torch.cat([source.read(name).double() for name in islice(source.held, MOST_FILES)])
+    tokens = torch.cat([source.read(name).double() for name in islice(source.rows, MOST_FILES)])
     spread = tokens.std(dim=0, correction=0)
     least = LEAST_SPREAD * float(tokens.std(correction=0))
     return tokens.mean(dim=0).float(), spread.clamp_min(least).float()
@@ -135,7 +121,9 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
 def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrainedTokenizerBase]:
     tokenizer, shape, weights = _language(spec)
     add_picture_tokens(tokenizer)
-    original = None if spec.checkpoint is None else original_state(Path(spec.checkpoint))
+    original = (
+        None if spec.checkpoint is None else as_original(read_tensors(Path(spec.checkpoint)), source=spec.checkpoint)
+    )
     norm: VisualNorm = "each" if original is None else original.visual_norm
     config = VlBartConfig(
         **shape,
@@ -216,14 +204,8 @@ def small_tokenizer(texts: Iterator[str], *, vocabulary: int, leading_space: boo
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", special.index("<s>")), ("</s>", special.index("</s>"))]
     )
-    named = {
-        "bos_token": "<s>",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=made, **named)
+    named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{f"{name}_token": token for name, token in named.items()})
 
 
 def texts_of(example: Example) -> Iterator[str]:

@@ -171,13 +171,12 @@ class VlBartEncoder(BartEncoder):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
         **_: Any,
     ) -> BaseModelOutput:
         """Hidden states of the text, then of each picture's tokens."""
         words = self.embed_tokens(input_ids)
         text = self.layernorm_embedding(words + self.embed_positions(input_ids))
-        hidden = torch.cat([text, self.visual_tokens(features, boxes).to(text.dtype)], dim=1)
+        hidden = torch.cat([text, self.visual_tokens(features).to(text.dtype)], dim=1)
         hidden = nn.functional.dropout(hidden, p=float(self.dropout or 0), training=self.training)
         mask = create_bidirectional_mask(
             config=self.config,
@@ -189,29 +188,23 @@ class VlBartEncoder(BartEncoder):
         return BaseModelOutput(last_hidden_state=hidden)
 
     def visual_tokens(
-        self,
-        features: Float[Tensor, "batch images tokens channels"],
-        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
+        self, features: Float[Tensor, "batch images tokens channels"]
     ) -> Float[Tensor, "batch visual width"]:
-        """Each picture pooled on its own, then all embedded; orders start anew with every picture.
-
-        Boxes are those of the pooled tokens.
-        """
+        """Each picture pooled on its own, then all embedded; orders start anew with every picture."""
         batch, images, tokens, _ = features.shape
         if images > self.settings.max_images:
             raise UserError(f"{images} pictures in one input; this model has embeddings for {self.settings.max_images}")
         side = self.settings.pooled_side
         if side is not None:
             features = pool_grid(features.flatten(0, 1), side).unflatten(0, (batch, images))
-        if boxes is None:
-            boxes = self._boxes(tokens).to(features).expand(batch, images, -1, -1)
+        boxes = self._boxes(tokens).to(features).expand(batch, images, -1, -1)
         features, boxes, count = features.to(self.dtype), boxes.to(self.dtype), features.shape[2]
         image_ids = torch.arange(images, device=features.device).repeat_interleave(count)
         order_ids = torch.arange(count, device=features.device).repeat(images)
         return self.visual_embedding(features.flatten(1, 2), boxes.flatten(1, 2), image_ids, order_ids)
 
     def _boxes(self, tokens: int) -> Tensor:
-        """What stands for places where nobody gives them."""
+        """The places of a picture's pooled tokens."""
         side = self.settings.pooled_side
         if self.settings.boxes == "zeros":
             return torch.zeros(tokens if side is None else side**2, 4)

@@ -166,7 +166,9 @@ class DoRAConfig(AdapterSettings):
 
     @property
     def scale(self) -> float:
-        """s, the factor of B A."""
+        """s, the factor of B A; of DVoRA 1, since its vectors take the place of a scale."""
+        if self.method == "dvora":
+            return 1.0
         return self.alpha / (self.rank if self.rank_scaling == "linear" else math.sqrt(self.rank))
 
 

@@ -77,37 +77,37 @@ class ExpertsProjection(AdaptedLayer):
         """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
         return "experts that are one tensor"
 
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each expert."""
-        factors = self.factors()
-        return [] if factors is None else list(zip(*factors, strict=True))
-
-    def dense_weight(self) -> Float[Tensor, "out in_"]:
-        """Refused: what asks for it knows one matrix a layer."""
-        raise UserError("LoftQ and PiSSA start from one matrix a layer; experts that are one tensor start otherwise")
-
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
         """||W_e,i||^2 of every row of every expert."""
-        return torch.stack([functional.row_norms_squared(weight) for weight in self.as_matrix(self._frozen_weight())])
+        return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
     def norms_squared(self) -> Float[Tensor, "experts out"]:
         """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
         factors = self.factors()
         if factors is None:
             return self.weight_norms_squared()
-        weight = self.as_matrix(self._frozen_weight())
+        weight = self.frozen_matrix()
         with torch.autocast(weight.device.type, enabled=False):
             a, b = (factor.to(weight.dtype) for factor in factors)
             on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
-            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.scale())
+            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """An expert at a time."""
-        weight, owners, dense = self.as_matrix(self._frozen_weight()), index // self.out_features, []
+        weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
         for expert in owners.unique_consecutive().tolist():
             rows = index[owners == expert] - expert * self.out_features
-            dense.append(functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale()))
+            dense.append(
+                functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.adapter.scale)
+            )
         return torch.cat(dense)
+
+    def merged_matrix(self) -> Float[Tensor, "experts out in_"]:
+        """W' of each expert, in float32 one at a time."""
+        a, b = self.factors() or ([None] * self.experts, [None] * self.experts)
+        magnitudes = [None] * self.experts if self.magnitude is None else self.magnitude
+        operands = zip(self.as_matrix(self.weight), a, b, magnitudes, strict=True)
+        return torch.stack([functional.merged_weight(*operand, self.adapter.scale) for operand in operands])
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -142,12 +142,12 @@ class ExpertsProjection(AdaptedLayer):
                 assert lora_A is not None
                 assert lora_B is not None
                 dropped_x = F.dropout(x, probability)
-                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.scale()
+                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.adapter.scale
                 full, frozen = functional.gain(m, self.norms()[expert]), F.linear(dropped_x, weight)
                 outputs.append(functional.changed_output(F.linear(x, weight, b_e), frozen, low_rank, full))
                 continue
             dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
-            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.scale(), dropped)
+            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.adapter.scale, dropped)
             outputs.append(cast(Tensor, functional.AdaptedProduct.apply(*operands)))
         return torch.cat(outputs)
 
@@ -163,21 +163,6 @@ class ExpertsProjection(AdaptedLayer):
         biases = [None] * self.experts if bias is None else bias.unbind()
         rows = zip(quick, functional.gain(magnitude, norms), norms, biases, strict=True)
         return [gain or careful_gain(full, norm, expert_bias, dtype) for gain, full, norm, expert_bias in rows]
-
-    # -- merging -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def merge(self, *, keep_base: bool = True) -> None:
-        """Folds the adapter into `weight`, an expert at a time."""
-        if self.merged:
-            return
-        factors = self.factors()
-        self._base_weight = self.weight.detach().clone() if keep_base else None
-        for expert, weight in enumerate(self.as_matrix(self.weight)):
-            a, b = (None, None) if factors is None else (factors[0][expert], factors[1][expert])
-            m = None if self.magnitude is None else self.magnitude[expert]
-            weight.copy_(functional.merged_weight(weight, a, b, m, self.scale()))
-        self.merged = True
 
 
 def products(

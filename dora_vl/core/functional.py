@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import ROW_HALVES, scaled_product, triton_kernels
+from dora_vl.core.fast.products import frozen_product, scaled_product, triton_kernels
 from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
@@ -156,7 +156,7 @@ class AdaptedProduct(torch.autograd.Function):
         """Runs the layer; every operand but A, B and m in the dtype of x."""
         kept_input = x
         rows = masked = x.reshape(-1, x.shape[-1])
-        y = ROW_HALVES.product(rows, weight.t(), bias)
+        y = frozen_product(rows, weight.t(), bias)
         hidden = saved_y = fragile_z = positions = taken = None
         ctx.probability = None
         if lora_A is not None:
@@ -202,7 +202,7 @@ class AdaptedProduct(torch.autograd.Function):
             dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
         elif gain is not None and dm is not None and fragile_z is not None:
             dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
-        dx = ROW_HALVES.product(dz, weight) if needs[0] else None
+        dx = frozen_product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
             # Contiguous in the same copy: a gradient laid out unlike its parameter would be copied once more.
@@ -229,7 +229,7 @@ def changed_product_(
     """Makes g (W x + h B^T) + b of W x + b, in place; `hidden` is h = s A x."""
     kernels = None if gain is None else triton_kernels(y)
     if kernels is not None and gain is not None:
-        return kernels.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
+        return kernels.adapted_output(y, hidden, lora_B, bias, gain.minus_one, in_place=True)
     if hidden is not None and lora_B is not None:
         y.addmm_(hidden, lora_B.to(y.dtype).t())
     return y if gain is None else apply_gain(y, bias, gain.minus_one)

@@ -13,32 +13,30 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from functools import cache
+from typing import NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class OptimizerSteps:
-    """Counts optimizer steps of this process once `watch` was called."""
+    """Optimizer steps of this process, counted once `watch_optimizers` was called."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._watching = False
-
-    def watch(self) -> None:
-        """Starts counting; called by the first adapted layer, so that importing changes nothing."""
-        if not self._watching:
-            register_optimizer_step_post_hook(self._advance)
-            self._watching = True
-
-    def _advance(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.count += 1
+    count = 0
 
 
-OPTIMIZER_STEPS = OptimizerSteps()
+@cache
+def watch_optimizers() -> None:
+    """Starts counting; called by the first adapted layer, so that importing changes nothing."""
+
+    def advance(*_: object) -> None:
+        OptimizerSteps.count += 1
+
+    register_optimizer_step_post_hook(advance)
+
 
 SHARD_MARKS = frozenset({"ds_status", "_fsdp_flattened"})
 """Attributes of parameters whose `.data` DeepSpeed ZeRO-3 and FSDP1 replace at every pass, without a new value."""
@@ -113,9 +111,6 @@ class Snapshot:
             and self._versions == [version_of(tensor) for tensor in present]
             and self._also == also
         )
-
-    def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        return Snapshot, ((), object)  # a copy is of other tensors, so it holds for none
 
 
 CANCELLATION = 0.15

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.experts import AdaptedExperts, expert_projections
+from dora_vl.core.experts import AdaptedExperts, ExpertsProjection, expert_projections
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
 from dora_vl.core.other_layers import SCALED_EMBEDDINGS, DoRAConv1d, DoRAConv2d, DoRAEmbedding
@@ -142,10 +142,6 @@ class DVoRALinear(DoRALinear):
         self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
         self.create_magnitude()
 
-    def scale(self) -> float:
-        """1: b takes the place of a scale."""
-        return 1.0
-
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
         """A, and B with both vectors folded in."""
         (shared,) = self._shared_matrices
@@ -226,7 +222,7 @@ def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
     if rank > min(shape):
         raise UserError(f"init: pissa: {name} has rank {rank}, above the smaller side of its weight {list(shape)}")
     try:
-        layer.start_from(layer.dense_weight())
+        layer.start_from(layer.frozen_matrix())
     except torch.linalg.LinAlgError as error:
         raise UserError(f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?") from error
 
@@ -270,7 +266,9 @@ def loftq(model: nn.Module, original_weight: Callable[[str], Tensor]) -> None:
     for name, layer in adapted_layers(model):
         if layer.lora_A is None:
             raise UserError("LoftQ starts A and B; this layer has none (method: magnitude or dvora)")
-        layer.start_from(original_weight(name).to(torch.float32) - layer.dense_weight())
+        if isinstance(layer, ExpertsProjection):
+            raise UserError("LoftQ starts from one matrix a layer; experts that are one tensor start otherwise")
+        layer.start_from(original_weight(name).to(torch.float32) - layer.frozen_matrix())
         layer.forget_norms()
         if layer.magnitude is not None:
             with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.gain import OPTIMIZER_STEPS, Snapshot, unwatch
+from dora_vl.core.gain import OptimizerSteps, Snapshot, unwatch, watch_optimizers
 
 
 def is_traced() -> bool:
@@ -33,12 +33,16 @@ def principal_factors(
 
 def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
     """Subtracts s B A from the frozen weight and remembers A and B, which the adapter folder then needs as well."""
-    residual = functional.dense_direction(layer.as_matrix(layer.weight), a.flatten(1), b.flatten(1), -layer.scale())
+    residual = functional.dense_direction(
+        layer.as_matrix(layer.weight), a.flatten(1), b.flatten(1), -layer.adapter.scale
+    )
     layer.weight.copy_(layer.from_matrix(residual).to(layer.weight.dtype))
     layer.register_buffer("start_A", a.detach().clone(), persistent=False)
     layer.register_buffer("start_B", b.detach().clone(), persistent=False)
 
 
+FROZEN = "||W||^2"
+"""What is kept of the frozen weight alone."""
 Self = TypeVar("Self", bound="AdaptedLayer")
 Value = TypeVar("Value")
 
@@ -61,12 +65,14 @@ class AdaptedLayer(nn.Module):
         "magnitude": "lora_magnitude_vector",
     }
     """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
+    experts: int = 0
+    """Of a mixture, how many matrices the layer's weight holds; 0: it is one."""
     weight_is_readable: ClassVar[bool] = True
     """Whether `weight` holds the values that multiply the input; not so where they are quantised."""
 
     def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
         """Sets the adapter up; the layer's own weight and sizes must stand already."""
-        OPTIMIZER_STEPS.watch()
+        watch_optimizers()
         self.adapter = config
         self._shards: dict[str, Tensor] = {}
         # In a tuple, so that torch does not see it: the layer that was here before, for `plain`.
@@ -74,7 +80,7 @@ class AdaptedLayer(nn.Module):
         self.merged = False
         self.training = base.training
         self._base_weight: Tensor | None = None
-        self.forget_norms(frozen=True)
+        self._kept: dict[str, tuple[Any, Snapshot]] = {}
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
@@ -92,7 +98,8 @@ class AdaptedLayer(nn.Module):
             self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
             (out_features, in_features), rank = self.matrix_shape(), self.adapter.rank
-            for a, b in self.factor_pairs() if device.type != "meta" else ():
+            pairs = zip(self.lora_A, self.lora_B, strict=True) if self.experts else [(self.lora_A, self.lora_B)]
+            for a, b in pairs if device.type != "meta" else ():
                 if self.adapter.init == "kaiming":
                     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 elif self.adapter.init == "gaussian":
@@ -122,7 +129,8 @@ class AdaptedLayer(nn.Module):
         """Gives A and B the principal factors of a matrix; no frozen weight changes."""
         assert self.lora_A is not None
         assert self.lora_B is not None
-        start_A, start_B = principal_factors(matrix, self.adapter.rank, self.scale())
+        matrix = matrix.detach().to(self.lora_A.dtype)
+        start_A, start_B = principal_factors(matrix, self.adapter.rank, self.adapter.scale)
         self.lora_A.copy_(start_A.view_as(self.lora_A))
         self.lora_B.copy_(start_B.view_as(self.lora_B))
 
@@ -161,43 +169,62 @@ class AdaptedLayer(nn.Module):
         """A and B as matrices, with their gradients; None for a magnitude alone."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each matrix that the layer multiplies by, as views: one pair, or one for each expert."""
-        return [] if self.lora_A is None or self.lora_B is None else [(self.lora_A, self.lora_B)]
-
-    def scale(self) -> float:
-        """s, the factor of B A."""
-        return self.adapter.scale
+    def frozen_matrix(self) -> Float[Tensor, "*experts out in_"]:
+        """W as it was before a merge; of a quantised layer made for the one who asks."""
+        return self.as_matrix(self.weight if self._base_weight is None else self._base_weight)
 
     def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
         """The frozen weight applied to rows, without the bias: all that the norm needs to know of W."""
-        weight = self.as_matrix(self._frozen_weight())
+        weight = self.frozen_matrix()
         return (weight @ rows.to(weight.dtype).t()).t()  # half the time of its transpose for few rows on CPU
-
-    def dense_weight(self) -> Float[Tensor, "out in_"]:
-        """All of W in float32; for starting values alone, never for a forward pass."""
-        weight = self.as_matrix(self._frozen_weight())
-        return weight.detach().to(functional.accumulation_dtype(weight.dtype))
 
     def frozen_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 of every row, computed."""
-        return functional.row_norms_squared(self.as_matrix(self._frozen_weight()))
+        return functional.row_norms_squared(self.frozen_matrix())
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """What W is made of."""
-        return [self._frozen_weight(), self._shards.get("weight")]
+        return [self.weight if self._base_weight is None else self._base_weight, self._shards.get("weight")]
 
-    def _frozen_weight(self) -> Tensor:
-        return self.weight if self._base_weight is None else self._base_weight
+    # -- what is kept between passes -------------------------------------------------------------------------
 
-    # -- norm and gain ---------------------------------------------------------------------------------------
+    def tensors(self) -> list[Tensor | None]:
+        """Weight, bias and what trains, with the shards they were gathered from.
+
+        A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
+        """
+        parameters = self._parameters
+        names = ("weight", "bias", *self.FILE_LEAVES)
+        return [
+            *(parameters[name] if name in parameters else getattr(self, name) for name in names),
+            *self._shards.values(),
+        ]
+
+    def keep(self, name: str, value: Value, *also: object) -> Value:
+        """Keeps what was computed from the layer's tensors, its settings and `also`, as they are now."""
+        self._kept[name] = value, Snapshot(self.tensors(), OptimizerSteps.count, self.adapter, *also)
+        return value
+
+    def recall(self, name: str, *also: object) -> Any:
+        """What was kept; None after an optimizer step, an edit, other tensors, settings or `also`."""
+        value, snapshot = self._kept.get(name, (None, None))
+        fresh = snapshot and snapshot.holds(self.tensors(), OptimizerSteps.count, self.adapter, *also)
+        return value if fresh else None
+
+    def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
+        """What was kept under the name, computed without a gradient where it is not fresh."""
+        value = self.recall(name, *also)
+        if value is None:
+            with torch.no_grad():
+                value = self.keep(name, compute(), *also)
+        return value
 
     def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit."""
         tensors = self.frozen_tensors()
-        if self._norms_squared is None or not self._norms_squared[1].holds(tensors):
-            self._norms_squared = self.frozen_norms_squared(), Snapshot(tensors)
-        return self._norms_squared[0]
+        if FROZEN not in self._kept or not self._kept[FROZEN][1].holds(tensors):
+            self._kept[FROZEN] = self.frozen_norms_squared(), Snapshot(tensors)
+        return self._kept[FROZEN][0]
 
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude; for changes that torch does not count.
@@ -205,20 +232,14 @@ class AdaptedLayer(nn.Module):
         Call it where something else than an optimizer or an edit in place changed them (`.data`, a kernel). It is
         cheap enough for every step, because ||W_i||^2 stays: say `frozen` where W itself was changed in such a way.
         """
-        self._kept: dict[str, tuple[Any, Snapshot]] = {}
-        if frozen:
-            self._norms_squared: tuple[Tensor, Snapshot] | None = None
+        stay = () if frozen else (FROZEN,)
+        self._kept = {name: value for name, value in self._kept.items() if name in stay}
+
+    # -- norm and gain ---------------------------------------------------------------------------------------
 
     def norms(self) -> Float[Tensor, "*experts out"]:
         """n without a gradient, computed once per optimizer step."""
         return self.kept("norms", self.live_norms)
-
-    def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
-        """What was computed without a gradient from the layer's tensors, while these and `also` are the same."""
-        if name not in self._kept or not self.still_holds(self._kept[name][1], *also):
-            with torch.no_grad():
-                self._kept[name] = compute(), self.snapshot(*also)
-        return self._kept[name][0]
 
     def live_norms(self) -> Float[Tensor, "*experts out"]:
         """n with its gradient in A and B."""
@@ -236,8 +257,7 @@ class AdaptedLayer(nn.Module):
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """Some rows of V, by their number over all experts."""
-        rows = self.as_matrix(self._frozen_weight())[index]
-        return functional.dense_direction(rows, a, b[index], self.scale())
+        return functional.dense_direction(self.frozen_matrix()[index], a, b[index], self.adapter.scale)
 
     def norms_squared(self) -> Float[Tensor, "*experts out"]:
         """n^2 from the factors alone, with its gradient: exact but for rows that cancel."""
@@ -248,7 +268,7 @@ class AdaptedLayer(nn.Module):
         leave_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with leave_autocast:
             on_A = self.frozen_on_rows(a)
-            return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.scale())
+            return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.adapter.scale)
 
     def gain(self) -> Float[Tensor, "*experts out"] | None:
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
@@ -265,8 +285,8 @@ class AdaptedLayer(nn.Module):
         """
         factors, detached = self.factors(), self.adapter.detach_norm
         # Not what eager passes keep, since no graph sees that W was edited; a quantised weight stays as it is.
-        recompute = self.weight_is_readable or self._norms_squared is None
-        squared = self.frozen_norms_squared() if recompute else cast("tuple[Tensor, Snapshot]", self._norms_squared)[0]
+        recompute = self.weight_is_readable or FROZEN not in self._kept
+        squared = self.frozen_norms_squared() if recompute else self._kept[FROZEN][0]
         if factors is None:
             return functional.root(squared)
         a, b = factors
@@ -274,12 +294,12 @@ class AdaptedLayer(nn.Module):
             live = None
             if not (self.weight_is_readable and detached):
                 on_A = self.frozen_on_rows(a)
-                live = functional.root(functional.factored_norms_squared(squared, a, b, on_A, self.scale()))
+                live = functional.root(functional.factored_norms_squared(squared, a, b, on_A, self.adapter.scale))
             if not self.weight_is_readable:
                 assert live is not None
                 return live.detach() if detached else live
             weight = self.as_matrix(self.weight).detach()
-            norms = functional.safe_norms(weight, squared, a.detach(), b.detach(), self.scale())
+            norms = functional.safe_norms(weight, squared, a.detach(), b.detach(), self.adapter.scale)
             return norms if live is None else norms + (live - live.detach())
 
     def magnitude_over_live_norm(self) -> Float[Tensor, "*experts out"] | None:
@@ -289,26 +309,6 @@ class AdaptedLayer(nn.Module):
         live = self.live_norms()
         return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
 
-    def snapshot(self, *also: object) -> Snapshot:
-        """All that the norm and the gain depend on, as it is now."""
-        return Snapshot(self.tensors(), OPTIMIZER_STEPS.count, self.adapter, *also)
-
-    def still_holds(self, snapshot: Snapshot, *also: object) -> bool:
-        """Whether there was no optimizer step, edit, other tensor or new scale since."""
-        return snapshot.holds(self.tensors(), OPTIMIZER_STEPS.count, self.adapter, *also)
-
-    def tensors(self) -> list[Tensor | None]:
-        """Weight, bias and what trains, with the shards they were gathered from.
-
-        A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
-        """
-        parameters = self._parameters
-        names = ("weight", "bias", *self.FILE_LEAVES)
-        return [
-            *(parameters[name] if name in parameters else getattr(self, name) for name in names),
-            *self._shards.values(),
-        ]
-
     # -- merging ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -316,11 +316,14 @@ class AdaptedLayer(nn.Module):
         """Folds the adapter into `weight`, computed in float32; with `keep_base`, `unmerge` restores it bit by bit."""
         if self.merged:
             return
-        a, b = self.factors() or (None, None)
-        merged = functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.scale())
         self._base_weight = self.weight.detach().clone() if keep_base else None
-        self.weight.copy_(self.from_matrix(merged))
+        self.weight.copy_(self.from_matrix(self.merged_matrix()))
         self.merged = True
+
+    def merged_matrix(self) -> Float[Tensor, "*experts out in_"]:
+        """W' of the adapter as it is now."""
+        a, b = self.factors() or (None, None)
+        return functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.adapter.scale)
 
     def refuse_merging(self, name: str) -> None:
         """Raises a `UserError` that names the layer where `weight` cannot hold merged values."""
@@ -380,13 +383,16 @@ class AdaptedLayer(nn.Module):
         self.forget_norms(frozen=True)  # before, because torch swaps no tensor that something refers to weakly
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: what was kept is not true of other tensors."""
+        return {**vars(self), "_kept": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.
         super().__setstate__(state)
-        OPTIMIZER_STEPS.watch()
-        self.forget_norms()
+        watch_optimizers()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         adapter = self.adapter
-        return f"{super().extra_repr()}, method={adapter.method}, rank={adapter.rank}, scale={self.scale():g}"
+        return f"{super().extra_repr()}, method={adapter.method}, rank={adapter.rank}, scale={adapter.scale:g}"

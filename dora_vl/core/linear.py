@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -14,8 +15,8 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
-from dora_vl.core.fast.products import ROW_HALVES, triton_kernels
-from dora_vl.core.gain import SHARD_MARKS, Gain, Snapshot, careful_gain, is_plain_parameter, quick_gains
+from dora_vl.core.fast.products import frozen_product, takes_halves, triton_kernels
+from dora_vl.core.gain import SHARD_MARKS, Gain, careful_gain, is_plain_parameter, quick_gains
 from dora_vl.core.layer import AdaptedLayer, is_traced
 
 LARGEST_BATCH_BYTES = 2**26
@@ -23,17 +24,15 @@ LARGEST_BATCH_BYTES = 2**26
 
 
 class CastFactors(NamedTuple):
-    """A and s B in the activations' dtype, what they came from, and whether the compiled operation takes them."""
+    """A and s B in the activations' dtype, and whether the compiled operation takes them."""
 
     a: Float[Tensor, "rank in_"]
     b: Float[Tensor, "out rank"]
-    dtype: torch.dtype
-    snapshot: Snapshot
     compiled: bool
 
 
 class ProductLayer(AdaptedLayer):
-    """A layer that multiplies by one dense weight: the hot path of training and decoding, hence its own caches."""
+    """A layer that multiplies by one dense weight: the hot path of training and decoding."""
 
     in_features: int
     out_features: int
@@ -43,13 +42,6 @@ class ProductLayer(AdaptedLayer):
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.out_features, self.in_features
-
-    def forget_norms(self, *, frozen: bool = False) -> None:
-        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
-        super().forget_norms(frozen=frozen)
-        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
-        self._factors: CastFactors | None = None
-        self.compiled_gain: tuple[list[Tensor] | None, Snapshot] | None = None
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
@@ -71,11 +63,12 @@ class ProductLayer(AdaptedLayer):
             assert a is not None
             assert b is not None
             dropped_x = F.dropout(x, probability)
-            low_rank = F.linear(F.linear(dropped_x, a.to(x.dtype)), b.to(x.dtype)) * self.scale()
+            low_rank = F.linear(F.linear(dropped_x, a.to(x.dtype)), b.to(x.dtype)) * self.adapter.scale
             frozen = F.linear(dropped_x, weight)
             return functional.changed_output(F.linear(x, weight, bias), frozen, low_rank, self.gain())
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
-        if torch.is_grad_enabled():
+        numbers = x.numel() // max(x.shape[-1], 1) * len(weight)
+        if torch.is_grad_enabled() and numbers >= cpu_step.SMALLEST_OUTPUT:
             output = self._compiled_pass(x, weight, bias, dropped)
             if output is not None:
                 return output
@@ -83,7 +76,7 @@ class ProductLayer(AdaptedLayer):
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
         magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
-        product = functional.AdaptedProduct.apply(x, weight, bias, a, b, magnitude, gain, self.scale(), dropped)
+        product = functional.AdaptedProduct.apply(x, weight, bias, a, b, magnitude, gain, self.adapter.scale, dropped)
         return cast(Tensor, product)
 
     def _traced_forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
@@ -96,7 +89,7 @@ class ProductLayer(AdaptedLayer):
         low_rank = None
         if factors is not None:
             a, b = (factor.to(product.dtype) for factor in factors)
-            low_rank = self.scale() * F.linear(F.linear(dropped.to(product.dtype), a), b)
+            low_rank = self.adapter.scale * F.linear(F.linear(dropped.to(product.dtype), a), b)
         whole_change = dropping and self.adapter.dropout_mode == "whole_change"
         frozen = F.linear(dropped, weight) if whole_change else product
         return functional.changed_output(output, frozen, low_rank, self.gain())
@@ -108,24 +101,22 @@ class ProductLayer(AdaptedLayer):
 
         It knows float32 and bfloat16 on a CPU, whole plain parameters, a detached norm, and no rows that need care.
         """
-        large = x.numel() // max(x.shape[-1], 1) * len(weight) >= cpu_step.SMALLEST_OUTPUT
         alike = x.dtype in cpu_step.DTYPES and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-        if not (large and alike and self.adapter.detach_norm and self._is_on_cpu()):
+        if not (alike and self.adapter.detach_norm and self.is_here("cpu")):
             return None
         operations = cpu_step.compiled_operations()
         if operations is None:
             return None
-        cached = self.compiled_gain
-        due = cached is None or not self.still_holds(cached[1])
-        if due or cached is None:
-            cached = self.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], self.snapshot()
-        gain, snapshot = cached
-        if gain is None:  # unsound since the last change
+        gain = self.recall("compiled gain")
+        due = gain is None
+        if due:
+            gain = self.keep("compiled gain", [torch.empty(len(weight)) for _ in range(3)])
+        elif not gain:  # unsound since the last change
             return None
         rows = x.reshape(-1, x.shape[-1])
         halves = (
-            rows.is_contiguous() and ROW_HALVES.halves(len(rows), weight.t(), bias),
-            ROW_HALVES.halves(len(rows), weight, None),
+            rows.is_contiguous() and takes_halves(len(rows), weight.t(), bias),
+            takes_halves(len(rows), weight, None),
         )
         dropout = (1.0, None, None, None)
         if dropped is not None:
@@ -134,10 +125,10 @@ class ProductLayer(AdaptedLayer):
         parameters = (self.lora_A, self.lora_B, self.magnitude)
         frozen = self.weight_norms_squared()
         output, sound = operations.adapted_product(
-            x, weight, bias, *parameters, frozen, gain, due, self.scale(), *dropout, *halves
+            x, weight, bias, *parameters, frozen, gain, due, self.adapter.scale, *dropout, *halves
         )
         if not sound:
-            self.compiled_gain = None, snapshot
+            gain.clear()
             return None
         return cast(Tensor, output)
 
@@ -150,65 +141,42 @@ class ProductLayer(AdaptedLayer):
             if factors.compiled and gain is not None:
                 return torch.ops.dora_vl_cpu.adapted_output(x, weight, bias, factors.a, factors.b, gain.full)
             hidden, b = F.linear(rows, factors.a), factors.b
-        y = functional.changed_product_(ROW_HALVES.product(rows, weight.t(), bias), hidden, b, bias, gain)
+        y = functional.changed_product_(frozen_product(rows, weight.t(), bias), hidden, b, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)
 
     # -- gain and cast factors, kept between calls ---------------------------------------------------------------
 
     def _current_gain(self, dtype: torch.dtype) -> Gain:
-        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
-            with torch.no_grad():
-                if self.family is None or not self.family.refresh(self, dtype):
-                    self.keep_gain(self._own_gain(dtype), dtype)
-        assert self._gain is not None
-        return self._gain[0]
-
-    def gain_is_out_of_date(self) -> bool:
-        """Whether the gain must be computed before the next forward pass, for whatever dtype."""
-        return self._gain is None or not self.still_holds(self._gain[2])
-
-    def keep_gain(self, gain: Gain, dtype: torch.dtype) -> None:
-        """Keeps a gain that was computed from the present parameters."""
-        self._gain, self._factors = (gain, dtype, self.snapshot()), None
-
-    def careful_gain(self, norms_squared: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
-        """The gain where some row of the direction cancels, is zero or has a gain near 0."""
-        assert self.magnitude is not None
-        norms = self.trusted_norms(norms_squared)
-        return careful_gain(functional.gain(self.magnitude.detach(), norms), norms, self.bias, dtype)
-
-    def _own_gain(self, dtype: torch.dtype) -> Gain:
-        assert self.magnitude is not None
-        squared = self.norms_squared()
-        bias = None if self.bias is None else self.bias.detach()[None]
-        magnitude, frozen = self.magnitude.detach()[None], self.weight_norms_squared()[None]
-        (quick,) = quick_gains(magnitude, frozen, squared[None], bias, dtype)
-        return quick or self.careful_gain(squared, dtype)
+        gain = self.recall("gain")
+        if gain is None or gain.minus_one.dtype != dtype:
+            layers = [self] if self.family is None else self.family.due(self)
+            size = max(2, LARGEST_BATCH_BYTES // (4 * self.adapter.rank * (self.in_features + self.out_features)))
+            for start in range(0, len(layers), size):
+                compute_gains(layers[start : start + size], dtype)
+            gain, _ = self._kept["gain"]
+        return gain
 
     def _cast_factors(self, dtype: torch.dtype) -> CastFactors:
         """A and s B in the activations' dtype; kept between calls in eval only."""
-        last = self._factors  # dropped with the gain, where there is one, so that is not asked twice
-        if last is not None and last.dtype == dtype and (self._gain is not None or self.still_holds(last.snapshot)):
+        # They are dropped with the gain, where there is one, so that nothing is asked twice.
+        last = self.recall("factors") if self.magnitude is None else self._kept.get("factors", (None,))[0]
+        if last is not None and last.a.dtype == dtype:
             return last
         factors = self.factors()
         assert factors is not None
-        a, b = factors[0].detach().to(dtype), factors[1].detach().to(dtype) * self.scale()
+        a, b = factors[0].detach().to(dtype), factors[1].detach().to(dtype) * self.adapter.scale
         large = dtype in cpu_step.DTYPES and self.weight.numel() >= cpu_step.SMALLEST_WEIGHT
-        compiled = not self.training and large and self._is_on_cpu() and cpu_step.compiled_operations() is not None
-        cast_factors = CastFactors(a, b, dtype, self.snapshot(), compiled)
-        self._factors = None if self.training else cast_factors
-        return cast_factors
+        compiled = not self.training and large and self.is_here("cpu") and cpu_step.compiled_operations() is not None
+        cast_factors = CastFactors(a, b, compiled)
+        return cast_factors if self.training else self.keep("factors", cast_factors)
 
-    def is_here(self, device: torch.device) -> bool:
-        """Whether weight, A, B and magnitude are there, on this device, and nothing shards them."""
-        tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude)
-        return all(
+    def is_here(self, device_type: str | None = None) -> bool:
+        """Whether weight, A, B and magnitude are on one device (of this type), and nothing shards them."""
+        tensors, device = (self.weight, self.lora_A, self.lora_B, self.magnitude), self.weight.device
+        return device_type in (None, device.type) and all(
             is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
             for tensor in tensors
         )
-
-    def _is_on_cpu(self) -> bool:
-        return self.weight.device.type == "cpu" and self.is_here(self.weight.device)
 
 
 class DoRALinear(ProductLayer, nn.Linear):
@@ -258,45 +226,50 @@ class GainFamily:
         """Makes a layer a member."""
         self._members[id(layer)] = layer
 
-    def refresh(self, caller: ProductLayer, dtype: torch.dtype) -> bool:
-        """Updates `caller` and all other layers of its shape that are out of date; False if there are none.
+    def due(self, caller: ProductLayer) -> list[ProductLayer]:
+        """`caller` and all other layers of its shape whose gains are out of date.
 
         Layers whose tensors are not here in whole and at rest are left out: the next shards of ZeRO-3 and FSDP may be
         on their way, and offloaded weights are elsewhere.
         """
         self._members[id(caller)] = caller
-        device, settings = caller.weight.device, (caller.adapter.rank, caller.scale(), caller.weight.dtype)
-        if not caller.is_here(device):
-            return False
-        due = [caller]
-        for layer in self._members.values():
-            alike = (layer.adapter.rank, layer.scale(), layer.weight.dtype) == settings
-            unmerged = alike and layer is not caller and not layer.merged
-            if unmerged and layer.gain_is_out_of_date() and layer.is_here(device):
-                due.append(layer)
-        if len(due) < 2:
-            return False
-        size = max(2, LARGEST_BATCH_BYTES // (4 * caller.adapter.rank * (caller.in_features + caller.out_features)))
-        for start in range(0, len(due), size):
-            layers = due[start : start + size]
-            magnitudes = torch.stack([layer.magnitude.detach() for layer in layers if layer.magnitude is not None])
-            frozen = torch.stack([layer.weight_norms_squared() for layer in layers])
-            biases = None
-            if any(layer.bias is not None for layer in layers):
-                biases = torch.zeros_like(magnitudes)
-                for row, layer in zip(biases, layers, strict=True):
-                    if layer.bias is not None:
-                        row.copy_(layer.bias.detach())
-            with torch.autocast(device.type, enabled=False):
-                squared = _norms_squared(layers, frozen)
-            quick = quick_gains(magnitudes, frozen, squared, biases, dtype)
-            for layer, gain, layer_squared in zip(layers, quick, squared, strict=True):
-                layer.keep_gain(gain or layer.careful_gain(layer_squared, dtype), dtype)
-        return True
+        if not caller.is_here():
+            return [caller]
+        settings = caller.weight.device, caller.weight.dtype, caller.adapter.rank, caller.adapter.scale
+        return [caller] + [
+            layer
+            for layer in self._members.values()
+            if (layer.weight.device, layer.weight.dtype, layer.adapter.rank, layer.adapter.scale) == settings
+            and not (layer is caller or layer.merged or layer.recall("gain"))
+            and layer.is_here()
+        ]
 
 
-def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out"]) -> Float[Tensor, "layers out"]:
-    """The squared norms of layers of one shape: those that each would compute alone, on CPU to the bit.
+@torch.no_grad()
+def compute_gains(layers: Sequence[ProductLayer], dtype: torch.dtype) -> None:
+    """Computes and keeps the gains of layers of one shape and rank: the bits that each would compute alone."""
+    magnitudes = torch.stack([layer.magnitude.detach() for layer in layers if layer.magnitude is not None])
+    frozen = torch.stack([layer.weight_norms_squared() for layer in layers])
+    biases = None
+    if any(layer.bias is not None for layer in layers):
+        biases = torch.zeros_like(magnitudes)
+        for row, layer in zip(biases, layers, strict=True):
+            if layer.bias is not None:
+                row.copy_(layer.bias.detach())
+    squared = layers[0].norms_squared()[None] if len(layers) == 1 else norms_squared_of(layers, frozen)
+    quick = quick_gains(magnitudes, frozen, squared, biases, dtype)
+    for layer, gain, magnitude, layer_squared in zip(layers, quick, magnitudes, squared, strict=True):
+        if gain is None:
+            norms = layer.trusted_norms(layer_squared)
+            gain = careful_gain(functional.gain(magnitude, norms), norms, layer.bias, dtype)
+        layer._kept.pop("factors", None)
+        layer.keep("gain", gain)
+
+
+def norms_squared_of(
+    layers: Sequence[ProductLayer], frozen: Float[Tensor, "layers out"]
+) -> Float[Tensor, "layers out"]:
+    """The squared norms of several layers of one shape: those that each would compute alone, on CPU to the bit.
 
     B A A^T is one product for all, at rank 128 four times as fast as one for each. W A^T and A A^T are taken layer by
     layer: W would have to be copied, and how the cores divide the sums of A A^T depends on the number of layers.
@@ -305,12 +278,13 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     (rows, columns), rank, count = weights[0].shape, layers[0].adapter.rank, len(layers)
     a, b = weights[0].new_empty(count, rank, columns), weights[0].new_empty(count, rows, rank)
     weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank)
-    for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
-        for stack, factor in zip((a, b), layer.factors() or (), strict=True):
-            stack[number].copy_(factor)
-        torch.mm(weight, a[number].t(), out=weight_on_A[number])
-        torch.mm(a[number], a[number].t(), out=gram[number])
-    kernels = triton_kernels(b)
-    norms_squared = functional.with_growth if kernels is None else kernels.norms_squared
-    return norms_squared(frozen, b, weight_on_A, gram, layers[0].scale())
+    with torch.autocast(weights[0].device.type, enabled=False):
+        for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+            # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
+            for stack, factor in zip((a, b), layer.factors() or (), strict=True):
+                stack[number].copy_(factor)
+            torch.mm(weight, a[number].t(), out=weight_on_A[number])
+            torch.mm(a[number], a[number].t(), out=gram[number])
+        kernels = triton_kernels(b)
+        squared = functional.with_growth if kernels is None else kernels.norms_squared
+        return squared(frozen, b, weight_on_A, gram, layers[0].adapter.scale)

@@ -92,7 +92,7 @@ class ConvLayer(AdaptedLayer):
         low_rank = None
         if a is not None and b is not None:
             hidden = self.convolve(dropped, a.to(output.dtype), None)
-            low_rank = self.scale() * (b.flatten(1).to(output.dtype) @ hidden.flatten(-axes))
+            low_rank = self.adapter.scale * (b.flatten(1).to(output.dtype) @ hidden.flatten(-axes))
             low_rank = low_rank.view_as(output)
         if probability and self.adapter.dropout_mode == "whole_change":
             frozen = self.convolve(dropped, weight, None)
@@ -167,6 +167,6 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
             low_rank = None
             if self.lora_A is not None and self.lora_B is not None:
                 hidden = F.embedding(input, self.lora_A.t(), self.padding_idx)
-                low_rank = (self.scale() * F.linear(hidden, self.lora_B)).to(rows.dtype)
+                low_rank = (self.adapter.scale * F.linear(hidden, self.lora_B)).to(rows.dtype)
             rows = functional.changed_output(rows, rows, low_rank, self.gain())
         return rows * self.output_factor if self.output_factor != 1 else rows

@@ -283,7 +283,7 @@ class QuantisedLinear(AdaptedLayer):
         if not whole_change and self._kernels_run(input, output):
             dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
             gain = self.kept("gain", lambda: self._gain_over_norm(output.dtype), output.dtype)
-            operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
+            operands = (output, input, self.bias, a, b, self.magnitude, gain, self.adapter.scale, dropped)
             return cast(Tensor, FusedChange.apply(*operands))
         gain = self.gain()
         dropped_input = input
@@ -293,7 +293,7 @@ class QuantisedLinear(AdaptedLayer):
             dropped_input = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
         low_rank = None
         if a is not None and b is not None:
-            low_rank = self.scale() * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
+            low_rank = self.adapter.scale * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
             low_rank = low_rank.to(output.dtype)
         frozen = self._without_bias(self.base(dropped_input) if whole_change else output)
         return functional.changed_output(output, frozen, low_rank, gain)
@@ -332,9 +332,9 @@ class QuantisedLinear(AdaptedLayer):
             return self._without_bias(self.base(rows.to(self.compute_dtype())))
         if is_traced():
             return super().frozen_on_rows(rows)
-        return cast(Tensor, ProductOfPacked.apply(rows, self._frozen_weight))
+        return cast(Tensor, ProductOfPacked.apply(rows, self.frozen_matrix))
 
-    def _frozen_weight(self) -> Float[Tensor, "out in_"]:
+    def frozen_matrix(self) -> Float[Tensor, "out in_"]:
         """W, made for the one who asks."""
         if self.weight.device.type == "meta":
             return torch.empty(self.matrix_shape(), dtype=self.compute_dtype(), device="meta")

@@ -10,10 +10,10 @@ nothing is added to it but zeros.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -30,35 +30,25 @@ ONE_PRODUCT = 2**15
 token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
 """Of strengths other than 1, how many gains a layer keeps, and how many layers of an adapter's own."""
-
-
 Place = Literal["rows", "pictures"]
 """What the first axis of a layer's input counts: rows of the batch, or the pictures of all rows."""
-
 Row = str | Share | None
 """What a row has: an adapter by its key, a share of one, or the base."""
+Layout = tuple[tuple[str, int], ...]
+"""The adapters that a layer holds, in the order of its matrices, each with its rank."""
+Value = TypeVar("Value")
 
 
 class Run(NamedTuple):
     """Rows one after another that have the same share of an adapter; None is the base."""
 
     share: Share | None
-    start: int
-    stop: int
+    rows: slice
 
     @property
     def key(self) -> str | None:
         """The adapter's."""
         return None if self.share is None else self.share.key
-
-    @property
-    def rows(self) -> slice:
-        """The rows' slice of the first axis."""
-        return slice(self.start, self.stop)
-
-
-Layout = tuple[tuple[str, int], ...]
-"""The adapters that a layer holds, in the order of its matrices, each with its rank."""
 
 
 class Choice(NamedTuple):
@@ -67,23 +57,18 @@ class Choice(NamedTuple):
     mask: Float[Tensor, "rows ranks"]
     """The strength, mostly 1, at the ranks of the row's own adapter."""
     gain_index: Int[Tensor, " rows"]
-    """Of its gain among the layer's: 0 is the base's, then each adapter's, then those of `others`."""
-    others: tuple[Share, ...]
-    """The shares other than whole adapters."""
-
-
-def share_of(row: Row) -> Share | None:
-    """What a row has, written out; nothing of an adapter is the base."""
-    share = Share(row) if isinstance(row, str) else row
-    return None if share is None or share.strength == 0 else share
+    """Of its gain among those of `shares`, from 1; 0 is the base's."""
+    shares: tuple[Share, ...]
 
 
 def runs_of(rows: Sequence[Row]) -> tuple[Run, ...]:
-    """The runs of rows with equal shares; fewest where rows are sorted."""
-    runs: list[Run] = []
-    for share, alike in groupby(map(share_of, rows)):
-        start = runs[-1].stop if runs else 0
-        runs.append(Run(share, start, start + sum(1 for _ in alike)))
+    """The runs of rows with equal shares; fewest where rows are sorted. Nothing of an adapter is the base."""
+    shares = [Share(row) if isinstance(row, str) else row for row in rows]
+    runs, start = [], 0
+    for share, alike in groupby(None if share is None or share.strength == 0 else share for share in shares):
+        stop = start + sum(1 for _ in alike)
+        runs.append(Run(share, slice(start, stop)))
+        start = stop
     return tuple(runs)
 
 
@@ -111,30 +96,27 @@ class ActiveAdapters:
 
     def runs(self, place: Place, length: int) -> tuple[Run, ...]:
         """The runs of an input whose first axis has this length; another than the batch's is refused."""
-        runs = self._runs.get(place, (Run(None, 0, length),))
+        runs = self._runs.get(place, (Run(None, slice(0, length)),))
         if len(runs) == 1 and place == "pictures":
-            return (Run(runs[0].share, 0, length),)
-        if runs[-1].stop != length:
-            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].stop} {place} of")
+            return (Run(runs[0].share, slice(0, length)),)
+        if runs[-1].rows.stop != length:
+            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].rows.stop} {place} of")
         return runs
 
     def choice(self, place: Place, layout: Layout, like: Tensor) -> Choice:
         """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
         key = (place, layout, like.dtype, like.device)
         if key not in self._choices:
-            runs = self._runs[place]
-            mask = like.new_zeros(runs[-1].stop, sum(rank for _, rank in layout))
-            gain_index = torch.zeros(len(mask), dtype=torch.int64, device=like.device)
-            shares, start = [Share(adapter) for adapter, _ in layout], 0
-            for adapter, rank in layout:
-                for run in runs:
-                    if run.share is not None and run.key == adapter:
-                        mask[run.rows, start : start + rank] = run.share.strength
-                        if run.share not in shares:
-                            shares.append(run.share)
-                        gain_index[run.rows] = shares.index(run.share) + 1
-                start += rank
-            self._choices[key] = Choice(mask, gain_index, tuple(shares[len(layout) :]))
+            stops = dict(zip(dict(layout), accumulate(rank for _, rank in layout), strict=True))
+            mask = like.new_zeros(len(like), sum(rank for _, rank in layout))
+            gain_index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+            shares: dict[Share, int] = {}
+            for run in self._runs[place]:
+                if run.share is not None and run.key in stops:
+                    stop = stops[run.key]
+                    mask[run.rows, stop - dict(layout)[run.key] : stop] = run.share.strength
+                    gain_index[run.rows] = shares.setdefault(run.share, len(shares) + 1)
+            self._choices[key] = Choice(mask, gain_index, tuple(shares))
         return self._choices[key]
 
 
@@ -159,21 +141,15 @@ class RowChange:
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
         gain = None if full is None else careful_gain(full, layer.norms(), layer.bias, dtype)
-        scaled_b = (b.to(dtype) * layer.scale()).t().contiguous()
+        scaled_b = (b.to(dtype) * layer.adapter.scale).t().contiguous()
         return cls(a.to(dtype).contiguous(), scaled_b, gain, GainByStrength.of(layer))
 
-    def minus_one(self) -> Float[Tensor, " out"]:
-        """The gain minus one; zero for plain LoRA."""
-        return self.scaled_B.new_zeros(self.scaled_B.shape[1]) if self.gain is None else self.gain.minus_one
-
-
-class _Stack(NamedTuple):
-    """All adapters of a layer, one after another."""
-
-    layout: Layout
-    lora_A: Float[Tensor, "ranks in_"]
-    scaled_B: Float[Tensor, "ranks out"]
-    minus_one: Float[Tensor, "adapters_and_base out"]
+    def gain_at(self, strength: float, bias: Float[Tensor, " out"] | None) -> Gain | None:
+        """That of a share of the adapter."""
+        if strength == 1 or self.by_strength is None:
+            return self.gain
+        full, norms = self.by_strength.at(strength), self.by_strength.norms_at(strength)
+        return careful_gain(full, norms, bias, self.scaled_B.dtype)
 
 
 class RowLayer(nn.Module):
@@ -184,6 +160,8 @@ class RowLayer(nn.Module):
     layer whose first input and whose output count rows (pictures) along their first axis.
     """
 
+    base: Any
+
     def __init__(self, base: nn.Module, batch: ActiveAdapters, place: Place) -> None:
         super().__init__()
         self.base = base
@@ -192,7 +170,6 @@ class RowLayer(nn.Module):
         self._batch = batch
         self._changes: dict[str, RowChange] = {}
         self._own: dict[str, nn.Module] = {}  # a plain dictionary: they are none of the base's modules
-        self._stack: _Stack | None = None
         self._forget_shares()
 
     def __getattr__(self, name: str) -> Any:
@@ -212,14 +189,33 @@ class RowLayer(nn.Module):
         if isinstance(adapter, nn.Module):
             self._own[key] = adapter.eval()
         else:
-            self._restack({**self._changes, key: adapter})
+            self._stack({**self._changes, key: adapter})
 
     def drop(self, key: str) -> None:
         """Lets an adapter go; one that it does not hold is none here."""
         self._forget_shares()
         self._own.pop(key, None)
         if key in self._changes:
-            self._restack({name: change for name, change in self._changes.items() if name != key})
+            self._stack({name: change for name, change in self._changes.items() if name != key})
+
+    def _stack(self, changes: Mapping[str, RowChange]) -> None:
+        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on.
+
+        All is built before anything is swapped: where it does not fit into memory, the layer stays as it was.
+        """
+        ranks, a, b = [len(change.lora_A) for change in changes.values()], torch.empty(0), torch.empty(0)
+        if changes:
+            a = torch.cat([change.lora_A for change in changes.values()])
+            b = torch.cat([change.scaled_B for change in changes.values()])
+            views = zip(changes.items(), a.split(ranks), b.split(ranks), strict=True)
+            changes = {key: replace(change, lora_A=own_A, scaled_B=own_B) for (key, change), own_A, own_B in views}
+        self._all_A, self._all_B = a, b
+        self._changes, self._layout = dict(changes), tuple(zip(changes, ranks, strict=True))
+
+    def _forget_shares(self) -> None:
+        self._gains: dict[Share, Gain | None] = {}
+        self._between: dict[Share, nn.Module] = {}
+        self._table: tuple[tuple[Share, ...], Tensor] | None = None
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -229,65 +225,47 @@ class RowLayer(nn.Module):
             return self._own_layer(runs[0])(*inputs, **named)
         output = self.base(*inputs, **named)
         changed = [run for run in runs if run.key in self._changes]
-        if changed:
-            self._change_(output, inputs[0], runs, changed)
+        if len(changed) > 1 and inputs[0].numel() // inputs[0].shape[-1] * len(self._all_A) <= ONE_PRODUCT:
+            self._change_in_one_product_(output, inputs[0])
+        else:
+            for run in changed:
+                self._change_(output[run.rows], inputs[0][run.rows], cast(Share, run.share))
         for run in runs:
             if run.key in self._own:
                 output[run.rows] = self._own_layer(run)(inputs[0][run.rows], *inputs[1:], **named)
         return output
 
-    def _change_(self, output: Tensor, x: Tensor, runs: Sequence[Run], changed: Sequence[Run]) -> None:
-        stack = self._stack
-        assert stack is not None
-        if len(changed) > 1 and x.numel() // x.shape[-1] * len(stack.lora_A) <= ONE_PRODUCT:
-            chosen = self._batch.choice(self.place, stack.layout, x)
-            hidden = F.linear(x, stack.lora_A.to(x.dtype))
-            hidden.mul_(chosen.mask.view(len(x), *(1,) * (x.dim() - 2), -1))
-            minus_one = self._minus_one(chosen.others)[chosen.gain_index]
-            # A row without an adapter has zeros for both, and keeps its bits.
-            output.view(-1, output.shape[-1]).addmm_(hidden.flatten(end_dim=-2), stack.scaled_B.to(output.dtype))
-            apply_gain(output, self._bias, minus_one.view(len(x), *(1,) * (x.dim() - 2), -1))
-            return
-        for run in changed:
-            share = cast(Share, run.share)
-            change = self._changes[share.key]
-            y, rows = output[run.rows].view(-1, output.shape[-1]), x[run.rows].flatten(end_dim=-2)
-            hidden = F.linear(rows, change.lora_A.to(rows.dtype)) if len(change.lora_A) else None
-            b = change.scaled_B.t() if hidden is not None else None
-            if hidden is not None and share.strength != 1:
+    def _change_in_one_product_(self, output: Tensor, x: Tensor) -> None:
+        chosen = self._batch.choice(self.place, self._layout, x)
+        each_row = (len(x), *(1,) * (x.dim() - 2), -1)
+        hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
+        # A row without an adapter has zeros for both, and keeps its bits.
+        output.view(-1, output.shape[-1]).addmm_(hidden.flatten(end_dim=-2), self._all_B.to(output.dtype))
+        minus_one = self._gains_minus_one(chosen.shares)[chosen.gain_index]
+        apply_gain(output, self.base.bias, minus_one.view(each_row))
+
+    def _change_(self, output: Tensor, x: Tensor, share: Share) -> None:
+        change, rows = self._changes[share.key], x.flatten(end_dim=-2)
+        hidden = b = None
+        if len(change.lora_A):
+            hidden, b = F.linear(rows, change.lora_A.to(rows.dtype)), change.scaled_B.t()
+            if share.strength != 1:
                 hidden.mul_(share.strength)
-            functional.changed_product_(y, hidden, b, self._bias, self._gain(share))
-
-    # -- shares of an adapter ----------------------------------------------------------------------------------
-
-    def _forget_shares(self) -> None:
-        self._gains: dict[Share, Gain | None] = {}
-        self._between: dict[Share, nn.Module] = {}
-        self._table: tuple[tuple[Share, ...], Tensor] | None = None
+        functional.changed_product_(output.view(-1, output.shape[-1]), hidden, b, self.base.bias, self._gain(share))
 
     def _gain(self, share: Share) -> Gain | None:
         change = self._changes[share.key]
         if share.strength == 1:
             return change.gain
-        if share not in self._gains:
-            if len(self._gains) >= KEPT_GAINS:
-                self._gains.clear()
-            self._gains[share] = None
-            if change.by_strength is not None:
-                full, norms = change.by_strength.at(share.strength), change.by_strength.norms_at(share.strength)
-                self._gains[share] = careful_gain(full, norms, self._bias, change.scaled_B.dtype)
-        return self._gains[share]
+        return kept(self._gains, KEPT_GAINS, share, lambda: change.gain_at(share.strength, self.base.bias))
 
-    def _minus_one(self, others: tuple[Share, ...]) -> Float[Tensor, "shares out"]:
-        """The base's gain minus one, which is 0, that of each adapter, and those of other shares."""
-        stack = self._stack
-        assert stack is not None
-        if not others:
-            return stack.minus_one
-        if self._table is None or self._table[0] != others:
-            gains = [self._gain(share) for share in others]
-            rows = [torch.zeros_like(stack.minus_one[0]) if gain is None else gain.minus_one for gain in gains]
-            self._table = others, torch.cat([stack.minus_one, torch.stack(rows)])
+    def _gains_minus_one(self, shares: tuple[Share, ...]) -> Float[Tensor, "base_and_shares out"]:
+        """The base's gain minus one, which is 0, and that of each share."""
+        if self._table is None or self._table[0] != shares:
+            zero = self._all_B.new_zeros(self._all_B.shape[1])
+            gains = [self._gain(share) for share in shares]
+            table = torch.stack([zero, *(zero if gain is None else gain.minus_one for gain in gains)])
+            self._table = shares, table
         return self._table[1]
 
     def _own_layer(self, run: Run) -> nn.Module:
@@ -295,32 +273,13 @@ class RowLayer(nn.Module):
         layer = self._own[share.key]
         if share.strength == 1:
             return layer
-        if share not in self._between:
-            if len(self._between) >= KEPT_LAYERS:
-                self._between.clear()
-            self._between[share] = layer_between(self.base, layer, share.strength)
-        return self._between[share]
+        return kept(self._between, KEPT_LAYERS, share, lambda: layer_between(self.base, layer, share.strength))
 
-    @property
-    def _bias(self) -> Float[Tensor, " out"] | None:
-        return cast("Tensor | None", self.base.bias)
 
-    def _restack(self, changes: Mapping[str, RowChange]) -> None:
-        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on.
-
-        All is built before anything is swapped: where it does not fit into memory, the layer stays as it was.
-        """
-        if not changes:
-            self._changes, self._stack = {}, None
-            return
-        adapters = list(changes.values())
-        a, b = torch.cat([change.lora_A for change in adapters]), torch.cat([change.scaled_B for change in adapters])
-        gains, ranks = [change.minus_one() for change in adapters], [len(change.lora_A) for change in adapters]
-        layout = tuple(zip(changes, ranks, strict=True))
-        stack = _Stack(layout, a, b, torch.stack([torch.zeros_like(gains[0]), *gains]))
-        views = zip(changes.items(), a.split(ranks), b.split(ranks), strict=True)
-        self._changes = {
-            key: RowChange(lora_A, scaled_B, change.gain, change.by_strength)
-            for (key, change), lora_A, scaled_B in views
-        }
-        self._stack = stack
+def kept(values: dict[Share, Value], most: int, share: Share, compute: Callable[[], Value]) -> Value:
+    """The value of a share, computed if it is not there; of many, all are forgotten for a new one."""
+    if share not in values:
+        if len(values) >= most:
+            values.clear()
+        values[share] = compute()
+    return values[share]

@@ -68,7 +68,7 @@ class GainByStrength:
         if factors is not None:  # s^2 B_i (A A^T) B_i^T of each row: memory out*rank
             dtype = functional.accumulation_dtype(factors[0].dtype)
             a, b = factors[0].to(dtype), factors[1].to(dtype)
-            squared = torch.linalg.vecdot(b @ (a @ a.t()), b).clamp_min(0) * layer.scale() ** 2
+            squared = torch.linalg.vecdot(b @ (a @ a.t()), b).clamp_min(0) * layer.adapter.scale**2
         return cls(functional.root(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
 
     def norms_at(self, strength: float) -> Float[Tensor, " out"]:

@@ -65,7 +65,9 @@ class _PartNames(NamedTuple):
     adapts: bool
 
 
-class _TrainedList(NamedTuple):
+class TrainedList(NamedTuple):
+    """What trains and what is kept, by name: decided once for a model."""
+
     parts: tuple[_PartNames, ...]
     also_keep: tuple[str, ...]
 
@@ -116,7 +118,7 @@ def choose_trained(
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
-    keep = _kept_names(_tensors(model), also_keep)
+    keep = _kept_names(all_tensors(model), also_keep)
     _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
     parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
     for part, names in by_part.items():
@@ -128,7 +130,13 @@ def choose_trained(
         vectors = tuple(name for name in names if name not in set(matrices))
         decays = (matrices, True), (vectors, False)
         parts += [_PartNames(part, tensors, decay, adapts) for tensors, decay in decays if tensors]
-    setattr(model, _ATTRIBUTE, _TrainedList(tuple(parts), keep))
+    train_list(model, TrainedList(tuple(parts), keep))
+
+
+def train_list(model: nn.Module, trained: TrainedList) -> None:
+    """Makes what a list names train, and nothing else."""
+    setattr(model, _ATTRIBUTE, trained)
+    model.requires_grad_(False)
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)
@@ -138,7 +146,7 @@ def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]]
     """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
     for part, patterns in also_train.items():
         matching((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
-    _kept_names(_tensors(model), also_keep)
+    _kept_names(all_tensors(model), also_keep)
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
@@ -146,14 +154,14 @@ def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return tuple(
         TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay, part.adapts)
-        for part in _trained_list(model).parts
+        for part in trained_list(model).parts
     )
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Frozen tensors that the adapter folder carries as well; a name may end in rows, which `kept_rows` takes."""
-    tensors = _tensors(model)
-    return {name: tensors[split_rows(name)[0]] for name in _trained_list(model).also_keep}
+    tensors = all_tensors(model)
+    return {name: tensors[split_rows(name)[0]] for name in trained_list(model).also_keep}
 
 
 def split_rows(name: str) -> tuple[str, slice]:
@@ -202,13 +210,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield name, module
 
 
-def _trained_list(model: nn.Module) -> _TrainedList:
+def trained_list(model: nn.Module) -> TrainedList:
+    """What trains in an adapted model, by name."""
     if not is_adapted(model):
         raise ValueError("the model has no adapter; call apply_dora(model, config) or load_adapter(model, folder)")
     return vars(model)[_ATTRIBUTE]
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, under each of their names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -12,16 +12,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
-
-
-@dataclass(frozen=True)
-class SharedRow:
-    """One row of a batch. `pictures_of` are the samples whose pictures stand in it, one for each tree, in order."""
-
-    input_ids: Int[Tensor, " seq"]
-    labels: Int[Tensor, " seq"]
-    layout: Int[Tensor, "3 seq"]
-    pictures_of: tuple[Sample, ...]
 
 
 def visible(layout: Int[Tensor, "batch 3 seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
@@ -34,8 +24,11 @@ def visible(layout: Int[Tensor, "batch 3 seq"]) -> Bool[Tensor, "batch 1 seq seq
     return (causal & same_group & (own_branch | prefix)).unsqueeze(1)
 
 
-def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[SharedRow]:
-    """A micro-batch's samples as few full rows; samples of the same pictures share them where their text allows it."""
+def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[Sample]:
+    """A micro-batch's samples as few full rows; samples of the same pictures share them where their text allows it.
+
+    A row has the pictures of one sample for each tree in it, and a `layout`: each token's position, group and branch.
+    """
     groups: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.images or (sample.index, sample.id), []).append(sample)
@@ -43,7 +36,7 @@ def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[Sha
     return [_join(row) for row in _fill_rows(trees)]
 
 
-def _trees(group: list[Sample], picture_token_id: int) -> list[SharedRow]:
+def _trees(group: list[Sample], picture_token_id: int) -> list[Sample]:
     """One tree where all pictures stand in the common prefix, else each sample by itself."""
     shared = _shared_tokens(group)
     pictures = group[0].input_ids == picture_token_id
@@ -63,24 +56,25 @@ def _shared_tokens(group: list[Sample]) -> int:
     return max(0, shared)
 
 
-def _tree(group: list[Sample], shared: int) -> SharedRow:
-    branches = [torch.arange(len(sample.input_ids)) for sample in group]
+def _tree(group: Sequence[Sample], shared: int) -> Sample:
+    """A prefix of so many tokens and a branch for what each sample says behind it."""
     prefix = torch.stack([torch.arange(shared), torch.ones(shared).long(), torch.zeros(shared).long()])
     layout = [prefix]
-    for number, places in enumerate(branches, start=1):
-        rest = places[shared:]
+    for number, sample in enumerate(group, start=1):
+        rest = torch.arange(shared, len(sample.input_ids))
         layout.append(torch.stack([rest, torch.ones_like(rest), torch.full_like(rest, number)]))
-    return SharedRow(
-        torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
-        torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
-        torch.cat(layout, dim=1),
-        (group[0],),
+    media = {name: value for name, value in group[0].inputs.items() if name not in ALIGNED}
+    return replace(
+        group[0],
+        input_ids=torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
+        labels=torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
+        inputs={**media, "layout": torch.cat(layout, dim=1)[None]},
     )
 
 
-def _fill_rows(trees: Sequence[SharedRow]) -> list[list[SharedRow]]:
+def _fill_rows(trees: Sequence[Sample]) -> list[list[Sample]]:
     """First fit, longest first, into rows as long as the longest tree: hardly any padding, few rows."""
-    rows: list[list[SharedRow]] = []
+    rows: list[list[Sample]] = []
     free: list[int] = []
     longest = max((len(tree.input_ids) for tree in trees), default=0)
     for tree in sorted(trees, key=lambda tree: -len(tree.input_ids)):
@@ -95,19 +89,20 @@ def _fill_rows(trees: Sequence[SharedRow]) -> list[list[SharedRow]]:
     return rows
 
 
-def _join(trees: Sequence[SharedRow]) -> SharedRow:
+def _join(trees: Sequence[Sample]) -> Sample:
     """Trees one after another; the first token of each carries no label, so none is predicted across a border."""
-    layouts = [tree.layout.clone() for tree in trees]
-    for number, layout in enumerate(layouts, start=1):
-        layout[1] = number
+    layouts = [tree.inputs["layout"].clone() for tree in trees]
     labels = [tree.labels.clone() for tree in trees]
-    for row in labels:
+    for number, (layout, row) in enumerate(zip(layouts, labels, strict=True), start=1):
+        layout[:, 1] = number
         row[0] = IGNORED_LABEL
-    return SharedRow(
-        torch.cat([tree.input_ids for tree in trees]),
-        torch.cat(labels),
-        torch.cat(layouts, dim=1),
-        tuple(sample for tree in trees for sample in tree.pictures_of),
+    names = dict.fromkeys(name for tree in trees for name in tree.inputs if name != "layout")
+    inputs = {name: joined_values([tree.inputs[name] for tree in trees if name in tree.inputs]) for name in names}
+    return Sample(
+        input_ids=torch.cat([tree.input_ids for tree in trees]),
+        labels=torch.cat(labels),
+        inputs={**inputs, "layout": torch.cat(layouts, dim=2)},
+        stored=tuple(outputs for tree in trees for outputs in tree.stored),
     )
 
 
@@ -160,20 +155,18 @@ class Collator:
         samples = [item for item in items if isinstance(item, Sample)]
         rows = list(samples)
         if samples and self.share_pictures_by is not None:
-            rows = [_as_sample(row) for row in shared_rows(samples, picture_token_id=self.share_pictures_by)]
+            rows = shared_rows(samples, picture_token_id=self.share_pictures_by)
         elif samples and self.pack:
             # Nothing is shared: each sees itself alone, from position 0.
             trees = [_tree([sample], len(sample.input_ids)) for sample in samples]
-            rows = [_as_sample(_join(row)) for row in _fill_rows(trees)]
+            rows = [_join(row) for row in _fill_rows(trees)]
         tokens = sum(len(row.input_ids) for row in rows)
         for dummy in (self.dummy, self.dummy_video):
             if dummy is not None and not any(_media(dummy) <= _media(row) for row in rows):
-                rows.append(
-                    _as_sample(_tree([dummy], len(dummy.input_ids))) if rows and "layout" in rows[0].inputs else dummy
-                )
+                rows.append(_tree([dummy], len(dummy.input_ids)) if rows and "layout" in rows[0].inputs else dummy)
         if not rows:
             nothing = torch.tensor([self.pad_token_id])
-            rows = [Sample(index=-1, id="", input_ids=nothing, labels=torch.tensor([IGNORED_LABEL]))]
+            rows = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
         batch = self._joined(rows)
         shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
         stored = [outputs for row in rows for outputs in row.stored]
@@ -236,18 +229,6 @@ class Collator:
 def _media(row: Sample) -> frozenset[str]:
     """Names of a row's inputs for pictures and videos."""
     return frozenset(row.inputs).difference(ALIGNED)
-
-
-def _as_sample(row: SharedRow) -> Sample:
-    """A row of several samples; their pictures stand one after another."""
-    names = dict.fromkeys(name for sample in row.pictures_of for name in sample.inputs if name not in ALIGNED)
-    inputs: dict[str, Any] = {
-        name: joined_values([sample.inputs[name] for sample in row.pictures_of if name in sample.inputs])
-        for name in names
-    }
-    inputs["layout"] = row.layout[None]
-    stored = tuple(outputs for sample in row.pictures_of for outputs in sample.stored)
-    return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs, stored=stored)
 
 
 def joined_values(values: Sequence[Any]) -> Any:

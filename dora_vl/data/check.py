@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
-from dora_vl.data.example import FIELDS, JSON, Example, as_conversation, from_record
+from dora_vl.data.example import FIELDS, JSON, Example, from_record
 from dora_vl.data.pictures import (
     BROKEN,
     TRUNCATED,
@@ -24,12 +23,11 @@ from dora_vl.data.pictures import (
     Trouble,
     decoding_trouble,
     path_inside,
-    picture_ending,
 )
-from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.readers import id_of, read_fields
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, shown_names, shown_text
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
@@ -82,14 +80,14 @@ class MediaCheck:
         return None
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
-        """A quick look, which needs no decoding; what looks odd is for training's own decoder to judge."""
-        quick = ends_trouble(file)
-        trouble = decoding_trouble(source) if self._decode or quick else None
-        return quick if trouble and quick and quick.kind == TRUNCATED else trouble
+        """What looks odd from outside is for training's own decoder to judge."""
+        is_whole = looks_whole(file)
+        trouble = None if is_whole and not self._decode else decoding_trouble(source)
+        return replace(trouble, kind=TRUNCATED) if trouble and is_whole is False else trouble
 
 
-def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
-    """What a picture's first and last bytes say."""
+def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
+    """Whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 4096))
     last = file.read()
@@ -97,14 +95,10 @@ def ends_trouble(file: BinaryIO | BytesIO) -> Trouble | None:
     beginning = file.read(16)
     for start, end in ENDS.items():
         if beginning.startswith(start):
-            whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
-            return None if whole else Trouble(TRUNCATED, f"{size:,} bytes, its end is missing")
+            return last.rstrip(b"\0").endswith(end) or end in last[-64:]
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
-        stated = int.from_bytes(beginning[4:8], "little") + 8
-        return None if size >= stated else Trouble(TRUNCATED, f"{size:,} of {stated:,} bytes")
-    if picture_ending(beginning) is not None:
-        return None
-    return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
+        return size >= int.from_bytes(beginning[4:8], "little") + 8
+    return None
 
 
 SHOWN_IDS = 5
@@ -129,148 +123,124 @@ class Finding:
         self.example = self.example or detail
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What of a row is checked, whichever form it is in."""
-
-    id: str
-    media: tuple[str, ...] = ()
-    videos: tuple[str, ...] = ()
-    """Those of the media that are videos."""
-    asked: str = ""
-    answers: tuple[str, ...] = ()
-    text: str = ""
-    problem: str = ""
-    kind: str = NO_SAMPLE
-    """Of the problem, as the table names it."""
-    held: Mapping[str, bytes] = field(default_factory=dict)
-    """The media that the file itself holds, by name."""
-    format: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What counts as too long, and in what it is counted.
-
-    Attributes:
-        length: of a text, in `unit`.
-        answers_needed: an example without any answer is a problem (a test set may keep them back).
-    """
+@dataclass(frozen=True)
+class Longest:
+    """What counts as too long, and what a text's length is counted in."""
 
     most: int
-    unit: str
-    length: Callable[[str], int]
-    answers_needed: bool
+    unit: str = "words"
+    length: Callable[[str], int] = lambda text: len(text.split())
 
 
 class FileCheck:
-    """Checks one file's samples one after another; `findings` grow with them."""
+    """Checks one file's rows one after another; `findings` grow with them.
+
+    Args:
+        answers_needed: an example without any answer is a problem (a test set may keep them back).
+        videos: of files that are videos; None: as `media`.
+    """
 
     def __init__(
         self,
         path: Path,
-        limits: Limits,
-        media: MediaCheck | None,
-        videos: MediaCheck | None = None,
+        *,
         columns: Columns = USUAL,
+        longest: Longest | None = None,
+        answers_needed: bool = True,
+        media: MediaCheck | None = None,
+        videos: MediaCheck | None = None,
     ) -> None:
         self.path = path
         self.rows = 0
         self.findings: dict[str, Finding] = {}
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
+        self.formats: dict[str, str] = {}
+        """The first row of each."""
         self._columns = columns
-        self._limits = limits
+        self._longest = longest
+        self._answers_needed = answers_needed
         self._media = media
         self._videos = videos or media
         self._ids: set[str] = set()
 
     def run(self, progress: Callable[[int], object]) -> FileCheck:
         """Reads the whole file."""
-        formats: dict[str, str] = {}
-        for number, record in enumerate(find_files(self.path).rows(progress), start=1):
-            self.rows += 1
-            sample = self.read(record, number)
-            if sample.format is not None:
-                first = formats.setdefault(sample.format, f"row {number}")
-                if sample.format != next(iter(formats)) and first == f"row {number}":
-                    firsts = "; ".join(f"{name}: {place}" for name, place in formats.items())
-                    self._add("mixed formats", sample.id, f"the first of each: {firsts}")
-            self.check(sample)
+        for record in find_files(self.path).rows(progress):
+            self.check(self.read(record))
         return self
 
-    def read(self, record: Mapping[str, JSON], number: int) -> Sample:
-        """One row, from 1: a talk, an instruction, or a record; what cannot be read is a sample with its problem."""
-        own = self._columns.id_of(record)
-        sample_id = f"row {number}" if own is None else id_of(record, number, self._columns)
-        form = None
+    def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
+        """The next row: a talk, or a record; or why it cannot be one."""
+        self.rows += 1
+        place = f"row {self.rows}"
+        sample_id = place if self._columns.id_of(record) is None else id_of(record, columns=self._columns)
         try:
             resolved = self._columns.resolve(record)
-            form = None if resolved.format is None else resolved.format.name
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
-            if form in (None, "records") and record.keys() <= FIELDS:
-                example, form = from_record({**record, "id": sample_id}), "records"
-            else:
-                example = as_conversation(read_row({**record, "id": sample_id}, columns=self._columns))
-            return _sample(example, form, answers_needed=self._limits.answers_needed)
+            form = None if resolved.format is None else resolved.format.name
+            is_record = form in (None, "records") and record.keys() <= FIELDS
+            self._note_format("records" if is_record else form, sample_id, place)
+            example = from_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:
-            return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
+            return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:
-            return Sample(id=sample_id, problem=error.reason, kind=error.kind, format=form)
+            return error
+        if self._answers_needed and not example.answers and all(turn.role != "assistant" for turn in example.turns):
+            return BadSample(sample_id, "it has no answer", NO_ANSWER)
+        return example
 
-    def check(self, sample: Sample) -> bool:
-        """Checks one sample; returns whether it can be used, however long it is and whatever else has its id."""
-        if sample.id in self._ids:
-            self._add("duplicate id", sample.id)
-        self._ids.add(sample.id)
-        usable = True
-        if sample.problem:
-            usable = False
-            self._add(sample.kind, sample.id, sample.problem)
-        elif any(not answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in sample.answers):
-            usable = False
-            self._add(EMPTY_ANSWER, sample.id)
-        most, unit, length = self._limits.most, self._limits.unit, self._limits.length(sample.text)
-        if length > most:
-            self._add(f"longer than {most:,} {unit}", sample.id, f"{length:,} {unit}")
-        for name in sample.media:
-            check = self._videos if name in sample.videos else self._media
-            trouble = None if check is None else check.trouble(name, sample.held.get(name), name in sample.videos)
+    def _note_format(self, form: str | None, sample_id: str, place: str) -> None:
+        if form is None or form in self.formats:
+            return
+        self.formats[form] = place
+        if len(self.formats) > 1:
+            firsts = "; ".join(f"{name}: {first}" for name, first in self.formats.items())
+            self._add("mixed formats", sample_id, f"the first of each: {firsts}")
+
+    def check(self, row: Example | BadSample) -> bool:
+        """Checks one row; returns whether it can be used, however long it is and whatever else has its id."""
+        sample_id = row.sample_id if isinstance(row, BadSample) else row.id
+        if sample_id in self._ids:
+            self._add("duplicate id", sample_id)
+        self._ids.add(sample_id)
+        if isinstance(row, BadSample):
+            self._add(row.kind, sample_id, row.reason)
+            return False
+        asked = [row.question, *(turn.text for turn in row.turns if turn.role == "user"), *row.choices]
+        replies = [turn.text for turn in row.turns if turn.role == "assistant"]
+        answers = [answer.text for answer in row.answers]
+        usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
+        if not usable:
+            self._add(EMPTY_ANSWER, sample_id)
+        system = [turn.text for turn in row.turns if turn.role == "system"]
+        subtitles = [subtitle.text for subtitle in row.subtitles]
+        self._check_length(sample_id, [*subtitles, *system, *asked, *replies, max(answers, key=len, default="")])
+        media = [(name, False) for name in row.images] + [(clip.path, True) for clip in row.videos]
+        for name, is_video in media:
+            check = self._videos if is_video else self._media
+            trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)
             if trouble is not None:
                 usable = False
-                self._add(trouble.kind, sample.id, f"{name}: {trouble.detail}")
-        if sample.asked or sample.media:
-            self.samples.setdefault(hash((sample.asked, sample.media)), sample.id)
+                self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
+        # The same question about another part of a video, or another order of pictures, is another one.
+        spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in row.videos]
+        words = "\n".join(filter(str.strip, [*asked, *spans, str(row.extra.get("order", ""))]))
+        if words or media:
+            self.samples.setdefault(hash((words, *media)), sample_id)
         return usable
+
+    def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
+        if self._longest is None:
+            return
+        most, unit = self._longest.most, self._longest.unit
+        length = self._longest.length("\n".join(filter(None, texts)))
+        if length > most:
+            self._add(f"longer than {most:,} {unit}", sample_id, f"{length:,} {unit}")
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
         self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
-
-
-def _sample(example: Example, form: str | None, *, answers_needed: bool) -> Sample:
-    turns = [turn.text for turn in example.turns if turn.role != "assistant"]
-    replies = [turn.text for turn in example.turns if turn.role == "assistant"]
-    answers = [answer.text for answer in example.answers]
-    if answers_needed and not answers and not replies:
-        raise BadSample(example.id, "it has no answer", NO_ANSWER)
-    asked = [turn.text for turn in example.turns if turn.role == "user"]
-    # The same question about another part of a video, or another order of pictures, is another one.
-    spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.videos]
-    order = str(example.extra.get("order", ""))
-    subtitles = [subtitle.text for subtitle in example.subtitles]
-    videos = tuple(clip.path for clip in example.videos)
-    text = [*subtitles, example.question, *turns, *example.choices, *replies, max(answers, key=len, default="")]
-    return Sample(
-        id=example.id,
-        media=example.images + videos,
-        videos=videos,
-        asked="\n".join(filter(str.strip, [example.question, *asked, *example.choices, *spans, order])),
-        answers=(*answers, *replies),
-        text="\n".join(filter(None, text)),
-        held=example.image_bytes,
-        format=form,
-    )
 
 
 DESCRIPTION = """\
@@ -298,7 +268,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside")
     add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count")
     add_columns(parser)
-    add("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+    add("--longest", type=positive, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
@@ -323,26 +293,22 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         SystemExit: with status 1, after the table, when something was found.
     """
     files = data_files(arguments.paths)
-    roots: list[MediaCheck | None] = []
-    for option, folder in (("--media", arguments.media), ("--videos", arguments.videos)):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
-        root = None if folder is None else MediaFolder(folder, arguments.follow_links)
-        roots.append(None if root is None else MediaCheck(root, decode=arguments.decode))
+    media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
-    if arguments.longest is not None and arguments.longest < 1:
-        raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
-    in_words = arguments.tokenizer is None
-    limits = partial(
-        Limits,
-        most=arguments.longest or (WORDS if in_words else TOKENS),
-        unit="words" if in_words else "tokens",
-        length=(lambda text: len(text.split())) if in_words else _tokens(arguments.tokenizer),
-    )
+    longest = Longest(arguments.longest or WORDS)
+    if arguments.tokenizer is not None:
+        longest = Longest(arguments.longest or TOKENS, "tokens", _tokens(arguments.tokenizer))
     checks: list[FileCheck] = []
     for file in files:
-        of_file = limits(answers_needed=not file.stem.startswith("test"))  # a test set may keep its answers back
-        check, size = FileCheck(file, of_file, roots[0], roots[1], columns), file.stat().st_size
+        check = FileCheck(
+            file,
+            columns=columns,
+            longest=longest,
+            answers_needed=not file.stem.startswith("test"),  # a test set may keep its answers back
+            media=media,
+            videos=videos,
+        )
+        size = file.stat().st_size
         with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
@@ -353,8 +319,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         for name, key in sorted((first.samples[key], key) for key in first.samples.keys() & second.samples.keys()):
             shared.add(name, f"{name} is {second.samples[key]} there")
         findings += [(first.path, shared)] if shared.count else []
-    looked_at = sum(len(root.known) for root in roots if root is not None)
-    looked = f", {looked_at:,} media files" if any(roots) else ""
+    media_checks = [check for check in (media, videos) if check is not None]
+    looked = f", {sum(len(check.known) for check in media_checks):,} media files" if media_checks else ""
     summary = f"{len(files)} files, {sum(check.rows for check in checks):,} samples{looked}"
     if not findings:
         yield f"{summary}: nothing found"
@@ -364,6 +330,15 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
     yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
+
+
+def _media_check(arguments: argparse.Namespace, option: str) -> MediaCheck | None:
+    folder: Path | None = getattr(arguments, option)
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --{option} takes the root of the samples' paths")
+    return MediaCheck(MediaFolder(folder, arguments.follow_links), decode=arguments.decode)
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:

@@ -117,27 +117,13 @@ Candidate = Mapping[str, str]
 """Columns that hold a role together, each with its label among them, "" where it has none."""
 
 
+@dataclass(frozen=True)
 class _Shape:
-    """What the names of a row's columns decide for one format: the columns that may hold each role, the first first."""
+    """What the names of a row's columns decide: the columns that are kept, and of each role those that may hold it."""
 
-    def __init__(self, form: RowFormat, names: Sequence[str], candidates: Mapping[str, Sequence[Candidate]]) -> None:
-        self.format = form
-        self.candidates = [(role, candidates[role]) for role in (*EVERYWHERE, *form.needs, *form.uses)]
-        self.candidates = [(role, columns) for role, columns in dict(self.candidates).items() if columns]
-        self._names = names
-        self._uses: dict[tuple[int, ...], tuple[Mapping[str, str], tuple[str, ...]]] = {}
-
-    def uses(self, places: tuple[int, ...]) -> tuple[Mapping[str, str], tuple[str, ...]]:
-        """Each column's role, and those without one, where each role's candidate at its place is taken."""
-        if places not in self._uses:
-            roles = {
-                name: role
-                for (role, alternatives), place in zip(self.candidates, places, strict=True)
-                for name in alternatives[place]
-            }
-            uses = {name: roles.get(name, "") for name in self._names}
-            self._uses[places] = uses, tuple(name for name, role in uses.items() if not role)
-        return self._uses[places]
+    format: RowFormat
+    names: Sequence[str]
+    candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
 
 @dataclass(frozen=True)
@@ -172,17 +158,16 @@ class Columns:
         if shape is None:
             return Resolved(None, row)
         fields: dict[str, object] = {}
-        places: list[int] = []
+        roles: dict[str, str] = {}
         for role, alternatives in shape.candidates:
-            place = 0
+            columns = alternatives[0]
             if len(alternatives) > 1:
-                held = (any(not is_nothing(row[name]) for name in columns) for columns in alternatives)
-                place = next((number for number, holds in enumerate(held) if holds), 0)
-            columns = alternatives[place]
+                held = (names for names in alternatives if any(not is_nothing(row[name]) for name in names))
+                columns = next(held, columns)
             fields[role] = _held(row, columns)
-            places.append(place)
-        uses, left = shape.uses(tuple(places))
-        if left and strict:
+            roles |= dict.fromkeys(columns, role)
+        uses = {name: roles.get(name, "") for name in shape.names}
+        if strict and (left := [name for name, role in uses.items() if not role]):
             has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
             _refuse_left_out(row, left, shape.format, has_media)
         return Resolved(shape.format, fields, uses)
@@ -200,7 +185,8 @@ class Columns:
         candidates = {role: self._alternatives(role, kept) for role in ROLES}
         for form in FORMATS:
             if all(candidates[role] for role in form.needs):
-                yield _Shape(form, kept, candidates)
+                roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
+                yield _Shape(form, kept, [(role, candidates[role]) for role in roles if candidates[role]])
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""

@@ -1,6 +1,6 @@
 """The record between data preparation, training and scores: one published item, and a file of them, one a line.
 
-Only the standard library. Files are `records/<task>/<split>.jsonl`; a field that an item has not is not written.
+Files are `records/<task>/<split>.jsonl`; a field that an item has not is not written.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ import ast
 import codecs
 import contextlib
 import json
-import math
 import os
 import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import IO, Any, Literal, TypeAlias, get_args
+from typing import IO, Any, Literal, TypeAlias
 from uuid import uuid4
 
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Role, Turn, arrange
+from dora_vl.data.turns import Clip, Number, Turn
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 JSON: TypeAlias = Any
@@ -35,7 +36,7 @@ class Answer:
     """One right answer; `weight` is the set's soft score for it, 1 where it has none."""
 
     text: str
-    weight: float = 1.0
+    weight: Number = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Subtitle:
     """What is said between two times of the video; None where the publisher gives no times."""
 
     text: str
-    start_seconds: float | None = None
-    end_seconds: float | None = None
+    start_seconds: Number | None = None
+    end_seconds: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Example:
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
-        turns: instead of question and answers, for conversations; all that is trained on (`as_conversation`).
+        turns: instead of question and answers, for conversations; all that is trained on (`readers.read_talk`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
@@ -88,48 +89,24 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
     return Turn("user", example.question), Turn("assistant", answer.text)
 
 
-def as_conversation(example: Example) -> Example:
-    """What is trained of an example: its turns checked, its pictures in their places, and no more of it."""
-    images, turns = arrange(example.id, example.images, turns_of(example), example.videos)
-    try:
-        "".join([example.id, *images, *(clip.path for clip in example.videos), *(turn.text for turn in turns)]).encode()
-    except UnicodeEncodeError:
-        raise BadSample(example.id, "its text holds half of a surrogate pair, which is no character") from None
-    return Example(example.id, images, turns, example.videos, image_bytes=example.image_bytes)
-
-
 MIDDLE_FRAME = "middle_frame"
 """In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
 """The fields of a record; `video` is written for one video, `videos` for several."""
 
 
+_EXAMPLE = TypeAdapter(Example)
+
+
 def to_record(example: Example) -> dict[str, JSON]:
     """The example as a JSON object, without the fields it has not."""
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
-
-    def with_times(part: Clip | Subtitle, **fields: JSON) -> dict[str, JSON]:
-        times = {"start_seconds": part.start_seconds, "end_seconds": part.end_seconds}
-        return fields | {name: seconds for name, seconds in times.items() if seconds is not None}
-
-    videos = [with_times(clip, path=clip.path) for clip in example.videos]
-    record: dict[str, JSON] = {
-        "id": example.id,
-        "images": list(example.images),
-        "video": videos[0] if len(videos) == 1 else None,
-        "videos": videos if len(videos) > 1 else None,
-        "question": example.question,
-        "turns": [{"role": turn.role, "text": turn.text} for turn in example.turns],
-        "answers": [
-            {"text": answer.text} | ({} if answer.weight == 1.0 else {"weight": answer.weight})
-            for answer in example.answers
-        ],
-        "choices": list(example.choices),
-        "subtitles": [with_times(subtitle, text=subtitle.text) for subtitle in example.subtitles],
-        "extra": dict(example.extra),
-    }
-    return {name: value for name, value in record.items() if value}
+    unlike = {"extra", "image_bytes"}  # anything may be in `extra`, which `json_line` judges
+    record = _EXAMPLE.dump_python(example, mode="json", exclude=unlike, exclude_defaults=True)
+    if example.video is not None:
+        (record["video"],) = record.pop("videos")
+    return record | ({"extra": dict(example.extra)} if example.extra else {})
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
@@ -145,65 +122,18 @@ def from_record(record: Mapping[str, JSON]) -> Example:
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(FIELDS))}")
     if record.get("video") and record.get("videos"):
         raise BadSample(sample_id, "it has 'video' and 'videos'; name all of them in one")
-
-    check = partial(_checked, sample_id)
-
-    def entries(name: str, kind: type) -> list[Any]:
-        return [check(entry, kind, name) for entry in check(record.get(name, []), list, name)]
-
-    def seconds(entry: Mapping[str, JSON], name: str) -> dict[str, float]:
-        times = ("start_seconds", "end_seconds")
-        return {time: check(entry[time], float, f"{name} {time}") for time in times if entry.get(time) is not None}
-
-    def text(entry: Mapping[str, JSON], name: str) -> str:
-        return check(entry.get("text"), str, f"{name} text")
-
-    name = "video" if record.get("video") else "videos"
-    videos = [check(record["video"], dict, "video")] if record.get("video") else entries("videos", dict)
-    choices = tuple(entries("choices", str))
-    extra = check(record.get("extra", {}), dict, "extra")
-    if choices and "correct" in extra:
-        right_choice(extra["correct"], choices, sample_id)
-    return Example(
-        id=sample_id,
-        images=tuple(entries("images", str)),
-        videos=tuple(Clip(path=check(clip.get("path"), str, f"{name} path"), **seconds(clip, name)) for clip in videos),
-        question=check(record.get("question", ""), str, "question"),
-        turns=tuple(
-            Turn(check(turn.get("role"), Role, "turns role"), text(turn, "turns")) for turn in entries("turns", dict)
-        ),
-        answers=tuple(
-            Answer(text=text(answer, "answers"), weight=check(answer.get("weight", 1.0), float, "answers weight"))
-            for answer in entries("answers", dict)
-        ),
-        choices=choices,
-        subtitles=tuple(
-            Subtitle(text(subtitle, "subtitles"), **seconds(subtitle, "subtitles"))
-            for subtitle in entries("subtitles", dict)
-        ),
-        extra=extra,
-    )
-
-
-_MUST = {
-    str: "hold text",
-    dict: "hold an object",
-    list: "be a list",
-    float: "hold a finite number",
-    Role: "be 'system', 'user' or 'assistant'",
-}
-
-
-def _checked(sample_id: str, value: JSON, kind: object, name: str) -> Any:
-    """A field's value, if it is of this kind, one of `_MUST`."""
-    if isinstance(kind, type) and kind is not float and isinstance(value, kind):
-        return value
-    if kind is Role and value in get_args(Role):
-        return value
-    with contextlib.suppress(OverflowError):  # a whole number beyond every float
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    raise BadSample(sample_id, f"{name!r} must {_MUST[kind]}, got {shown(value)}")
+    fields = {name: value for name, value in record.items() if name != "video"}
+    if record.get("video"):
+        fields["videos"] = [record["video"]]
+    try:
+        example = _EXAMPLE.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = " ".join(map(str, first["loc"]))
+        raise BadSample(sample_id, f"{place!r}: {first['msg']}, got {shown(first['input'])}") from None
+    if example.choices and "correct" in example.extra:
+        right_choice(example.extra["correct"], example.choices, sample_id)
+    return example
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
@@ -281,45 +211,39 @@ class ExampleFile:
         self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
         if limit is not None and limit < 1:
             raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
-        # Arrays: a set has millions of lines, and each worker holds where they begin.
-        self._files, self._places, self._answers = array("h"), array("q"), array("i")
         self._each_answer = each_answer
         self._streams: dict[int, IO[bytes]] = {}
+        items = array("q")  # file, place and answer of each, flat: a set has millions of lines
         for number, path in enumerate(self.paths):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-            place, before = 0, len(self)
+            place, before = 0, len(items)
             with path.open("rb") as stream:
                 for line in stream:
-                    answers: object = ()
-                    if each_answer and line.strip():
-                        with contextlib.suppress(BadSample):  # a broken line is a single item
-                            answers = _json_object(line).get("answers", ())
-                    items = max(1, len(answers) if isinstance(answers, list) else 1) if line.strip() else 0
-                    self._files.extend([number] * items)
-                    self._places.extend([place] * items)
-                    self._answers.extend(range(items))
+                    for answer in range(_answers_in(line) if each_answer else bool(line.strip())):
+                        items.extend((number, place, answer))
                     place += len(line)
-            if len(self) == before:
+            if len(items) == before:
                 raise UserError(f"{path} holds no example")
-        self._files, self._places, self._answers = self._files[:limit], self._places[:limit], self._answers[:limit]
+        self._items = np.frombuffer(items, np.int64).reshape(-1, 3)[:limit]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
         """The example at this place; with `each_answer` see `answer_of` for which of its answers is meant."""
         try:
             return from_record(_json_object(self._line(index)))
         except BadSample as error:
-            path = self.paths[self._files[index]]
+            file, place, _ = self._items[index].tolist()
+            path = self.paths[file]
             with path.open("rb") as stream:  # all before it is read, which only a broken line is worth
-                number = 1 + stream.read(self._places[index]).count(b"\n")
+                number = 1 + stream.read(place).count(b"\n")
             raise BadSample(error.sample_id, f"{path}, line {number}: {error.reason}") from None
 
     def answer_of(self, index: int) -> int | None:
         """The answer that this item is about; None where it is about all of them."""
-        return self._answers[index] if self._each_answer else None
+        return int(self._items[index, 2]) if self._each_answer else None
 
     def ids(self) -> Iterator[str]:
         """Yields each item's id, in order; that of a line which is no record is nothing."""
@@ -336,11 +260,22 @@ class ExampleFile:
         return {**self.__dict__, "_streams": {}}  # an open file does not travel; a worker opens its own
 
     def _line(self, index: int) -> bytes:
-        number = self._files[index]
-        if number not in self._streams:
-            self._streams[number] = self.paths[number].open("rb")
-        self._streams[number].seek(self._places[index])
-        return self._streams[number].readline()
+        file, place, _ = self._items[index].tolist()
+        if file not in self._streams:
+            self._streams[file] = self.paths[file].open("rb")
+        self._streams[file].seek(place)
+        return self._streams[file].readline()
+
+
+def _answers_in(line: bytes) -> int:
+    """How many items a line is where each answer is one; a line without any, and a broken one, is one."""
+    if not line.strip():
+        return 0
+    try:
+        answers = _json_object(line).get("answers")
+    except BadSample:
+        return 1
+    return max(1, len(answers)) if isinstance(answers, list) else 1
 
 
 def _json_object(line: bytes) -> Mapping[str, JSON]:

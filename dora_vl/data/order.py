@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import datasets
@@ -170,11 +172,7 @@ class MixturePlan:
         self.seed = seed
         proportional = [source.steps for source in sources]
         equal = -(-sum(proportional) // len(sources))
-        self._steps_of = proportional if mixing == "proportional" else [equal] * len(sources)
-        self._epoch: int | None = None
-        self._tasks: list[int] = []
-        self._turns: list[int] = []
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._steps_of = tuple(proportional if mixing == "proportional" else [equal] * len(sources))
 
     def __len__(self) -> int:
         return sum(self._steps_of) * self.parts
@@ -190,37 +188,33 @@ class MixturePlan:
 
     def part(self, number: int, *, epoch: int) -> Part:
         """Micro-batch `number` of an epoch."""
-        self._plan(epoch)
         step, part = divmod(number, self.parts)
-        task = self._tasks[step]
+        task, turn = _steps(self.seed, epoch, self._steps_of)[step]
         source = self.sources[task]
-        round_, turn = divmod(self._turns[step], source.steps)
-        order = self._order(epoch, task, round_)
-        items = order[turn * source.batch_size : (turn + 1) * source.batch_size]
+        round_, place = divmod(turn, source.steps)
+        order = _permutation(f"{self.seed}/{epoch}/{source.name}/{round_}", source.items)
+        items = order[place * source.batch_size : (place + 1) * source.batch_size]
         first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
         return Part(task, tuple(items[first:last].tolist()))
 
-    def _plan(self, epoch: int) -> None:
-        if self._epoch == epoch:
-            return
-        tasks = [task for task, steps in enumerate(self._steps_of) for _ in range(steps)]
-        random.Random(f"{self.seed}/{epoch}/tasks").shuffle(tasks)
-        seen = [0] * len(self.sources)
-        turns = []
-        for task in tasks:
-            turns.append(seen[task])
-            seen[task] += 1
-        self._epoch, self._tasks, self._turns, self._orders = epoch, tasks, turns, {}
 
-    def _order(self, epoch: int, task: int, round_: int) -> np.ndarray:
-        key = (task, round_)
-        if key not in self._orders:
-            source = self.sources[task]
-            digest = hashlib.sha256(f"{self.seed}/{epoch}/{source.name}/{round_}".encode()).digest()
-            generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-            self._orders = {key_: order for key_, order in self._orders.items() if key_[0] != task}
-            self._orders[key] = generator.permutation(source.items)
-        return self._orders[key]
+@lru_cache(maxsize=4)
+def _steps(seed: int, epoch: int, steps_of: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The task of each step of an epoch, and how many of the task's steps come before it."""
+    tasks = [task for task, steps in enumerate(steps_of) for _ in range(steps)]
+    random.Random(f"{seed}/{epoch}/tasks").shuffle(tasks)
+    before = Counter[int]()
+    steps: list[tuple[int, int]] = []
+    for task in tasks:
+        steps.append((task, before[task]))
+        before[task] += 1
+    return steps
+
+
+@lru_cache(maxsize=8)
+def _permutation(key: str, items: int) -> np.ndarray:
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(items)
 
 
 HEADERS = 1_000

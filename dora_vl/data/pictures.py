@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
@@ -188,8 +188,7 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False, mend: bo
     """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`.
 
     Args:
-        mend: what Pillow refuses for a flaw that leaves no pixel in doubt is read all the same: a PNG without its
-            notes, a JPEG with the end mark that it lacks. Other readers open both.
+        mend: what Pillow refuses for a flaw that leaves no pixel in doubt is read all the same, see `_mended`.
     """
     try:
         with opened_picture(source) as image:
@@ -197,20 +196,47 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False, mend: bo
             if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
                 raise OSError("it is cut off: its end mark is missing")
             image.load()
-            return _rgb(image, as_published=as_published)
+            turn = None
+            if not as_published:
+                with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
+                    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+                if image.mode not in {"RGB", "L"} or "transparency" in image.info:
+                    image = _as_shown(image)
+            image = image.convert("RGB")
+            if max(image.size) > PICTURE_SIDE:
+                image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+            return image if turn is None else image.transpose(turn)
     except (FileNotFoundError, NoRegularFile):
         raise
     except NOT_DECODED as error:
-        with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
-            content = stream.read(PICTURE_BYTES + 1)
-        mended = None
-        if mend and len(content) <= PICTURE_BYTES and content.startswith(PNG_MARK):
-            mended = _without_notes(content)
-        elif mend and len(content) <= PICTURE_BYTES and content.startswith(b"\xff\xd8\xff"):
-            mended = None if isinstance(error, NoPicture) else _with_end_mark(content)
+        mended = _mended(source, error) if mend else None
         if mended is None:
             raise
     return load_picture(BytesIO(mended), as_published=as_published, mend=False)
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    """A decoded picture as a viewer shows it."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        image = white
+    image.info.pop("transparency", None)
+    return image
+
+
+def _mended(source: Path | BytesIO, error: BaseException) -> bytes | None:
+    """What other readers open too: a PNG without its notes, a JPEG with the end mark that it lacks."""
+    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
+        content = stream.read(PICTURE_BYTES + 1)
+    if len(content) > PICTURE_BYTES:
+        return None
+    if content.startswith(PNG_MARK):
+        return _without_notes(content)
+    is_jpeg = content.startswith(b"\xff\xd8\xff") and not isinstance(error, NoPicture)
+    return _with_end_mark(content) if is_jpeg else None
 
 
 def _without_notes(content: bytes) -> bytes | None:
@@ -251,25 +277,6 @@ def _with_end_mark(content: bytes) -> bytes | None:
     except NOT_DECODED:  # IndexError where it ends in its header
         return None
     return content + END_MARK if len(sums) == 1 else None
-
-
-def _rgb(image: Image.Image, *, as_published: bool) -> Image.Image:
-    """A decoded picture as a viewer shows it, or as LLaVA's own code reads it."""
-    turn = None
-    if not as_published:
-        with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = _eight_bits(image)
-        elif image.mode in _WITH_ALPHA or "transparency" in image.info:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
-            image = white
-        image.info.pop("transparency", None)
-    image = image.convert("RGB")
-    if max(image.size) > PICTURE_SIDE:
-        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -340,21 +347,8 @@ def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
     return None
 
 
-_BEGINNINGS = {
-    b"\xff\xd8\xff": ".jpg",
-    PNG_MARK: ".png",
-    b"GIF8": ".gif",
-    b"BM": ".bmp",
-    b"II*\0": ".tif",
-    b"MM\0*": ".tif",
-}
-
-
-def picture_ending(data: bytes) -> str | None:
-    """The file name's ending for an encoded picture, by its first bytes; None for anything else."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return next((ending for beginning, ending in _BEGINNINGS.items() if data.startswith(beginning)), None)
+ENDINGS = {"JPEG": "jpg", "TIFF": "tif"}
+"""How files of a format are called where it is not by the format's own name."""
 
 
 def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
@@ -362,15 +356,16 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 
     It is decoded first: in a table that was cut or damaged, one may begin and end well.
     """
-    ending = picture_ending(data)
-    if ending is None:
-        raise BadSample(sample_id, f"its picture begins with {data[:8]!r}, which is no known picture format")
-    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}{ending}"
+    try:
+        with opened_picture(BytesIO(data)) as image:
+            kind = str(image.format)
+    except NOT_DECODED as error:
+        raise BadSample(sample_id, f"its picture cannot be read: {error}") from None
+    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}.{ENDINGS.get(kind, kind.lower())}"
     target = folder / relative
     if target.is_file() and target.stat().st_size == len(data):
         return relative
-    trouble = decoding_trouble(BytesIO(data))
-    if trouble is not None:
+    if trouble := decoding_trouble(BytesIO(data)):
         raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -384,8 +379,10 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
     return relative
 
 
+STORED = "bytes:"
+"""How the names of pictures begin that a data file holds itself."""
 HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Pictures by the name that a row gives them."""
+"""Those pictures by their names."""
 
 
 @dataclass(frozen=True)
@@ -415,7 +412,7 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
     `PICTURE_SIDE` pixels, which are shrunk to it.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
-    if stored is not None and relative in stored:
+    if relative.startswith(STORED) and stored is not None and relative in stored:
         source, where = BytesIO(stored[relative]), "the data file"
     else:
         source, where = path_inside(folder, relative), folder
@@ -496,40 +493,34 @@ WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
 """What begins a picture's text where that is no path."""
 BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How the bytes of PNG, JPEG, GIF and WebP begin in base64."""
-STORED = "bytes:"
 
 
-@dataclass
-class RowPictures:
-    """Pictures in order: `names` are paths, or made of the content where `held` has the bytes."""
+def picture_name(value: object, key: str, sample_id: str, held: dict[str, bytes]) -> str:
+    """A picture's path, or a name made of its content, which goes into `held`.
 
-    sample_id: str
-    names: list[str] = field(default_factory=list)
-    held: dict[str, bytes] = field(default_factory=dict)
-
-    def add(self, value: object, key: str) -> None:
-        """Takes a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web."""
-        if isinstance(value, Mapping):
-            value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
-        if isinstance(value, str) and value.startswith(IN_PLACE):
-            header, _, text = value.partition(",")
-            content = _from_base64(text) if header.endswith(";base64") else None
-            if content is None:
-                raise BadSample(self.sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
-            value = content
-        elif isinstance(value, str) and value.startswith(BARE_BASE64):
-            value = _from_base64(value) or value  # a path may begin alike
-        if isinstance(value, bytes | bytearray) and value:
-            name = STORED + hashlib.sha256(value).hexdigest()[:32]
-            self.names.append(name)
-            self.held[name] = bytes(value)
-        elif isinstance(value, str) and value.startswith(WEB):
-            reason = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
-            raise BadSample(self.sample_id, reason, ON_THE_WEB)
-        elif isinstance(value, str) and value:
-            self.names.append(value.removeprefix(AS_URL).replace("\\", "/"))
-        else:
-            raise BadSample(self.sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+    Args:
+        value: a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web.
+        key: what messages call it.
+    """
+    if isinstance(value, Mapping):
+        value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
+    if isinstance(value, str) and value.startswith(IN_PLACE):
+        header, _, text = value.partition(",")
+        content = _from_base64(text) if header.endswith(";base64") else None
+        if content is None:
+            raise BadSample(sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
+        value = content
+    elif isinstance(value, str) and value.startswith(BARE_BASE64):
+        value = _from_base64(value) or value  # a path may begin alike
+    if isinstance(value, bytes | bytearray) and value:
+        name = STORED + hashlib.sha256(value).hexdigest()[:32]
+        held[name] = bytes(value)
+        return name
+    if not isinstance(value, str) or not value:
+        raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+    if value.startswith(WEB):
+        raise BadSample(sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+    return value.removeprefix(AS_URL).replace("\\", "/")
 
 
 def _from_base64(text: str) -> bytes | None:
@@ -537,14 +528,3 @@ def _from_base64(text: str) -> bytes | None:
         return base64.b64decode(text, validate=True)
     except ValueError:
         return None
-
-
-def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
-    """The pictures among a row's fields; one that is no list counts as a list of one."""
-    pictures = RowPictures(sample_id)
-    value = fields.get("images")
-    if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
-        return pictures
-    for picture in value if isinstance(value, list | tuple) else [value]:
-        pictures.add(picture, "images")
-    return pictures

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record, whole_file
-from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
 from dora_vl.files import file_sha256
 
 FORMAT = 2
@@ -123,21 +123,21 @@ class Counts:
     """How many rows were read and records written, and which rows were not used.
 
     Attributes:
-        renamed: records whose id came before and got a number.
+        renamed_ids: records whose id came before and got a number.
         without_answer: records that hold none, of a test set or because the source allows it.
-        repeated: records that are an earlier one under another id, where ids say the place.
+        repeated_records: records that are an earlier one under another id, where ids say the place.
     """
 
     rows: int = 0
     written: int = 0
-    renamed: int = 0
+    renamed_ids: int = 0
     without_answer: int = 0
-    repeated: int = 0
-    dropped: list[dict[str, JSON]] = field(default_factory=list)
+    repeated_records: int = 0
+    dropped_rows: list[dict[str, JSON]] = field(default_factory=list)
 
     def first_reason(self) -> str:
         """The first dropped row, for a message."""
-        first = self.dropped[0]
+        first = self.dropped_rows[0]
         return f"the first is row {first['row']}, id {first['id']}: {first['reason']}"
 
 
@@ -189,15 +189,10 @@ def prepare_split(
     counts = partial.counts
     entry: dict[str, JSON] = {
         "file": path.name,
-        "rows": counts.rows,
         "published_rows": split.published_rows,
-        "written": counts.written,
-        "renamed_ids": counts.renamed,
-        "without_answer": counts.without_answer,
-        "repeated_records": counts.repeated,
-        "dropped": len(counts.dropped),
-        "reasons": dict(Counter(str(dropped["reason"]) for dropped in counts.dropped).most_common()),
-        "dropped_rows": counts.dropped,
+        **vars(counts),
+        "dropped": len(counts.dropped_rows),
+        "reasons": dict(Counter(str(dropped["reason"]) for dropped in counts.dropped_rows).most_common()),
         "notes": dict(split.notes),
         "sha256": sha256,
         "bytes": size,
@@ -228,8 +223,8 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
         raise UserError(f"{names}: holds no rows")
     if not counts.written:
         raise UserError(f"{names}: none of its {counts.rows:,} rows can be used; {counts.first_reason()}")
-    if counts.repeated * 2 == counts.written:
-        doubled = f"{counts.repeated:,} of its {counts.written:,} records repeat an earlier one"
+    if counts.repeated_records * 2 == counts.written:
+        doubled = f"{counts.repeated_records:,} of its {counts.written:,} records repeat an earlier one"
         raise UserError(f"{names}: is doubled, {doubled}; fetch the file again")
 
 
@@ -292,8 +287,8 @@ class Partial:
         counts = self.counts
         counts.rows += 1
         if row.problem is not None:
-            counts.dropped.append({"row": row.number, "id": row.id, "reason": row.problem})
-            dropped = len(counts.dropped)
+            counts.dropped_rows.append({"row": row.number, "id": row.id, "reason": row.problem})
+            dropped = len(counts.dropped_rows)
             if dropped >= MOST_DROPPED:
                 raise UserError(f"{self._path}: {dropped:,} rows cannot be used; {counts.first_reason()}")
             if not counts.written and dropped >= ROWS_TO_JUDGE:
@@ -307,11 +302,11 @@ class Partial:
                         f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique"
                     )
                 name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
-                counts.renamed += 1
+                counts.renamed_ids += 1
                 encoded = json_line({**json.loads(encoded), "id": name}, name).encode()
             counts.written += 1
             counts.without_answer += not answered
-            counts.repeated += self._stood_before(encoded)
+            counts.repeated_records += self._stood_before(encoded)
             self._lines[name] = counts.written
             self._waiting.append(encoded)
 
@@ -354,6 +349,7 @@ class Partial:
         """The partial file of an earlier run, cut to where it was whole; None where there is none of the same key."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
+            counts = Counts(**note["counts"])
             if note["key"] != self._key or self._partial.stat().st_size < note["bytes"]:
                 return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -364,8 +360,7 @@ class Partial:
             self._digest.update(line)
             self._lines[json.loads(line)["id"]] = number
             self._stood_before(line)
-        self._bytes = note["bytes"]
-        self.counts = Counts(**note["counts"])
+        self._bytes, self.counts = note["bytes"], counts
         return file
 
     @contextlib.contextmanager
@@ -386,15 +381,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER", help="the published files")
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")
     parser.add_argument("--splits", metavar="A,B", help="only these, such as train,validation; default: all found")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each split")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
     parser.add_argument("--workers", type=int, metavar="N", help="processes besides this one; default: as files need")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the source")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Prepares each split; yields the lines to print."""
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit is {arguments.limit}; at least 1 row is needed")
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers is {arguments.workers}; 0 converts in this process, N in N others")
     with reading(str(arguments.folder)):

@@ -1,4 +1,7 @@
-"""A row of any format to an `Example`, and the one reader of a file's rows that tells what cannot be a sample."""
+"""A row of any format to an `Example`, and the one reader of a file's rows that tells what cannot be a sample.
+
+Each format gives messages of a role and its content; one way leads from these to turns, pictures and videos.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from dora_vl.data.example import (
     LETTER,
     Answer,
     Example,
-    as_conversation,
     correct_choice,
     from_record,
     listed_choices,
+    turns_of,
     with_letters,
 )
-from dora_vl.data.pictures import RowPictures, row_pictures
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn
+from dora_vl.data.pictures import picture_name
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
 from dora_vl.errors import EMPTY_ANSWER, ON_THE_WEB, BadSample, UserError, shown
 
 ROLES: Mapping[str, Role] = {
@@ -45,53 +48,153 @@ MARKS = ("loss", "weight")
 """How ms-swift and OpenAI's files say of an answer whether it is trained."""
 NOT_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
 """What a turn may hold beside its words, and no template here writes."""
-
-
-def _refuse_marked(turn: Mapping[str, object], number: int, sample_id: str) -> None:
-    """Refuses what would be lost of a turn: what it holds beside its words, and a mark that it is not to be trained."""
-    unsaid = next((name for name in NOT_SAID if not is_nothing(turn.get(name))), None)
-    if unsaid is not None:
-        reason = "which would not be trained; write it into the answer's text, or leave out the row"
-        raise BadSample(sample_id, f"turn {number} has {unsaid!r}, {reason}")
-    speaker = turn.get("from") if turn.get("role") is None else turn["role"]
-    if ROLES.get(str(speaker)) != "assistant":
-        return
-    for name in MARKS:
-        mark = turn.get(name)
-        if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
-            continue
-        if mark == 0 if name == "loss" else mark != 1:
-            reason = "but every answer is trained; leave out the mark, or the row"
-            raise BadSample(sample_id, f"turn {number} has {name!r} {shown(mark)}, {reason}")
-
-
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
 """A picture that its text names (Qwen), and places of ms-swift's for what stands in other columns."""
 
 
-def _with_tagged_pictures(example: Example) -> Example:
-    """The example with `<image>` for each `<img>path</img>` of its text, and these pictures in their order."""
-    texts = [turn.text for turn in example.turns] or [example.question]
-    tags = [match for text in texts if "<" in text for match in _TAGS.finditer(text)]
-    if not tags:
-        return example
-    pictures = RowPictures(example.id)
-    for match in tags:
-        if match[1] is None:
-            reason = "which nothing here fills; write what it stands for into the text"
-            raise BadSample(example.id, f"its text has {match[0]}, {reason}")
-        pictures.add(match[1].strip(), "<img>")
-    if example.images:
-        raise BadSample(
-            example.id, f"its text names pictures in <img>, and it has {len(example.images)} more beside it"
-        )
-    return replace(
-        example,
-        question=_TAGS.sub(IMAGE_PLACEHOLDER, example.question),
-        turns=tuple(replace(turn, text=_TAGS.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in example.turns),
-        images=tuple(pictures.names),
-        image_bytes=pictures.held,
-    )
+def read_talk(messages: Sequence[object], row: Row, sample_id: str) -> Example:
+    """The talk of messages, each a `Turn` or an object of role and content, as it is trained on.
+
+    What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
+    """
+    talk = _Talk(row, sample_id)
+    turns = [talk.turn(message, number) for number, message in enumerate(messages, 1)]
+    if not is_nothing(row.get("system")):
+        system = Turn("system", _text(row["system"], "system", sample_id))
+        first = turns[0].text.strip() if turns and turns[0].role == "system" else None
+        if first and first != system.text.strip():
+            reason = "its 'system' differs from the system turn that it has too; leave one of them out"
+            raise BadSample(sample_id, reason)
+        turns = turns if first else [system, *(turns if first is None else turns[1:])]
+    videos = tuple(talk.clips + talk.clips_left)
+    images, arranged = arrange(sample_id, talk.all_images(), turns, videos)
+    try:
+        "".join([sample_id, *images, *(clip.path for clip in videos), *(turn.text for turn in arranged)]).encode()
+    except UnicodeEncodeError:
+        raise BadSample(sample_id, "its text holds half of a surrogate pair, which is no character") from None
+    scored = row.get("scored")
+    answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
+    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=talk.held)
+
+
+def read_conversations(row: Row, sample_id: str) -> Example:
+    """The talk of a row in LLaVA's form, whatever else it holds."""
+    return read_talk(_messages(row, sample_id, "conversations"), row, sample_id)
+
+
+class _Talk:
+    """Reads one row's messages; its pictures and videos come out in the order of their places."""
+
+    def __init__(self, row: Row, sample_id: str) -> None:
+        self._id = sample_id
+        self.held: dict[str, bytes] = {}
+        self._beside = [self._picture(value, "images") for value in _listed(row.get("images"))]
+        self._left = list(range(len(self._beside)))
+        self._images: list[str] = []
+        self._tagged = 0
+        self.clips: list[Clip] = []
+        self.clips_left = [_read_clip(value, "videos", sample_id) for value in _listed(row.get("videos"))]
+
+    def all_images(self) -> list[str]:
+        """The pictures in and beside the messages."""
+        images = [*self._images, *(self._beside[place] for place in self._left)]
+        if self._tagged and len(images) > self._tagged:
+            more = len(images) - self._tagged
+            raise BadSample(self._id, f"its text names pictures in <img>, and it has {more} more beside it")
+        return images
+
+    def turn(self, message: object, number: int) -> Turn:
+        """One turn, `<image>` where a part is a picture, `<video>` where it is a video."""
+        if isinstance(message, Turn):
+            return replace(message, text=self._words(message.text))
+        if not isinstance(message, Mapping):
+            raise BadSample(self._id, f"turn {number} must be an object of role and text, got {shown(message)}")
+        who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
+        role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
+        if role is None:
+            roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
+            raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
+        if len(message) > 2:
+            self._refuse_lost(message, role, number)
+        content = message.get(what)
+        if isinstance(content, str):
+            return Turn(role, self._words(content))
+        if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+            raise BadSample(self._id, f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
+        return Turn(role, "".join(self._part(part, number) for part in content))
+
+    def _refuse_lost(self, message: Mapping[str, object], role: Role, number: int) -> None:
+        """Refuses what would be lost of a turn: what it holds beside its words, and a mark that it is not trained."""
+        unsaid = next((name for name in NOT_SAID if not is_nothing(message.get(name))), None)
+        if unsaid is not None:
+            reason = "which would not be trained; write it into the answer's text, or leave out the row"
+            raise BadSample(self._id, f"turn {number} has {unsaid!r}, {reason}")
+        for name in MARKS if role == "assistant" else ():
+            mark = message.get(name)
+            if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
+                continue
+            if mark == 0 if name == "loss" else mark != 1:
+                reason = "but every answer is trained; leave out the mark, or the row"
+                raise BadSample(self._id, f"turn {number} has {name!r} {shown(mark)}, {reason}")
+
+    def _part(self, part: object, number: int) -> str:
+        if isinstance(part, str):
+            return self._words(part)
+        fields = part if isinstance(part, Mapping) else {}
+        kind, text = fields.get("type"), fields.get("text")
+        if kind in TEXT_PARTS and isinstance(text, str):
+            return self._words(text)
+        if kind in PICTURE_PARTS:
+            payload = next((value for key in PAYLOADS if (value := fields.get(key)) is not None), None)
+            if payload is None and fields.get("index") is None:
+                return self._words(IMAGE_PLACEHOLDER)
+            if payload is None:
+                self._take(fields["index"], number)
+            else:
+                self._images.append(self._picture(payload, f"part of turn {number}"))
+            return IMAGE_PLACEHOLDER
+        if kind in VIDEO_PARTS:
+            if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
+                return self._words(VIDEO_PLACEHOLDER)
+            self.clips.append(_read_clip(fields, f"part of turn {number}", self._id))
+            return VIDEO_PLACEHOLDER
+        raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
+
+    def _words(self, text: str) -> str:
+        """The text, `<image>` for pictures that it names in tags; those beside take the places it has, in order."""
+        if "<" not in text:
+            return text
+        for place in self._left[: text.count(IMAGE_PLACEHOLDER)]:
+            self._take(place)
+        count = text.count(VIDEO_PLACEHOLDER)
+        self.clips += self.clips_left[:count]
+        del self.clips_left[:count]
+        for tag in _TAGS.finditer(text):
+            if tag[1] is None:
+                reason = "which nothing here fills; write what it stands for into the text"
+                raise BadSample(self._id, f"its text has {tag[0]}, {reason}")
+            self._images.append(self._picture(tag[1].strip(), "<img>"))
+            self._tagged += 1
+        return _TAGS.sub(IMAGE_PLACEHOLDER, text)
+
+    def _take(self, place: object, number: int = 0) -> None:
+        """A picture beside the messages by its place, from 0 (TRL's `index`)."""
+        if not isinstance(place, int) or not 0 <= place < len(self._beside):
+            reason = f"the index {shown(place)} of {len(self._beside)} pictures"
+            raise BadSample(self._id, f"a part of turn {number} has {reason}")
+        self._images.append(self._beside[place])
+        if place in self._left:
+            self._left.remove(place)
+
+    def _picture(self, value: object, key: str) -> str:
+        return picture_name(value, key, self._id, self.held)
+
+
+def _listed(value: object) -> Sequence[object]:
+    """What a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
+    if value is None or value in ("", b"", []) or value != value:
+        return ()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
@@ -118,200 +221,85 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
     return Clip(path=path, start_seconds=start, end_seconds=end)
 
 
-class MessageReader:
-    """Reads the turns of one row; its pictures and videos come out in the order of their places."""
-
-    def __init__(self, row: Row, sample_id: str) -> None:
-        self._row = row
-        self.sample_id = sample_id
-        self._beside = row_pictures(row, sample_id)
-        self._left = [*range(len(self._beside.names))]
-        self._pictures = RowPictures(sample_id)
-        self._videos: list[Clip] = []
-        videos = row.get("videos")
-        listed = [] if videos in (None, "", []) else videos if isinstance(videos, list | tuple) else [videos]
-        self._videos_left = [_read_clip(video, "videos", sample_id) for video in listed]
-
-    def turns(self, messages: object, key: str = "messages") -> tuple[Turn, ...]:
-        """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video."""
-        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-            raise BadSample(self.sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
-        return tuple(self._turn(message, number) for number, message in enumerate(messages, 1))
-
-    def example(self, turns: tuple[Turn, ...], answer: str = "") -> Example:
-        """The example of these turns, behind what the row says as `system`, with the pictures in and beside them."""
-        if not is_nothing(self._row.get("system")):
-            system = _text(self._row["system"], "system", self.sample_id)
-            first = turns[0].text.strip() if turns and turns[0].role == "system" else None
-            if first and first != system.strip():
-                reason = "its 'system' differs from the system turn that it has too; leave one of them out"
-                raise BadSample(self.sample_id, reason)
-            turns = turns if first else (Turn("system", system), *(turns if first is None else turns[1:]))
-        return Example(
-            self.sample_id,
-            images=(*self._pictures.names, *(self._beside.names[place] for place in self._left)),
-            turns=turns,
-            videos=(*self._videos, *self._videos_left),
-            answers=(Answer(text=answer),) if answer else (),
-            image_bytes={**self._beside.held, **self._pictures.held},
-        )
-
-    def _turn(self, message: object, number: int) -> Turn:
-        if not isinstance(message, Mapping):
-            raise BadSample(self.sample_id, f"turn {number} must be an object of role and text, got {shown(message)}")
-        if len(message) > 2:
-            _refuse_marked(message, number, self.sample_id)
-        who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
-        role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
-        if role is None:
-            roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
-            raise BadSample(self.sample_id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        content = message.get(what)
-        if isinstance(content, str):
-            self.take_beside(content)
-            return Turn(role, content)
-        if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
-            raise BadSample(self.sample_id, f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
-        return Turn(role, "".join(self._part(part, number) for part in content))
-
-    def _part(self, part: object, number: int) -> str:
-        if isinstance(part, str):
-            return part
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping) and kind in TEXT_PARTS and isinstance(text := part.get("text"), str):
-            self.take_beside(text)
-            return text
-        if isinstance(part, Mapping) and kind in PICTURE_PARTS:
-            payload = next((value for key in PAYLOADS if (value := part.get(key)) is not None), None)
-            if payload is not None:
-                self._pictures.add(payload, f"part of turn {number}")
-            elif part.get("index") is not None:
-                self._take(part["index"], number)
-            else:
-                self.take_beside(IMAGE_PLACEHOLDER)
-            return IMAGE_PLACEHOLDER
-        if isinstance(part, Mapping) and kind in VIDEO_PARTS:
-            if all(part.get(key) is None for key in VIDEO_PAYLOADS):
-                self.take_beside(VIDEO_PLACEHOLDER)
-            else:
-                self._videos.append(_read_clip(part, f"part of turn {number}", self.sample_id))
-            return VIDEO_PLACEHOLDER
-        raise BadSample(self.sample_id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
-
-    def take_beside(self, text: str) -> None:
-        """Pictures and videos that stand beside the messages take the places without one of their own, in order."""
-        for place in self._left[: text.count(IMAGE_PLACEHOLDER)]:
-            self._take(place)
-        count = text.count(VIDEO_PLACEHOLDER)
-        self._videos += self._videos_left[:count]
-        del self._videos_left[:count]
-
-    def _take(self, place: object, number: int = 0) -> None:
-        """A picture beside the messages by its place, from 0 (TRL's `index`)."""
-        if not isinstance(place, int) or not 0 <= place < len(self._beside.names):
-            reason = f"the index {shown(place)} of {len(self._beside.names)} pictures"
-            raise BadSample(self.sample_id, f"a part of turn {number} has {reason}")
-        self._pictures.names.append(self._beside.names[place])
-        self._left = [left for left in self._left if left != place]
+def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
+    """A column that must be a list."""
+    messages = row.get(key)
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
+    return messages
 
 
-def _earlier_rounds(row: Row, sample_id: str) -> tuple[Turn, ...]:
-    """`history`, pairs of a question and its answer (ms-swift), as turns."""
+def _round(question: object, answer: object) -> list[object]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _earlier_rounds(row: Row, sample_id: str) -> list[object]:
+    """`history`, pairs of a question and its answer (ms-swift)."""
     history = row.get("history")
-    turns: list[Turn] = []
+    messages: list[object] = []
     for pair in history if isinstance(history, list) else [] if is_nothing(history) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise BadSample(sample_id, f"'history' must hold pairs of a question and an answer, got {shown(pair)}")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    return tuple(turns)
+        messages += _round(*pair)
+    return messages
 
 
-def read_conversations(row: Row, sample_id: str, key: str = "conversations") -> Example:
-    """LLaVA's and ShareGPT's `from` and `value`, or roles; pictures in parts, or in `image` or `images` beside them."""
-    reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row.get(key), key))
-
-
-def _read_prompt_completion(row: Row, sample_id: str) -> Example:
-    """`prompt` and `completion`, each text or a list of messages (TRL); `history` holds earlier rounds."""
-    reader, turns = MessageReader(row, sample_id), _earlier_rounds(row, sample_id)
-    for turn in turns:
-        reader.take_beside(turn.text)
+def _prompt_completion(row: Row, sample_id: str) -> list[object]:
+    """`prompt` and `completion`, each text or a list of messages (TRL)."""
+    messages = _earlier_rounds(row, sample_id)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        turns += reader.turns([{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key], key)
-    return reader.example(turns)
+        is_text = isinstance(row[key], str)
+        messages += [{"role": role, "content": row[key]}] if is_text else _messages(row, sample_id, key)
+    return messages
 
 
-def _read_texts(row: Row, sample_id: str) -> Example:
-    """`texts`, a list of `user` and `assistant` (The Cauldron); its pictures come before the first question."""
-    texts = row["texts"]
-    if not isinstance(texts, Sequence) or isinstance(texts, str | bytes) or not texts:
-        raise BadSample(sample_id, f"'texts' must be a list of user and assistant, got {shown(texts)}")
-    turns: list[Turn] = []
-    for number, entry in enumerate(texts, 1):
-        question, answer = (entry.get("user"), entry.get("assistant")) if isinstance(entry, Mapping) else (None, None)
-        if not isinstance(question, str) or not isinstance(answer, str):
+def _texts(row: Row, sample_id: str) -> list[object]:
+    """`texts`, a list of `user` and `assistant` (The Cauldron)."""
+    messages: list[object] = []
+    for number, entry in enumerate(_messages(row, sample_id, "texts"), 1):
+        if not isinstance(entry, Mapping):
             raise BadSample(sample_id, f"entry {number} of 'texts' must hold user and assistant, got {shown(entry)}")
-        turns += [Turn("user", question), Turn("assistant", answer)]
-    return MessageReader(row, sample_id).example(tuple(turns))
+        messages += _round(entry.get("user"), entry.get("assistant"))
+    return messages
 
 
-def _read_instructions(row: Row, sample_id: str) -> Example:
-    """`instruction`, `input`, `output`, and where there is one `system` (Alpaca, LLaMA-Factory).
-
-    `answer`, the part of the output that is scored, is the example's answer where it is text (LLM-Adapters).
-    """
+def _instructions(row: Row, sample_id: str) -> list[Turn]:
+    """`instruction`, `input`, `output` (Alpaca, LLaMA-Factory)."""
     instruction, added, output = (_text(row.get(name), name, sample_id) for name in ("instruction", "input", "output"))
     if not output.strip():
         raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
     if not is_nothing(row.get("history")):
         raise BadSample(sample_id, "it has a 'history' of earlier rounds; write the whole talk as 'messages'")
     question = f"{instruction}\n{added}" if instruction and added else instruction or added
-    turns = (Turn("user", question, len(added)), Turn("assistant", output))
-    scored = row.get("scored")
-    return MessageReader(row, sample_id).example(turns, scored if isinstance(scored, str) else "")
+    return [Turn("user", question, len(added)), Turn("assistant", output)]
 
 
-def _read_columns(row: Row, sample_id: str) -> Example:
+def _question_answer(row: Row, sample_id: str) -> list[object]:
     """A question and an answer in columns of their own; of several answers the most frequent, the first of equals.
 
-    `history` holds earlier rounds; a hint stands before the question, choices behind it (`_written_choices`).
+    A hint stands before the question, choices behind it (`_written_choices`).
     """
     question, answer = _text(row["question"], "question", sample_id), _answer(row["answer"], sample_id)
     if not is_nothing(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"], sample_id)
-        question, answer = (
-            _written_choices(question, choices, answer, sample_id, labels) if choices else (question, answer)
-        )
+        if choices:
+            question, answer = _written_choices(question, choices, answer, sample_id, labels)
     hint = _text(row.get("hint"), "hint", sample_id).strip()
     if not _says(question, [hint]):
         question = f"{hint}\n{question}"
-    return _question(row, sample_id, question, answer, _earlier_rounds(row, sample_id))
+    return [*_earlier_rounds(row, sample_id), *_round(question, answer)]
 
 
-def _read_caption(row: Row, sample_id: str) -> Example:
-    """A picture with a caption and no question."""
-    return _question(row, sample_id, "", _answer(row["caption"], sample_id, "caption"))
-
-
-def _question(row: Row, sample_id: str, question: str, answer: str, earlier: tuple[Turn, ...] = ()) -> Example:
-    """A question as one where it stands alone, behind a system's words or earlier rounds as turns."""
-    reader = MessageReader(row, sample_id)
-    if earlier or not is_nothing(row.get("system")):
-        return reader.example((*earlier, Turn("user", question), Turn("assistant", answer)))
-    return replace(reader.example(()), question=question, answers=(Answer(text=answer),))
-
-
-def _read_record(row: Row, sample_id: str) -> Example:
+def _record(row: Row, sample_id: str) -> Sequence[object]:
+    """A record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
     record = {**_without_nulls(row), "id": sample_id}
     if isinstance(record.get("videos"), Mapping):
         record["video"] = record.pop("videos")
     example = from_record(record)
-    if not example.choices:
-        return example
+    if example.turns or not example.choices:
+        return turns_of(example)
     correct = example.extra.get("correct", example.answers[0].text if example.answers else None)
-    question, answer = _written_choices(example.question, example.choices, correct, sample_id)
-    return replace(example, question=question, answers=(Answer(text=answer),))
+    return _round(*_written_choices(example.question, example.choices, correct, sample_id))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -399,17 +387,17 @@ def _text(value: object, name: str, sample_id: str) -> str:
         raise BadSample(sample_id, f"{name!r} holds {shown(value)}") from None
 
 
-READERS: Mapping[str, Callable[[Row, str], Example]] = {
-    "conversations": read_conversations,
-    "messages": partial(read_conversations, key="messages"),
-    "texts": _read_texts,
-    "prompt/completion": _read_prompt_completion,
-    "instructions": _read_instructions,
-    "records": _read_record,
-    "question/answer": _read_columns,
-    "captions": _read_caption,
+MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
+    "conversations": partial(_messages, key="conversations"),
+    "messages": partial(_messages, key="messages"),
+    "texts": _texts,
+    "prompt/completion": _prompt_completion,
+    "instructions": _instructions,
+    "records": _record,
+    "question/answer": _question_answer,
+    "captions": lambda row, sample_id: _round("", _answer(row["caption"], sample_id, "caption")),
 }
-"""What makes an example of a row's fields, by its format."""
+"""What makes messages of a row's fields, by its format."""
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
@@ -421,16 +409,17 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
 
 
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
-    """One row of any format as an example.
+    """One row of any format as the talk that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
         ColumnsError: it holds something that its format would leave out.
     """
-    return _read(columns.resolve(row), id_of(row, number, columns))
+    return read_fields(columns.resolve(row), id_of(row, number, columns))
 
 
-def _read(resolved: Resolved, sample_id: str) -> Example:
+def read_fields(resolved: Resolved, sample_id: str) -> Example:
+    """Likewise of a row whose columns are known."""
     if resolved.format is None:
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
@@ -438,11 +427,12 @@ def _read(resolved: Resolved, sample_id: str) -> Example:
             f"its keys {shown([*resolved.fields], 120)} fit no format ({formats}); data.columns says what a column is, "
             "such as {headline: question}",
         )
-    return _with_tagged_pictures(READERS[resolved.format.name](resolved.fields, sample_id))
+    fields = resolved.fields
+    return read_talk(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
 
 
 class RowReader:
-    """Reads the rows of one file or folder as conversations, and remembers what it has met.
+    """Reads the rows of one file or folder as talks, and remembers what it has met.
 
     Attributes:
         format: of its rows, once one of a known format has been read.
@@ -474,14 +464,13 @@ class RowReader:
                 firsts = f"{self.format}: {self._first}; {name}: {row}"
                 raise UserError(f"{self._name}: rows of mixed formats, first of each {firsts}; write one file a format")
         try:
-            return as_conversation(_read(resolved, sample_id))
+            return read_fields(resolved, sample_id)
         except BadSample as error:  # anew, since a traceback keeps all that was read alive
-            return BadSample(_spelled(error.sample_id), _spelled(error.reason), error.kind)
-
-
-def _spelled(text: str) -> str:
-    """Text with its halves of surrogate pairs, which no file can hold, spelled out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+            # Halves of surrogate pairs, which no file can hold, are spelled out.
+            name, reason = (
+                text.encode("utf-8", "backslashreplace").decode() for text in (error.sample_id, error.reason)
+            )
+            return BadSample(name, reason, error.kind)
 
 
 def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -> None:

@@ -43,7 +43,7 @@ class Encoded:
 
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
     pictures; `inputs` are a processor's further tensors, by its own names, each with this example as its only row (or
-    its pictures as rows), and `stored` what frozen vision parts gave for its pictures.
+    its pictures as rows), and `stored` what frozen vision parts gave for its pictures (`backbones.frozen_outputs`).
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -55,19 +55,12 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One usable sample, encoded; `images` says which pictures it has."""
+class Sample(Encoded):
+    """One usable sample, at its place in the data; `images` says which pictures it has."""
 
-    index: int
-    id: str
-    input_ids: Int[Tensor, " seq"]
-    labels: Int[Tensor, " seq"]
-    cut_tokens: int = 0
+    index: int = -1
+    id: str = ""
     images: tuple[str, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    lost_pixels: int = 0
-    stored: tuple[Any, ...] = ()
-    """Outputs of frozen vision parts for its pictures (`backbones.frozen_outputs`), where they are kept."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
             return Skipped(index, example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
-        return Sample(index, example.id, images=example.images, **vars(encoded))
+        return Sample(**vars(encoded), index=index, id=example.id, images=example.images)
 
 
 BAD_BEFORE_EARLY_END = 10

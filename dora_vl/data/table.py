@@ -27,7 +27,6 @@ from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
-from dora_vl.data.plain_lines import NotPlain, plain_batches
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
@@ -62,10 +61,10 @@ _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
     """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
-    Columns: the fields of an `Example` as `as_conversation` made it, `problem` (why the row cannot be a sample, else
-    null), `length` (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that
-    the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in
-    the first row that has these). The cache is keyed by the files' paths, sizes and modification times, so a changed
+    Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
+    (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
+    each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in the first row
+    that has these). The cache is keyed by the files' paths, sizes and modification times, so a changed
     file is converted again; a content hash would read a gigabyte at each start.
 
     Args:
@@ -100,14 +99,7 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
     partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
     try:
         with partial.open("wb") as file:
-            try:
-                if not data.is_json:
-                    raise NotPlain
-                rows = _write(path, file, plain_batches(data.files[0], _SCHEMA, columns, _Rows(data.name, columns)))
-            except NotPlain:
-                file.seek(0)
-                file.truncate()
-                rows = _write(path, file, _batches(data, columns))
+            rows = _write(path, file, _batches(data, columns))
             file.flush()
             os.fsync(file.fileno())
         if _fingerprint(data.files, columns) != before:
@@ -121,66 +113,50 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
     _log.info("%s: %d records converted in %.1f s (%.0f/s), kept as %s", path, rows, seconds, rows / seconds, table)
 
 
-def _write(path: Path, file: BinaryIO, batches: Iterable[pa.RecordBatch | pa.Table]) -> int:
+def _write(path: Path, file: BinaryIO, batches: Iterable[list[dict[str, Any]]]) -> int:
     """Writes an Arrow stream and returns the number of its rows."""
     rows = bad = 0
     first_problem: str | None = None
     with pa.ipc.new_stream(file, _SCHEMA) as writer:
         for batch in batches:
-            writer.write(batch)
-            problems = batch["problem"].drop_null()
-            first_problem = first_problem or next((problem.as_py() for problem in problems), None)
+            writer.write(pa.RecordBatch.from_pylist(batch, _SCHEMA))
+            problems = [row["problem"] for row in batch if "problem" in row]
+            first_problem = first_problem or next(iter(problems), None)
             rows, bad = rows + len(batch), bad + len(problems)
     check_usable(str(path), rows, rows - bad, first_problem)
     return rows
 
 
-def _batches(data: DataFiles, columns: Columns) -> Iterator[pa.RecordBatch]:
-    """The rows of files, each read by itself, in batches of bounded size."""
-    read, batch, size = _Rows(data.name, columns), [], 0
+def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]]:
+    """A table's rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
+    reader, pictures, kinds = RowReader(data.name, columns), set[str](), 0
+    batch, size = [], 0
     for number, record in enumerate(data.rows()):
-        batch.append(read.row(number, record))
-        size += read.size
+        example = reader.read(record, number)
+        row: dict[str, Any] = {"format": reader.format}
+        if len(reader.uses) > kinds:
+            kinds, row["columns"] = len(reader.uses), json.dumps(reader.uses[-1])
+        if isinstance(example, BadSample):
+            row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
+            row |= {"images": (), "videos": (), "turns": ()}
+        else:
+            new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
+            pictures |= new.keys()
+            row |= {
+                "id": example.id,
+                "images": example.images,
+                "videos": [asdict(clip) for clip in example.videos],
+                "turns": [vars(turn) for turn in example.turns],
+                "length": sum(len(turn.text.split()) for turn in example.turns),
+                "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
+            }
+        batch.append(row)
+        size += characters_of(example)
         if len(batch) == ROWS_A_BATCH or size >= CHARACTERS_A_BATCH:
-            yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
+            yield batch
             batch, size = [], 0
     if batch:
-        yield pa.RecordBatch.from_pylist(batch, _SCHEMA)
-
-
-class _Rows:
-    """Makes a table's rows of a file's records; a picture and the columns' roles stand in the first row alone."""
-
-    def __init__(self, name: str, columns: Columns) -> None:
-        self._reader = RowReader(name, columns)
-        self._pictures: set[str] = set()
-        self.size = 0
-        """Of the last row, see `characters_of`."""
-
-    def __call__(self, records: Iterable[tuple[int, Mapping[str, object]]]) -> pa.RecordBatch:
-        return pa.RecordBatch.from_pylist([self.row(number, record) for number, record in records], _SCHEMA)
-
-    def row(self, number: int, record: Mapping[str, object]) -> dict[str, Any]:
-        """The row `number`, from 0."""
-        reader = self._reader
-        kinds = len(reader.uses)
-        example = reader.read(record, number)
-        self.size = characters_of(example)
-        columns = json.dumps(reader.uses[-1]) if len(reader.uses) > kinds else None
-        row: dict[str, Any] = {"format": reader.format, "columns": columns}
-        if isinstance(example, BadSample):
-            problem = {"id": example.sample_id, "problem": example.reason, "length": 0}
-            return row | problem | {"images": (), "videos": (), "turns": ()}
-        new = {name: content for name, content in example.image_bytes.items() if name not in self._pictures}
-        self._pictures |= new.keys()
-        return row | {
-            "id": example.id,
-            "images": example.images,
-            "videos": [asdict(clip) for clip in example.videos],
-            "turns": [vars(turn) for turn in example.turns],
-            "length": sum(len(turn.text.split()) for turn in example.turns),
-            "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
-        }
+        yield batch
 
 
 def characters_of(row: Example | BadSample) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AllowInfNan, Strict
 
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample
 
@@ -18,6 +20,8 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
 Role = Literal["system", "user", "assistant"]
+Number = Annotated[float, Strict(), AllowInfNan(False)]
+"""What a record of JSON must hold where it has a number."""
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 """What LLaVA's JSON calls each role."""
@@ -28,8 +32,8 @@ class Clip:
     """A video, or the part of it between two times; None is its beginning or its end."""
 
     path: str
-    start_seconds: float | None = None
-    end_seconds: float | None = None
+    start_seconds: Number | None = None
+    end_seconds: Number | None = None
 
 
 @dataclass(frozen=True)

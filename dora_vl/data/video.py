@@ -15,14 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from dora_vl.data.example import Clip
@@ -102,7 +100,7 @@ def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
     if isinstance(sampling, AtSeconds):
         outside = [seconds for seconds in sampling.seconds if not start <= seconds <= end]
         if outside:
-            raise OutsideClip(f"there is nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
+            raise OutsideClip(f"has nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
         return sorted(sampling.seconds)
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
@@ -149,21 +147,10 @@ class Frames(Generic[Kept]):
     span: tuple[float, float] = (0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """One frame on its way from a decoder."""
-
-    backend: str
-    index: int
-    seconds: float
-    pixels: UInt8[np.ndarray, "height width 3"]
-    duration: float
-    count: int
-    span: tuple[float, float]
-
-
 Request: TypeAlias = tuple[str, Clip, Sampling]
 """A file, the part of it, and which frames."""
+Decoded: TypeAlias = Iterator[Any]
+"""What comes from a decoder: `Frames` without any, then the index, the seconds and the pixels of each."""
 
 
 def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
@@ -171,18 +158,19 @@ def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
     path = path_inside(root, clip.path, kind="video")
     try:
         check_whole_video(path)
+        return path
     except FileNotFoundError:
-        raise BadSample(clip.path, f"video {clip.path} is missing in {root}") from None
-    except NoVideoFormat as error:
-        raise BadSample(clip.path, f"video {clip.path} {error}") from None
+        reason = f"is missing in {root}"
     except NotWhole as error:
-        raise BadSample(clip.path, f"video {clip.path} {error}; copy it again") from None
+        reason = f"{error}; copy it again"
+    except NoVideoFormat as error:
+        reason = str(error)
     except OSError as error:
-        raise BadSample(clip.path, f"video {clip.path} cannot be read: {error.strerror or error}") from None
-    return path
+        reason = f"cannot be read: {error.strerror or error}"
+    raise BadSample(clip.path, f"video {clip.path} {reason}")
 
 
-def decode(request: Request, backend: str) -> Iterator[Decoded]:
+def decode(request: Request, backend: str) -> Decoded:
     """The wanted frames of one file, one at a time.
 
     Raises:
@@ -194,16 +182,41 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
         with open_video(backend, path) as video:
             start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
             indices = video.locate(moments(sampling, start=start, end=end))
+            yield Frames((), (), (), backend, video.duration, video.count, (start, end))
             for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
                 refuse_size(pixels.shape[1], pixels.shape[0])
-                yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
-    except OutsideClip as error:
-        raise BadSample(clip.path, f"video {clip.path}: {error}") from None
-    except OverLimit as error:
+                yield index, seconds, pixels
+    except (OutsideClip, OverLimit) as error:
         raise BadSample(clip.path, f"video {clip.path} {error}") from None
     except NotWhole as error:
         again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
         raise BadSample(clip.path, f"video {clip.path} {error}; {again}") from None
+
+
+def gathered(decoded: Decoded, prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
+    """The frames together, each turned into what is kept of it as it comes."""
+    empty: Frames[Kept] = next(decoded)
+    frames = [(prepare(Image.fromarray(pixels)), index, seconds) for index, seconds, pixels in decoded]
+    pictures, indices, seconds = zip(*frames, strict=True)
+    return replace(empty, pictures=pictures, indices=indices, seconds=seconds)
+
+
+def first_reading(
+    clip: Clip, backends: Sequence[str], missing: dict[str, Exception], read: Callable[[str], Frames[Kept]]
+) -> Frames[Kept]:
+    """What the first backend gives that can read the clip; those that cannot be imported go into `missing`."""
+    reasons: dict[str, Exception] = dict(missing)
+    for backend in backends:
+        if backend in missing:
+            continue
+        try:
+            return read(backend)
+        except BackendMissing as error:
+            log.info("videos are read without %s: %s", backend, error)
+            reasons[backend] = missing[backend] = error
+        except Unreadable as error:
+            reasons[backend] = error
+    raise no_backend_reads(clip, reasons)
 
 
 def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
@@ -216,23 +229,6 @@ def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
     return BadSample(clip.path, f"video {clip.path} cannot be read: {listed}")
 
 
-def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
-    """The frames together, each turned into what is kept of it as it comes."""
-    pictures: list[Kept] = []
-    indices: list[int] = []
-    seconds: list[float] = []
-    frame: Decoded | None = None
-    for frame in frames:
-        pictures.append(prepare(Image.fromarray(frame.pixels)))
-        indices.append(frame.index)
-        seconds.append(frame.seconds)
-    if frame is None:  # every sampling has a moment, and every moment a frame
-        raise Unreadable("it gave no frame")
-    return Frames(
-        tuple(pictures), tuple(indices), tuple(seconds), frame.backend, frame.duration, frame.count, frame.span
-    )
-
-
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0  # for the process and its library: torch alone takes a minute on a busy machine
@@ -243,13 +239,7 @@ def read_frames(
 ) -> Frames[Image.Image]:
     """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others."""
     request = str(clip_path(root, clip)), clip, sampling
-    reasons: dict[str, Exception] = {}
-    for backend in backends:
-        try:
-            return gathered(decode(request, backend), lambda picture: picture)
-        except (BackendMissing, Unreadable) as error:
-            reasons[backend] = error
-    raise no_backend_reads(clip, reasons)
+    return first_reading(clip, backends, {}, lambda name: gathered(decode(request, name), lambda picture: picture))
 
 
 class VideoReader:
@@ -285,24 +275,11 @@ class VideoReader:
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
         request = str(clip_path(root, clip)), clip, sampling
-        reasons: dict[str, Exception] = dict(self._missing)
-        for backend in self._backends:
-            if backend in self._missing:
-                continue
-            try:
-                return gathered(self._ask(request, backend), prepare)
-            except BackendMissing as error:
-                log.info("videos are read without %s: %s", backend, error)
-                reasons[backend] = self._missing[backend] = error
-            except Unreadable as error:
-                reasons[backend] = error
-            except TimeoutError:
-                raise BadSample(
-                    clip.path, f"video {clip.path} was not read within {self._limit:g} s ({backend}); it is left out"
-                ) from None
-        raise no_backend_reads(clip, reasons)
+        return first_reading(
+            clip, self._backends, self._missing, lambda backend: gathered(self._ask(request, backend), prepare)
+        )
 
-    def _ask(self, request: Request, backend: str) -> Iterator[Decoded]:
+    def _ask(self, request: Request, backend: str) -> Decoded:
         """The frames as they come; the clock starts when the process has the backend's library."""
         connection = self._connected()
         deadline = time.monotonic() + START_SECONDS
@@ -311,7 +288,8 @@ class VideoReader:
             connection.send((request, backend, self._limit))
             while not finished:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
+                    late = f"was not read within {self._limit:g} s ({backend}); it is left out"
+                    raise BadSample(request[1].path, f"video {request[1].path} {late}")
                 answer = connection.recv()
                 finished = answer is None or isinstance(answer, Exception)
                 if isinstance(answer, Exception):
@@ -320,8 +298,6 @@ class VideoReader:
                     deadline = time.monotonic() + self._limit
                 elif answer is not None:
                     yield answer
-        except TimeoutError:
-            raise
         except (EOFError, OSError):
             raise Unreadable(self._last_words()) from None
         finally:

@@ -22,10 +22,7 @@ LEGEND_ENTRIES = 8
 
 
 def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> None:
-    """Draws every panel side by side: colour is the layer's place in the model, the marker is the checkpoint.
-
-    Each panel has its own scales: full fine-tuning moves a weight by orders of magnitude more than an adapter does.
-    """
+    """Draws every panel side by side, each with its own scales: colour is a layer's place, marker a checkpoint."""
     figure = new_figure(PANEL_WIDTH * len(panels) + 1.2, HEIGHT)
     figure.set_layout_engine("constrained")
     place = {layer: index for index, layer in enumerate(layers)}

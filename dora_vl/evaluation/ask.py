@@ -65,12 +65,7 @@ By = Literal["generation", "letters", "outputs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What one prompt shows.
-
-    Attributes:
-        pictures: RGB, in the order of the prompt's `<image>`.
-        videos: frames with their times, in the order of the prompt's `<video>`.
-    """
+    """What one prompt shows, RGB, in the order of the prompt's `<image>` and `<video>`."""
 
     pictures: tuple[Image.Image, ...] = ()
     videos: tuple[Video, ...] = ()
@@ -106,12 +101,12 @@ class EncoderPrompts:
         """Turns that end with a question, up to where the answer begins, without labels; never cut."""
         inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
-        return Sample(index=0, id="question", input_ids=ids, labels=torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
+        return Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
         encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
-        return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=encoded.labels, inputs=encoded.inputs)
+        return Sample(encoded.input_ids, encoded.labels, inputs=encoded.inputs)
 
     def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`."""
@@ -124,12 +119,7 @@ class EncoderPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
-    """Reads what questions show; it may be sent to data workers.
-
-    Attributes:
-        videos: which frames of a video, and from which root.
-        stored: pictures that a data file holds itself.
-    """
+    """Reads what questions show; `stored` are pictures that a data file holds. It may be sent to data workers."""
 
     folder: Path | MediaFolder
     videos: VideoReading
@@ -198,11 +188,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A question about a video as a model is asked it, and what it looks at.
-
-    Attributes:
-        as_pictures: the model takes no videos; the frames are so many pictures to it.
-    """
+    """A question about a video as a model is asked it, and what it looks at: as pictures where it takes no videos."""
 
     example: Example
     clip: Clip
@@ -246,13 +232,14 @@ def ask(
 ) -> Predictions:
     """Answers every question that the file has no prediction for, and appends the answers to it, batch by batch.
 
+    What could not be asked gets no line in the file, so that the next run asks it again.
+
     Args:
-        path: receives a line for each answer; what could not be asked gets none, so that the next run asks it again.
         settings: what the answers depend on; earlier ones with other settings are not taken, without any none is.
 
     Raises:
-        UserError: the model's scores were no numbers for some questions. Those that it can answer are answered first;
-            it ends after `batch_size` in a row that it cannot.
+        UserError: the model's scores were no numbers for some questions; the others are answered first, unless
+            `batch_size` in a row cannot be.
     """
     started = time.monotonic()
     failed: dict[str, str] = {}
@@ -313,17 +300,14 @@ LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for t
 
 @contextlib.contextmanager
 def joined_launch() -> Iterator[None]:
-    """Joins the other processes of a `torchrun` or `deepspeed` launch, each with its GPU; alone it does little.
-
-    The processes only exchange text, so gloo serves with GPUs as well.
-    """
+    """Joins the other processes of a `torchrun` or `deepspeed` launch, each with its GPU; alone it does little."""
     threads = threads_of_this_rank()
     if threads is not None:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)
+        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)  # text alone is exchanged
     try:
         yield
     finally:
@@ -341,8 +325,7 @@ def ask_together(
 ) -> Predictions:
     """Answers every question; every process of a launch calls it and gets all answers.
 
-    Each process writes a part beside `predictions.jsonl`; the first joins them, also those of an earlier run that was
-    stopped, whatever its number of processes. The file has the questions' order.
+    Each writes a part beside `predictions.jsonl`; the first joins them, also those of a run that was stopped.
     """
     file, order = folder / PREDICTIONS, [question.id for question in questions]
     join_parts = partial(_join_parts, folder, settings, order)
@@ -351,15 +334,19 @@ def ask_together(
     before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
-    failures: list[Mapping[str, str]] = [{}] * ranks
-    failures[rank] = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings).failed
+    mine = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings)
+    parts = [mine] * ranks
     if ranks > 1:
-        torch.distributed.all_gather_object(failures, failures[rank])
+        torch.distributed.all_gather_object(parts, mine)
     on_first_rank(join_parts)
-    done = read_predictions(file)
     wait_for_everyone()
-    failed = {name: reason for part in failures for name, reason in part.items()}
-    return Predictions(rows=[done[name] for name in order if name in done], failed=failed, answered_before=before)
+    done |= {row.id: row for part in parts for row in part.rows}
+    return Predictions(
+        rows=[done[name] for name in order if name in done],
+        failed={name: reason for part in parts for name, reason in part.failed.items()},
+        answered_before=before,
+        seconds=max(part.seconds for part in parts),
+    )
 
 
 def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[str]) -> None:
@@ -402,11 +389,7 @@ class TextStreamer(BaseStreamer):
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, sample_id: str) -> None:
-    """Sees that a prompt leaves room for the longest answer.
-
-    Args:
-        positions: what the model takes of both together; None: no end.
-    """
+    """Sees that a prompt leaves room for the longest answer among the model's positions; None: they have no end."""
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise BadSample(
             sample_id,
@@ -449,11 +432,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
 class Assistant:
     """A decoder with what turns words and pictures into its inputs; an `Asker`.
 
-    Attributes:
-        backbone: its `generate` gives the new ids of left-padded prompts, its forward `Features`, both from what
-            `prompts` makes.
-        while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
-            to save, as the tensors of inference mode are.
+    `while_training`: the model goes on training afterwards, and autograd must be able to save what it made here.
     """
 
     backbone: Any
@@ -484,10 +463,7 @@ class Assistant:
     def predict(
         self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Asker.predict`: the longest prompts first.
-
-        If memory is short, that shows at once, and the time left is never underestimated.
-        """
+        """See `Asker.predict`: the longest prompts first, so that short memory shows at once."""
 
         def length(question: Question) -> tuple[int, int, int]:
             return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)

@@ -184,11 +184,7 @@ def _write(text: str) -> None:
 
 
 def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
-    """Prints the answer while it is made, and the one without the adapter under it; returns both, by speaker.
-
-    Args:
-        answer: gives the answer of a speaker's model, and writes it as it comes.
-    """
+    """Prints the answer while `answer` makes it, and the one without the adapter under it; both, by speaker."""
     speakers: list[tuple[str, Asker]] = [("with adapter", opened.adapted)]
     if opened.base is not None:
         speakers.append(("without adapter", opened.base))
@@ -200,9 +196,13 @@ def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[s
     return answers
 
 
-def answer_typed(answer: Callable[[str], object], *, hint: str) -> None:
-    """Answers typed questions until an empty line or the end of input; a mistake in one ends nothing."""
-    print(hint)
+def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: str) -> None:
+    """Answers the questions; without any those that are typed until an empty line, where a mistake ends nothing."""
+    for question in questions:
+        answer(question)
+    if questions:
+        return
+    print(f"Type {what} or an empty line to leave.")
     while True:
         try:
             line = input("question> ").strip()
@@ -248,11 +248,7 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
                 print(f"{', '.join(topic.names)}  {line}".strip())
             ask_topic(opened, topic, line, max_new_tokens=options.max_new_tokens, conversation=options.conversation)
 
-    if not options.question:
-        hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
-        answer_typed(answer, hint=hint)
-    for question in options.question:
-        answer(question)
+    answer_all(options.question, answer, f"a question, `{PICTURE_COMMAND}FILE` for another picture,")
 
 
 def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
@@ -287,7 +283,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     from dora_vl.data.video import VideoReader
     from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import as_question
-    from dora_vl.evaluation.scores.prompts import about_video
+    from dora_vl.evaluation.scores.benchmark import about_video
 
     opened = opened_by(options)
     frames_of: dict[object, Frames[Image]] = {}  # what was read, for every part and way of picking
@@ -317,7 +313,4 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             ask_clip(path, question)
 
     with VideoReader() as reader:
-        for question in options.question:
-            answer(question)
-        if not options.question:
-            answer_typed(answer, hint="Type a question, or an empty line to leave.")
+        answer_all(options.question, answer, "a question,")

@@ -44,9 +44,7 @@ def compared(
     says: Callable[[Example], str],
     exchange: Exchange | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What `metrics.json` holds of a model's score beside its baselines, and the lines to print, the warning last.
-
-    A baseline is left out where there is none; its values are in the metric's own unit: percent, of an accuracy.
+    """What `metrics.json` holds of a score's baselines, if there are any, and the lines to print, a warning last.
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
@@ -94,10 +92,9 @@ def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
 
 
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
-    """For each example's id the commonest right answer to its question; empty where nothing is asked.
+    """For each example's id the commonest right answer to its question, of equally common ones the first in the file.
 
-    A question that fewer than `LEAST_ASKED` examples ask takes the commonest of all such; of equally common ones the
-    first in the file.
+    Questions that fewer than `LEAST_ASKED` examples ask share one.
     """
     answerable = [example for example in examples if example.question and says(example)]
     times = Counter(example.question for example in answerable)
@@ -114,12 +111,9 @@ def right_text(example: Example) -> str:
 
 
 def exchanged(examples: Iterable[Example], answered: Container[str], *, together: Group | None = None) -> list[Example]:
-    """A seeded sample of the examples that a model has answered, each with the pictures and videos of another.
+    """A seeded sample of the answered examples, each with the pictures and videos of another, which go round.
 
-    Pictures go round: all questions about one get the same other one.
-
-    Args:
-        together: examples with equal values are scored as one, and stay together.
+    Examples of equal `together` are scored as one, and stay together.
     """
     groups: defaultdict[Any, list[Example]] = defaultdict(list)
     for example in examples:

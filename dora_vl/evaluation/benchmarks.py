@@ -23,19 +23,22 @@ from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.questions import examples_of, is_question, read_question_file, read_questions
-from dora_vl.evaluation.scores import caption, commonsense, exact, llava, prompts, video, vqa
+from dora_vl.evaluation.scores import benchmark as prompts
+from dora_vl.evaluation.scores import caption, exact, llava, vqa
 from dora_vl.evaluation.scores.benchmark import (
     FRAMES,
+    LETTER,
+    LETTER_CN,
     SHORT_ANSWER_TOKENS,
     Benchmark,
+    Prompt,
     Scorer,
     check_choices,
     has_answer,
     not_scored,
 )
+from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
 from dora_vl.evaluation.scores.llava import letter_cn, parsed
-from dora_vl.evaluation.scores.own import SCORINGS
-from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, Prompt
 from dora_vl.files import read_yaml
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -56,11 +59,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "nlvr": vqa.NLVR,
     "nlvr2": vqa.NLVR2,
     "coco_caption": caption.COCO,
-    "tvqa": video.TVQA,
-    "how2qa": video.HOW2QA,
+    "tvqa": exact.TVQA,
+    "how2qa": exact.HOW2QA,
     "tvc": caption.TVC,
     "yc2c": caption.YC2C,
-    **dict.fromkeys(commonsense.PATTERNS, commonsense.BENCHMARK),
+    **dict.fromkeys(PATTERNS, exact.COMMONSENSE),
 }
 """Every benchmark that `dora-vl evaluate` knows, a row each, written by hand."""
 
@@ -71,7 +74,7 @@ PROMPTS: Mapping[str, Prompt] = {
     "short": prompts.short,
     "letter": prompts.letter,
     "true_or_false": prompts.true_or_false,
-    "caption": prompts.caption,
+    "caption": prompts.caption_of_picture,
     "video": prompts.about_video,
 }
 """What `prompt:` may say."""
@@ -168,10 +171,10 @@ def read_own(path: Path) -> NamedBenchmark:
 
 
 def with_choices(example: Example, suffix: str) -> Example:
-    """A multiple-choice question of LLaVA's conversations with its choices, read out of its words, and the right one.
+    """A question of LLaVA's conversations with the choices that its words end with, and the right one.
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
-    answer's letter names, or whose text it is. Without choices the example stays as it is.
+    answer's letter names, or whose text it is.
     """
     turn, text = example.turns[-1], example.turns[-1].text
     choices = _choices(text)

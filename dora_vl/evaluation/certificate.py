@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from os import getpid
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,13 +39,7 @@ EQUAL_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is going to be asked.
-
-    Attributes:
-        questions: of a VL-BART as its tasks have them.
-        file: where they come from.
-        task: a VL-BART's that they belong to; "" where nothing says it.
-    """
+    """What is going to be asked; `task` is a VL-BART's that the questions belong to, "" where nothing says it."""
 
     questions: list[Question]
     file: Path
@@ -58,11 +52,7 @@ class Check:
 
 
 def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
-    """The questions, read and with a folder of pictures; None where no check is asked for.
-
-    Args:
-        adapter: the first adapter; a run's folder around it says what its test is.
-    """
+    """The questions, of a file or of the test of the run around the adapter; None where no check is asked for."""
     if not options.check:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
@@ -120,10 +110,7 @@ def _read(file: Path) -> list[Question]:
 
 
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
-    """The model that an adapter folder and its base are, in the number type of the check.
-
-    That the base is the right one has been seen before.
-    """
+    """The model that an adapter folder and its base, which is the right one, are, in the check's number type."""
     source = find_source(ModelRequest(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
         features = source.recipe["features"]
@@ -157,24 +144,17 @@ def checked(
     folder: Path,
     about: Mapping[str, object],
 ) -> Iterator[str]:
-    """Asks, writes the certificate into the folder, and yields the lines to print; one model is in memory at a time.
+    """Asks, writes the certificate with what it is `about`, and yields the lines to print; exit status 1 if it fails.
 
-    Args:
-        about: what the certificate says was compared.
-
-    Raises:
-        SystemExit: with status 1, more answers differ than may.
+    One model is in memory at a time.
     """
-    scratch = folder.with_name(f".{folder.name}.checking-{getpid()}")
-    scratch.mkdir(parents=True)
-    media = media_reader(check.images, frames=check.frames, one_length=True)
     decoding = Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task)
-    try:
-        answers, failed = _asked(check, unmerged, media, decoding, scratch)
-        _compare(answers, check, name, find, media, decoding, scratch)
-    finally:
-        media.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        TemporaryDirectory(prefix=f".{folder.name}.checking-", dir=folder.parent) as scratch,
+        closing(media_reader(check.images, frames=check.frames, one_length=True)) as media,
+    ):
+        answers, failed = _asked(check, unmerged, media, decoding, Path(scratch))
+        _compare(answers, check, name, find, media, decoding, Path(scratch))
     n, compared = len(answers), [answer[name] for answer in answers]
     different = sum(answer[REFERENCE] != answer[name]["answer"] for answer in answers)
     summary = {
@@ -184,6 +164,13 @@ def checked(
         "largest_logit_difference": max(comparison["largest_difference"] for comparison in compared),
     }
     passed = different <= check.most_different * n
+    counts = f"{different} of {n} answers differ ({different / n:.1%}), {check.most_different:.1%} may"
+    more = "weights of a wider number type lose less to rounding, and --most-different allows more"
+    tokens, largest = f"{summary['agreeing_tokens']} of {summary['tokens']}", summary["largest_logit_difference"]
+    lines = [
+        f"passed: {counts}" if passed else f"FAILED: {counts}; {more}",
+        f"{tokens} tokens alike, largest logit difference {largest:.2g}",
+    ]
     about = {
         **about,
         "questions": str(check.file),
@@ -191,9 +178,6 @@ def checked(
         "longest answer": check.max_new_tokens,
         "computed in": unmerged.dtype,
     }
-    counts = f"{different} of {n} answers differ ({different / n:.1%}), {check.most_different:.1%} may"
-    more = "weights of a wider number type lose less to rounding, and --most-different allows more"
-    verdict = f"passed: {counts}" if passed else f"FAILED: {counts}; {more}"
     content = {
         **about,
         "reference": REFERENCE,
@@ -206,15 +190,8 @@ def checked(
         "versions": versions(),
     }
     write_json(folder / JSON_FILE, content)
-    tokens, largest = f"{summary['agreeing_tokens']} of {summary['tokens']}", summary["largest_logit_difference"]
-    row = [name, str(different), tokens, f"{largest:.2g}"]
-    text = "\n".join(_text(name, row, verdict, about, answers, failed)) + "\n"
-    (folder / TEXT_FILE).write_text(text, encoding="utf-8")
-    head = ["model", f"answers of {n} that differ", "tokens alike", "largest logit difference"]
-    widths = [max(len(title), len(cell)) for title, cell in zip(head, row, strict=True)]
-    for line in (head, row):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-    yield f"{folder / TEXT_FILE}: {verdict}"
+    (folder / TEXT_FILE).write_text("\n".join(_text(name, lines, about, answers, failed)) + "\n", encoding="utf-8")
+    yield from (f"{folder / TEXT_FILE}: {line}" for line in lines)
     if failed:
         yield f"{len(failed)} questions could not be asked; {folder / TEXT_FILE} names them"
     if not passed:
@@ -228,16 +205,14 @@ def _asked(
     model = open_model(unmerged).adapted
     predictions = ask(model, check.questions, media, decoding)
     if not predictions.rows:
-        raise UserError(
-            f"not one of {len(check.questions)} questions can be asked; the first: {_first(predictions.failed)}"
-        )
+        name, reason = next(iter(predictions.failed.items()))
+        raise UserError(f"not one of {len(check.questions)} questions can be asked; {shown(name)}: {reason}")
+    by_id = {question.id: question for question in check.questions}
     answers: list[dict[str, Any]] = []
-    for question in check.questions:
-        if question.id in predictions.answers:
-            answer = predictions.answers[question.id]
-            torch.save(model.logits(question, answer, media, decoding), scratch / f"{len(answers)}.pt")
-            about = {"id": question.id, "question": question.text, "images": [*question.images]}
-            answers.append({**about, "truth": question.truth, REFERENCE: answer})
+    for number, row in enumerate(predictions.rows):
+        torch.save(model.logits(by_id[row.id], row.prediction, media, decoding), scratch / f"{number}.pt")
+        about = {"id": row.id, "question": row.question, "images": row.images, "truth": row.truth}
+        answers.append({**about, REFERENCE: row.prediction})
     return answers, predictions.failed
 
 
@@ -254,8 +229,8 @@ def _compare(
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
     predictions = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
-    if predictions.failed:
-        raise UserError(f"the {name} model cannot be asked what the other answers: {_first(predictions.failed)}")
+    for failed, reason in predictions.failed.items():
+        raise UserError(f"the {name} model cannot be asked what the other answers; {shown(failed)}: {reason}")
     for number, answer in enumerate(answers):
         logits = model.logits(questions[answer["id"]], answer[REFERENCE], media, decoding)
         expected = torch.load(scratch / f"{number}.pt", weights_only=True)
@@ -272,43 +247,36 @@ def _compare(
         }
 
 
-def _first(failed: Mapping[str, str]) -> str:
-    return next((f"{name}: {reason}" for name, reason in failed.items()), "none was given")
-
-
 def _text(
     name: str,
-    summary: Sequence[str],
-    verdict: str,
+    lines: Sequence[str],
     about: Mapping[str, object],
     answers: Sequence[Mapping[str, Any]],
     failed: Mapping[str, str],
 ) -> Iterator[str]:
     """The certificate for people, in Markdown."""
-    yield from (f"# {name} beside {REFERENCE}", "", verdict, "")
-    yield from _rows(["model", "answers that differ", "tokens alike", "largest logit difference"], [summary])
-    explained = (
+    yield from (f"# {name} beside {REFERENCE}", "", *lines, "")
+    yield (
         f"Each model answers greedily. Then all are shown the answers of {REFERENCE}, token by token: tokens alike are "
         "those after which both would say the same next."
     )
-    yield from ("", explained, "")
-    yield from _rows(["", ""], [[key, str(value)] for key, value in about.items()])
-    head = ["id", "question", "right answer", REFERENCE, name]
     rows = [
         [answer["id"], answer["question"], answer["truth"], answer[REFERENCE], answer[name]["answer"]]
         for answer in answers
     ]
+    head = ["id", "question", "right answer", REFERENCE, name]
     different, equal = ([row for row in rows if (row[3] == row[4]) is same] for same in (False, True))
-    if different:
-        yield from ("", "## Answers that differ", "", *_rows(head, different))
-    if equal:
-        title = f"## Equal answers ({min(len(equal), EQUAL_SHOWN)} of {len(equal)})"
-        yield from ("", title, "", *_rows(head, equal[:EQUAL_SHOWN]))
-    if failed:
-        yield from ("", "## Not asked", "", *_rows(["id", "why"], [[*item] for item in failed.items()]))
+    yield from _table("", ["", ""], [[key, str(value)] for key, value in about.items()])
+    yield from _table("Answers that differ", head, different)
+    yield from _table(f"Equal answers ({min(len(equal), EQUAL_SHOWN)} of {len(equal)})", head, equal[:EQUAL_SHOWN])
+    yield from _table("Not asked", ["id", "why"], [[*item] for item in failed.items()])
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table under its title; nothing without rows."""
+    if not rows:
+        return
+    yield from ("", f"## {title}", "") if title else ("",)
     for row in (head, ["---"] * len(head), *rows):
         cells = (" ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|") for text in row)
         yield f"| {' | '.join(cells)} |"

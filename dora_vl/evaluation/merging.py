@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from os import getpid
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -43,13 +42,7 @@ ROUNDING = {False: 1e-3, True: 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is merged into what; everything that was asked for has been read and fits.
-
-    Attributes:
-        adapters: as they were given.
-        adapter: the one that is merged: the given one, or their combination.
-        open_base: gives the values that are merged into.
-    """
+    """What is merged into what, all read: `adapter` is the given one or the combination of `adapters`."""
 
     adapters: list[Adapter]
     adapter: Adapter
@@ -58,11 +51,7 @@ class Plan:
 
 
 def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
-    """Reads the adapters and finds their base.
-
-    Args:
-        refuse: raises where the result may not be written over what is there, given its folder and the base's.
-    """
+    """Reads the adapters, finds their base, and refuses a result that may not be written there."""
     options = reading_options(arguments)
     adapters = [read_any(source, options) for source in arguments.adapter]
     base = arguments.base or base_of(adapters[0])
@@ -121,11 +110,7 @@ def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    """The merged folder's logits beside those of base and adapter, for drawn tokens without pictures.
-
-    Raises:
-        SystemExit: with status 1, they differ by more than rounding.
-    """
+    """The merged folder's logits for drawn tokens beside base and adapter's; exit status 1 beyond rounding."""
     result: Path = arguments.to
     beside = f"{result}: not compared with base and adapter"
     if reason := _incomparable(plan):
@@ -210,14 +195,13 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
         yield first
         return
     target: Path = arguments.to
-    folder = target.with_name(f".{target.name}.adapter-{getpid()}")
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.adapter-", dir=target.parent) as scratch:
         # with what the first one's recipe says of how its model is asked
         prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
+        folder = Path(scratch) / "adapter"
         write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
@@ -235,7 +219,6 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
         yield from write(plan, arguments)
         return
     target: Path = arguments.to
-    read_back = target.with_name(f".{target.name}.read-{getpid()}")
     with adapter_folder(plan, arguments) as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
         yield from write(plan, arguments)
@@ -245,17 +228,16 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
             yield from checked(check, source, "exported", exported, target, about(plan, arguments))
             return
         weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
-        try:
+        with TemporaryDirectory(prefix=f".{target.name}.read-", dir=target.parent) as read_back:
+            model = Path(read_back) / "model"
             yield from checked(
                 check,
                 source,
                 "gguf",
-                lambda: as_model(source, folder_of_gguf(target, plan.base, read_back)),
+                lambda: as_model(source, folder_of_gguf(target, plan.base, model)),
                 target,
                 weights,
             )
-        finally:
-            shutil.rmtree(read_back, ignore_errors=True)
 
 
 def _refuse(target: Path, base: Path, *, gguf: bool) -> None:

@@ -48,7 +48,6 @@ class ModelRequest:
     """Which model is to be opened: an adapter on its base, or a model by itself.
 
     Attributes:
-        model: a model's folder or hub id, to be asked without an adapter.
         base: where the adapter's base is now; None looks where the adapter says.
         any_base: accepts a base with other content than the one trained on.
         template: the prompt format of a LLaVA-1.5 or a language model of which nothing says it.
@@ -90,14 +89,7 @@ KERNELS = ("sdpa", "eager", FLASH)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that can be opened.
-
-    Attributes:
-        kind: of the backbone, as `run.adapting` and `recipe.json` call it.
-        base: folder or hub id of the base, or of the model itself.
-        recipe: the adapter's; empty where no training run of ours wrote one.
-        attention: as the adapter was trained with it; None: transformers' choice.
-    """
+    """A model that can be opened; without a recipe where no training run of ours wrote the adapter."""
 
     kind: str
     base: str
@@ -110,79 +102,76 @@ class ModelSource:
 
 def find_source(request: ModelRequest) -> ModelSource:
     """What is to be opened: folders are read and checked, before any weight is loaded."""
-    if (request.adapter is None) == (request.model is None):
+    adapter, recipe, revision = request.adapter, {}, None
+    if (adapter is None) == (request.model is None):
         raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
-    if request.adapter is None:
-        source = _model(request, str(request.model))
-    elif "base" in (recipe := read_recipe(request.adapter)):
-        source = _of_run(request, request.adapter, recipe)
+    if adapter is None:
+        base = _plain_model(request, str(request.model))
     else:
-        source = _of_peft(request, request.adapter)
+        recipe = read_recipe(adapter)
+        if "base" not in recipe:  # PEFT's own two files, or a folder that was converted
+            recipe = {}
+        stated, revision = (recipe["base"], recipe.get("revision")) if recipe else _base_of_peft(request, adapter)
+        base, revision = find_base(request.base or stated, adapter), None if request.base else revision
+    kind = kind_of_base(base, revision)
+    if kind == VLBART and not recipe:
+        raise UserError(f"{adapter or base} is a VL-BART; its tasks and features stand in a run's recipe.json alone")
+    if adapter is not None and recipe:
+        _check_recipe(request, adapter, recipe, kind, base)
     if request.template is not None:
-        if source.recipe:
-            raise UserError(
-                f"--template {shown(request.template)}: {request.adapter} says how its model is asked; leave it out"
-            )
         names = (*TEMPLATES, *FORMATS, OWN_TEMPLATE)
-        if request.template not in names:
-            raise UserError(f"--template {shown(request.template)}: there are {', '.join(names)}")
-    return source
+        if recipe or request.template not in names:
+            why = f"{adapter} says how its model is asked; leave it out" if recipe else f"there are {', '.join(names)}"
+            raise UserError(f"--template {shown(request.template)}: {why}")
+    dtype = str(recipe["dtype"]) if recipe else _stated_dtype(base, revision)
+    attention = _attention(recipe)
+    return ModelSource(
+        kind=kind, base=base, request=request, revision=revision, recipe=recipe, dtype=dtype, attention=attention
+    )
 
 
-def _model(request: ModelRequest, model: str) -> ModelSource:
+def _plain_model(request: ModelRequest, model: str) -> str:
+    """A model without an adapter, by its folder or hub id."""
     if request.base is not None or request.with_base or request.any_base:
         raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
     if not Path(model).is_dir() and (model.startswith((".", "/")) or not HUB_ID.fullmatch(model)):
         raise UserError(f"--model {shown(model)}: no such folder, and no hub id")
     if (Path(model) / WEIGHTS_FILE).is_file() and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model} is an adapter folder; ask it with --adapter {model}")
-    kind = kind_of_base(model)
-    if kind == VLBART:
-        raise UserError(f"--model {model} is a VL-BART: its tasks and features stand in an adapter's recipe.json alone")
-    return ModelSource(kind=kind, base=model, request=request, dtype=_stated_dtype(model, None))
+    return model
 
 
-def _of_run(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
-    base = find_base(request.base or recipe["base"], adapter)
-    revision = None if request.base else recipe.get("revision")
-    kind = kind_of_base(base, revision)
-    missing = [name for name in ENTRIES[kind] if name not in recipe]
-    if missing:
-        raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
-    if not request.any_base:
-        check_base(recipe, base, adapter)
-    attention = recipe.get("attn_implementation")
-    kernels = [*attention.values()] if isinstance(attention, dict) else [attention]
-    if attention is not None and not all(kernel in KERNELS for kernel in kernels):
-        raise UserError(
-            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(attention)}; there are {', '.join(KERNELS)}"
-        )
-    if FLASH in kernels and not torch.cuda.is_available():  # it is for another machine: transformers' choice
-        attention = None
-    return ModelSource(
-        kind=kind,
-        base=base,
-        request=request,
-        revision=revision,
-        recipe=recipe,
-        dtype=str(recipe["dtype"]),
-        attention=attention,
-    )
-
-
-def _of_peft(request: ModelRequest, adapter: Path) -> ModelSource:
-    """An adapter folder of PEFT's own two files, or one that was converted: its base says what it is."""
+def _base_of_peft(request: ModelRequest, adapter: Path) -> tuple[str, str | None]:
+    """The base that a folder of PEFT's names, and its revision."""
     config = files.read_peft_config(adapter)
     check_peft_fields(str(adapter), config)
     stated = config.get("base_model_name_or_path")
     if not request.base and not (isinstance(stated, str) and stated):
         raise UserError(f"{adapter / CONFIG_FILE} does not say which base it was trained on; add --base FOLDER")
-    base = find_base(request.base or str(stated), adapter)
-    revision = None if request.base else config.get("revision")
-    kind = kind_of_base(base, revision)
-    if kind == VLBART:
-        raise UserError(f"{adapter} is a VL-BART's without tasks and features; ask the folder that training wrote")
-    return ModelSource(kind=kind, base=base, request=request, revision=revision, dtype=_stated_dtype(base, revision))
+    return str(stated), config.get("revision")
+
+
+def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any], kind: str, base: str) -> None:
+    """Refuses a run's recipe that says too little, names a strange kernel, or is of another base."""
+    path = adapter / RECIPE_FILE
+    if missing := [name for name in ENTRIES[kind] if name not in recipe]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by a training run")
+    if not request.any_base:
+        check_base(recipe, base, adapter)
+    if not all(kernel in KERNELS for kernel in _kernels(recipe)):
+        stated = shown(recipe["attn_implementation"])
+        raise UserError(f"{path}: attn_implementation is {stated}; there are {', '.join(KERNELS)}")
+
+
+def _kernels(recipe: Mapping[str, Any]) -> list[Any]:
+    attention = recipe.get("attn_implementation")
+    return [*attention.values()] if isinstance(attention, dict) else [] if attention is None else [attention]
+
+
+def _attention(recipe: Mapping[str, Any]) -> Any:
+    """As the adapter was trained with it; what only another machine has is left to transformers."""
+    missing = FLASH in _kernels(recipe) and not torch.cuda.is_available()
+    return None if missing else recipe.get("attn_implementation")
 
 
 def kind_of_base(base: str, revision: str | None = None) -> str:
@@ -310,11 +299,7 @@ def _model_config(source: ModelSource) -> ModelConfig:
 def with_adapter(
     backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False, strength: float = 1.0
 ) -> tuple[AnyBackbone, AnyBackbone | None]:
-    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer.
-
-    Args:
-        strength: how much of the adapter is applied; at 0 the two are one.
-    """
+    """The backbone with so much of the adapter applied, and if asked for one without it, ready to answer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if adapter is None:
         return backbone.to(device).eval(), None
@@ -333,9 +318,9 @@ def with_adapter(
 
 def _open_vlbart(source: ModelSource) -> Opened:
     """The VL-BART that an adapter folder's `recipe.json` describes."""
+    from dora_vl.backbones.feature_encoder import open_encoders
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
-    from dora_vl.backbones.published_features import open_encoders
     from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
     from dora_vl.evaluation.subtask import Subtask, with_input_tokens
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
@@ -379,11 +364,7 @@ def _open_vlbart(source: ModelSource) -> Opened:
 
 
 def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
-    """Writes what the files of an export hold as a model folder in float32, so that it can be asked like any other.
-
-    The language model comes through transformers' own reader of the format, its configuration too; the tower and the
-    projector by gguf's table of names. Tokenizer and picture preparation are the base's.
-    """
+    """Writes an export's files as a model folder in float32, with the base's tokenizer, so that it can be asked."""
     language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
     with BaseWeights(base_folder) as base:
         shell = skeleton(base.config)

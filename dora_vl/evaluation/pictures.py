@@ -47,10 +47,9 @@ def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[floa
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average of the logarithms, without the start's pull, as Adam corrects its own.
+    """Exponential moving average of the logarithms, as the curve's axis has them, without the start's pull.
 
-    The curve has a logarithmic axis: an average of the values themselves would stand at 0.08 where single batches of
-    0.4 lie among losses of 0.0006. A loss of 0 counts as the smallest one above it.
+    A loss of 0 counts as the smallest one above it.
     """
     least = min((value for value in values if value > 0), default=1.0)
     average, result = 0.0, []
@@ -127,10 +126,8 @@ def write_contact_sheet(
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
     Args:
-        open_picture: what a prediction that shows anything (its `images` say so) is drawn with.
-        shares: how right each answer is, from 0 to 1, by the prediction's id, as the test's score has it; half is
-            right, and one that is not in it has neither colour.
-        subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
+        shares: by id, how right each answer is, from 0 to 1; half is right, and one without has neither colour.
+        subtitles: by id, what is said in a video; drawn over its picture's lower edge.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 
 from dora_vl.data.example import JSON, whole_file
 from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
@@ -31,11 +31,9 @@ class Prediction:
     """A question and the model's answer to it.
 
     Attributes:
-        images: paths relative to the picture folder.
-        question: the text of the last question, without placeholders; of another tool's file its prompt.
+        question: its text without placeholders; of another tool's file its prompt.
         prediction: the model's answer; without an error empty only where it ended its answer at once.
-        error: why there is no answer, "" where there is one; in no file.
-        cut_tokens: how many the text lost; in no file.
+        error: why there is no answer; in no file, like `cut_tokens`, how many the text lost.
         ids: of another tool's file, everything in the row that names a question or its picture, by field.
         is_number: that file has a whole number, which VALUE's submissions have for a choice.
     """
@@ -59,9 +57,7 @@ class Predictions:
     Attributes:
         rows: the answered ones, in the questions' order.
         sha256: of what gave the answers: adapter and base, or a file.
-        options: that they were made with; empty for a file.
-        joined_by: what a file's rows and the questions had in common; "" for a model's own answers.
-        strangers: ids of rows of a file that answer no question.
+        joined_by: what a file's rows and the questions had in common; `strangers` are ids that answer no question.
     """
 
     rows: Sequence[Prediction] = ()
@@ -84,15 +80,13 @@ def settings_file(path: Path) -> Path:
     return path.with_suffix(".settings.json")
 
 
-class PredictionsFile:
-    """Reads what an earlier run finished, then appends; use it as a context manager.
-
-    Predictions made with other settings (another adapter, other questions) are thrown away, not mixed in.
-    A last line that was cut while being written is removed.
+class PredictionsFile(AbstractContextManager["PredictionsFile"]):
+    """Reads what an earlier run finished, without a line that was cut, then appends; a context manager.
 
     Args:
-        path: the predictions file; None keeps them in memory.
-        settings: whatever the answers depend on, as plain JSON values; None: the file is begun anew.
+        path: None keeps the predictions in memory.
+        settings: what the answers depend on (adapter, questions); those made with others are thrown away, and without
+            settings all are.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:
@@ -122,12 +116,7 @@ class PredictionsFile:
         """Hands everything to the operating system, so that a killed process loses nothing written before."""
         self._stream.flush()
 
-    def __enter__(self) -> PredictionsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
 
 
@@ -156,11 +145,7 @@ def write_in_order(path: Path, predictions: Mapping[str, Prediction], order: Seq
 
 
 def cut_broken_tail(path: Path) -> int:
-    """Removes what stands after the last newline: a line that was being written when the process died.
-
-    Returns:
-        The number of bytes removed.
-    """
+    """Removes a line that was being written when the process died; how many bytes that were."""
     with path.open("rb+") as stream:
         size = stream.seek(0, os.SEEK_END)
         position, tail = size, b""
@@ -310,16 +295,12 @@ def write_metrics(
     asked: Collection[str],
     options: Mapping[str, JSON],
 ) -> list[str]:
-    """Writes the entries, with those of before that are still true; without any there is no file.
+    """Writes the entries, with those of before that are still true; without any there is no file. Says what went.
 
     Args:
         origin: what all numbers of the file are of; hashes tell an adapter from its successor at the same place.
-        entries: of the benchmarks that have a score.
         asked: every benchmark of the command; of these no entry of before stays.
-        options: of the answers, by benchmark; empty for a predictions file.
-
-    Returns:
-        What to say: where the numbers are, and which of before stayed and which went.
+        options: of the answers, by benchmark.
     """
     content = _mapping_in(path)
     before, options_before = (

@@ -12,13 +12,12 @@ from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, as_conversation
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
-from dora_vl.evaluation.scores.prompts import Prompt
-from dora_vl.evaluation.scores.prompts import turns_of as prompt_turns
+from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,8 @@ class Question:
     """What the model is asked and what it should say.
 
     Attributes:
-        images: paths relative to the picture folder.
-        turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
-        answer: the part of it that is scored, where the row says it; else empty.
+        turns: everything up to and with the last question; earlier rounds keep their true answers.
+        answer: the part of the truth that is scored, where the row says it.
         example: what the question was made of, with its choices.
     """
 
@@ -54,8 +52,8 @@ def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Quest
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
     kind = record.get("kind")
-    answer = example.answers[0].text if example.turns and example.answers else ""
-    return question_of_turns(as_conversation(example), answer=answer, kind=None if kind is None else str(kind))
+    answer = example.answers[0].text if example.answers else ""
+    return question_of_turns(example, answer=answer, kind=None if kind is None else str(kind))
 
 
 def question_of_turns(conversation: Example, **more: Any) -> Question:
@@ -123,7 +121,7 @@ def has_truth(examples: Sequence[Example]) -> bool:
 
 
 def outputs_of(question: Question) -> list[str]:
-    """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
+    """The outputs that the question's last line, `Answer format: a/b/...`, admits.
 
     What stands before the answer in the true output stands before each: "the correct answer is ".
     """

@@ -1,13 +1,13 @@
-"""A run's test: its questions are asked after training, the answers scored, compared with baselines and drawn."""
+"""A run's test: its questions asked after training, the answers scored and drawn; and some asked while it trains."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.pictures import open_image
+from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import (
@@ -43,23 +43,143 @@ from dora_vl.evaluation.questions import (
     expected,
     in_words,
     media_of,
+    question_of_turns,
     read_questions,
 )
-from dora_vl.evaluation.scores.commonsense import PATTERNS, extracted
-from dora_vl.evaluation.scores.commonsense import score as commonsense_score
-from dora_vl.evaluation.scores.exact import final_answer
+from dora_vl.evaluation.scores.benchmark import Scorer
+from dora_vl.evaluation.scores.exact import PATTERNS, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.files import file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
+from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 
 log = logging.getLogger(__name__)
 
 EXCHANGED, LOSS_CURVE, CONTACT_SHEET = "predictions_exchanged.jsonl", "loss_curve.png", "contact_sheet.png"
-ACCURACY, OF_KIND = "accuracy", "kind/"
+ACCURACY = "accuracy"
 TITLE_CHARACTERS = 100
+LIKELIHOOD = {"scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSet:
+    """A set of a run's test: what is asked, the model that answers, and how that is scored.
+
+    Attributes:
+        score: None: the file holds no answers.
+        says: the right answer as the model says it, for the baselines; None: it has none.
+        settings: what the answers of an earlier run must have been made with to stay; None: none stays.
+    """
+
+    __test__ = False
+
+    name: str = ""
+    model: Asker
+    questions: Sequence[Question]
+    examples: Sequence[Example]
+    decoding: Decoding
+    score: Scorer | None
+    says: Callable[[Example], str] | None = expected
+    path: Path
+    settings: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A set with its answers and their score; `baselines` come last, when all sets have been asked."""
+
+    test: TestSet
+    predictions: Predictions
+    scored: Scored | None
+    baselines: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether an answer is right or wrong."""
+        return self.scored is not None and ACCURACY in self.scored.metrics
+
+    @cached_property
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """The 95 % interval of each metric."""
+        return {} if self.scored is None else intervals(self.scored)
+
+    def headline(self) -> dict[str, Any]:
+        """The accuracy as a share, over all and by `extra["kind"]`."""
+        assert self.scored is not None
+        kinds: dict[str, list[float]] = {}
+        for example in self.test.examples:
+            if "kind" in example.extra and example.id in self.scored.per_item:
+                kinds.setdefault(str(example.extra["kind"]), []).append(self.scored.per_item[example.id])
+        by_kind = {
+            kind: {"accuracy": sum(shares) / len(shares), "n": len(shares)} for kind, shares in sorted(kinds.items())
+        }
+        return {"accuracy": self.scored.metrics[ACCURACY] / PERCENT, "n": self.scored.n, "by_kind": by_kind}
+
+
+def evaluate_sets(
+    tests: Iterable[TestSet],
+    metrics_of: Callable[[Sequence[Answered]], dict[str, Any]],
+    *,
+    run_folder: Path,
+    media: MediaReader,
+    exchange: bool = False,
+    sheet: bool = False,
+) -> dict[str, Any]:
+    """Asks and scores every set, draws what was answered, and asks again about others' pictures, in one process.
+
+    `metrics.json` is written after each set, so that an error in a later one does not cost its score.
+
+    Args:
+        metrics_of: what `metrics.json` holds of the sets that have been answered.
+        sheet: a contact sheet can be drawn: of the one set that is scored by accuracy, else of all.
+    """
+    answered: list[Answered] = []
+    for test in tests:
+        predictions = ask(test.model, test.questions, media, test.decoding, path=test.path, settings=test.settings)
+        scored = None if test.score is None else test.score(test.examples, predictions.answers)
+        answered.append(Answered(test=test, predictions=predictions, scored=scored))
+        write_json(run_folder / METRICS, metrics_of(answered))
+        if scored is not None:
+            for name, value in scored.metrics.items():
+                log.info("%s %-16s %.2f of %d", test.name, name, value, scored.items_of(name))
+        empty = sum(not answer.strip() for answer in predictions.answers.values())
+        if (failed := len(test.examples) - len(predictions.rows)) or empty:
+            message = (
+                "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former"
+            )
+            log.warning(message, failed, empty, run_folder / METRICS)
+    accuracies = [done for done in answered if done.is_accuracy]
+    draw(accuracies if len(accuracies) == 1 else answered, run_folder=run_folder, media=media if sheet else None)
+    for done in answered:
+        for line in _add_baselines(done, media, run_folder / EXCHANGED, exchange=exchange):
+            log.info("%s %s", done.test.name, line)
+    metrics = metrics_of(answered)
+    write_json(run_folder / METRICS, metrics)
+    return metrics
+
+
+def _add_baselines(done: Answered, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:
+    """Completes a set's baselines; the lines about them. Answers about exchanged pictures go to `path`, or nowhere."""
+    test, answers = done.test, done.predictions.answers
+    if done.scored is None or test.score is None or test.says is None:
+        return []
+    others = None
+    if exchange:
+        sample, by_id = exchanged(test.examples, answers), {question.id: question for question in test.questions}
+        questions = [
+            replace(by_id[example.id], images=example.images, videos=example.videos, example=example)
+            for example in sample
+        ]
+        again = None if test.settings is None else {**test.settings, "exchanged": digest(sample)}
+        to = None if again is None else path
+        asked = ask(test.model, questions, media, test.decoding, path=to, settings=again) if sample else Predictions()
+        others = Exchange(examples=sample, answers=asked.answers)
+    entry, lines = compared(done.scored, test.examples, answers, test.score, says=test.says, exchange=others)
+    done.baselines.update(entry)
+    return lines
 
 
 def evaluate_run(
@@ -73,16 +193,14 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
 
-    Goes on from a `predictions.jsonl` made with the same adapter file and questions. One process does all of it.
+    Goes on from a `predictions.jsonl` made with the same adapter file and questions; gives what `metrics.json` holds.
 
     Args:
         run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
         numbers: more entries for `metrics.json`, such as `train_seconds`.
-
-    Returns:
-        What `metrics.json` holds.
     """
     questions, unreadable = read_test(evaluation, columns)
+    after = evaluation.answer_after
     settings: dict[str, object] = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": file_sha256(Path(str(evaluation.file))),
@@ -90,71 +208,37 @@ def evaluate_run(
     }
     if any(question.videos for question in questions):
         settings["frames"] = repr(media.videos.sampling)
-    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
-    predictions = ask(model, questions, media, decoding, path=run_folder / PREDICTIONS, settings=settings)
-    examples, after = examples_of(questions, unreadable), evaluation.answer_after
-    score = partial(exact_match, answer_after=after)
-    scored = score(examples, predictions.answers)
-    low, high = intervals(scored)[ACCURACY]
-    kinds = {name.removeprefix(OF_KIND): name for name in scored.metrics if name.startswith(OF_KIND)}
-    metrics: dict[str, Any] = {
-        "accuracy": scored.metrics[ACCURACY] / PERCENT,
-        "n": scored.n,
-        "interval_95": [low / PERCENT, high / PERCENT],
-        "by_kind": {
-            kind: {"accuracy": scored.metrics[name] / PERCENT, "n": scored.items_of(name)}
-            for kind, name in kinds.items()
-        },
-        "unanswered": len(scored.failed),
-        "empty_answers": sum(not answer.strip() for answer in predictions.answers.values()),
-        **numbers,
-        "evaluation_seconds": round(predictions.seconds, 1),
-        "answers_from_earlier_run": predictions.answered_before,
-        "evaluation_file": evaluation.file,
-        "answer_after": after,
-        "failed_questions": {**unreadable, **predictions.failed},
-    }
-    write_json(run_folder / METRICS, metrics)
-    log.info(
-        "accuracy %.2f %% of %d questions (95 %% interval %.2f to %.2f)", scored.metrics[ACCURACY], scored.n, low, high
+    test = TestSet(
+        model=model,
+        questions=questions,
+        examples=examples_of(questions, unreadable),
+        decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
+        score=partial(exact_match, answer_after=after),
+        says=lambda example: final_answer(right_text(example), after),
+        path=run_folder / PREDICTIONS,
+        settings=settings,
     )
-    for kind, name in kinds.items():
-        log.info("  %-16s %.2f %% of %d", kind, scored.metrics[name], scored.items_of(name))
-    if scored.failed or metrics["empty_answers"]:
-        log.warning(
-            "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former",
-            len(scored.failed),
-            metrics["empty_answers"],
-            run_folder / METRICS,
-        )
-    title = f"{scored.metrics[ACCURACY]:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
-    draw(
-        predictions.rows,
-        lambda row: open_image(media.folder, row.images[0]),
-        title,
-        scored.per_item,
-        run_folder=run_folder,
-    )
-    exchange = None
-    if evaluation.exchange_pictures:
-        sample, by_id = exchanged(examples, predictions.answers), {question.id: question for question in questions}
-        others = [replace(by_id[example.id], images=example.images, videos=example.videos) for example in sample]
-        again = {**settings, "exchanged": digest(sample)}
-        path = run_folder / EXCHANGED
-        answers = ask(model, others, media, decoding, path=path, settings=again).answers if sample else {}
-        exchange = Exchange(examples=sample, answers=answers)
-    metrics["baselines"], lines = compared(
-        scored,
-        examples,
-        predictions.answers,
-        score,
-        says=lambda example: final_answer(right_text(example), after) or "",
-        exchange=exchange,
-    )
-    for line in lines:
-        log.info("%s", line)
-    write_json(run_folder / METRICS, metrics)
-    return metrics
+
+    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
+        (done,) = answered
+        predictions, scored = done.predictions, done.scored
+        assert scored is not None
+        return {
+            **done.headline(),
+            "interval_95": [limit / PERCENT for limit in done.limits[ACCURACY]],
+            "unanswered": len(scored.failed),
+            "empty_answers": sum(not answer.strip() for answer in predictions.answers.values()),
+            **numbers,
+            "evaluation_seconds": round(predictions.seconds, 1),
+            "answers_from_earlier_run": predictions.answered_before,
+            "evaluation_file": evaluation.file,
+            "answer_after": after,
+            "failed_questions": {**unreadable, **predictions.failed},
+            "baselines": done.baselines,
+        }
+
+    exchange = evaluation.exchange_pictures
+    return evaluate_sets([test], metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=True)
 
 
 def adapter_sha256(run_folder: Path) -> str:
@@ -182,19 +266,12 @@ def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, o
 def media_of_run(
     config: RunConfig, assistant: Assistant, *, of_test: bool, reader: VideoReader | None = None
 ) -> MediaReader:
-    """Reads what the questions of a run show.
-
-    Args:
-        of_test: those of `evaluation.file`; else the run's own samples.
-        reader: of its videos; None starts one where there are any.
-    """
+    """Reads what the questions of a run show, those of `evaluation.file` or else of its own samples."""
     data = config.data
     folder = image_folder(data, config.evaluation.image_folder if of_test else None)
     same = data.video_frames if assistant.prompts.encoder.videos_of_one_length else None
     root = folder if of_test and config.evaluation.image_folder else video_folder(data)
-    videos = VideoReading(
-        folder=root, sampling=video_sampling(data), frames=same, reader=VideoReader() if reader is None else reader
-    )
+    videos = VideoReading(folder=root, sampling=video_sampling(data), frames=same, reader=reader or VideoReader())
     return MediaReader(folder=folder, videos=videos)
 
 
@@ -247,137 +324,160 @@ def evaluate_commonsense(
     run_folder: Path,
     numbers: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Asks every set in every way that `evaluation.scoring` names and completes `metrics.json`.
-
-    Goes on from predictions made with the same adapter file, questions and settings. One process does all of it.
-
-    Args:
-        run_folder: holds `adapter/`; receives predictions and metrics.
-        numbers: more entries for `metrics.json`, such as `train_seconds`.
-
-    Returns:
-        What `metrics.json` holds: under each way's name the average over the sets, each set, 95 % intervals, counts.
-    """
+    """The same for commonsense sets, in every way that `evaluation.scoring` names: an entry of `metrics.json` each."""
     questions, unreadable = read_sets(evaluation)
     examples = [
         Example(id=question.id, answers=(Answer(text=question.answer),), extra={"task": str(question.kind)})
         for question in questions
     ]
     backbone.eval()
-    model = Assistant(backbone, EncoderPrompts(encoder))
-    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
     prompt = PROMPTS[encoder.prompts.name]
+    way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
         "prompt": [prompt.test, prompt.test_with_input],
-        "beams": evaluation.beams,
-        "max_new_tokens": evaluation.max_new_tokens,
+        **way,
     }
-    way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
-    metrics: dict[str, Any] = {**numbers, "evaluation_files": dict(evaluation.files)}
-    for scoring in evaluation.scoring:
-        by_likelihood = scoring == "likelihood"
-        predictions = ask(
-            model,
-            questions,
-            media_reader(Path(), frames=1),
-            replace(decoding, by="outputs") if by_likelihood else decoding,
+    tests = [
+        TestSet(
+            name=scoring,
+            model=Assistant(backbone, EncoderPrompts(encoder)),
+            questions=questions,
+            examples=examples,
+            decoding=Decoding(
+                batch_size=evaluation.batch_size,
+                max_new_tokens=evaluation.max_new_tokens,
+                by="outputs" if scoring == "likelihood" else "generation",
+            ),
+            score=partial(commonsense_score, rule=evaluation.rule),
+            says=None,
             path=run_folder / BY_SCORING[scoring],
             settings={**depends_on, "scoring": scoring},
         )
-        if by_likelihood and not predictions.rows:
+        for scoring in evaluation.scoring
+    ]
+
+    def entry(done: Answered) -> dict[str, Any]:
+        scored, predictions, scoring = done.scored, done.predictions, done.test.name
+        assert scored is not None
+        if scoring == "likelihood" and not predictions.rows:
             name, reason = next(iter(predictions.failed.items()))
             raise UserError(f"no question can be scored by likelihood; {name}: {reason}")
-        scored = commonsense_score(examples, predictions.answers, rule=evaluation.rule)
-        metrics[scoring] = {
+        answers = (extracted(row.prediction, str(row.kind), evaluation.rule) for row in predictions.rows)
+        return {
             "accuracy": scored.metrics,
-            "interval_95": {name: list(pair) for name, pair in intervals(scored).items()},
+            "interval_95": {name: list(pair) for name, pair in done.limits.items()},
             "n": scored.n,
-            "no_answer_found": sum(
-                not extracted(row.prediction, str(row.kind), evaluation.rule) for row in predictions.rows
-            ),
+            "no_answer_found": sum(not answer for answer in answers),
             "failed_questions": {**unreadable, **predictions.failed},
-            "settings": {
-                "scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"
-            }
-            if by_likelihood
-            else {"scoring": "generation", **scored.settings, **way},
+            "settings": LIKELIHOOD if scoring == "likelihood" else {"scoring": scoring, **scored.settings, **way},
             "seconds": round(predictions.seconds, 1),
         }
-        for name, value in scored.metrics.items():
-            log.info("%s: %-14s %.2f %%", scoring, name, value)
-        if scored.failed:
-            log.warning("%d questions have no answer and count as wrong", len(scored.failed))
-        write_json(run_folder / METRICS, metrics)  # after each way, so that a stop loses none
-    return metrics
+
+    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
+        entries = {done.test.name: entry(done) for done in answered}
+        return {**numbers, "evaluation_files": dict(evaluation.files), **entries}
+
+    return evaluate_sets(tests, metrics_of, run_folder=run_folder, media=media_reader(Path(), frames=1))
 
 
-def draw(
-    predictions: Sequence[Prediction],
-    open_picture: Callable[[Prediction], Image.Image] | None,
-    title: str,
-    shares: Mapping[str, float],
-    *,
-    run_folder: Path,
-    subtitles: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Writes the loss curve and the contact sheet; without matplotlib it says so and leaves them out.
+# The pictures of a test.
 
-    Args:
-        open_picture: None: nothing says where the pictures are, and there is no sheet.
-    """
+
+def draw(answered: Sequence[Answered], *, run_folder: Path, media: MediaReader | None) -> None:
+    """Writes the loss curve, and where `media` shows the pictures the contact sheet, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
         return
     entries = read_log(run_folder / LOSS_LOG)
     if any("loss" in entry for entry in entries):
         write_loss_curve(entries, run_folder / LOSS_CURVE)
-    if open_picture is None:
-        return
-    if not predictions:
-        log.warning("no contact sheet: no question about a picture or a video was answered")
-        return
-    sheet = run_folder / CONTACT_SHEET
-    write_contact_sheet(predictions, open_picture, sheet, title=title, shares=shares, subtitles=subtitles)
-
-
-def draw_tasks(
-    tasks: Sequence[tuple[str, Sequence[Example], Predictions, Scored | None]],
-    *,
-    run_folder: Path,
-    image_folder: str | None,
-) -> None:
-    """The pictures of several tasks; ids begin with the task, since two may share them."""
     rows: list[Prediction] = []
-    titles: list[str] = []
     shares: dict[str, float] = {}
     by_id: dict[str, Example] = {}
-    for task, examples, predictions, scored in tasks:
-        by_id |= {f"{task}/{example.id}": example for example in examples}
-        for row in predictions.rows:
-            example = by_id[f"{task}/{row.id}"]
-            if media := media_of(example):
-                words = [in_words(example, text) for text in (expected(example), row.prediction)]
-                rows.append(replace(row, id=f"{task}/{row.id}", images=media, truth=words[0], prediction=words[1]))
-        # what could not be asked counts as wrong in the title too, as metrics.json has it
-        metric, value = ("", 0.0) if scored is None else next(iter(scored.metrics.items()))
-        if scored is None:
-            titles.append(f"{task}: {len(predictions.rows):,} answers, not scored")
-        elif metric == ACCURACY:
-            titles.append(f"{task}: {value / PERCENT:.1%} of {scored.n:,} right")
-        else:
-            titles.append(f"{task}: {metric} {value:.1f} of {scored.n:,}")
-        if scored is not None and ACCURACY in scored.metrics:
-            shares |= {f"{task}/{name}": share for name, share in scored.per_item.items()}
-    title = "\n".join(textwrap.wrap(", ".join(titles), TITLE_CHARACTERS, max_lines=2))
-    media = media_reader(Path(image_folder or "."), frames=1)
+    for done in answered:
+        name = done.test.name  # before each id: two sets may share them
+        by_id |= {f"{name}/{example.id}": example for example in done.test.examples}
+        for row in done.predictions.rows:
+            example = by_id[f"{name}/{row.id}"]
+            truth, answer = (in_words(example, text) for text in (expected(example), row.prediction))
+            images = media_of(example)
+            rows.append(replace(row, id=f"{name}/{row.id}", images=images, truth=truth, prediction=answer))
+        if done.scored is not None and done.is_accuracy:
+            shares |= {f"{name}/{item}": share for item, share in done.scored.per_item.items()}
+    if media is None or not rows:
+        return
 
-    def open_medium(row: Prediction) -> Image.Image:
+    def picture(row: Prediction) -> Image.Image:
         example = by_id[row.id]  # its own clip: other questions are about other parts of the same video
         return media.picture(as_question(replace(example, images=example.images[:1])))
 
-    opened = None if image_folder is None else open_medium
+    titles = textwrap.wrap(", ".join(map(_title, answered)), TITLE_CHARACTERS, max_lines=2)
     subtitles = {row.id: " ".join(line.text for line in by_id[row.id].subtitles) for row in rows}
-    draw(rows, opened, title, shares, run_folder=run_folder, subtitles=subtitles)
-    media.close()
+    sheet = run_folder / CONTACT_SHEET
+    write_contact_sheet(rows, picture, sheet, title="\n".join(titles), shares=shares, subtitles=subtitles)
+
+
+def _title(done: Answered) -> str:
+    """A set's name and score; what could not be asked counts as wrong here too, as `metrics.json` has it."""
+    before, scored = f"{done.test.name}: " if done.test.name else "", done.scored
+    if scored is None:
+        return f"{before}{len(done.predictions.rows):,} answers, not scored"
+    metric, value = next(iter(scored.metrics.items()))
+    if metric != ACCURACY:
+        return f"{before}{metric} {value:.1f} of {scored.n:,}"
+    low, high = done.limits[ACCURACY]
+    return f"{before}{value:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
+
+
+# Some of the questions, while training goes on.
+
+
+MOST_NEW_TOKENS = 32
+
+
+def watch_assistant(
+    assistant: Assistant, questions: Sequence[Question], media: MediaReader, *, max_new_tokens: int, source: str
+) -> Watch | None:
+    """Has an assistant's model, made with `while_training`, answer questions while it trains; None without any."""
+    decoding = Decoding(batch_size=max(1, len(questions)), max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
+    return watch_questions([(assistant, questions, decoding)], media, source=source)
+
+
+def questions_of_rows(examples: Examples, count: int) -> list[Question]:
+    """So many usable examples, evenly over all, their last answers being the right ones."""
+    chosen = (examples[index] for index in evenly(range(len(examples)), count))
+    return [question_of_turns(example) for example in chosen if isinstance(example, Example)]  # validation names others
+
+
+def watch_questions(
+    parts: Sequence[tuple[Asker, Sequence[Question], Decoding]], media: MediaReader | None, *, source: str
+) -> Watch | None:
+    """Has models answer questions, each its own, while training goes on; without `media` pictures are not shown."""
+    questions = [question for _, several, _ in parts for question in several]
+    if not questions:
+        return None
+    reader = media or media_reader(Path(), frames=1)
+
+    def ask_now() -> Mapping[str, str]:
+        answers: dict[str, str] = {}
+        for model, several, decoding in parts:
+            by_id = {question.id: question.example for question in several}
+            for rows in model.predict(several, reader, decoding) if several else ():
+                answers |= {row.id: in_words(by_id[row.id], row.prediction) for row in rows if not row.error}
+        return answers
+
+    showing = {question.id: question for question in questions if question.images or question.videos}
+    missing = "evaluation.image_folder names no folder of pictures"
+    watched = [
+        WatchedQuestion(
+            id=question.id,
+            question=question.text or "(describe it)",
+            truth=question.truth,
+            why_no_picture=missing if media is None and question.id in showing else "",
+        )
+        for question in questions
+    ]
+    pictures = {} if media is None else {name: partial(media.picture, item) for name, item in showing.items()}
+    return Watch(questions=tuple(watched), pictures=pictures, ask=ask_now, source=source)

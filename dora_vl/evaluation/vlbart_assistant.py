@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dora_vl.backbones.feature_encoder import FeatureEncoder
 from dora_vl.backbones.generation import NO_TOKEN, NoNumbers, likeliest, says_true, with_numbers
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.published_features import FeatureEncoder
 from dora_vl.backbones.vision_store import FeatureReader, clip_of_features, fixed_length
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example

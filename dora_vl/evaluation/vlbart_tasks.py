@@ -17,7 +17,8 @@ from typing import Any
 from dora_vl.backbones.templates import Prompt
 from dora_vl.data.example import Example, right_choice
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.scores import caption, video, vqa
+from dora_vl.evaluation.scores import caption, vqa
+from dora_vl.evaluation.scores.exact import how2qa_score, video_score
 from dora_vl.evaluation.subtask import Search, Subtask, Target
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
@@ -137,22 +138,22 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
         "reads_question": False,
     }
     tasks = (
-        task("tvqa", _choices, right_label, video.score, state_span=lambda a, b: f"{a:.10g}-{b:.10g}", **choosing),
+        task("tvqa", _choices, right_label, video_score, state_span=lambda a, b: f"{a:.10g}-{b:.10g}", **choosing),
         task(
             "how2qa",
             _choices,
             right_label,
-            video.score_how2qa,
+            how2qa_score,
             state_span=lambda a, b: f"{float(a)}-{float(b)}",
             **choosing,
         ),
-        task("video_choice", _choices, right_label, video.score, **choosing),
+        task("video_choice", _choices, right_label, video_score, **choosing),
         # Without the choices: what answers in words need not learn to look them up.
         task(
             "video_words",
             lambda example: f" [Q] {example.question.strip()}",
             right_words,
-            video.score,
+            video_score,
             answer_by="words",
             chooses=True,
         ),

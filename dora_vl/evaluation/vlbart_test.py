@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,14 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
-from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Asker, Decoding, ask, media_reader
-from dora_vl.evaluation.baselines import Exchange, compared, exchanged
-from dora_vl.evaluation.predictions import BY_TASK, Predictions
+from dora_vl.errors import BadSample, UserError, shown_names
+from dora_vl.evaluation.ask import Asker, Decoding, media_reader
+from dora_vl.evaluation.predictions import BY_TASK
 from dora_vl.evaluation.questions import Question, as_question, expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
-from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.evaluation.subtask import Subtask, check_sample, make_sample
-from dora_vl.evaluation.test import ACCURACY, draw_tasks
+from dora_vl.evaluation.test import Answered, TestSet, evaluate_sets, watch_questions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.evaluation.watch import watch_questions
-from dora_vl.run.folder import METRICS, write_json
 from dora_vl.run.settings import VlBartEvaluationConfig
 from dora_vl.run.watched import Watch, evenly
 
@@ -66,18 +62,15 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
         bad = _reasons(examples, partial(check_sample, subtask=subtask, reader=reader))
         left = [example for example in examples if example.id not in bad]
         sample = left[:: -(-len(left) // READ)] if left else []
-        make = partial(make_sample, subtask=subtask, encoder=encoder, reader=reader, target=None)
-        unread = _reasons(sample, make)
-        if not bad and not unread:
-            continue
-        counts = [f"{len(bad):,} of {len(examples):,} examples cannot be asked"] if bad else []
-        counts += [f"{len(unread)} of {len(sample)} whose features were read cannot be asked"] if unread else []
+        unread = _reasons(sample, partial(make_sample, subtask=subtask, encoder=encoder, reader=reader, target=None))
         reasons = bad | unread
-        names = ", ".join(f"{name:.24}" for name in list(reasons)[:NAMED])
+        if not reasons:
+            continue
+        names = ", ".join(path.name for path in file.paths)
         message = (
-            f"{', '.join(path.name for path in file.paths):.60}: {', and '.join(counts)} ({names}"
-            f"{', ...' if len(reasons) > NAMED else ''}); the first: {next(iter(reasons.values())):.160}. Correct "
-            f"evaluation.files or {subtask.name}'s folder of features"
+            f"{names:.60}: {len(bad):,} of {len(examples):,} examples cannot be asked, nor {len(unread)} of "
+            f"{len(sample)} whose features were read ({shown_names(reasons, NAMED)}); the first: "
+            f"{next(iter(reasons.values())):.160}. Correct evaluation.files or {subtask.name}'s folder of features"
         )
         if not left:
             raise UserError(message)
@@ -142,74 +135,45 @@ def evaluate_subtasks(
 ) -> dict[str, Any]:
     """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
 
-    `metrics.json` is written after each task. Where one task alone is scored by accuracy, its headline stands at the
-    top as `accuracy` (a share) and `n`, with `by_kind` where examples name their kind, and the contact sheet shows that
-    task; else the sheet shows all.
+    Where one task alone is scored by accuracy, its headline stands at the top of `metrics.json`.
     """
     backbone.eval()
-    media = media_reader(Path(evaluation.image_folder or "."), frames=1)
-    started, tasks = time.monotonic(), dict[str, dict[str, Any]]()
-    done: list[tuple[Subtask, Callable[..., Predictions], list[Example], Predictions, Scored | None]] = []
-    headlines: dict[str, dict[str, Any]] = {}
-    metrics: dict[str, Any] = {}
-    for subtask, file, reader in tested:
-        model = VlBartAssistant(backbone=backbone, encoder=encoder, subtasks=(subtask,), stored=reader)
-        decoding = Decoding(batch_size=evaluation.batch_size, task=subtask.name)
-        ask_task = partial(ask, model, media=media, decoding=decoding)
-        examples = list(file)
-        predictions = ask_task([*map(as_question, examples)], path=run_folder / BY_TASK / f"{subtask.name}.jsonl")
-        scored = subtask.score(examples, predictions.answers) if has_truth(examples) else None
-        done.append((subtask, ask_task, examples, predictions, scored))
-        losses = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
-        entry = tasks[subtask.name] = {"metrics": {}, "n": len(examples), **losses}
-        if scored is None:
-            entry["note"] = "the publisher keeps the answers of this file"
-        else:
-            made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
-            entry |= {"metrics": scored.metrics, "n": scored.n, "intervals_95": intervals(scored)}
-            entry["settings"] = made_with
-        if scored is not None and ACCURACY in scored.metrics:
-            headlines[subtask.name] = _headline(examples, scored)
-        log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in entry["metrics"].items()})
-        alone = next(iter(headlines.values())) if len(headlines) == 1 else {"n": entry["n"]} if len(tasks) == 1 else {}
-        metrics = {
-            **dict(numbers),
-            "tasks": tasks,
-            "settings": dict(settings),
-            "evaluation_seconds": round(time.monotonic() - started, 1),
-            **alone,
-        }
-        write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
-    of_sheet = [
-        (subtask.name, examples, predictions, scored)
-        for subtask, _, examples, predictions, scored in done
-        if len(headlines) != 1 or subtask.name in headlines
-    ]
-    draw_tasks(of_sheet, run_folder=run_folder, image_folder=evaluation.image_folder)
-    for subtask, ask_task, examples, predictions, scored in done:
-        if scored is None:
-            continue
-        exchange = None
-        if evaluation.exchange_pictures:
-            sample = exchanged(examples, predictions.answers)
-            exchange = Exchange(examples=sample, answers=ask_task([*map(as_question, sample)]).answers)
-        baselines, lines = compared(
-            scored, examples, predictions.answers, subtask.score, says=expected, exchange=exchange
-        )
-        tasks[subtask.name]["baselines"] = baselines
-        for line in lines:
-            log.info("%s: %s", subtask.name, line)
-    write_json(run_folder / METRICS, metrics)
-    return metrics
+    media, started = media_reader(Path(evaluation.image_folder or "."), frames=1), time.monotonic()
+    subtasks = {subtask.name: subtask for subtask, _, _ in tested}
+
+    def tests() -> Iterator[TestSet]:
+        for subtask, file, reader in tested:
+            examples = list(file)
+            yield TestSet(
+                name=subtask.name,
+                model=VlBartAssistant(backbone=backbone, encoder=encoder, subtasks=(subtask,), stored=reader),
+                questions=[*map(as_question, examples)],
+                examples=examples,
+                decoding=Decoding(batch_size=evaluation.batch_size, task=subtask.name),
+                score=subtask.score if has_truth(examples) else None,
+                path=run_folder / BY_TASK / f"{subtask.name}.jsonl",
+            )
+
+    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
+        tasks = {done.test.name: _entry(subtasks[done.test.name], done) for done in answered}
+        accuracies = [done for done in answered if done.is_accuracy]
+        top = accuracies[0].headline() if len(accuracies) == 1 else {}
+        if not accuracies and len(tasks) == 1:
+            top = {"n": len(answered[0].test.examples)}
+        seconds = round(time.monotonic() - started, 1)
+        return {**numbers, "tasks": tasks, "settings": dict(settings), "evaluation_seconds": seconds, **top}
+
+    exchange, sheet = evaluation.exchange_pictures, evaluation.image_folder is not None
+    return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
 
 
-def _headline(examples: Sequence[Example], scored: Scored) -> dict[str, Any]:
-    """The accuracy as a share, over all and by `extra["kind"]`."""
-    kinds: dict[str, list[float]] = {}
-    for example in examples:
-        if "kind" in example.extra and example.id in scored.per_item:
-            kinds.setdefault(str(example.extra["kind"]), []).append(scored.per_item[example.id])
-    by_kind = {
-        kind: {"accuracy": sum(shares) / len(shares), "n": len(shares)} for kind, shares in sorted(kinds.items())
-    }
-    return {"accuracy": scored.metrics[ACCURACY] / PERCENT, "n": scored.n, "by_kind": by_kind}
+def _entry(subtask: Subtask, done: Answered) -> dict[str, Any]:
+    """What `metrics.json` holds of a task."""
+    predictions, scored = done.predictions, done.scored
+    lost = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
+    if scored is None:
+        note = "the publisher keeps the answers of this file"
+        return {"metrics": {}, "n": len(done.test.examples), **lost, "note": note}
+    made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
+    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": done.limits}
+    return {**counts, "settings": made_with, **({"baselines": done.baselines} if done.baselines else {})}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.questions import expected, has_truth, in_words
-from dora_vl.evaluation.scores.commonsense import extracted
-from dora_vl.evaluation.scores.commonsense import score as commonsense_score
-from dora_vl.evaluation.scores.exact import final_answer, normalised
+from dora_vl.evaluation.scores.benchmark import Scorer
+from dora_vl.evaluation.scores.exact import commonsense_score, extracted, final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 from dora_vl.report.run_record import RunRecord
@@ -63,17 +63,26 @@ class SetAnswers:
 
 
 def read_tests(run: RunRecord) -> tuple[list[SetAnswers], list[str]]:
-    """Every set that a run was tested on, and a sentence for each that cannot be read."""
+    """Every set that a run was tested on, scored again, and a sentence for each that cannot be read."""
     evaluation = run.section("evaluation")
-    if isinstance(evaluation.get("files"), Mapping):
-        read = _read_commonsense if "scoring" in evaluation else _read_subtasks
-        return read(run, evaluation)
-    if not (run.folder / PREDICTIONS).is_file():
+    files, scorings = evaluation.get("files"), evaluation.get("scoring")
+    if not isinstance(files, Mapping) and not (run.folder / PREDICTIONS).is_file():
         return [], [f"{run.label}: it holds no {PREDICTIONS}; a run answers its evaluation.file after training."]
-    try:
-        return [_exact(run, evaluation)], []
-    except UserError as error:
-        return [], [f"{run.label}: {error}"]
+    readers: dict[str, Callable[[], SetAnswers]] = {}
+    if not isinstance(files, Mapping):
+        readers[set_name(evaluation.get("file"))] = partial(_exact, run, evaluation)
+    elif scorings is not None:
+        readers = {scoring: partial(_commonsense, run, evaluation, scoring) for scoring in scorings}
+    else:
+        readers = {task: partial(_task, run, evaluation, task, run.path(file)) for task, file in files.items()}
+    sets: list[SetAnswers] = []
+    trouble = [] if readers else [f"{run.label}: its settings name no evaluation.files."]
+    for name, read in readers.items():
+        try:
+            sets.append(read())
+        except (UserError, ImportError, KeyError) as error:
+            trouble.append(f"{run.label}: the answers to {name} cannot be shown: {error}")
+    return sets, trouble
 
 
 def set_name(file: object) -> str:
@@ -84,110 +93,93 @@ def set_name(file: object) -> str:
 def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     """Short answers compared with the right one; questions that could not be asked count as wrong."""
     rows = read_predictions(run.folder / PREDICTIONS)
-    after = evaluation.get("answer_after")
-    failed = run.metrics.get("failed_questions")
+    after, failed = evaluation.get("answer_after"), run.metrics.get("failed_questions")
     unasked = [name for name in failed if name not in rows] if isinstance(failed, Mapping) else []
     examples = [
-        Example(
-            id=row.id,
-            images=tuple(row.images),
-            answers=(Answer(text=row.truth),),
-            extra={} if row.kind is None else {"kind": row.kind},
-        )
-        for row in rows.values()
+        Example(id=row.id, answers=(Answer(text=row.truth),), images=tuple(row.images), extra=_kind(row))
+        for row in (*rows.values(), *(Prediction(id=name) for name in unasked))
     ]
-    examples += [Example(id=name, answers=(Answer(text=""),)) for name in unasked]
-    answers = {name: row.prediction for name, row in rows.items()}
-    scored = exact_match_score(examples, answers, answer_after=after) if examples else None
-    shares = {} if scored is None else scored.per_item
     folder = evaluation.get("image_folder") or run.section("data").get("image_folder")
-    items = [
-        _item(row, final_answer(row.truth, after) or "", final_answer(row.prediction, after) or "", shares.get(row.id))
-        for row in rows.values()
-    ]
-    return SetAnswers(
-        name=set_name(evaluation.get("file")),
-        items=tuple(items),
-        scored=scored,
+    return _answered(
+        set_name(evaluation.get("file")),
+        rows.values(),
+        examples,
+        partial(exact_match_score, answer_after=after) if examples else None,
+        lambda row: (final_answer(row.truth, after), final_answer(row.prediction, after)),
         pictures=None if folder is None else run.path(folder),
     )
 
 
-def _item(row: Prediction, truth: str, answer: str, share: float | None, example: Example | None = None) -> Item:
-    """An answered question; `truth` and `answer` are what is compared, of an example's choices their labels."""
-    return Item(
-        id=row.id,
-        question=row.question,
-        truth=in_words(example, truth),
-        said=in_words(example, answer),
-        whole=in_words(example, row.prediction),
-        label=truth,
-        said_label=answer,
-        kind=row.kind or "",
-        share=share,
-        pictures=tuple(row.images),
-        clip=None if example is None else example.video,
+def _kind(row: Prediction) -> dict[str, Any]:
+    return {} if row.kind is None else {"kind": row.kind}
+
+
+def _task(run: RunRecord, evaluation: Mapping[str, Any], task: str, records: Path) -> SetAnswers:
+    """A VL-BART's task: answers by id, the questions in the records that the settings name."""
+    from dora_vl.evaluation import vlbart_tasks
+
+    rows = read_predictions(run.folder / BY_TASK / f"{task}.jsonl")
+    subtask = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}[task]
+    examples = list(ExampleFile(records, limit=evaluation.get("limit")))
+    by_id, folder = {example.id: example for example in examples}, evaluation.get("image_folder")
+    return _answered(
+        task,
+        [rows[name] for name in by_id if name in rows],
+        examples,
+        subtask.score if has_truth(examples) else None,
+        lambda row: (expected(by_id[row.id]), row.prediction),
+        pictures=None if folder is None else run.path(folder),
+        note="" if has_truth(examples) else "The publisher keeps the answers of this file.",
     )
 
 
-def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[SetAnswers], list[str]]:
-    """A VL-BART's tasks: answers by id, the questions in the records that the settings name."""
-    from dora_vl.evaluation import vlbart_tasks
+def _commonsense(run: RunRecord, evaluation: Mapping[str, Any], scoring: str) -> SetAnswers:
+    """The commonsense sets, in one of the ways that they were asked."""
+    rule: Any = evaluation.get("rule", "nvlabs")
+    rows = read_predictions(run.folder / BY_SCORING[scoring]).values()
 
-    subtasks = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
-    sets: list[SetAnswers] = []
-    trouble: list[str] = [] if evaluation["files"] else [f"{run.label}: its settings name no evaluation.files."]
-    for task, records in evaluation["files"].items():
-        try:
-            rows = read_predictions(run.folder / BY_TASK / f"{task}.jsonl")
-            answers = {name: row.prediction for name, row in rows.items()}
-            examples = list(ExampleFile(run.path(records), limit=evaluation.get("limit")))
-            scored = subtasks[task].score(examples, answers) if has_truth(examples) else None
-        except (UserError, ImportError, KeyError) as error:
-            trouble.append(f"{run.label}: the answers to {task} cannot be shown: {error}")
-            continue
-        shares = {} if scored is None else scored.per_item
-        folder = evaluation.get("image_folder")
-        asked = [example for example in examples if example.id in rows]
-        items = [
-            _item(rows[example.id], expected(example), answers[example.id], shares.get(example.id), example)
-            for example in asked
-        ]
-        sets.append(
-            SetAnswers(
-                name=task,
-                items=tuple(items),
-                scored=scored,
-                pictures=None if folder is None else run.path(folder),
-                note="" if scored is not None else "The publisher keeps the answers of this file.",
+    def compared(row: Prediction) -> tuple[str, str]:
+        truth, answer = (extracted(text, str(row.kind), rule) for text in (row.truth, row.prediction))
+        return truth, answer
+
+    examples = [
+        Example(id=row.id, answers=(Answer(text=compared(row)[0]),), extra={"task": str(row.kind)}) for row in rows
+    ]
+    return _answered(scoring, rows, examples, partial(commonsense_score, rule=rule), compared)
+
+
+def _answered(
+    name: str,
+    rows: Collection[Prediction],
+    examples: Sequence[Example],
+    score: Scorer | None,
+    compared: Callable[[Prediction], tuple[str, str]],
+    *,
+    pictures: Path | None = None,
+    note: str = "",
+) -> SetAnswers:
+    """A set's answers with their score; `compared` gives what of a row is, the right answer and the model's."""
+    scored = None if score is None else score(examples, {row.id: row.prediction for row in rows})
+    by_id = {example.id: example for example in examples}
+    items: list[Item] = []
+    for row in rows:
+        example, (truth, answer) = by_id[row.id], compared(row)
+        items.append(
+            Item(
+                id=row.id,
+                question=row.question,
+                truth=in_words(example, truth),
+                said=in_words(example, answer),
+                whole=in_words(example, row.prediction),
+                label=truth,
+                said_label=answer,
+                kind=row.kind or "",
+                share=None if scored is None else scored.per_item.get(row.id),
+                pictures=tuple(row.images),
+                clip=example.video,
             )
         )
-    return sets, trouble
-
-
-def _read_commonsense(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[SetAnswers], list[str]]:
-    """The commonsense sets, in each way that they were asked."""
-    rule: Any = evaluation.get("rule", "nvlabs")
-    sets: list[SetAnswers] = []
-    trouble: list[str] = []
-    for scoring in evaluation["scoring"]:
-        try:
-            rows = read_predictions(run.folder / BY_SCORING[scoring])
-            right = {name: extracted(row.truth, str(row.kind), rule) for name, row in rows.items()}
-            examples = [
-                Example(id=name, answers=(Answer(text=right[name]),), extra={"task": str(row.kind)})
-                for name, row in rows.items()
-            ]
-            scored = commonsense_score(examples, {name: row.prediction for name, row in rows.items()}, rule=rule)
-        except UserError as error:
-            trouble.append(f"{run.label}: the answers by {scoring} cannot be shown: {error}")
-            continue
-        items = [
-            _item(row, right[name], extracted(row.prediction, str(row.kind), rule), scored.per_item.get(name))
-            for name, row in rows.items()
-        ]
-        sets.append(SetAnswers(name=scoring, items=tuple(items), scored=scored))
-    return sets, trouble
+    return SetAnswers(name=name, items=tuple(items), scored=scored, pictures=pictures, note=note)
 
 
 BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}

@@ -102,7 +102,7 @@ def _row(
 
 
 def _compared(text: str, after: str | None) -> str:
-    return normalised(final_answer(text, after) or "")
+    return normalised(final_answer(text, after))
 
 
 # -- what training changed in each adapted layer's weight, magnitude and direction: the paper's plot -------------------

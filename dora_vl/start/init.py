@@ -19,10 +19,10 @@ from statistics import median
 from PIL import ExifTags
 from tqdm import tqdm
 
-from dora_vl.data.check import FileCheck, Limits, MediaCheck, Sample, add_columns, columns_of, table
+from dora_vl.data.check import FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
@@ -317,24 +317,20 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
         columns: what the file's columns are.
     """
     records = find_files(questions)
-    limits = Limits(most=10**9, unit="words", length=lambda text: len(text.split()), answers_needed=True)
-    first_check = FileCheck(questions, limits, None, columns=columns)
-    first = [first_check.read(row, number) for number, row in enumerate(islice(records.rows(), MOST_NAMES), start=1)]
-    held = any(sample.held for sample in first)
-    names = [name for sample in first for name in sample.media if name not in sample.held]
+    first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
+    examples = [row for row in first if isinstance(row, Example)]
+    held = any(example.image_bytes for example in examples)
+    names = [name for row in examples for name in Row(conversation=row).media if name not in row.image_bytes]
     root = media_to if held else root_of_pictures(folder, questions, names)
-    check = FileCheck(questions, limits, MediaCheck(MediaFolder(root, follow_links=True), decode=True), columns=columns)
-    forms: dict[str, None] = {}
+    media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
+    check = FileCheck(questions, columns=columns, media=media)
     rows: list[Row] = []
     size = sum(file.stat().st_size for file in records.files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        for number, record in enumerate(records.rows(bar.update), start=1):
-            check.rows = number
-            sample = check.read(record, number)
-            row = _usable(check, record, sample, media_to if held else None, columns)
+        for record in records.rows(bar.update):
+            row = _usable(check, record, media_to if held else None, columns)
             if row is not None:
                 rows.append(row)
-                forms[str(sample.format)] = None
     trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
     if not rows:
         worst = max(check.findings.values(), key=lambda finding: finding.count)
@@ -351,7 +347,7 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
         questions=questions,
         root=root,
         holds=held,
-        format=" and ".join(forms),
+        format=" and ".join(check.formats),
         columns=column_lines(check.uses),
         read=check.rows,
         rows=rows,
@@ -361,21 +357,18 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
     )
 
 
-def _usable(
-    check: FileCheck, record: Mapping[str, object], sample: Sample, media_to: Path | None, columns: Columns
-) -> Row | None:
+def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns) -> Row | None:
     """The row, or nothing where it cannot be used, which `check` then has noted."""
-    if not check.check(sample):
+    example = check.read(record)
+    if not check.check(example) or isinstance(example, BadSample):
         return None
     try:
-        example = read_row({**record, "id": sample.id}, columns=columns)
-        talk = as_conversation(example)
+        talk = read_row({**record, "id": example.id}, columns=columns)
         if media_to is not None:
-            names = {name: save_picture(data, media_to, example.id) for name, data in example.image_bytes.items()}
-            images = tuple(names.get(name, name) for name in talk.images)
-            talk = replace(talk, images=images)
+            names = {name: save_picture(data, media_to, talk.id) for name, data in talk.image_bytes.items()}
+            talk = replace(talk, images=tuple(names.get(name, name) for name in talk.images))
     except BadSample as error:
-        check.check(Sample(id=sample.id, problem=error.reason, kind=error.kind))
+        check.check(error)
         return None
     kind = record.get("kind")
     return Row(conversation=talk, kind=kind if isinstance(kind, str) and kind else None)

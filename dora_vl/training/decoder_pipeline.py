@@ -25,8 +25,16 @@ from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.test import check_test, evaluate_commonsense, media_of_run, read_sets, read_test, run_test
-from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
+from dora_vl.evaluation.test import (
+    check_test,
+    evaluate_commonsense,
+    media_of_run,
+    questions_of_rows,
+    read_sets,
+    read_test,
+    run_test,
+    watch_assistant,
+)
 from dora_vl.files import check_model_folder
 from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (

@@ -22,7 +22,8 @@ from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.adapters.files import read_json
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.vision_store import FeatureReader, first_difference, read_settings
+from dora_vl.backbones.shards import first_difference, read_settings
+from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.data.order import MixturePlan

@@ -19,8 +19,8 @@ from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.published_features import open_features
-from dora_vl.backbones.vision_store import FeatureReader, read_settings
+from dora_vl.backbones.shards import read_settings
+from dora_vl.backbones.vision_store import FeatureReader, open_features
 from dora_vl.backbones.vlbart import (
     ANSWER_HEADS,
     DORA_TARGETS,

@@ -154,10 +154,3 @@ def test_an_adapter_added_after_compiling():
     torch.testing.assert_close(graph(X), plain(X), rtol=1e-5, atol=1e-6)
     fast(X)
     assert_equal_to_peft(plain, fast, graph)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_the_default_compiler(form):
-    plain, fast = twins(**FORMS[form])
-    assert_equal_to_peft(plain.train(), fast, torch.compile(fast.train(), fullgraph=True))

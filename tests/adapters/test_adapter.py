@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import read_adapter, write_adapter
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.several import AdapterSet
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import tiny_llama
@@ -35,18 +34,6 @@ def test_round_trip_is_bitwise_and_keeps_every_field(tmp_path, dtype):
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
     configs = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("peft", "back")]
     assert configs[0] == configs[1]
-
-
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_that_changed_the_base_is_refused_everywhere(tmp_path, start):
-    moved_peft(tiny_llama(), init_lora_weights=start, use_dora=False).save_pretrained(tmp_path / "peft")
-    model = tiny_llama()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for read in (read_adapter, lambda folder: load_adapter(model, folder), lambda f: AdapterSet(model).load("x", f)):
-        with pytest.raises(UserError, match="path_initial_model_for_weight_conversion"):
-            read(tmp_path / "peft")
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_way_that_the_refusal_names_works(tmp_path):

@@ -96,6 +96,7 @@ def with_(**more):
 
 REFUSED = {
     "NaN": (with_(q__lora_A__weight=torch.full((2, 6), float("nan"))), 6.0),
+    "rounded numbers": (lambda file: {key: tensor.long() for key, tensor in file.items()}, 6.0),
     "half a pair": (lambda file: {key: tensor for key, tensor in file.items() if "lora_B" not in key}, 6.0),
     "magnitude of another shape": (with_(q__weight_m_wdecomp__weight=torch.ones(5, 1)), 6.0),
     "magnitudes left elsewhere": (

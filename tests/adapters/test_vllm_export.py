@@ -63,6 +63,7 @@ RUNS = {
     "rsLoRA": {"rank_scaling": "sqrt"},
     "LoRA": {"method": "lora", "also_train": PROJECTOR},
     "PiSSA": {"init": "pissa"},
+    "parts": {"parts": {"vision": AdaptedPart(targets=("*vision_tower*fc1",), rank=3, alpha=5.0)}},
 }
 
 
@@ -144,13 +145,3 @@ def test_a_grid_tower_and_a_target_that_is_there_are_refused(tmp_path: Path) -> 
     with pytest.raises(UserError):
         export_for_vllm(adapter, base, tmp_path / "to", language)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "there"]
-
-
-def test_parts_with_ranks_of_their_own(tmp_path: Path) -> None:
-    parts = {"vision": AdaptedPart(targets=("*vision_tower*fc1",), rank=3, alpha=5.0)}
-    base, adapter = trained(tmp_path, parts=parts)
-    expected = logits(base, adapter)
-    exported = export_for_vllm(read_adapter(adapter), base, tmp_path / "to", language_of(base))
-    assert exported.folded is not None
-    assert exported.folded.layers == 2
-    torch.testing.assert_close(by_peft(tmp_path / "to"), expected, rtol=1e-4, atol=1e-4)

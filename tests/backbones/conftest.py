@@ -14,8 +14,10 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
-from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
+from tests.backbones.tiny_video import VIDEO, write_tiny_video
 
 
 def llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
@@ -87,12 +89,13 @@ def backbone() -> DecoderBackbone:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Tiny families' folders, each written when it is first asked for."""
+    """Folders of tiny families, those with videos too and language models, each written when it is first asked for."""
     root = tmp_path_factory.mktemp("families")
 
     class Written(dict[str, Path]):
         def __missing__(self, family: str) -> Path:
-            self[family] = write_tiny(family, root / family)
+            write = write_tiny_language if family in LANGUAGE_MODELS else write_tiny
+            self[family] = (write_tiny_video if family.endswith(VIDEO) else write)(family, root / family)
             return self[family]
 
     return Written()

@@ -20,7 +20,9 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Clip, Turn
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_video import VIDEO, coloured_video
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
 ASKED, SAID = "What colour is it?", "It is red."
@@ -63,11 +65,50 @@ TALKS: dict[str, Talk] = {
 }
 
 
+LONG, SHORT = coloured_video(4), coloured_video(3, every=11, size=(22, 30))
+TURNS_RED = Turn("assistant", "It turns red.")
+VIDEO_TALKS: dict[str, Talk] = {
+    "one video": ((Turn("user", "<video>\nWhat colour is it?"), TURNS_RED), (), (LONG,)),
+    "two videos": (
+        (
+            Turn("user", "Is <video>\nor <video>\nblue?"),
+            Turn("assistant", "The second is blue."),
+            Turn("user", "Sure?"),
+            Turn("assistant", "Yes"),
+        ),
+        (),
+        (LONG, coloured_video(4, every=5)),
+    ),
+    "video and picture": ((Turn("user", "Is <video>\nlike <image>\nhere?"), TURNS_RED), (RED,), (LONG,)),
+    "picture and video": ((Turn("user", "Is <image>\nlike <video>\nhere?"), TURNS_RED), (RED,), (LONG,)),
+    "no video": ((Turn("user", "Say the colour red."), Turn("assistant", "red")), (), ()),
+    "one picture": ((Turn("user", "<image>\nWhat colour is it?"), TURNS_RED), (RED,), ()),
+}
+SEVERAL_ROUNDS: Talk = (
+    (
+        Turn("user", "Say the colour red."),
+        Turn("assistant", "red"),
+        Turn("user", "Sure?"),
+        Turn("assistant", "Yes, it is."),
+    ),
+    (),
+)
+
+
 def talks_of(family: str) -> tuple[str, ...]:
     """The talks that a family takes."""
     if FAMILIES[family].format == "paligemma":
         return ("one picture", "two pictures")
     return tuple(TALKS)
+
+
+def all_talks_of(family: str) -> dict[str, Talk]:
+    """The same with what is said; of a family with videos, or of a language model too."""
+    if family.endswith(VIDEO):
+        return VIDEO_TALKS
+    if family in LANGUAGE_MODELS:
+        return {"no picture": TALKS["no picture"], "several rounds": SEVERAL_ROUNDS}
+    return {name: TALKS[name] for name in talks_of(family)}
 
 
 def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None) -> Encoder:
@@ -113,6 +154,13 @@ def messages_of(talk: Talk) -> list[dict[str, Any]]:
 
 def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> dict[str, Any]:
     """What the family's own processor makes of the talks, padded on the right."""
+    if family in LANGUAGE_MODELS:
+        ((turns, _),) = talks
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        return dict(
+            encoder.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        )
+    family = family.removesuffix(VIDEO)
     many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(talks) > 1 else {}
     processor, prompt = encoder.processor, FAMILIES[family].format
     many |= {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # its model cannot do without

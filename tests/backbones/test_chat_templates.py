@@ -30,22 +30,15 @@ from tests.backbones.image_text_talks import (
     processor_inputs,
     sample_of,
 )
-from tests.backbones.published_chat import (
-    GEMMA3,
-    GEMMA3_WITH_SYSTEM,
-    GLM,
-    LLAMA3,
-    LLAVA_NEXT_MISTRAL,
-    LLAVA_NEXT_VICUNA,
-    LLAVA_ONEVISION,
-    PIXTRAL,
-    QWEN2_VL,
-    SMOLVLM,
-)
 from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
 
 Folders = Mapping[str, Path]
+CHAT = {
+    path.stem: path.read_text(encoding="utf-8").removesuffix("\n")
+    for path in (Path(__file__).parent / "chat_templates").iterdir()
+}
+"""Chat templates in the forms that published models use, over the tiny tokenizer's special tokens."""
 SYSTEM = Turn("system", "Be brief. Look at its edges.")
 
 
@@ -133,7 +126,7 @@ class TestLanguageModels:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
         assert usual_template(tokenizer) == chosen
 
-    @pytest.mark.parametrize("template", [LLAMA3, CHATML, GLM], ids=["llama3", "chatml", "glm"])
+    @pytest.mark.parametrize("template", [CHAT["llama3"], CHATML, CHAT["glm"]], ids=["llama3", "chatml", "glm"])
     @pytest.mark.parametrize("system", [True, False], ids=["system", "talk alone"])
     def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
         encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
@@ -141,7 +134,7 @@ class TestLanguageModels:
         sample = sample_of(encoder, given)
         messages = [{"role": turn.role, "content": turn.text} for turn in given[0]]
         expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
-        added = ["<|im_end|>"] if template == GLM else []  # it closes no answer
+        added = ["<|im_end|>"] if template == CHAT["glm"] else []  # it closes no answer
         assert sample.input_ids.tolist() == expected + encoder.tokenizer.convert_tokens_to_ids(added)
         assert trained(encoder, sample) == "red<|im_end|>"
 
@@ -163,13 +156,15 @@ THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</thi
 )
 
 
-@pytest.mark.parametrize("template", [OPEN, LLAVA_ONEVISION], ids=["closes no answer", "opens otherwise than asked"])
+@pytest.mark.parametrize(
+    "template", [OPEN, CHAT["llava_onevision"]], ids=["closes no answer", "opens otherwise than asked"]
+)
 def test_answers_are_trained_behind_what_is_asked_up_to_an_end_token(tmp_path: Path, template: str) -> None:
     """LLaVA-OneVision opens an answer with a space and a line break, and asks without the space."""
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
     sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
     assert trained(encoder, sample) == "The second is blue.<|im_end|>Yes<|im_end|>"
-    if template == LLAVA_ONEVISION:
+    if template == CHAT["llava_onevision"]:
         text = encoder.tokenizer.decode(sample.input_ids)
         assert text.count("<|im_start|>assistant\n") == 2
         assert "assistant \n" not in text
@@ -192,23 +187,23 @@ def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(t
 
 
 PUBLISHED = {
-    "chatml": (CHATML, "It is red.<|im_end|>", 1),
-    "qwen2_vl": (QWEN2_VL, "It is red.<|im_end|>", 1),
-    "smolvlm": (SMOLVLM, " It is red.<end_of_utterance>", 1),
-    "llava_next_vicuna": (LLAVA_NEXT_VICUNA, " It is red.<|im_end|>", 2),  # the published one says it twice
-    "llava_next_mistral": (LLAVA_NEXT_MISTRAL, " It is red.<|im_end|>", 0),
-    "llava_onevision": (LLAVA_ONEVISION, "It is red.<|im_end|>", 1),
-    "gemma3": (GEMMA3, "It is red.<eoi>", 0),
-    "gemma3_with_system": (GEMMA3_WITH_SYSTEM, "It is red.<eoi>", 1),
-    "glm": (GLM, "It is red.<|im_end|>", 1),
-    "thinking": (THINKING, "It is red.<|im_end|>", 0),
+    "chatml": ("It is red.<|im_end|>", 1),
+    "qwen2_vl": ("It is red.<|im_end|>", 1),
+    "smolvlm": (" It is red.<end_of_utterance>", 1),
+    "llava_next_vicuna": (" It is red.<|im_end|>", 2),  # the published one says it twice
+    "llava_next_mistral": (" It is red.<|im_end|>", 0),
+    "llava_onevision": ("It is red.<|im_end|>", 1),
+    "gemma3": ("It is red.<eoi>", 0),
+    "gemma3_with_system": ("It is red.<eoi>", 1),
+    "glm": ("It is red.<|im_end|>", 1),
+    "thinking": ("It is red.<|im_end|>", 0),
 }
-"""The template, what of the first talk is trained, and how often a system turn is said where that is tried."""
+"""What of the first talk is trained, and how often a system turn is said where that is tried."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates(tmp_path: Path, name: str) -> None:
-    template, said, times = PUBLISHED[name]
+    (said, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
     plain = TALKS["one picture"]
     for turns, pictures in (plain, with_system(plain)) if times else (plain,):
@@ -267,7 +262,9 @@ def test_with_a_system_turn_inputs_are_the_processor_s_own_and_answers_alone_are
 RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 
 
-@pytest.mark.parametrize("template", [RAISING, LLAVA_NEXT_MISTRAL, PIXTRAL], ids=["raising", "llava_next", "pixtral"])
+@pytest.mark.parametrize(
+    "template", [RAISING, CHAT["llava_next_mistral"], CHAT["pixtral"]], ids=["raising", "llava_next", "pixtral"]
+)
 @pytest.mark.parametrize("text", [SYSTEM.text, ASKED], ids=["other words", "the question's words"])
 def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, template: str, text: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
@@ -279,7 +276,7 @@ def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, te
 
 
 def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path) -> None:
-    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=PIXTRAL))
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=CHAT["pixtral"]))
     (system, asked, *_), pictures = with_system(TALKS["one picture"])
     text = encoder.tokenizer.decode(encoder.encode_prompt((system, asked), pictures)["input_ids"][0])
     assert f"[INST]{SYSTEM.text}\n\n" in text

@@ -187,4 +187,4 @@ def test_vocabulary_with_room_is_not_resized(language_folder: Path, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path)
     language = load_language_model(str(tmp_path))
     assert language.config.vocab_size == len(tokenizer) + 5
-    assert language.image_token_id == len(tokenizer)
+    assert language.tokenizer.convert_tokens_to_ids("<image>") == len(tokenizer)

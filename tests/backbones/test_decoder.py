@@ -44,7 +44,7 @@ def llava_samples() -> list[Sample]:
         ids, count = torch.tensor(row), row.count(IMAGE) // 4
         labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
         inputs = {"pixel_values": pixels(count, seed=number)} if count else {}
-        made.append(Sample(number, str(number), ids, labels, inputs=inputs))
+        made.append(Sample(ids, labels, index=number, id=str(number), inputs=inputs))
     return made
 
 
@@ -55,7 +55,7 @@ def language_samples() -> list[Sample]:
         ids = torch.randint(3, 59, (length,), generator=generator)
         labels = ids.clone()
         labels[: 1 + number % 3] = IGNORED_LABEL
-        made.append(Sample(number, str(number), ids, labels))
+        made.append(Sample(ids, labels, index=number, id=str(number)))
     return made
 
 
@@ -160,7 +160,7 @@ class TestPictures:
         ran: list[str] = []
         adapted(backbone)
         ids = torch.tensor(DUMMY)
-        dummy = Sample(-1, "dummy", ids, torch.full_like(ids, IGNORED_LABEL), inputs={"pixel_values": pixels(1)})
+        dummy = Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs={"pixel_values": pixels(1)})
         dummy = with_stored([dummy], backbone)[0] if stored else dummy
         encoder = backbone.model.get_submodule("model.vision_tower.encoder")
         encoder.register_forward_hook(lambda *_: ran.append("tower"))
@@ -185,7 +185,7 @@ class TestPictures:
             ids = torch.tensor([1, 7, *PICTURE, *text])
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
             seen = {"pixel_values": pixels(1, seed=ord(name))}
-            samples.append(Sample(number, str(number), ids, labels, inputs=seen, images=(name,)))
+            samples.append(Sample(ids, labels, index=number, id=str(number), inputs=seen, images=(name,)))
         adapted(backbone)
         samples = with_stored(samples, backbone) if stored else samples
         apart, shared = (Collator(0, share_pictures_by=by)(samples) for by in (None, IMAGE))

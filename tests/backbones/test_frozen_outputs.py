@@ -48,7 +48,7 @@ def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore |
             rows = RowEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
             row = Example(talk, tuple(NAMES[id(picture)] for picture in pictures), turns)
             encoded = rows.encode(row, StoredPictures(()))
-            samples.append(Sample(0, talk, encoded.input_ids, encoded.labels, inputs=encoded.inputs))
+            samples.append(Sample(encoded.input_ids, encoded.labels, id=talk, inputs=encoded.inputs))
             samples[-1] = replace(samples[-1], stored=encoded.stored)
     return samples
 
@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on(
     place.filled()
     assert len(computed) == again
     kinds = {path.name.split("-")[0] for path in place.cache.rglob("*") if path.is_file()}
-    assert kinds == {"outputs", "settings.json"}
+    assert kinds == {"shard", "settings.json"}
 
 
 def test_a_changed_picture_is_computed_again(place: Place, computed: list[object]) -> None:

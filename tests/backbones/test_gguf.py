@@ -107,7 +107,7 @@ def test_quantised_weights_are_unpacked_and_the_model_computes_with_them(tmp_pat
     model = tiny_llama()
     write_gguf(model, tmp_path / "tiny.gguf", quantised=True)
     language = load_language_model(str(tmp_path), gguf_file="tiny.gguf", dtype=torch.bfloat16)
-    assert language.image_token_id == len(TOKENS)
+    assert language.tokenizer.convert_tokens_to_ids("<image>") == len(TOKENS)
     assert all(value.dtype == torch.bfloat16 for value in language.weights.values())
     rows = len(language.weights["model.embed_tokens.weight"])
     assert rows == language.config.vocab_size == 128

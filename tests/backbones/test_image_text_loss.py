@@ -1,4 +1,4 @@
-"""Every family: the loss is transformers' own, and what trains is the decoder and the projector."""
+"""Every family, with videos too, and language models: the loss is transformers' own; decoder and projector train."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from dora_vl.backbones.model import (
 from dora_vl.data.batches import Collator, stacked
 from dora_vl.data.samples import IGNORED_LABEL
 from tests.backbones.image_text_talks import (
+    SHORT,
     TALKS,
+    VIDEO_TALKS,
     adapted_backbone,
+    all_talks_of,
     batch_of,
     encoder_of,
     inputs_of,
@@ -31,7 +34,9 @@ from tests.backbones.image_text_talks import (
     sample_of,
     talks_of,
 )
-from tests.backbones.tiny_families.table import FAMILIES, families, families_in_turn
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES, families, families_in_turn, param
+from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 
 Folders = Mapping[str, Path]
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -75,6 +80,45 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
                     assert talks != ("no picture",) or part.name != "projector", name
     trained = {name for part in trained_parts(backbone.model) for name in part.parameters}
     assert {name for name in trained - learned if not name.startswith(FAMILIES[family].idle)} == set()
+
+
+MIXED = ("no video", "one picture", "one video", "picture and video")
+
+
+@pytest.mark.parametrize("talks", [("two videos",), ("no video",), MIXED], ids=str)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=param(name).marks) for name in VIDEO_FAMILIES])  # pyright: ignore
+def test_with_videos_too(folders: Folders, family: str, talks: Sequence[str]) -> None:
+    encoder, backbone = (make(folders[f"{family}{VIDEO}"]) for make in (encoder_of, adapted_backbone))
+    one_kind = VIDEO_FAMILIES[family].one_kind
+    if one_kind and talks == MIXED:
+        pytest.skip("pictures and videos of one batch are refused before training")
+    dummy = None if one_kind else encoder.dummy()
+    collate = Collator(encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video(4))
+    samples = [sample_of(encoder, VIDEO_TALKS[talk]) for talk in talks]
+    lengths = () if VIDEO_FAMILIES[family].one_length or talks == MIXED else (SHORT,)
+    samples += [sample_of(encoder, (VIDEO_TALKS["one video"][0], (), (video,))) for video in lengths]
+    batch = inputs_of(collate(samples))
+    features = backbone(**batch)
+    loss = generation_loss(features.logits, features.targets).loss
+    torch.testing.assert_close(loss, backbone.model(**batch).loss, **NEAR)
+    loss.backward()
+    words_alone = talks == ("no video",) and not lengths
+    for part in trained_parts(backbone.model):
+        for name, parameter in part.parameters.items():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()) != (words_alone and part.name == "projector"), name
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_of_language_models(folders: Folders, model_type: str) -> None:
+    encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
+    batch = batch_of(encoder, [*all_talks_of(model_type).values()])
+    features = backbone(**batch)
+    loss = generation_loss(features.logits, features.targets).loss
+    torch.testing.assert_close(loss, backbone.model(**batch).loss, **NEAR)
+    loss.backward()
+    assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
+    assert projector_patterns(backbone.model) == ()
 
 
 @families_in_turn

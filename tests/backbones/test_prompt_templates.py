@@ -6,6 +6,7 @@ Tokens and labels of the vicuna_v1, llama_2 and plain kinds are what LLaVA c121f
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import get_args
@@ -26,93 +27,10 @@ from tests.backbones.encoded_talk import NASTY, answers_of, encode_talk, piece_e
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
-USER_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
-HUMAN_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions."
-)
-MMTAG_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
-    "visual content that the user provides, and assist the user with a variety of tasks using natural language.The "
-    "visual content will be provided with the following format: <Image>visual content</Image>."
-)
-LLAMA_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
-    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don't "
-    "know the answer to a question, please don't share false information."
-)
-LLAVA_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-MPT_SYSTEM = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
-V1 = "USER: {}\nIs it red? ASSISTANT:« Yes, it is.</s>»USER: What is in the picture? ASSISTANT:« A red circle</s>»"
-LLAMA_2 = (
-    "{}<image>\nIs it red? [/INST]« Yes, it is. </s>»<s>[INST] What is in the picture? [/INST]« A red circle </s>»"
-)
-MPT = (
-    "<|im_start|>system\n{}<|im_end|><|im_start|>user\n<image>\nIs it red?<|im_end|><|im_start|>assistant\n"
-    "«Yes, it is.<|im_end|>»<|im_start|>user\nWhat is in the picture?<|im_end|><|im_start|>assistant\n"
-    "«A red circle<|im_end|>»"
-)
-V0 = (
-    "### Human: {}\nIs it red?\n### Assistant:« Yes, it is.\n###» Human: What is in the picture?\n### Assistant:"
-    "« A red circle\n###» "
-)
-TAGGED = "<Image><image></Image>"
-TEXTS = {
-    "vicuna_v1": f"{USER_SYSTEM} {V1.format('<image>')}",
-    "llava_v1": f"{HUMAN_SYSTEM} {V1.format('<image>')}",
-    "v1_mmtag": f"{MMTAG_SYSTEM} {V1.format(TAGGED)}",
-    "llama_2": LLAMA_2.format(f"[INST] <<SYS>>\n{LLAMA_SYSTEM}\n<</SYS>>\n\n"),
-    "llava_llama_2": LLAMA_2.format(f"[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\n"),
-    "mistral_instruct": LLAMA_2.replace("<s>", "").format("[INST] "),
-    "mpt": MPT.format(MPT_SYSTEM),
-    "chatml_direct": MPT.format("Answer the questions."),
-    "v0": f"{HUMAN_SYSTEM}\n\n{V0.format('<image>')}",
-    "v0_mmtag": f"{MMTAG_SYSTEM}\n\n{V0.format(TAGGED)}",
-}
-"""Two rounds with a picture; what is between « and » is labelled."""
-
-V1_TOKENS = (
-    "▁ <0x0A> Is ▁it ▁red ? ▁ASSISTANT : *▁Y *es *, *▁it *▁is *. *</s> USER : ▁What ▁is ▁in ▁the ▁p ic tu re ? "
-    "▁ASSISTANT : *▁A *▁red *▁c *ir *cle *</s>"
-)
-LLAMA_2_TOKENS = (
-    "<image> ▁ <0x0A> Is ▁it ▁red ? ▁[/ INST ] *▁Y *es *, *▁it *▁is *. *▁ *</s> <s> [ INST ] ▁What ▁is ▁in ▁the ▁p ic "
-    "tu re ? ▁[/ INST ] *▁A *▁red *▁c *ir *cle *▁ *</s>"
-)
-MPT_TOKENS = (
-    "<|im_start|> us er <0x0A> <image> ▁ <0x0A> Is ▁it ▁red ? <|im_end|> <|im_start|> a ssistant <0x0A> *Y *es *, *▁it "
-    "*▁is *. *<|im_end|> <|im_start|> us er <0x0A> W hat ▁is ▁in ▁the ▁p ic tu re ? <|im_end|> <|im_start|> a ssistant "
-    "<0x0A> *A *▁red *▁c *ir *cle *<|im_end|>"
-)
-V0_TOKENS = (
-    "Is ▁it ▁red ? <0x0A> ### ▁A ssistant : *▁Y *es *, *▁it *▁is *. *<0x0A> *### ▁ Hum an : ▁What ▁is ▁in ▁the ▁p ic "
-    "tu re ? <0x0A> ### ▁A ssistant : *▁A *▁red *▁c *ir *cle *<0x0A> *### ▁"
-)
-TAG = "▁ < I m a g e > <image> ▁ < / I m a g e >"
-TOKENS = {
-    "vicuna_v1": f"s ▁qu est io ns . ▁ USER : ▁ <image> {V1_TOKENS}",
-    "llava_v1": f"s ▁qu est io ns . ▁ USER : ▁ <image> {V1_TOKENS}",
-    "v1_mmtag": f"▁ USER : {TAG} {V1_TOKENS.removeprefix('▁ ')}",
-    "llama_2": f"<< / SYS >> <0x0A> <0x0A> {LLAMA_2_TOKENS}",
-    "llava_llama_2": f"<< / SYS >> <0x0A> <0x0A> {LLAMA_2_TOKENS}",
-    "mistral_instruct": f"<s> ▁[ INST ] ▁ {LLAMA_2_TOKENS.replace(' <s>', '')}",
-    "mpt": MPT_TOKENS,
-    "chatml_direct": f"<s> <|im_start|> s yst em <0x0A> A ns w er ▁the ▁qu est io ns . <|im_end|> {MPT_TOKENS}",
-    "v0": f". <0x0A> <0x0A> ### ▁ Hum an : ▁ <image> ▁ <0x0A> {V0_TOKENS}",
-    "v0_mmtag": f". <0x0A> <0x0A> ### ▁ Hum an : {TAG} <0x0A> {V0_TOKENS}",
-}
-"""The end of it as tokens of Vicuna's kind (`legacy` false), the labelled ones with a star."""
-NAMED = sorted(TEXTS)
+WRITTEN = json.loads((Path(__file__).parent / "prompt_texts.json").read_text(encoding="utf-8"))
+"""Of each format two rounds with a picture as text, what is between « and » labelled; its end as tokens of Vicuna's kind
+(`legacy` false), the labelled ones with a star; and what a sample's own system turn becomes."""
+NAMED = sorted(name for name, written in WRITTEN.items() if "text" in written)
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
@@ -130,8 +48,8 @@ def starred(tokenizer: PreTrainedTokenizerBase, name: str, *texts: str) -> str:
 def test_every_row_is_a_setting_and_is_written_out_here() -> None:
     assert {*TEMPLATES, "tokenizer"} == set(get_args(TemplateName))
     assert all(row.name == name for name, row in TEMPLATES.items())
-    assert set(TEMPLATES) - set(TEXTS) == {"plain", "chatml"}
-    assert set(TOKENS) == set(TEXTS)
+    assert set(TEMPLATES) == set(WRITTEN)
+    assert set(TEMPLATES) - set(NAMED) == {"plain", "chatml"}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -140,41 +58,30 @@ def test_text_and_what_is_labelled(name: str) -> None:
     marked = rendered.text
     for start, end in reversed(rendered.answer_spans):
         marked = f"{marked[:start]}«{marked[start:end]}»{marked[end:]}"
-    assert marked == TEXTS[name]
+    assert marked == WRITTEN[name]["text"]
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_tokens_and_labels(new_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     written = starred(new_tokenizer, name, *ROUNDS)
-    assert written.endswith(TOKENS[name])
-    assert "*" not in written[: -len(TOKENS[name])]
+    end = WRITTEN[name]["tokens"]
+    assert written.endswith(end)
+    assert "*" not in written[: -len(end)]
     assert written.startswith("<s> ")
     assert written.count("<s>") == (2 if name.endswith("llama_2") else 1)
-
-
-SYSTEM_TURN = {
-    **dict.fromkeys(("vicuna_v1", "llava_v1", "v1_mmtag"), "Say «so» </s>. USER: Hi ASSISTANT:"),
-    **dict.fromkeys(("llama_2", "llava_llama_2"), "[INST] <<SYS>>\nSay «so» </s>.\n<</SYS>>\n\nHi [/INST]"),
-    **dict.fromkeys(
-        ("mpt", "chatml_direct"),
-        "<|im_start|>system\nSay «so» </s>.<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n",
-    ),
-    "chatml": "<|im_start|>system\nSay «so» </s>.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-    **dict.fromkeys(("v0", "v0_mmtag"), "Say «so» </s>.\n\n### Human: Hi\n### Assistant:"),
-}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: str) -> None:
     turns = (Turn("system", "Say «so» </s>."), Turn("user", "Hi"), Turn("assistant", "Ho"))
-    if name not in SYSTEM_TURN:
+    if (before := WRITTEN[name].get("after_system")) is None:
         with pytest.raises(ValueError, match=f"template {name} "):
             TEMPLATES[name].render(turns)
         return
-    assert TEMPLATES[name].render(turns[:2], generation_prompt=True).text == SYSTEM_TURN[name]
+    assert TEMPLATES[name].render(turns[:2], generation_prompt=True).text == before
     found = TEMPLATES[name].render(turns)
-    assert found.text.startswith(SYSTEM_TURN[name])
-    assert found.answer_spans[0][0] == len(SYSTEM_TURN[name])
+    assert found.text.startswith(before)
+    assert found.answer_spans[0][0] == len(before)
     assert not [span for span in found.controls if found.text[slice(*span)] == "</s>" and span[0] < 20]
 
 

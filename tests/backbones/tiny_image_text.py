@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from tests.backbones.tiny_families.family import SPECIAL, TEXT, why_not_here
+from tests.backbones.tiny_families.family import SPECIAL, TEXT, resolved, why_not_here
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES
 
@@ -48,7 +48,7 @@ def write_tiny(model_type: str, folder: Path, *, template: str | None = None, wi
     if why := why_not_here(family.since):
         pytest.skip(why)
     tokenizer = tiny_tokenizer(family.names)
-    settings = family.config(tokenizer)
+    settings = resolved(family.config, tokenizer)
     if "text_config" in settings:  # Chameleon's stands in the config itself
         settings["text_config"] = {"vocab_size": len(tokenizer), **settings["text_config"]}
     if width != TEXT["hidden_size"]:

@@ -17,6 +17,8 @@ from tests.backbones.tiny_image_text import CHATML, write_tiny
 
 PICTURE_PART = "{% if part.type == 'image' %}PICTURE{% else %}"
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "+video"
+"""Behind a family's name: with a place for videos in its template."""
 QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -76,6 +78,7 @@ def video_template(picture: str, video: str) -> str:
 
 def write_tiny_video(model_type: str, folder: Path) -> Path:
     """Model and processor of one family; the same weights at every call."""
+    model_type = model_type.removesuffix(VIDEO)
     family = VIDEO_FAMILIES[model_type]
     if why := why_not_here(family.since):
         pytest.skip(why)

@@ -6,6 +6,8 @@ product with a given mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def dense_dora(
 def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Tensor, strength: float) -> Tensor:
     """y of one layer at a share of its adapter, with a dense direction."""
     factors = layer.factors()
-    change = torch.zeros_like(weight) if factors is None else layer.scale() * factors[1] @ factors[0]
+    change = torch.zeros_like(weight) if factors is None else layer.adapter.scale * factors[1] @ factors[0]
     direction = weight + strength * change
     if layer.magnitude is not None:
         before = torch.linalg.vector_norm(weight, dim=1)
@@ -58,6 +60,19 @@ def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Ten
         direction = magnitude.unsqueeze(1) * direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
     y = x @ direction.t()
     return y if bias is None else y + bias
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Holds the block to leave a model's modules, tensors and what of it trains as they are."""
+    modules, flags = list(model.named_modules()), [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    assert list(model.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import nn
 from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters, trained_parts
 from dora_vl.core.linear import DoRALinear
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move
+from tests.core.dense_dora import move, unchanged
 
 
 class Attention(nn.Module):
@@ -61,16 +61,6 @@ def config(**changes: Any) -> DoRAConfig:
     return DoRAConfig(**{"targets": ("text.*_proj",), "rank": 2, "alpha": 6.0, "dropout": 0.0, **changes})
 
 
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    assert before.keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
-
-
 def test_trained_parts_are_named_and_vectors_do_not_decay():
     model = Small()
     apply_dora(model, config(also_train={"projector": ("projector.*",)}))
@@ -107,21 +97,11 @@ def test_trained_parts_are_named_and_vectors_do_not_decay():
 def test_contradictions_are_refused_and_change_nothing(changes, init):
     model = Small()
     model.vision.requires_grad_(False)
-    modules, flags = list(model.named_modules()), [parameter.requires_grad for parameter in model.parameters()]
-    before = state_of(model)
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         apply_dora(model, config(**{"init": init, **changes}))
-    assert list(model.named_modules()) == modules
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    assert_state(model, before)
     apply_dora(model, config())
     with pytest.raises(UserError):  # a second adapter
         apply_dora(model, config())
-
-
-def test_a_pattern_without_a_hit_names_itself_and_what_is_near():
-    with pytest.raises(UserError, match=r"targets.*'q_proj' matches none of 8 names.*'\*\.q_proj'"):
-        apply_dora(Small(), config(targets=("q_proj",)))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +138,8 @@ def test_rank_and_alpha_patterns_and_magnitude_targets():
     apply_dora(model, config(**patterns, magnitude_targets=("vision.*_proj",)))
     assert model.text[1].q_proj.lora_A.shape == (3, 6)
     assert model.text[0].q_proj.lora_A.shape == (2, 6)
-    assert model.text[0].q_proj.scale() == 0.5
-    assert model.text[0].v_proj.scale() == 3.0
+    assert model.text[0].q_proj.adapter.scale == 0.5
+    assert model.text[0].v_proj.adapter.scale == 3.0
     assert model.vision[0].q_proj.lora_A is None
     assert model.vision[0].q_proj.magnitude.requires_grad
     assert not model.vision[0].norm.weight.requires_grad
@@ -257,10 +237,8 @@ def test_strip_refuses_what_pissa_left_of_a_weight_until_it_is_merged():
     model, x = Small(), torch.randn(2, 6)
     base = model(x)
     apply_dora(model, config(init="pissa"))
-    before = state_of(model)
-    with pytest.raises(UserError, match=r"text\.0\.q_proj"):
+    with unchanged(model), pytest.raises(UserError):
         strip_adapters(model)
-    assert_state(model, before)
     merge_dora(model)
     strip_adapters(model)
     torch.testing.assert_close(model(x), base, rtol=1e-4, atol=1e-5)
@@ -270,7 +248,5 @@ def test_a_weight_without_singular_vectors_leaves_the_model_as_it_was():
     model = Small()
     with torch.no_grad():
         model.text[1].v_proj.weight[0, 0] = float("nan")
-    before = state_of(model)
-    with pytest.raises(UserError, match=r"text\.1\.v_proj"):
+    with unchanged(model), pytest.raises(UserError):
         apply_dora(model, config(init="pissa"))
-    assert_state(model, before)

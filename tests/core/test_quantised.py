@@ -15,7 +15,7 @@ from dora_vl.core.gain import Snapshot
 from dora_vl.core.inject import loftq
 from dora_vl.core.quantised import QUANTISED_KINDS, QuantisedLinear
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move_layer
+from tests.core.dense_dora import move_layer, unchanged
 from tests.core.test_layers import PATH, Sealed
 
 HOW = "optional quantisation: pip install bitsandbytes hqq torchao"
@@ -80,10 +80,10 @@ def test_it_trains_as_the_dense_layer(quantiser):
     before = base(inputs[0])
     layer = adapted(base)["q"]
     assert torch.equal(layer(inputs[0]), before)
-    torch.testing.assert_close(layer.dense_weight(), weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.frozen_matrix(), weight, rtol=1e-5, atol=1e-5)
     move_layer(layer)
     leaves = {n: getattr(layer, n).detach().clone().requires_grad_() for n in ("lora_A", "lora_B", "magnitude")}
-    direction = weight + layer.scale() * leaves["lora_B"] @ leaves["lora_A"]
+    direction = weight + layer.adapter.scale * leaves["lora_B"] @ leaves["lora_A"]
     norms = direction.norm(dim=1).detach()
     torch.testing.assert_close(layer.norms(), norms, rtol=1e-5, atol=0)
     y = layer(inputs[0].requires_grad_())
@@ -94,29 +94,6 @@ def test_it_trains_as_the_dense_layer(quantiser):
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-3)
     for name, leaf in leaves.items():
         torch.testing.assert_close(getattr(layer, name).grad, leaf.grad, rtol=1e-4, atol=1e-3, msg=name)
-
-
-def test_bitsandbytes_8bit():
-    """LLM.int8 rounds its input as well, so outputs are near; the norm, through one-hot rows, is exact."""
-    bnb = pytest.importorskip("bitsandbytes", reason=HOW)
-    torch.manual_seed(0)
-    plain = nn.Linear(128, 64)
-    base = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
-    base.load_state_dict(plain.state_dict())
-    base = base.to("cpu")
-    x = torch.randn(3, 128, dtype=torch.float16)
-    before = base(x)
-    layer = adapted(base)["q"]
-    assert torch.equal(layer(x), before)
-    move_layer(layer)
-    weight = layer.dense_weight()
-    torch.testing.assert_close(weight, plain.weight, rtol=0, atol=2e-3)
-    direction = (weight + layer.scale() * layer.lora_B @ layer.lora_A).detach()
-    torch.testing.assert_close(layer.norms(), direction.norm(dim=1), rtol=1e-3, atol=0)
-    expected = x.float() @ ((layer.magnitude / direction.norm(dim=1)).unsqueeze(1) * direction).t() + plain.bias
-    torch.testing.assert_close(layer(x).float(), expected, rtol=5e-2, atol=5e-2)
-    layer(x).float().square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
 
 
 def test_a_folder_over_an_hqq_layer_whose_bias_has_a_graph(tmp_path):
@@ -137,28 +114,22 @@ def test_a_mix_is_refused_before_anything_is_merged():
     plain = nn.Linear(300, 7)
     model: Any = nn.ModuleDict({"plain": plain, "sealed": sealed()})
     apply_dora(model, DoRAConfig(targets=("*",), rank=2, dropout=0.0, opaque_layers=(PATH,)))
-    before = plain.weight.detach().clone()
-    with pytest.raises(UserError, match=r"^sealed: "):
+    with unchanged(model), pytest.raises(UserError):
         merge_dora(model)
-    assert torch.equal(plain.weight, before)
     assert not model["plain"].merged
 
 
 def test_pissa_is_refused_before_anything_changes(tmp_path):
     """By `apply_dora`, and by a folder that was trained over a plain layer."""
     model = nn.ModuleDict({"q": sealed(), "plain": nn.Linear(6, 6)})
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = {"targets": ("*",), "rank": 2, "init": "pissa", "opaque_layers": (PATH,)}
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         apply_dora(model, DoRAConfig(**settings))
     source = nn.ModuleDict({"q": nn.Linear(300, 7)})
     apply_dora(source, DoRAConfig(**settings))
     save_adapter(source, tmp_path / "a")
-    with pytest.raises(UserError):
+    with unchanged(model), pytest.raises(UserError):
         load_adapter(model, tmp_path / "a")
-    assert type(model["q"]) is Sealed
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_bias_that_trains_costs_no_pass_over_the_weight(monkeypatch):
@@ -219,7 +190,7 @@ def test_an_edit_of_the_layer_inside_or_of_its_scales_is_noticed(edit):
     layer = QuantisedLinear(base, config, QUANTISED_KINDS["hqq.core.quantize.HQQLinear"])
     move_layer(layer)
     for _ in range(2):
-        direction = base.dequantize() + layer.scale() * layer.lora_B @ layer.lora_A
+        direction = base.dequantize() + layer.adapter.scale * layer.lora_B @ layer.lora_A
         norm = direction.norm(dim=1)
         torch.testing.assert_close(layer.norms(), norm, rtol=1e-5, atol=0)
         expected = x @ ((layer.magnitude / norm).unsqueeze(1) * direction).t()

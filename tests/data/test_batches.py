@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
 
 def sample(index: int, ids: list[int], *, cut: int = 0, **inputs: Tensor) -> Sample:
     labels = torch.tensor([-100, *ids[1:]])
-    return Sample(index, f"s{index}", torch.tensor(ids), labels, cut_tokens=cut, inputs=inputs)
+    return Sample(torch.tensor(ids), labels, index=index, id=f"s{index}", cut_tokens=cut, inputs=inputs)
 
 
 def test_right_padding_written_out() -> None:
@@ -78,7 +77,7 @@ def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...]
     labels = torch.full_like(row, IGNORED)
     labels[len(ids) - answered :] = row[len(ids) - answered :]
     inputs = {"image_features": torch.full((len(images), 2, 3), float(index))} if images else {}
-    return Sample(index, f"s{index}", row, labels, inputs=inputs, images=images)
+    return Sample(row, labels, index=index, id=f"s{index}", inputs=inputs, images=images)
 
 
 def test_two_questions_about_one_picture_written_out() -> None:
@@ -86,33 +85,8 @@ def test_two_questions_about_one_picture_written_out() -> None:
     (row,) = shared_rows([first, second], picture_token_id=PICTURE)
     assert row.input_ids.tolist() == [1, PICTURE, PICTURE, 5, 6, 7, 5, 8, 9, 4]
     assert row.labels.tolist() == [IGNORED] * 3 + [IGNORED, 6, 7] + [IGNORED] * 3 + [4]
-    assert row.layout.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
-    assert row.pictures_of == (first,)
-
-
-def test_the_token_that_a_branch_begins_with_is_never_predicted() -> None:
-    # Both answers begin right after the picture with the same token: it must stay out of the prefix.
-    rows = [asked(0, [1, PICTURE, 5, 6], 2), asked(1, [1, PICTURE, 5, 7], 2)]
-    parted = shared_rows(rows, picture_token_id=PICTURE)
-    assert [len(row.input_ids) for row in parted] == [4, 4]  # the picture would be in the branches: nothing to share
-    rows = [asked(0, [1, PICTURE, 4, 5, 6], 2), asked(1, [1, PICTURE, 4, 5, 7], 2)]
-    (row,) = shared_rows(rows, picture_token_id=PICTURE)
-    assert row.input_ids.tolist() == [1, PICTURE, 4, 5, 6, 4, 5, 7]
-    assert row.labels.tolist() == [IGNORED] * 2 + [IGNORED, 5, 6] + [IGNORED, 5, 7]
-
-
-@pytest.mark.parametrize(
-    ("other", "why"),
-    [
-        (asked(1, [2, PICTURE, 5, 6], 1), "the text differs before the picture"),
-        (asked(1, [1, PICTURE, 5, 6], 1, ("b.png",)), "another picture"),
-        (asked(1, [1, 5, 6], 1, ()), "no picture"),
-    ],
-)
-def test_what_cannot_share_stands_by_itself(other: Sample, why: str) -> None:
-    rows = shared_rows([asked(0, [1, PICTURE, 5, 6], 1), other], picture_token_id=PICTURE)
-    assert sum(len(row.pictures_of) for row in rows) == 2, why
-    assert sum(len(row.input_ids) for row in rows) == 4 + len(other.input_ids), why
+    assert row.inputs["layout"][0].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6], [1] * 10, [0] * 3 + [1] * 3 + [2] * 4]
+    assert row.inputs["image_features"].tolist() == first.inputs["image_features"].tolist()
 
 
 def test_rows_are_filled_up_to_the_longest_tree() -> None:
@@ -120,8 +94,8 @@ def test_rows_are_filled_up_to_the_longest_tree() -> None:
     samples = [asked(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
     rows = shared_rows(samples, picture_token_id=PICTURE)
     assert [len(row.input_ids) for row in rows] == [9, 9, 5]
-    assert [[one.index for one in row.pictures_of] for row in rows] == [[0], [2, 1], [3, 4]]
-    assert rows[1].layout[1].tolist() == [1] * 5 + [2] * 4
+    assert [row.inputs["image_features"][:, 0, 0].tolist() for row in rows] == [[0], [2, 1], [3, 4]]
+    assert rows[1].inputs["layout"][0, 1].tolist() == [1] * 5 + [2] * 4
     assert rows[1].labels[5] == IGNORED  # nothing is predicted across the border
 
 
@@ -145,7 +119,7 @@ def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, l
         for number, (picture, text) in enumerate(questions)
     ]
     rows = shared_rows(samples, picture_token_id=PICTURE)
-    found = sorted(tuple(trail) for row in rows for trail in _labelled_trails(row.input_ids, row.labels, row.layout))
+    found = sorted(tuple(trail) for row in rows for trail in _labelled_trails(row))
     alone = sorted(
         (*map(int, one.input_ids[:place]), int(one.labels[place]))
         for one in samples
@@ -155,8 +129,9 @@ def test_every_token_sees_exactly_what_it_saw_alone(questions: list[tuple[int, l
     assert found == alone
 
 
-def _labelled_trails(ids: torch.Tensor, labels: torch.Tensor, layout: torch.Tensor) -> list[list[int]]:
+def _labelled_trails(row: Sample) -> list[list[int]]:
     """For each label: the tokens that its predicting position sees, ordered by position, then the label."""
+    ids, labels, layout = row.input_ids, row.labels, row.inputs["layout"][0]
     seen = visible(layout.unsqueeze(0))[0, 0]
     trails = []
     for place in range(1, len(ids)):

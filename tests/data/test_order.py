@@ -182,28 +182,19 @@ def test_a_resumed_epoch_yields_the_identical_remainder(world_size: int, skipped
         assert list(skip_first_batches(loader(rank), skipped)) == list(loader(rank))[skipped:]
 
 
-def test_lengths_of_rows_count_the_pictures(tmp_path: Path) -> None:
+def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": " one  two\nthree "}]
     rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
-    (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}]))
+    filmed = {"id": 4, "videos": ["a.mp4", "b.mp4"], "image": "a.png", "conversations": turns}
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}, filmed]))
     table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
-    lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100)
-    assert lengths.tolist() == [5, 106, 207, 0]
-    assert is_multimodal.tolist() == [False, True, True, False]
+    lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
+    assert lengths.tolist() == [5, 106, 207, 0, 2108]
+    assert is_multimodal.tolist() == [False, True, True, False, True]
     assert pictures.unique().tolist() == [0, 1, 2]
     assert pictures[0] == pictures[3]  # the two without a picture
     lengths, is_multimodal, _ = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
     assert (lengths.tolist(), is_multimodal.tolist()) == ([27, 5], [True, False])
-
-
-def test_lengths_of_rows_count_the_videos(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": "one"}]
-    videos: list[dict[str, object]] = [{}, {"video": "a.mp4"}, {"videos": ["a.mp4", "b.mp4"], "image": "a.png"}]
-    rows = [{"id": str(number), "conversations": turns, **video} for number, video in enumerate(videos)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = load_table(tmp_path / "a.jsonl", cache_folder=tmp_path / "cache")
-    lengths, is_multimodal, _ = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
-    assert (lengths.tolist(), is_multimodal.tolist()) == ([3, 1004, 2106], [False, True, True])
 
 
 def test_samples_of_one_picture_come_together_and_every_epoch_is_another_order() -> None:

@@ -20,10 +20,9 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.samples import ConversationDataset, Encoded, Examples
 from dora_vl.data.stream import Read, SampleStream, StreamedDataset, StreamOrder, StreamSource, shuffled
-from dora_vl.data.table import load_rows
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, UserError
-from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines
+from tests.training.own_data import WRITERS, items, lines
 
 MADE = items(11)
 
@@ -50,16 +49,6 @@ def problems(rows: Iterable[Read]) -> dict[str, str]:
 
 def question_rows(count: int, prefix: str = "q") -> list[dict[str, object]]:
     return [{"id": f"{prefix}{number}", "question": "q?", "answer": "yes"} for number in range(count)]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_each_container_gives_the_rows_of_its_table(tmp_path: Path, name: str) -> None:
-    path = WRITERS[name](tmp_path, MADE)
-    table, found = load_rows(str(path), cache_folder=tmp_path / "cache"), examples(source(path).rows())
-    assert [replace(row, image_bytes={}) for row in found] == list(table)
-    for row in found:
-        assert [*row.image_bytes] == (list(row.images) if name in HOLD_PICTURES else [])
-        assert all(table.stored[held] == content for held, content in row.image_bytes.items())
 
 
 def test_a_set_of_the_hub_comes_as_a_stream_with_its_pictures(tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data import plain_lines
 from dora_vl.data import table as table_module
-from dora_vl.data.columns import TrainFile, roles_of_columns
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.columns import TrainFile
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.table import described, held_out_places, load_rows, load_table, load_training_rows, overlap
-from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import question_of
 from tests.training.own_data import items, write_parquet
@@ -53,10 +51,10 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
     for number, found in enumerate(table):
         row = {"question": "q", "answer": "a", **rows[number]}
         if isinstance(found, Example):
-            assert found == table[number] == as_conversation(read_row(row, number=number))
+            assert found == table[number] == read_row(row, number=number)
             continue
         with pytest.raises(BadSample) as caught:
-            as_conversation(read_row(row, number=number))
+            read_row(row, number=number)
         assert found.reason == caught.value.reason
     assert [isinstance(found, Example) for found in table] == [True] * 4 + [False] * 4
     assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "record 5", r"half \ud83d", r"no \ud83d"]
@@ -77,7 +75,7 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=str(path)):
+    with pytest.raises(UserError):
         load_table(path, cache_folder=tmp_path / "cache")
     assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(UserError):
@@ -193,35 +191,25 @@ def test_weights_repeat_and_leave_out(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> None:
-    files = [
-        TrainFile(
-            path=write(tmp_path / f"{name}.jsonl", [{"id": f"{name}{row}", "image": f"{row}.png"} for row in range(8)]),
-            weight=weight,
-        )
-        for name, weight in (("a", 1.0), ("b", 3.0))
-    ]
+    files: list[TrainFile] = []
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        rows: list[dict[str, object]] = [{"id": f"{name}{row}", "image": f"{row}.png"} for row in range(8)]
+        files.append(TrainFile(path=write(tmp_path / f"{name}.jsonl", rows), weight=weight))
     train, held = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
     assert held is not None
     assert len(held) == 4
     assert not set(train.pictures) & set(held.pictures)
     assert Counter(train.ids()).most_common(1)[0][1] == 3
     assert len(train) == 6 + 18
-
-
-def test_no_video_stands_on_both_sides(tmp_path: Path) -> None:
-    """Twelve samples, three parts of each of four files."""
-    rows: list[dict[str, object]] = [
+    parts: list[dict[str, object]] = [
         {"id": f"a{row}", "video": {"path": f"{row % 4}.mp4", "start_seconds": row}} for row in range(12)
     ]
-    files = [TrainFile(path=write(tmp_path / "a.jsonl", rows))]
-    train, held = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    filmed = [TrainFile(path=write(tmp_path / "v.jsonl", parts))]
+    train, held = load_training_rows(filmed, share=0.25, seed=0, cache_folder=tmp_path / "cache")
     assert held is not None
-    paths = [{clip["path"] for clips in one.rows["videos"] for clip in clips} for one in (train, held)]
+    paths = [{clip["path"] for clips in table.rows["videos"] for clip in clips} for table in (train, held)]
     assert (len(train), len(held), paths[0] & paths[1]) == (9, 3, set())
-    assert [(one.has_videos, one.has_pictures) for one in (train, held)] == [(True, False)] * 2
-    found = train[0]
-    assert isinstance(found, Example)
-    assert found.videos == (Clip(path=found.videos[0].path, start_seconds=float(found.id[1:])),)
+    assert [(table.has_videos, table.has_pictures) for table in (train, held)] == [(True, False)] * 2
 
 
 def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> None:
@@ -240,67 +228,3 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []
-
-
-def talk(question: str, answer: str = "x", **more: object) -> dict[str, object]:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": question, "conversations": turns, **more}
-
-
-ODD_LINES = [
-    talk("q\n<image>", image="a.png"),
-    talk("<image>\n q \u3000", " a\u00a0b\t ", image="a/b.png"),
-    talk("<image>", image="b.png"),
-    talk("no placeholder", image="a.png"),
-    talk("<image><image> two", image="a.png"),
-    talk("<image> none"),
-    talk("<image1> by number", image="a.png"),
-    talk("<img>a.png</img> named"),
-    talk("in the answer", "<image> x", image="a.png"),
-    talk("empty", " <image> ", image="a.png"),
-    talk("<image> no path", image="https://a/b.png"),
-    talk("<image> backslash", image="a\\b.png"),
-    talk("<image> file", image="file://b.png"),
-    talk("", "no question", image=""),
-    talk("noted", model="gpt", width=3),
-    talk("four") | {"conversations": 2 * [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    talk("led") | {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
-    talk("roles") | {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
-    talk("no turns") | {"conversations": []},
-    talk("no value") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]},
-    talk("no id") | {"id": None},
-]
-
-
-@pytest.mark.parametrize(
-    ("more", "reads_plain"),
-    [
-        ([], True),
-        ([talk("marked", weight=1)], True),
-        ([talk("several", image=["a.png", "b.png"])], False),
-        ([talk("number") | {"id": 3}], False),
-        ([talk("nested", notes={"a": 1})], False),
-        ([talk("x") | {"conversations": [{"from": "human", "value": "a", "loss": 0}]}], False),
-        ([{"id": "x", "text": "another format"}], False),
-        ([talk("half \ud83d")], False),
-    ],
-)
-def test_plain_lines_become_the_rows_that_reading_each_by_itself_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[dict[str, object]], reads_plain: bool
-) -> None:
-    monkeypatch.setattr(plain_lines, "BLOCK_BYTES", 4096)
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (ODD_LINES + more) * 3))
-    alone: list[int] = []
-    read = table_module.RowReader.read
-    monkeypatch.setattr(
-        table_module.RowReader, "read", lambda self, row, number: alone.append(number) or read(self, row, number)
-    )
-    plain = load_table(path, cache_folder=tmp_path / "plain")
-    assert (len(alone) < len(plain)) == reads_plain
-    path.write_text(" " + path.read_text())  # which is not looked at as plain
-    by_row = load_table(path, cache_folder=tmp_path / "row")
-    names = [name for name in plain.column_names if name != "columns"]
-    assert plain.select_columns(names).to_list() == by_row.select_columns(names).to_list()
-    roles = [roles_of_columns(map(json.loads, filter(None, table["columns"]))) for table in (plain, by_row)]
-    assert roles[0] == roles[1]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample
@@ -25,7 +25,7 @@ def said(*speakers: str) -> dict[str, object]:
 
 
 def read(row: dict[str, object]) -> Example:
-    return as_conversation(read_row(row))
+    return read_row(row)
 
 
 def texts_of(row: dict[str, object]) -> list[str]:
@@ -39,24 +39,6 @@ def published_normalisation(value: str) -> str:
         value = "<image>\n" + value
         value = value.strip()
     return value
-
-
-def test_a_two_round_sample_with_a_picture() -> None:
-    found = read(record("What is it? <image>", "A cat.", " And here? ", "Yes. ", image="coco/1.jpg"))
-    turns = (
-        Turn("user", "<image>\nWhat is it?"),
-        Turn("assistant", "A cat."),
-        Turn("user", " And here? "),
-        Turn("assistant", "Yes. "),
-    )
-    assert found == Example("sample 7", ("coco/1.jpg",), turns)
-
-
-def test_placeholders_of_several_pictures_stay_where_they_are() -> None:
-    names = ["a.png", "b.png", "c.png"]
-    row = record("Is <image> like <image>?", "No.", "And <image> ?", "Yes.", image=names)
-    assert texts_of(row) == ["Is <image> like <image>?", "No.", "And <image> ?", "Yes."]
-    assert read(row).images == tuple(names)
 
 
 def test_a_leading_answer_is_dropped_and_a_system_turn_stays_first() -> None:

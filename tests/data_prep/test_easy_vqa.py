@@ -10,17 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.easy_vqa import (
-    PLACEHOLDER,
-    Settings,
-    balanced,
-    convert,
-    main,
-    reasoned,
-    seen_in_pictures,
-)
+from data_prep.easy_vqa import PLACEHOLDER, Settings, balanced, convert, main
 from data_prep.easy_vqa_halves import main as halve
-from data_prep.easy_vqa_package import Question, kind_of, shows
+from data_prep.easy_vqa_package import Question, shows
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
 
@@ -107,56 +99,23 @@ def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(package
         assert content != (tmp_path / f"c/{split}.json").read_bytes()
 
 
-def test_balance_leaves_out_absent_things_only() -> None:
-    asked = [
-        Question(index=0, text="is there a circle?", answer="yes", picture=0),
-        Question(index=1, text="is no circle present?", answer="no", picture=0),
-        Question(index=2, text="what color is the shape?", answer="red", picture=0),
-        *(Question(index=i, text="is there a teal shape?", answer="no", picture=i) for i in range(3, 8)),
-        *(Question(index=i, text="is no teal shape present?", answer="yes", picture=i) for i in range(8, 13)),
-    ]
-    assert [shows(question) for question in asked[:2] + asked[3:4] + asked[8:9]] == [True, True, False, False]
-    kept = balanced(asked, seed=1)
-    assert [question.index for question in kept[:3]] == [0, 1, 2]
-    assert len(kept) == 3 + 2
-    assert balanced(asked[:3], seed=1) == asked[:3]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "kind"),
-    [
-        ("what is the color of the shape?", "gray", "color"),
-        ("what is the gray shape?", "circle", "shape"),
-        ("is a gray shape present?", "yes", "yes/no"),
-        ("does the image not contain a gray shape?", "no", "yes/no negated"),
-        ("is no gray shape present?", "no", "yes/no negated"),
-    ],
-)
-def test_kinds(text: str, answer: str, kind: str) -> None:
-    assert kind_of(Question(index=0, text=text, answer=answer, picture=0)) == kind
-
-
 @pytest.mark.parametrize(
     "questions",
     [
         '[["is it?", "maybe", 0]]',
-        '[["is it red?", "red", 0]]',
         "[1",
         '[["what shape is it?", ["circle"], 0]]',
-        '[[{"a": 1}, "circle", 0]]',
-        f'[["{"q" * 9000}", "{"x" * 9000}", 0]]',
         '[["q", "circle", []]]',
         None,  # a picture that is not there
     ],
 )
-def test_broken_packages_are_refused_in_a_short_line(package: Path, tmp_path: Path, questions: str | None) -> None:
+def test_broken_packages_are_refused(package: Path, tmp_path: Path, questions: str | None) -> None:
     if questions is None:
         (package / "train/images/4.png").unlink()
     else:
         (package / "train/questions.json").write_text(questions)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError):
         convert(package, tmp_path / "data", Settings(validation_pictures=1))
-    assert len(str(caught.value)) < 500
     (package / "answers.txt").unlink()
     with pytest.raises(UserError):
         convert(package, tmp_path / "data", Settings(validation_pictures=1))
@@ -173,49 +132,30 @@ def test_settings_out_of_range_end_with_status_2(package: Path, tmp_path: Path, 
     assert stopped.value.code == 2
 
 
-def test_reasons_name_what_the_picture_shows_and_the_test_keeps_the_published_answers(
-    package: Path, tmp_path: Path
-) -> None:
-    plain = Settings(validation_pictures=2, reasons=False, balanced=False)
-    manifest = convert(package, tmp_path / "plain", plain)
-    assert manifest["left_out_undescribed"] == 0
-    assert convert(package, tmp_path / "said", replace(plain, reasons=True))["left_out_undescribed"] == 0
-    for split in ("train", "validation"):
-        bare = {record["id"]: pairs(record)[0] for record in read(tmp_path / "plain", split)}
-        for record in read(tmp_path / "said", split):
-            image, question, answer = pairs(record)[0]
-            assert (image, question) == bare[record["id"]][:2]
-            color = COLORS[int(image.split("/")[-1][0]) % 3]
-            said = answer.removeprefix(f"{color} circle").removesuffix(f", so {bare[record['id']][2]}")
-            assert said in ({", present", ", absent"} if bare[record["id"]][2] in {"yes", "no"} else {""})
-    assert read(tmp_path / "plain", "test") == read(tmp_path / "said", "test")
-
-
-def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_balance_leaves_out_absent_things_only() -> None:
     asked = [
-        Question(index=0, text="what color is the shape?", answer="red", picture=0),
-        Question(index=1, text="what shape is present?", answer="circle", picture=0),
-        Question(index=2, text="is there a circle?", answer="no", picture=1),
+        Question(index=0, text="is there a circle?", answer="yes", picture=0),
+        Question(index=1, text="is no circle present?", answer="no", picture=0),
+        Question(index=2, text="what color is the shape?", answer="red", picture=0),
+        *(Question(index=i, text="is there a teal shape?", answer="no", picture=i) for i in range(3, 8)),
+        *(Question(index=i, text="is no teal shape present?", answer="yes", picture=i) for i in range(8, 13)),
     ]
-    assert seen_in_pictures(asked) == {0: "red circle"}
-    assert [question.answer for question in reasoned(asked, seen_in_pictures(asked))] == [
-        "red circle, so red",
-        "red circle, so circle",
-    ]
+    assert [shows(question) for question in asked[:2] + asked[3:4] + asked[8:9]] == [True, True, False, False]
+    kept = balanced(asked, seed=1)
+    assert [question.index for question in kept[:3]] == [0, 1, 2]
+    assert len(kept) == 3 + 2
+    assert balanced(asked[:3], seed=1) == asked[:3]
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "said"),
-    [
-        ("is there a circle?", "yes", "red circle, present, so yes"),
-        ("is there a teal shape?", "no", "red circle, absent, so no"),
-        ("is no circle present?", "no", "red circle, present, so no"),
-        ("does the image not contain a teal shape?", "yes", "red circle, absent, so yes"),
-    ],
-)
-def test_a_yes_no_answer_says_in_between_whether_the_thing_is_there(text: str, answer: str, said: str) -> None:
-    question = Question(index=0, text=text, answer=answer, picture=4)
-    assert [one.answer for one in reasoned([question], {4: "red circle"})] == [said]
+def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:
+    """Answers with reasons, those about pictures that nobody described left out, the test's as published."""
+    rows = json.loads((package / "train/questions.json").read_text())
+    undescribed = [row for row in rows if row[2] != 5 or row[1] in {"yes", "no"}]
+    (package / "train/questions.json").write_text(json.dumps(undescribed))
+    manifest = convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=2))
+    made = {split: read(tmp_path / "data", split) for split in ("train", "validation", "test")}
+    assert made == json.loads(Path(__file__).with_name("easy_vqa_splits.json").read_text(encoding="utf-8"))
+    assert manifest["left_out_undescribed"] == 5
 
 
 @pytest.fixture

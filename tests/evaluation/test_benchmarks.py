@@ -17,7 +17,7 @@ from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation import benchmarks
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
-from dora_vl.evaluation.scores import prompts
+from dora_vl.evaluation.scores import benchmark as prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
 
@@ -51,7 +51,7 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
 
 @pytest.mark.parametrize(
     ("scoring", "prompt", "chooses"),
-    [("exact", prompts.short, False), ("choice", prompts.letter, True), ("caption", prompts.caption, False)],
+    [("exact", prompts.short, False), ("choice", prompts.letter, True), ("caption", prompts.caption_of_picture, False)],
 )
 def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prompt: object, chooses: bool) -> None:
     found = read_own(written(tmp_path, f"name: mine\nscoring: {scoring}\n"))

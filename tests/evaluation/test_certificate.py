@@ -13,11 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
-from dora_vl.data.pictures import open_image
 from dora_vl.evaluation import merging as merging_module
-from dora_vl.evaluation.ask import Assistant, Shown
-from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.questions import read_questions
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
 from tests.tasks.test_closed_answers import COLOURS, asked
@@ -82,14 +78,6 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
     assert "Answers that differ" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     certified(*merge)  # an earlier result with its certificate is replaced
-    assistant = open_model(ModelRequest(adapter=folders / "adapter")).adapted
-    assert isinstance(assistant, Assistant)
-    questions = {question.id: question for question in read_questions(folders / "data" / "train.json")[0]}
-    for one in found["answers"]:
-        question = questions[one["id"]]
-        shown = Shown(pictures=tuple(open_image(folders / "data", path) for path in question.images))
-        alone = assistant.answer(question, shown, max_new_tokens=6).strip()
-        assert one["unmerged"] == one["merged"]["answer"] == alone
 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:

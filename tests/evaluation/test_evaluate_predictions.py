@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import commands
 from dora_vl.evaluation.benchmarks import EvaluationSet, read_set
-from dora_vl.evaluation.finish import finish
+from dora_vl.evaluation.commands import finish
 from dora_vl.evaluation.predictions import Prediction, Predictions, refuse_anothers, write_metrics
 from dora_vl.files import file_sha256
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
 CHOICES = ("red", "blue")
+ROWS: list[dict[str, Any]] = [
+    json.loads(line) for line in Path(__file__).with_name("evaluated_rows.jsonl").read_text().splitlines()
+]
+"""A benchmark's records and answers, and its score; without a metric the command refuses them, and writes nothing."""
 
 
 def right(name: str, *answers: str, images: Sequence[str] = (), **extra: Any) -> Example:
@@ -122,13 +126,6 @@ def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path) -> N
     assert entry["difference"]["accuracy"]["value"] == 0.0
 
 
-def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path) -> None:
-    examples = [right("1", "No", human_answers=["No"] * 10)]
-    for mode, score in (("after_2021", 100.0), ("before_2021", 0.0)):
-        entry = evaluated("vqav2", examples, {"1": "No"}, tmp_path, "--mode", f"vqav2={mode}")
-        assert (entry["metrics"]["accuracy"]["value"], entry["settings"]["vqa_version"]) == (score, mode)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -149,14 +146,6 @@ def test_mistakes_are_refused(words: str, pope: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_score_leaves_no_upload_file(tmp_path: Path) -> None:
-    write_examples(tmp_path / "how2qa.jsonl", [Example(id="1", choices=CHOICES, extra={"correct": 0})])
-    answers = predictions_file(tmp_path / "p.jsonl", {"1": "a0", "2": "a1"})
-    benchmark = f"how2qa={tmp_path / 'how2qa.jsonl'}"
-    refused(["--benchmarks", benchmark, "--predictions", answers, "--to", tmp_path / "to"])
-    assert not (tmp_path / "to").exists()
-
-
 OPTIONS = argparse.Namespace(
     adapter=Path("adapter"), predictions=None, against=None, limit=None, answer_after=None, all_metrics=False
 )
@@ -175,7 +164,7 @@ def sets(tmp_path: Path) -> list[EvaluationSet]:
     return [read_set(request, tmp_path, mode=None, limit=None) for request in requests]
 
 
-def test_the_other_benchmarks_keep_their_scores(sets: list[EvaluationSet], tmp_path: Path) -> None:
+def test_what_cannot_be_scored_takes_no_other_score_with_it(sets: list[EvaluationSet], tmp_path: Path) -> None:
     said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
     answered = {name: Predictions(rows=[Prediction(id="1", prediction=one)]) for name, one in said.items()}
     with pytest.raises(UserError):
@@ -183,17 +172,11 @@ def test_the_other_benchmarks_keep_their_scores(sets: list[EvaluationSet], tmp_p
     assert {name: entry["n"] for name, entry in entries(tmp_path / "to").items()} == {"exact_match": 1, "how2qa": 1}
     assert (tmp_path / "to/how2qa/how2qa_test_public_predictions.json").is_file()
     assert not (tmp_path / "to/mme").exists()
-
-
-def test_what_was_true_of_a_failed_benchmark_stays(sets: list[EvaluationSet], tmp_path: Path) -> None:
-    answered = {one.name: Predictions(rows=[Prediction(id="1", prediction="x")]) for one in sets}
-    list(finish(sets[:1], answered, None, OPTIONS, tmp_path))
-    before = entries(tmp_path)["exact_match"]
+    before = entries(tmp_path / "to")["exact_match"]
     object.__setattr__(sets[0], "examples", [Example(id="1", extra={"correct": 0})])  # its scorer reads answers
     with pytest.raises(UserError):
-        list(finish(sets, answered, None, OPTIONS, tmp_path))
-    assert entries(tmp_path).keys() == {"exact_match", "how2qa"}
-    assert entries(tmp_path)["exact_match"] == before
+        list(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
+    assert entries(tmp_path / "to")["exact_match"] == before  # what was true of it stays
 
 
 def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None:
@@ -207,64 +190,19 @@ def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None
     assert line in capsys.readouterr().out.splitlines()  # the answer to question 2 is no mistake
 
 
-# Records without a right answer are counted and named; the others are scored, in whole groups.
-
-
-@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "textvqa"])
-@pytest.mark.parametrize(
-    "bare", [right("2"), right("2", human_answers=[]), right("2", "", human_answers=[" "] * 10)], ids=str
-)
-def test_one_record_without_answers_leaves_the_others_their_score(name: str, bare: Example, tmp_path: Path) -> None:
-    examples = [right("1", "yes", human_answers=["yes"] * 10), bare, right("3", "no", human_answers=["no"] * 10)]
-    entry = evaluated(name, examples, {"1": "yes", "2": "yes", "3": "dog"}, tmp_path)
-    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (2, 50.0)
-    assert entry["not_scored"].keys() == {"2"}
-
-
-def choice(name: str, **extra: int) -> Example:
-    return Example(id=name, choices=CHOICES, extra=extra)
-
-
-@pytest.mark.parametrize(
-    ("name", "examples", "answers", "metric", "n", "value", "not_scored"),
-    [
-        (  # an answer to a record without its own is no stranger
-            "pope",
-            [
-                *(right(name, "yes", images=["a"], category="random") for name in "12"),
-                right("3", images=["a"], category="random"),
-            ],
-            {"1": "yes", "2": "no", "3": "no"},
-            *("accuracy", 2, 50.0, {"3"}),
-        ),
-        (  # rotations of one question
-            "mmbench",
-            [choice("1", index=1, correct=0), choice("2", index=1_000_001), choice("3", index=2, correct=1)],
-            {"1": "A", "2": "A", "3": "B"},
-            *("accuracy", 1, 100.0, {"1", "2"}),
-        ),
-        (  # items of one sentence
-            "nlvr2",
-            [right("dev-1-0-0", "True"), right("dev-1-1-0"), right("dev-2-0-0", "True")],
-            dict.fromkeys(("dev-1-0-0", "dev-1-1-0", "dev-2-0-0"), "True"),
-            *("consistency", 1, 100.0, {"dev-1-0-0", "dev-1-1-0"}),
-        ),
-        ("seed", [choice("0", correct=0), choice("1")], {"0": "A", "1": "A"}, "accuracy", 1, 100.0, {"1"}),
-    ],
-)
-def test_what_is_scored_together_is_left_out_together(
-    name: str,
-    examples: list[Example],
-    answers: dict[str, str],
-    metric: str,
-    n: int,
-    value: float,
-    not_scored: set[str],
-    tmp_path: Path,
-) -> None:
-    entry = evaluated(name, examples, answers, tmp_path)
-    assert (entry["n"], entry["metrics"][metric]["value"]) == (n, value)
-    assert entry["not_scored"].keys() == not_scored
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['benchmark']}-{row['about']:.40}")
+def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> None:
+    examples, options = [from_record(record) for record in row["examples"]], row.get("options", ())
+    if "metric" not in row:
+        with pytest.raises(SystemExit) as status:
+            evaluated(row["benchmark"], examples, row["answers"], tmp_path, *options)
+        assert status.value.code == 2
+        assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "p.jsonl"}
+        return
+    entry = evaluated(row["benchmark"], examples, row["answers"], tmp_path, *options)
+    assert (entry["n"], entry["metrics"][row["metric"]]["value"]) == (row["n"], row["value"])
+    assert sorted(entry.get("not_scored", ())) == row["not_scored"]
+    assert entry["settings"] == row.get("settings", entry["settings"])
 
 
 def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
@@ -272,19 +210,8 @@ def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there
     write_examples(tmp_path / "tvc.jsonl", examples)
     one = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
     assert (list(one.not_scored), [example.id for example in one.scored]) == (["3"], ["1", "2"])
-    write_examples(tmp_path / "kept.jsonl", [choice("1")])
+    write_examples(tmp_path / "kept.jsonl", [Example(id="1", choices=CHOICES)])
     assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
-
-
-@pytest.mark.parametrize("name", ["exact_match", "pope", "mme", "gqa", "openbookqa", "boolq"])
-def test_a_record_that_names_a_choice_and_no_answer_is_refused(name: str, tmp_path: Path) -> None:
-    extra = {"task": name, "category": "color", "global_group": "color"}
-    bare = Example(id="b", images=("a.jpg",), choices=("yes", "no"), extra={**extra, "correct": 0})
-    if name == "gqa":
-        bare = right("b", images=["a.jpg"], human_answers=["yes"], **extra)
-    with pytest.raises(SystemExit) as status:
-        evaluated(name, [right("a", "yes", images=["a.jpg"], **extra), bare], {"a": "yes", "b": "yes"}, tmp_path)
-    assert status.value.code == 2
 
 
 # metrics.json holds what is true of one model's answers: entries of before stay or go, and no file is another's.

@@ -94,33 +94,21 @@ def white(_: Prediction) -> Image.Image:
     return Image.new("RGB", (64, 64), "white")
 
 
-def test_what_is_said_stands_on_the_picture(tmp_path: Path) -> None:
-    assert drawn(tmp_path / "a.png") != drawn(tmp_path / "b.png", said="anna: look at the red one. " * 9)
-
-
-@pytest.mark.parametrize("text", ["$x^$", r"$\nosuch$ 5", "$5 or $6_", "a\ud83d", "nul \0", "\u200f\u202e"])
-def test_text_is_drawn_as_it_stands_and_not_as_mathematics(tmp_path: Path, text: str) -> None:
-    rows = [
-        Prediction(id=name, images=[f"{name}.png"], question=text, truth=text, prediction=answer)
-        for name, answer in (("1", text), ("2", "red"))
-    ]
-    write_contact_sheet(rows, white, tmp_path / "a.png", title=text, shares={}, subtitles={"1": text})
-    assert (tmp_path / "a.png").stat().st_size > 0
-
-
 @pytest.mark.parametrize(
-    ("one", "other"),
+    "changes",
     [
-        ("is $a$ or b?", "is $a $ or b?"),  # mathematics draws both alike
-        (r"is \$a\$ or b?", "is $a$ or b?"),  # and drops a backslash in front of a dollar
+        ({"question": "is $a$ or b?"}, {"question": "is $a $ or b?"}),  # mathematics draws both alike
+        ({"question": r"is \$a\$ or b?"}, {"question": "is $a$ or b?"}),  # and drops a backslash before a dollar
+        ({}, {"said": "anna: look at the red one. " * 9}),
     ],
 )
-def test_dollars_are_dollars_on_the_sheet(tmp_path: Path, one: str, other: str) -> None:
-    assert drawn(tmp_path / "a.png", one) != drawn(tmp_path / "b.png", other)
+def test_text_is_drawn_as_it_stands(tmp_path: Path, changes: tuple[dict[str, str], dict[str, str]]) -> None:
+    first, second = (drawn(tmp_path / f"{number}.png", **change) for number, change in enumerate(changes))
+    assert first != second
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.text(max_size=40), st.text("$\\{}^_ab \n\0\ud800", max_size=20))
+@given(st.text(max_size=40), st.text("$\\{}^_ab \n\0\ud800\u200f\u202e", max_size=20))
 def test_any_text_can_be_drawn(tmp_path: Path, text: str, marks: str) -> None:
     row = Prediction(id="1", images=["1.png"], question=text, truth=marks, prediction=marks + text)
     write_contact_sheet([row], white, tmp_path / "a.png", title=marks, shares={}, subtitles={"1": text + marks})

@@ -14,7 +14,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.benchmarks import read_set
 from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions
-from dora_vl.evaluation.scores.prompts import LETTER, SHORT, turns_of
+from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
 
 
 def record(name: object, *texts: str, **more: object) -> dict[str, object]:
@@ -89,8 +89,8 @@ def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
     one = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
     first, second = one.examples
     assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
-    assert turns_of(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
-    assert turns_of(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
+    assert prompt_turns(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
+    assert prompt_turns(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
     assert one.scorer is None
     assert read_set(f"{name}={path}", tmp_path, mode=None, limit=1).examples == [first]
 
@@ -131,7 +131,7 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     by_id = {example.id: example for example in one.examples}
     assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
     assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
-    (asked,) = turns_of(by_id["4"], one.benchmark.prompt)
+    (asked,) = prompt_turns(by_id["4"], one.benchmark.prompt)
     assert asked.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
     assert (one.not_scored.keys(), one.unreadable.keys()) == ({"7"}, {"8"})
     answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}
@@ -141,21 +141,6 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["scienceqa"]
     assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
-
-
-@pytest.mark.parametrize(
-    ("name", "upload"),
-    [
-        ("vqav2", [{"question_id": 7, "answer": ""}, {"question_id": 8, "answer": "dogs"}]),
-        ("mmvet", {"v1_7": "", "v1_8": "The  dogs"}),
-    ],
-)
-def test_answers_to_questions_give_the_servers_file(name: str, upload: object, tmp_path: Path) -> None:
-    rows = [{"question_id": n, "image": f"{n}.jpg", "text": f"Is it red?\n{SHORT}"} for n in (7, 8)]
-    lines(tmp_path / "p.jsonl", [{"question_id": 8, "prompt": "?", "text": "The  dogs"}])
-    predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
-    main(["evaluate", "--benchmarks", f"{name}={lines(tmp_path / 'q.jsonl', rows)}", *predictions])
-    assert json.loads((tmp_path / name / f"{name}.json").read_text()) == upload
 
 
 # Instructions name the outputs that they admit, of which the likeliest is taken.

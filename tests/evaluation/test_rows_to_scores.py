@@ -21,12 +21,12 @@ import pytest
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.data import prepare
 from dora_vl.data.benchmarks.table import SOURCES
-from dora_vl.data.example import Example, as_conversation
+from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.benchmarks import BENCHMARKS, read_set
-from dora_vl.evaluation.scores import prompts
-from dora_vl.evaluation.scores.commonsense import PATTERNS
+from dora_vl.evaluation.scores.benchmark import prompt_turns
+from dora_vl.evaluation.scores.exact import PATTERNS
 from dora_vl.evaluation.subtask import Subtask
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
@@ -48,7 +48,7 @@ def test_a_row_becomes_prompt_target_and_score(
     questions = read_set(f"{benchmark}={file}", tmp_path, mode=None, limit=None)
     (example,) = (one for one in questions.examples if one.id == row["id"])
     if "asked" in row:
-        (turn,) = prompts.turns_of(example, questions.benchmark.prompt)
+        (turn,) = prompt_turns(example, questions.benchmark.prompt)
         assert turn.text == row["asked"]
     if "vlbart" in row:
         assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (
@@ -94,5 +94,5 @@ def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
     """A conversation under a template, and the parts of it that carry labels."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     (record,) = (one for one in rows if one["id"] == name)
-    rendered = TEMPLATES[template].render(as_conversation(read_row(record)).turns)
+    rendered = TEMPLATES[template].render(read_row(record).turns)
     return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

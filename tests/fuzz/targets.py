@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from dora_vl.cli import main
 from dora_vl.data.example import Example, iterate_examples, to_record
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores import prompts, vqa
-from dora_vl.evaluation.scores.commonsense import PATTERNS
-from dora_vl.evaluation.scores.own import SCORINGS
+from dora_vl.evaluation.scores import vqa
+from dora_vl.evaluation.scores.benchmark import SHORT
+from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 SOURCE_OF = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}
@@ -122,7 +122,7 @@ def _llava(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -
         examples = [replace(one, question=f"{number}: {one.question}") for number, one in enumerate(examples)]
     for number, example in enumerate(examples):
         id = LLAVA_IDS.get(name, lambda example, number: example.id)(example, number)
-        prompt = f"{example.question}\n{prompts.SHORT}"
+        prompt = f"{example.question}\n{SHORT}"
         lines.append({"question_id": id, "prompt": prompt, "text": answers[example.id], "metadata": {}})
         picture = {"image": example.images[0]} if example.images else {}
         category = str(example.extra.get("category", "default"))

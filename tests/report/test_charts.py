@@ -42,16 +42,6 @@ def test_a_logarithmic_axis() -> None:
     assert with_zero.data["log"] is False
 
 
-def test_colours_letters_and_names_are_the_page_s() -> None:
-    names = ("<b>one", "two")
-    drawn = chart("<i>t", [Series(name="<u>", x=[1.0, 2.0], y=[3.0, 4.0], look="dots", names=names)], y_label="y")
-    assert drawn is not None
-    assert "#2f6fde" not in drawn.svg
-    assert "font-" not in drawn.svg
-    assert not any(text in drawn.svg for text in ("<b>", "<i>", "<u>"))
-    assert drawn.data["series"][0]["names"] == list(names)
-
-
 def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
     y = [float(place % 2) for place in range(10 * MOST_POINTS)]
     drawn = chart("t", [Series(name="a", x=[float(place) for place in range(len(y))], y=y)], y_label="y")

@@ -180,7 +180,8 @@ def test_damaged_lines_are_counted(copied: Path, tmp_path: Path) -> None:
     lines[1:2] = ['{"step": 2, "loss": 1.', "[1, 2]", '{"loss": 1.0}']
     (copied / "log.jsonl").write_text("\n".join(lines) + "\n" + '{"step": 9, "lo')
     (copied / "metrics.json").write_text("{")
-    page = reported(copied, to=tmp_path / "page.html")
+    page = reported(copied, to=tmp_path / "page.html", more=("--no-weights",))
+    assert not any("by depth" in str(figure["aria-label"]) for figure in page.all("figure"))
     assert f"log.jsonl: 4 of {len(lines) + 1} lines" in page.words
     assert "metrics.json: not one whole JSON object" in page.words
 
@@ -205,8 +206,3 @@ def test_bad_input_ends_with_status_2_and_leaves_no_file(llava_run: Path, tmp_pa
         assert end.value.code == 2
     assert not to.parent.exists()
     assert not list(tmp_path.glob("**/*.html")) + list(tmp_path.glob("**/.*"))
-
-
-def test_without_weights(llava_run: Path, tmp_path: Path) -> None:
-    page = reported(llava_run, to=tmp_path / "page.html", more=("--no-weights",))
-    assert not any("by depth" in str(figure["aria-label"]) for figure in page.all("figure"))

@@ -6,7 +6,8 @@ import pytest
 
 from dora_vl.data.example import Example, Subtitle
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.scores import llava, prompts, vqa
+from dora_vl.evaluation.scores import benchmark as prompts
+from dora_vl.evaluation.scores import llava, vqa
 
 SHORT, LETTER = prompts.SHORT, "Answer with the option's letter from the given choices directly."
 HINTED = {"choices": ("red", "blue"), "extra": {"hint": "Look."}}
@@ -30,10 +31,10 @@ LINES = (Subtitle("well"), Subtitle(""), Subtitle("no"))
     ],
 )
 def test_wording(prompt: prompts.Prompt, fields: dict[str, object], text: str) -> None:
-    assert prompts.turns_of(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
+    assert prompts.prompt_turns(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
 
 
 def test_turns_are_asked_as_they_are_without_their_last_answer() -> None:
     turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "a cat"), Turn("user", "Why?"))
     for row in (turns, (*turns, Turn("assistant", "because"))):
-        assert prompts.turns_of(Example(id="1", images=("a.jpg",), turns=row), prompts.short) == turns
+        assert prompts.prompt_turns(Example(id="1", images=("a.jpg",), turns=row), prompts.short) == turns

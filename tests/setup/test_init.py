@@ -19,7 +19,7 @@ from jsonargparse import get_loader
 from PIL import Image
 
 from dora_vl.cli import main
-from dora_vl.data.check import FileCheck, Limits, MediaCheck
+from dora_vl.data.check import FileCheck, MediaCheck
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_run_file
 from dora_vl.start import init
@@ -62,8 +62,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def problems(path: Path, root: Path) -> list[str]:
-    limits = Limits(most=1_500, unit="words", length=lambda text: len(text.split()), answers_needed=True)
-    return list(FileCheck(path, limits, MediaCheck(root, decode=True)).run(lambda _: None).findings)
+    return list(FileCheck(path, media=MediaCheck(root, decode=True)).run(lambda _: None).findings)
 
 
 def test_a_table_and_photographs_below_become_the_files_of_a_run(

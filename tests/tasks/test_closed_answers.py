@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from data_prep import features
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.published_features import open_features
-from dora_vl.backbones.vision_store import FeatureReader
+from dora_vl.backbones.vision_store import FeatureReader, open_features
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples

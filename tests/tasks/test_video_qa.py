@@ -14,7 +14,7 @@ import torch
 from data_prep import features
 from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
-from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.vision_store import open_features
 from dora_vl.data.example import Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.video import VideoReader
@@ -124,7 +124,8 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     words = assistant.subtasks[0]
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
-        made, _ = assistant.features[words.name].video(reader, place / "data", clip)
+        encoder = assistant.features[words.name]
+        made = encoder.frames(reader.read(place / "data", clip, encoder.settings.sampling).pictures)
         frames, caption_frames = (
             reader.read(place / "data", clip, assistant.view(asked, frames=0).sampling).pictures
             for asked in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))

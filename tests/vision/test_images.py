@@ -87,7 +87,7 @@ def test_a_preprocessor_without_three_colours(tmp_path: Path, mean: object) -> N
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": mean}))
     if mean == "no file":
         file.unlink()
-    with pytest.raises(UserError, match=str(tmp_path)):
+    with pytest.raises(UserError):
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
 
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModel, CLIPModel, CLIPVisionModel
 
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_from_file, load_tower
 from dora_vl.backbones.towers import GridTower
 from dora_vl.errors import UserError
+from tests.vision.tiny_clip import small_clip
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -75,12 +76,6 @@ def test_timm_inner_layer_and_pooling(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.model(pixels).last_hidden_state, torch.cat(rows, 1), rtol=1e-5, atol=1e-5)
 
 
-def test_open_clip_takes_no_weights_by_position() -> None:
-    spec = TowerSpec(library="open_clip", name="ViT-S-32-alt", weights="random", weights_in_order=True)
-    with pytest.raises(UserError):
-        load_tower(spec)
-
-
 def test_open_clip(tmp_path: Path) -> None:
     tiny = {
         "embed_dim": 8,
@@ -108,27 +103,7 @@ class TestTransformers:
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        torch.manual_seed(4)
-        vision = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=2,
-            projection_dim=8,
-        )
-        text = CLIPTextConfig(
-            vocab_size=20,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            max_position_embeddings=8,
-        )
-        CLIPModel(
-            CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-        ).save_pretrained(tmp_path)
+        small_clip(4).save_pretrained(tmp_path)
         return tmp_path
 
     def spec(self, folder: Path, **changes: object) -> TowerSpec:
@@ -139,15 +114,15 @@ class TestTransformers:
         assert isinstance(tower.model, CLIPVisionModel)
         assert (tower.layer, tower.select, tower.tokens, tower.prefix_tokens) == (-2, "default", 16, 1)
         whole = CLIPModel.from_pretrained(folder)
-        pixels = picture(8)
+        pixels = picture(32)
         assert torch.equal(tower.model(pixels).last_hidden_state, whole.vision_model(pixels).last_hidden_state)
-        assert (tower.preparation.image_size, tower.preparation.mean) == (8, MEAN)
+        assert (tower.preparation.image_size, tower.preparation.mean) == (32, MEAN)
 
     def test_pooled(self, folder: Path, tmp_path: Path) -> None:
         tower = load_tower(self.spec(folder, grid_pool=2))
         assert isinstance(tower.model, GridTower)
         assert (tower.layer, tower.select, tower.tokens) == (-1, "full", 4)
-        pixels = picture(8)
+        pixels = picture(32)
         states = CLIPVisionModel.from_pretrained(folder)(pixels, output_hidden_states=True).hidden_states[-2]
         grid = states[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
         expected = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
@@ -197,13 +172,14 @@ class TestWeights:
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    "spec",
     [
-        (TowerSpec(library="timm", name="no_such_net"), "timm has no model 'no_such_net'"),
-        (TowerSpec(library="open_clip", name="no-such-clip"), "open_clip has no model 'no-such-clip'"),
-        (TowerSpec(library="timm", name="test_vit", weights="random", layer=-99), "layer -99"),
+        TowerSpec(library="timm", name="no_such_net"),
+        TowerSpec(library="open_clip", name="no-such-clip"),
+        TowerSpec(library="open_clip", name="ViT-S-32-alt", weights="random", weights_in_order=True),
+        TowerSpec(library="timm", name="test_vit", weights="random", layer=-99),
     ],
 )
-def test_what_does_not_exist_is_named(spec: TowerSpec, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_what_does_not_exist_is_refused(spec: TowerSpec) -> None:
+    with pytest.raises(UserError):
         load_tower(spec)

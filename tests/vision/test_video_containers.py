@@ -97,5 +97,5 @@ def test_a_file_of_endlessly_many_parts_ends_soon(tmp_path: Path, monkeypatch: p
         b"RIFF" + struct.pack("<I", 40_000) + b"AVI " + (b"JUNK" + bytes(4)) * 5000,
     ):
         path.write_bytes(content)
-        with pytest.raises(NotWhole, match="1,000"):
+        with pytest.raises(NotWhole):
             check_whole_video(path)

@@ -10,12 +10,12 @@ where they give the bits of the whole product, whatever the numbers: no result h
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -39,52 +39,44 @@ ROUNDING = 2.0**-20
 """Of a sum's terms, about what float32 loses of them; a bias of that size hides no rounding."""
 
 
-class RowHalves:
-    """Takes products whole or in halves, as it found faster for products of that shape."""
-
-    def __init__(self) -> None:
-        self._halved: dict[tuple[object, ...], bool | int] = {}
-        """Shape -> whether halves are taken, or how often it came so far."""
-
-    def product(
-        self,
-        rows: Float[Tensor, "rows inner"],
-        matrix: Float[Tensor, "inner columns"],
-        bias: Float[Tensor, " columns"] | None = None,
-    ) -> Float[Tensor, "rows columns"]:
-        """`rows @ matrix + bias`, with the bits of the whole product in either way; without a graph of its own."""
-        halved = rows.is_contiguous() and self.halves(len(rows), matrix, bias)
-        return halved_product(rows, matrix, bias) if halved else whole_product(rows, matrix, bias)
-
-    def halves(
-        self, count: int, matrix: Float[Tensor, "inner columns"], bias: Float[Tensor, " columns"] | None
-    ) -> bool:
-        """Whether products of `count` contiguous rows with such a matrix are taken in halves."""
-        threads = torch.get_num_threads()
-        if not (
-            matrix.device.type == "cpu"
-            and matrix.element_size() == 2
-            and FEWEST_ROWS <= count <= MOST_ROWS
-            and matrix.numel() >= SMALLEST_WEIGHT
-            and threads > 1
-            and (matrix.is_contiguous() or matrix.t().is_contiguous())
-        ):
-            return False
-        # The very number of rows: the next may be summed in another order.
-        key = (count, matrix.shape, matrix.stride(), matrix.dtype, bias is None, threads)
-        answer = self._halved.get(key, 0)
-        if answer is not True and answer is not False:
-            answer = answer + 1
-            if answer == SIGHTINGS:
-                rows = matrix.new_empty(count, len(matrix)).normal_(generator=torch.Generator().manual_seed(0))
-                answer = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
-            if key not in self._halved and len(self._halved) == MOST_SHAPES:
-                del self._halved[next(iter(self._halved))]
-            self._halved[key] = answer
-        return answer is True
+_halved: dict[tuple[object, ...], bool | int] = {}
+"""Shape -> whether halves are taken, or how often it came so far."""
 
 
-ROW_HALVES = RowHalves()
+def frozen_product(
+    rows: Float[Tensor, "rows inner"],
+    matrix: Float[Tensor, "inner columns"],
+    bias: Float[Tensor, " columns"] | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """`rows @ matrix + bias`, whole or in halves, with the bits of the whole product; without a graph of its own."""
+    parts = 2 if rows.is_contiguous() and takes_halves(len(rows), matrix, bias) else 1
+    return product_in_parts(rows, matrix, bias, parts)
+
+
+def takes_halves(count: int, matrix: Float[Tensor, "inner columns"], bias: Float[Tensor, " columns"] | None) -> bool:
+    """Whether products of `count` contiguous rows with such a matrix are taken in halves."""
+    threads = torch.get_num_threads()
+    if not (
+        matrix.device.type == "cpu"
+        and matrix.element_size() == 2
+        and FEWEST_ROWS <= count <= MOST_ROWS
+        and matrix.numel() >= SMALLEST_WEIGHT
+        and threads > 1
+        and (matrix.is_contiguous() or matrix.t().is_contiguous())
+    ):
+        return False
+    # The very number of rows: the next may be summed in another order.
+    key = (count, matrix.shape, matrix.stride(), matrix.dtype, bias is None, threads)
+    answer = _halved.get(key, 0)
+    if answer is not True and answer is not False:
+        answer = answer + 1
+        if answer == SIGHTINGS:
+            rows = matrix.new_empty(count, len(matrix)).normal_(generator=torch.Generator().manual_seed(0))
+            answer = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
+        if key not in _halved and len(_halved) == MOST_SHAPES:
+            del _halved[next(iter(_halved))]
+        _halved[key] = answer
+    return answer is True
 
 
 def scaled_product(
@@ -94,28 +86,25 @@ def scaled_product(
     return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)
 
 
-def whole_product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """In one call."""
-    return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
-
-
-def halved_product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """In two calls, of which each writes its half."""
-    product, half = rows.new_empty(len(rows), matrix.shape[1]), (len(rows) + 1) // 2
-    for rows_half, product_half in zip(rows.split(half), product.split(half), strict=True):
-        whole_product(rows_half, matrix, bias, out=product_half)
-    return product
+def product_in_parts(rows: Tensor, matrix: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    """In one call, or in several, of which each writes its part."""
+    if parts == 1:
+        return torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
+    result, size = rows.new_empty(len(rows), matrix.shape[1]), -(-len(rows) // parts)
+    for part, out in zip(rows.split(size), result.split(size), strict=True):
+        _ = torch.mm(part, matrix, out=out) if bias is None else torch.addmm(bias, part, matrix, out=out)
+    return result
 
 
 def halves_are_faster(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     """Whether halves take clearly less time than the whole product."""
 
-    def seconds(way: Callable[..., Tensor]) -> float:
+    def seconds(parts: int) -> float:
         start = time.perf_counter()
-        way(rows, matrix, bias)
+        product_in_parts(rows, matrix, bias, parts)
         return time.perf_counter() - start
 
-    turns = [(seconds(whole_product), seconds(halved_product)) for _ in range(ATTEMPTS)]
+    turns = [(seconds(1), seconds(2)) for _ in range(ATTEMPTS)]
     whole, halves = map(min, zip(*turns, strict=True))
     return halves < WORTH * whole
 
@@ -134,7 +123,7 @@ def halves_have_the_bits(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> b
     rows[:, left], rows[:, right] = terms, -terms
     matrix[left] = matrix[right]
     bias = bias if bias is None else torch.empty_like(bias).normal_(std=ROUNDING, generator=draw)
-    return torch.equal(whole_product(rows, matrix, bias), halved_product(rows, matrix, bias))
+    return torch.equal(*(product_in_parts(rows, matrix, bias, parts) for parts in (1, 2)))
 
 
 SWITCH = "DORA_VL_TRITON"
@@ -143,26 +132,29 @@ OLDEST_CAPABILITY = (8, 0)
 """Of the GPU: the first with bfloat16 matrix products."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Of activations and weights that the kernels know."""
-_left_out: list[object] = []
+_left_out: list[None] = []
+"""As many as blocks of `without_kernels` are open."""
+_kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+"""What `triton_kernels` answers, once it was asked."""
 
 
 def triton_kernels(tensor: Tensor) -> ModuleType | None:
-    """The kernels for activations and weights like `tensor`, imported once they are wanted; None: eager operations."""
-    return None if _left_out else kernels_for(tensor.device, tensor.dtype)
+    """The kernels for activations and weights like `tensor`, imported once they are wanted; None: eager operations.
 
-
-@cache
-def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The kernels where they run for this device and dtype, as the environment and the card decide."""
-    on_gpu = device.type == "cuda"
-    may_run = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    if not may_run or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+    The environment and the card decide, once for a device and dtype.
+    """
+    if _left_out:
         return None
-    if dtype not in DTYPES or (on_gpu and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY):
-        return None
-    from dora_vl.core.fast import triton
-
-    return triton
+    key = tensor.device, tensor.dtype
+    if key not in _kernels:
+        _kernels[key] = None
+        on_gpu = tensor.device.type == "cuda"
+        may_run = on_gpu or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+        is_old = on_gpu and torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
+        installed = importlib.util.find_spec("triton") is not None
+        if may_run and not is_old and tensor.dtype in DTYPES and os.environ.get(SWITCH) != "0" and installed:
+            _kernels[key] = importlib.import_module("dora_vl.core.fast.triton")
+    return _kernels[key]
 
 
 @contextmanager

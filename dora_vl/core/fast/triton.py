@@ -438,60 +438,48 @@ OUTPUT = TiledKernel(
 )  # fmt: skip
 
 
-def adapted_output_(
-    product: Float[Tensor, "rows out"],
-    hidden: Float[Tensor, "rows rank"] | None,
-    lora_B: Float[Tensor, "out rank"] | None,
-    bias: Float[Tensor, " out"] | None,
-    minus_one: Float[Tensor, " out"],
-) -> Float[Tensor, "rows out"]:
-    """Turns W x + b into g (W x + h B^T) + b in place; bitwise nothing where g = 1 and B = 0.
-
-    A product that is not contiguous costs a copy; B is rounded to the dtype of h once, as the eager path does it.
-    """
-    contiguous = product.contiguous()
-    _output(contiguous, contiguous, hidden, lora_B, bias, minus_one)
-    return product if contiguous is product else product.copy_(contiguous)
-
-
 def adapted_output(
     product: Float[Tensor, "*batch out"],
     hidden: Float[Tensor, "rows rank"] | None,
     lora_B: Float[Tensor, "out rank"] | None,
     bias: Float[Tensor, " out"] | None,
     minus_one: Float[Tensor, " out"],
+    *,
+    in_place: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """The same into a new tensor, no view of another, for a product that somebody else still reads."""
-    product = product.contiguous()
-    y = torch.empty_like(product)
-    _output(product, y, hidden, lora_B, bias, minus_one)
-    return y
+    """g (W x + h B^T) + b of W x + b: a new tensor, no view of another, or in place; bitwise nothing at g = 1, B = 0.
+
+    A product that is not contiguous costs a copy; B is rounded to the dtype of h once, as the eager path does it.
+    """
+    contiguous = product.contiguous()
+    y = contiguous if in_place else torch.empty_like(contiguous)
+    if product.numel():
+        out, rank = product.shape[-1], 1 if lora_B is None else lora_B.shape[1]
+        named = {
+            "product": contiguous,
+            "y": y,
+            "hidden": contiguous if hidden is None else hidden.contiguous(),
+            "factor": contiguous if lora_B is None else cast_factor(lora_B, product.dtype),
+            "bias": contiguous if bias is None else bias.detach().contiguous(),
+            "minus_one": minus_one.contiguous(),
+            "rows": product.numel() // out,
+            "out": out,
+            "HAS_BIAS": bias is not None,
+            "HAS_LOW_RANK": hidden is not None and lora_B is not None,
+            **_product_constants(contiguous, rank),
+        }
+        OUTPUT.launch_on_tiles(named, "out", "y")
+    return product.copy_(y) if in_place and contiguous is not product else y
 
 
-def _output(
-    product: Tensor, y: Tensor, hidden: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, minus_one: Tensor
-) -> None:
-    if not product.numel():
-        return
-    out = product.shape[-1]
-    rank = lora_B.shape[1] if lora_B is not None else 1
-    named = {
-        "product": product,
-        "y": y,
-        "hidden": hidden.contiguous() if hidden is not None else product,
-        "factor": cast_factor(lora_B, product.dtype) if lora_B is not None else product,
-        "bias": product if bias is None else bias.detach().contiguous(),
-        "minus_one": minus_one.contiguous(),
-        "rows": product.numel() // out,
-        "out": out,
+def _product_constants(activations: Tensor, rank: int) -> dict[str, Any]:
+    """What a kernel is told that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
+    return {
         "rank": rank,
-        "HAS_BIAS": bias is not None,
-        "HAS_LOW_RANK": hidden is not None and lora_B is not None,
-        "WIDE_DOT": not product.is_cuda,
-        "PRECISION": dot_precision(product.dtype, rank),
-        "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // product.element_size()),
+        "WIDE_DOT": not activations.is_cuda,
+        "PRECISION": dot_precision(activations.dtype, rank),
+        "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // activations.element_size()),
     }
-    OUTPUT.launch_on_tiles(named, "out", "y")
 
 
 # The norms of V's rows on CUDA: many layers in one launch, and no number that the host must wait for.
@@ -735,7 +723,7 @@ def add_masked_product_(
     """dx += mask * (dh A) in place, with the mask that `masked_copy` had; one rounding."""
     if not dx.numel():
         return dx
-    contiguous, rank = dx.contiguous(), lora_A.shape[0]
+    contiguous = dx.contiguous()
     named = {
         "base": contiguous,
         "changed": contiguous,
@@ -744,11 +732,8 @@ def add_masked_product_(
         "seed": seed,
         "rows": dx.shape[0],
         "columns": dx.shape[1],
-        "rank": rank,
         "threshold": threshold_of(probability),
-        "WIDE_DOT": not dx.is_cuda,
-        "PRECISION": dot_precision(dx.dtype, rank),
-        "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // dx.element_size()),
+        **_product_constants(dx, len(lora_A)),
     }
     MASKED_PRODUCT.launch_on_tiles(named, "columns", "changed")
     return dx if contiguous is dx else dx.copy_(contiguous)

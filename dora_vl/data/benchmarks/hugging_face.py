@@ -11,7 +11,7 @@ from typing import Any
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Row, Split, soft_answers
 from dora_vl.data.columns import ROLES
 from dora_vl.data.containers import by_split, class_names, counted, meaning, of_the_set, with_class_names
-from dora_vl.data.example import JSON, Answer, Example, as_conversation, correct_choice, listed_choices
+from dora_vl.data.example import JSON, Answer, Example, correct_choice, listed_choices
 from dora_vl.data.pictures import save_picture
 from dora_vl.data.readers import read_conversations
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
@@ -147,7 +147,7 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     extra = {name: raw[name] for name in extra_columns if raw.get(name) is not None}
     if fields["turns"] is not None:
         talk = read_conversations({"images": list(images), "conversations": fields["turns"]}, row.id)
-        return Example(id=row.id, images=images, turns=as_conversation(talk).turns, extra=extra)
+        return Example(id=row.id, images=images, turns=talk.turns, extra=extra)
     choices = fields["choices"]
     if isinstance(choices, str):
         choices = listed_choices(choices, row.id)

@@ -25,7 +25,7 @@ from dora_vl.data.benchmarks.fields import (
     soft_answers,
 )
 from dora_vl.data.columns import USUAL
-from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example, as_conversation
+from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.pictures import save_picture
 from dora_vl.data.readers import read_conversations
 from dora_vl.data.text_file import NotUtf8, json_object, stream_members, stream_records, table_rows, whole_text
@@ -92,7 +92,7 @@ def conversation_row(raw: Raw) -> dict[str, JSON]:
     """The record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
     sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
-    as_conversation(read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id))
+    read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id)
     return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 

@@ -14,13 +14,80 @@ from itertools import permutations
 from pathlib import Path
 from string import ascii_uppercase
 
-from dora_vl.data.example import Example, right_choice
-from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.data.example import LETTER, Example, right_choice, with_letters
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.scores import prompts
-from dora_vl.evaluation.scores.prompts import Prompt, as_is
 from dora_vl.evaluation.scores.scored import Answers, Scored
+
+# The questions: LLaVA-1.5's own wording, to the letter, as far as benchmarks share it.
+#
+# An example that holds `turns` is asked with them as they are. LLaVA's question files hold the suffixes already;
+# records hold the publisher's question, so they are added here. The wordings for captions and NLVR are this project's.
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER_CN = "请直接回答选项字母。"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+YES_OR_NO = "Please answer yes or no."
+
+Prompt = Callable[[Example], str]
+
+
+def as_is(example: Example) -> str:
+    """The question alone."""
+    return example.question
+
+
+def short(example: Example) -> str:
+    """VQAv2, GQA, POPE."""
+    return f"{example.question}\n{SHORT}"
+
+
+def letter(example: Example) -> str:
+    """SEED, MMBench: hint, question, lettered choices."""
+    return f"{lettered(example)}\n{LETTER}"
+
+
+def caption_of_picture(_: Example) -> str:
+    """COCO captions."""
+    return "Provide a one-sentence caption for the provided image."
+
+
+def true_or_false(example: Example) -> str:
+    """NLVR and NLVR2."""
+    return f"{example.question}\nIs this true or false? {SHORT}"
+
+
+def about_video(example: Example) -> str:
+    """TVQA, How2QA and one's own videos: what is said in the clip, the question, and lettered choices."""
+    choices = with_letters(example.choices)
+    return "\n".join([*_subtitles(example), example.question, *choices, *([LETTER] if choices else [])])
+
+
+def caption_of_video(example: Example) -> str:
+    """TVC and YC2C."""
+    return "\n".join([*_subtitles(example), "Provide a one-sentence caption for the provided video."])
+
+
+def _subtitles(example: Example) -> list[str]:
+    """What is said in the clip as a line, without empty subtitles; none where nothing is."""
+    text = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
+    return [f"Subtitles: {text}"] if text else []
+
+
+def prompt_turns(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
+    """The prompt as turns up to and with the question, one placeholder for each picture first."""
+    if example.turns:
+        turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
+        return tuple(turns)
+    return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
+
+
+def lettered(example: Example, before_hint: str = "") -> str:
+    """Hint, question and choices, a line each."""
+    hint = str(example.extra.get("hint") or "")
+    return "\n".join([*([before_hint + hint] if hint else []), example.question, *with_letters(example.choices)])
+
 
 # Which question a row of a predictions file answers, beside by the id.
 #
@@ -31,17 +98,15 @@ from dora_vl.evaluation.scores.scored import Answers, Scored
 Key = Hashable | None
 REPEATED = re.compile(r"#\d+$")
 """How `questions` tells questions of one id apart."""
-_SUFFIXES = (prompts.SHORT, prompts.LETTER, prompts.LETTER_CN, prompts.UNANSWERABLE, prompts.YES_OR_NO)
+_SUFFIXES = (SHORT, LETTER, LETTER_CN, UNANSWERABLE, YES_OR_NO)
 _OCR = re.compile(r"^Reference OCR token:.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class ByKey:
-    """By something that both sides have; several questions of one key are told apart by their order, if all are there.
+    """By a key that both have, None where one has none; questions of one key are told apart by their order.
 
-    Attributes:
-        by: what the two have in common, for people.
-        of_row: a row's key; None where it has none.
+    `by` says for people what the two have in common.
     """
 
     by: str
@@ -110,10 +175,7 @@ def plain(question: str) -> str:
 def join(
     benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[Prediction], *, path: Path, questions: Path
 ) -> Predictions:
-    """Each row of another tool's file under its question's id; of two for one question the later stands.
-
-    A row's question is found by the id, or as the benchmark's own files name it.
-    """
+    """Each row of another tool's file under its question's id, found by the id or as the benchmark's files name it."""
     matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
     for way in (ByKey("id", lambda row: row.id, lambda example: example.id), *benchmark.joins):
@@ -257,11 +319,7 @@ def check_choices(
 ) -> None:
     """Sees, before a model is asked, that every question of a file can be answered and scored.
 
-    A file that gives no right answer at all is one whose answers the publisher keeps.
-
-    Args:
-        most: choices that a question may have; the letters end with Z.
-        all_known: where some questions say which choice is right, all must.
+    With `all_known`, where some questions say which choice is right all must; a publisher keeps those of some files.
     """
     examples = list(examples)
     known = all_known and any(example.answers or "correct" in example.extra for example in examples)
@@ -279,7 +337,12 @@ def check_choices(
             )
 
 
-# Submissions.
+def refuse_strangers(name: str, examples: Sequence[Example], answers: Answers, why: str) -> None:
+    """Refuses answers to questions that are not there."""
+    if strangers := sorted(answers.keys() - {example.id for example in examples}):
+        raise UserError(
+            f"{len(strangers)} {name} answers belong to no question here, first {shown(strangers[0])}; {why}"
+        )
 
 
 def json_lines(rows: Sequence[Mapping[str, object]]) -> str:

@@ -23,9 +23,16 @@ import numpy as np
 
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation.scores import prompts
-from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Submission, json_lines, published_id
-from dora_vl.evaluation.scores.prompts import Prompt
+from dora_vl.evaluation.scores.benchmark import (
+    Benchmark,
+    ByKey,
+    Prompt,
+    Submission,
+    caption_of_picture,
+    caption_of_video,
+    json_lines,
+    published_id,
+)
 from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers, Ratio, Scored, Sums, Tally
 
 Tokenizer = Literal["ptb", "fallback"]
@@ -204,10 +211,7 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to: all answers of a clip's (TVC, YC2C) or picture's (COCO) are references.
-
-    The loaders of VL-Adapter flatten the captions, so its training log compares each with one reference.
-    """
+    """What an example's captions belong to, all of them references: a clip (TVC, YC2C) or a picture (COCO)."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 
@@ -325,6 +329,6 @@ def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tup
     )
 
 
-COCO = _benchmark("coco", prompts.caption, coco_caption, ("test", "validation"))
-TVC = _benchmark("value", prompts.caption_of_video, tvc, ("validation", "test"))
-YC2C = _benchmark("value", prompts.caption_of_video, yc2c, ("validation", "test"))
+COCO = _benchmark("coco", caption_of_picture, coco_caption, ("test", "validation"))
+TVC = _benchmark("value", caption_of_video, tvc, ("validation", "test"))
+YC2C = _benchmark("value", caption_of_video, yc2c, ("validation", "test"))

@@ -1,12 +1,28 @@
-"""Exact match of short answers: accuracy, by kind of question, with a bootstrap interval. No torch."""
+"""Answers compared with the right one: exact match, near misses, choices, the commonsense sets, TVQA and How2QA."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from string import ascii_uppercase
+from typing import Literal
 
 from dora_vl.data.example import Example
-from dora_vl.evaluation.scores.benchmark import Benchmark, right_answer
-from dora_vl.evaluation.scores.scored import Answers, Scored, score_points
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.scores import caption, llava
+from dora_vl.evaluation.scores.benchmark import (
+    Benchmark,
+    Scorer,
+    about_video,
+    correct_index,
+    letters,
+    refuse_strangers,
+    right_answer,
+)
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Mean, Ratio, Scored, score_points, share_of
 
 
 def normalised(answer: str) -> str:
@@ -14,29 +30,234 @@ def normalised(answer: str) -> str:
     return " ".join(answer.lower().split()).rstrip(".").rstrip()
 
 
-def final_answer(text: str | None, after: str | None) -> str | None:
+def final_answer(text: str, after: str | None) -> str:
     """What follows the last `after` in an answer that reasons first ("blue circle, so no"); all of it without one."""
-    return text if text is None or not after else text.rpartition(after)[2]
+    return text.rpartition(after)[2] if after else text
 
 
 def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
-    """Accuracy in percent: all, and by `extra["kind"]`. A question without an answer counts as wrong.
-
-    Args:
-        answer_after: as `final_answer` takes it, for answers that reason first.
-    """
+    """Accuracy in percent: all, and by `extra["kind"]`; `answer_after` as `final_answer` takes it."""
 
     def points(example: Example, answer: str) -> float:
-        truth = final_answer(right_answer(example), answer_after) or ""
-        return float(normalised(final_answer(answer, answer_after) or "") == normalised(truth))
+        truth = final_answer(right_answer(example), answer_after)
+        return float(normalised(final_answer(answer, answer_after)) == normalised(truth))
 
     settings = {"answer_after": answer_after} if answer_after else {}
     return score_points(examples, answers, points, kinds=by_kind, settings=settings)
 
 
 def by_kind(example: Example) -> list[str]:
-    """The further groups that an example is counted in."""
+    """The kind of question as a metric's name."""
     return [f"kind/{example.extra['kind']}"] if "kind" in example.extra else []
 
 
 BENCHMARK = Benchmark(modes={"": score})
+
+
+# A benchmark of one's own: the best over an example's right answers, in percent.
+
+
+def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
+    """A score that is the best of an answer's points, from 0 to 1, against each right answer."""
+
+    def best(example: Example, answer: str) -> float:
+        return max((float(points(answer, right.text)) for right in example.answers), default=0.0)
+
+    return partial(score_points, points=best, metrics={headline: ACCURACY}, kinds=by_kind)
+
+
+def right_choice_points(example: Example, answer: str) -> float:
+    """Whether the answer is the right choice's letter or text, or what MMBench's rules take for it."""
+    choices = dict(zip(ascii_uppercase, example.choices, strict=False))
+    return float(_chosen(answer, choices) == ascii_uppercase[correct_index(example)])
+
+
+def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
+    """The letter an answer gives, or None.
+
+    MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
+    the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
+    """
+    bare = answer.strip().removesuffix(".")
+    if bare in choices:
+        return bare
+    for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
+        equal = [letter for letter, text in choices.items() if same(text) == same(answer)]
+        if len(equal) == 1:
+            return equal[0]
+    return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
+
+
+def similarity(answer: str, true: str) -> float:
+    """One answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
+
+    One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
+    """
+    answer, true = (" ".join(text.lower().split()) for text in (answer, true))
+    longer = max(len(answer), len(true))
+    if abs(len(answer) - len(true)) * 2 > longer:  # at least so many insertions
+        return 0.0
+    share = 1.0 - _edits(answer, true) / longer if longer else 1.0
+    return share if share > 0.5 else 0.0
+
+
+def _edits(first: str, second: str) -> int:
+    """Levenshtein's distance, a row of its table at a time."""
+    row = list(range(len(second) + 1))
+    for number, letter in enumerate(first, start=1):
+        corner, row[0] = row[0], number
+        for column, other in enumerate(second, start=1):
+            changed = corner + (letter != other)
+            corner = row[column]
+            row[column] = min(changed, corner + 1, row[column - 1] + 1)
+    return row[-1]
+
+
+def is_close(answer: str, true: str) -> bool:
+    """ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true.
+
+    Others must be equal but for letter case; so must a number whose true value is zero.
+    """
+    number, true_number = _number(answer), _number(true)
+    if number is None or not true_number:
+        return answer.strip().lower() == true.strip().lower()
+    # 105 is within, whatever float division makes of it
+    return abs(number - true_number) <= (0.05 + 1e-9) * abs(true_number)
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+
+
+SCORINGS: Mapping[str, Scorer] = {
+    "exact": best_of(lambda answer, true: normalised(answer) == normalised(true), "accuracy"),
+    "choice": partial(score_points, points=right_choice_points, kinds=by_kind),
+    "anls": best_of(similarity, "anls"),
+    "relaxed": best_of(is_close, "relaxed accuracy"),
+    "caption": caption.score,
+}
+"""What `scoring:` may say in a benchmark's YAML."""
+
+
+# The eight commonsense sets of LLM-Adapters, by their own extraction of the answer from generated text.
+#
+# Two official scripts search different parts of the text: `llm_adapters` what stands between the first and the second
+# "### Response:", `nvlabs` (NVlabs/DoRA, so the paper's numbers) what stands after the last one. They differ where a
+# model goes on with another of its own. Then the first match of the task's pattern counts, case-sensitive, anywhere:
+# "untrue" is true, "answer10" is answer1, "True" is nothing. Reads `answers[0]` ("answer4") and `extra["task"]`.
+
+Rule = Literal["nvlabs", "llm_adapters"]
+RESPONSE = "### Response:"
+_FIVE = re.compile("answer[1-5]")
+PATTERNS: Mapping[str, re.Pattern[str]] = {
+    "boolq": re.compile("true|false"),
+    "piqa": re.compile("solution[12]"),
+    "social_i_qa": _FIVE,
+    "hellaswag": re.compile("ending[1-4]"),
+    "winogrande": re.compile("option[12]"),
+    "ARC-Easy": _FIVE,
+    "ARC-Challenge": _FIVE,
+    "openbookqa": _FIVE,
+}
+"""Task -> what an answer looks like; the paper's order of columns."""
+
+
+def extracted(text: str, task: str, rule: Rule) -> str:
+    """The answer in a generated text, "" where there is none."""
+    if task not in PATTERNS:
+        raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
+    # The scripts see the prompt, which ends in the marker, before.
+    match = PATTERNS[task].search(text.split(RESPONSE)[0 if rule == "llm_adapters" else -1])
+    return match.group() if match else ""
+
+
+def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
+    """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
+
+    def points(example: Example, answer: str) -> float:
+        return float(extracted(answer, str(example.extra.get("task", "")), rule) == right_answer(example))
+
+    present = {str(example.extra.get("task", "")) for example in examples}
+    tasks = {task: share_of(task) for task in PATTERNS if task in present}
+    return score_points(
+        examples,
+        answers,
+        points,
+        metrics={"average": Mean(tuple(tasks.values())), **tasks},
+        kinds=lambda example: [str(example.extra.get("task", ""))],
+        settings={"extraction": rule},
+    )
+
+
+COMMONSENSE = Benchmark(
+    modes={rule: partial(commonsense_score, rule=rule) for rule in ("nvlabs", "llm_adapters")},
+)
+
+
+# TVQA and How2QA: the generated label ("a2") by exact match, and what VALUE's server would make of it.
+#
+# The model is trained to say "a" and the index. VL-Adapter counts exact matches of that string (`accuracy`). The server
+# compares whole numbers and rounds to two decimals (`value_accuracy`): an empty answer is a guess of the first choice,
+# a missing one, -1 in the file, is wrong (the server stops). A LLaVA is asked for a letter, so "C" or "C." is read as
+# "a2" where the question has such a choice. Source: github.com/VALUE-Leaderboard/EvaluationTools.
+
+
+def label_of(example: Example, answer: str) -> str:
+    """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
+    letter, choices = answer.strip().removesuffix("."), letters(example)
+    return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
+
+
+def submitted_index(answer: str) -> int:
+    """The choice that a submission holds for a generated answer: its second character, or 0 where that is no digit."""
+    digit = answer[1:2]
+    return int(digit) if digit.isascii() and digit.isdigit() else 0
+
+
+def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
+    """Both accuracies in percent, extra answers ignored (TVQA)."""
+
+    def points(example: Example, answer: str) -> float:
+        return float(label_of(example, answer) == f"a{correct_index(example)}")
+
+    def parsed(example: Example) -> dict[str, float]:
+        return {"parsed right": float(_submitted(example, answers) == correct_index(example))}
+
+    metrics = {"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=2)}
+    return score_points(examples, answers, points, metrics=metrics, more=parsed)
+
+
+def how2qa_score(examples: Sequence[Example], answers: Answers) -> Scored:
+    """The same, extra answers refused."""
+    refuse_strangers("How2QA", examples, answers, "its server rejects them")
+    return video_score(examples, answers)
+
+
+def _submitted(example: Example, answers: Answers) -> int:
+    """What the server's file holds; for a missing answer -1, as it stops where a question lacks."""
+    answer = answers.get(example.id)
+    return -1 if answer is None else submitted_index(label_of(example, answer))
+
+
+def video_submission(examples: Sequence[Example], answers: Answers, *, file: str) -> tuple[str, str]:
+    """VALUE: choice indices by question id."""
+    return file, json.dumps({example.id: _submitted(example, answers) for example in examples})
+
+
+TVQA = Benchmark(
+    modes={"": video_score},
+    prompt=about_video,
+    splits=("validation", "test"),
+    submission=partial(video_submission, file="tvqa_test_predictions.json"),
+    chooses=True,
+    labels_choices=True,
+)
+HOW2QA = replace(
+    TVQA,
+    modes={"": how2qa_score},
+    submission=partial(video_submission, file="how2qa_test_public_predictions.json"),
+)

@@ -21,20 +21,27 @@ from dora_vl.data.example import Example
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
+    LETTER,
+    LETTER_CN,
     LONG_ANSWER_TOKENS,
     REPEATED,
+    SHORT,
+    YES_OR_NO,
     Benchmark,
     ByKey,
     ByOrder,
     Key,
     correct_index,
     json_lines,
+    letter,
+    lettered,
     letters,
     plain,
     question_in,
+    refuse_strangers,
     right_answer,
+    short,
 )
-from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, letter, lettered, short
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
     Answers,
@@ -58,11 +65,8 @@ def judge_requests(
 ) -> list[dict[str, str]]:
     """One request for each question: its id, category and the text to put to the judge.
 
-    Reads `question`, `answers[0]` (the reference), `extra["category"]` (conv, detail, complex) and `extra["context"]`.
-
-    Args:
-        rules: category -> the instruction that ends the text (`prompt` of `llava_bench_<category>` in LLaVA's
-            rule.json); without them that part is left to the judge's system prompt.
+    `rules` are by category the instruction that ends the text (`prompt` in LLaVA's rule.json); without them that part
+    is left to the judge's system prompt.
     """
     requests: list[dict[str, str]] = []
     for example in examples:
@@ -388,11 +392,8 @@ def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
     A missing answer counts as the wrong one of the two. Division by zero gives 0.
     """
-    if strangers := sorted(answers.keys() - {example.id for example in examples}):
-        raise UserError(
-            f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
-            "come in two versions, so prepare the one that the questions were asked from"
-        )
+    why = "the label files come in two versions, so prepare the one that the questions were asked from"
+    refuse_strangers("POPE", examples, answers, why)
     tally, categories = Tally(), Counter[str]()
     for example in examples:
         category, label = str(example.extra.get("category", "all")), right_answer(example)
@@ -453,10 +454,7 @@ def parsed(answer: str) -> str | None:
 
 
 def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent.
-
-    What cannot be parsed is wrong, and so is a letter beyond the question's choices.
-    """
+    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent."""
     image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
     return score_points(
         examples,

@@ -82,7 +82,6 @@ class Scored:
     Attributes:
         metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
         per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
-        n: items scored, those without an answer included.
         settings: the mode and whatever else decides the numbers.
         units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
         columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
@@ -118,11 +117,7 @@ class Tally:
     def add(
         self, item: str, share: float, columns: Mapping[str, float], *, unit: str = "", failed: bool = False
     ) -> None:
-        """Adds one item's columns to its unit.
-
-        Args:
-            unit: what the item belongs to; "" makes it a unit of its own.
-        """
+        """Adds one item's columns to its unit, by default one of its own."""
         sums = self._columns.setdefault(unit or f"item {item}", defaultdict(float))
         for name, value in columns.items():
             sums[name] += value
@@ -180,10 +175,9 @@ def score_points(
     more: Callable[[Example], Mapping[str, float]] = lambda _: {},
     settings: Mapping[str, str] | None = None,
 ) -> Scored:
-    """The mean of each example's points, over all and over each kind, in percent.
+    """The mean of each example's points, from 0 to 1, over all and over each kind, in percent.
 
     Args:
-        points: from 0 to 1, for an example and its answer; a missing answer has none.
         metrics: the first metrics; accuracy alone without them.
         kinds: the metrics' names of the kinds that an example belongs to, such as "answer type/number".
         more: further columns of an example, for `metrics`.

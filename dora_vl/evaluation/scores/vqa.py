@@ -21,6 +21,8 @@ from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     REPEATED,
+    SHORT,
+    UNANSWERABLE,
     Benchmark,
     ByKey,
     Key,
@@ -28,8 +30,9 @@ from dora_vl.evaluation.scores.benchmark import (
     published_id,
     question_in,
     right_answer,
+    short,
+    true_or_false,
 )
-from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE, short, true_or_false
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Ratio, Scored, Tally, score_points, share_of
 
 # How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
@@ -437,10 +440,7 @@ def nlvr2_score(
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy (called precision there) and consistency in percent; an interval draws sentences.
-
-    A sentence is consistent when all of its examples are right.
-    """
+    """Accuracy (called precision there) and consistency, all of a sentence's examples right, in percent."""
     if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}

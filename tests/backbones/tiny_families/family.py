@@ -1,4 +1,4 @@
-"""What every tiny family shares: special tokens, sizes of the text model, and towers."""
+"""What every tiny family shares: its row in the tables, special tokens, sizes of the text model, and towers."""
 
 from __future__ import annotations
 
@@ -69,17 +69,30 @@ TEXT: Mapping[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-CLIP |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}
+NARROW = {**HEADS, "hidden_size": 16, "intermediate_size": 32}
+WIDE = {**HEADS, "hidden_size": 32, "intermediate_size": 48}
+CLIP = {**NARROW, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+UNTIED = {"tie_word_embeddings": False}
+EXPERTS, CONVOLUTIONS = "experts and their router", "convolutions"
+SQUARE: Mapping[str, Any] = {"size": {"height": 16, "width": 16}}
+CROPPED: Mapping[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+def text(model_type: str = "", **more: Any) -> dict[str, Any]:
+    """The language model's settings."""
+    return {**({"model_type": model_type} if model_type else {}), **TEXT, **more}
 
 
 @dataclass(frozen=True)
 class Family:
     """How a tiny model of a family is made: config, processor, and what its template writes for a picture."""
 
-    config: Callable[[PreTrainedTokenizerFast], dict[str, Any]]
-    processor: Callable[[PreTrainedTokenizerFast], Any]
+    config: Mapping[str, Any]
+    """`@` and a special token stand for its id, a function for what it gives of the tokenizer."""
+    processor: Callable[[Any], Any]
+    """Makes it of the tokenizer."""
     picture: str = "<image>"
     needs: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)
@@ -116,8 +129,12 @@ def why_not_here(since: str) -> str:
     return ""
 
 
-def token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """A special token's id."""
-    found = tokenizer.convert_tokens_to_ids(text)
-    assert isinstance(found, int)
-    return found
+def resolved(settings: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Settings of a `Family.config` with the tokenizer's numbers."""
+    if isinstance(settings, Mapping):
+        return {name: resolved(value, tokenizer) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [resolved(value, tokenizer) for value in settings]
+    if isinstance(settings, str) and settings.startswith("@"):
+        return tokenizer.convert_tokens_to_ids(settings[1:])
+    return settings(tokenizer) if callable(settings) else settings

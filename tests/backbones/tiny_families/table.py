@@ -7,27 +7,25 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.backbones.tiny_families import crossing, deepseek, gemma, glm, grids, llava, mistral, qwen, tiles
+from tests.backbones.tiny_families import grids, towers
 from tests.backbones.tiny_families.family import Family, why_not_here
 
 FAMILIES: Mapping[str, Family] = {
-    **llava.FAMILIES,
-    **qwen.FAMILIES,
-    **tiles.FAMILIES,
-    **gemma.FAMILIES,
-    **mistral.FAMILIES,
-    **glm.FAMILIES,
-    **deepseek.FAMILIES,
-    **crossing.FAMILIES,
-    **grids.FAMILIES,
+    **towers.LLAVAS,
+    **grids.QWENS,
+    **towers.TILES,
+    **towers.GEMMAS,
+    **towers.ONE_SIZE,
+    **grids.GLMS,
+    **towers.CROSSING,
+    **grids.OTHERS,
 }
-
-
 QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
 """Of each kind of picture, mask and prompt one."""
 
 
-def _param(family: str, *, is_slow: bool = False) -> object:
+def param(family: str, *, is_slow: bool = False) -> object:
+    """A family's name with what it takes to be tried."""
     needs = FAMILIES[family].needs
     missing = needs is not None and importlib.util.find_spec(needs) is None
     slow = (pytest.mark.slow,) if is_slow or FAMILIES[family].slow else ()
@@ -36,8 +34,8 @@ def _param(family: str, *, is_slow: bool = False) -> object:
     return pytest.param(family, marks=(*skips, *slow))
 
 
-families = pytest.mark.parametrize("family", [_param(family) for family in FAMILIES])
+families = pytest.mark.parametrize("family", [param(family) for family in FAMILIES])
 """A test of every family."""
 
-families_in_turn = pytest.mark.parametrize("family", [_param(one, is_slow=one not in QUICK) for one in FAMILIES])
+families_in_turn = pytest.mark.parametrize("family", [param(one, is_slow=one not in QUICK) for one in FAMILIES])
 """A test of every family that takes a second for each: quick of a few, slow of the others."""

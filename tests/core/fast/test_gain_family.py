@@ -15,7 +15,7 @@ from tests.core.dense_dora import config
 
 
 def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 3, width: int = 7) -> nn.Sequential:
-    """Layers of one shape and one of another, everything moved away from its start."""
+    """Layers of one shape, with a zero row and a tiny gain among them, and one of another; all moved."""
     torch.manual_seed(0)
     layers = [nn.Linear(width, width, bias=number != 1) for number in range(count)]
     model = nn.Sequential(*layers, nn.Linear(width, 5)).to(dtype)
@@ -24,12 +24,16 @@ def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 
         for layer in model:
             layer.lora_B.normal_(std=0.1)
             layer.magnitude.mul_(1.2).add_(0.05)
+        model[1].weight[3], model[1].lora_B[3] = 0.0, 0.0
+        model[2].magnitude[4] = 1e-4
     return model
 
 
 @torch.no_grad()
 def assert_as_alone(layer: Any, dtype: torch.dtype) -> None:
-    gain, expected = layer._gain[0], layer._own_gain(dtype)
+    gain, alone = layer.recall("gain"), copy.deepcopy(layer)  # a copy has a family of its own
+    alone(torch.zeros(1, layer.in_features, dtype=dtype))
+    expected = alone.recall("gain")
     for name in ("full", "minus_one", "per_magnitude"):
         assert torch.equal(getattr(gain, name), getattr(expected, name)), name
     assert (gain.fragile is None) == (expected.fragile is None)
@@ -49,25 +53,8 @@ def test_one_call_brings_all_up_to_date_with_their_own_gains(dtype, rank, width)
     model = stack_of(dtype=dtype, rank=rank, width=width)
     model[2](torch.randn(2, width, dtype=dtype))
     for layer in model[:4]:
-        assert not layer.gain_is_out_of_date()
         assert_as_alone(layer, dtype)
-    assert model[4].gain_is_out_of_date()  # of another shape
-
-
-def test_a_layer_with_a_zero_row_or_a_tiny_gain_is_computed_with_care_beside_its_kin():
-    model, x = stack_of(), torch.randn(3, 7)
-    with torch.no_grad():
-        model[1].weight[3], model[1].lora_B[3] = 0.0, 0.0
-        model[2].magnitude[4] = 1e-4
-    for layer in model[:4]:
-        direction = layer.weight + layer.scale() * layer.lora_B @ layer.lora_A
-        norms = direction.norm(dim=1)
-        gains = torch.where(norms > 0, layer.magnitude / norms.clamp_min(1e-30), 1.0)
-        expected = x @ (gains.unsqueeze(1) * direction).t() + (0 if layer.bias is None else layer.bias)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    assert model[1]._gain[0].full[3] == 1.0
-    assert model[2]._gain[0].fragile is not None
-    assert model[0]._gain[0].fragile is None
+    assert model[4].recall("gain") is None  # of another shape
 
 
 def test_merged_sharded_and_offloaded_layers_are_left_out():
@@ -78,7 +65,7 @@ def test_merged_sharded_and_offloaded_layers_are_left_out():
     model[2].lora_A.ds_status = "in flight"  # as DeepSpeed ZeRO-3 marks its parameters
     model[3].weight = nn.Parameter(model[3].weight.detach().to("meta"), requires_grad=False)  # offloaded
     model[0](torch.randn(2, 7))
-    assert [layer.gain_is_out_of_date() for layer in model[:5]] == [False, True, True, True, False]
+    assert [layer.recall("gain") is None for layer in model[:5]] == [False, True, True, True, False]
 
 
 def test_copies_found_a_family_of_their_own():
@@ -92,7 +79,7 @@ def test_copies_found_a_family_of_their_own():
             for layer in twin:
                 layer.lora_B.mul_(factor)
         twin[0](x) if factor == 0.7 else twin(x)
-    assert not twin[3].gain_is_out_of_date()
+    assert twin[3].recall("gain") is not None
     assert torch.equal(model(x), model(x))
 
 

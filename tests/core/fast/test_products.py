@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import apply_dora
 from dora_vl.core.fast import products
-from dora_vl.core.fast.products import RowHalves, halved_product, halves_have_the_bits, whole_product
+from dora_vl.core.fast.products import frozen_product, halves_have_the_bits, product_in_parts
 from tests.core.dense_dora import config, move
 
 
@@ -32,6 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[int, ...]
     """Answers every question with `answer`; the shapes that were asked about are listed."""
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(products, "SIGHTINGS", 1)
+    monkeypatch.setattr(products, "_halved", {})
     monkeypatch.setattr(products, "halves_are_faster", lambda rows, *_: shapes.append(tuple(rows.shape)) or answer)
     monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: True)
     return shapes
@@ -44,7 +45,7 @@ def test_halves_are_the_product(monkeypatch, rows, with_bias, transposed):
     asked(monkeypatch, True)
     x, matrix, bias = operands(rows)
     matrix = matrix if transposed else matrix.contiguous()
-    found = RowHalves().product(x, matrix, bias if with_bias else None)
+    found = frozen_product(x, matrix, bias if with_bias else None)
     expected = x.double() @ matrix.double() + (bias.double() if with_bias else 0)
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-2)
     assert found.is_contiguous()
@@ -59,7 +60,6 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
     results = []
     for answer in (False, True):
         shapes = asked(monkeypatch, answer)
-        monkeypatch.setattr(products.ROW_HALVES, "_halved", {})
         output = model(x)
         gradients = torch.autograd.grad(output.float().square().sum(), [x, *model[0].factors()])
         with torch.no_grad():
@@ -71,47 +71,47 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
 
 
 def test_a_shape_is_asked_about_once_and_other_products_again(monkeypatch):
-    shapes, halves = asked(monkeypatch, True), RowHalves()
+    shapes = asked(monkeypatch, True)
     x, matrix, bias = operands(639)
     for _ in range(3):
-        halves.product(x, matrix, bias)
+        frozen_product(x, matrix, bias)
     assert shapes == [(639, 391)]
-    halves.product(x[:300], matrix, bias)
-    halves.product(x, matrix)
-    halves.product(x, matrix.contiguous(), bias)
-    halves.product(x.half(), matrix.half(), bias.half())
+    frozen_product(x[:300], matrix, bias)
+    frozen_product(x, matrix)
+    frozen_product(x, matrix.contiguous(), bias)
+    frozen_product(x.half(), matrix.half(), bias.half())
     torch.set_num_threads(3)
-    halves.product(x, matrix, bias)
+    frozen_product(x, matrix, bias)
     assert shapes == [(639, 391), (300, 391), *[(639, 391)] * 4]
 
 
 def test_a_shape_is_asked_about_when_it_comes_again_and_again_and_few_are_remembered(monkeypatch):
-    shapes, halves = asked(monkeypatch, True), RowHalves()
+    shapes = asked(monkeypatch, True)
     monkeypatch.setattr(products, "SIGHTINGS", 3)
     monkeypatch.setattr(products, "MOST_SHAPES", 4)
     x, matrix, _ = operands(600)
     for count in range(300, 320):  # batches of varying length
-        halves.product(x[:count], matrix)
+        frozen_product(x[:count], matrix)
     assert shapes == []
-    assert len(halves._halved) == 4
+    assert len(products._halved) == 4
     for _ in range(5):
-        halves.product(x, matrix)
-        assert torch.equal(halves.product(x[:301], matrix), whole_product(x[:301], matrix, None))
+        frozen_product(x, matrix)
+        assert torch.equal(frozen_product(x[:301], matrix), product_in_parts(x[:301], matrix, None, 1))
     assert shapes == [(600, 391), (301, 391)]
-    assert list(halves._halved.values())[-2:] == [True, True]
+    assert list(products._halved.values())[-2:] == [True, True]
 
 
 def test_where_nothing_can_be_won_nothing_is_asked(monkeypatch):
-    shapes, halves = asked(monkeypatch, True), RowHalves()
+    shapes = asked(monkeypatch, True)
     x, matrix, _ = operands()
-    halves.product(x[:255], matrix)
-    halves.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
-    halves.product(x.float(), matrix.float())
-    halves.product(x, matrix[:, :300])
-    halves.product(x[:, ::2], matrix[::2])
-    halves.product(x[:, :390].contiguous(), matrix[:390])
+    frozen_product(x[:255], matrix)
+    frozen_product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
+    frozen_product(x.float(), matrix.float())
+    frozen_product(x, matrix[:, :300])
+    frozen_product(x[:, ::2], matrix[::2])
+    frozen_product(x[:, :390].contiguous(), matrix[:390])
     torch.set_num_threads(1)
-    halves.product(x, matrix)
+    frozen_product(x, matrix)
     assert shapes == []
 
 
@@ -136,9 +136,9 @@ def test_another_order_of_sums_is_found(monkeypatch, inner, with_bias):
     """Two parts are the trap: terms that cancel between the parts would leave zero in any order within them."""
     x, matrix, bias = operands(100, inner, 90)
     given = (torch.zeros_like(x), matrix, bias if with_bias else None)  # as a gradient may be: not what is compared
-    monkeypatch.setattr(products, "whole_product", in_parts(2))
     for halves, equal in (in_parts(2), True), (in_parts(2, True), False), (in_parts(1), False), (in_parts(3), False):
-        monkeypatch.setattr(products, "halved_product", halves)
+        ways = {1: in_parts(2), 2: halves}
+        monkeypatch.setattr(products, "product_in_parts", lambda *given, ways=ways: ways[given[-1]](*given[:-1]))
         assert halves_have_the_bits(*given) is equal
 
 
@@ -154,13 +154,13 @@ def test_what_was_found_equal_once_is_equal_for_other_numbers(rows, columns, inn
 
     claimed = halves_have_the_bits(*drawn())
     samples = [drawn() for _ in range(3)]
-    equal = all(torch.equal(whole_product(*given), halved_product(*given)) for given in samples)
+    equal = all(torch.equal(*(product_in_parts(*given, parts) for parts in (1, 2))) for given in samples)
     assert equal or not claimed
 
 
 def test_halves_with_other_bits_are_never_taken(monkeypatch):
-    monkeypatch.setattr(products, "halves_are_faster", lambda *_: True)
+    asked(monkeypatch, True)
     monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: False)
-    monkeypatch.setattr(products, "halved_product", None)
     x, matrix, bias = operands()
-    assert torch.equal(RowHalves().product(x, matrix, bias), whole_product(x, matrix, bias))
+    assert torch.equal(frozen_product(x, matrix, bias), product_in_parts(x, matrix, bias, 1))
+    assert list(products._halved.values()) == [False]

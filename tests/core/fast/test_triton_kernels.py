@@ -53,9 +53,9 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv(SWITCH, raising=False)
-    products.kernels_for.cache_clear()
+    products._kernels.clear()
     yield
-    products.kernels_for.cache_clear()
+    products._kernels.clear()
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -66,7 +66,7 @@ def test_where_kernels_run_and_what_turns_them_off(monkeypatch):
     with products.without_kernels():
         assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
     monkeypatch.setenv(SWITCH, "0")
-    products.kernels_for.cache_clear()
+    products._kernels.clear()
     assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
 
 
@@ -75,7 +75,7 @@ def test_where_kernels_run_and_what_turns_them_off(monkeypatch):
 @pytest.mark.parametrize("tiles", ["fixed", "timed"])
 def test_kernels_on_a_gpu(monkeypatch, tiles):
     monkeypatch.delenv(SWITCH, raising=False)
-    products.kernels_for.cache_clear()
+    products._kernels.clear()
     assert triton_kernels(torch.empty(1, device="cuda")) is not None
     assert triton_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
     run_checks("triton_checks.py", "slow or not slow", CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)

@@ -1,0 +1,153 @@
+"""A store on disk: entries by key, each some tensors and what is known of them, in files that appear whole.
+
+A folder holds what was made with one set of settings, which its `settings.json` names; others are refused. What was
+interrupted is resumed, several processes may fill one folder, and tensors are read memory-mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dora_vl.data.example import whole_file
+from dora_vl.errors import UserError
+
+SHARD_GLOB = "shard-*.safetensors"
+SHARD_BYTES = 128 * 2**20
+SETTINGS_FILE = "settings.json"
+HASH = "sha256"
+"""Which setting says what the weights were."""
+
+
+class Entry(NamedTuple):
+    """Where an entry's tensors are, and its facts as plain JSON values."""
+
+    shard: Path
+    written: int
+    first: int
+    tensors: int
+    facts: Any
+
+
+class ShardStore:
+    """A folder's entries by key, of two with one key the one written last; workers may have it."""
+
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        """In the order of the shards' names, which is the same whichever process was done first."""
+        self._shard_bytes = shard_bytes
+        self._waiting: dict[str, tuple[Any, list[Tensor]]] = {}
+        self._bytes = 0
+        self._shards = set[Path]()
+        self._opened: dict[Path, Any] = {}
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}  # memory maps do not travel; a worker opens its own
+
+    def refresh(self) -> None:
+        """Reads the index of each shard that is new in the folder, whichever process wrote it."""
+        for path in sorted({*self.folder.glob(SHARD_GLOB)} - self._shards):
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    index = json.loads(shard.metadata()["index"])
+                entries = {key: Entry(path, index["written"], *found) for key, found in index["entries"].items()}
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path} holds nothing that can be read ({type(error).__name__}: {error}); it is a cache: delete "
+                    "this file, and what it held is computed anew by the next run, or by python -m data_prep.features"
+                ) from error
+            for key, entry in entries.items():
+                if key not in self.entries or self.entries[key].written <= entry.written:
+                    self.entries[key] = entry
+            self._shards.add(path)
+
+    def add(self, key: str, facts: Any, tensors: Sequence[Tensor]) -> None:
+        """Takes an entry; it is on disk when its shard is full, or at `flush`."""
+        copies = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors]
+        self._waiting[key] = facts, copies
+        self._bytes += len(json.dumps([key, facts])) + sum(copy.nbytes for copy in copies)
+        if self._bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added as one shard under a name of its keys: computed again, they replace it."""
+        if not self._waiting:
+            return
+        tensors: dict[str, Tensor] = {}
+        entries: dict[str, tuple[int, int, Any]] = {}
+        for key, (facts, copies) in self._waiting.items():
+            entries[key] = len(tensors), len(copies), facts
+            tensors |= {str(number): copy for number, copy in enumerate(copies, len(tensors))}
+        index = json.dumps({"written": time.time_ns(), "entries": entries})
+        digest = hashlib.sha256("\n".join(entries).encode()).hexdigest()[:20]
+        path = self.folder / SHARD_GLOB.replace("*", digest)
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
+        try:
+            save_file(tensors, unfinished, {"index": index})
+            unfinished.replace(path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            if isinstance(error, OSError | SafetensorError):
+                raise UserError(f"{path}: cannot be written ({error}); nothing half-written was left") from error
+            raise
+        self._waiting, self._bytes = {}, 0
+        self.refresh()
+
+    def tensors(self, key: str) -> list[Tensor]:
+        """An entry's, as views of the memory map."""
+        entry = self.entries[key]
+        if entry.shard not in self._opened:
+            self._opened[entry.shard] = safe_open(entry.shard, framework="pt").__enter__()
+        shard = self._opened[entry.shard]
+        return [shard.get_tensor(str(number)) for number in range(entry.first, entry.first + entry.tensors)]
+
+
+def store_key(tower: nn.Module, settings: dict[str, Any]) -> str:
+    """A name for what exactly these weights, in this dtype, and these settings give."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:24]
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes `settings.json`, or compares with the one that is there."""
+    plain = json.loads(json.dumps(dict(settings)))
+    before = read_settings(folder)
+    if before is None:
+        with whole_file(folder / SETTINGS_FILE) as file:
+            json.dump(plain, file, indent=1)
+    elif (name := first_difference(plain, before)) is not None:
+        raise UserError(
+            f"{folder} was filled with {name} {before.get(name)!r}, and {plain.get(name)!r} is asked for; "
+            "name another folder, or delete this one"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What a folder was filled with; None where nothing says it."""
+    path = folder / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); python -m data_prep.features writes it") from None
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first name, in their order, whose values differ; None where all are equal."""
+    return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)

@@ -1,0 +1,253 @@
+"""Every family, with videos too, and language models: inputs are the processor's own, labels the answers, cuts text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.backbones.encoder import Encoder, load_processor
+from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, repeated
+from dora_vl.data.batches import ALIGNED, Collator
+from dora_vl.data.example import Example
+from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+from tests.backbones import tiny_image_text
+from tests.backbones.image_text_talks import (
+    LONG,
+    RED,
+    SEVERAL_ROUNDS,
+    SHORT,
+    TALKS,
+    TURNS_RED,
+    TWO_QUESTIONS,
+    VIDEO_TALKS,
+    all_talks_of,
+    encoder_of,
+    inputs_of,
+    processor_inputs,
+    sample_of,
+)
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES, param
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES, write_tiny_video
+
+Folders = Mapping[str, Path]
+WITH_VIDEOS = [pytest.param(f"{name}{VIDEO}", marks=param(name).marks) for name in VIDEO_FAMILIES]  # pyright: ignore
+SEEING = [*map(param, FAMILIES), *WITH_VIDEOS]
+
+
+def assert_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_dtype=name != "input_ids")
+
+
+@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
+def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    for talk, (turns, pictures, *videos) in all_talks_of(family).items():
+        sample = sample_of(encoder, (turns, pictures, *videos))
+        theirs = processor_inputs(encoder, family, [(turns, pictures, *videos)])
+        ours = {"input_ids": sample.input_ids[None], **sample.inputs}
+        if family == f"smolvlm{VIDEO}" and pictures and videos[0]:  # the processor loses the pictures
+            for name in ("pixel_values", "pixel_attention_mask"):
+                del ours[name], theirs[name]
+        assert_same(ours, theirs)
+        pixels = [value for value in sample.inputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
+        assert bool(pixels) == (bool(pictures) or bool(videos and videos[0])), talk
+
+
+@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
+def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    format_of = FAMILIES[family].format if family in FAMILIES else None
+    for turns, *media in all_talks_of(family).values():
+        sample = sample_of(encoder, (turns, *media))
+        trained = sample.labels != IGNORED_LABEL
+        assert torch.equal(sample.labels[trained], sample.input_ids[trained])
+        space = " " if format_of == "question_answer" else ""
+        said = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
+        assert encoder.tokenizer.decode(sample.labels[trained]) == said
+        meant = encoder.answers(Example("talk", (), turns))
+        check_labels([labelled := Labelled(id="7", labels=sample.labels, answers=meant, tokenizer=encoder.tokenizer)])
+        before = sample.labels.clone()
+        first = int(trained.nonzero()[0])
+        before[first - 3 : first] = sample.input_ids[first - 3 : first]
+        with pytest.raises(UserError):
+            check_labels([replace(labelled, labels=before)])
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
+    encoder, talks = encoder_of(folders[family]), all_talks_of(family)
+    pair = [*talks.values()][:2] if family.endswith(VIDEO) else [talks["one picture"], [*talks.values()][-1]]
+    batch = inputs_of(Collator(encoder.pad_token_id)([sample_of(encoder, talk) for talk in pair]))
+    del batch["labels"]
+    theirs = processor_inputs(encoder, family, pair)
+    if family == f"smolvlm{VIDEO}":  # a row for each video there, and one for each sample here: its model reads alike
+        frames = batch.pop("pixel_values").flatten(0, 1)
+        frames = frames[frames.abs().sum((1, 2, 3)) > 0]  # without what fills up the shorter sample
+        torch.testing.assert_close(frames, theirs.pop("pixel_values").flatten(0, 1), rtol=0, atol=0)
+        del batch["pixel_attention_mask"], theirs["pixel_attention_mask"]
+    if "cross_attention_mask" in theirs:  # the processor lets what fills short rows see pictures too; nobody reads it
+        theirs["cross_attention_mask"] *= theirs["attention_mask"][:, :, None, None]
+    assert_same(batch, theirs)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", f"qwen2_5_vl{VIDEO}"])
+def test_a_long_sample_loses_its_end_in_every_input_of_tokens_and_no_picture(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    talk = VIDEO_TALKS["one video"] if family.endswith(VIDEO) else TALKS[TWO_QUESTIONS]
+    whole = sample_of(encoder, talk)
+    kept = len(whole.input_ids) - 3
+    cut = sample_of(encoder_of(folders[family], max_tokens=kept), talk)
+    assert cut.cut_tokens == 3
+    assert torch.equal(cut.input_ids, whole.input_ids[:kept])
+    assert torch.equal(cut.labels, whole.labels[:kept])
+    for name, value in whole.inputs.items():
+        assert torch.equal(cut.inputs[name], value[:, :kept] if name in ALIGNED else value)
+    media = {encoder.processor.image_token_id, encoder.processor.video_token_id}
+    after = max(place for place, token in enumerate(whole.input_ids.tolist()) if token in media) + 1
+    for most in (after - 1, after):
+        with pytest.raises(BadSample):
+            sample_of(encoder_of(folders[family], max_tokens=most), talk)
+
+
+def test_a_folder_without_processor_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny("qwen2_5_vl", tmp_path / "half")
+    for path in folder.glob("*processor*"):
+        path.unlink()
+    with pytest.raises(UserError):
+        load_processor(str(folder))
+
+
+def test_a_language_model_sees_no_picture(folders: Folders) -> None:
+    with pytest.raises(BadSample) as raised:
+        sample_of(encoder_of(folders["llama"]), TALKS["one picture"])
+    assert raised.value.sample_id == "talk"
+
+
+def test_without_chat_template_a_format_must_be_named(tmp_path: Path) -> None:
+    folder = write_tiny_language("llama", tmp_path / "llama")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError):
+        encoder_of(folder)
+    encoder = encoder_of(folder, template="question_answer")
+    text = "Question: Say the colour red. Answer: red<|im_end|>\nQuestion: Sure? Answer: Yes, it is.<|im_end|>"
+    assert encoder.tokenizer.decode(sample_of(encoder, SEVERAL_ROUNDS).input_ids) == text
+
+
+class TestVideos:
+    """Real times, lengths that must agree, and frames as pictures where a family has no videos."""
+
+    def test_pictures_and_videos_of_one_name_are_all_there_in_the_order_of_the_text(self, folders: Folders) -> None:
+        """SmolVLM's processor keeps the videos' pixels alone; its model reads all in the order of their tokens."""
+        pytest.importorskip("num2words")
+        encoder = encoder_of(folders[f"smolvlm{VIDEO}"])
+        video, picture, first, last = (
+            sample_of(encoder, VIDEO_TALKS[talk]).inputs["pixel_values"]
+            for talk in ("one video", "one picture", "video and picture", "picture and video")
+        )
+        assert torch.equal(first, torch.cat([video, picture], dim=1))
+        assert torch.equal(last, torch.cat([picture, video], dim=1))
+
+    @pytest.mark.parametrize("family", WITH_VIDEOS)
+    def test_which_families_take_videos_of_one_length(self, folders: Folders, family: str) -> None:
+        """Where the processor refuses several in one sample the shorter shows a frame twice."""
+        encoder, expected = encoder_of(folders[family]), VIDEO_FAMILIES[family.removesuffix(VIDEO)]
+        assert encoder.why_no_videos is None
+        assert encoder.videos_of_one_length == expected.one_length
+        assert encoder.one_kind_in_a_batch == expected.one_kind
+        turns = VIDEO_TALKS["two videos"][0]
+        ours = sample_of(encoder, (turns, (), (LONG, SHORT))).input_ids[None]
+        same = repeated(SHORT, 4) if expected.one_length or family == f"internvl{VIDEO}" else SHORT
+        theirs = processor_inputs(encoder, family, [(turns, (), (LONG, same))])["input_ids"]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    def test_times_in_the_text_are_the_real_ones(self, folders: Folders) -> None:
+        """Frames 3, 10, 17, 24 of 25 a second; Qwen3-VL writes the middle of each two, SmolVLM whole seconds."""
+        qwen = encoder_of(folders[f"qwen3_vl{VIDEO}"])
+        assert text_of(qwen, LONG).count("<0.3 seconds>") == 1
+        assert text_of(qwen, LONG).count("<0.8 seconds>") == 1
+        assert "<0.6 seconds>" in text_of(qwen, UNSTEADY)
+        assert "<63.2 seconds>" in text_of(qwen, UNSTEADY)
+        # Its processor lengthens the list of indices in place.
+        assert text_of(qwen, SHORT) == text_of(qwen, SHORT)
+        assert len(SHORT.indices) == 3
+        pytest.importorskip("num2words")
+        told = text_of(encoder_of(folders[f"smolvlm{VIDEO}"]), UNSTEADY)
+        assert "four frames from a 0:01:10 [H:MM:SS] video" in told
+        assert [f"Frame from {time}:" in told for time in ("00:00", "00:01", "01:01", "01:05")] == [True] * 4
+
+    def test_seconds_between_frames_are_those_of_the_part_that_was_meant(self, folders: Folders) -> None:
+        """Four frames of 4 s are one a second, two of them a grid: 2 s; of a part of 1.6 s they are 0.8 s."""
+        encoder, (asked, _) = encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), VIDEO_TALKS["one video"][0]
+        part = replace(LONG, span=(0.4, 2.0))
+        for video, seconds in ((LONG, 2.0), (part, 0.8), (replace(UNSTEADY, span=(0.0, 70.0)), 35.0)):
+            found = encoder.encode_prompt((asked,), (), (video,))["second_per_grid_ts"]
+            assert float(found[0]) == pytest.approx(seconds, rel=1e-3)
+
+    def test_a_file_without_duration_has_a_clock_of_its_own(self) -> None:
+        found = metadata(replace(LONG, duration=0.0, span=(0.0, 0.0)))
+        assert found.timestamps == pytest.approx(LONG.seconds, abs=1e-3)
+        assert found.total_num_frames == 4
+
+    def test_short_videos_repeat_frames(self) -> None:
+        assert repeated(SHORT, 3) is SHORT
+        assert repeated(SHORT, 8).indices == (3, 3, 3, 14, 14, 14, 25, 25)
+        assert len(repeated(SHORT, 8).pictures) == len(repeated(SHORT, 8).seconds) == 8
+
+    @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+    def test_they_go_in_as_pictures_where_the_family_or_its_template_has_none(
+        self, folders: Folders, family: str
+    ) -> None:
+        encoder = encoder_of(folders[family])
+        assert encoder.why_no_videos
+        turns, pictures, videos = VIDEO_TALKS["picture and video"]
+        found = sample_of(encoder, (turns, pictures, videos))
+        marks = "\n".join(["<image>"] * 4)
+        asked = Turn("user", f"Is <image>\nlike {marks}\nhere?")
+        expected = sample_of(encoder, ((asked, turns[1]), (*pictures, *videos[0].pictures), ()))
+        assert torch.equal(found.input_ids, expected.input_ids)
+        assert torch.equal(found.labels, expected.labels)
+        assert_same(found.inputs, expected.inputs)
+
+    def test_pictures_and_frames_keep_the_order_of_the_text(self) -> None:
+        turns = VIDEO_TALKS["video and picture"][0]
+        written, shown = as_pictures(turns, (RED,), (LONG,))
+        assert written[0].text == "Is " + "\n".join(["<image>"] * 4) + "\nlike <image>\nhere?"
+        assert shown == [*LONG.pictures, RED]
+        for pictures, videos in (((), (LONG,)), ((RED,), ()), ((RED, RED), (LONG,)), ((RED,), (LONG, LONG))):
+            with pytest.raises(ValueError, match="places"):
+                as_pictures(turns, pictures, videos)
+
+    def test_html_is_text_where_no_video_is(
+        self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        talk = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
+        monkeypatch.setattr(tiny_image_text, "SPECIAL", [one for one in tiny_image_text.SPECIAL if one != "<video>"])
+        encoder = encoder_of(write_tiny_video("qwen2_5_vl", tmp_path / "base"))
+        assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, talk).input_ids)
+        with pytest.raises(BadSample):
+            sample_of(encoder_of(folders[f"llava_onevision{VIDEO}"]), talk)
+
+    def test_frames_that_change_their_size_are_a_bad_sample(self, folders: Folders) -> None:
+        """As a recording of a call whose line got worse."""
+        odd = replace(LONG, pictures=(*LONG.pictures[:3], RED))
+        with pytest.raises(BadSample):
+            sample_of(encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), (VIDEO_TALKS["one video"][0], (), (odd,)))
+
+
+def text_of(encoder: Encoder, video: Video) -> str:
+    prompt = encoder.encode_prompt((Turn("user", "<video>\nWhen?"),), (), (video,))
+    return encoder.tokenizer.decode(prompt["input_ids"][0])
+
+
+UNSTEADY = replace(LONG, seconds=(0.2, 1.0, 61.4, 65.0), duration=70.0, span=(0.0, 70.0))
