@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.templates import Prompt
-from dora_vl.backbones.published_features import open_features
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
