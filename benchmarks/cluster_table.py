@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.report import table
 from dora_vl.run.reading import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.estimate import Cluster, Estimate, imagine_run, with_shape
+from dora_vl.training.estimate import Cluster, imagine_run, with_shape
 from dora_vl.training.memory import GIB
 
 GPUS = (1, 8, 64, 1024)
@@ -32,56 +32,29 @@ SETTINGS = (
 """Of every row: DoRA on all linears of the language model, 4 samples of 2,048 tokens on each GPU a step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
 """An A100 in bfloat16, its NVLink, and four links of 200 Gbit/s a machine."""
+HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "GiB sent a step, zero2", "zero3", "s a step, zero2", "zero3")
 BEGIN, END = "<!-- benchmarks.cluster_table -->\n\n", "\n<!-- end -->\n"
 
 
-@dataclass(frozen=True)
-class Row:
+def rows() -> Iterator[tuple[str, ...]]:
     """A model on so many GPUs: GiB of each and GiB that each sends, under both stages, and seconds of a step."""
-
-    model: str
-    gpus: int
-    gib: dict[str, float]
-    sent: dict[str, float]
-    seconds: dict[str, float]
-
-
-def rows() -> Iterator[Row]:
-    """Model by model."""
     for name, shape in MODELS.items():
+        runs = []
         with tempfile.TemporaryDirectory() as folder:
-            runs = {}
             for stage in STAGES:
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
-                runs[stage] = imagine_run(DecoderPipeline(with_shape(config, shape, Path(folder))))
-            for gpus in GPUS:
-                yield row(name, gpus, {stage: run.on(gpus) for stage, run in runs.items()})
-
-
-def row(name: str, gpus: int, found: dict[str, Estimate]) -> Row:
-    """One row's numbers."""
-    cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
-    return Row(
-        name,
-        gpus,
-        gib={stage: round(one.total / GIB, 1) for stage, one in found.items()},
-        sent={stage: round(one.traffic.total / GIB, 2) for stage, one in found.items()},
-        seconds={stage: round(sum(cluster.seconds(one.traffic, one.flop)), 2) for stage, one in found.items()},
-    )
-
-
-def table(found: list[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| model | GPUs | GiB a GPU, zero2 | zero3 | GiB sent a step, zero2 | zero3 | s a step, zero2 | zero3 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in found:
-        cells = [one.model, f"{one.gpus:,}"]
-        for part, digits in ((one.gib, 1), (one.sent, 2), (one.seconds, 2)):
-            cells += [f"{part[stage]:.{digits}f}" for stage in STAGES]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                runs.append(imagine_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
+        for gpus in GPUS:
+            estimates = [run.on(gpus) for run in runs]
+            cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
+            seconds = [sum(cluster.seconds(estimate.traffic, estimate.flop)) for estimate in estimates]
+            yield (
+                name,
+                f"{gpus:,}",
+                *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
+                *(f"{estimate.traffic.total / GIB:.2f}" for estimate in estimates),
+                *(f"{each:.2f}" for each in seconds),
+            )
 
 
 def put_into(page: Path, text: str) -> None:
@@ -95,8 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, help="a page with the two marks between which it stands")
     into = parser.parse_args().into
-    found = list(rows())
-    text = table(found)
+    text = table(HEADS, list(rows())) + "\n"
     print(text)
     if into is not None:
         put_into(into, text)

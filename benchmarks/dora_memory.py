@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,23 +34,13 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from benchmarks.dora_step import (
-    TRAINED,
-    Setting,
-    Tokens,
-    add_options,
-    base_model,
-    contender,
-    loss_of,
-    settings_of,
-    tokens_of,
-)
+from benchmarks.contenders import DEVICE, contender
+from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of, tokens_of
 from benchmarks.report import table, write_json
 from dora_vl.training.estimate import LiveBytes, storages_of
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
 """Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -76,13 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    base = base_model(options.model, getattr(torch, options.dtype), DEVICE)
-    tokens = tokens_of(options, base.config.vocab_size, DEVICE)
+    base = base_model(options)
+    tokens = tokens_of(options, base.config.vocab_size)
     rows = []
-    for setting in settings_of(options):
-        measured = {name: memory_of(contender(name, base, setting), tokens) for name in TRAINED}
-        print(f"\nrank {setting.rank}, dropout {setting.dropout}, {options.dtype}, MiB\n{shown(measured)}")
-        rows.append(figures(setting, measured))
+    for rank, dropout in product(options.rank, options.dropout):
+        measured = {name: memory_of(contender(name, base, rank=rank, dropout=dropout), tokens) for name in TRAINED}
+        print(f"\nrank {rank}, dropout {dropout}, {options.dtype}, MiB\n{shown(measured)}")
+        rows.append({"rank": rank, "dropout": dropout, **figures(measured)})
     if options.json is not None:
         given = {name: value for name, value in vars(options).items() if name != "json"}
         write_json(options.json, {"options": given, "settings": rows})
@@ -134,7 +125,7 @@ def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | 
     return torch.cuda.max_memory_allocated()
 
 
-def figures(setting: Setting, measured: dict[str, Memory]) -> dict[str, Any]:
+def figures(measured: dict[str, Memory]) -> dict[str, Any]:
     """One row of the JSON; the worse of the two checkpointings is the ratio's."""
 
     def ratio(read: Callable[[Memory], int], to: str) -> float:
@@ -145,8 +136,6 @@ def figures(setting: Setting, measured: dict[str, Memory]) -> dict[str, Any]:
         return max(ratio(lambda one, way=way: read(one.steps[way]), "peft_lora") for way in ways)
 
     return {
-        "rank": setting.rank,
-        "dropout": setting.dropout,
         "saved_bytes_vs_peft_lora": ratio(lambda one: one.saved.total, "peft_lora"),
         "saved_bytes_vs_peft_dora": ratio(lambda one: one.saved.total, "peft_dora"),
         "saved_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.alive),

@@ -13,27 +13,24 @@ card's peak (`--peak-tflops`) and peak memory.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import median, table, write_json
-from dora_vl import DoRAConfig, apply_dora, merge_dora
-from dora_vl.adapters.peft_model import accelerate_peft
+from benchmarks.contenders import CLOCKS, DEVICE, Layer, activation_loss, contender, seconds, take_turns, train_step
+from benchmarks.report import table, write_json
 from dora_vl.run.launch import keep_freed_memory
 
 TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,
@@ -44,16 +41,13 @@ SMOLLM2_135M = LlamaConfig(
     tie_word_embeddings=True,
 )
 """Times and bytes depend on shapes alone, so random weights of these shapes do where no folder is given."""
-DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
     """Times every setting, prints the tables and writes the JSON."""
     options = read_options()
     keep_freed_memory()
-    figures = [time_setting(setting, options) for setting in settings_of(options)]
+    figures = [time_setting(rank, dropout, options) for rank, dropout in product(options.rank, options.dropout)]
     if options.json is not None:
         shown = {name: value for name, value in vars(options).items() if name != "json"}
         write_json(options.json, {"options": shown, "settings": figures})
@@ -76,96 +70,41 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the JSON: ratios of training and decoding, with the milliseconds they come from."""
     if options.layer is not None:
-        base: Any = layer_of_shape(options.layer, setting.dtype, DEVICE)
-        loss = partial(single_layer_loss, tokens=options.batch * options.tokens)
+        base: Any = layer_of_shape(options.layer, getattr(torch, options.dtype))
+        width = base.q_proj.in_features
+        x = torch.randn(options.batch * options.tokens, width, generator=torch.Generator().manual_seed(0))
+        loss: Callable[[Any], Tensor] = partial(activation_loss, x=x.to(base.q_proj.weight))
     else:
-        base = base_model(options.model, setting.dtype, DEVICE)
-        loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size, DEVICE))
-    training = take_turns({name: train_step(contender(name, base, setting), loss) for name in TRAINED}, options)
+        base = base_model(options)
+        loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size))
+    adapt = partial(contender, base=base, rank=rank, dropout=dropout)
+    turns = {"rounds": options.rounds, "repeats": options.steps, "clock": options.clock}
+    training = take_turns({name: train_step(adapt(name), loss) for name in TRAINED}, **turns)
     ratios = {
         "train_vs_frozen": training.ratio("ours", "frozen"),
         "train_vs_peft_lora": training.ratio("ours", "peft_lora"),
         "train_vs_peft_dora": training.ratio("ours", "peft_dora"),
         "accelerated_vs_peft_dora": training.ratio("peft_dora_accelerated", "peft_dora"),
     }
-    row = {"rank": setting.rank, "dropout": setting.dropout, "train_ms": training.milliseconds, **ratios}
-    print(f"\nrank {setting.rank}, dropout {setting.dropout}, training step, {options.dtype}")
+    row = {"rank": rank, "dropout": dropout, "train_ms": training.milliseconds, **ratios}
+    print(f"\nrank {rank}, dropout {dropout}, training step, {options.dtype}")
     print(training.shown("peft_lora"))
-    if options.layer is None and setting.dropout == options.dropout[0]:
-        decoding = take_turns({name: decode_step(contender(name, base, setting)) for name in DECODED}, options)
+    if options.layer is None and dropout == options.dropout[0]:
+        decoding = take_turns({name: decode_step(adapt(name)) for name in DECODED}, **turns)
         row |= {
             "decode_ms": decoding.milliseconds,
             "decode_vs_peft_lora": decoding.ratio("ours", "peft_lora"),
             "decode_vs_peft_dora": decoding.ratio("ours", "peft_dora"),
             "merged_decode_vs_frozen": decoding.ratio("ours_merged", "frozen"),
         }
-        print(f"\nrank {setting.rank}, one-token decode")
+        print(f"\nrank {rank}, one-token decode")
         print(decoding.shown("peft_lora"))
     if DEVICE == "cuda":
-        row |= cuda_figures(lambda name: train_step(contender(name, base, setting), loss), base, options)
+        row |= cuda_figures(lambda name: train_step(adapt(name), loss), base, options)
     return row
-
-
-class Turns:
-    """Seconds of each contender in each round."""
-
-    def __init__(self, rounds: Sequence[dict[str, float]]) -> None:
-        self.rounds = rounds
-
-    @property
-    def milliseconds(self) -> dict[str, float]:
-        """Median over rounds."""
-        return {name: round(1e3 * median([one[name] for one in self.rounds]), 3) for name in self.rounds[0]}
-
-    def ratio(self, name: str, to: str) -> float:
-        """Median over rounds of the ratio inside one round."""
-        return round(median([one[name] / one[to] for one in self.rounds]), 4)
-
-    def shown(self, reference: str) -> str:
-        """The table."""
-        rows = [(name, ms, self.ratio(name, reference)) for name, ms in self.milliseconds.items()]
-        return table(("contender", "ms (median)", f"x {reference}"), rows)
-
-
-def take_turns(steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> Turns:
-    """Everybody warms up, then rounds of a few steps each."""
-    for step in steps.values():
-        step()
-        step()
-    rounds = []
-    for _ in range(options.rounds):
-        rounds.append(
-            {name: median([seconds(step, options.clock) for _ in range(options.steps)]) for name, step in steps.items()}
-        )
-    return Turns(rounds)
-
-
-def seconds(step: Callable[[], None], clock: str = "wall") -> float:
-    """Time of one step, the card's work included."""
-    now = CLOCKS[clock]
-    started = now()
-    step()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return now() - started
-
-
-def train_step(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[], None]:
-    """Forward, backward, AdamW."""
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
-
-    def step() -> None:
-        loss(model).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
 
 
 def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
@@ -210,25 +149,6 @@ def cuda_figures(
     return {"kernel_ms": kernels, "peak_mib": peaks, "mfu": shares}
 
 
-# Whom this and `dora_memory.py` compare. PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the
-# magnitudes stand away from their starting values, so that nobody is timed on a change that is zero.
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table."""
-
-    rank: int
-    dropout: float
-    dtype: torch.dtype
-    method: str = "dora"
-
-    @property
-    def alpha(self) -> int:
-        """Twice the rank, the paper's choice."""
-        return 2 * self.rank
-
-
 @dataclass(frozen=True)
 class Tokens:
     """The batch: token ids, the places that carry a label, and the labels."""
@@ -238,15 +158,15 @@ class Tokens:
     targets: Tensor
 
     @classmethod
-    def random(cls, vocabulary: int, *, batch: int, length: int, labels: int, device: str) -> Tokens:
+    def random(cls, vocabulary: int, *, batch: int, length: int, labels: int) -> Tokens:
         """The last `labels` tokens of each row are predicted."""
-        ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
-        places = torch.arange(length - labels - 1, length - 1, device=device)
+        ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        places = torch.arange(length - labels - 1, length - 1, device=DEVICE)
         return cls(ids, places, ids[:, places + 1].reshape(-1))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Model, settings and batch; `settings_of` and `tokens_of` read them."""
+    """Model, settings and batch, for `dora_memory.py` too."""
     parser.add_argument(
         "--model", default=None, help="folder of a causal language model; default: shapes of SmolLM2-135M"
     )
@@ -259,65 +179,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", default=None, help="file for the figures")
 
 
-def settings_of(options: argparse.Namespace) -> list[Setting]:
-    """Every rank with every dropout."""
-    dtype = getattr(torch, options.dtype)
-    return [Setting(rank, dropout, dtype) for rank in options.rank for dropout in options.dropout]
-
-
-def tokens_of(options: argparse.Namespace, vocabulary: int, device: str) -> Tokens:
+def tokens_of(options: argparse.Namespace, vocabulary: int) -> Tokens:
     """The batch."""
-    return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels, device=device)
+    return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels)
 
 
-def base_model(folder: str | None, dtype: torch.dtype, device: str) -> Any:
+def base_model(options: argparse.Namespace) -> Any:
     """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
-    if folder is None:
-        model: Any = LlamaForCausalLM(SMOLLM2_135M)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    return model.to(device, dtype)
-
-
-def contender(name: str, base: Any, setting: Setting) -> Any:
-    """A copy of the base, adapted by one of the names in the tables."""
-    torch.manual_seed(1)
-    model = copy.deepcopy(base)
-    if name == "frozen":
-        return model.requires_grad_(False)
-    if name.startswith("ours"):
-        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}  # a single layer has but one of them
-        targets = tuple(f"*.{projection}" for projection in PROJECTIONS if projection in there)
-        config = DoRAConfig(rank=setting.rank, alpha=float(setting.alpha), dropout=setting.dropout, targets=targets)
-        apply_dora(model, config)
-    else:
-        model = _with_peft(model, setting, dora=name != "peft_lora")
-    _move_from_start(model)
-    if name == "ours_merged":
-        merge_dora(model, keep_base=False)
-    if name == "peft_dora_accelerated":
-        accelerate_peft(model)
-    return model
-
-
-def _with_peft(model: Any, setting: Setting, *, dora: bool) -> Any:
-    config = LoraConfig(
-        r=setting.rank,
-        lora_alpha=setting.alpha,
-        lora_dropout=setting.dropout,
-        target_modules=list(PROJECTIONS),
-        use_dora=dora,
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
-
-
-@torch.no_grad()
-def _move_from_start(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            scale = 1e-3 if parameter.ndim > 1 else 1e-2 * float(parameter.float().mean())
-            parameter.add_(torch.randn_like(parameter) * scale)
+    folder = options.model
+    model: Any = LlamaForCausalLM(SMOLLM2_135M) if folder is None else AutoModelForCausalLM.from_pretrained(folder)
+    return model.to(DEVICE, getattr(torch, options.dtype))
 
 
 def loss_of(model: Any, tokens: Tokens) -> Tensor:
@@ -328,33 +200,14 @@ def loss_of(model: Any, tokens: Tokens) -> Tensor:
     return F.cross_entropy(model.lm_head(chosen).float(), tokens.targets)
 
 
-class SingleLayer(nn.Module):
-    """A linear layer under a name that the contenders' patterns find."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.block = nn.ModuleDict({"q_proj": nn.Linear(width_in, width_out)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer."""
-        return self.block["q_proj"](x)
-
-
-def layer_of_shape(shape: str, dtype: torch.dtype, device: str) -> SingleLayer:
+def layer_of_shape(shape: str, dtype: torch.dtype) -> Layer:
     """A layer from `INxOUT`."""
     try:
         width_in, width_out = (int(part) for part in shape.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"--layer {shape}: write INxOUT, such as 576x1536") from None
     torch.manual_seed(0)
-    return SingleLayer(width_in, width_out).to(device, dtype)
-
-
-def single_layer_loss(model: Any, *, tokens: int) -> Tensor:
-    """The output's sum over a fixed random input that wants its gradient too."""
-    weight = next(one for one in model.parameters() if one.ndim == 2)  # the layer's own comes first
-    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    return model(x.requires_grad_()).float().square().mean()
+    return Layer(width_in, width_out).to(DEVICE, dtype)
 
 
 if __name__ == "__main__":

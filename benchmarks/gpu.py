@@ -18,20 +18,55 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it stands in its own folder
 
+from benchmarks.contenders import Layer, activation_loss, contender, take_turns, train_step
 from benchmarks.gpu_checks import Check, checks, compiled_check
-from benchmarks.gpu_models import CONTENDERS, Case, Steps, base_of, contender, steps_of
-from benchmarks.report import median, table, write_json
+from benchmarks.report import table, write_json
+from dora_vl.core.fast.products import without_kernels
 
+COLOURS = {
+    "frozen": "#bbbbbb",
+    "peft_lora": "#555555",
+    "peft_dora": "#cc6677",
+    "ours_eager": "#ddcc77",
+    "ours": "#117733",
+    "ours_compiled": "#332288",
+}
+"""Of the contenders; `ours_eager` is this project without its kernels, `ours_compiled` under `torch.compile`."""
 RESULTS = Path("gpu")
 SHARE_OF_CHECKS = 0.3
 """Of the time; what is left of the checks then is left out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results."""
+
+    name: str
+    hidden: int
+    inner: int
+    tokens: int
+    rank: int
+    dropout: float = 0.0
+    heads: int = 0
+    """Of a decoder block, a quarter of them for keys and values; 0 is one linear layer, hidden x inner."""
+    compiled: bool = False
+    """Whether `torch.compile` takes part, which costs its compile time."""
+
+    def label(self) -> str:
+        """For tables and plots."""
+        shape = f"block {self.hidden}/{self.inner}" if self.heads else f"{self.hidden} -> {self.inner}"
+        return f"{shape}, {self.tokens} tokens, rank {self.rank}, dropout {self.dropout:g}"
+
 
 # The most telling first: what the budget cuts off is at the end.
 CASES = (
@@ -169,30 +204,25 @@ def run_cases(options: argparse.Namespace, budget: Budget) -> Iterator[dict[str,
 
 def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """One row: milliseconds, ratios, bytes and launches of each contender."""
-    base = base_of(case, torch.bfloat16, options.device)
-    names = [name for name in CONTENDERS if case.compiled or name != "ours_compiled"]
-    steps = {name: steps_of(name, contender(name, base, case), case, backend_of(options)) for name in names}
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        base = Block(case) if case.heads else Layer(case.hidden, case.inner)
+    base = base.to(torch.bfloat16).requires_grad_(False)
+    names = [name for name in COLOURS if case.compiled or name != "ours_compiled"]
+    steps = {name: steps_of(name, base, case, options) for name in names}
     row: dict[str, Any] = {"case": asdict(case), "label": case.label()}
     for what in ("train", "decode"):
-        milliseconds = take_turns(steps, what, options)
-        row[f"{what}_ms"] = {name: median([one[name] for one in milliseconds]) for name in names}
-        row[f"{what}_vs_peft_lora"] = {
-            name: median([one[name] / one["peft_lora"] for one in milliseconds]) for name in names
-        }
+        work = {name: pair[what] for name, pair in steps.items()}
+        turns = take_turns(work, rounds=options.rounds, repeats=2 if options.smoke else 5, warm_up=3)
+        row[f"{what}_ms"] = turns.milliseconds
+        row[f"{what}_vs_peft_lora"] = {name: turns.ratio(name, "peft_lora") for name in names}
     if options.device == "cuda":
-        row["step_mib"] = {name: step_mib(one) for name, one in steps.items()}
-        row["launches"] = {name: launches(one) for name, one in steps.items()}
-    heads = (
-        "contender",
-        "train ms",
-        "x LoRA",
-        "decode ms",
-        "x LoRA",
-        *(key for key in ("step_mib", "launches") if key in row),
-    )
-    columns = ("train_ms", "train_vs_peft_lora", "decode_ms", "decode_vs_peft_lora", *heads[5:])
+        row["step_mib"] = {name: step_mib(pair["train"]) for name, pair in steps.items()}
+        row["launches"] = {name: launches(pair["train"]) for name, pair in steps.items()}
+    heads = {"train_ms": "train ms", "train_vs_peft_lora": "x LoRA", "decode_ms": "decode ms"}
+    heads |= {"decode_vs_peft_lora": "x LoRA"} | {key: key for key in ("step_mib", "launches") if key in row}
     print(f"\n{case.name}: {case.label()}")
-    print(table(heads, [(name, *(row[column][name] for column in columns)) for name in names]))
+    print(table(("contender", *heads.values()), [(name, *(row[key][name] for key in heads)) for name in names]))
     del steps
     gc.collect()
     if options.device == "cuda":
@@ -200,49 +230,83 @@ def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def take_turns(steps: dict[str, Steps], what: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Milliseconds of each contender in each round; each warms up first, which compiles and times tiles."""
-    work = {name: (getattr(one, what), one.around) for name, one in steps.items()}
-    for step, around in work.values():
-        with around():
-            for _ in range(3):
+class Block(nn.Module):
+    """A decoder block: RMSNorm, grouped-query attention, SwiGLU. No rotation of positions: it is the same for all."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.width = case.hidden // case.heads
+        narrow = max(1, case.heads // 4) * self.width
+        self.before_attention, self.before_mlp = nn.RMSNorm(case.hidden), nn.RMSNorm(case.hidden)
+        self.q_proj = nn.Linear(case.hidden, case.hidden, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(case.hidden, narrow, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(case.hidden, case.hidden, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(case.hidden, case.inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(case.inner, case.hidden, bias=False)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """[batch, tokens, hidden]; `past` are keys, taken for values too, of the tokens before."""
+        normal = self.before_attention(x)
+        q, k, v = (self._split(one(normal)) for one in (self.q_proj, self.k_proj, self.v_proj))
+        if past is not None:
+            k, v = torch.cat([past, k], dim=2), torch.cat([past, v], dim=2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
+        normal = self.before_mlp(x)
+        return x + self.down_proj(F.silu(self.gate_proj(normal)) * self.up_proj(normal))
+
+    def past(self, tokens: int) -> Tensor:
+        """Keys of so many tokens."""
+        weight = self.k_proj.weight if isinstance(self.k_proj, nn.Linear) else next(self.parameters())
+        return torch.randn(1, self._kv_heads(), tokens, self.width, device=weight.device, dtype=weight.dtype)
+
+    def _kv_heads(self) -> int:
+        return self.k_proj.out_features // self.width
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+
+
+def steps_of(name: str, base: nn.Module, case: Case, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """What is timed of a contender: a training step, and the decoding of one token."""
+    model = contender(name, base, rank=case.rank, dropout=case.dropout)
+    weight = next(parameter for parameter in model.parameters() if parameter.ndim == 2)
+    x = torch.randn(1, case.tokens, case.hidden, device=weight.device, dtype=weight.dtype)
+    token, past = x[:, :1].clone(), model.past(case.tokens) if isinstance(model, Block) else None
+    if name == "ours_compiled":
+        model: Any = torch.compile(model, backend=backend_of(options), dynamic=False)
+    train = train_step(model, partial(activation_loss, x=x))
+
+    @torch.no_grad()
+    def decode() -> None:
+        model.eval()
+        model(token, past)
+
+    def eager(step: Callable[[], None]) -> Callable[[], None]:
+        def without() -> None:
+            with without_kernels():
                 step()
-    repeats = 2 if options.smoke else 5
-    rounds = []
-    for _ in range(options.rounds):
-        rounds.append(
-            {name: milliseconds(step, around, repeats, options.device) for name, (step, around) in work.items()}
-        )
-    return rounds
+
+        return without if name == "ours_eager" else step
+
+    return {"train": eager(train), "decode": eager(decode)}
 
 
-def milliseconds(step: Callable[[], None], around: Callable[[], Any], repeats: int, device: str) -> float:
-    """Of one step, from several in a row, the card's work included."""
-    with around():
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        _wait(device)
-        return 1e3 * (time.perf_counter() - began) / repeats
-
-
-def step_mib(steps: Steps) -> float:
+def step_mib(train: Callable[[], None]) -> float:
     """The peak of a training step above what lay there before."""
-    with steps.around():
-        steps.train()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        steps.train()
-        torch.cuda.synchronize()
+    train()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train()
+    torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def launches(steps: Steps) -> int:
+def launches(train: Callable[[], None]) -> int:
     """Kernels of a training step."""
-    with steps.around(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        steps.train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        train()
         torch.cuda.synchronize()
     return sum(_is_kernel(event) for event in profile.events() or ())
 
@@ -250,21 +314,6 @@ def launches(steps: Steps) -> int:
 def _is_kernel(event: Any) -> bool:
     on_card = event.device_type == torch.autograd.DeviceType.CUDA
     return on_card and not event.name.startswith(("Memcpy", "Memset"))
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-COLOURS = {
-    "frozen": "#bbbbbb",
-    "peft_lora": "#555555",
-    "peft_dora": "#cc6677",
-    "ours_eager": "#ddcc77",
-    "ours": "#117733",
-    "ours_compiled": "#332288",
-}
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

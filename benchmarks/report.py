@@ -24,11 +24,11 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) for package in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """None where it is not installed: not every benchmark needs every package."""
     try:
         return version(package)
@@ -40,10 +40,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as a Markdown table, so that what is printed can be pasted into a document."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(heads), *cells]) for column in range(len(heads))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    head = "| " + " | ".join(text.ljust(width) for text, width in zip(heads, widths, strict=True)) + " |"
+    head, *lines = (
+        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |"
+        for row in (heads, *cells)
+    )
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines])
 
 

@@ -34,7 +34,7 @@ import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 
-from benchmarks.dora_step import take_turns
+from benchmarks.contenders import take_turns
 from benchmarks.report import median, table, write_json
 from dora_vl.adapters.base_weights import shared_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
@@ -43,11 +43,11 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
 from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
+from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server, build_app
 
 NAMES = ("a", "b", "c", "d")
@@ -134,7 +134,7 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
             "one, served": decode_step(served.backbone.model, served, count, ["a"]),
             "four and the base": decode_step(served.backbone.model, served, count, ["base", *NAMES]),
         }
-        turns = take_turns(steps, options)
+        turns = take_turns(steps, rounds=options.rounds, repeats=options.steps, clock=options.clock)
         print(f"\n{count} rows, one decoded token of each")
         print(turns.shown("one, by itself"))
         mixed = "four and the base"
@@ -176,7 +176,7 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
     """Tokens a second of both loads, and their ratio."""
     served.backbone.model.generation_config.eos_token_id = None  # answers of equally many tokens
     loads = {"one adapter": ["a"], "four adapters and the base": ["base", *NAMES]}
-    settings = EngineSettings(batch_rows=options.requests, window_seconds=0.2)
+    settings = Settings(batch=options.requests, window_ms=200)
     rounds: list[dict[str, float]] = []
     with Engine(served, settings) as engine, running(build_app(Server(engine))) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
@@ -218,7 +218,7 @@ def joining_figures(served: ServedModel, options: argparse.Namespace) -> dict[st
     rounds: dict[str, list[dict[str, float]]] = {"joining": [], "batch by batch": []}
     for turn in range(options.rounds + 1):
         for way, found in rounds.items():
-            with Engine(served, EngineSettings(joining=way == "joining")) as engine:
+            with Engine(served, Settings(joining=way == "joining")) as engine:
                 figures = {**beside_a_long_answer(engine), "tokens a second": of_clients(engine)}
             if turn:  # the first does whatever is done once
                 found.append(figures)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table, write_json
+from benchmarks.report import installed_version, table, write_json
 from dora_vl.data.example import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, read_frames
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
@@ -39,67 +39,32 @@ def usable_backends() -> tuple[list[str], dict[str, str]]:
     return usable, missing
 
 
-def in_this_process(backend: str) -> Callable[[Path, Sampling], int]:
-    """Decodes here; returns how many frames came."""
-
-    def read(path: Path, sampling: Sampling) -> int:
-        return len(read_frames(path.parent, Clip(path=path.name), sampling, backends=(backend,)).indices)
-
-    return read
-
-
-def in_its_own(reader: VideoReader) -> Callable[[Path, Sampling], int]:
-    """Decodes in the reader's process and takes the frames through its pipe, as training does."""
-
-    def read(path: Path, sampling: Sampling) -> int:
-        return len(reader.read(path.parent, Clip(path=path.name), sampling).indices)
-
-    return read
-
-
-def frames_a_second(read: Callable[[Path, Sampling], int], path: Path, sampling: Sampling) -> float:
+def frames_a_second(read: Callable[..., Any], path: Path, sampling: Sampling) -> float:
     """Decoded frames over seconds of one read."""
     started = time.perf_counter()
-    frames = read(path, sampling)
-    return frames / (time.perf_counter() - started)
+    frames = read(path.parent, Clip(path=path.name), sampling)
+    return len(frames.indices) / (time.perf_counter() - started)
 
 
 def measure(clips: Sequence[Path], backends: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
     """The fastest of `rounds` for each clip, way of picking and library, in this process and in one of its own."""
     readers = {backend: VideoReader(backends=(backend,)) for backend in backends}
-    ways = {(backend, "here"): in_this_process(backend) for backend in backends}
-    ways |= {(backend, "own process"): in_its_own(readers[backend]) for backend in backends}
-    rows: list[dict[str, Any]] = []
+    ways: dict[tuple[str, str], Callable[..., Any]] = {}
+    for backend, reader in readers.items():  # through its pipe the frames come as in training
+        ways |= {(backend, "here"): partial(read_frames, backends=(backend,)), (backend, "own process"): reader.read}
+    rows: list[Any] = []
     for path in clips:
         for name, sampling in SAMPLINGS.items():
             # One read beforehand: the file is then in the page cache, and the reader's process has its library.
             best = {way: frames_a_second(read, path, sampling) * 0 for way, read in ways.items()}
             for _ in range(rounds):
                 best = {way: max(best[way], frames_a_second(read, path, sampling)) for way, read in ways.items()}
-            rows += [
-                {
-                    "clip": path.name,
-                    "frames": name,
-                    "backend": way[0],
-                    "where": way[1],
-                    "frames_per_second": round(speed, 1),
-                }
-                for way, speed in best.items()
-            ]
+            heads = ("clip", "frames", "backend", "where", "frames_per_second")
+            cells = ((path.name, name, *way, round(speed, 1)) for way, speed in best.items())
+            rows += (dict(zip(heads, row, strict=True)) for row in cells)
     for reader in readers.values():
         reader.close()
     return rows
-
-
-def package_versions() -> dict[str, str]:
-    """The installed release of each library."""
-    found = {}
-    for backend, package in PACKAGES.items():
-        try:
-            found[backend] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @exit_on_user_error
@@ -119,7 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(clips, backends, rounds=options.rounds)
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     write_json(
-        options.to, {"versions": package_versions(), "not_measured": missing, "rounds": options.rounds, "rows": rows}
+        options.to,
+        {
+            "versions": {name: installed_version(package) for name, package in PACKAGES.items()},
+            "not_measured": missing,
+            "rounds": options.rounds,
+            "rows": rows,
+        },
     )
 
 

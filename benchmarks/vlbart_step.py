@@ -9,14 +9,14 @@ Medians of the steps are printed as samples/s, and times relative to full fine-t
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import median, table, write_json
+from benchmarks.contenders import DEVICE, take_turns
+from benchmarks.report import table, write_json
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
@@ -64,8 +64,6 @@ def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
@@ -78,20 +76,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="of the encoder, and of the decoder")
     parser.add_argument("--json", help="also writes the figures there")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = {name: tensor.to(device) for name, tensor in inputs(options.batch).items()}
-    steppers: dict[Method, Callable[[], None]] = {
-        one: stepper(one, layers=options.layers, batch=batch, device=device) for one in METHODS
+    batch = {name: tensor.to(DEVICE) for name, tensor in inputs(options.batch).items()}
+    steps: dict[str, Callable[[], None]] = {
+        method: stepper(method, layers=options.layers, batch=batch, device=DEVICE) for method in METHODS
     }
-    seconds: dict[Method, list[float]] = {method: [] for method in METHODS}
-    for turn in range(options.steps + 1):
-        for method, step in steppers.items():
-            started = time.perf_counter()
-            step()
-            if turn:  # the first makes the optimizer's state
-                seconds[method].append(time.perf_counter() - started)
-    medians: dict[str, float] = {str(method): median(values) for method, values in seconds.items()}
-    rows = [(one, options.batch / taken, taken, taken / medians["full"]) for one, taken in medians.items()]
+    turns = take_turns(steps, rounds=options.steps, repeats=1, warm_up=1)
+    medians = {method: ms / 1000 for method, ms in turns.milliseconds.items()}
+    rows = [(name, options.batch / taken, taken, taken / medians["full"]) for name, taken in medians.items()]
     print(table(("method", "samples/s", "seconds a step", "of full"), rows))
     if options.json:
         names = ("method", "samples_per_second", "seconds", "of_full")

@@ -56,6 +56,8 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError, exit_on_user_error
 
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Tokens and log probabilities of each answer, by who gave it."""
 PARTS = ("language", "llava", "server")
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
@@ -127,6 +129,7 @@ def agrees(case: Mapping[str, Any]) -> bool:
 def language_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The cases, by name."""
     figures = {}
+    prompts = [{"ids": prompt} for prompt in PROMPTS]
     for base in ("plain", "biased"):
         path = folder / base
         write_language_model(path, biases=base == "biased")
@@ -135,46 +138,45 @@ def language_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any
             for seed, (name, config) in enumerate(ADAPTERS.items())
         }
         expected = {name: by_peft(path, one, options.tokens) for name, one in (("base", None), *adapters.items())}
-        cases: dict[str, dict[str, Any]] = {f"{base}, one batch": {"max_loras": len(adapters)}}
+        cases = {f"{base}, one batch": (len(adapters), True)}
         if base == "biased":
-            cases["biased, one slot for all"] = {"max_loras": 1}
-            cases["biased, gains left at 1"] = {"max_loras": len(adapters), "gains": False}
-        for title, case in cases.items():
-            figures[title] = language_case(path, adapters, expected, case, options)
+            cases |= {"biased, one slot for all": (1, True), "biased, gains left at 1": (len(adapters), False)}
+        for title, (slots, gains) in cases.items():
+            engine = {"skip_tokenizer_init": True, "max_loras": slots}
+            case = batch_case(path, adapters, expected, prompts, options, gains=gains, **engine)
+            figures[title] = {**case, "max_loras": slots}
             shown(title, figures[title])
     return figures
 
 
-def language_case(
+def batch_case(
     base: Path,
     adapters: Mapping[str, Path],
-    expected: Mapping[str, Sequence[Mapping[str, Any]]],
-    case: Mapping[str, Any],
+    expected: Answers,
+    prompts: Sequence[Mapping[str, Any]],
     options: argparse.Namespace,
+    *,
+    gains: bool = True,
+    **engine: Any,
 ) -> dict[str, Any]:
-    """Every prompt with the base and each adapter, one after another, so that a batch mixes them."""
-    asked = [(name, number) for number in range(len(PROMPTS)) for name in expected]
-    requests = [{"adapter": name, "ids": PROMPTS[number]} for name, number in asked]
-    gains = case.get("gains", True)
-    engine = {**ENGINE, "skip_tokenizer_init": True, "max_loras": case["max_loras"]}
+    """Every prompt for the base and each adapter, one after another, so that a batch mixes them."""
+    asked = [(name, number) for number in range(len(prompts)) for name in expected]
     job = {
         "model": str(base),
-        "engine": engine,
+        "engine": {**ENGINE, **engine},
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "requests": requests,
+        "requests": [{"adapter": name, **prompts[number]} for name, number in asked],
         "gains": gains,
     }
-    found = dict(zip(asked, ask(base.parent, job, options), strict=True))
-    answers = {
-        name: agreement([found[name, number] for number in range(len(PROMPTS))], wanted)
-        for name, wanted in expected.items()
-    }
-    return {
-        "gains": gains,
-        "max_loras": case["max_loras"],
-        "unlike_the_base": unlike_the_base(expected),
-        "answers": answers,
-    }
+    answers = dict(zip(asked, ask(base.parent, job, options), strict=True))
+    by_name = {name: [answers[name, number] for number in range(len(prompts))] for name in expected}
+    return compared(by_name, expected, gains=gains)
+
+
+def compared(answers: Answers, expected: Answers, *, gains: bool = True) -> dict[str, Any]:
+    """A case of the results."""
+    alike = {name: agreement(answers[name], expected[name]) for name in expected}
+    return {"gains": gains, "unlike_the_base": unlike_the_base(expected), "answers": alike}
 
 
 # -- pictures: a LLaVA composed, trained, exported and merged here ----------------------------------------------
@@ -189,9 +191,12 @@ def llava_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     expected = expected_answers(folder / "base", run / "adapter", served / "base", pictures, options.tokens)
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     if "llava" in options.parts:
-        adapters = {"dora": served / "adapter"}
-        cases["base and adapter"] = lambda: offline(served / "base", adapters, expected, pictures, options)
-        cases["merged"] = lambda: offline(merged, {}, {"merged": expected["dora"]}, pictures, options)
+        prompts = [{"text": PROMPT, "picture": str(picture)} for picture in pictures]
+        adapters, alone = {"dora": served / "adapter"}, {"merged": expected["dora"]}
+        cases["base and adapter"] = lambda: batch_case(
+            served / "base", adapters, expected, prompts, options, max_loras=1
+        )
+        cases["merged"] = lambda: batch_case(merged, {}, alone, prompts, options, max_loras=1, enable_lora=False)
     if "server" in options.parts:
         cases["server"] = lambda: by_server(served, expected, pictures, options)
     figures = {}
@@ -316,53 +321,21 @@ def expected_answers(
     trained = open_backbone(str(base)).model
     load_adapter(trained, adapter)
     alone = LlavaForConditionalGeneration.from_pretrained(served_base)
-    inputs = [model_inputs(served_base, picture) for picture in pictures]
+    processor = AutoProcessor.from_pretrained(served_base)
+    opened = [Image.open(picture).convert("RGB") for picture in pictures]
+    inputs = [processor(images=picture, text=PROMPT, return_tensors="pt") for picture in opened]
     return {
         name: [greedy(model.eval(), one, tokens) for one in inputs]
         for name, model in (("base", alone), ("dora", trained))
     }
 
 
-def model_inputs(base: Path, picture: Path) -> Mapping[str, torch.Tensor]:
-    """The prompt and a picture, by the folder's own processor."""
-    processor = AutoProcessor.from_pretrained(base)
-    with Image.open(picture) as opened:
-        return processor(images=opened.convert("RGB"), text=PROMPT, return_tensors="pt")
-
-
-# -- what vLLM answers ---------------------------------------------------------------------------------------
-
-
-def offline(
-    base: Path,
-    adapters: Mapping[str, Path],
-    expected: Mapping[str, Sequence[Mapping[str, Any]]],
-    pictures: Sequence[Path],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Every picture for the base and each adapter, in one batch."""
-    asked = [(name, number) for number in range(len(pictures)) for name in expected]
-    job = {
-        "model": str(base),
-        "engine": {**ENGINE, "max_loras": 1, "enable_lora": bool(adapters)},
-        "adapters": {name: str(path) for name, path in adapters.items()},
-        "requests": [{"adapter": name, "text": PROMPT, "picture": str(pictures[number])} for name, number in asked],
-    }
-    found = dict(zip(asked, ask(base.parent, job, options), strict=True))
-    return compared({name: [found[name, number] for number in range(len(pictures))] for name in expected}, expected)
-
-
-def compared(
-    found: Mapping[str, Sequence[Mapping[str, Any]]], expected: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, Any]:
-    """A case of the results."""
-    answers = {name: agreement(found[name], expected[name]) for name in expected}
-    return {"gains": True, "unlike_the_base": unlike_the_base(expected), "answers": answers}
+# -- what vLLM's server answers -----------------------------------------------------------------------------
 
 
 def by_server(
     served: Path,
-    expected: Mapping[str, Sequence[Mapping[str, Any]]],
+    expected: Answers,
     pictures: Sequence[Path],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -420,7 +393,13 @@ def serving(served: Path, python: Path) -> Iterator[str]:
         wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
-        stop(process)
+        if process.poll() is None:  # and the processes that it started
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -437,18 +416,6 @@ def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path
             return
         time.sleep(1)
     raise UserError(f"vLLM's server did not begin in {SECONDS_TO_START} s")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server and the processes that it started."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
 
 
 if __name__ == "__main__":

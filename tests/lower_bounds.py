@@ -8,43 +8,32 @@ ends instead, and says which bound cannot be had. One that the package does not 
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import requires
 
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,]+\])?(?P<versions>[^;]*)")
-LOWER = re.compile(r">=\s*([\w.]+)")
-PYTHON = re.compile(r"python_version\s*(?P<sign><|>=)\s*['\"](?P<version>[\d.]+)['\"]")
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 
-def lower_bounds(requirements: list[str], python: tuple[int, ...] = sys.version_info[:2]) -> dict[str, str]:
-    """Name -> lower bound, the higher one of a package that is named twice for this Python.
+def lower_bounds(requirements: Iterable[str], python: str = "{}.{}".format(*sys.version_info)) -> dict[str, str]:
+    """Name -> lower bound, the higher one of a package that is named twice for this Python, whatever the extra.
 
     Raises: ValueError for a requirement without one.
     """
-    found: dict[str, str] = {}
+    bounds: dict[str, str] = {}
     for line in requirements:
-        if not _is_for(line, python):
+        requirement = Requirement(line)
+        extra = line.rpartition("extra == ")[2].strip("\"' ")
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python, "extra": extra}):
             continue
-        named = REQUIREMENT.match(line)
-        bound = named and LOWER.search(named["versions"])
-        if not named or not bound:
+        lower = next((bound.version for bound in requirement.specifier if bound.operator == ">="), None)
+        if lower is None:
             raise ValueError(f"{line}: no lower bound")
-        name = named["name"].lower()
-        found[name] = max(bound[1], found.get(name, bound[1]), key=_numbers)
-    return found
-
-
-def _is_for(requirement: str, python: tuple[int, ...]) -> bool:
-    of = PYTHON.search(requirement.partition(";")[2])
-    if not of:
-        return True
-    is_older = list(python) < _numbers(of["version"])
-    return is_older if of["sign"] == "<" else not is_older
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
+        name = canonicalize_name(requirement.name)
+        bounds[name] = max(lower, bounds.get(name, lower), key=Version)
+    return bounds
 
 
 if __name__ == "__main__":

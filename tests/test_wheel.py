@@ -81,13 +81,6 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_says_what_it_can_do_and_knows_its_sources(installed: Path, tmp_path: Path) -> None:
-    code = "import runpy, sys; sys.argv[0] = 'dora-vl'; runpy.run_module('dora_vl.cli', run_name='__main__')"
-    for verb in ("--help", "prepare --help", "check-data --help", "evaluate --help"):
-        assert "usage: dora-vl" in started(installed, tmp_path, "-c", code, *verb.split())
-
-
-@pytest.mark.slow
 def test_recipes_and_deepspeed_files_are_found_by_name(installed: Path, tmp_path: Path) -> None:
     code = """
 import dora_vl

@@ -336,7 +336,7 @@ def evaluate_commonsense(
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
-        "prompt": [prompt.test, prompt.test_with_input],
+        "prompt": list(prompt.test),
         **way,
     }
     tests = [

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi import Request
 from torch import Tensor
@@ -19,6 +19,7 @@ from dora_vl.data.samples import Sample
 from dora_vl.errors import UserError
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.model import Entry
+from dora_vl.serving.options import Settings
 
 
 class TooManyRequests(UserError):
@@ -119,16 +120,16 @@ class Answering:
     deadline: float
     over: bool = False
     pieces: int = 0
-    _cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more; its row ends at the next token."""
-        self._cancelled.set()
+        self.cancelled = True
 
     @property
     def unwanted(self) -> bool:
         """Whether the answer comes too late, or for nobody."""
-        return self._cancelled.is_set() or time.monotonic() > self.deadline
+        return self.cancelled or time.monotonic() > self.deadline
 
     def tell(self, event: Event) -> None:
         """Hands an event on; none after the last."""
@@ -147,28 +148,6 @@ class Answering:
 ENDING = "the server is ending"
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How requests become batches.
-
-    Attributes:
-        batch_tokens: most tokens of a batch, prompts padded and answers at their longest; a single request may have
-            more.
-        window_seconds: how long the first request of a batch waits for others.
-        answer_seconds: longest time from handing a request in to the end of its answer.
-        prompt_tokens: longest prompt; None: as the model takes.
-        joining: requests come to a batch that is being answered, where the model allows it.
-    """
-
-    batch_rows: int = 16
-    batch_tokens: int = 32768
-    window_seconds: float = 0.005
-    waiting: int = 64
-    answer_seconds: float = 300.0
-    prompt_tokens: int | None = None
-    joining: bool = True
-
-
 class WaitingRoom:
     """Where requests wait, in order; any thread may hand one in, one thread takes batches.
 
@@ -176,7 +155,7 @@ class WaitingRoom:
         one_kind: whether the model cannot tell pictures from videos of one batch.
     """
 
-    def __init__(self, settings: EngineSettings, one_kind: Callable[[], bool]) -> None:
+    def __init__(self, settings: Settings, one_kind: Callable[[], bool]) -> None:
         self._settings = settings
         self._one_kind = one_kind
         self._waiting: deque[Answering] = deque()
@@ -220,8 +199,7 @@ class WaitingRoom:
         with self._changed:
             while not self._waiting and not self.closed:
                 self._changed.wait()
-            until = time.monotonic() + self._settings.window_seconds
-            rows = self._settings.batch_rows
+            until, rows = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
             while len(self._waiting) < rows and not self.closed and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
             return None if self.closed else self._take()
@@ -238,7 +216,7 @@ class WaitingRoom:
             longest = max(columns, *(prepared.prompt_tokens for prepared in new))
             longest += max(left, *(prepared.sampling.max_new_tokens for prepared in new))
             count = rows + len(new)
-            return count <= self._settings.batch_rows and count * longest <= self._settings.batch_tokens
+            return count <= self._settings.batch and count * longest <= self._settings.batch_tokens
 
         with self._changed:
             return self._take(room) if self._waiting and not self.closed else []
@@ -257,7 +235,7 @@ class WaitingRoom:
         left: deque[Answering] = deque()
         for request in self._waiting:
             rows = [*(other.prepared for other in batch), request.prepared]
-            fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and room(rows)
+            fits = len(rows) <= self._settings.batch and self._fit(rows) and room(rows)
             if not fits and not batch:
                 return []
             (batch if fits else left).append(request)
@@ -290,11 +268,11 @@ class WaitingClient:
     def __init__(self, request: Request, seconds: float) -> None:
         self._request = request
         self.deadline = time.monotonic() + seconds
-        self._gone = threading.Event()
+        self._gone = False
 
     def check(self) -> None:
         """Goes on only where somebody waits; from any thread."""
-        if self._gone.is_set():
+        if self._gone:
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
             raise TooLate()
@@ -304,7 +282,7 @@ class WaitingClient:
         """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
 
         def gone() -> None:
-            self._gone.set()
+            self._gone = True
             leave()
 
         async def look() -> None:

@@ -17,13 +17,12 @@ from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,
+    Settings,
     adapters_by_name,
     add_address,
     add_options,
     admission,
-    engine_settings,
     listening,
-    media_limits,
 )
 
 DESCRIPTION = """\
@@ -48,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     add_model_options(parser)
     add_address(parser, port=7860)
-    add_options(parser.add_argument_group("answers"), ANSWERS)
-    add_options(parser.add_argument_group("limits of what is shown"), MEDIA)
+    add_options(parser, ANSWERS, MEDIA)
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -73,23 +71,20 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         keep_gradio_quiet(Path(folder))
         from dora_vl.serving.engine import Engine
         from dora_vl.serving.model import open_served
-        from dora_vl.serving.requests import RequestMedia
 
         named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
         model = open_served(options.base, adapters, **named)  # before Gradio, which takes seconds: it may refuse
-        from dora_vl.serving.door import http_config
-        from dora_vl.serving.page import Page, QuietServer, Uploads, build_page_app
+        from dora_vl.serving.door import Uploads, http_config
+        from dora_vl.serving.page import Page, QuietServer, build_page_app
         from dora_vl.serving.page_parts import example_questions
         from dora_vl.serving.side_by_side import SideBySide
 
-        media = RequestMedia(media_limits(options), model.assistant.prompts.encoder.videos_of_one_length)
+        settings = Settings.of(options)
         examples = next(filter(None, map(example_questions, adapters.values())), ())
-        most = media.limits.bytes * ROOM_FOR_A_MESSAGE
+        most = settings.media_bytes * ROOM_FOR_A_MESSAGE
         uploads = Uploads(Path(folder), most * UPLOADS_AT_ONCE)
-        answers = {"new_tokens": options.max_new_tokens, "temperature": options.temperature}
-        with Engine(model, engine_settings(options)) as engine, contextlib.closing(media):
-            page = Page(SideBySide(engine, media), uploads, examples, **answers)
-            app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
+        with Engine(model, settings) as engine, contextlib.closing(SideBySide(engine)) as side:
+            app = build_page_app(Page(side, uploads, examples), admitted, upload_bytes=most)
             host, port = listener.getsockname()[:2]
             yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
             QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import re
 import time
-from collections.abc import Container, Mapping
+from collections.abc import AsyncIterator, Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import h11
 import uvicorn
+from anyio.to_thread import run_sync
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -214,3 +220,149 @@ def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
         limit_concurrency=MOST_CONNECTIONS,
         **{"log_level": "warning", **settings},
     )
+
+
+# -- the page's: Gradio has many more addresses than it needs, some of which give files, fetch from the web or run other
+# programs. Only those are there that the page itself asks for, and a file that a request names must have been uploaded.
+
+UPLOAD = "/gradio_api/upload"
+ADDRESSES = {
+    "GET": re.compile(
+        r"/|/(config|theme\.css|favicon\.ico|manifest\.json)|/(assets|static|svelte)/.+"
+        r"|/gradio_api/(queue/data|upload_progress|startup-events|heartbeat/\w+)"
+    ),
+    "HEAD": re.compile("/"),
+    "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
+}
+"""What the page asks for, by method."""
+UPLOAD_SECONDS = 300.0
+FORGET_SECONDS, LOOK_SECONDS = UPLOAD_SECONDS + 60, 20.0
+"""How old uploads are that go unread, older than those that come with them; and how often that is looked for."""
+MOST_UPLOADS = 1000
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "object-src 'none'; frame-ancestors 'self'"
+)
+"""A visitor's browser loads nothing from another host, whatever a page of Gradio's asks for."""
+
+
+class Uploads:
+    """What visitors have sent and the page has not read yet: so many files and bytes at most, and not for long.
+
+    Args:
+        folder: Gradio keeps them here, each in a folder of its own.
+        most_bytes: of all of them.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self.folder = folder.resolve()
+        self._most_bytes = most_bytes
+        self._coming = 0
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is a file that was uploaded."""
+        try:
+            file = Path(path).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):
+            return False
+        return file.is_file() and file.parent.parent == self.folder
+
+    def delete(self, file: Path) -> None:
+        """Deletes an uploaded file, and nothing else."""
+        if self.holds(str(file)):
+            self._remove(file)
+
+    @contextlib.contextmanager
+    def coming(self, size: str) -> Iterator[None]:
+        """Meanwhile an upload is on its way."""
+        if not size.isdecimal():
+            raise Refused("an upload must say its size (Content-Length)")
+        sizes = self.forget()
+        if len(sizes) >= MOST_UPLOADS or sum(sizes) + self._coming + int(size) > self._most_bytes:
+            raise TooManyRequests("too much is being uploaded; try again in a few minutes")
+        self._coming += int(size)
+        try:
+            yield
+        finally:
+            self._coming -= int(size)
+
+    def forget(self) -> list[int]:
+        """Deletes what is too old; the sizes of the files that are left."""
+        sizes, oldest = [], time.time() - FORGET_SECONDS
+        for file in [path for path in self.folder.rglob("*") if not path.is_dir()]:
+            with contextlib.suppress(FileNotFoundError):  # it was read just now
+                status = file.lstat()
+                if status.st_mtime >= oldest:
+                    sizes.append(status.st_size)
+                else:
+                    self._remove(file)
+        return sizes
+
+    def _remove(self, file: Path) -> None:
+        """A file, and its folder where nothing else is in it, such as the same content under another name."""
+        with contextlib.suppress(OSError):
+            file.unlink()
+            if file.parent != self.folder:
+                file.parent.rmdir()
+
+    @contextlib.asynccontextmanager
+    async def forgetting(self, _: FastAPI) -> AsyncIterator[None]:
+        """Meanwhile old uploads are deleted again and again."""
+
+        async def again() -> None:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                await run_sync(self.forget)
+
+        task = asyncio.create_task(again())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+class OwnAlone:
+    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer."""
+
+    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
+        self._app = app
+        self._uploads = uploads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Raises UserError: it is refused."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        addresses = ADDRESSES.get(scope["method"])
+        if addresses is None or not addresses.fullmatch(scope["path"]):
+            raise Refused("the page has no such address")
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        if scope["path"] == UPLOAD:
+            with self._uploads.coming(Headers(scope=scope).get("content-length", "")):
+                await self._app(scope, receive, with_policy)
+            return
+        if scope["method"] == "POST":
+            self._check_files(scope["content"])
+        await self._app(scope, receive, with_policy)
+
+    def _check_files(self, content: bytes) -> None:
+        try:
+            values = [json.loads(content)]
+        except (ValueError, RecursionError):
+            raise Refused("the request is no JSON") from None
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if "path" in value and not (isinstance(value["path"], str) and self._uploads.holds(value["path"])):
+                    raise Refused("the request names a file that was not uploaded, or is here no longer")
+                values += value.values()
+            elif isinstance(value, list):
+                values += value

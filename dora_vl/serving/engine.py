@@ -30,13 +30,12 @@ from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.ask import Shown, check_room
 from dora_vl.serving.answering import (
     ENDING,
     Answering,
-    EngineSettings,
     Event,
     Failed,
     Finished,
@@ -57,6 +56,7 @@ from dora_vl.serving.decoding import (
     may_join,
 )
 from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
+from dora_vl.serving.options import Settings
 
 
 @dataclass
@@ -244,9 +244,9 @@ log = logging.getLogger(__name__)
 class Engine:
     """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`."""
 
-    def __init__(self, model: ServedModel, settings: EngineSettings | None = None) -> None:
+    def __init__(self, model: ServedModel, settings: Settings | None = None) -> None:
         self.model = model
-        self.settings = settings or EngineSettings()
+        self.settings = settings or Settings()
         self._room = WaitingRoom(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
         """Tokenizers and processors are for one thread at a time."""
@@ -279,7 +279,9 @@ class Engine:
                 and 1 all; beyond 1 more of the same.
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
-        positions, most = self.model.max_positions, self.settings.prompt_tokens
+        if len(pictures) == 1 and not videos:  # as in training
+            turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
+        positions, most = self.model.max_positions, self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
         refuse_endless(turns, allowed, entry.longest_token)
         with self._encoding:

@@ -18,7 +18,6 @@ from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.model import decoder_of
-from dora_vl.core.rows import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
@@ -96,7 +95,7 @@ class Entry:
 
     def share(self, strength: float = 1.0) -> Share | None:
         """What a row has of it at this strength; None is the base."""
-        return None if self.name is None else share_of(Share(self.name, strength))
+        return None if self.name is None or strength == 0 else Share(self.name, strength)
 
 
 class ServedModel:

@@ -1,4 +1,4 @@
-"""What the command lines of the server and of the page share: where they listen, who may come in, batches, limits.
+"""What the server and the page can be told: where they listen, who may come in, and one table of numbers.
 
 Light: a command's help is there before torch.
 
@@ -18,8 +18,8 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,6 @@ from dora_vl.errors import UserError, positive, shown
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
-
-    from dora_vl.serving.answering import EngineSettings
-    from dora_vl.serving.requests import MediaLimits
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MIB = 2**20
@@ -47,9 +44,6 @@ def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) 
 
     number.__name__ = kind.__name__
     return number
-
-
-seconds = between(float, 1e-6)
 
 
 def name_of(address: str) -> str | None:
@@ -117,33 +111,71 @@ def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
     to.add_argument("--api-key", metavar="KEY", help=f"what clients must know (default: {KEY_VARIABLE}; else nothing)")
 
 
-Options = Iterable[tuple[str, Callable[[str], Any], Any, str]]
-ANSWERS: Options = (
-    ("--max-new-tokens", positive, 256, "longest answer where none is asked for (256)"),
-    ("--temperature", between(float, 0, 2), 0.0, "likewise (0: the likeliest token)"),
-    ("--batch", positive, 16, "most requests answered together (16)"),
-    ("--batch-tokens", positive, 32768, "most tokens of a batch, answers too (32768)"),
-    ("--window-ms", seconds, 5.0, "how long a batch waits for more requests (5)"),
-    ("--waiting", positive, 64, "most requests that wait; more are refused (64)"),
-    ("--answer-seconds", seconds, 300.0, "from request to end of its answer (300)"),
-    ("--max-prompt-tokens", positive, None, "longest prompt (what the model has positions for)"),
-)
-"""How questions are answered, where they do not say it themselves, and how they become batches."""
-MEDIA: Options = (
-    ("--max-pictures", between(int, 0), 8, "of a request (8)"),
-    ("--max-picture-mpx", positive, 40, "megapixels of a picture (40)"),
-    ("--max-videos", between(int, 0), 1, "of a request (1)"),
-    ("--max-media-mib", positive, 32, "of one picture or video (32)"),
-    ("--frames", positive, 8, "frames of a video that the model sees (8)"),
-    ("--video-seconds", seconds, 20.0, "longest time to decode a video (20)"),
-)
-"""What a request may show."""
+def option(group: str, default: Any, kind: Callable[[str], Any], text: str) -> Any:
+    """A field that is an option of the command line too, under its own name."""
+    return field(default=default, metadata={"group": group, "type": kind, "help": text})
 
 
-def add_options(to: argparse._ArgumentGroup, options: Options) -> None:
-    """Adds options of a table."""
-    for flag, kind, default, text in options:
-        to.add_argument(flag, type=kind, default=default, help=text)
+ANSWERS, REQUEST, MEDIA = "answers", "limits of a request", "limits of what is shown"
+positive_seconds = between(float, 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How questions are answered, where they do not say it themselves, how they become batches, and what they may show.
+
+    Attributes:
+        joining: requests come to a batch that is being answered, where the model allows it.
+        allow_remote_media: http(s) addresses are fetched.
+    """
+
+    max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where none is asked for")
+    temperature: float = option(ANSWERS, 0.0, between(float, 0, 2), "likewise; 0 takes the likeliest token")
+    batch: int = option(ANSWERS, 16, positive, "most requests answered together")
+    batch_tokens: int = option(ANSWERS, 32768, positive, "most tokens of a batch, answers too")
+    window_ms: float = option(ANSWERS, 5.0, positive_seconds, "how long a batch waits for more requests")
+    waiting: int = option(ANSWERS, 64, positive, "most requests that wait; more are refused")
+    answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
+    max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
+    joining: bool = True
+
+    max_body_mib: float = option(REQUEST, 64, positive, "largest request")
+    body_seconds: float = option(REQUEST, 30.0, positive_seconds, "longest time to send one")
+    fetch_seconds: float = option(REQUEST, 10.0, positive_seconds, "longest time to fetch a picture or video")
+    allow_remote_media: bool = False
+
+    max_pictures: int = option(MEDIA, 8, between(int, 0), "of a request")
+    max_picture_mpx: float = option(MEDIA, 40, positive, "megapixels of a picture")
+    max_videos: int = option(MEDIA, 1, between(int, 0), "of a request")
+    max_media_mib: float = option(MEDIA, 32, positive, "of one picture or video")
+    frames: int = option(MEDIA, 8, positive, "frames of a video that the model sees")
+    video_seconds: float = option(MEDIA, 20.0, positive_seconds, "longest time to decode a video")
+
+    @property
+    def media_bytes(self) -> int:
+        """Most of one picture or video."""
+        return int(self.max_media_mib * MIB)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Settings:
+        """What the command line says; what a command has no option for is as usual."""
+        names = {entry.name for entry in fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def add_options(parser: argparse.ArgumentParser, *groups: str) -> None:
+    """Adds the options of some groups."""
+    for group in groups:
+        to = parser.add_argument_group(group)
+        for entry in fields(Settings):
+            if entry.metadata.get("group") == group:
+                shown_default = "" if entry.default is None else f" ({entry.default:g})"
+                to.add_argument(
+                    f"--{entry.name.replace('_', '-')}",
+                    type=entry.metadata["type"],
+                    default=entry.default,
+                    help=entry.metadata["help"] + shown_default,
+                )
 
 
 def admission(options: argparse.Namespace) -> Admission:
@@ -158,36 +190,6 @@ def admission(options: argparse.Namespace) -> Admission:
     allowed = frozenset(name for name in names.values() if name)
     listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
     return Admission(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
-
-
-def engine_settings(options: argparse.Namespace) -> EngineSettings:
-    """The options about batches."""
-    from dora_vl.serving.answering import EngineSettings
-
-    return EngineSettings(
-        batch_rows=options.batch,
-        batch_tokens=options.batch_tokens,
-        window_seconds=options.window_ms / 1000,
-        waiting=options.waiting,
-        answer_seconds=options.answer_seconds,
-        prompt_tokens=options.max_prompt_tokens,
-    )
-
-
-def media_limits(options: argparse.Namespace) -> MediaLimits:
-    """The options about what is shown; from the web only where the command has options for it."""
-    from dora_vl.serving.requests import MediaLimits
-
-    return MediaLimits(
-        pictures=options.max_pictures,
-        videos=options.max_videos,
-        picture_pixels=options.max_picture_mpx * 1_000_000,
-        bytes=options.max_media_mib * MIB,
-        frames=options.frames,
-        video_seconds=options.video_seconds,
-        fetch_seconds=getattr(options, "fetch_seconds", 10.0),
-        remote=getattr(options, "allow_remote_media", False),
-    )
 
 
 def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:

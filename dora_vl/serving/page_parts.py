@@ -1,22 +1,17 @@
-"""The parts of the page and where they stand; what they do is in `page.py`. All text in its HTML is escaped."""
+"""What the page shows, as HTML whose text is escaped, and the questions of a run's test that it offers."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import json
-import secrets
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 
-import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
@@ -25,7 +20,7 @@ from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
-from dora_vl.serving.side_by_side import NOTHING, Answer, Talk
+from dora_vl.serving.side_by_side import Answer, Talk
 
 THUMB_PX = 320
 JPEG_QUALITY = 85
@@ -91,10 +86,10 @@ def tally(answer: Answer) -> str:
 
 def _figure(picture: Image.Image, caption: str) -> str:
     heading = escape(caption)
-    return f'<figure><img alt="{heading}" src="{_data_url(picture)}"><figcaption>{heading}</figcaption></figure>'
+    return f'<figure><img alt="{heading}" src="{data_url(picture)}"><figcaption>{heading}</figcaption></figure>'
 
 
-def _data_url(picture: Image.Image) -> str:
+def data_url(picture: Image.Image) -> str:
     """A small copy; a tiny picture as it is, to the pixel."""
     small = picture.copy()
     small.thumbnail((THUMB_PX, THUMB_PX))
@@ -167,149 +162,3 @@ def _opened(folder: Path, image: str, question: str, truth: str) -> Iterator[Exa
     """The example, where its picture can be opened."""
     with contextlib.suppress(BadSample):
         yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), image), truth)
-
-
-STYLE = Path(__file__).parent / "page_files" / "page.css"
-TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
-FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
-"""Those that the visitor's own system has: none is fetched."""
-STRONGEST, STEP = 2.0, 0.05
-"""Of the dial; a request may ask for more."""
-LONGEST_ANSWER = 1024
-
-
-def theme() -> gr.themes.Base:
-    """Colours and the visitor's own fonts."""
-    colours = gr.themes.Default(
-        primary_hue="blue",
-        secondary_hue="blue",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=[gr.themes.Font(name) for name in FONT],
-        font_mono=[gr.themes.Font(name) for name in MONOSPACE],
-    )
-    return colours.set(body_background_fill="*neutral_50", block_shadow="none")
-
-
-def lay_out(
-    models: Sequence[str], base: str, examples: Sequence[ExampleQuestion], *, new_tokens: int, temperature: float
-) -> tuple[gr.Blocks, SimpleNamespace]:
-    """The page without anything happening on it yet, and those of its parts that do something, by name.
-
-    Beside them `chosen`, what a question is asked with (who asks, the talk, who answers and how), and `changing`, all
-    that something else may change.
-
-    Args:
-        base: where the base is from.
-    """
-    named = ", ".join(f"<b>{escape(name)}</b>" for name in models[1:])
-    with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(
-            '<header class="dv-head"><h1>Ask, side by side</h1>'
-            f"<p>{named} over <b>{escape(base)}</b>, unmerged: both columns are rows of one batch.</p></header>"
-        )
-        person, key, answered = gr.State(""), gr.State(""), gr.State("")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=300):  # what the models are shown, examples, settings
-                with gr.Tab("Pictures or a video"):
-                    files = gr.File(label="Pictures or a video", show_label=False, file_count="multiple", height=124,
-                                    elem_id="dv-files")  # fmt: skip
-                with gr.Tab("Webcam"):
-                    webcam = gr.Image(label="Webcam", show_label=False, sources=["webcam"], type="filepath",
-                                      image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
-                seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
-                nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
-                clicked = _examples(examples) if examples else None
-                with gr.Accordion("Settings", open=False):
-                    tokens = gr.Slider(1, max(LONGEST_ANSWER, new_tokens), new_tokens, step=1,
-                                       label="Longest answer, in tokens")  # fmt: skip
-                    heat = gr.Slider(0, 2, temperature, step=0.1, label="Temperature",
-                                     info="0 takes the likeliest token each time")  # fmt: skip
-                    remember = gr.Checkbox(True, label="Later questions see the earlier ones")
-            with gr.Column(scale=9, min_width=480):  # who answers, and what is asked and said
-                notice = gr.HTML(notice_view(""), elem_id="dv-notice")
-                with gr.Row(equal_height=True):
-                    columns = (_column(models, models[1], "left"), _column(models, models[0], "right"))
-                with gr.Row(equal_height=True, elem_id="dv-asking"):
-                    question = gr.Textbox(placeholder="Type a question, then Enter", show_label=False, container=False,
-                                          lines=1, scale=8, autofocus=True, elem_id="dv-question")  # fmt: skip
-                    ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False,
-                                    elem_id="dv-ask")  # fmt: skip
-                    stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False,
-                                     elem_id="dv-stop")  # fmt: skip
-                    anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
-                asked = gr.Textbox(visible="hidden")
-    parts = SimpleNamespace(
-        person=person, key=key, files=files, webcam=webcam, seen=seen, nothing=nothing, examples=clicked,
-        notice=notice, columns=columns, question=question, asked=asked, answered=answered, ask=ask, stop=stop,
-        anew=anew,
-    )  # fmt: skip
-    speakers = [*(column.model for column in columns), *(column.strength for column in columns)]
-    parts.chosen = [person, key, *speakers, tokens, heat, remember]
-    shown = [key, files, webcam, seen, notice, *(column.talk for column in columns)]
-    parts.changing = [*shown, question, answered, ask, stop]
-    return blocks, parts
-
-
-def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
-    """Rows of a small picture and its question."""
-    return gr.Dataset(
-        components=[gr.HTML(render=False), gr.Textbox(render=False)],
-        samples=[
-            [f'<img class="dv-thumbnail" alt="" src="{_data_url(item.picture)}">', item.question] for item in examples
-        ],
-        headers=["", "A question of the run's test"],
-        type="index",
-        samples_per_page=len(examples),
-        label="Try one",
-        elem_id="dv-examples",
-    )
-
-
-def _column(models: Sequence[str], chosen: str, side: str) -> SimpleNamespace:
-    """One of the two who answer."""
-    with gr.Column(min_width=230):
-        model = gr.Dropdown(list(models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
-        strength = gr.Slider(
-            0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != models[0],
-            info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
-        )  # fmt: skip
-        talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}")
-    return SimpleNamespace(model=model, strength=strength, talk=talk)
-
-
-MOST_TALKS = 64
-"""A talk holds its pictures; the one that was used longest ago goes."""
-
-
-class Talks:
-    """The talks that people have on the page, each under a key that nobody can guess; for several threads."""
-
-    def __init__(self, most: int = MOST_TALKS) -> None:
-        self._most = most
-        self._talks: OrderedDict[str, Talk] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def begin(self, talk: Talk) -> str:
-        """Keeps a new talk; its key."""
-        key = secrets.token_urlsafe(16)
-        self.keep(key, talk)
-        return key
-
-    def get(self, key: str) -> Talk:
-        """A talk as it was kept last; of no key an empty one. Raises UserError: it is gone."""
-        if not key:
-            return Talk()
-        with self._lock:
-            if key not in self._talks:
-                raise UserError("this chat is no longer here; show its pictures again, or press New chat")
-            self._talks.move_to_end(key)
-            return self._talks[key]
-
-    def keep(self, key: str, talk: Talk) -> None:
-        """Keeps how far a talk has come."""
-        with self._lock:
-            self._talks[key] = talk
-            self._talks.move_to_end(key)
-            while len(self._talks) > self._most:
-                self._talks.popitem(last=False)

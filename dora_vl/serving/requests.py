@@ -8,7 +8,6 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,11 +19,12 @@ from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import MOST_STRENGTH
 from dora_vl.data.pictures import NOT_DECODED, NoPicture, bad_picture, load_picture, opened_picture
 from dora_vl.data.readers import ROLES
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.evaluation.ask import Shown
 from dora_vl.run.base import VideoReading
+from dora_vl.serving.options import Settings
 from dora_vl.serving.remote_media import NotFetched, fetch
 
 LONGEST_NAME = 256
@@ -185,41 +185,17 @@ class BadRequest(UserError):
         self.param = param
 
 
-@dataclass(frozen=True, kw_only=True)
-class MediaLimits:
-    """What a request may show.
-
-    Attributes:
-        frames: how many frames of a video the model sees.
-        fetch_seconds: longest time that fetching one address may take.
-        remote: whether http(s) addresses are fetched at all.
-    """
-
-    pictures: int = 8
-    videos: int = 1
-    picture_pixels: int = 40_000_000
-    bytes: int = 32 * 2**20
-    frames: int = 8
-    video_seconds: float = 20.0
-    fetch_seconds: float = 10.0
-    remote: bool = False
-
-
-@dataclass
 class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
 
-    Attributes:
+    Args:
         same_length: whether the videos of a batch must have equally many frames.
     """
 
-    limits: MediaLimits
-    same_length: bool = False
-    _reader: VideoReader = field(init=False)
-    _decoding: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def __post_init__(self) -> None:
-        self._reader = VideoReader(limit_seconds=self.limits.video_seconds)
+    def __init__(self, settings: Settings, *, same_length: bool = False) -> None:
+        self.settings, self._same_length = settings, same_length
+        self._reader = VideoReader(limit_seconds=settings.video_seconds)
+        self._decoding = threading.Lock()
 
     def close(self) -> None:
         """Ends the decoder's process."""
@@ -254,14 +230,12 @@ class RequestMedia:
                     text += f"{IMAGE_PLACEHOLDER}\n"
             ends_with_words = isinstance(message.content[-1], TextPart)
             turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
-        if len(pictures) == 1 and not videos:  # as in training
-            turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return turns, Shown(pictures=tuple(pictures), videos=tuple(videos))
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
         """Refuses more pictures or videos than may be shown."""
-        limits = self.limits
-        for count, most, what in ((pictures, limits.pictures, "pictures"), (videos, limits.videos, "videos")):
+        most_of = {"pictures": self.settings.max_pictures, "videos": self.settings.max_videos}
+        for (what, most), count in zip(most_of.items(), (pictures, videos), strict=True):
             if count > most:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
@@ -270,7 +244,7 @@ class RequestMedia:
         try:
             with opened_picture(BytesIO(content)) as image:
                 width, height = image.size
-            if width * height > (most := self.limits.picture_pixels):
+            if width * height > (most := int(self.settings.max_picture_mpx * 1_000_000)):
                 raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")
             return load_picture(BytesIO(content))
         except NoPicture as error:
@@ -280,12 +254,12 @@ class RequestMedia:
 
     def video(self, content: bytes, where: str) -> Video:
         """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""
-        limits = self.limits
-        frames = limits.frames if self.same_length else None
+        sampling = Uniform(self.settings.frames)
+        frames = self.settings.frames if self._same_length else None
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as name, self._decoding:
             folder = Path(name)
             (folder / "video").write_bytes(content)
-            reading = VideoReading(folder=folder, sampling=Uniform(limits.frames), frames=frames, reader=self._reader)
+            reading = VideoReading(folder=folder, sampling=sampling, frames=frames, reader=self._reader)
             try:
                 (video,) = reading.read([Clip(path="video")])
             except BadSample as error:
@@ -294,11 +268,11 @@ class RequestMedia:
 
     def _content(self, url: str, where: str) -> bytes:
         if url[:5].lower() == "data:":
-            return _from_data_url(url, where, self.limits.bytes)
-        if not self.limits.remote:
+            return _from_data_url(url, where, self.settings.media_bytes)
+        if not self.settings.allow_remote_media:
             raise BadRequest(where, f"{shown(url)}: this server takes data: URLs alone (--allow-remote-media)")
         try:
-            return fetch(url, self.limits.bytes, self.limits.fetch_seconds)
+            return fetch(url, self.settings.media_bytes, self.settings.fetch_seconds)
         except NotFetched as error:
             raise BadRequest(where, str(error)) from None
 

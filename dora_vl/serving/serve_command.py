@@ -7,19 +7,17 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_vl.errors import UserError, positive
+from dora_vl.errors import UserError
 from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,
-    MIB,
+    REQUEST,
+    Settings,
     adapters_by_name,
     add_address,
     add_options,
     admission,
-    engine_settings,
     listening,
-    media_limits,
-    seconds,
 )
 
 DESCRIPTION = """\
@@ -45,13 +43,6 @@ served, and why.
 """
 
 
-REQUEST = (
-    ("--max-body-mib", positive, 64, "largest request (64)"),
-    ("--body-seconds", seconds, 30.0, "longest time to send one (30)"),
-    ("--fetch-seconds", seconds, 10.0, "longest time to fetch a picture or video from the web (10)"),
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
@@ -62,11 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
     )
-    add_options(parser.add_argument_group("answers"), ANSWERS)
-    limits = parser.add_argument_group("limits of a request")
-    add_options(limits, REQUEST)
-    add_options(limits, MEDIA)
-    limits.add_argument(
+    add_options(parser, ANSWERS, REQUEST, MEDIA)
+    parser.add_argument(
         "--allow-remote-media",
         action="store_true",
         help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
@@ -84,26 +72,21 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         import uvicorn
 
         from dora_vl.serving.door import http_config
-        from dora_vl.serving.server import Server, ServerSettings, build_app
+        from dora_vl.serving.server import Server, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
-    settings = ServerSettings(
-        admission=admission(options),
-        media=media_limits(options),
-        body_bytes=options.max_body_mib * MIB,
-        body_seconds=options.body_seconds,
-        held=options.waiting + options.batch,
-        new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        adapter_root=options.adapter_root,
-    )
+    admitted = admission(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine
     from dora_vl.serving.model import open_served
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
-    with listener, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
+    with (
+        listener,
+        Engine(served, Settings.of(options)) as engine,
+        Server(engine, admission=admitted, adapter_root=options.adapter_root) as server,
+    ):
         host, port = listener.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)

@@ -8,7 +8,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,11 @@ from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import Door, error_content, error_response
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.options import Admission
+from dora_vl.serving.options import MIB, Admission
 from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,
     LoadRequest,
-    MediaLimits,
     Model,
     RequestMedia,
     UnloadRequest,
@@ -99,37 +97,20 @@ SENT_AT_ONCE = 8
 """So many times the largest request may be on its way, of however many clients."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What a client may ask for, and what it gets without asking.
-
-    Attributes:
-        body_seconds: longest time that a client may take to send it.
-        held: most requests that have come whole, wait or are answered.
-        adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
-    """
-
-    admission: Admission = field(default_factory=Admission)
-    media: MediaLimits = field(default_factory=MediaLimits)
-    body_bytes: int = 64 * 2**20
-    body_seconds: float = 30.0
-    held: int = 128
-    new_tokens: int = 256
-    temperature: float = 0.0
-    adapter_root: Path | None = None
-
-
 class Server:
     """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoder of videos.
 
     Args:
         engine: what answers; the server does not close it.
+        adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
-        self.engine = engine
-        self.settings = settings = settings or ServerSettings()
-        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.encoder.videos_of_one_length)
+    def __init__(self, engine: Engine, *, admission: Admission | None = None, adapter_root: Path | None = None) -> None:
+        self.engine, self.settings = engine, engine.settings
+        self.admission = admission or Admission()
+        self._root = adapter_root
+        same_length = engine.model.assistant.prompts.encoder.videos_of_one_length
+        self.media = RequestMedia(engine.settings, same_length=same_length)
         self.started = int(time.time())
         self._held = 0
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
@@ -142,7 +123,7 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        client = WaitingClient(request, self.engine.settings.answer_seconds)
+        client = WaitingClient(request, self.settings.answer_seconds)
         async with self._read(request, ChatRequest) as body:
             self.engine.model.entry(body.model)  # before any picture is decoded
             try:
@@ -192,7 +173,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
         """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
-        if self._held >= self.settings.held:
+        if self._held >= self.settings.waiting + self.settings.batch:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
@@ -207,7 +188,7 @@ class Server:
         turns, seen = self.media.read(body.messages, go_on)
         go_on()
         sampling = Sampling(
-            max_new_tokens=body.longest or settings.new_tokens,
+            max_new_tokens=body.longest or settings.max_new_tokens,
             temperature=settings.temperature if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             stop=tuple(body.stop or ()),
@@ -225,9 +206,9 @@ class Server:
 
     def _adapter_root(self) -> Path:
         """The folder below which clients may load adapters."""
-        if self.settings.adapter_root is None:
+        if self._root is None:
             raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
-        return self.settings.adapter_root
+        return self._root
 
     async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
         """The answer, as long as the client waits for it.
@@ -264,12 +245,11 @@ class Server:
 def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
-    settings = server.settings
     app.add_middleware(
         Door,
-        admission=settings.admission,
-        body_seconds=settings.body_seconds,
-        largest=settings.body_bytes,
+        admission=server.admission,
+        body_seconds=server.settings.body_seconds,
+        largest=int(server.settings.max_body_mib * MIB),
         at_once=SENT_AT_ONCE,
     )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [

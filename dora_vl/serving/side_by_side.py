@@ -116,12 +116,17 @@ def plain(error: Exception) -> str:
 class SideBySide:
     """Puts people's questions to an engine."""
 
-    def __init__(self, engine: Engine, media: RequestMedia) -> None:
+    def __init__(self, engine: Engine) -> None:
+        prompts = engine.model.assistant.prompts
         self.engine = engine
-        self.media = media
-        self.frames_are_pictures = engine.model.assistant.prompts.frames_are_pictures
+        self.media = RequestMedia(engine.settings, same_length=prompts.encoder.videos_of_one_length)
+        self.frames_are_pictures = prompts.frames_are_pictures
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the decoder of videos; the engine is not closed."""
+        self.media.close()
 
     def look(self, files: Sequence[Path]) -> Shown:
         """The pictures and videos in some files, as a model will see them."""
@@ -188,7 +193,7 @@ class SideBySide:
             running.halt()
 
     def _content(self, file: Path) -> bytes:
-        most = self.media.limits.bytes
+        most = self.engine.settings.media_bytes
         try:
             if file.stat().st_size > most:
                 raise TooLarge(f"{file.name} is larger than the {most / 2**20:g} MiB that are allowed here")

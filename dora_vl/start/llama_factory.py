@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dora_vl.errors import UserError, shown_names
 from dora_vl.start import tool_rules as shared
@@ -21,6 +21,7 @@ from dora_vl.start.rules import (
     globs_of_endings,
     lost,
     missing,
+    of_adapters,
     only,
     same,
     to,
@@ -35,10 +36,9 @@ FREEZES: shared.Freezes = {
 }
 
 
+@of_adapters
 def _targets(setting: Setting) -> Counterpart:
     """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
-    if setting.method == "full":
-        return Counterpart(note="not read by full")
     names = setting.words
     places = [place for place in shared.chosen_places(setting, FREEZES) if place != "projector"]
     if names == ["all"]:
@@ -53,8 +53,6 @@ def _targets(setting: Setting) -> Counterpart:
 
 
 def _projector(setting: Setting) -> Counterpart:
-    if setting.method == "full":
-        return Counterpart(note="said by adapter.targets")
     if any(map(shared.is_projector, str(setting.settings.get("additional_target") or "").split(","))):
         return Counterpart(note="said by additional_target")
     return Counterpart({"adapter.train_projector": False}, "LoRA leaves it as it is, frozen or not")
@@ -92,35 +90,31 @@ TURNS = {("from", "value"): "conversations", ("role", "content"): "messages"}
 """What the turns call the speaker and the words -> the role of their column."""
 
 
-class _DataSet(NamedTuple):
-    """Where a set is, the roles of its columns, and what of it has no counterpart."""
-
-    path: str = ""
-    columns: Mapping[str, str] = {}
-    trouble: str = ""
+DataSet = tuple[str, Mapping[str, str], list[str]]
+"""Where a set is, the roles of its columns, and what of it has no counterpart."""
 
 
 def _folder(setting: Setting) -> str:
     return str(setting.settings.get("dataset_dir") or "data")
 
 
-def _files(name: str, setting: Setting) -> Counterpart:
+def _files(target: str, setting: Setting) -> Counterpart:
     """`dataset` or `eval_dataset`: names of sets, as paths and the roles of their columns."""
     info = _read_info(setting)
     if info is None:
         return missing(f"{_folder(setting)}/{INFO}, which says what file that is, is not there; put the file here")
     if unknown := [given for given in setting.words if given not in info]:
         raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
-    sets = {given: _data_set(info[given], _folder(setting)) for given in setting.words}
-    trouble = [f"{given}: {entry.trouble}" for given, entry in sets.items() if entry.trouble]
-    columns = {column: role for entry in sets.values() for column, role in entry.columns.items()}
-    for given, entry in sets.items():
-        if clash := [column for column, role in entry.columns.items() if columns[column] != role]:
-            trouble.append(f"{given}: its column {clash[0]} is {entry.columns[clash[0]]} here; rename one")
-    paths = [entry.path for entry in sets.values()]
+    sets = {name: _data_set(info[name], _folder(setting)) for name in setting.words}
+    trouble = [f"{name}: {'; '.join(reasons)}" for name, (_, _, reasons) in sets.items() if reasons]
+    columns = {column: role for _, roles, _ in sets.values() for column, role in roles.items()}
+    for name, (_, roles, _) in sets.items():
+        if clash := [column for column, role in roles.items() if columns[column] != role]:
+            trouble.append(f"{name}: its column {clash[0]} is {roles[clash[0]]} here; rename one")
+    paths = [path for path, _, _ in sets.values()]
     if not all(paths):
         return missing("; ".join(trouble))
-    files = shared.sources(name, paths, "; ".join(trouble), is_lost=bool(trouble))
+    files = shared.sources(target, paths, "; ".join(trouble), is_lost=bool(trouble))
     return replace(files, settings={**files.settings, "data.columns": columns}) if files.settings and columns else files
 
 
@@ -140,17 +134,17 @@ def _read_info(setting: Setting) -> Mapping[str, Any] | None:
     return content
 
 
-def _data_set(entry: Any, folder: str) -> _DataSet:
+def _data_set(entry: Any, folder: str) -> DataSet:
     if not isinstance(entry, Mapping):
-        return _DataSet(trouble="its entry is no object")
+        return "", {}, ["its entry is no object"]
     if entry.get("ranking"):
-        return _DataSet(trouble="pairs of a better and a worse answer are no samples")
+        return "", {}, ["pairs of a better and a worse answer are no samples"]
     if name := entry.get("file_name"):
         path = str(Path(folder) / str(name))
     elif name := entry.get("hf_hub_url"):
         path = shared.hub(str(name), str(entry.get("split") or "train"))
     else:
-        return _DataSet(trouble="it is loaded by a script, or from another hub; put its rows into a file")
+        return "", {}, ["it is loaded by a script, or from another hub; put its rows into a file"]
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     trouble = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
     trouble += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
@@ -161,7 +155,7 @@ def _data_set(entry: Any, folder: str) -> _DataSet:
         if role is None:
             trouble.append("its turns' keys: rename them to from and value, or role and content")
         roles[str(columns.get("messages") or "conversations")] = role or "conversations"
-    return _DataSet(path, {column: role for column, role in roles.items() if column != role}, "; ".join(trouble))
+    return path, {column: role for column, role in roles.items() if column != role}, trouble
 
 
 LLAMA_FACTORY_DEFAULTS: Mapping[str, Any] = {
@@ -189,7 +183,7 @@ LLAMA_FACTORY = Tool(
         "additional_target": _additional,
         "freeze_vision_tower": partial(shared.whole_places, freezes=FREEZES),
         "freeze_language_model": partial(shared.whole_places, freezes=FREEZES),
-        "freeze_multi_modal_projector": _projector,
+        "freeze_multi_modal_projector": of_adapters(_projector, "said by adapter.targets"),
         "pure_bf16": where_on({"model.dtype": "bfloat16"}, "what trains is float32 all the same"),
         "model_name_or_path": to("model.base"),
         "model_revision": to("model.revision"),

@@ -214,6 +214,11 @@ def where_on(settings: Mapping[str, Any], note: str = "") -> Rule:
     return lambda setting: Counterpart(settings, note) if setting.is_on else Counterpart(note="off")
 
 
+def of_adapters(rule: Rule, otherwise: str = "not read by full") -> Rule:
+    """A rule for runs that train an adapter."""
+    return lambda setting: Counterpart(note=otherwise) if setting.method == "full" else rule(setting)
+
+
 def only(kinds: Sequence[str], rule: Rule) -> Rule:
     """A rule for these values; a file with any other is refused."""
 

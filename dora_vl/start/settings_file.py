@@ -32,6 +32,8 @@ PROGRAMS: Sequence[tuple[str, str, str]] = (
     ("llama-factory", "src/train_bash.py", ""),
 )
 """Tool, how the path of its program ends, and the verb behind it; the first that fits counts."""
+OF_NVLABS = ("train_dora.py", "train_mem_dora.py")
+"""LLaVA's programs that make an adapter a DoRA."""
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 _SUM = re.compile(r"\$\(\(?\s*(?:expr\s+)?(\d+)\s*\\?([-+*/])\s*(\d+)\s*\)?\)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
@@ -109,6 +111,8 @@ def _of_script(path: Path, text: str, tool: str | None) -> tuple[str, dict[str, 
     if (named := settings.pop("config", None)) is not None:
         settings = {**_file_of(path, str(named)), **settings}
     around = {**{name: scalar(value) for name, value in variables.items()}, PROGRAM: words[at]}
+    if PurePosixPath(words[at]).name in OF_NVLABS:
+        around["use_dora"] = True
     if at:
         around[LAUNCHER] = shlex.join(words[:at])
     return tool or tool_of_program, {**around, **settings}

@@ -25,6 +25,7 @@ from dora_vl.start.rules import (
     is_on,
     lost,
     missing,
+    of_adapters,
     one_of,
     same,
     switch,
@@ -51,10 +52,9 @@ def which_method(setting: Setting) -> Counterpart:
     return Counterpart({"adapter.method": setting.method})
 
 
+@of_adapters
 def targets(setting: Setting) -> Counterpart:
     """PEFT's `all-linear`, list of endings, or expression for whole names."""
-    if setting.method == "full":
-        return Counterpart(note="not read by full")
     if isinstance(setting.value, str) and setting.value.lower() == "all-linear":
         return Counterpart({"adapter.targets": ["all-linear"]})
     if isinstance(setting.value, str):
@@ -90,11 +90,10 @@ def whole_modules(names: list[str]) -> dict[str, Any]:
     return {"adapter.also_train": others} if others else {}
 
 
+@of_adapters
 def modules_to_save(setting: Setting) -> Counterpart:
     """Modules that train whole: the projector, and others."""
     names = setting.words if setting.value else []
-    if setting.method == "full":
-        return Counterpart(note="not read by full")
     return Counterpart({"adapter.train_projector": any(map(is_projector, names)), **whole_modules(names)})
 
 
@@ -176,11 +175,10 @@ def streaming(setting: Setting) -> Counterpart:
 
 def held_out_share(setting: Setting) -> Counterpart:
     """A share of the samples, or a number of them."""
-    if setting.number <= 0:
-        return Counterpart(note="none is held out")
-    if setting.number < 1:
-        return Counterpart({"data.validation_share": setting.number}, "whole pictures at a time")
-    return Counterpart({"data.validation_size": int(setting.number)})
+    number = setting.number
+    if 0 < number < 1:
+        return Counterpart({"data.validation_share": number}, "whole pictures at a time")
+    return Counterpart({"data.validation_size": int(number)}) if number > 0 else Counterpart(note="none is held out")
 
 
 def sources(name: str, paths: list[str], note: str = "", *, is_lost: bool = False) -> Counterpart:

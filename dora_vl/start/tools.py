@@ -21,6 +21,7 @@ from dora_vl.start.rules import (
     is_on,
     lost,
     missing,
+    of_adapters,
     one_of,
     only,
     same,
@@ -30,7 +31,6 @@ from dora_vl.start.rules import (
     unless_off,
     where_on,
 )
-from dora_vl.start.settings_file import PROGRAM
 
 # -- TRL's `trl sft`: `ScriptArguments`, `SFTConfig` and `ModelConfig` of TRL 1.16 ---------------------------------
 
@@ -172,9 +172,8 @@ def _swift_method(settings: Mapping[str, Any]) -> Method:
     return "full" if kind == "full" else shared.lora_or_dora(settings)
 
 
+@of_adapters
 def _swift_targets(setting: Setting) -> Counterpart:
-    if setting.method == "full":
-        return Counterpart(note="not read by full")
     if setting.settings.get("target_regex"):
         return Counterpart(note="target_regex wins over it")
     if "all-linear" in setting.words:
@@ -314,10 +313,8 @@ PROJECTOR_ALONE = ("model.multi_modal_projector*",)
 
 
 def _llava_method(settings: Mapping[str, Any]) -> Method:
-    """An adapter where `lora_enable` is set; NVlabs' program makes it a DoRA."""
-    if not is_on(settings.get("lora_enable")):
-        return "full"
-    return "dora" if "dora" in str(settings.get(PROGRAM, "")) else "lora"
+    """An adapter where `lora_enable` is set; NVlabs' program sets `use_dora`."""
+    return shared.lora_or_dora(settings) if is_on(settings.get("lora_enable")) else "full"
 
 
 def _llava_what_trains(setting: Setting) -> Counterpart:
@@ -356,16 +353,6 @@ def _if_composed(rule: Rule, note: str = "the base's") -> Rule:
     return checked
 
 
-def _llava_tower(setting: Setting) -> Counterpart:
-    return Counterpart({"model.compose.vision_library": "transformers", "model.compose.vision_name": setting.value})
-
-
-def _llava_train_projector(setting: Setting) -> Counterpart:
-    if setting.method == "full":
-        return Counterpart(note="said by adapter.targets")
-    return Counterpart({"adapter.train_projector": not setting.is_on})
-
-
 def _llava_bits(setting: Setting) -> Counterpart:
     name = {4: "nf4", 8: "int8"}.get(int(setting.number))
     return Counterpart({"model.quantisation": name}) if name else Counterpart(note="not quantised")
@@ -383,7 +370,7 @@ LLAVA = Tool(
     otherwise=shared.otherwise("LLaVA"),
     table={
         **shared.COMMON,
-        "lora_enable": _llava_what_trains,
+        **dict.fromkeys(("lora_enable", "use_dora"), _llava_what_trains),
         "lora_r": to("adapter.rank"),
         "lora_alpha": to("adapter.alpha"),
         "lora_dropout": to("adapter.dropout"),
@@ -391,13 +378,20 @@ LLAVA = Tool(
         "lora_weight_path": unless("", "adapter.initial takes an adapter folder"),
         "mm_projector_lr": to("optim.projector_learning_rate"),
         "tune_mm_mlp_adapter": same("said by adapter.targets"),
-        "freeze_mm_mlp_adapter": _llava_train_projector,
+        "freeze_mm_mlp_adapter": of_adapters(
+            to("adapter.train_projector", lambda setting: not setting.is_on), "said by adapter.targets"
+        ),
         "freeze_backbone": same("said by adapter.method"),
         "model_name_or_path": _llava_base,
         "version": one_of("model.template", TEMPLATES, "no prompt format of this name; LLaVA takes vicuna_v1 for it"),
         "data_path": to("data.train"),
         "image_folder": to("data.image_folder"),
-        "vision_tower": _if_composed(_llava_tower, "the base has its tower"),
+        "vision_tower": _if_composed(
+            lambda setting: Counterpart(
+                {"model.compose.vision_library": "transformers", "model.compose.vision_name": setting.value}
+            ),
+            "the base has its tower",
+        ),
         "mm_vision_select_layer": _if_composed(to("model.compose.vision_layer")),
         "mm_vision_select_feature": unless("patch", "the class token is left out"),
         "mm_projector_type": _if_composed(unless("mlp2x_gelu", "a composed base has mlp2x_gelu, LLaVA-1.5's"), ""),

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import http_config
+from dora_vl.serving.door import Uploads, http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Admission
+from dora_vl.serving.options import Admission, Settings
 from dora_vl.serving.page_parts import ExampleQuestion
-from dora_vl.serving.requests import MediaLimits, RequestMedia
 from dora_vl.serving.side_by_side import SideBySide
 
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
@@ -57,35 +54,26 @@ def browser() -> Iterator[Any]:
 def page_of(
     model: ServedModel,
     uploads: Path,
-    *,
-    limits: MediaLimits | None = None,
-    engine_settings: EngineSettings | None = None,
+    settings: Settings | None = None,
     examples: Sequence[ExampleQuestion] = (),
-    new_tokens: int = 8,
     admission: Admission | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, Uploads, build_page_app
+    from dora_vl.serving.page import Page, QuietServer, build_page_app
 
-    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
-    with Engine(model, engine_settings) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), Uploads(uploads, 2**24), examples, new_tokens=new_tokens)
-        app = build_page_app(page, admission or Admission(), upload_bytes=4 * media.limits.bytes, waiting=64)
-        with _running(app) as address:
-            yield address, engine
-
-
-@contextlib.contextmanager
-def _running(app: FastAPI) -> Iterator[str]:
-    from dora_vl.serving.page import QuietServer
-
-    with socket.create_server(("127.0.0.1", 0)) as door:
+    with (
+        Engine(model, settings) as engine,
+        contextlib.closing(SideBySide(engine)) as side,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+    ):
+        page = Page(side, Uploads(uploads, 2**24), examples)
+        app = build_page_app(page, admission or Admission(), upload_bytes=4 * engine.settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{door.getsockname()[1]}"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", engine
         finally:
             server.should_exit = True
             thread.join(20)
@@ -145,10 +133,6 @@ class Visitor:
 
     def tally(self, side: str) -> str:
         return self.page.locator(f"#dv-talk-{side} .dv-tally").last.inner_text()
-
-    def notice(self) -> str:
-        """What went wrong, once the page says so."""
-        return self.page.locator("#dv-notice .dv-notice").inner_text()
 
     def choose(self, side: str, model: str) -> None:
         """Another model for a column."""

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.requests import MediaLimits
-from dora_vl.serving.server import ServerSettings
+from dora_vl.serving.options import Settings
 from tests.app.tiny_served import running, served, spread, write_adapters
 from tests.backbones.tiny_video import write_tiny_video
 
@@ -33,12 +31,8 @@ def model(base: Path, folders: dict[str, Path]) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
-    settings = ServerSettings(
-        adapter_root=folders["one"].parent,
-        body_bytes=300_000,
-        media=MediaLimits(pictures=2, picture_pixels=10_000, frames=4),
-    )
-    with running(model, settings, EngineSettings(batch_rows=32, window_seconds=0.2)) as address:
+    settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_picture_mpx=0.01, frames=4)
+    with running(model, settings, adapter_root=folders["one"].parent) as address:
         yield address
 
 

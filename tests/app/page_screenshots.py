@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_vl.serving.model import open_served
+from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import example_questions
 from tests.app.browser import Visitor, browser, page_of
 
@@ -38,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         broken = Path(folder) / "holiday.jpg"
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
-        with page_of(model, Path(folder) / "uploads", examples=examples, new_tokens=24) as (address, _):
+        with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24), examples) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
             visitor.page.set_default_timeout(60_000)
             visitor.page.locator("#dv-examples tbody tr").nth(0).click()

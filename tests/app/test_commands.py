@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.errors import UserError
 from dora_vl.serving import demo_command, serve_command
-from dora_vl.serving.options import adapters_by_name, run_name
+from dora_vl.serving.options import Settings, adapters_by_name, run_name
 from tests.app.tiny_served import write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 
@@ -65,15 +66,34 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     refused(command, "--adapter", one, "--host", "no.such.host.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused(command, "--adapter", one, "--port", taken.getsockname()[1])
-    for wrong in (("--batch", "0"), ("--port", "70000"), ("--temperature", "3"), ("--window-ms", "0")):
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        with pytest.raises(SystemExit) as status:
-            parser.parse_args(wrong)
-        assert status.value.code == 2
     if command is serve_command:
         refused(command, "--model", base, "--adapter-root", tmp_path / "gone")
         refused(command, "--model", "./gone", "--port", 0)
+
+
+@pytest.mark.parametrize("words", [["--batch", "0"], ["--port", "70000"], ["--temperature", "3"], ["--window-ms", "0"]])
+@pytest.mark.parametrize("command", [serve_command, demo_command])
+def test_a_number_out_of_its_limits(command: ModuleType, words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(SystemExit) as status:
+        parser.parse_args(words)
+    assert status.value.code == 2
+
+
+def test_every_number_of_the_documentation_is_its_options_default() -> None:
+    """docs/serving.md's table of limits, beside the one table that the options are made of."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(Settings)}
+    told = {
+        name: float(value)
+        for _, names, values, *_ in (row for row in rows if len(row) == 4)
+        for name, value in zip(names.split(", "), values.split(", "), strict=False)
+        if name in defaults
+    }
+    assert len(told) >= 10
+    assert told == {name: defaults[name] for name in told}
 
 
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

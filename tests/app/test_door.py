@@ -23,11 +23,11 @@ from dora_vl.errors import UserError
 from dora_vl.serving import door
 from dora_vl.serving import options as listening_options
 from dora_vl.serving.demo_command import keep_gradio_quiet
+from dora_vl.serving.door import Uploads
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import LOCAL, Admission, NoKey, Refused
-from dora_vl.serving.requests import MediaLimits, RequestMedia
-from dora_vl.serving.server import Server, ServerSettings, build_app
+from dora_vl.serving.options import LOCAL, Admission, NoKey, Refused, Settings
+from dora_vl.serving.server import Server, build_app
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.tiny_served import running
 
@@ -112,9 +112,8 @@ def test_a_key(given: str | None, admitted: bool) -> None:
 
 
 def test_the_server_is_behind_the_door(model: ServedModel) -> None:
-    settings = ServerSettings(admission=Admission(key="open-sesame"))
     key = {"Authorization": "Bearer open-sesame"}
-    with Engine(model) as engine, Server(engine, settings) as server:
+    with Engine(model) as engine, Server(engine, admission=Admission(key="open-sesame")) as server:
         client = TestClient(build_app(server), base_url=HERE)
         for method, path in (
             ("GET", "/v1/models"),
@@ -160,34 +159,27 @@ def test_a_head_that_does_not_end_is_not_waited_for(model: ServedModel, monkeypa
 
 
 def test_slow_senders_take_no_place(model: ServedModel) -> None:
-    """Of one that a server has; what they have sent is counted, and too much of it is refused."""
-    settings = ServerSettings(held=1, body_bytes=1000)
+    """Of the two that a server has; what they have sent is counted, and too much of it is refused."""
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     asked = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
-
-    def status(address: str) -> int:
-        client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-        client.request("POST", "/v1/chat/completions", asked, {"Content-Type": "application/json"})
-        return client.getresponse().status
-
-    with running(model, settings) as address, contextlib.ExitStack() as senders:
+    with (
+        running(model, Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)) as address,
+        contextlib.ExitStack() as senders,
+    ):
         for _ in range(3):
             slow = senders.enter_context(connection(address))
             slow.sendall(f"{head}Content-Length: 900\r\n\r\n{{".encode())
-        assert status(address) == 200
-        full = [senders.enter_context(connection(address)) for _ in range(9)]
-        for slow in full:
+        client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        client.request("POST", "/v1/chat/completions", asked, {"Content-Type": "application/json"})
+        assert client.getresponse().status == 200
+        statuses = []
+        for _ in range(9):
+            slow = senders.enter_context(connection(address))
             slow.sendall(f"{head}Content-Length: 900\r\n\r\n".encode() + b"a" * 890)
-        assert [slow.recv(12) for slow in full if wait_for_answer(slow)] == [b"HTTP/1.1 429"]
-
-
-def wait_for_answer(slow: socket.socket, seconds: float = 1.0) -> bool:
-    """Whether one comes without any more being sent."""
-    slow.settimeout(seconds)
-    try:
-        return bool(slow.recv(1, socket.MSG_PEEK))
-    except TimeoutError:
-        return False
+            slow.settimeout(1.0)
+            with contextlib.suppress(TimeoutError):  # it waits for the rest
+                statuses.append(slow.recv(12))
+        assert statuses == [b"HTTP/1.1 429"]
 
 
 # -- the page and the disk -----------------------------------------------------------------------------------------
@@ -195,20 +187,20 @@ def wait_for_answer(slow: socket.socket, seconds: float = 1.0) -> bool:
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "uploads"
+    folder = tmp_path_factory.mktemp("page") / "uploads"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
-    uploads.mkdir()
     keep_gradio_quiet(uploads)
-    from dora_vl.serving.page import Page, Uploads, build_page_app
+    from dora_vl.serving.page import Page, build_page_app
 
-    media = RequestMedia(MediaLimits(), model.assistant.prompts.encoder.videos_of_one_length)
-    with Engine(model) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), Uploads(uploads, 10_000))
-        built = build_page_app(page, Admission(), upload_bytes=8_000, waiting=4)
+    with Engine(model) as engine, contextlib.closing(SideBySide(engine)) as side:
+        page = Page(side, Uploads(uploads, 10_000))
+        built = build_page_app(page, Admission(), upload_bytes=8_000)
         built.state.page = page
         yield built
 
@@ -323,3 +315,15 @@ def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads
     assert send(4_000) == 200
     app.state.page.uploads.delete(stored(uploads)[0])
     assert not stored(uploads)
+
+
+@pytest.mark.parametrize("person", ["", "somebody"])
+def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(
+    app: Any, monkeypatch: pytest.MonkeyPatch, person: str
+) -> None:
+    """Gradio lets go of the oldest states of its visitors."""
+    page = app.state.page
+    monkeypatch.setattr(SideBySide, "ask", lambda *_: pytest.fail("it was asked"))
+    chosen = ("one", "base", 1.0, 1.0, 8, 0.0, True)
+    updates = list(page.ask(person, None, *chosen, "1 What is it?", ""))
+    assert any(update.get(page.notice) for update in updates)

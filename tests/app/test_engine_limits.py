@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.serving.answering import EngineSettings, Failed, Finished, Piece, Stopped, TooManyRequests
+from dora_vl.serving.answering import Failed, Finished, Piece, Stopped, TooManyRequests
 from dora_vl.serving.decoding import RowText, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import MOST_TURNS, ServedModel, longest_token, refuse_endless
+from dora_vl.serving.options import Settings
 from tests.app.tiny_served import last
 from tests.backbones.tiny_image_text import tiny_tokenizer
 
@@ -29,24 +30,26 @@ pytestmark = pytest.mark.usefixtures("endless")
 
 
 class Gate:
-    """Lets requests to the model, together or into a batch at hand, when it is opened."""
+    """Lets requests to the model, together or into a batch at hand, when it is opened; a first one waits there."""
 
     def __init__(self, engine: Engine, monkeypatch: Any) -> None:
-        self.opened, self.reached, self.sizes = threading.Event(), threading.Event(), list[int]()
+        self.opened, reached, self.sizes = threading.Event(), threading.Event(), list[int]()
         begin = engine._rows.begin
 
         def gated(batch: Any) -> Any:
             self.sizes.append(len(batch))
-            self.reached.set()
+            reached.set()
             assert self.opened.wait(60)
             return begin(batch)
 
         monkeypatch.setattr(engine._rows, "begin", gated)
+        self.first = handed_in(engine)
+        assert reached.wait(60)
 
 
 @pytest.fixture
 def engine(model: ServedModel) -> Iterator[Engine]:
-    with Engine(model, EngineSettings(batch_rows=4, waiting=3, answer_seconds=60.0)) as engine:
+    with Engine(model, Settings(batch=4, waiting=3, answer_seconds=60.0)) as engine:
         yield engine
 
 
@@ -56,10 +59,13 @@ def handed_in(engine: Engine, name: str = "one", *, tokens: int = 3) -> tuple[An
     return engine.submit(prepared, events.put), events
 
 
+def finished(*requests: tuple[Any, queue.SimpleQueue[Any]]) -> bool:
+    """Whether all of them come to their end."""
+    return all(isinstance(last(events), Finished) for _, events in requests)
+
+
 def test_more_than_may_wait_are_refused_and_later_ones_join_together(engine: Engine, monkeypatch: Any) -> None:
     gate = Gate(engine, monkeypatch)
-    first = handed_in(engine)
-    assert gate.reached.wait(60)
     later = [handed_in(engine) for _ in range(3)]
     with pytest.raises(TooManyRequests):
         handed_in(engine)
@@ -67,7 +73,7 @@ def test_more_than_may_wait_are_refused_and_later_ones_join_together(engine: Eng
     later.append(handed_in(engine))  # in the place of the one that nobody waits for
     gate.opened.set()
     assert isinstance(last(later[0][1]), Failed)
-    assert all(isinstance(last(events), Finished) for _, events in [first, *later[1:]])
+    assert finished(gate.first, *later[1:])
     assert gate.sizes == [1, 3]
 
 
@@ -76,14 +82,12 @@ def test_leaving_the_loop_ends_the_answer(engine: Engine) -> None:
     assert isinstance(next(events), Piece)
     events.close()
     before = time.monotonic()
-    assert isinstance(last(handed_in(engine)[1]), Finished)
+    assert finished(handed_in(engine))
     assert time.monotonic() - before < 5
 
 
 def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> None:
     gate = Gate(engine, monkeypatch)
-    blocker = handed_in(engine)
-    assert gate.reached.wait(60)
     good, bad, other = handed_in(engine, tokens=5), handed_in(engine, tokens=7), handed_in(engine, "base", tokens=5)
     write = RowText._write
 
@@ -97,41 +101,8 @@ def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> 
     failed = last(bad[1])
     assert isinstance(failed, Failed)
     assert type(failed.error) is ZeroDivisionError
-    assert all(isinstance(last(events), Finished) for _, events in (blocker, good, other))
+    assert finished(gate.first, good, other)
     assert gate.sizes == [1, 3]
-
-
-class OutOfMemory:
-    """In the place of a model's `new_ids`: fails where it is given more than so many rows, with a tensor in its hands.
-
-    Attributes:
-        most: rows that it answers.
-        held: the tensors of the calls that failed.
-        left: of those, how many were still there at each later call.
-    """
-
-    def __init__(self, engine: Engine, monkeypatch: Any) -> None:
-        self.most = 1
-        self.held: list[weakref.ref[Any]] = []
-        self.left: list[int] = []
-        kind = type(engine.model.assistant)
-        new_ids = kind.new_ids
-
-        def call(assistant: Any, batch: Any, **named: Any) -> Any:
-            self.left.append(self.count())
-            if len(batch["input_ids"]) > self.most:
-                cache = torch.zeros(8)
-                self.held.append(weakref.ref(cache))
-                try:
-                    raise RuntimeError("out of memory")
-                except RuntimeError as error:
-                    raise ValueError("the batch failed") from error
-            return new_ids(assistant, batch, **named)
-
-        monkeypatch.setattr(kind, "new_ids", call)
-
-    def count(self) -> int:
-        return sum(reference() is not None for reference in self.held)
 
 
 @pytest.mark.parametrize("joining", [True, False])  # those that come to a batch, and a batch of its own
@@ -139,27 +110,39 @@ class OutOfMemory:
 def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_told(
     joining: bool, alone_too: bool, model: ServedModel, monkeypatch: Any
 ) -> None:
-    with Engine(model, EngineSettings(batch_rows=4, joining=joining)) as engine:
-        gate, memory = Gate(engine, monkeypatch), OutOfMemory(engine, monkeypatch)
-        begin = engine._rows.begin
+    """As where memory is short: a call that fails has a tensor in its hands, which an error must not keep."""
+    held: list[weakref.ref[Any]] = []
+    left: list[int] = []
+    kind = type(model.assistant)
+    new_ids = kind.new_ids
 
-        def later_fail(batch: Any) -> Any:  # once the blocker has begun
-            rows = begin(batch)
-            memory.most = 0 if alone_too and len(gate.sizes) > 1 else 1
-            return rows
+    def still_there() -> int:
+        return sum(reference() is not None for reference in held)
 
-        monkeypatch.setattr(engine._rows, "begin", later_fail)
-        blocker = handed_in(engine)
-        assert gate.reached.wait(60)
+    with Engine(model, Settings(batch=4, joining=joining)) as engine:
+
+        def out_of_memory(assistant: Any, batch: Any, **named: Any) -> Any:
+            left.append(still_there())
+            most = 0 if alone_too and len(gate.sizes) > 1 else 1  # once the first has begun
+            if len(batch["input_ids"]) > most:
+                cache = torch.zeros(8)
+                held.append(weakref.ref(cache))
+                try:
+                    raise RuntimeError("out of memory")
+                except RuntimeError as error:
+                    raise ValueError("the batch failed") from error
+            return new_ids(assistant, batch, **named)
+
+        monkeypatch.setattr(kind, "new_ids", out_of_memory)
+        gate = Gate(engine, monkeypatch)
         rows = [handed_in(engine) for _ in range(3)]
         gate.opened.set()
-        assert isinstance(last(blocker[1]), Finished)
-        kind = Failed if alone_too else Finished
-        assert all(isinstance(last(events), kind) for _, events in rows)
+        assert finished(gate.first)
+        assert all(isinstance(last(events), Failed if alone_too else Finished) for _, events in rows)
     assert gate.sizes == [1, 3, 1, 1, 1]
-    assert len(memory.held) == (4 if alone_too else 1)
-    assert memory.count() == 0
-    assert memory.left == [0] * 5
+    assert len(held) == (4 if alone_too else 1)
+    assert still_there() == 0
+    assert left == [0] * 5
 
 
 def test_an_adapter_that_goes_takes_its_waiting_requests_along(
@@ -167,17 +150,14 @@ def test_an_adapter_that_goes_takes_its_waiting_requests_along(
 ) -> None:
     engine.load("extra", folders["two"])
     gate = Gate(engine, monkeypatch)
-    running = handed_in(engine, "extra")
-    assert gate.reached.wait(60)
     waiting, other = handed_in(engine, "extra"), handed_in(engine, "one")
     unloading = threading.Thread(target=engine.unload, args=["extra"])
     unloading.start()
     time.sleep(0.2)
     gate.opened.set()
     unloading.join(60)
-    assert isinstance(last(running[1]), Finished)
+    assert finished(gate.first, other)
     assert isinstance(last(waiting[1]), Failed | Finished)  # told, or answered before it went
-    assert isinstance(last(other[1]), Finished)
     stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
     engine.unload("one")
     with pytest.raises(Stopped):
@@ -188,7 +168,7 @@ def test_an_adapter_that_goes_takes_its_waiting_requests_along(
 
 
 def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, folders: dict[str, Path]) -> None:
-    with Engine(model, EngineSettings(batch_rows=1, waiting=4)) as engine:
+    with Engine(model, Settings(batch=1, waiting=4)) as engine:
         stop, answered = threading.Event(), list[object]()
 
         def ask_on() -> None:
@@ -201,7 +181,7 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
         try:
             for _ in range(3):
                 engine.load("new", folders["three"])
-                assert isinstance(last(handed_in(engine, "new")[1]), Finished)
+                assert finished(handed_in(engine, "new"))
                 engine.unload("new")
         finally:
             stop.set()
@@ -212,7 +192,7 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
 
 
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
-    engine = Engine(model, EngineSettings(batch_rows=1))
+    engine = Engine(model, Settings(batch=1))
     _, running = handed_in(engine, tokens=1500)
     _, waiting = handed_in(engine)
     assert isinstance(running.get(timeout=60), Piece)
@@ -226,7 +206,7 @@ def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: An
 
 
 def test_prompts_have_a_longest(model: ServedModel) -> None:
-    with Engine(model, EngineSettings(prompt_tokens=20)) as engine:
+    with Engine(model, Settings(max_prompt_tokens=20)) as engine:
         for turns, tokens in (([Turn("user", "Say it. " * 9)], 1), ([Turn("user", "a")], 2048)):
             with pytest.raises(BadSample) as refused:
                 engine.prepare("one", turns, Sampling(max_new_tokens=tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import EngineSettings, Event, Failed, Finished, Piece
+from dora_vl.serving.answering import Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Settings
 from tests.app.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.tiny_run import write_tiny_llava
@@ -108,9 +110,7 @@ def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkey
     }
     adapters = write_adapters(base, tmp_path / "adapters", settings)
     names = ("two", "base", "one", "two")
-    model = served(base, adapters)
-    model.backbone.model.generation_config.eos_token_id = None  # answers are as long as allowed
-    with Engine(model, EngineSettings(batch_rows=8, window_seconds=0.0)) as engine:
+    with Engine(endless(base, adapters), Settings(batch=8, window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
         told = Told(engine)
         asked: list[Asked] = [("one", *talks[0], LONG)]
@@ -123,18 +123,33 @@ def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkey
         texts = told.all_over()
         order = told.order
     for number, (name, turns, seen, tokens) in enumerate(asked):
-        assistant = alone(base, adapters.get(name))
-        assistant.backbone.model.generation_config.eos_token_id = None
-        assert texts[number] == answer_alone(assistant, turns, seen, tokens=tokens), (number, name)
+        assert texts[number] == by_itself(base, adapters.get(name), (turns, seen), tokens), (number, name)
     assert len(set(texts.values())) > 3
     if len(batches) == 1:
         assert order[-1] == 0  # the long one, which began first, ends last
     return batches
 
 
-def language(folder: Path) -> Path:
-    write_tiny_language("llama", folder / "base")
-    return spread(folder / "base")
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language") / "base"
+    write_tiny_language("llama", folder)
+    return spread(folder)
+
+
+def endless(base: Path, adapters: Mapping[str, Path] | None = None) -> ServedModel:
+    """A model whose answers are as long as allowed."""
+    model = served(base, adapters or {})
+    model.backbone.model.generation_config.eos_token_id = None
+    return model
+
+
+def by_itself(base: Path, adapter: Path | None, talk: Any, tokens: int, **generation: Any) -> str:
+    """Such an answer of an adapter alone on its base."""
+    assistant = alone(base, adapter)
+    for name, value in {"eos_token_id": None, **generation}.items():
+        setattr(assistant.backbone.model.generation_config, name, value)
+    return answer_alone(assistant, *talk, tokens=tokens)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow), *SELDOM])
@@ -148,18 +163,15 @@ def test_pictures_and_words_join_a_running_answer(family: str, tmp_path: Path, m
     assert check(base, targets, TALKS, tmp_path, monkeypatch) == [1]
 
 
-def test_words_join_a_language_model(tmp_path: Path, monkeypatch: Any) -> None:
-    base = language(tmp_path)
-    assert check(base, ("*.q_proj", "*.down_proj"), WORDS, tmp_path, monkeypatch) == [1]
+def test_words_join_a_language_model(language: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    assert check(language, ("*.q_proj", "*.down_proj"), WORDS, tmp_path, monkeypatch) == [1]
 
 
-def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(language: Path, monkeypatch: Any) -> None:
     """A penalty for what was text before is transformers' own, over the whole row."""
-    base = language(tmp_path)
-    model = served(base, {})
-    model.backbone.model.generation_config.eos_token_id = None
+    model = endless(language)
     model.backbone.model.generation_config.repetition_penalty = 1.3
-    with Engine(model, EngineSettings(window_seconds=0.0)) as engine:
+    with Engine(model, Settings(window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
         told = Told(engine)
         told.piece_of(told.hand_in("base", *WORDS[0], LONG))
@@ -167,22 +179,16 @@ def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(tmp_path: Pat
         texts = told.all_over()
         assert told.order == [0, 1]
     assert batches == [1, 1]
-    assistant = alone(base, None)
-    assistant.backbone.model.generation_config.eos_token_id = None
-    plain = answer_alone(assistant, *WORDS[0], tokens=LONG)
-    assistant.backbone.model.generation_config.repetition_penalty = 1.3
-    assert texts[0] == answer_alone(assistant, *WORDS[0], tokens=LONG) != plain
+    assert texts[0] == by_itself(language, None, WORDS[0], LONG, repetition_penalty=1.3)
+    assert texts[0] != by_itself(language, None, WORDS[0], LONG)
 
 
-def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) -> None:
-    base = language(tmp_path)
-    model = served(base, {})
-    model.backbone.model.generation_config.eos_token_id = None
+def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(language: Path) -> None:
     drawn: Any = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
-    with Engine(model, EngineSettings(window_seconds=0.0)) as engine:
-        by_itself = Told(engine)
-        by_itself.hand_in("base", *WORDS[2], 12, **drawn)
-        expected = by_itself.all_over()[0]
+    with Engine(endless(language), Settings(window_ms=0.0)) as engine:
+        single = Told(engine)
+        single.hand_in("base", *WORDS[2], 12, **drawn)
+        expected = single.all_over()[0]
         told = Told(engine)
         told.piece_of(told.hand_in("base", *WORDS[0], LONG))
         number = told.hand_in("base", *WORDS[2], 12, **drawn)
@@ -193,38 +199,34 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) 
     ("joins", "drawn"), [(True, {"temperature": 1.5, "seed": 7}), (False, {"temperature": 1.5, "seed": 7}), (False, {})]
 )  # in a batch that others may join, and in one of generate's own
 def test_a_row_whose_scores_are_no_numbers_fails_alone(
-    joins: bool, drawn: dict[str, Any], tmp_path: Path, monkeypatch: Any
+    joins: bool, drawn: dict[str, Any], language: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    base = language(tmp_path)
     adapter = {"huge": {"targets": ("*.down_proj",), "rank": 2, "alpha": 5.0}}
-    folders = write_adapters(base, tmp_path / "adapters", adapter)
-    model = served(base, folders)
-    model.backbone.model.generation_config.eos_token_id = None
+    model = endless(language, write_adapters(language, tmp_path, adapter))
     if not joins:
         monkeypatch.setattr("dora_vl.serving.engine.can_join", lambda *_: False)
     for layer in model.backbone.model.modules():
         if isinstance(layer, RowLayer):
             layer._changes["huge"].scaled_B.fill_(float("nan"))
-    with Engine(model, EngineSettings(window_seconds=0.3)) as engine:
+    with Engine(model, Settings(window_ms=300)) as engine:
+
+        def ends(*names: str) -> list[Finished | Failed]:
+            events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in names]
+            for name, told in zip(names, events, strict=True):
+                engine.submit(engine.prepare(name, WORDS[2][0], Sampling(max_new_tokens=12, **drawn)), told.put)
+            return list(map(last, events))
+
         batches = batches_of(engine, monkeypatch)
-        events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(2)]
-        for name, told in zip(("base", "huge"), events, strict=True):
-            prepared = engine.prepare(name, WORDS[2][0], Sampling(max_new_tokens=12, **drawn))
-            engine.submit(prepared, told.put)
-        good, bad = map(last, events)
+        good, bad = ends("base", "huge")
         assert batches == [2]
-        by_itself: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        engine.submit(engine.prepare("base", WORDS[2][0], Sampling(max_new_tokens=12, **drawn)), by_itself.put)
-        assert last(by_itself) == good
+        assert ends("base") == [good]
     assert isinstance(good, Finished)
     assert isinstance(bad, Failed)
     assert isinstance(bad.error, UserError)
 
 
-def test_no_more_rows_and_tokens_than_a_batch_may_have(tmp_path: Path, monkeypatch: Any) -> None:
-    base, most = language(tmp_path), 240
-    model = served(base, {})
-    model.backbone.model.generation_config.eos_token_id = None
+def test_no_more_rows_and_tokens_than_a_batch_may_have(language: Path, monkeypatch: Any) -> None:
+    most = 240
     steps: list[tuple[int, int]] = []
     step = JoinedRows.step
 
@@ -234,7 +236,7 @@ def test_no_more_rows_and_tokens_than_a_batch_may_have(tmp_path: Path, monkeypat
         return logits
 
     monkeypatch.setattr(JoinedRows, "step", noted)
-    with Engine(model, EngineSettings(batch_rows=3, batch_tokens=most, window_seconds=0.0)) as engine:
+    with Engine(endless(language), Settings(batch=3, batch_tokens=most, window_ms=0.0)) as engine:
         told = Told(engine)
         told.piece_of(told.hand_in("base", *WORDS[0], 60))
         for _ in range(4):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Admission
+from dora_vl.serving.options import Admission, Settings
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
-from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
 from tests.app.tiny_served import RED, WIDE, answers, batches_of
@@ -28,7 +25,15 @@ from tests.vision.video_files import write_video
 
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"
-LIMITS = MediaLimits(pictures=2, picture_pixels=10_000, bytes=100_000, frames=FRAMES)
+SETTINGS = Settings(
+    batch=16,
+    window_ms=200,
+    max_new_tokens=TOKENS,
+    max_pictures=2,
+    max_picture_mpx=0.01,
+    max_media_mib=0.1,
+    frames=FRAMES,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
     examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
-    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
-    with page_of(model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS) as page:
+    with page_of(model, uploads, SETTINGS, examples) as page:
         yield page
 
 
@@ -55,6 +59,14 @@ def visitor(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
     context = chromium.new_context()
     yield Visitor(context, opened[0])
     context.close()
+
+
+@pytest.fixture
+def red(visitor: Visitor, pictures: dict[str, Path]) -> Visitor:
+    """Somebody who shows a red picture."""
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    return visitor
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +86,9 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isascii() and character.isprintable()).strip()
 
 
-def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown, **asked: Any) -> str:
+def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown) -> str:
     """What the engine answers without a page."""
-    return printable(answers(engine, [(name, turns, seen)], **{"max_new_tokens": TOKENS, **asked})[0])
+    return printable(answers(engine, [(name, turns, seen)], max_new_tokens=TOKENS)[0])
 
 
 def first(question: str, media: str = "<image>\n") -> list[Turn]:
@@ -96,26 +108,21 @@ def nothing_left(uploads: Path) -> bool:
     return all(path.suffix == ".webp" for path in kept)
 
 
-def test_a_picture_two_answers_and_a_second_turn(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
-) -> None:
+def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str, Engine], uploads: Path) -> None:
     _, engine = opened
-    visitor.show(pictures["red"])
-    visitor.see(1)
-    assert visitor.captions() == ["21 × 15"]
-    seen, texts = Shown(pictures=(RED,)), visitor.ask(QUESTION)
+    assert red.captions() == ["21 × 15"]
+    seen, texts = Shown(pictures=(RED,)), red.ask(QUESTION)
     check(texts, engine, QUESTION, seen)
     assert texts[0] != texts[1]
-    assert "one · 8 tokens · " in visitor.tally("left")
-    assert "tokens/s" in visitor.tally("right")
-    again = visitor.ask("And the shape?")
-    talk = [*first(QUESTION), Turn("assistant", ""), Turn("user", "And the shape?")]
-    raw = answers(engine, [("one", first(QUESTION), seen), ("base", first(QUESTION), seen)], max_new_tokens=TOKENS)
+    assert "one · 8 tokens · " in red.tally("left")
+    assert "tokens/s" in red.tally("right")
+    again = red.ask("And the shape?")
     for number, name in enumerate(("one", "base")):
-        turns = [talk[0], Turn("assistant", raw[number]), talk[2]]
+        (answer,) = answers(engine, [(name, first(QUESTION), seen)], max_new_tokens=TOKENS)
+        turns = [*first(QUESTION), Turn("assistant", answer), Turn("user", "And the shape?")]
         assert printable(again[number]) == expected(engine, name, turns, seen)
     assert nothing_left(uploads)
-    assert {url.split("/")[2] for url in visitor.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
+    assert {url.split("/")[2] for url in red.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
 
 
 def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
@@ -139,45 +146,36 @@ def test_two_pictures_and_a_video_with_the_times_of_its_frames(
     assert nothing_left(uploads)
 
 
-def test_the_dial_from_the_base_to_the_adapter(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]
-) -> None:
-    visitor.show(pictures["red"])
-    visitor.see(1)
-    seen, found = Shown(pictures=(RED,)), {}
-    visitor.ask(QUESTION)
+def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, Engine]) -> None:
+    seen, texts = Shown(pictures=(RED,)), {}
+    red.ask(QUESTION)
     for strength in (0, 0.5, 1, 1.6):
-        visitor.turn_dial("left", strength)
+        red.turn_dial("left", strength)
         label = "one" if strength == 1 else f"one at {strength:g}"
-        visitor.page.locator("#dv-talk-left .dv-tally", has_text=f"{label} · 8 tokens").wait_for()
-        left, right = visitor.both(1)  # the same question once more
-        found[strength] = printable(left)
-        assert found[strength] == expected(opened[1], "one", first(QUESTION), seen, strength=float(strength))
-    assert found[0] == printable(right)
-    assert len(set(found.values())) > 2
+        red.page.locator("#dv-talk-left .dv-tally", has_text=f"{label} · 8 tokens").wait_for()
+        left, right = red.both(1)  # the same question once more
+        texts[strength] = printable(left)
+        (answer,) = answers(opened[1], [("one", first(QUESTION), seen)], [float(strength)], max_new_tokens=TOKENS)
+        assert texts[strength] == printable(answer)
+    assert texts[0] == printable(right)
+    assert len(set(texts.values())) > 2
 
 
 @pytest.mark.slow
-def test_the_dial_by_keyboard(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each strength is asked once: Enter in the number, an arrow on the slider; leaving either changes nothing."""
     ask, asked = SideBySide.ask, []
     monkeypatch.setattr(SideBySide, "ask", lambda *given: (asked.append(given[4][0].strength), ask(*given))[1])
-    visitor.show(pictures["red"])
-    visitor.see(1)
-    visitor.ask(QUESTION)
-    number, slider = (visitor.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
+    red.ask(QUESTION)
+    number, slider = (red.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
     number.fill("0.25")
     for strength, field, key in ((0.25, number, "Enter"), (0.3, slider, "ArrowRight")):
         field.press(key)
-        visitor.page.locator("#dv-talk-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
-        left, _ = visitor.both(1)
-        seen = Shown(pictures=(RED,))
-        assert printable(left) == expected(opened[1], "one", first(QUESTION), seen, strength=strength)
+        red.page.locator("#dv-talk-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
+        red.both(1)
     number.focus()
     number.blur()
-    visitor.ask("And then?")
+    red.ask("And then?")
     assert asked == [1, 0.25, 0.3, 0.3]
 
 
@@ -193,7 +191,7 @@ def test_on_a_telephone_the_question_is_at_hand(chromium: Any, opened: tuple[str
 
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
     """A browser asks its person for it once, and sends it with every request of the page."""
-    with page_of(model, uploads, limits=LIMITS, new_tokens=TOKENS, admission=Admission(key="open-sesame")) as (at, _):
+    with page_of(model, uploads, SETTINGS, admission=Admission(key="open-sesame")) as (at, _):
         context = chromium.new_context()
         assert context.request.get(at).status == 401
         context.close()
@@ -206,41 +204,35 @@ def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str
 
 
 @pytest.mark.slow
-def test_adapters_are_switched(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
-    visitor.show(pictures["red"])
-    visitor.see(1)
-    one = visitor.ask(QUESTION)
-    visitor.choose("left", "four")
-    visitor.page.locator("#dv-talk-left .dv-tally", has_text="four · 8 tokens").wait_for()
-    four = visitor.both(1)
-    seen = Shown(pictures=(RED,))
-    assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), seen) != printable(one[0])
+def test_adapters_are_switched(red: Visitor, opened: tuple[str, Engine]) -> None:
+    one = red.ask(QUESTION)
+    red.choose("left", "four")
+    red.page.locator("#dv-talk-left .dv-tally", has_text="four · 8 tokens").wait_for()
+    four = red.both(1)
+    assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), Shown(pictures=(RED,)))
+    assert four[0] != one[0]
     assert four[1] == one[1]
-    assert visitor.page.locator("#dv-strength-right input[type=number]").is_disabled()  # the base has none
+    assert red.page.locator("#dv-strength-right input[type=number]").is_disabled()  # the base has none
 
 
-def test_what_cannot_be_shown_is_said_and_nothing_stays(
-    visitor: Visitor, pictures: dict[str, Path], uploads: Path
-) -> None:
-    visitor.show(pictures["red"])
-    visitor.see(1)
+def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: dict[str, Path], uploads: Path) -> None:
     for file, name in (
         (pictures["broken"], "broken.png"),
         (pictures["broken.mp4"], "broken.mp4"),
         (pictures["large"], "large.png"),
         ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png"),
     ):
-        visitor.show(file)
-        visitor.page.locator("#dv-notice .dv-notice", has_text=name).wait_for()
-    visitor.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
-    visitor.page.get_by_text("maximum allowed size of 390.6 Kb").wait_for()
-    visitor.show(*[pictures["red"]] * 3)
-    visitor.page.locator("#dv-notice", has_text="3 pictures, and 2 are allowed here").wait_for()
-    visitor.see(1)  # what was shown before stays
+        red.show(file)
+        red.page.locator("#dv-notice .dv-notice", has_text=name).wait_for()
+    red.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
+    red.page.get_by_text("maximum allowed size of 409.6 Kb").wait_for()
+    red.show(*[pictures["red"]] * 3)
+    red.page.locator("#dv-notice", has_text="3 pictures, and 2 are allowed here").wait_for()
+    red.see(1)  # what was shown before stays
     assert nothing_left(uploads)
-    visitor.page.fill(QUESTION_BOX, "<image> what?")
-    visitor.page.keyboard.press("Enter")
-    visitor.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
+    red.page.fill(QUESTION_BOX, "<image> what?")
+    red.page.keyboard.press("Enter")
+    red.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
 
 
 @pytest.mark.slow
@@ -263,26 +255,18 @@ def test_two_people_at_once_each_have_their_own(
 
 
 @pytest.mark.slow
-def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
     batches = batches_of(opened[1], monkeypatch)
-    visitor.page.locator("#dv-examples tbody tr").first.click()
-    visitor.see(1)
-    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
-    visitor.page.wait_for_timeout(500)
-    visitor.see(1)
-    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
-    visitor.ask(QUESTION)
-    assert batches == [[("one", 0.5), None]]
-
-
-@pytest.mark.slow
-def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
     visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
     assert visitor.captions() == ["60 × 17"]
+    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
+    visitor.page.wait_for_timeout(500)
+    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
     visitor.page.click("#dv-ask")
-    left, _ = visitor.both(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)))
+    _, right = visitor.both(1)
+    assert batches == [[("one", 0.5), None]]
+    assert printable(right) == expected(opened[1], "base", first(QUESTION), Shown(pictures=(WIDE,)))
     visitor.page.click("#dv-anew")
     visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
     visitor.see(1)
@@ -290,37 +274,27 @@ def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine])
     visitor.see(0)
 
 
-@contextmanager
-def endless(engine: Engine) -> Iterator[None]:
-    """No answer ends before it is as long as it may be, and that takes longer than a busy machine's browser."""
-    model, rows = engine.model.backbone.model, engine._rows
-    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    before, rows.ends = rows.ends, frozenset()
+@pytest.fixture
+def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> Visitor:
+    """Somebody who asks for long answers, none of which ends before it is as long as it may be, and that takes long."""
+    rows = opened[1]._rows
     holding = rows._holding
-
-    def slowly(*given: Any) -> Any:
-        time.sleep(0.1)
-        return holding(*given)
-
-    rows._holding = slowly  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        model.generation_config.eos_token_id, rows.ends = ends, before
-        rows._holding = holding  # type: ignore[method-assign]
+    monkeypatch.setattr(opened[1].model.backbone.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(rows, "ends", frozenset())
+    monkeypatch.setattr(rows, "_holding", lambda *given: (time.sleep(0.1), holding(*given))[1])
+    visitor.page.get_by_text("Settings").click()
+    visitor.page.get_by_label("number input for Longest answer").fill("1000")
+    visitor.page.fill(QUESTION_BOX, QUESTION)
+    return visitor
 
 
-def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: tuple[str, Engine]) -> None:
-    with endless(opened[1]):
-        visitor.page.get_by_text("Settings").click()
-        visitor.page.get_by_label("number input for Longest answer").fill("1000")
-        visitor.page.fill(QUESTION_BOX, QUESTION)
-        visitor.page.keyboard.press("Enter")
-        visitor.page.locator("#dv-talk-left .dv-said").wait_for()
-        visitor.page.click("#dv-stop")
-        visitor.both(1)
-    assert visitor.text_of("left")
-    assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
+def test_stop_ends_the_answer_and_keeps_what_was_said(long_answers: Visitor) -> None:
+    long_answers.page.keyboard.press("Enter")
+    long_answers.page.locator("#dv-talk-left .dv-said").wait_for()
+    long_answers.page.click("#dv-stop")
+    left, _ = long_answers.both(1)
+    assert left
+    assert "stopped" in long_answers.page.locator("#dv-talk-left").inner_text()
 
 
 @pytest.fixture
@@ -428,22 +402,19 @@ def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: di
 
 
 @pytest.mark.slow
-def test_what_is_typed_during_an_answer_stays_typed(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> None:
     """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
-    with endless(opened[1]):
-        visitor.page.get_by_text("Settings").click()
-        visitor.page.get_by_label("number input for Longest answer").fill("400")
-        visitor.page.fill(QUESTION_BOX, QUESTION)
-        visitor.page.dblclick("#dv-ask")
-        visitor.page.locator("#dv-talk-left .dv-said").wait_for()
-        visitor.page.fill(QUESTION_BOX, "And then?")
-        visitor.page.keyboard.press("Enter")
-        visitor.page.wait_for_timeout(300)
-        assert visitor.page.input_value(QUESTION_BOX) == "And then?"
-        visitor.page.click("#dv-stop")
-        visitor.both(1)
-        assert visitor.page.input_value(QUESTION_BOX) == "And then?"
-        visitor.page.press(QUESTION_BOX, "Enter")
-        visitor.page.locator("#dv-talk-left .dv-asked", has_text="And then?").wait_for()
-        visitor.page.click("#dv-stop")
-        visitor.both(2)
+    page = long_answers.page
+    page.dblclick("#dv-ask")
+    page.locator("#dv-talk-left .dv-said").wait_for()
+    page.fill(QUESTION_BOX, "And then?")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert page.input_value(QUESTION_BOX) == "And then?"
+    page.click("#dv-stop")
+    long_answers.both(1)
+    assert page.input_value(QUESTION_BOX) == "And then?"
+    page.press(QUESTION_BOX, "Enter")
+    page.locator("#dv-talk-left .dv-asked", has_text="And then?").wait_for()
+    page.click("#dv-stop")
+    long_answers.both(2)

@@ -10,6 +10,7 @@ import pytest
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import open_served
+from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion, example_questions
 from tests.app.browser import Visitor, browser, find_chromium, page_of
 
@@ -32,7 +33,7 @@ def opened(
     examples: tuple[ExampleQuestion, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Engine]]:
     model = open_served(None, {"demo": DEMO}, base_name="the base")
-    with page_of(model, tmp_path_factory.mktemp("uploads"), examples=examples, new_tokens=TOKENS) as found:
+    with page_of(model, tmp_path_factory.mktemp("uploads"), Settings(max_new_tokens=TOKENS), examples) as found:
         yield found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import copy
 import http.client
 import json
 import os
@@ -11,14 +11,14 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import (
     MOST_FIELDS,
     MOST_MESSAGES,
@@ -26,12 +26,11 @@ from dora_vl.serving.requests import (
     MOST_VALUES,
     BadRequest,
     ChatRequest,
-    MediaLimits,
     TooLarge,
     parsed,
 )
-from dora_vl.serving.server import ServerSettings
 from tests.app.tiny_served import RED, data_url, running
+from tests.fuzz.damage import damage
 
 MANY = 80_000
 TURN = {"role": "user", "content": "a"}
@@ -82,20 +81,33 @@ def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
     assert len(str(told.value)) < 500
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b'{"messages":[' + b"0," * 2_000_000 + b"0]}", b"{" + b'"a":0,' * 2_000_000 + b'"a":0}', b"[" * 2_000_000],
-    ids=["items", "fields", "brackets"],
-)
-def test_two_million_values_are_refused_before_they_become_objects(body: bytes) -> None:
+ENDLESS: dict[str, tuple[bytes, bytes, bytes]] = {
+    "items": (b'{"messages":[', b"0,", b"0]}"),
+    "fields": (b"{", b'"a":0,', b'"a":0}'),
+    "brackets": (b"", b"[", b""),
+    "a text": (b'{"model": "', b",", b""),
+    "escaped quotes": (b'{"model": "', rb"\",", b""),
+    "a backslash": (b'{"model": "', b",", b"\\"),
+    "texts without a comma": (b"", b'"",', b'"'),
+    "backslashes outside of a text": (b"[", rb"\",", b""),
+    "nothing but quotes": (b",,", b'""', b","),
+}
+"""How a request begins, what is in it until it has ten megabytes, and how it ends; some are never closed."""
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_ten_megabytes_of_values_or_of_what_is_never_closed_are_refused_soon(what: str) -> None:
+    """Before they become objects: of those the first would have 16 bytes and more for each of its own."""
+    begin, middle, end = ENDLESS[what]
+    body = begin + middle * (10_000_000 // len(middle)) + end
     tracemalloc.start()
     began = time.process_time()
-    with pytest.raises(TooLarge):
+    with pytest.raises((BadRequest, TooLarge)):
         parsed(ChatRequest, body)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * len(body)  # of objects the first would have 16 bytes and more for each of its own
-    assert seconds < 2
+    assert peak < 4 * len(body)
+    assert seconds < 5
 
 
 def test_what_is_allowed_passes() -> None:
@@ -139,26 +151,6 @@ def test_a_value_of_any_kind_is_counted(value: str) -> None:
             parsed(ChatRequest, f"[{','.join([value] * count)}]".encode())
 
 
-UNCLOSED = {
-    "a text": (b'{"model": "', b",", b""),
-    "escaped quotes": (b'{"model": "', rb"\",", b""),
-    "a backslash": (b'{"model": "', b",", b"\\"),
-    "texts without a comma": (b"", b'"",', b'"'),
-    "backslashes outside of a text": (b"[", rb"\",", b""),
-    "nothing but quotes": (b",,", b'""', b","),
-}
-
-
-@pytest.mark.parametrize("what", UNCLOSED)
-def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
-    begin, middle, end = UNCLOSED[what]
-    body = begin + middle * (20_000_000 // len(middle)) + end
-    began = time.process_time()
-    with pytest.raises((BadRequest, TooLarge)):
-        parsed(ChatRequest, body)
-    assert time.process_time() - began < 5
-
-
 @pytest.mark.parametrize(
     ("body", "place"),
     [
@@ -191,60 +183,33 @@ def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], place: str) -> 
 
 # -- requests that are nearly right, to a server ---------------------------------------------------------------
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
+VALID = request(
+    messages=[
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "name": "me",
+            "content": [
+                TEXT,
+                {"type": "image_url", "image_url": {"url": data_url(RED), "detail": "low"}},
+                {"type": "image_url", "image_url": "http://127.0.0.1/"},
+                {"type": "video_url", "video_url": {"url": "data:;base64,AAAA"}},
+            ],
+        },
+        {"role": "assistant", "content": "red", "refusal": None},
+        {"role": "user", "content": "And the shape?"},
+    ],
+    **{"max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "stop": ["x"], "seed": 3, "n": 1, "logprobs": False},
+    **{"stream": False, "response_format": {"type": "text"}, "metadata": {"a": "b"}, "strength": 0.5},
 )
-BYTES = st.binary(max_size=60).map(lambda content: base64.b64encode(content).decode())
-URLS = st.one_of(
-    st.just(data_url(RED)),
-    st.text(max_size=40),
-    BYTES.map(lambda content: f"data:image/png;base64,{content}"),
-    st.integers(22, 140).map(lambda size: data_url(RED)[:size]),
-    st.sampled_from(["http://127.0.0.1/", "http://localhost:1/a", "https://169.254.169.254/", "file:///etc/passwd"]),
-)
-PARTS = st.one_of(
-    st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=30)}),
-    st.fixed_dictionaries({"type": st.just("image_url"), "image_url": URLS.map(lambda url: {"url": url})}),
-    st.fixed_dictionaries(
-        {"type": st.just("video_url"), "video_url": BYTES.map(lambda c: {"url": f"data:;base64,{c}"})}
-    ),
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["text", "image_url", "input_audio"])}, optional={"text": JSON, "image_url": JSON}
-    ),
-    JSON,
-)
-MESSAGES = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["user", "user", "assistant", "system", "tool", ""]) | JSON,
-        "content": st.text(max_size=40) | st.lists(PARTS, max_size=4) | JSON,
-    },
-    optional={"name": JSON},
-)
-REQUESTS = st.fixed_dictionaries(
-    {
-        "model": st.sampled_from(["base", "one", "other"]) | JSON,
-        "messages": st.lists(MESSAGES, max_size=4) | JSON,
-        "max_tokens": st.integers(1, 3) | JSON,
-    },
-    optional={
-        "temperature": st.floats(0, 2) | JSON, "top_p": st.floats(0, 1) | JSON, "stop": st.lists(st.text()) | JSON,
-        "seed": st.integers() | JSON, "n": JSON, "tools": JSON, "logprobs": JSON, "response_format": JSON,
-    },
-)  # fmt: skip
-BODIES = st.one_of(
-    st.binary(max_size=200),
-    JSON.map(lambda value: json.dumps(value).encode()),
-    REQUESTS.map(lambda value: json.dumps(value).encode()),
-    REQUESTS.flatmap(lambda value: st.integers(0, 200).map(lambda end: json.dumps(value).encode()[:end])),
-)
+"""With something of everything; the last of its pictures and videos are left out."""
 
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel) -> Iterator[str]:
-    limits = MediaLimits(pictures=3, picture_pixels=1000, bytes=100_000, remote=True, fetch_seconds=1.0)
-    with running(model, ServerSettings(media=limits, body_bytes=200_000, new_tokens=3)) as address:
+    limits = {"max_pictures": 3, "max_picture_mpx": 0.001, "max_media_mib": 0.1, "max_body_mib": 0.2}
+    settings = Settings(**limits, allow_remote_media=True, fetch_seconds=1.0, max_new_tokens=3)
+    with running(model, settings) as address:
         yield address.removeprefix("http://")
 
 
@@ -264,26 +229,28 @@ def resident_mib() -> float:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_malformed_requests_get_an_answer_and_leave_memory_and_disk_as_they_were(address: str, examples: int) -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_requests_get_an_answer_and_leave_memory_and_disk_as_they_were(address: str, count: int) -> None:
     """An answer, or OpenAI's error in one line."""
     memory: list[float] = []
-    health = list(HealthCheck)
-
-    @given(body=BODIES)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=health, derandomize=True)
-    def all_of_them(body: bytes) -> None:
+    answered = 0
+    for number in range(count):
+        draw, body = Random(number), copy.deepcopy(VALID)
+        parts = body["messages"][1]["content"]
+        del parts[draw.randrange(1, 5) :]
+        body = json.dumps(body).encode()
+        for _ in range(draw.choice((0, 1, 1, 2))):
+            body, _ = damage(body, "request.json", draw)
         status, content = post(address, body)
         assert status in (200, 400, 404, 413), (status, content[:300])
+        answered += status == 200
         if status != 200:
             error = json.loads(content)["error"]
             assert set(error) == {"message", "type", "param", "code"}
             assert "\n" not in error["message"]
             assert len(error["message"]) < 500
         memory.append(resident_mib())
-
-    all_of_them()
+    assert answered
     assert memory[-1] - memory[len(memory) // 5] < 60  # a leak of a picture each would pass that by far
     left = [path.name for path in Path(tempfile.gettempdir()).glob("dora-vl-*")]
     assert [name for name in left if not name.startswith("dora-vl-page-")] == []
-    assert post(address, json.dumps(request()).encode())[0] == 200

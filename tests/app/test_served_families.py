@@ -16,10 +16,11 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown, model_inputs
-from dora_vl.serving.answering import EngineSettings, Finished
+from dora_vl.serving.answering import Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
+from dora_vl.serving.options import Settings
 from tests.adapters.peft_folders import moved_peft
 from tests.app.test_joined_decoding import SELDOM
 from tests.app.tiny_served import (
@@ -30,7 +31,6 @@ from tests.app.tiny_served import (
     answers,
     batches_of,
     served,
-    shared_answers,
     spread,
     write_adapter,
     write_adapters,
@@ -54,7 +54,7 @@ def check(
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
     questions = [(name, turns, seen) for turns, seen in asked for name in names]
-    with Engine(served(base, adapters, template=template), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
+    with Engine(served(base, adapters, template=template), Settings(batch=64, window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         found = answers(engine, questions)
     assistants = {name: alone(base, adapters.get(name), template=template) for name in names}
@@ -127,7 +127,7 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path
         with_recipe(adapters[name], {**recipe, "template": template})
     model = open_served(None, adapters)
     assert model.names == ("base", "one", "two")
-    with Engine(model, EngineSettings(window_seconds=0.5)) as engine:
+    with Engine(model, Settings(window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         turns, seen = PICTURES[1]
         found = answers(engine, [(name, turns, seen) for name in model.names])
@@ -200,11 +200,13 @@ def test_an_adapter_leaves_no_trace(tmp_path: Path) -> None:
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:
     """A question with a picture to shares of adapters, all at once: each answer as alone; returns the batches."""
-    with Engine(served(base, adapters), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
-        questions = [(name, strength, *PICTURES[1]) for name, strength in shares]
-        expected = [shared_answers(engine, [question])[0] for question in questions]
+    with Engine(served(base, adapters), Settings(batch=64, window_ms=500)) as engine:
+        questions = [(name, *PICTURES[1]) for name, _ in shares]
+        strengths = [strength for _, strength in shares]
+        singly = zip(questions, strengths, strict=True)
+        expected = [answers(engine, [question], [strength])[0] for question, strength in singly]
         batches = batches_of(engine, monkeypatch)
-        assert shared_answers(engine, questions) == expected
+        assert answers(engine, questions, strengths) == expected
     assert len(set(expected)) > 2
     return batches
 

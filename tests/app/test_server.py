@@ -11,6 +11,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from transformers import AutoProcessor
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.decoding import RowText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.requests import MediaLimits, RequestMedia
-from dora_vl.serving.server import Server, ServerSettings
+from dora_vl.serving.options import Settings
+from dora_vl.serving.requests import RequestMedia
+from dora_vl.serving.server import Server
 from tests.app.tiny_served import (
     ADAPTERS,
     NOTHING,
@@ -53,12 +54,12 @@ def client(address: str) -> Any:
     return client_of(address)
 
 
-def words(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
+def words(text: str, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": text}]
 
 
-def shows(*parts: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
+def shows(*parts: Any, text: str = "What is it?") -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def url_part(url: str) -> dict[str, Any]:
@@ -95,35 +96,47 @@ def test_an_answer_whole_and_streamed(client: Any, base: Path, folders: dict[str
     assert chunks[-1].usage == whole.usage
 
 
-def test_two_pictures_and_a_talk(client: Any, base: Path, folders: dict[str, Path]) -> None:
-    content = [picture_part(WIDE), picture_part(RED), {"type": "text", "text": "Which is red?"}]
-    messages = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": "the second"},
-        {"role": "user", "content": "And the other?"},
-    ]
-    turns = [Turn("user", "<image>\n<image>\nWhich is red?"), Turn("assistant", "the second")]
-    turns.append(Turn("user", "And the other?"))
-    answer = expected(base, folders, "two", turns, Shown(pictures=(WIDE, RED)))
+BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns", "pictures"),
+    [
+        (
+            [
+                *shows(picture_part(WIDE), picture_part(RED)),
+                *words("the second", "assistant"),
+                *words("And the other?"),
+            ],
+            [
+                Turn("user", "<image>\n<image>\nWhat is it?"),
+                Turn("assistant", "the second"),
+                Turn("user", "And the other?"),
+            ],
+            (WIDE, RED),
+        ),
+        ([*words(BRIEF, "system"), *words(ASKED)], [Turn("system", BRIEF), Turn("user", ASKED)], ()),
+        ([*words(BRIEF, "developer"), *words(ASKED)], [Turn("system", BRIEF), Turn("user", ASKED)], ()),
+        (shows(picture_part(RED), text=f"{ASKED} "), [Turn("user", f"<image>\n{ASKED}")], (RED,)),  # as in training
+    ],
+)
+def test_a_talk(
+    client: Any, base: Path, folders: dict[str, Path], messages: Any, turns: list[Turn], pictures: Any
+) -> None:
+    answer = expected(base, folders, "two", turns, Shown(pictures=pictures))
     assert text_of(client, model="two", messages=messages) == answer
 
 
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_system_message(client: Any, base: Path, folders: dict[str, Path], role: str) -> None:
-    """The prompt is as long as the processor's own chat template makes it."""
-    system, question = "Be brief. Look at its edges.", "What colour is it?"
+def test_a_prompt_is_as_long_as_the_processors_own_chat_template_makes_it(client: Any, base: Path) -> None:
     talk = [
-        {"role": "system", "content": [{"type": "text", "text": system}]},
-        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": question}]},
+        {"role": "system", "content": [{"type": "text", "text": BRIEF}]},
+        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": ASKED}]},
     ]
     theirs = AutoProcessor.from_pretrained(base).apply_chat_template(
         talk, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
-    content = [picture_part(RED), {"type": "text", "text": question}]
-    messages = [{"role": role, "content": system}, {"role": "user", "content": content}]
-    answer = client.chat.completions.create(model="one", messages=messages, max_tokens=TOKENS)
-    turns = [Turn("system", system), Turn("user", f"<image>\n{question}")]
-    assert answer.choices[0].message.content == expected(base, folders, "one", turns, Shown(pictures=(RED,)))
+    messages = [*words(BRIEF, "system"), *shows(picture_part(RED), text=ASKED)]
+    answer = client.chat.completions.create(model="one", messages=messages, max_tokens=1)
     assert answer.usage.prompt_tokens == theirs["input_ids"].shape[1]
 
 
@@ -145,31 +158,25 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
 
     write_video(tmp_path / "clip.mp4", [number / 25 for number in range(50)])
     url = f"data:video/mp4;base64,{base64.b64encode((tmp_path / 'clip.mp4').read_bytes()).decode()}"
-    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What moves?"}]
     video = read_frames(tmp_path, Clip(path="clip.mp4"), Uniform(4))
     answer = expected(base, folders, "one", [Turn("user", "<video>\nWhat moves?")], Shown(videos=(video,)))
-    assert text_of(client, messages=[{"role": "user", "content": content}]) == answer
+    part = {"type": "video_url", "video_url": {"url": url}}
+    assert text_of(client, messages=shows(part, text="What moves?")) == answer
 
 
 def test_32_requests_in_flight_answer_as_each_adapter_alone(client: Any, base: Path, folders: dict[str, Path]) -> None:
-    questions = [
-        "What colour is it?",
-        "Say the colour.",
-        "It is red green blue. Say it.",
-        "What is it?" + " What is it?" * 4,
-    ]
-    asked = [(NAMES[number % 5], questions[number % 4], number % 3) for number in range(32)]
+    questions = [ASKED, "Say the colour.", "It is red green blue. Say it.", "What is it?" + " What is it?" * 4]
+    asked = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(32)]
 
-    def ask(name: str, question: str, pictures: int) -> str:
-        content = [*map(picture_part, (RED, WIDE)[:pictures]), {"type": "text", "text": question}]
-        return text_of(client, model=name, messages=[{"role": "user", "content": content}])
+    def ask(name: str, question: str, pictures: Sequence[Image.Image]) -> str:
+        return text_of(client, model=name, messages=shows(*map(picture_part, pictures), text=question))
 
     with ThreadPoolExecutor(32) as threads:
         texts = list(threads.map(lambda request: ask(*request), asked))
     assistants = {name: alone(base, folders.get(name)) for name in NAMES}
     for (name, question, pictures), text in zip(asked, texts, strict=True):
-        turns, seen = [Turn("user", "<image>\n" * pictures + question)], Shown(pictures=(RED, WIDE)[:pictures])
-        assert text == answer_alone(assistants[name], turns, seen, tokens=TOKENS)
+        turns = [Turn("user", "<image>\n" * len(pictures) + question)]
+        assert text == answer_alone(assistants[name], turns, Shown(pictures=pictures), tokens=TOKENS)
 
 
 def test_sampling_is_a_rows_own(client: Any) -> None:
@@ -241,9 +248,6 @@ PICTURE = "messages[0].content[0].image_url"
         ({"messages": [{"role": "system", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "assistant", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "system", "content": [picture_part(RED)]}]}, (400, None, "messages[0]")),
-        ({"messages": []}, (400, None, "messages")),
-        ({"n": 2}, (400, None, "n")),
-        ({"extra_body": {"best_of": 2}}, (400, None, "best_of")),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, (400, None, "tools")),
     ],
 )
@@ -286,7 +290,8 @@ def test_other_types_of_content_are_refused(address: str, client: Any, declared:
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
     """No adapters over HTTP, addresses on the web but none of this network, a slow sender, and too many at once."""
-    with running(model, ServerSettings(held=1, body_seconds=1.5, media=MediaLimits(remote=True))) as address:
+    settings = Settings(waiting=1, batch=1, body_seconds=1.5, allow_remote_media=True)
+    with running(model, settings) as address:
         client = client_of(address)
         for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
             with pytest.raises(openai.BadRequestError):
@@ -299,11 +304,13 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
             slow.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
             assert slow.recv(100).startswith(b"HTTP/1.1 504")
         asked = {"model": "one", "messages": words("a"), "max_tokens": 500}
-        with ThreadPoolExecutor(2) as threads:
-            both = [threads.submit(client.chat.completions.create, **asked) for _ in range(2)]
-            errors = [error for future in both if (error := future.exception()) is not None]
-        assert [type(error) for error in errors] == [openai.RateLimitError]
-        assert errors[0].response.headers["retry-after"] == "1"  # type: ignore[union-attr]
+        with ThreadPoolExecutor(4) as threads:
+            requests = [threads.submit(client.chat.completions.create, **asked) for _ in range(4)]
+            errors: list[Any] = [error for future in requests if (error := future.exception()) is not None]
+        assert len(errors) in (2, 3)  # one is answered and one may wait
+        assert {(type(error), error.response.headers["retry-after"]) for error in errors} == {
+            (openai.RateLimitError, "1")
+        }
         status, health = send(address, "GET", "/health")
         assert (status, health["status"], health["waiting"]) == (200, "ok", 0)
 
@@ -353,7 +360,7 @@ def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None,
 
 
 def test_an_answer_that_takes_too_long(model: ServedModel, endless: None) -> None:
-    with running(model, engine_settings=EngineSettings(answer_seconds=1.5)) as address:
+    with running(model, Settings(answer_seconds=1.5)) as address:
         client = client_of(address)
         assert refusal(client, max_tokens=1900) == (504, "timeout", None)
         with pytest.raises(openai.APIError) as late:
@@ -362,44 +369,36 @@ def test_an_answer_that_takes_too_long(model: ServedModel, endless: None) -> Non
         assert text_of(client, max_tokens=2)
 
 
-class Decoding:
-    """Pictures whose decoding takes as long as it is told; how many were begun, and how many prompts were finished."""
+@pytest.mark.parametrize("is_there", [False, True])
+def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
+    model: ServedModel, monkeypatch: Any, is_there: bool
+) -> None:
+    """The time of an answer begins when its request comes; pictures here take longer than all of it."""
+    pictures, prepared, ended = list[str](), list[object](), threading.Event()
+    picture, prepare = RequestMedia.picture, Server._prepared
 
-    def __init__(self, monkeypatch: Any, seconds: float) -> None:
-        self.pictures, self.prepared = 0, 0
-        self.ended = threading.Event()
-        picture, prepared = RequestMedia.picture, Server._prepared
+    def slow(media: RequestMedia, content: bytes, where: str) -> Image.Image:
+        pictures.append(where)
+        time.sleep(1.0 if is_there else 2.5)
+        return picture(media, content, where)
 
-        def slow(media: RequestMedia, content: bytes, where: str) -> Image.Image:
-            self.pictures += 1
-            time.sleep(seconds)
-            return picture(media, content, where)
+    def counted(server: Server, *given: Any) -> Any:
+        try:
+            result = prepare(server, *given)
+            prepared.append(result)
+            return result
+        finally:
+            ended.set()
 
-        def counted(server: Server, *given: Any) -> Any:
-            try:
-                result = prepared(server, *given)
-                self.prepared += 1
-                return result
-            finally:
-                self.ended.set()
-
-        monkeypatch.setattr(RequestMedia, "picture", slow)
-        monkeypatch.setattr(Server, "_prepared", counted)
-
-
-def test_nothing_more_is_decoded_for_a_client_that_has_gone(model: ServedModel, monkeypatch: Any) -> None:
-    decoding = Decoding(monkeypatch, seconds=2.5)
-    with running(model) as address:
-        with pytest.raises(openai.APITimeoutError):
-            text_of(client_of(address, timeout=0.5), messages=shows(*[picture_part(RED)] * 3))
-        assert decoding.ended.wait(30)
-    assert decoding.pictures <= 1  # none where this machine is slow
-    assert not decoding.prepared
-
-
-def test_the_time_of_an_answer_begins_when_its_request_comes(model: ServedModel, monkeypatch: Any) -> None:
-    decoding = Decoding(monkeypatch, seconds=1.0)
-    with running(model, engine_settings=EngineSettings(answer_seconds=0.5)) as address:
-        assert refusal(client_of(address), messages=shows(*[picture_part(RED)] * 2)) == (504, "timeout", None)
-    assert decoding.pictures <= 1  # none where this machine is slow
-    assert not decoding.prepared
+    monkeypatch.setattr(RequestMedia, "picture", slow)
+    monkeypatch.setattr(Server, "_prepared", counted)
+    shown = shows(*[picture_part(RED)] * 3)
+    with running(model, Settings(answer_seconds=0.5 if is_there else 300)) as address:
+        if is_there:
+            assert refusal(client_of(address), messages=shown) == (504, "timeout", None)
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                text_of(client_of(address, timeout=0.5), messages=shown)
+        assert ended.wait(30)
+    assert len(pictures) <= 1  # none where this machine is slow
+    assert not prepared

@@ -22,11 +22,12 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.serving.answering import Answering, EngineSettings, Event, Failed, Finished, Piece
+from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
-from dora_vl.serving.server import Server, ServerSettings, build_app
+from dora_vl.serving.options import Settings
+from dora_vl.serving.server import Server, build_app
 
 NOTHING = Shown()
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
@@ -95,18 +96,13 @@ def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTH
 
 
 def answers(
-    engine: Engine, questions: list[tuple[str, list[Turn], Shown]], *, strength: float = 1.0, **sampling: Any
+    engine: Engine, questions: Sequence[tuple[str, list[Turn], Shown]], strengths: Sequence[float] = (), **sampling: Any
 ) -> list[str]:
-    """The engine's answers to questions that are handed in all at once."""
-    return shared_answers(engine, [(name, strength, turns, seen) for name, turns, seen in questions], **sampling)
-
-
-def shared_answers(engine: Engine, questions: list[tuple[str, float, list[Turn], Shown]], **sampling: Any) -> list[str]:
-    """The same, with a strength of its own for each."""
+    """The engine's answers to questions that are handed in all at once, each with a strength of its own."""
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
         engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
-        for name, strength, turns, seen in questions
+        for (name, turns, seen), strength in zip(questions, strengths or [1.0] * len(questions), strict=True)
     ]
     queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prepared]
     for request, events in zip(prepared, queues, strict=True):
@@ -151,13 +147,11 @@ def picture_part(picture: Image.Image) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(
-    model: ServedModel, settings: ServerSettings | None = None, engine_settings: EngineSettings | None = None
-) -> Iterator[str]:
+def running(model: ServedModel, settings: Settings | None = None, **named: Any) -> Iterator[str]:
     """A server in a thread; its address."""
     with (
-        Engine(model, engine_settings) as engine,
-        Server(engine, settings) as answering,
+        Engine(model, settings) as engine,
+        Server(engine, **named) as answering,
         running_app(build_app(answering)) as address,
     ):
         yield address

@@ -28,8 +28,8 @@ from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
 WRITTEN = json.loads((Path(__file__).parent / "prompt_texts.json").read_text(encoding="utf-8"))
-"""Of each format two rounds with a picture as text, what is between « and » labelled; its end as tokens of Vicuna's kind
-(`legacy` false), the labelled ones with a star; and what a sample's own system turn becomes."""
+"""Of each format two rounds with a picture as text, what is between « and » labelled; its end as tokens of Vicuna's
+kind (`legacy` false), the labelled ones with a star; and what a sample's own system turn becomes."""
 NAMED = sorted(name for name, written in WRITTEN.items() if "text" in written)
 
 

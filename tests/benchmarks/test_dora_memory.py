@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.contenders import contender
 from benchmarks.dora_memory import LiveBytes, Memory, Saved, memory_of, saved_for_backward
-from benchmarks.dora_step import Setting, Tokens, contender
+from benchmarks.dora_step import Tokens
 
 ROWS, WIDTH = 30, 10
 BATCH, LENGTH, LAYERS, HIDDEN, MIDDLE = 6, 40, 4, 32, 48
@@ -90,10 +91,9 @@ def measured() -> dict[str, Memory]:
         num_key_value_heads=2,
     )
     base = LlamaForCausalLM(config)
-    tokens = Tokens.random(60, batch=BATCH, length=LENGTH, labels=3, device="cpu")
-    setting = Setting(rank=4, dropout=0.4, dtype=torch.float32)
+    tokens = Tokens.random(60, batch=BATCH, length=LENGTH, labels=3)
     names = ("frozen", "peft_lora", "peft_dora", "ours")
-    return {name: memory_of(contender(name, base, setting), tokens) for name in names}
+    return {name: memory_of(contender(name, base, rank=4, dropout=0.4), tokens) for name in names}
 
 
 @pytest.mark.slow

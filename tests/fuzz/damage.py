@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,15 +31,21 @@ SETTINGS = (
     *("../../x", "/", '"\\ud83d"', '"a\\0b"'),
 )
 """What stands for a setting in YAML."""
+CELLS = ('"', "x" * HUGE, "ä", "\udcff\udcfe", "\0", "nan", "-1", "9" * 5_000, "\r", "a\nb")
+FIELDS = {"csv": (",", CELLS), "tsv": ("\t", CELLS), "yaml": (":", SETTINGS)}
+"""What stands between the fields of a line, and what stands for one."""
 NAMES = ("", "id", "answer", "row", "x" * HUGE, "a\nb", "\ud83d")
 
 
 def damage(content: bytes, name: str, draw: Random) -> tuple[bytes, str]:
     """One change of a file, and its description; of JSON, YAML and tables mostly one that leaves them so."""
     ending = name.rpartition(".")[2]
-    change = {"json": _json, "jsonl": _json, "csv": _cell, "tsv": _cell, "yaml": _setting}.get(ending)
-    if change is not None and draw.random() < 0.65:
-        changed = change(content, draw)
+    if draw.random() < 0.65:
+        changed = None
+        if ending in ("json", "jsonl"):
+            changed = _json(content, draw)
+        elif ending in FIELDS:
+            changed = _field(content, draw, *FIELDS[ending])
         if changed is not None:
             return changed
     kind = draw.choice(list(BYTE_CHANGES))
@@ -81,29 +88,19 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(inside)
 
 
-def _cell(content: bytes, draw: Random) -> tuple[bytes, str]:
-    """One cell of one line is another."""
-    lines = content.split(b"\n")
+def _field(content: bytes, draw: Random, delimiter: str, values: Sequence[str]) -> tuple[bytes, str]:
+    """One field of a line of a table or of YAML is another, lacks a half or is there twice."""
+    lines = content.decode("utf-8", "surrogateescape").split("\n")
     row = draw.randrange(len(lines))
-    delimiter = b"\t" if b"\t" in content else b","
-    cells = lines[row].split(delimiter)
-    column = draw.randrange(len(cells))
-    cell = cells[column]
-    others = [b"", b'"', b'"' + cell, cell + b'"', cell[: len(cell) // 2], cell + delimiter + cell, cell * 2]
-    others += [b"x" * HUGE, "ä".encode(), b"\xff\xfe", b"\x00", b"nan", b"-1", b"9" * 5_000, b"\r", b"a\nb"]
-    cells[column] = draw.choice(others)
-    lines[row] = delimiter.join(cells)
-    return b"\n".join(lines), f"cell {column} of line {row + 1}: {cells[column][:20]!r}"
-
-
-def _setting(content: bytes, draw: Random) -> tuple[bytes, str]:
-    """A setting's value or name is another one."""
-    lines = content.decode("utf-8", "replace").split("\n")
-    row = draw.randrange(len(lines))
-    name, _, value = lines[row].partition(":")
-    setting = draw.choice(SETTINGS)
-    lines[row] = draw.choice((f"{name}: {setting}", f"{name}: {setting}", f"{name}_:{value}", f"{setting}:{value}", ""))
-    return "\n".join(lines).encode(), f"setting {name[:20]!r}: {lines[row][:30]!r}"
+    fields = lines[row].split(delimiter)
+    column = draw.randrange(len(fields))
+    field = fields[column]
+    changed = ("", field[: len(field) // 2], f'"{field}', f'{field}"', f"{field}_", field + delimiter + field)
+    fields[column] = draw.choice((*values, *values, *changed))
+    lines[row] = delimiter.join(fields)
+    return "\n".join(lines).encode(
+        "utf-8", "surrogateescape"
+    ), f"field {column} of line {row + 1}: {fields[column][:20]!r}"
 
 
 def flip(content: bytes, draw: Random) -> bytes:
@@ -114,12 +111,9 @@ def flip(content: bytes, draw: Random) -> bytes:
     return bytes(changed)
 
 
-def _insert(piece: bytes) -> Callable[[bytes, Random], bytes]:
-    def change(content: bytes, draw: Random) -> bytes:
-        place = draw.randrange(len(content) + 1)
-        return content[:place] + piece + content[place:]
-
-    return change
+def _insert(content: bytes, draw: Random, piece: bytes) -> bytes:
+    place = draw.randrange(len(content) + 1)
+    return content[:place] + piece + content[place:]
 
 
 def _leave_out(content: bytes, draw: Random) -> bytes:
@@ -127,8 +121,8 @@ def _leave_out(content: bytes, draw: Random) -> bytes:
     return content[:first] + content[second:]
 
 
-def _encoded(encoding: str) -> Callable[[bytes, Random], bytes]:
-    return lambda content, draw: content.decode("utf-8", "replace").encode(encoding, "replace")
+def _encoded(content: bytes, draw: Random, encoding: str) -> bytes:
+    return content.decode("utf-8", "replace").encode(encoding, "replace")
 
 
 BYTE_CHANGES: Mapping[str, Callable[[bytes, Random], bytes]] = {
@@ -140,10 +134,10 @@ BYTE_CHANGES: Mapping[str, Callable[[bytes, Random], bytes]] = {
     "lines mixed": lambda content, draw: b"\n".join(draw.sample(lines := content.split(b"\n"), len(lines))),
     "empty": lambda content, draw: b"",
     "two byte order marks": lambda content, draw: b"\xef\xbb\xbf" * 2 + content,
-    **{name: _encoded(name) for name in ("utf-16", "latin-1")},
+    **{name: partial(_encoded, encoding=name) for name in ("utf-16", "latin-1")},
     "CR": lambda content, draw: content.replace(b"\n", b"\r"),
     **{
-        f"{piece[:9]!r} inserted": _insert(piece)
+        f"{piece[:9]!r} inserted": partial(_insert, piece=piece)
         for piece in (b"\x00", b'"', b"]", b",", b"\n", b"\xff\xfe", b"y" * HUGE)
     },
     "nested deeply": lambda content, draw: b"[" * DEPTH + content,
@@ -151,16 +145,14 @@ BYTE_CHANGES: Mapping[str, Callable[[bytes, Random], bytes]] = {
 }
 
 
-def numbers(count: int) -> Iterator[int]:
-    """`FUZZ_CASES` of the environment, or `count`; `FUZZ_ONLY` is one case alone."""
-    only = os.environ.get("FUZZ_ONLY")
-    yield from [int(only)] if only else range(1, int(os.environ.get("FUZZ_CASES", count)) + 1)
-
-
 def failures(run: Callable[[int], str], count: int) -> list[str]:
-    """What went wrong in the cases, the first ten; each can be run again by its number."""
-    found = [f"FUZZ_ONLY={number}: {failure}" for number in numbers(count) if (failure := run(number))]
-    return found[:10]
+    """What went wrong in the cases, the first ten; each can be run again by its number.
+
+    `FUZZ_CASES` of the environment says how many there are; `FUZZ_ONLY` is one case alone.
+    """
+    only = os.environ.get("FUZZ_ONLY")
+    numbers = [int(only)] if only else range(1, int(os.environ.get("FUZZ_CASES", count)) + 1)
+    return [f"FUZZ_ONLY={number}: {failure}" for number in numbers if (failure := run(number))][:10]
 
 
 def memory_mb(*, begin: bool = False) -> float:

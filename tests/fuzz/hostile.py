@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import socket
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +17,8 @@ from PIL import Image, features
 from dora_vl.data.video_containers import ASF, KLV_KEY, PACK
 from tests.fuzz.media import write_clip
 
-PNG, GIF = b"\x89PNG\r\n\x1a\n", b"GIF89a"
-
-OTHER_FORMATS: Mapping[str, bytes] = {
+PNG = b"\x89PNG\r\n\x1a\n"
+OTHER_PICTURES: Mapping[str, bytes] = {
     "EPS that runs a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%id) (r) file\n",
     "EPS with a DOS head": b"\xc5\xd0\xd3\xc6" + struct.pack("<6IH", 32, 60, 0, 0, 0, 0, 65_535) + b"\0\0%!PS-Adobe",
     "PDF": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
@@ -46,70 +45,51 @@ OTHER_FORMATS: Mapping[str, bytes] = {
 """All of these are refused."""
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(width: int, height: int, *, before: bytes = b"", rows: int | None = None, bits: int = 1) -> bytes:
-    """A black grey PNG; `before` are chunks before its pixels, of which there are `rows`."""
-    squeezed = zlib.compressobj(9)
-    row = bytes(1 + (min(width, 1 << 20) * bits + 7) // 8)
-    data = b"".join(squeezed.compress(row) for _ in range(min(height, 20_000) if rows is None else rows))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
-    return PNG + head + before + chunk(b"IDAT", data + squeezed.flush()) + chunk(b"IEND", b"")
-
-
-def gif(width: int, height: int, frames: bytes) -> bytes:
-    """A GIF of two colours."""
-    return GIF + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frames + b";"
-
-
-def gif_frame(width: int, height: int, data: bytes = b"\x02\x44\x01\0") -> bytes:
-    """One of its pictures."""
-    return b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02" + data
-
-
-def bmp(width: int, height: int, *, bits: int = 24, compression: int = 0) -> bytes:
-    """A BMP of 64 bytes of pixels."""
-    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, 64, 0, 0, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 118, 0, 0, 54) + info + bytes(64)
-
-
-def tiff(entries: list[tuple[int, int, int, int]], following: int = 0, rest: bytes = bytes(64)) -> bytes:
-    """A little-endian TIFF of one directory: (tag, type, count, value)."""
-    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + listed + struct.pack("<I", following) + rest
-
-
-def grey_tiff(width: int, height: int, *more: tuple[int, int, int, int], following: int = 0) -> bytes:
-    """One of 8 bits, whose pixels would begin behind its directory."""
-    plain = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
-    plain += [(273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 64)]
-    changed = {entry[0]: entry for entry in (*plain, *more)}
-    return tiff(sorted(changed.values()), following)
-
-
-def webp(width: int, height: int) -> bytes:
-    """An extended WebP of this canvas without a frame."""
-    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def jpeg(width: int, height: int) -> bytes:
-    """A small JPEG whose header says another size."""
-    content = bytearray(saved("JPEG"))
-    place = content.index(b"\xff\xc0") + 5
-    content[place : place + 4] = struct.pack(">HH", height, width)
-    return bytes(content)
-
-
 def saved(form: str, size: tuple[int, int] = (16, 16), **options: object) -> bytes:
     """A grey picture as Pillow writes it."""
     stream = io.BytesIO()
     Image.new("RGB", size, (90, 90, 90)).save(stream, form, **options)
     return stream.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, *, before: bytes = b"", rows: int | None = None) -> bytes:
+    """A black PNG of one bit a pixel; `before` are chunks before its pixels, of which there are `rows`."""
+    squeezed = zlib.compressobj(9)
+    row = bytes(1 + (min(width, 1 << 20) + 7) // 8)
+    data = b"".join(squeezed.compress(row) for _ in range(min(height, 20_000) if rows is None else rows))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return PNG + head + before + chunk(b"IDAT", data + squeezed.flush()) + chunk(b"IEND", b"")
+
+
+def gif(side: int, frames: bytes) -> bytes:
+    """A GIF of two colours."""
+    return b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + bytes(6) + frames + b";"
+
+
+def gif_frame(side: int, data: bytes = b"\x02\x44\x01\0") -> bytes:
+    """One of its pictures."""
+    return b"," + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02" + data
+
+
+def tiff(*more: tuple[int, int, int, int], width: int = 4, height: int = 4, following: int = 0) -> bytes:
+    """A little-endian TIFF of 8 bits, whose pixels would begin behind its directory: (tag, type, count, value)."""
+    plain = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    plain += [(273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 64)]
+    entries = sorted({entry[0]: entry for entry in (*plain, *more)}.values())
+    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + listed + struct.pack("<I", following) + bytes(64)
+
+
+def stating(content: bytes, mark: bytes, offset: int, layout: str, *numbers: int) -> bytes:
+    """A picture with other numbers so many bytes behind a mark, such as the size in its header."""
+    changed = bytearray(content)
+    struct.pack_into(layout, changed, changed.index(mark) + offset, *numbers)
+    return bytes(changed)
 
 
 def scans(count: int) -> bytes:
@@ -119,74 +99,71 @@ def scans(count: int) -> bytes:
     return content[:-2] + content[last:-2] * count + b"\xff\xd9"
 
 
-def lying_and_bursting() -> Iterator[tuple[str, bytes]]:
-    """Headers that lie, and small files that stand for much: refused, or read within the limits."""
-    for width, height in ((1, 100_000), (100_000, 1), (2**31 - 1, 1), (2**31 - 1,) * 2):
-        yield f"PNG of {width} x {height}", png(width, height, rows=1)
-    for width, height in ((0, 0), (0, 10), (65_535,) * 2, (9_500, 9_400), (200, 1)):
+def lying_sizes() -> Iterator[tuple[str, bytes]]:
+    """Small files whose header says another size: refused, or read within the limits."""
+    for width, height in (
+        (1, 100_000),
+        (100_000, 1),
+        (2**31 - 1, 1),
+        (2**31 - 1,) * 2,
+        (0, 0),
+        (0, 10),
+        (9_500, 9_400),
+    ):
         yield f"PNG that says {width} x {height}", png(width, height, rows=3)
-    yield "PNG of 88 million black pixels", png(9_400, 9_400)
-    yield "PNG with notes of 200 MB", png(9, 9, before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**8), 1)))
-    yield "PNG with a profile of 100 MB", png(9, 9, before=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8), 9)))
-    yield "PNG with 100,000 notes", png(9, 9, before=chunk(b"tEXt", b"a\0b") * 100_000)
-    yield "PNG with a chunk of 2 GB", PNG + struct.pack(">I4s", 2**31 - 1, b"IHDR") + bytes(20)
-    yield "PNG with a wrong sum", png(9, 9).replace(b"IHDR\0\0\0\x09", b"IHDR\0\0\0\x0a")
-    yield "PNG that says a million frames", png(9, 9, before=chunk(b"acTL", struct.pack(">II", 10**6, 0)))
-    for width, height in ((65_535, 65_535), (65_500, 1), (0, 9), (9_000, 9_000)):
-        yield f"JPEG that says {width} x {height}", jpeg(width, height)
-    yield "JPEG of 200 scans more", scans(200)
-    yield "JPEG of markers alone", b"\xff\xd8" + b"\xff\xe0\0\x02" * 50_000
-    yield "JPEG whose EXIF directory is its own next", saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0")
-    exif = (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * 2_000
-    yield "JPEG of 131 MB of EXIF", b"\xff\xd8" + exif + saved("JPEG")[2:]
-    yield "JPEG of pictures that point at themselves", saved("JPEG") + b"\xff\xe2\0\x10MPF\0II*\0\x08\0\0\0"
-    for side in (2_000, 13_000):
-        yield f"JPEG of {side} x {side} without its end", saved("JPEG", (side, side))[:-2]
-    yield "nothing at all", b""
-    yield "one byte", b"\x89"
-
-
-def lying_and_bursting_in_other_formats() -> Iterator[tuple[str, bytes]]:
-    """Likewise."""
-    for width, height in ((65_535, 65_535), (0, 0)):
-        yield f"GIF that says {width} x {height}", gif(width, height, gif_frame(1, 1))
-    yield "GIF whose frame is larger than its screen", gif(1, 1, gif_frame(65_535, 65_535))
-    yield "GIF of 100,000 frames", gif(1, 1, gif_frame(1, 1) * 100_000)
-    yield "GIF of a million empty blocks", gif(1, 1, b"!\xfe" + b"\x01x" * 10**6 + b"\0" + gif_frame(1, 1))
-    yield "GIF without an end to its codes", gif(99, 99, gif_frame(99, 99, b"\xff" + b"\x84" * 255))
-    for width, height in ((2**31 - 1, 2**31 - 1), (5, -(2**31)), (0, 0), (9_000, 9_000)):
-        yield f"BMP that says {width} x {height}", bmp(width, height)
+    webp, stream = b"RIFF\x16\0\0\0WEBPVP8X" + struct.pack("<I", 10) + bytes(10), saved("JPEG2000", no_jp2=True)
+    for form, content, mark, offset, layout, sides in (
+        ("JPEG", saved("JPEG"), b"\xff\xc0", 5, ">HH", (0, 9_000, 65_535)),
+        ("GIF", gif(1, gif_frame(1)), b"GIF", 6, "<HH", (0, 65_535)),
+        ("BMP", saved("BMP"), b"BM", 18, "<ii", (0, 9_000, -(2**31), 2**31 - 1)),
+        ("TIFF", tiff(), struct.pack("<HHI", 256, 4, 1), 8, "<I8xI", (0, 9_000, 2**32 - 1)),
+        ("WebP", webp, b"VP8X", 12, "<HxH", (16_383, 65_535)),
+        ("JPEG 2000", stream, b"\xff\x4f", 8, ">II", (0, 13_000, 2**31 - 1)),
+        *([("AVIF", saved("AVIF"), b"ispe", 8, ">II", (0, 13_000, 2**31 - 1))] if features.check("avif") else []),
+    ):
+        for side in sides:
+            yield f"{form} that says {side} x {side}", stating(content, mark, offset, layout, side, side)
     for bits, compression in ((33, 0), (8, 1), (24, 5), (24, 99)):
-        yield f"BMP of {bits} bits, compression {compression}", bmp(5, 5, bits=bits, compression=compression)
-    for width, height in ((2**32 - 1, 2**32 - 1), (0, 0), (9_000, 9_000)):
-        yield f"TIFF that says {width} x {height}", grey_tiff(width, height)
-    yield "TIFF whose directory is its own next", grey_tiff(4, 4, following=8)
-    yield "TIFF of 4 billion samples", grey_tiff(4, 4, (277, 3, 1, 65_535), (258, 3, 2**31, 200))
-    yield "TIFF of 4 billion strips", grey_tiff(4, 4, (273, 4, 2**32 - 1, 8))
-    tiles = ((322, 4, 1, 2**31 - 16), (323, 4, 1, 2**31 - 16), (324, 4, 1, 8))
-    yield "TIFF of tiles of 2 billion", grey_tiff(4, 4, *tiles)
+        content = stating(saved("BMP"), b"BM", 28, "<HI", bits, compression)
+        yield f"BMP of {bits} bits, compression {compression}", content
+    for side in (13_000, 2**31 - 1):
+        tiles = stating(stream, b"\xff\x4f", 24, ">II", 1, 1)
+        yield f"JPEG 2000 of tiles of a pixel, {side}", stating(tiles, b"\xff\x4f", 8, ">II", side, side)
     for compression in (2, 5, 7, 8, 32_773, 50_000, 65_000):
-        yield f"TIFF of noise, compression {compression}", grey_tiff(4, 4, (259, 3, 1, compression))
-    yield "TIFF of an endless number of entries", b"II*\0\x08\0\0\0\xff\xff" + bytes(1000)
-    for width, height in ((16_384, 16_384), (2**24, 2**24)):
-        yield f"WebP that says {width} x {height}", webp(width, height)
-    yield "WebP that says 4 GB", b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff" + bytes(60)
-    stream = saved("JPEG2000", no_jp2=True)
-    for side in (2**31 - 1, 13_000, 0):
-        size = struct.pack(">II", side, side)
-        yield f"JPEG 2000 of {side} x {side}", stream[:8] + size + stream[16:]
-        tile = struct.pack(">II", 1, 1)
-        yield f"JPEG 2000 of tiles of a pixel, {side} x {side}", stream[:8] + size + stream[16:24] + tile + stream[32:]
-    if features.check("avif"):
-        avif = saved("AVIF")
-        start = avif.index(b"ispe") + 8
-        for side in (2**31 - 1, 13_000, 0):
-            yield f"AVIF of {side} x {side}", avif[:start] + struct.pack(">II", side, side) + avif[start + 8 :]
+        yield f"TIFF of noise, compression {compression}", tiff((259, 3, 1, compression))
 
 
-EBML = bytes.fromhex("1a45dfa3")
-SEGMENT = bytes.fromhex("18538067")
-ENDLESS = b"\x01" + b"\xff" * 7
+def bursting() -> Mapping[str, bytes]:
+    """Small files that stand for much, or without an end: likewise."""
+    exif = (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * 2_000
+    return {
+        "PNG of 88 million black pixels": png(9_400, 9_400),
+        "PNG with notes of 200 MB": png(9, 9, before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**8), 1))),
+        "PNG with a profile of 100 MB": png(9, 9, before=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8), 9))),
+        "PNG with 100,000 notes": png(9, 9, before=chunk(b"tEXt", b"a\0b") * 100_000),
+        "PNG with a chunk of 2 GB": PNG + struct.pack(">I4s", 2**31 - 1, b"IHDR") + bytes(20),
+        "PNG with a wrong sum": png(9, 9).replace(b"IHDR\0\0\0\x09", b"IHDR\0\0\0\x0a"),
+        "PNG that says a million frames": png(9, 9, before=chunk(b"acTL", struct.pack(">II", 10**6, 0))),
+        "JPEG of 200 scans more": scans(200),
+        "JPEG of markers alone": b"\xff\xd8" + b"\xff\xe0\0\x02" * 50_000,
+        "JPEG whose EXIF directory is its own next": saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0"),
+        "JPEG of 131 MB of EXIF": b"\xff\xd8" + exif + saved("JPEG")[2:],
+        "JPEG of pictures that point at themselves": saved("JPEG") + b"\xff\xe2\0\x10MPF\0II*\0\x08\0\0\0",
+        "JPEG of 13,000 x 13,000 without its end": saved("JPEG", (13_000, 13_000))[:-2],
+        "nothing at all": b"",
+        "one byte": b"\x89",
+        "GIF whose frame is larger than its screen": gif(1, gif_frame(65_535)),
+        "GIF of 100,000 frames": gif(1, gif_frame(1) * 100_000),
+        "GIF of a million empty blocks": gif(1, b"!\xfe" + b"\x01x" * 10**6 + b"\0" + gif_frame(1)),
+        "GIF without an end to its codes": gif(99, gif_frame(99, b"\xff" + b"\x84" * 255)),
+        "TIFF whose directory is its own next": tiff(following=8),
+        "TIFF of 4 billion samples": tiff((277, 3, 1, 65_535), (258, 3, 2**31, 200)),
+        "TIFF of 4 billion strips": tiff((273, 4, 2**32 - 1, 8)),
+        "TIFF of tiles of 2 billion": tiff((322, 4, 1, 2**31 - 16), (323, 4, 1, 2**31 - 16), (324, 4, 1, 8)),
+        "TIFF of an endless number of entries": b"II*\0\x08\0\0\0\xff\xff" + bytes(1000),
+        "WebP that says 4 GB": b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff" + bytes(60),
+    }
+
 
 OTHER_VIDEOS: Mapping[str, bytes] = {
     "a playlist that names a file": b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n",
@@ -206,9 +183,11 @@ OTHER_VIDEOS: Mapping[str, bytes] = {
     "MPEG program stream": b"\0\0\x01\xba\x44" + bytes(60),
     "subtitles": b"1\n00:00:00,000 --> 00:00:01,000\na\n",
     "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(40),
-    **{f"{name}, as a video": OTHER_FORMATS[name] for name in ("HTML", "a pickle", "EPS with a DOS head", "AVIF")},
+    **{f"{name}, as a video": OTHER_PICTURES[name] for name in ("HTML", "a pickle", "EPS with a DOS head", "AVIF")},
 }
 """All of these are refused."""
+EBML, ENDLESS = bytes.fromhex("1a45dfa3"), b"\x01" + b"\xff" * 7
+CLUSTER = bytes.fromhex("1f43b675")
 
 
 def element(name: str, data: bytes) -> bytes:
@@ -216,79 +195,70 @@ def element(name: str, data: bytes) -> bytes:
     return bytes.fromhex(name) + (len(data) | 1 << 56).to_bytes(8, "big") + data
 
 
-def matroska(segment: bytes, length: bytes = ENDLESS) -> bytes:
-    """A file of this segment."""
-    return element("1a45dfa3", element("4282", b"webm")) + SEGMENT + length + segment
+def matroska(segment: bytes) -> bytes:
+    """A file of this segment, which says no length."""
+    return element("1a45dfa3", element("4282", b"webm")) + bytes.fromhex("18538067") + ENDLESS + segment
 
 
-def box(name: bytes, data: bytes) -> bytes:
-    """Of an MP4."""
-    return struct.pack(">I4s", 8 + len(data), name) + data
-
-
-def nested(depth: int) -> bytes:
-    """Boxes in boxes."""
-    content = b""
+def box(name: bytes, data: bytes, depth: int = 1) -> bytes:
+    """Of an MP4, so many times in itself."""
     for _ in range(depth):
-        content = box(b"moov", content)
-    return content
+        data = struct.pack(">I4s", 8 + len(data), name) + data
+    return data
 
 
-def riff(form: bytes, data: bytes) -> bytes:
+def avi(data: bytes) -> bytes:
     """One chunk with lists."""
-    return b"RIFF" + struct.pack("<I", len(data) + 4) + form + data
+    return b"RIFF" + struct.pack("<I", len(data) + 4) + b"AVI " + data
 
 
-def lying_and_endless() -> Iterator[tuple[str, bytes]]:
-    """Containers: refused, or read within the limits."""
+def endless_videos(folder: Path) -> Mapping[str, bytes]:
+    """Containers that lie or do not end, and frames that are too large or very many: likewise."""
     mxf = KLV_KEY + bytes.fromhex("020501010d0102010102040000")
-    yield "ASF of three million empty objects", (ASF + struct.pack("<Q", 24)) * 3_000_000
-    yield "ASF of an object of 2^64 - 1 bytes", ASF + b"\xff" * 8 + bytes(20)
-    yield "MXF of three million empty triplets", mxf + (KLV_KEY + bytes(13)) * 3_000_000
-    yield "MXF of a triplet of 2^56 bytes", mxf + KLV_KEY + bytes(12) + b"\x87" + b"\xff" * 7
-    yield "MPEG program of three million ends", PACK + b"\x44" + bytes(9) + b"\0\0\1\xb9" * 3_000_000
-    head = box(b"ftyp", b"isom\0\0\0\0isom")
-    yield "MP4 of three million empty boxes", head + box(b"free", b"") * 3_000_000
-    yield "MP4 of boxes nested 5,000 deep", head + nested(5_000)
-    yield "MP4 of a box of 2^64 - 1 bytes", head + struct.pack(">I4sQ", 1, b"mdat", 2**64 - 1)
-    yield "MP4 of a box of 3 bytes", head + struct.pack(">I4s", 3, b"moov") + bytes(40)
-    yield "MP4 whose last box has no length", head + struct.pack(">I4s", 0, b"moov") + bytes(400)
-    yield "MP4 with an empty index", head + box(b"moov", b"")
-    yield "MP4 whose frames are in another file", head + box(b"moov", box(b"dref", b"url \0\0\0\0file:///etc/passwd"))
-    sizes = box(b"trak", box(b"stsz", struct.pack(">III", 0, 1, 2**32 - 1)))
-    yield "MP4 of 4 billion samples", head + box(b"moov", sizes)
-    packed = box(b"cmov", box(b"cmvd", struct.pack(">I", 2**32 - 1)))
-    yield "MP4 with a packed index of 4 GB", head + box(b"moov", packed)
-    yield "Matroska of an empty endless segment", matroska(b"")
-    yield "Matroska of three million voids", matroska(b"\xec\x80" * 3_000_000)
-    yield "Matroska of clusters in clusters", matroska((bytes.fromhex("1f43b675") + ENDLESS) * 10_000)
-    for name, number in (("no number", b"\x7f\xf8"), ("infinity", b"\x7f\xf0"), ("300 bytes", bytes(294))):
-        duration = element("1549a966", element("4489", number + bytes(6)))
-        yield f"Matroska of a duration of {name}", matroska(duration)
-    yield "Matroska of an element of 2^56 bytes", matroska(bytes.fromhex("1f43b67501fffffffffffffe"))
-    yield "Matroska of zeros", EBML + bytes(4_000)
-    yield "AVI of nothing", riff(b"AVI ", b"")
-    yield "AVI of 200,000 empty chunks", riff(b"AVI ", (b"JUNK" + bytes(4)) * 200_000)
-    yield "AVI of an endless list", riff(b"AVI ", b"LIST\xff\xff\xff\xffmovi")
-    yield "AVI that says 4 GB", b"RIFF\xfe\xff\xff\xffAVI " + bytes(60)
-    yield "GIF of 100,000 frames, as a video", gif(1, 1, gif_frame(1, 1) * 100_000)
-    yield "GIF of a screen of 65,535, as a video", gif(65_535, 65_535, gif_frame(1, 1))
-    yield "FLV of empty tags", b"FLV\x01\x01\0\0\0\x09" + bytes(4) + bytes(15) * 100_000
-    yield "FLV whose first tag is 4 GB on", b"FLV\x01\x01\xff\xff\xff\xff" + bytes(60)
-    yield "transport packets of nothing", (b"G\x1f\xff\x10" + bytes(184)) * 20_000
-
-
-def large_frames(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Whole files of frames that are too large, and of very many that are small."""
-    for name, size, frames in (
-        ("12000x4000", (12_000, 4_000), 1),
-        ("16000x16", (16_000, 16), 2),
-        ("16x16", (16, 16), 3_000),
-    ):
-        yield (
-            f"Matroska of {frames} frames of {name}",
-            write_clip(folder / "large.mkv", "ffv1", {}, size=size, frames=frames).read_bytes(),
-        )
+    mp4 = box(b"ftyp", b"isom\0\0\0\0isom")
+    durations = {"no number": b"\x7f\xf8", "infinity": b"\x7f\xf0", "300 bytes": bytes(294)}
+    large = (((12_000, 4_000), 1), ((16_000, 16), 2), ((16, 16), 3_000))
+    return {
+        "ASF of three million empty objects": (ASF + struct.pack("<Q", 24)) * 3_000_000,
+        "ASF of an object of 2^64 - 1 bytes": ASF + b"\xff" * 8 + bytes(20),
+        "MXF of three million empty triplets": mxf + (KLV_KEY + bytes(13)) * 3_000_000,
+        "MXF of a triplet of 2^56 bytes": mxf + KLV_KEY + bytes(12) + b"\x87" + b"\xff" * 7,
+        "MPEG program of three million ends": PACK + b"\x44" + bytes(9) + b"\0\0\1\xb9" * 3_000_000,
+        "MP4 of three million empty boxes": mp4 + box(b"free", b"") * 3_000_000,
+        "MP4 of boxes nested 5,000 deep": mp4 + box(b"moov", b"", 5_000),
+        "MP4 of a box of 2^64 - 1 bytes": mp4 + struct.pack(">I4sQ", 1, b"mdat", 2**64 - 1),
+        "MP4 of a box of 3 bytes": mp4 + struct.pack(">I4s", 3, b"moov") + bytes(40),
+        "MP4 whose last box has no length": mp4 + struct.pack(">I4s", 0, b"moov") + bytes(400),
+        "MP4 with an empty index": mp4 + box(b"moov", b""),
+        "MP4 whose frames are in another file": mp4 + box(b"moov", box(b"dref", b"url \0\0\0\0file:///etc/passwd")),
+        "MP4 of 4 billion samples": mp4
+        + box(b"moov", box(b"trak", box(b"stsz", struct.pack(">III", 0, 1, 2**32 - 1)))),
+        "MP4 with a packed index of 4 GB": mp4 + box(b"moov", box(b"cmov", box(b"cmvd", b"\xff" * 4))),
+        "Matroska of an empty endless segment": matroska(b""),
+        "Matroska of three million voids": matroska(b"\xec\x80" * 3_000_000),
+        "Matroska of clusters in clusters": matroska((CLUSTER + ENDLESS) * 10_000),
+        "Matroska of an element of 2^56 bytes": matroska(CLUSTER + bytes.fromhex("01fffffffffffffe")),
+        "Matroska of zeros": EBML + bytes(4_000),
+        **{
+            f"Matroska of a duration of {name}": matroska(element("1549a966", element("4489", number + bytes(6))))
+            for name, number in durations.items()
+        },
+        "AVI of nothing": avi(b""),
+        "AVI of 200,000 empty chunks": avi((b"JUNK" + bytes(4)) * 200_000),
+        "AVI of an endless list": avi(b"LIST\xff\xff\xff\xffmovi"),
+        "AVI that says 4 GB": b"RIFF\xfe\xff\xff\xffAVI " + bytes(60),
+        "GIF of 100,000 frames, as a video": gif(1, gif_frame(1) * 100_000),
+        "GIF of a screen of 65,535, as a video": gif(65_535, gif_frame(1)),
+        "FLV of empty tags": b"FLV\x01\x01\0\0\0\x09" + bytes(4) + bytes(15) * 100_000,
+        "FLV whose first tag is 4 GB on": b"FLV\x01\x01\xff\xff\xff\xff" + bytes(60),
+        "transport packets of nothing": (b"G\x1f\xff\x10" + bytes(184)) * 20_000,
+        **{
+            f"Matroska of {frames} frames of {size}": write_clip(
+                folder / "large.mkv", "ffv1", {}, size=size, frames=frames
+            ).read_bytes()
+            for size, frames in large
+        },
+    }
 
 
 NAMES = (
@@ -310,8 +280,8 @@ DEVICES = ("/dev/zero", "/dev/urandom", "/dev/tty", "/dev/stdin", "/etc/passwd",
 HOLES = {"zeros": b"", "a PNG": b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", "an MP4": b"\0\0\0\x10ftypisom", "Matroska": EBML}
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a named pipe": os.mkfifo,
-    "a socket": lambda path: _listen(path),
-    "a folder": lambda path: path.mkdir(),
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK),
+    "a folder": Path.mkdir,
     "a link to itself": lambda path: path.symlink_to(path),
     "a link to a folder above": lambda path: path.symlink_to(".."),
     "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
@@ -323,53 +293,32 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 
 @dataclass(frozen=True)
 class Hostile:
-    """One input: `put` makes it in a folder and gives the name to read."""
+    """One input: `put` makes it under a path, which is read as `name` says; without it nothing is there."""
 
-    name: str
+    title: str
     video: bool
-    put: Callable[[Path], str]
+    put: Callable[[Path], object] = lambda path: None
+    name: str = "hostile"
     must_fail: bool = True
 
 
 def hostile_inputs(scratch: Path) -> Iterator[Hostile]:
     """All of them."""
-    for contents, video in ((OTHER_FORMATS, False), (OTHER_VIDEOS, True)):
-        for name, content in contents.items():
-            yield Hostile(name, video, _written(content))
-    for name, content in (*lying_and_bursting(), *lying_and_bursting_in_other_formats()):
-        yield Hostile(name, video=False, put=_written(content), must_fail=False)
-    for name, content in (*lying_and_endless(), *large_frames(scratch)):
-        yield Hostile(name, video=True, put=_written(content), must_fail=False)
+
+    def content(data: bytes) -> Callable[[Path], object]:
+        return lambda path: path.write_bytes(data)
+
+    for contents, video in ((OTHER_PICTURES, False), (OTHER_VIDEOS, True)):
+        for title, data in contents.items():
+            yield Hostile(title, video, content(data))
+    for title, data in (*lying_sizes(), *bursting().items()):
+        yield Hostile(title, video=False, put=content(data), must_fail=False)
+    for title, data in endless_videos(scratch).items():
+        yield Hostile(title, video=True, put=content(data), must_fail=False)
     for video, kind in ((False, "picture"), (True, "video")):
-        for name, make in SPECIAL.items():
-            yield Hostile(f"{name}, as a {kind}", video, _made(make))
+        for title, make in SPECIAL.items():
+            yield Hostile(f"{title}, as a {kind}", video, make)
         for name in NAMES:
-            yield Hostile(f"the name {name[:40]!r}, of a {kind}", video, lambda _, name=name: name)
+            yield Hostile(f"the name {name[:40]!r}, of a {kind}", video, name=name)
     for name in ("a\nb.png", "\x1b[31m.png", "-rf", "$(id).png", "\u202e.png", "%n.png", "a|id"):
-        yield Hostile(f"a picture called {name!r}", video=False, put=_written(saved("PNG"), name), must_fail=False)
-
-
-def _written(content: bytes, name: str = "hostile") -> Callable[[Path], str]:
-    def put(folder: Path) -> str:
-        (folder / name).write_bytes(content)
-        return name
-
-    return put
-
-
-def _made(make: Callable[[Path], object]) -> Callable[[Path], str]:
-    def put(folder: Path) -> str:
-        make(folder / "hostile")
-        return "hostile"
-
-    return put
-
-
-def _listen(path: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # a socket's path may have a hundred characters
-    try:
-        with socket.socket(socket.AF_UNIX) as opened:
-            opened.bind(path.name)
-    finally:
-        os.chdir(here)
+        yield Hostile(f"a picture called {name!r}", video=False, put=content(saved("PNG")), name=name, must_fail=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,14 +33,8 @@ SUBMISSIONS = {"vqav2_karpathy": vqa.vqa_submission} | {
     for name, benchmark in BENCHMARKS.items()
     if benchmark.submission is not None and name != "llava_bench"  # whose file holds a judge's questions
 }
-LLAVA_IDS: Mapping[str, Callable[[Example, int], object]] = {
-    "textvqa": lambda example, number: example.extra["image_id"],
-    "mme": lambda example, number: f"{example.extra['category']}/{PurePosixPath(example.images[0]).stem}.png",
-    "vizwiz": lambda example, number: PurePosixPath(example.images[0]).name,
-    "pope": lambda example, number: number,
-}
-"""What LLaVA's files have for an id where it is another one than the publisher's."""
-LLAVA = (*LLAVA_IDS, "vqav2", "gqa", "scienceqa", "mmbench", "mmbench_cn", "seed", "mmvet", "llava_bench")
+LLAVA = ("vqav2", "gqa", "scienceqa", "mmbench", "mmbench_cn", "seed", "mmvet", "llava_bench")
+"""Benchmarks whose answers LLaVA writes by the publisher's ids."""
 ANSWERS, RECORDS = "predictions.jsonl", "records.jsonl"
 
 
@@ -118,19 +112,15 @@ def _lines(rows: Iterable[Mapping[str, object]]) -> bytes:
 def _llava(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> Iterator[Target]:
     """LLaVA's answers, and its questions with them."""
     questions, lines = [], []
-    if name == "pope":  # whose order is found by the questions, so each has words of its own
-        examples = [replace(one, question=f"{number}: {one.question}") for number, one in enumerate(examples)]
-    for number, example in enumerate(examples):
-        id = LLAVA_IDS.get(name, lambda example, number: example.id)(example, number)
-        prompt = f"{example.question}\n{SHORT}"
-        lines.append({"question_id": id, "prompt": prompt, "text": answers[example.id], "metadata": {}})
+    for example in examples:
+        asked = {"question_id": example.id, "text": f"{example.question}\n{SHORT}"}
+        lines.append({**asked, "prompt": asked["text"], "text": answers[example.id], "metadata": {}})
         picture = {"image": example.images[0]} if example.images else {}
-        category = str(example.extra.get("category", "default"))
-        questions.append({"question_id": id, **picture, "text": prompt, "category": category})
+        questions.append({**asked, **picture, "category": str(example.extra.get("category", "default"))})
     answered = {ANSWERS: _lines(lines), RECORDS: _lines(map(to_record, examples))}
     yield _evaluate(f"{name} LLaVA's answers", answered)
-    asked = answered | {"questions.jsonl": _lines(questions)}
-    yield _evaluate(f"{name} LLaVA's questions", asked, questions=f"{name}={{files}}/questions.jsonl")
+    asked_files = answered | {"questions.jsonl": _lines(questions)}
+    yield _evaluate(f"{name} LLaVA's questions", asked_files, questions=f"{name}={{files}}/questions.jsonl")
 
 
 def _own(files: Mapping[str, bytes], scorings: Iterable[str]) -> Iterator[Target]:

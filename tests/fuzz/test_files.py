@@ -88,18 +88,15 @@ def run_target(target: Target, damaged: Mapping[str, bytes], folder: Path, statu
     memory = memory_mb() - before
     longest = max(map(len, (printed + errors).split("\n")))
     results = [path for path in (folder / "out").rglob("*") if path.is_file()]
-    checks = (
-        (status not in statuses, f"status {status}: {errors[-300:]}"),
-        (longest > LONGEST_LINE, f"a line of {longest} characters"),
-        ("Traceback" in errors, f"a traceback: {errors[-300:]}"),
-        (
-            status == 2 and (errors.count("\n") != 1 or not errors.startswith("error: ")),
-            f"no one line: {errors[:200]!r}",
-        ),
-        (memory > MOST_MEMORY_MB, f"{memory:.0f} MB of memory"),
-        (status == 2 and words[0] == "evaluate" and bool(results), "refused, and yet there are results"),
-    )
-    return next((failure for wrong, failure in checks if wrong), "") or left_behind(results)
+    refused = status == 2
+    failed = {
+        f"status {status}: {errors[-300:]}": status not in statuses or "Traceback" in errors,
+        f"a line of {longest} characters": longest > LONGEST_LINE,
+        f"no one line: {errors[:200]!r}": refused and (errors.count("\n") != 1 or not errors.startswith("error: ")),
+        f"{memory:.0f} MB of memory": memory > MOST_MEMORY_MB,
+        "refused, and yet there are results": refused and words[0] == "evaluate" and bool(results),
+    }
+    return next((failure for failure, happened in failed.items() if happened), "") or left_behind(results)
 
 
 def run_command(words: Sequence[str]) -> tuple[Any, str, str]:

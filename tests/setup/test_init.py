@@ -6,12 +6,10 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +22,6 @@ from dora_vl.errors import UserError
 from dora_vl.run.reading import read_run_file
 from dora_vl.start import init
 from dora_vl.start.run_file import Base, Data, base_of, written
-from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.setup.people import picture, write_folder, write_table
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
@@ -159,22 +156,6 @@ def test_every_container_gives_the_same_halves(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
 
 
-@pytest.mark.slow
-def test_what_it_writes_trains_and_is_tested(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_folder(tmp_path / "my")
-    told(capsys, "my", "--model", base)
-    words = ["--config", "runs/my/run.yaml", "--training.use_cpu", "true", "--training.max_steps", "2"]
-    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", *words])
-    threads = torch.get_num_threads()
-    llava_instruct.main()
-    torch.set_num_threads(threads)
-    assert (tmp_path / "runs/my/adapter/adapter_model.safetensors").is_file()
-    metrics = json.loads((tmp_path / "runs/my/metrics.json").read_text())
-    assert metrics["n"] == len(rows_of(tmp_path / "runs/my/test.jsonl"))
-
-
 def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_folder(tmp_path / "my", count=240)
     other = write_tiny("qwen2_vl", tmp_path / "qwen")
@@ -271,24 +252,30 @@ def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
     assert base_of(str(base)).parameters == sum(one.numel() for one in model.parameters())
 
 
-def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({}, ["my"]),
+        ({"odd.csv": "file,colour\na.png,red\n"}, ["my"]),
+        ({"a.csv": "image,question,answer\ngone.png,Q?,red\n"}, ["my"]),
+        ({name: "image,question,answer\na.png,Q?,red\n" for name in ("a.csv", "b.csv")}, ["my"]),
+        ({"b.csv": "image,question,answer\na.png,Q?,red\n"}, ["my"]),  # one row cannot be parted
+        ({"b.csv": "image,question,answer\na.png,Q?, \n"}, ["my"]),
+        ({}, ["none"]),
+        ({}, ["sound", "--model", "./none"]),
+        ({}, ["sound", "--test-share", "2"]),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+    tmp_path: Path, base: Path, tables: dict[str, str], words: list[str]
+) -> None:
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "a.png").write_bytes(picture(0))
-    refused("my", "--model", base)
-    write_table(tmp_path / "my" / "odd.csv", [["a.png", "red"]], columns="file,colour")
-    refused("my", "--model", base)
-    write_table(tmp_path / "my" / "a.csv", [["gone.png", "Q?", "red"]])
-    refused("my", "--model", base)
-    write_table(tmp_path / "my" / "b.csv", [["a.png", "Q?", "red"]])
-    refused("my", "--model", base)
-    refused("my", "--questions", "my/b.csv", "--model", base)  # one row cannot be parted
-    write_table(tmp_path / "my" / "b.csv", [["a.png", "Q?", " "]])
-    refused("my", "--questions", "my/b.csv", "--model", base)
-    refused("none", "--model", base)
+    for name, text in tables.items():
+        (tmp_path / "my" / name).write_text(text)
     write_folder(tmp_path / "sound", count=8)
-    refused("sound", "--model", "./none")
-    refused("sound", "--model", base, "--test-share", 2)
-    assert sorted(path.name for path in tmp_path.rglob("*.y*ml")) == []
+    refused("--model", base, *words)
+    assert list(tmp_path.rglob("*.y*ml")) == []
     assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
 
 

@@ -16,7 +16,6 @@ from dora_vl.backbones.base import attention_of
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import EngineSettings
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
 from tests.app.tiny_served import alone, answer_alone, answers, served
@@ -168,7 +167,7 @@ def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
     capsys.readouterr()
     image_qa.main(["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(8)])
     assert expected in capsys.readouterr().out
-    with Engine(served(base, {"mine": adapter}), EngineSettings()) as engine:
+    with Engine(served(base, {"mine": adapter})) as engine:
         assert answers(engine, [("mine", turns, shown)]) == [expected]
 
 

@@ -1,0 +1,135 @@
+"""Whom `dora_step.py`, `dora_memory.py` and `gpu.py` compare: copies of one model, each adapted, that take turns.
+
+PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their starting
+values, so that nobody is timed on a change that is zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import median, table
+from dora_vl import DoRAConfig, apply_dora, merge_dora
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
+    """A copy of the base, adapted by one of the names in the tables; alpha is twice the rank, the paper's choice."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(base)
+    if name == "frozen":
+        return model.requires_grad_(False)
+    if name.startswith("ours"):
+        present = {leaf.rpartition(".")[2] for leaf, _ in model.named_modules()}
+        targets = tuple(f"*{projection}" for projection in PROJECTIONS if projection in present)
+        apply_dora(model, DoRAConfig(rank=rank, alpha=2.0 * rank, dropout=dropout, targets=targets))
+    else:
+        model = _with_peft(model, rank, dropout, dora=name != "peft_lora")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                scale = 1e-3 if parameter.ndim > 1 else 1e-2 * float(parameter.float().mean())
+                parameter.add_(torch.randn_like(parameter) * scale)
+    if name == "ours_merged":
+        merge_dora(model, keep_base=False)
+    if name == "peft_dora_accelerated":
+        from dora_vl.adapters.peft_model import accelerate_peft
+
+        accelerate_peft(model)
+    return model
+
+
+def _with_peft(model: Any, rank: int, dropout: float, *, dora: bool) -> Any:
+    from peft import LoraConfig, get_peft_model  # it takes seconds, and says things where there is no GPU
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(PROJECTIONS), use_dora=dora
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
+
+
+class Layer(nn.Module):
+    """A linear layer under a name that every contender's pattern finds."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width_in, width_out)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """The layer; it keeps no past."""
+        return self.q_proj(x)
+
+
+def activation_loss(model: Any, x: Tensor) -> Tensor:
+    """Of the output for activations that need their own gradient too, as inside a model."""
+    return model(x.detach().requires_grad_()).float().square().mean()
+
+
+def train_step(model: Any, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
+    """Forward, backward, AdamW, so that norms are due every time."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
+
+    def step() -> None:
+        model.train()
+        loss(model).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+class Turns:
+    """Seconds of each contender in each round."""
+
+    def __init__(self, rounds: Sequence[Mapping[str, float]]) -> None:
+        self.rounds = rounds
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Median over rounds."""
+        return {name: round(1e3 * median([each[name] for each in self.rounds]), 3) for name in self.rounds[0]}
+
+    def ratio(self, name: str, to: str) -> float:
+        """Median over rounds of the ratio inside one round."""
+        return round(median([each[name] / each[to] for each in self.rounds]), 4)
+
+    def shown(self, reference: str) -> str:
+        """The table."""
+        rows = [(name, ms, self.ratio(name, reference)) for name, ms in self.milliseconds.items()]
+        return table(("contender", "ms (median)", f"x {reference}"), rows)
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], None]], *, rounds: int, repeats: int, clock: str = "wall", warm_up: int = 2
+) -> Turns:
+    """Everybody warms up, then rounds of a few steps each, whose median counts."""
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    return Turns(
+        [
+            {name: median([seconds(step, clock) for _ in range(repeats)]) for name, step in steps.items()}
+            for _ in range(rounds)
+        ]
+    )
+
+
+def seconds(step: Callable[[], None], clock: str = "wall") -> float:
+    """Time of one step, the card's work included."""
+    now = CLOCKS[clock]
+    started = now()
+    step()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return now() - started
