@@ -101,12 +101,7 @@ class RowEncoder:
 
 
 class RunSamples:
-    """A run's training and validation samples.
-
-    Args:
-        data: the run's section.
-        arguments: the run's; their seed is that of every order.
-    """
+    """A run's training and validation samples; the arguments' seed is that of every order."""
 
     def __init__(self, data: SamplesConfig, arguments: TrainingArguments) -> None:
         self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
@@ -170,9 +165,7 @@ class RunSamples:
     def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
-        Args:
-            pictures: root of their paths.
-            videos: likewise.
+        `pictures` and `videos` are the roots of their paths.
         """
         if pictures is not None and not pictures.root.is_dir():
             raise SettingError("data.image_folder", f": picture folder {pictures} does not exist")
