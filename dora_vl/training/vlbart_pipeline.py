@@ -72,13 +72,9 @@ Files = Mapping[str, str | tuple[str, ...]]
 
 
 class VlBartPipeline(Pipeline[VlBartRunConfig]):
-    """One task or a mixture of them.
+    """One task or a mixture of them, of `subtasks`, those that the task file (`name`) knows.
 
-    Args:
-        config: the run's settings.
-        subtasks: every task that the task file knows, by name.
-        name: the task file's.
-        is_video: a sample's pictures are the frames of one video, not inputs of their own.
+    Where it `is_video`, a sample's pictures are the frames of one video, not inputs of their own.
     """
 
     kind = VLBART
