@@ -7,7 +7,7 @@
 Same composed LLaVA, conversations, tokens, batch, number types and attention kernel for all contenders. The peers are
 `LlavaForConditionalGeneration` with PEFT's DoRA and LoRA (`autocast_adapter_dtype=False`, PEFT's faster setting):
 they run the vision tower at every step and compute logits at every position, because that is what those parts do.
-`ours` deals batches as the peers do. `ours_shared` is the same run with `data.share_pictures`, which runs a picture
+`ours` deals batches as the peers do. `ours_trees` is the same run with `data.rows: trees`, which runs a picture
 once for all questions about it in a batch; its batches hold fewer different pictures, so it learns less a sample.
 Contenders take turns, each in its own process, a few steps at a time; quoted are medians of the ratios inside one
 round. The one-off feature pass of this project is timed too and counted in `with_feature_pass`. Any further
@@ -44,8 +44,8 @@ from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run_samples import RowEncoder
 
 PEERS = ("peft_dora", "peft_lora")
-OURS = {"ours": "false", "ours_shared": "true"}
-"""Contender -> `data.share_pictures`."""
+OURS = {"ours": "plain", "ours_trees": "trees"}
+"""Contender -> `data.rows`."""
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
 
@@ -114,7 +114,7 @@ def run_ours(name: str, timed: TimedRun, scratch: Path) -> dict[str, float]:
         "training.save_strategy": "no",
         "training.eval_strategy": "no",
         "data.feature_cache": str(scratch / "features"),
-        "data.share_pictures": OURS[name],
+        "data.rows": OURS[name],
         "evaluation.file": "null",
         "watch": "0",  # the peers answer no questions while they train
         "overwrite": "true",

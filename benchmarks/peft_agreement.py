@@ -55,15 +55,19 @@ def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[
     assistant, base = open_model(ModelRequest(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):
         raise UserError(f"{adapter} is no LLaVA's adapter")
-    inputs = [inputs_of(assistant, question, images) for question in questions]
+    inputs: list[Inputs] = []
+    for question in questions:
+        shown = Shown(pictures=tuple(open_image(images, path) for path in question.images))
+        sample = assistant.prompts.sample(question.turns, shown)
+        inputs.append((sample.input_ids[None], sample.inputs["pixel_values"]))
     here, merged = unmerged_and_merged(base, adapter, inputs, torch.float32)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     there = logits_of(PeftModel.from_pretrained(plain, str(adapter)).eval(), inputs)
     exact, exact_merged = unmerged_and_merged(base, adapter, inputs, torch.float64)
     return {
-        "PEFT, where the answer begins": greatest(last(here), last(there)),
+        "PEFT, where the answer begins": greatest(here, there, place=-1),
         "PEFT, all places": greatest(here, there),
-        "merged, where the answer begins": greatest(last(here), last(merged)),
+        "merged, where the answer begins": greatest(here, merged, place=-1),
         "merged, all places": greatest(here, merged),
         "merged, all places, float64": greatest(exact, exact_merged),
         "float32 against float64, ours, all places": greatest(here, exact),
@@ -83,28 +87,18 @@ def unmerged_and_merged(
     return unmerged, logits_of(model, cast)
 
 
-def inputs_of(assistant: Assistant, question: Question, images: Path) -> Inputs:
-    """One question as the model reads it."""
-    shown = Shown(pictures=tuple(open_image(images, path) for path in question.images))
-    sample = assistant.prompts.sample(question.turns, shown)
-    return sample.input_ids[None], sample.inputs["pixel_values"]
-
-
 @torch.inference_mode()
 def logits_of(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
     """Logits at every place of every question."""
     return [model(input_ids=ids, pixel_values=pixels).logits for ids, pixels in inputs]
 
 
-def last(logits: Sequence[Tensor]) -> list[Tensor]:
-    """The logits that choose the first word of each answer."""
-    return [one[:, -1] for one in logits]
-
-
-def greatest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
-    """The greatest difference, absolute and as a share of the greatest logit."""
-    difference = max(float((one.double() - other).abs().max()) for one, other in zip(ours, theirs, strict=True))
-    return {"absolute": difference, "relative": difference / max(float(one.abs().max()) for one in theirs)}
+def greatest(ours: Sequence[Tensor], theirs: Sequence[Tensor], place: int | None = None) -> dict[str, float]:
+    """The greatest difference, absolute and as a share of the greatest logit: at one place, or at all of them."""
+    places = slice(None) if place is None else [place]
+    pairs = [(mine[:, places].double(), other[:, places]) for mine, other in zip(ours, theirs, strict=True)]
+    difference = max(float((mine - other).abs().max()) for mine, other in pairs)
+    return {"absolute": difference, "relative": difference / max(float(other.abs().max()) for _, other in pairs)}
 
 
 if __name__ == "__main__":

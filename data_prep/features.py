@@ -158,8 +158,8 @@ def which_part(text: str) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add: Any = made.add_argument
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = command.add_argument
     add("--root", type=Path, required=True, help="folder of the pictures and videos")
     add("--follow-links", action="store_true", help="read files that are links out of the folder")
     add("--records", type=Path, nargs="+", default=[], help="take what these files of records name")
@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     environment = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says the same
     add("--part", type=which_part, default=environment, help="N/M: the N-th of M processes that share the work")
-    return made
+    return command
 
 
 @exit_on_user_error

@@ -172,7 +172,7 @@ def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
             path = to / "records" / task / f"{split}.jsonl"
             # Questions about one clip stand together; a training run shuffles them.
             examples = chain.from_iterable(examples_of(split, number, settings.seed)[1] for number in range(count))
-            write_examples(path, (one for one in examples if bool(one.choices) == (task == QUESTIONS)))
+            write_examples(path, (example for example in examples if bool(example.choices) == (task == QUESTIONS)))
             kinds.update(str(example.extra["kind"]) for example in iterate_examples(path))
         splits[split] = {"clips": count, "by_kind": dict(sorted(kinds.items()))}
     return splits

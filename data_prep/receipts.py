@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=Path("receipts"), help="folder that gets pictures and questions")
     parser.add_argument("--count", type=int, default=200, help="receipts; each is asked one question")
     parser.add_argument("--seed", type=int, default=0, help="fixes every picture")
-    given = parser.parse_args(arguments)
-    make(given.to, given.count, seed=given.seed)
-    print(f"{given.to}: {given.count} receipts in photos, questions.csv")
+    options = parser.parse_args(arguments)
+    make(options.to, options.count, seed=options.seed)
+    print(f"{options.to}: {options.count} receipts in photos, questions.csv")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from dora_vl.run.settings import CommonsenseRunConfig, ModelConfig, RunConfig, V
 from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
 from dora_vl.training.parts import adapt
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config
+from tests.backbones.tiny_families.family import resolved
 from tests.backbones.tiny_families.table import FAMILIES as TINY_FAMILIES
 from tests.backbones.tiny_image_text import tiny_tokenizer
 from tests.backbones.tiny_vlbart import BART_BASE
@@ -141,7 +142,7 @@ def meta_image_text(config: RunConfig) -> PreTrainedModel:
     """A tiny model of the base's family, which has the names of the published one's layers."""
     model_type = FAMILIES[config.model.base]
     tiny = TINY_FAMILIES[model_type]
-    settings = tiny.config(tiny_tokenizer(tiny.names))
+    settings = resolved(tiny.config, tiny_tokenizer(tiny.names))
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
 

@@ -198,6 +198,7 @@ def check_torchrun(words: Sequence[str], is_whole: bool) -> None:
     from torch.distributed.run import get_args_parser
 
     launched = quietly(lambda: get_args_parser().parse_args(list(words)))
+    assert launched.module
     check_python(["-m", launched.training_script, *launched.training_script_args], is_whole)
 
 

@@ -206,8 +206,7 @@ class Adapter:
         """The adapted layers as the equation reads them, by full name."""
         if self.experts:
             raise UserError(
-                f"{self.source}: {next(iter(self.experts))} (and {len(self.experts) - 1} more) are experts that are "
-                "one tensor; they load (load_adapter) and merge into their base (dora-vl merge), and nothing else"
+                f"{self.source}: {next(iter(self.experts))} is experts in one tensor, to load or merge and no more"
             )
         return self.matrix_factors
 
@@ -378,6 +377,6 @@ def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> Non
     stated = recipe.get("base_sha256")
     if stated is not None and (digest := content_hash(base)) != stated:
         raise UserError(
-            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {digest[:12]}); "
-            "give the right --base, or --any-base if you know that its weights are the same"
+            f"{source} was trained on another base (content hash {stated[:12]}) than {base} ({digest[:12]}); give the "
+            "right --base, or --any-base if you know that its weights are the same"
         )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dora_vl.adapters.agreement import own_name, tied_names
 from dora_vl.adapters.files import read_json
 from dora_vl.adapters.folder import read_weights
-from dora_vl.core.experts import expert_projections
+from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
@@ -91,9 +91,8 @@ class BaseWeights:
         if stem is None:
             files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise UserError(
-                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards with "
-                f"an index ({files}); give a model folder in safetensors (load an older one and save_pretrained it "
-                "once)"
+                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards "
+                f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
             )
         self.stem = stem
         """How its weight files begin."""

@@ -127,8 +127,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 def _to_original(arguments: argparse.Namespace) -> str:
     from dora_vl.adapters.adapter import base_of, refuse_other_base
     from dora_vl.adapters.base_weights import BaseWeights
+    from dora_vl.adapters.exports import original_dictionary, refuse_to_overwrite, write_original
     from dora_vl.adapters.read import read_any
-    from dora_vl.adapters.vlbart_original import original_dictionary, refuse_to_overwrite, write_original
 
     refuse_to_overwrite(arguments.to)
     is_lora = arguments.kind == "vl-adapter"

@@ -61,8 +61,7 @@ def _weights_folder(folder: Path) -> Path:
         return folder
     there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(
-        f"{folder} is no model folder ({STEMS[0]}{SUFFIX}), adapter folder ({CONFIG_FILE}) or run with complete "
-        f"checkpoints: {there}"
+        f"{folder} is no model ({STEMS[0]}{SUFFIX}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {there}"
     )
 
 
@@ -118,8 +117,7 @@ def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
         whole = frozenset(name for name in matrices_of(model) if f"{name}.weight" in base.tensors)
         if not whole:
             raise UserError(
-                f"{saved.folder} and {base.folder} have no matrix in common, e.g. {sorted(model.tensors)[:2]} and "
-                f"{sorted(base.tensors)[:2]}; is it the right base?"
+                f"{saved.folder} has no matrix of {base.folder}, but {sorted(model.tensors)[:2]}; wrong base?"
             )
         yield TunedWeights(str(saved.folder), base, "model", whole, model.weight_of)
 

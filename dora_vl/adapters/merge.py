@@ -123,8 +123,7 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
         )
     if missing:
         raise UserError(
-            f"{adapter.source} does not fit {base.folder}: {len(missing)} tensors are not in the base, first "
-            f"{missing[:3]}; is it the right base?"
+            f"{adapter.source}: {len(missing)} tensors are not in {base.folder}, first {missing[:3]}; wrong base?"
         )
     for name, layer in factors.items():
         weight = base.weight_of(name)
@@ -159,8 +158,7 @@ def check_experts(base: BaseWeights, adapter: Adapter) -> None:
         experts, rows = factors.experts_and_rows
         if rows_in_base[name] != experts * rows:
             raise UserError(
-                f"{adapter.source}: {base.folder} holds {rows_in_base[name]:,} of the {experts * rows:,} rows of "
-                f"{name}; is it the right base?"
+                f"{adapter.source}: {base.folder} has {rows_in_base[name]:,} rows of {experts * rows:,} of {name}"
             )
 
 

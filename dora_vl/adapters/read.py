@@ -78,13 +78,11 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
     if name == "peft" or is_own:
         if options.alpha is not None and not options.alpha_serves_result:
             raise UserError(
-                f"{source}: --alpha is for files that do not state it; this one's {CONFIG_FILE} does: leave it out, or "
-                "change lora_alpha in a copy of the folder"
+                f"{source}: its {CONFIG_FILE} states alpha: leave --alpha out, or change lora_alpha in a copy"
             )
         if options.renames:
             raise UserError(
-                f"{source}: --rename is for other tools' names; a folder of PEFT's form is read as it stands: leave "
-                "the option out"
+                f"{source}: --rename is for other tools' names; PEFT's folder is read as it stands: leave it out"
             )
         return read_adapter(source)
     assert name is not None

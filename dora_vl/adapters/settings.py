@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
-from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import TransposedLinear
+from dora_vl.core.other_layers import ExpertsProjection
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError, shown
 
@@ -321,8 +321,7 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
         raise UserError(
-            f"{source}: {', '.join(changing)} is set, which changes the forward pass and is not computed here; merge "
-            "it in PEFT (merge_and_unload) and take the merged model"
+            f"{source}: {', '.join(changing)} is set, which is not computed here; merge it in PEFT (merge_and_unload)"
         )
     unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
     if unknown:

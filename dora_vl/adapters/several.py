@@ -16,10 +16,10 @@ from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, ProductLayer
+from dora_vl.core.other_layers import AdaptedExperts
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (

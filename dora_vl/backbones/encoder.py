@@ -18,7 +18,7 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
-from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets
+from dora_vl.backbones.pieces import PieceProcessor, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
@@ -50,11 +50,14 @@ GREY = (127, 96, 63)
 
 
 class _Processed(NamedTuple):
-    """One sample as the processor gives it: ids, everything else by the processor's own names, what its tokens are."""
+    """One sample as the processor gives it: ids, and everything else by the processor's own names."""
 
     ids: Int[Tensor, " seq"]
     inputs: dict[str, Any]
-    roles: TokenRoles
+    trained: list[bool]
+    """Whether each token is of an answer or closes one."""
+    media_end: int
+    """The first place after the tokens of every picture and video."""
 
 
 def open_encoder(
@@ -199,7 +202,7 @@ class Encoder:
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
         processed = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
-        trained, end = processed.roles
+        trained, end = processed.trained, processed.media_end
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -255,7 +258,7 @@ class Encoder:
         if positions is not None and length > positions:
             reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
             raise BadSample("question", reason)
-        trained = torch.tensor(processed.roles.trained)
+        trained = torch.tensor(processed.trained)
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
         trained[: int(others[-1]) + 1 if len(others) else 0] = False
         ids, inputs, end = processed.ids, processed.inputs, processed.roles.media_end
@@ -360,18 +363,18 @@ class Encoder:
         if chat.by_token_types:
             # The answer's tokens are ones, and all before it count as the picture's.
             trained = [kind == 1 for kind in outputs["token_type_ids"][0].tolist()]
-            roles = TokenRoles(trained, trained.index(True) if True in trained else len(trained))
+            roles = trained, trained.index(True) if True in trained else len(trained)
         elif offsets is None or ((pictures or videos) and not places):
             roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
             token_spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
             moves = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
             roles = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
-        return _Processed(ids[0], outputs, roles)
+        return _Processed(ids[0], outputs, *roles)
 
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
-    ) -> TokenRoles:
+    ) -> tuple[list[bool], int]:
         """Of a processor that tells no places: from how many tokens the text takes up to an answer, and through it.
 
         It costs the processor two further calls an answer, pictures included.
@@ -380,7 +383,7 @@ class Encoder:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
         trained, token = [False] * len(ids), self.processor.image_token
         if not chat.answer_spans:  # a prompt, or one of the beginnings
-            return TokenRoles(trained, 0)
+            return trained, 0
 
         def tokens_up_to(place: int) -> int:
             """How many tokens the text and its beginning share; the latter's last may be joined to what follows."""
@@ -392,4 +395,4 @@ class Encoder:
             start, end = map(tokens_up_to, answer)
             trained[start:end] = [True] * (end - start)
         last = chat.text.rfind(token)
-        return TokenRoles(trained, tokens_up_to(last + len(token)) if last >= 0 else 0)
+        return trained, tokens_up_to(last + len(token)) if last >= 0 else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -81,18 +82,13 @@ class FrozenParts:
     @torch.no_grad()
     def outputs_of(self, model: Any, inputs: Mapping[str, Any]) -> Outputs:
         """What is kept of a model's inputs for one sample."""
-        return {
-            name: [
-                [
-                    Hollow(tuple(leaf.shape), leaf.dtype)
-                    if isinstance(leaf, Tensor) and place not in self._call(name, number).read
-                    else leaf
-                    for place, leaf in enumerate(leaves)
-                ]
-                for number, (leaves, _) in enumerate(calls)
-            ]
-            for name, calls in _recorded(model, self.calls, inputs).items()
-        }
+        outputs: dict[str, list[list[Any]]] = {}
+        for name, recorded in _recorded(model, self.calls, inputs).items():
+            outputs[name] = []
+            for number, (leaves, _) in enumerate(recorded):
+                read = self._call(name, number).read
+                outputs[name].append([leaf if place in read else _hollow(leaf) for place, leaf in enumerate(leaves)])
+        return outputs
 
     @contextlib.contextmanager
     def replaying(self, model: Any, samples: Sequence[Outputs]) -> Iterator[None]:
@@ -113,7 +109,7 @@ class FrozenParts:
         return self.calls[name][number if self.batched[name] else 0]
 
     def _replay(self, name: str, samples: Sequence[Outputs], device: torch.device) -> Callable[..., Any]:
-        numbers = iter(range(2**31))
+        numbers = itertools.count()
 
         def forward(*_: Any, **__: Any) -> Any:
             number = next(numbers)
@@ -126,6 +122,10 @@ class FrozenParts:
             return pytree.tree_unflatten([_joined(values, axis, device) for values, axis in leaves], call.spec)
 
         return forward
+
+
+def _hollow(leaf: Any) -> Any:
+    return Hollow(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
@@ -187,7 +187,11 @@ def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_
     """
     collate = Collator(pad_token_id)
     plain = _decoder_inputs(model, model_inputs(model, collate(samples)))
-    outputs = [parts.outputs_of(model, inputs_of(model, sample)) for sample in samples if has_pixels(sample)]
+    outputs = [
+        parts.outputs_of(model, inputs_of(model, sample))
+        for sample in samples
+        if any(map(_is_float, sample.inputs.values()))
+    ]
     hollow = [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples]
     batch = model_inputs(model, collate(hollow))
     others = pytree.tree_map(lambda leaf: 1 - leaf if _is_float(leaf) else leaf, outputs)
@@ -231,11 +235,6 @@ def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
     except (RuntimeError, ValueError, IndexError) as error:
         raise NotStorable(f"the model cannot run its frozen parts, or take what they gave: {error}") from error
     return parts
-
-
-def has_pixels(sample: Sample) -> bool:
-    """Whether it shows pictures."""
-    return any(_is_float(value) for value in sample.inputs.values())
 
 
 def inputs_of(model: Any, sample: Sample) -> dict[str, Any]:
@@ -295,10 +294,8 @@ def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapp
     recorded: dict[str, list[Any]] = {name: [] for name in names}
 
     def record(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        leaves, spec = pytree.tree_flatten(output)
         # Copied at once: some models write into an output that they were given.
-        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        recorded[name].append((copies, spec))
+        recorded[name].append(pytree.tree_flatten(pytree.tree_map_only(Tensor, Tensor.clone, output)))
 
     hooks = [model.get_submodule(name).register_forward_hook(functools.partial(record, name)) for name in names]
     _decoder_inputs(model, inputs, hooks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,18 +21,11 @@ from dora_vl.errors import UserError
 Move = tuple[Span, Span]
 
 
-class TokenRoles(NamedTuple):
-    """Whether each token is of an answer or closes one, and the first place after those of every picture and video."""
+def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> tuple[list[bool], int]:
+    """Whether each token is of an answer or closes one, and the first place after those of every picture and video.
 
-    trained: list[bool]
-    media_end: int
-
-
-def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> TokenRoles:
-    """Of a processor that tells each token's characters.
-
-    A token that an answer begins or ends in is trained whole. Some processors (Molmo 2's, Emu 3's) put the begin token
-    in front of the text and count from there.
+    The processor tells each token's characters. A token that an answer begins or ends in is trained whole. Some
+    processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
 
     Args:
         chat: the text and its answers.
@@ -52,7 +45,7 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     trained = [any(first < end and start < last for start, end in answers) for first, last in offsets]
     last = moves[-1][1][1] if moves else 0
     media = [number for number, (start, end) in enumerate(offsets, 1) if start < last and end > start]
-    return TokenRoles(trained, max(media, default=0))
+    return trained, max(media, default=0)
 
 
 _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters

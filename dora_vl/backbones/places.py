@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dora_vl.backbones.model import is_adaptable_linear, projector_patterns
-from dora_vl.core.experts import expert_projections
+from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
 

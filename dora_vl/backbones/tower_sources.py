@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL.Image import Resampling
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -41,7 +40,7 @@ from dora_vl.backbones.towers import (
     image_processor,
     keep_all_buffers,
     network_output,
-    of_three_colours,
+    stated_preparation,
 )
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
@@ -208,13 +207,8 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
     if spec.image_mean is not None and spec.image_std is not None:
         return Preparation(image_size=size, mean=spec.image_mean, std=spec.image_std)
     with opening(f"{spec.name} has no picture preprocessor; set image_mean and image_std"):
-        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE).to_dict()
-        return Preparation(
-            image_size=size,
-            mean=of_three_colours(processor["image_mean"]),
-            std=of_three_colours(processor["image_std"]),
-            interpolation=Resampling(int(processor["resample"])).name.lower(),
-        )
+        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE)
+        return stated_preparation(processor.to_dict(), size)
 
 
 def draft_config(

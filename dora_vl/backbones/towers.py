@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,10 +154,17 @@ class Preparation:
     interpolation: str = "bicubic"
 
 
-def of_three_colours(values: Iterable[Any]) -> tuple[float, ...]:
-    """A colour's three numbers; raises what Python does for anything else."""
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+def stated_preparation(processor: Mapping[str, Any], image_size: int) -> Preparation:
+    """What a picture processor's fields state, but for the size; raises what Python does for anything else."""
+
+    def colours(name: str) -> tuple[float, ...]:
+        red, green, blue = (float(value) for value in processor[name])
+        return red, green, blue
+
+    interpolation = Resampling(int(processor["resample"])).name.lower()
+    return Preparation(
+        image_size=image_size, mean=colours("image_mean"), std=colours("image_std"), interpolation=interpolation
+    )
 
 
 def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImageProcessorPil:
@@ -194,14 +201,8 @@ class ImagePreparation:
     def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
         """The size and colours that a LLaVA folder's preprocessor states."""
         with opening(f"{folder_or_id!r} states no picture preparation"):
-            stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main")
-            preparation = Preparation(
-                image_size=int(stated.crop_size["height"]),
-                mean=of_three_colours(stated.image_mean),
-                std=of_three_colours(stated.image_std),
-                interpolation=Resampling(int(stated.resample)).name.lower(),
-            )
-        return cls(preparation, aspect=aspect)
+            stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main").to_dict()
+            return cls(stated_preparation(stated, int(stated["crop_size"]["height"])), aspect=aspect)
 
     def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """Normalised pixels of one RGB picture."""

@@ -15,10 +15,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.experts import AdaptedExperts, ExpertsProjection, expert_projections
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
-from dora_vl.core.other_layers import SCALED_EMBEDDINGS, DoRAConv1d, DoRAConv2d, DoRAEmbedding
+from dora_vl.core.other_layers import (
+    SCALED_EMBEDDINGS,
+    AdaptedExperts,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAEmbedding,
+    ExpertsProjection,
+    expert_projections,
+)
 from dora_vl.core.quantised import (
     QUANTISED_KINDS,
     TENSOR_SUBCLASS,
@@ -240,8 +247,7 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
     names = matching_layers(model, patterns, config, "targets")
     if experts := [name for name in names if _experts_of(model, name) is not None]:
         raise UserError(
-            f"init: pissa rewrites {experts[0]}, which is no matrix but experts that are one tensor; use kaiming, "
-            "gaussian or orthogonal"
+            f"init: pissa rewrites {experts[0]}, experts that are one tensor; use kaiming, gaussian or orthogonal"
         )
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
@@ -325,8 +331,7 @@ def strip_adapters(model: nn.Module) -> None:
     residual = [name for name, layer in adapted_layers(model) if "start_A" in layer._buffers and not layer.merged]
     if residual:
         raise UserError(
-            f"{len(residual)} layers, first {residual[0]}, hold what init: pissa left of their weights, which is no "
-            "base; merge_dora(model) first, or load the base model again"
+            f"{residual[0]} (and {len(residual) - 1} more) holds what init: pissa left of a weight; merge_dora first"
         )
     _put_plain_layers_back(model)
 

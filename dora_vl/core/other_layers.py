@@ -1,20 +1,24 @@
-"""Adapted convolutions, where the filter of each output channel is one row of W, and embeddings.
+"""Adapted layers other than linear ones: convolutions, embeddings, and experts that are one tensor.
 
-An embedding is a linear layer on one-hot rows, so W is the table transposed and each column has one norm.
+In a convolution the filter of each output channel is one row of W. An embedding is a linear layer on one-hot rows, so W
+is the table transposed and each column has one norm. Of experts each has the equation of `functional.py` for itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.fast.dropout import SHARED_DROPOUT
+from dora_vl.core.gain import Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 
@@ -170,3 +174,244 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
                 low_rank = (self.adapter.scale * F.linear(hidden, self.lora_B)).to(rows.dtype)
             rows = functional.changed_output(rows, rows, low_rank, self.gain())
         return rows * self.output_factor if self.output_factor != 1 else rows
+
+
+# Experts that are one tensor: transformers keeps the weights of a layer's experts as `gate_up_proj` (or `up_proj`) and
+# `down_proj`, [experts, out, in] or transposed, and says in attributes how its forward uses them (its
+# `use_experts_implementation`). By these a layer is known here, whatever its class: rows sorted by expert, first
+# product, gate, second product, weighted sum. The norms of all experts are taken in one batch, from the factors;
+# products go expert by expert, over those that got rows.
+
+STATED = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts"))
+"""Attributes by which transformers says how a layer's experts compute."""
+
+
+def expert_projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the 3-D weights that a module of experts multiplies by and that can be adapted; of others none."""
+    stated = vars(module)
+    if not stated.keys() >= STATED:
+        return ()
+    names = ("gate_up_proj" if stated["has_gate"] else "up_proj", "down_proj")
+    return tuple(name for name in names if module._parameters.get(name) is not None)
+
+
+class ExpertsProjection(AdaptedLayer):
+    """One 3-D weight of a layer's experts with A, B and magnitude for each of them."""
+
+    def __init__(self, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
+        super().__init__()
+        self.weight = cast(Tensor, experts._parameters[leaf])
+        self.bias = None
+        self.transposed = bool(vars(experts)["is_transposed"])
+        count, first, second = self.weight.shape
+        self.experts = count
+        self.out_features, self.in_features = (second, first) if self.transposed else (first, second)
+        self.start_adapter(experts, config)
+
+    # -- what the norm and the file need -----------------------------------------------------------------------
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of one expert."""
+        return self.out_features, self.in_features
+
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
+        """[out, in], of one expert or of all."""
+        return weight.transpose(-2, -1) if self.transposed else weight
+
+    def from_matrix(self, matrix: Float[Tensor, "*experts out in_"]) -> Tensor:
+        """The opposite of `as_matrix`."""
+        return self.as_matrix(matrix)
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """[experts, rank, in] and [experts, out, rank]."""
+        return (self.experts, rank, self.in_features), (self.experts, self.out_features, rank)
+
+    def magnitude_file_shape(self) -> tuple[int, ...]:
+        """[experts, out]."""
+        return self.experts, self.out_features
+
+    def setting_beyond_peft(self) -> str | None:
+        """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
+        return "experts that are one tensor"
+
+    def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
+        """||W_e,i||^2 of every row of every expert."""
+        return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
+
+    def norms_squared(self) -> Float[Tensor, "experts out"]:
+        """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
+        factors = self.factors()
+        if factors is None:
+            return self.weight_norms_squared()
+        weight = self.frozen_matrix()
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = (factor.to(weight.dtype) for factor in factors)
+            on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
+            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.adapter.scale)
+
+    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
+        """An expert at a time."""
+        weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
+        for expert in owners.unique_consecutive().tolist():
+            rows = index[owners == expert] - expert * self.out_features
+            dense.append(
+                functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.adapter.scale)
+            )
+        return torch.cat(dense)
+
+    def merged_matrix(self) -> Float[Tensor, "experts out in_"]:
+        """W' of each expert, in float32 one at a time."""
+        a, b = self.factors() or ([None] * self.experts, [None] * self.experts)
+        magnitudes = [None] * self.experts if self.magnitude is None else self.magnitude
+        operands = zip(self.as_matrix(self.weight), a, b, magnitudes, strict=True)
+        return torch.stack([functional.merged_weight(*operand, self.adapter.scale) for operand in operands])
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
+    ) -> Float[Tensor, "rows out"]:
+        """y = g_e (W_e x + s B_e A_e x) + b_e of rows that stand in their experts' order, `counts` of each."""
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        if self.merged:
+            self.refuse_training_while_merged()
+            return products(rows, counts, self.as_matrix(self.weight), bias)
+        if not len(rows):
+            return rows.new_zeros(0, self.out_features)
+        dtype, none = rows.dtype, [None] * self.experts
+        factors = self.factors()
+        magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
+        gains = none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype)
+        # unbind, not an index for each expert: the backward pass of an index is as large as all experts.
+        weights = self.as_matrix(self.weight).unbind()
+        biases, magnitudes = (none if tensor is None else tensor.unbind() for tensor in (bias, magnitude))
+        all_A, all_B = (none, none) if factors is None else (factors[0].unbind(), factors[1].unbind())
+        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        outputs: list[Tensor] = []
+        for expert, x in enumerate(rows.split(list(counts))):
+            if not len(x):
+                continue
+            weight, b_e, m, gain = weights[expert].to(dtype), biases[expert], magnitudes[expert], gains[expert]
+            b_e = None if b_e is None else b_e.to(dtype)
+            lora_A, lora_B = all_A[expert], all_B[expert]
+            if probability and self.adapter.dropout_mode == "whole_change" and m is not None:
+                assert lora_A is not None
+                assert lora_B is not None
+                dropped_x = F.dropout(x, probability)
+                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.adapter.scale
+                full, frozen = functional.gain(m, self.norms()[expert]), F.linear(dropped_x, weight)
+                outputs.append(functional.changed_output(F.linear(x, weight, b_e), frozen, low_rank, full))
+                continue
+            dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
+            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.adapter.scale, dropped)
+            outputs.append(cast(Tensor, functional.AdaptedProduct.apply(*operands)))
+        return torch.cat(outputs)
+
+    def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
+        """The gains of all experts in one go; those with a row that needs more care again, each alone."""
+        assert self.magnitude is not None
+        magnitude, squared = self.magnitude.detach(), self.norms_squared()
+        bias = None if bias is None else bias.detach()
+        quick = quick_gains(magnitude, self.weight_norms_squared(), squared, bias, dtype)
+        if None not in quick:
+            return cast("list[Gain]", quick)
+        norms = self.trusted_norms(squared)
+        biases = [None] * self.experts if bias is None else bias.unbind()
+        rows = zip(quick, functional.gain(magnitude, norms), norms, biases, strict=True)
+        return [gain or careful_gain(full, norm, expert_bias, dtype) for gain, full, norm, expert_bias in rows]
+
+
+def products(
+    rows: Float[Tensor, "rows in_"],
+    counts: Sequence[int],
+    weight: Float[Tensor, "experts out in_"],
+    bias: Float[Tensor, "experts out"] | None,
+) -> Float[Tensor, "rows out"]:
+    """W_e x + b_e of rows in their experts' order."""
+    pieces = [
+        F.linear(x, weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+        for expert, x in enumerate(rows.split(list(counts)))
+        if len(x)
+    ]
+    return torch.cat(pieces) if pieces else rows.new_zeros(0, weight.shape[1])
+
+
+class AdaptedExperts(nn.Module):
+    """A layer's experts with an adapter around one or both of their products, in the place of the module of before.
+
+    What is not adapted keeps its name. An adapted weight becomes the child of that name, so its own name gets
+    `.weight` behind it.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    post_expert_norm: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        if vars(base).get("_is_expert_parallel"):
+            raise UserError("experts that are spread over ranks (expert parallelism) cannot be adapted; use ZeRO")
+        self._replaced = (base,)  # in a tuple, so that torch does not see it
+        vars(self).update({name: value for name, value in vars(base).items() if not name.startswith("_")})
+        for name, parameter in base._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in base._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
+        for name, child in base._modules.items():
+            self.add_module(name, child)
+
+    def adapt(self, leaf: str, config: DoRAConfig) -> None:
+        """Puts an adapter around the product with one of the weights."""
+        projection = ExpertsProjection(self, leaf, config)
+        del self._parameters[leaf]
+        self.add_module(leaf, projection)
+
+    def plain(self) -> nn.Module:
+        """The module of before, with the weights as they are now, merged or not."""
+        (base,) = self._replaced
+        for name, child in self._modules.items():
+            if isinstance(child, ExpertsProjection):
+                unwatch(child.weight)
+                base.register_parameter(name, cast(nn.Parameter, child.weight))
+        for name, parameter in self._parameters.items():
+            base.register_parameter(name, parameter)
+        return base.train(self.training)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens width"],
+        top_k_index: Int[Tensor, "tokens chosen"],
+        top_k_weights: Float[Tensor, "tokens chosen"],
+    ) -> Float[Tensor, "tokens width"]:
+        """The weighted sum of the outputs of each token's experts."""
+        return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
+
+    # How many rows each expert gets is no shape that a graph can hold. `torch.compiler.disable` is the same, but
+    # imports the compiler with this file, a second for every program.
+    @torch._disable_dynamo
+    def _weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen = top_k_index.shape[-1]
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        base: Any = self._replaced[0]
+        rows = self._product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // chosen], counts)
+        rows = self._product("down_proj", base._apply_gate(rows) if self.has_gate else base.act_fn(rows), counts)
+        if self.has_post_expert_norm:
+            rows = self.post_expert_norm(rows)
+        weighted = rows * top_k_weights.flatten()[order].unsqueeze(-1)
+        by_token = torch.empty_like(order)
+        by_token[order] = torch.arange(len(order), device=order.device)
+        summed = weighted[by_token].view(*top_k_index.shape, -1).sum(dim=1)
+        return summed.to(hidden_states.dtype)
+
+    def _product(self, leaf: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        bias = self._parameters[f"{leaf}_bias"] if self.has_bias else None
+        child = self._modules.get(leaf)
+        if child is not None:
+            return child(rows, counts, bias)
+        weight = cast(Tensor, self._parameters[leaf])
+        return products(rows, counts, weight.mT if self.is_transposed else weight, bias)

@@ -61,11 +61,16 @@ class Choice(NamedTuple):
     shares: tuple[Share, ...]
 
 
+def share_of(row: Row) -> Share | None:
+    """What a row has, written out; nothing of an adapter is the base."""
+    share = Share(row) if isinstance(row, str) else row
+    return None if share is None or share.strength == 0 else share
+
+
 def runs_of(rows: Sequence[Row]) -> tuple[Run, ...]:
-    """The runs of rows with equal shares; fewest where rows are sorted. Nothing of an adapter is the base."""
-    shares = [Share(row) if isinstance(row, str) else row for row in rows]
+    """The runs of rows with equal shares; fewest where rows are sorted."""
     runs, start = [], 0
-    for share, alike in groupby(None if share is None or share.strength == 0 else share for share in shares):
+    for share, alike in groupby(map(share_of, rows)):
         stop = start + sum(1 for _ in alike)
         runs.append(Run(share, slice(start, stop)))
         start = stop

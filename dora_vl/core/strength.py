@@ -39,8 +39,7 @@ def checked_strength(value: object) -> float:
     """The strength, where it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
-            f"the strength is {shown(value)}; it is a number from 0 (the base) over 1 (the adapter) to "
-            f"{MOST_STRENGTH:g}"
+            f"the strength is {shown(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
         )
     return float(value)
 

@@ -13,8 +13,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
-from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
-from dora_vl.data.example import FIELDS, JSON, Example, from_record
+from dora_vl.data.containers import ENDINGS, find_files, is_data_file
+from dora_vl.data.example import FIELDS, JSON, Example
 from dora_vl.data.pictures import (
     BROKEN,
     TRUNCATED,
@@ -24,7 +24,7 @@ from dora_vl.data.pictures import (
     decoding_trouble,
     path_inside,
 )
-from dora_vl.data.readers import id_of, read_fields
+from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, positive, shown_names, shown_text
@@ -182,7 +182,7 @@ class FileCheck:
             form = None if resolved.format is None else resolved.format.name
             is_record = form in (None, "records") and record.keys() <= FIELDS
             self._note_format("records" if is_record else form, sample_id, place)
-            example = from_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
+            example = read_record(record, sample_id) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:
             return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:
@@ -253,8 +253,6 @@ when something was found.
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
 """
 
-ENDINGS = (*JSON_ENDINGS, *READERS)
-NO_DATA = ("manifest.json", *BESIDE_ARROW)
 WORDS, TOKENS = 1_500, 2_048
 
 
@@ -347,8 +345,8 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
-            inside = [file for file in below if file.name not in NO_DATA and not file.name.startswith(".")]
+            below = sorted(filter(is_data_file, path.rglob("*")))
+            inside = [file for file in below if not file.name.startswith(".")]
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside

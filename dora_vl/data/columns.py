@@ -164,8 +164,8 @@ class Columns:
         for role, alternatives in shape.candidates:
             columns = alternatives[0]
             if len(alternatives) > 1:
-                held = (names for names in alternatives if any(not is_nothing(row[name]) for name in names))
-                columns = next(held, columns)
+                filled = (names for names in alternatives if any(not is_nothing(row[name]) for name in names))
+                columns = next(filled, columns)
             fields[role] = _held(row, columns)
             roles |= dict.fromkeys(columns, role)
         uses = {name: roles.get(name, "") for name in shape.names}
@@ -183,12 +183,12 @@ class Columns:
         return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
-        kept = [name for name in names if name not in self.ignored]
-        candidates = {role: self._alternatives(role, kept) for role in ROLES}
+        used_names = [name for name in names if name not in self.ignored]
+        candidates = {role: self._alternatives(role, used_names) for role in ROLES}
         for form in FORMATS:
             if all(candidates[role] for role in form.needs):
                 roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
-                yield _Shape(form, kept, [(role, candidates[role]) for role in roles if candidates[role]])
+                yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""

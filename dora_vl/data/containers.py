@@ -221,8 +221,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
         # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
         for group in range(file.num_row_groups):
-            held = file.metadata.row_group(group)
-            size = _rows_at_once(held.num_rows, held.total_byte_size)
+            group_metadata = file.metadata.row_group(group)
+            size = _rows_at_once(group_metadata.num_rows, group_metadata.total_byte_size)
             yield from _rows(file.iter_batches(batch_size=size, row_groups=[group]))
 
 
@@ -366,6 +366,7 @@ NO_SAMPLES = {
 }
 """Endings of files that people have, and what to do with such a one."""
 JSON_ENDINGS = (".json", ".jsonl")
+ENDINGS = (*JSON_ENDINGS, *READERS)
 PACKED = (".csv", ".tsv", *JSON_ENDINGS)
 """Endings of text, which may be packed with gzip."""
 
@@ -374,6 +375,11 @@ def ending_of(path: Path) -> str:
     """What a data file's name ends in; of `a.jsonl.gz` what it holds."""
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
     return inner if inner in PACKED else path.suffix.lower()
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file's name is that of one that may hold rows."""
+    return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -410,23 +416,18 @@ def find_files(path: Path) -> DataFiles:
             raise UserError(f"{path}: a {path.suffix} file is not read; {remedy}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
-        kinds = ", ".join([*JSON_ENDINGS, *READERS])
         raise UserError(
-            f"{path}: no such file; give a file of samples ({kinds}), a folder of shards, or {HUB}OWNER/NAME"
+            f"{path}: no such file; give a file of samples ({', '.join(ENDINGS)}), a folder of shards, or "
+            f"{HUB}OWNER/NAME"
         )
-    endings = (*READERS, *JSON_ENDINGS)
-    files = of_the_set(
-        file
-        for file in sorted(path.iterdir())
-        if ending_of(file) in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
-    )
+    files = of_the_set(file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file())
     kinds = sorted({ending_of(file) for file in files})
     if len(kinds) > 1:
         raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")
     if not files:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]
         hint = f"; give one of its folders ({', '.join(below)})" if below else ""
-        raise UserError(f"{path}: no file of samples in it ({', '.join(endings)}){hint}")
+        raise UserError(f"{path}: no file of samples in it ({', '.join(ENDINGS)}){hint}")
     splits = by_split(path, files)
     if len(splits) > 1:
         trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)

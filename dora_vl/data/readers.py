@@ -292,14 +292,19 @@ def _question_answer(row: Row, sample_id: str) -> list[object]:
 
 def _record(row: Row, sample_id: str) -> Sequence[object]:
     """A record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
-    record = {**_without_nulls(row), "id": sample_id}
-    if isinstance(record.get("videos"), Mapping):
-        record["video"] = record.pop("videos")
-    example = from_record(record)
+    example = read_record(row, sample_id)
     if example.turns or not example.choices:
         return turns_of(example)
     correct = example.extra.get("correct", example.answers[0].text if example.answers else None)
     return _round(*_written_choices(example.question, example.choices, correct, sample_id))
+
+
+def read_record(row: Row, sample_id: str) -> Example:
+    """A row as the record that it is."""
+    record = {**_without_nulls(row), "id": sample_id}
+    if isinstance(record.get("videos"), Mapping):
+        record["video"] = record.pop("videos")
+    return from_record(record)
 
 
 def _without_nulls(value: Any) -> Any:

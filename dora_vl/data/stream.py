@@ -211,15 +211,15 @@ def shuffled(
 ) -> Iterator[Read]:
     """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `most_bytes`."""
     buffer: list[Read] = []
-    held = 0
+    buffer_size = 0
     for row in rows:
         buffer.append(row)
-        held += characters_of(row)
-        while len(buffer) >= size or held > most_bytes:
+        buffer_size += characters_of(row)
+        while len(buffer) >= size or buffer_size > most_bytes:
             place = draws.randrange(len(buffer))
             buffer[place], buffer[-1] = buffer[-1], buffer[place]
             taken = buffer.pop()
-            held -= characters_of(taken)
+            buffer_size -= characters_of(taken)
             yield taken
     draws.shuffle(buffer)
     yield from buffer

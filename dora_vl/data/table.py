@@ -258,29 +258,29 @@ def load_training_rows(
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([table.rows for table in tables]) if len(tables) > 1 else tables[0].rows
     stored = StoredPictures.joined([table.stored for table in tables])
-    held = np.zeros(0, np.int64)
+    held_out = np.zeros(0, np.int64)
     if share:
         media = (
             [*images, *(f"video/{clip['path']}" for clip in clips)]
             for images, clips in zip(rows["images"], rows["videos"], strict=True)
         )
-        held = held_out_places(rows["id"], media, share=share, seed=seed)
-    kept = np.setdiff1d(np.arange(len(rows)), held)
+        held_out = held_out_places(rows["id"], media, share=share, seed=seed)
+    trainable = np.setdiff1d(np.arange(len(rows)), held_out)
     edges = np.cumsum([0, *map(len, tables)])
-    places: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for file, start, end in zip(files, edges[:-1], edges[1:], strict=True):
-        of_file = kept[(kept >= start) & (kept < end)]
+        of_file = trainable[(trainable >= start) & (trainable < end)]
         times, fraction = divmod(file.weight, 1)
         # Which rows the fraction takes is a function of (seed, path); drawn of all, it changes with no other file.
         digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
         drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(of_file)
-        places.append(np.sort(np.concatenate([*[of_file] * int(times), drawn[: round(fraction * len(of_file))]])))
-    trained = np.concatenate(places)
+        parts.append(np.sort(np.concatenate([*[of_file] * int(times), drawn[: round(fraction * len(of_file))]])))
+    trained = np.concatenate(parts)
     if not len(trained):
         raise UserError("data.train: its weights leave no sample")
     is_all = len(trained) == len(rows) and len(files) == 1 and not share
     train = ExampleTable(rows if is_all else rows.select(trained), stored)
-    return train, ExampleTable(rows.select(held), stored) if share else None
+    return train, ExampleTable(rows.select(held_out), stored) if share else None
 
 
 def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:

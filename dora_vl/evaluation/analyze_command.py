@@ -22,13 +22,13 @@ LEGEND_ENTRIES = 8
 
 
 def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> None:
-    """Draws every panel side by side, each with its own scales: colour is a layer's place, marker a checkpoint."""
+    """Draws every panel side by side, each with its own scales: colour is a layer's depth, marker a checkpoint."""
     figure = new_figure(PANEL_WIDTH * len(panels) + 1.2, HEIGHT)
     figure.set_layout_engine("constrained")
-    place = {layer: index for index, layer in enumerate(layers)}
+    depth = {layer: index for index, layer in enumerate(layers)}
     all_axes = [figure.add_subplot(1, len(panels), number + 1) for number in range(len(panels))]
     for axes, panel in zip(all_axes, panels, strict=True):
-        _draw_panel(axes, panel, place)
+        _draw_panel(axes, panel, depth)
     all_axes[0].set_ylabel("magnitude change ΔM", color=INK)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -41,16 +41,16 @@ def draw_panels(panels: Sequence[Panel], layers: Sequence[str], to: Path) -> Non
     save_png(figure, to)
 
 
-def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, depth: Mapping[str, int]) -> None:
     spacing = -(-len(panel.steps) // LEGEND_ENTRIES)  # of many checkpoints the legend has a few that are evenly spread
     for number, step in enumerate(panel.steps):
         points = [point for point in panel.points if point.step == step]
         axes.scatter(
             [point.change.direction for point in points],
             [point.change.magnitude for point in points],
-            c=[place[point.layer] for point in points],
+            c=[depth[point.layer] for point in points],
             vmin=0,
-            vmax=max(len(place) - 1, 1),
+            vmax=max(len(depth) - 1, 1),
             marker=MARKERS[number % len(MARKERS)],
             s=26,
             alpha=0.8,

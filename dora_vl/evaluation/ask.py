@@ -334,10 +334,10 @@ def ask_together(
     before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
-    mine = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings)
-    parts = [mine] * ranks
+    answered = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings)
+    parts = [answered] * ranks
     if ranks > 1:
-        torch.distributed.all_gather_object(parts, mine)
+        torch.distributed.all_gather_object(parts, answered)
     on_first_rank(join_parts)
     wait_for_everyone()
     done |= {row.id: row for part in parts for row in part.rows}

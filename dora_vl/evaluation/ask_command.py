@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.data.video import Frames
     from dora_vl.evaluation.ask import Asker
     from dora_vl.evaluation.open_model import Opened
 
@@ -179,8 +179,8 @@ def opened_by(options: argparse.Namespace) -> Opened:
     )
 
 
-def _write(text: str) -> None:
-    print(text, end="", flush=True)  # the next piece of an answer, at once
+_write = partial(print, end="", flush=True)
+"""Prints the next piece of an answer, at once."""
 
 
 def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
@@ -228,10 +228,8 @@ class Topic:
 
 def read_topics(paths: Sequence[Path], *, together: bool) -> list[Topic]:
     """The pictures as topics; without any picture one topic of words alone."""
-    named = [(str(path), open_picture(path)) for path in paths]
-    if together or not named:
-        return [Topic(names=tuple(name for name, _ in named), pictures=tuple(picture for _, picture in named))]
-    return [Topic(names=(name,), pictures=(picture,)) for name, picture in named]
+    groups = [paths] if together or not paths else [[path] for path in paths]
+    return [Topic(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
 
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
@@ -286,7 +284,6 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     from dora_vl.evaluation.scores.benchmark import about_video
 
     opened = opened_by(options)
-    frames_of: dict[object, Frames[Image]] = {}  # what was read, for every part and way of picking
 
     def ask_clip(path: Path, question: str) -> None:
         example = Example(
@@ -297,10 +294,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
         )
         view = opened.adapted.view(example, frames=options.frames)
-        key = path, view.clip, view.sampling
-        if key not in frames_of:
-            frames_of[key] = reader.read(path.parent, view.clip, view.sampling)
-        frames = frames_of[key]
+        frames = read(path.parent, view.clip, view.sampling)
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
@@ -313,4 +307,5 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             ask_clip(path, question)
 
     with VideoReader() as reader:
+        read = cache(reader.read)  # once for every part and way of picking
         answer_all(options.question, answer, "a question,")

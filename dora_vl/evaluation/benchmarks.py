@@ -82,12 +82,7 @@ PROMPTS: Mapping[str, Prompt] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NamedBenchmark:
-    """A benchmark as it was asked for.
-
-    Attributes:
-        split: asked for by name, else "".
-        file: its own records; None looks in the folder of records.
-    """
+    """A benchmark as it was asked for; `file` are its own records, instead of those in the folder of records."""
 
     name: str
     benchmark: Benchmark
@@ -234,8 +229,8 @@ class EvaluationSet:
 
 def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
     """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
-    wanted, _, file = request.partition("=")
-    listed = find_benchmark(wanted)
+    name_of_set, _, file = request.partition("=")
+    listed = find_benchmark(name_of_set)
     name, benchmark = listed.name, listed.benchmark
     if mode is not None and (mode not in benchmark.modes or mode == ""):
         named = [version for version in benchmark.modes if version]
@@ -249,8 +244,8 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
                 examples[number] = replace(example, choices=("",), extra={"correct": 0})
             elif not example.choices and example.turns:
                 examples[number] = with_choices(example, suffix)
-        asked = [example for example in examples if example.choices or has_answer(example) or not example.turns]
-        check_choices(asked, path, all_known=False)
+        askable = [example for example in examples if example.choices or has_answer(example) or not example.turns]
+        check_choices(askable, path, all_known=False)
     return EvaluationSet(
         request=request,
         name=name,

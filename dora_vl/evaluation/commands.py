@@ -203,10 +203,10 @@ def _ask(
     exchanges: dict[str, Exchange] = {}
     for dataset in sets:
         examples = [example for example in dataset.examples if example.id not in dataset.unreadable]
-        mine = ask_set(dataset, examples, to / dataset.name, made_with)
-        predictions[dataset.name] = replace(mine, failed={**dataset.unreadable, **mine.failed}, sha256=sha256)
+        answered = ask_set(dataset, examples, to / dataset.name, made_with)
+        predictions[dataset.name] = replace(answered, failed={**dataset.unreadable, **answered.failed}, sha256=sha256)
         if exchange and dataset.scorer is not None:
-            sample = exchanged(dataset.scored, mine.answers, together=dataset.benchmark.together)
+            sample = exchanged(dataset.scored, answered.answers, together=dataset.benchmark.together)
             folder, extra = to / dataset.name / "exchanged", {**made_with, "exchanged": digest(sample)}
             others = ask_set(dataset, sample, folder, extra) if sample else Predictions()
             exchanges[dataset.name] = Exchange(examples=sample, answers=others.answers)
@@ -292,13 +292,13 @@ def finish(
     baselines: list[str] = []
     reasons: dict[str, str] = {}
     for dataset in sets:
-        name, mine, scored, lines = dataset.name, predictions[dataset.name], None, []
-        theirs = None if against is None else against[name]
+        name, answered, scored, lines = dataset.name, predictions[dataset.name], None, []
+        rival = None if against is None else against[name]
         try:
             write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
-            submission = None if write is None else write(dataset.examples, mine.answers)
+            submission = None if write is None else write(dataset.examples, answered.answers)
             if dataset.scorer is not None:  # else a judge or a server scores
-                scored, entries[name], lines = _result(dataset, mine, theirs, options, exchanges.get(name))
+                scored, entries[name], lines = _result(dataset, answered, rival, options, exchanges.get(name))
         except (UserError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             unreadable = (  # an installed package's scorer trips too
                 f"{dataset.file}: a record holds something that the scorer of {name} cannot read "
@@ -310,7 +310,7 @@ def finish(
             reasons[name] = one_line(str(failure), LONGEST_REASON)
             continue
         baselines += [f"{name}: {line}" for line in lines]
-        yield from _write(dataset, scored, mine, submission, to / name)
+        yield from _write(dataset, scored, answered, submission, to / name)
     if entries:
         yield from table(entries, details=options.all_metrics)
         yield from baselines
@@ -324,7 +324,7 @@ def finish(
             "against_sha256": None if against is None else against[first].sha256,
             "limit": options.limit,
         }
-        asked_with = {name: dict(mine.options) for name, mine in predictions.items() if mine.options}
+        asked_with = {name: dict(answered.options) for name, answered in predictions.items() if answered.options}
         yield from write_metrics(to / METRICS, origin, entries, asked=finished, options=asked_with)
     if reasons:
         (name, reason), *_ = reasons.items()
@@ -343,8 +343,8 @@ def _score(dataset: EvaluationSet, predictions: Predictions, scorer: Scorer) -> 
 
 def _result(
     dataset: EvaluationSet,
-    mine: Predictions,
-    theirs: Predictions | None,
+    answered: Predictions,
+    rival: Predictions | None,
     options: argparse.Namespace,
     exchange: Exchange | None,
 ) -> tuple[Scored, dict[str, Any], list[str]]:
@@ -353,7 +353,7 @@ def _result(
     assert scorer is not None
     if dataset.name == "exact_match" and after:
         scorer = partial(exact_match, answer_after=after)
-    scored = _score(dataset, mine, scorer)
+    scored = _score(dataset, answered, scorer)
     benchmark = dataset.benchmark
 
     def says(example: Example) -> str:
@@ -363,9 +363,9 @@ def _result(
         index = correct_index(example)
         return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
 
-    baselines, lines = compared(scored, dataset.scored, mine.answers, scorer, says=says, exchange=exchange)
+    baselines, lines = compared(scored, dataset.scored, answered.answers, scorer, says=says, exchange=exchange)
     limits = intervals(scored)
-    apart = {} if theirs is None else paired_differences(scored, _score(dataset, theirs, scorer))
+    apart = {} if rival is None else paired_differences(scored, _score(dataset, rival, scorer))
     differences = {name: asdict(difference) for name, difference in apart.items()}
     entry = {
         "file": str(dataset.file),
@@ -382,7 +382,7 @@ def _result(
         },
         "settings": scored.settings,
         "without_answer": len(scored.failed),
-        "failed": {name: mine.failed.get(name, "the predictions hold no answer") for name in scored.failed},
+        "failed": {name: answered.failed.get(name, "the predictions hold no answer") for name in scored.failed},
         **({"not_scored": dict(dataset.not_scored)} if dataset.not_scored else {}),
         "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
         **({"difference": differences} if differences else {}),
@@ -421,16 +421,14 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
 def _write(
     dataset: EvaluationSet,
     scored: Scored | None,
-    mine: Predictions,
+    answered: Predictions,
     submission: tuple[str, str] | None,
     folder: Path,
 ) -> Iterator[str]:
     """Writes a benchmark's submission and single scores, if it is scored here."""
-    if mine.strangers:
-        yield (
-            f"{dataset.name}: {len(mine.strangers)} answers belong to none of its questions and are left out, first "
-            f"{shown(mine.strangers[0])}"
-        )
+    if answered.strangers:
+        count, first = len(answered.strangers), shown(answered.strangers[0])
+        yield f"{dataset.name}: {count} answers belong to none of its questions and are left out, first {first}"
     if submission is not None:
         name, text = submission
         with whole_file(folder / name) as stream:

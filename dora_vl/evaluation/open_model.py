@@ -322,9 +322,8 @@ def _open_vlbart(source: ModelSource) -> Opened:
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
     from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
-    from dora_vl.evaluation.subtask import Subtask, with_input_tokens
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
-    from dora_vl.evaluation.vlbart_tasks import closed
+    from dora_vl.evaluation.vlbart_tasks import Subtask, closed, with_input_tokens
 
     request, recipe, base = source.request, source.recipe, source.base
     adapter, is_merged = Path(str(request.adapter)), request.model is not None

@@ -52,12 +52,9 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The answers to a set of questions.
+    """The answers to a set of questions, in their order, with the hashes of what gave them.
 
-    Attributes:
-        rows: the answered ones, in the questions' order.
-        sha256: of what gave the answers: adapter and base, or a file.
-        joined_by: what a file's rows and the questions had in common; `strangers` are ids that answer no question.
+    `joined_by` is what a file's rows and the questions had in common, `strangers` are ids that answer no question.
     """
 
     rows: Sequence[Prediction] = ()
@@ -81,12 +78,9 @@ def settings_file(path: Path) -> Path:
 
 
 class PredictionsFile(AbstractContextManager["PredictionsFile"]):
-    """Reads what an earlier run finished, without a line that was cut, then appends; a context manager.
+    """Reads what an earlier run finished, without a line that was cut, then appends; in memory where there is no path.
 
-    Args:
-        path: None keeps the predictions in memory.
-        settings: what the answers depend on (adapter, questions); those made with others are thrown away, and without
-            settings all are.
+    Predictions made with other `settings` (adapter, questions), or without any, are thrown away. A context manager.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:
@@ -218,7 +212,7 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
     only = first_two[0][1] if len(first_two) == 1 else None
     if isinstance(only, dict) and not any(key in only for key in (*IDS, *MODEL_ANSWERS, *ANSWERS)):
         for name, answer in only.items():
-            if not _is_id(answer):
+            if not is_id(answer):
                 raise UserError(
                     f"{path}: an object of answers by id must hold text or a choice's index, {shown(name)} has "
                     f"{shown(answer)}"
@@ -259,7 +253,7 @@ def _row(record: object, where: str) -> Prediction:
     captions = record.get("descs")  # VALUE's, of which there is one for a clip
     if answer is None and isinstance(captions, list) and len(captions) == 1 and isinstance(captions[0], Mapping):
         answer = captions[0].get("desc")
-    ids = {key: str(record[key]) for key in IDS if _is_id(record.get(key))}
+    ids = {key: str(record[key]) for key in IDS if is_id(record.get(key))}
     id_key = next((key for key in IDS if key in record), "")
     if id_key not in ids or not isinstance(answer, str):
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
@@ -268,7 +262,7 @@ def _row(record: object, where: str) -> Prediction:
     return Prediction(id=ids[id_key], ids=ids, prediction=answer, question=prompt)
 
 
-def _is_id(value: object) -> bool:
+def is_id(value: object) -> bool:
     """Text, or a whole number of no more digits than an id has."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
     return isinstance(value, str) or is_number

@@ -17,6 +17,7 @@ from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.evaluation.predictions import is_id
 from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
 
@@ -182,19 +183,16 @@ def read_question_file(path: Path) -> list[Example]:
     lines: dict[tuple[str, str], int] = {}
     for line, record in stream_values(path, "questions; give LLaVA's JSON lines"):
         where = f"{path}, line {line}"
-        if not isinstance(record, Mapping) or not is_question(record):
-            raise UserError(f"{where}: not a question with question_id and text, found {shown(record)}")
-        name, text, image = record["question_id"], record["text"], record.get("image")
-        is_number = isinstance(name, int) and not isinstance(name, bool) and abs(name) < 1 << 64
-        if not is_number and not (isinstance(name, str) and name):
-            raise UserError(f"{where}: question_id must be text or a whole number, it is {shown(name)}")
-        if not isinstance(text, str) or not isinstance(image, str | None):
-            raise UserError(f"{where}: text and image must be text, they are {shown(text)} and {shown(image)}")
+        fields = record if isinstance(record, Mapping) else {}
+        name, text, image = fields.get("question_id"), fields.get("text"), fields.get("image")
+        if not is_id(name) or name == "" or not isinstance(text, str) or not isinstance(image, str | None):
+            needed = "question_id as text or a whole number, text and perhaps image as text"
+            raise UserError(f"{where}: a question has {needed}; found {shown(record)}")
         if (first := lines.setdefault((str(name), text), line)) != line:
             raise UserError(
                 f"{path}: id {shown(name)} in lines {first} and {line} with one text; ids keep answers apart"
             )
-        rows.append((str(name), record))
+        rows.append((str(name), fields))
     if not rows:
         raise UserError(f"{path}: holds no questions")
     counts, seen = Counter(name for name, _ in rows), Counter[str]()

@@ -64,9 +64,9 @@ TITLE_CHARACTERS = 100
 LIKELIHOOD = {"scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TestSet:
-    """A set of a run's test: what is asked, the model that answers, and how that is scored.
+    """A set of a run's test: what is asked, the model that answers, how that is scored, and then what came of it.
 
     Attributes:
         score: None: the file holds no answers.
@@ -85,15 +85,8 @@ class TestSet:
     says: Callable[[Example], str] | None = expected
     path: Path
     settings: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """A set with its answers and their score; `baselines` come last, when all sets have been asked."""
-
-    test: TestSet
-    predictions: Predictions
-    scored: Scored | None
+    predictions: Predictions = field(default_factory=Predictions)
+    scored: Scored | None = None
     baselines: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -110,7 +103,7 @@ class Answered:
         """The accuracy as a share, over all and by `extra["kind"]`."""
         assert self.scored is not None
         kinds: dict[str, list[float]] = {}
-        for example in self.test.examples:
+        for example in self.examples:
             if "kind" in example.extra and example.id in self.scored.per_item:
                 kinds.setdefault(str(example.extra["kind"]), []).append(self.scored.per_item[example.id])
         by_kind = {
@@ -121,11 +114,12 @@ class Answered:
 
 def evaluate_sets(
     tests: Iterable[TestSet],
-    metrics_of: Callable[[Sequence[Answered]], dict[str, Any]],
+    metrics_of: Callable[[Sequence[TestSet]], dict[str, Any]],
     *,
     run_folder: Path,
     media: MediaReader,
     exchange: bool = False,
+    drawn: bool = True,
     sheet: bool = False,
 ) -> dict[str, Any]:
     """Asks and scores every set, draws what was answered, and asks again about others' pictures, in one process.
@@ -136,35 +130,34 @@ def evaluate_sets(
         metrics_of: what `metrics.json` holds of the sets that have been answered.
         sheet: a contact sheet can be drawn: of the one set that is scored by accuracy, else of all.
     """
-    answered: list[Answered] = []
+    answered: list[TestSet] = []
     for test in tests:
-        predictions = ask(test.model, test.questions, media, test.decoding, path=test.path, settings=test.settings)
-        scored = None if test.score is None else test.score(test.examples, predictions.answers)
-        answered.append(Answered(test=test, predictions=predictions, scored=scored))
+        test.predictions = ask(test.model, test.questions, media, test.decoding, path=test.path, settings=test.settings)
+        test.scored = None if test.score is None else test.score(test.examples, test.predictions.answers)
+        answered.append(test)
         write_json(run_folder / METRICS, metrics_of(answered))
-        if scored is not None:
-            for name, value in scored.metrics.items():
-                log.info("%s %-16s %.2f of %d", test.name, name, value, scored.items_of(name))
-        empty = sum(not answer.strip() for answer in predictions.answers.values())
-        if (failed := len(test.examples) - len(predictions.rows)) or empty:
-            message = (
-                "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former"
-            )
+        if test.scored is not None:
+            for name, value in test.scored.metrics.items():
+                log.info("%s %-16s %.2f of %d", test.name, name, value, test.scored.items_of(name))
+        empty = sum(not answer.strip() for answer in test.predictions.answers.values())
+        if (failed := len(test.examples) - len(test.predictions.rows)) or empty:
+            message = "%d questions could not be asked and %d answers are empty, all of them wrong; %s names the former"
             log.warning(message, failed, empty, run_folder / METRICS)
-    accuracies = [done for done in answered if done.is_accuracy]
-    draw(accuracies if len(accuracies) == 1 else answered, run_folder=run_folder, media=media if sheet else None)
-    for done in answered:
-        for line in _add_baselines(done, media, run_folder / EXCHANGED, exchange=exchange):
-            log.info("%s %s", done.test.name, line)
+    if drawn:
+        accuracies = [test for test in answered if test.is_accuracy]
+        draw(accuracies if len(accuracies) == 1 else answered, run_folder=run_folder, media=media if sheet else None)
+    for test in answered:
+        for line in _add_baselines(test, media, run_folder / EXCHANGED, exchange=exchange):
+            log.info("%s %s", test.name, line)
     metrics = metrics_of(answered)
     write_json(run_folder / METRICS, metrics)
     return metrics
 
 
-def _add_baselines(done: Answered, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:
+def _add_baselines(test: TestSet, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:
     """Completes a set's baselines; the lines about them. Answers about exchanged pictures go to `path`, or nowhere."""
-    test, answers = done.test, done.predictions.answers
-    if done.scored is None or test.score is None or test.says is None:
+    answers = test.predictions.answers
+    if test.scored is None or test.score is None or test.says is None:
         return []
     others = None
     if exchange:
@@ -173,12 +166,11 @@ def _add_baselines(done: Answered, media: MediaReader, path: Path, *, exchange: 
             replace(by_id[example.id], images=example.images, videos=example.videos, example=example)
             for example in sample
         ]
-        again = None if test.settings is None else {**test.settings, "exchanged": digest(sample)}
-        to = None if again is None else path
-        asked = ask(test.model, questions, media, test.decoding, path=to, settings=again) if sample else Predictions()
-        others = Exchange(examples=sample, answers=asked.answers)
-    entry, lines = compared(done.scored, test.examples, answers, test.score, says=test.says, exchange=others)
-    done.baselines.update(entry)
+        settings = None if test.settings is None else {**test.settings, "exchanged": digest(sample)}
+        to = None if settings is None else path
+        again = ask(test.model, questions, media, test.decoding, path=to, settings=settings) if sample else None
+        others = Exchange(examples=sample, answers={} if again is None else again.answers)
+    test.baselines, lines = compared(test.scored, test.examples, answers, test.score, says=test.says, exchange=others)
     return lines
 
 
@@ -193,11 +185,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
 
-    Goes on from a `predictions.jsonl` made with the same adapter file and questions; gives what `metrics.json` holds.
-
-    Args:
-        run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
-        numbers: more entries for `metrics.json`, such as `train_seconds`.
+    Goes on from a `predictions.jsonl` made with the same adapter file and questions; gives what `metrics.json` holds,
+    with the `numbers` of the training.
     """
     questions, unreadable = read_test(evaluation, columns)
     after = evaluation.answer_after
@@ -219,13 +208,12 @@ def evaluate_run(
         settings=settings,
     )
 
-    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
-        (done,) = answered
-        predictions, scored = done.predictions, done.scored
+    def metrics_of(_: Sequence[TestSet]) -> dict[str, Any]:
+        predictions, scored = test.predictions, test.scored
         assert scored is not None
         return {
-            **done.headline(),
-            "interval_95": [limit / PERCENT for limit in done.limits[ACCURACY]],
+            **test.headline(),
+            "interval_95": [limit / PERCENT for limit in test.limits[ACCURACY]],
             "unanswered": len(scored.failed),
             "empty_answers": sum(not answer.strip() for answer in predictions.answers.values()),
             **numbers,
@@ -234,7 +222,7 @@ def evaluate_run(
             "evaluation_file": evaluation.file,
             "answer_after": after,
             "failed_questions": {**unreadable, **predictions.failed},
-            "baselines": done.baselines,
+            "baselines": test.baselines,
         }
 
     exchange = evaluation.exchange_pictures
@@ -336,7 +324,7 @@ def evaluate_commonsense(
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
-        "prompt": list(prompt.test),
+        "prompt": [prompt.before_output("{instruction}", context, test=True) for context in ("", "{input}")],
         **way,
     }
     tests = [
@@ -358,8 +346,8 @@ def evaluate_commonsense(
         for scoring in evaluation.scoring
     ]
 
-    def entry(done: Answered) -> dict[str, Any]:
-        scored, predictions, scoring = done.scored, done.predictions, done.test.name
+    def entry(test: TestSet) -> dict[str, Any]:
+        scored, predictions, scoring = test.scored, test.predictions, test.name
         assert scored is not None
         if scoring == "likelihood" and not predictions.rows:
             name, reason = next(iter(predictions.failed.items()))
@@ -367,7 +355,7 @@ def evaluate_commonsense(
         answers = (extracted(row.prediction, str(row.kind), evaluation.rule) for row in predictions.rows)
         return {
             "accuracy": scored.metrics,
-            "interval_95": {name: list(pair) for name, pair in done.limits.items()},
+            "interval_95": {name: list(pair) for name, pair in test.limits.items()},
             "n": scored.n,
             "no_answer_found": sum(not answer for answer in answers),
             "failed_questions": {**unreadable, **predictions.failed},
@@ -375,17 +363,17 @@ def evaluate_commonsense(
             "seconds": round(predictions.seconds, 1),
         }
 
-    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
-        entries = {done.test.name: entry(done) for done in answered}
+    def metrics_of(answered: Sequence[TestSet]) -> dict[str, Any]:
+        entries = {test.name: entry(test) for test in answered}
         return {**numbers, "evaluation_files": dict(evaluation.files), **entries}
 
-    return evaluate_sets(tests, metrics_of, run_folder=run_folder, media=media_reader(Path(), frames=1))
+    return evaluate_sets(tests, metrics_of, run_folder=run_folder, media=media_reader(Path(), frames=1), drawn=False)
 
 
 # The pictures of a test.
 
 
-def draw(answered: Sequence[Answered], *, run_folder: Path, media: MediaReader | None) -> None:
+def draw(answered: Sequence[TestSet], *, run_folder: Path, media: MediaReader | None) -> None:
     """Writes the loss curve, and where `media` shows the pictures the contact sheet, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
@@ -396,16 +384,16 @@ def draw(answered: Sequence[Answered], *, run_folder: Path, media: MediaReader |
     rows: list[Prediction] = []
     shares: dict[str, float] = {}
     by_id: dict[str, Example] = {}
-    for done in answered:
-        name = done.test.name  # before each id: two sets may share them
-        by_id |= {f"{name}/{example.id}": example for example in done.test.examples}
-        for row in done.predictions.rows:
+    for test in answered:
+        name = test.name  # before each id: two sets may share them
+        by_id |= {f"{name}/{example.id}": example for example in test.examples}
+        for row in test.predictions.rows:
             example = by_id[f"{name}/{row.id}"]
             truth, answer = (in_words(example, text) for text in (expected(example), row.prediction))
             images = media_of(example)
             rows.append(replace(row, id=f"{name}/{row.id}", images=images, truth=truth, prediction=answer))
-        if done.scored is not None and done.is_accuracy:
-            shares |= {f"{name}/{item}": share for item, share in done.scored.per_item.items()}
+        if test.scored is not None and test.is_accuracy:
+            shares |= {f"{name}/{item}": share for item, share in test.scored.per_item.items()}
     if media is None or not rows:
         return
 
@@ -419,15 +407,15 @@ def draw(answered: Sequence[Answered], *, run_folder: Path, media: MediaReader |
     write_contact_sheet(rows, picture, sheet, title="\n".join(titles), shares=shares, subtitles=subtitles)
 
 
-def _title(done: Answered) -> str:
+def _title(test: TestSet) -> str:
     """A set's name and score; what could not be asked counts as wrong here too, as `metrics.json` has it."""
-    before, scored = f"{done.test.name}: " if done.test.name else "", done.scored
+    before, scored = f"{test.name}: " if test.name else "", test.scored
     if scored is None:
-        return f"{before}{len(done.predictions.rows):,} answers, not scored"
+        return f"{before}{len(test.predictions.rows):,} answers, not scored"
     metric, value = next(iter(scored.metrics.items()))
     if metric != ACCURACY:
         return f"{before}{metric} {value:.1f} of {scored.n:,}"
-    low, high = done.limits[ACCURACY]
+    low, high = test.limits[ACCURACY]
     return f"{before}{value:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
 
 

@@ -25,8 +25,15 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.subtask import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
-from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
+from dora_vl.evaluation.vlbart_tasks import (
+    MicroBatch,
+    Seq2SeqCollator,
+    Seq2SeqSample,
+    Subtask,
+    image_subtasks,
+    make_sample,
+    video_subtasks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +54,8 @@ class VlBartAssistant:
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
     Attributes:
-        stored: the features of what questions show; None computes them.
-        features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
-        feature_tokens: tokens of one picture, or of a whole video.
-        is_video: pictures are the frames of one video, not inputs of their own.
-        while_training: as `ask.Assistant` has it.
+        stored: the features of what questions show; None computes them by `features`, which a task may lack.
+        feature_tokens: tokens of one picture, or of a whole video (`is_video`), whose frames pictures are then.
     """
 
     backbone: VlBartBackbone
@@ -64,11 +68,7 @@ class VlBartAssistant:
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
-        """See `ask.Asker`: what its features were trained on, whatever `frames` says.
-
-        A question about a part of a video is as its task's records have it: where the prompt states the part, that is
-        in it, and the features are of the whole file.
-        """
+        """See `ask.Asker`: what its features were trained on; a part that the prompt states, of the whole file's."""
         subtask, video = self.subtask(example, task), example.video
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
             if video.start_seconds is None or video.end_seconds is None:
@@ -239,10 +239,7 @@ class VlBartAssistant:
         return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
-        """The trained task of this name, or the first that such a question belongs to.
-
-        One that learnt words, not labels, needs no choices.
-        """
+        """The trained task of this name, or the first that such a question belongs to."""
         named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from dora_vl.evaluation.ask import Asker, Decoding, media_reader
 from dora_vl.evaluation.predictions import BY_TASK
 from dora_vl.evaluation.questions import Question, as_question, expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
-from dora_vl.evaluation.subtask import Subtask, check_sample, make_sample
-from dora_vl.evaluation.test import Answered, TestSet, evaluate_sets, watch_questions
+from dora_vl.evaluation.test import TestSet, evaluate_sets, watch_questions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
 from dora_vl.run.settings import VlBartEvaluationConfig
 from dora_vl.run.watched import Watch, evenly
 
@@ -50,9 +51,7 @@ def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile
 def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_share: float) -> None:
     """Tries the scorers, looks up the features of every example, and reads those of some.
 
-    Args:
-        max_bad_share: largest share of examples that cannot be asked, of all by the features' index and of those that
-            were read; they are named and count as wrong in the test.
+    A share of bad ones above `max_bad_share`, of all or of those that were read, is refused; others are named.
     """
     for subtask, file, reader in tested:
         examples = list(file)
@@ -133,10 +132,7 @@ def evaluate_subtasks(
     settings: Mapping[str, Any],
     numbers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
-
-    Where one task alone is scored by accuracy, its headline stands at the top of `metrics.json`.
-    """
+    """Answers and scores each task; the only one with an accuracy has its headline at the top of `metrics.json`."""
     backbone.eval()
     media, started = media_reader(Path(evaluation.image_folder or "."), frames=1), time.monotonic()
     subtasks = {subtask.name: subtask for subtask, _, _ in tested}
@@ -154,26 +150,27 @@ def evaluate_subtasks(
                 path=run_folder / BY_TASK / f"{subtask.name}.jsonl",
             )
 
-    def metrics_of(answered: Sequence[Answered]) -> dict[str, Any]:
-        tasks = {done.test.name: _entry(subtasks[done.test.name], done) for done in answered}
-        accuracies = [done for done in answered if done.is_accuracy]
+    def metrics_of(answered: Sequence[TestSet]) -> dict[str, Any]:
+        tasks = {test.name: _entry(subtasks[test.name], test) for test in answered}
+        accuracies = [test for test in answered if test.is_accuracy]
         top = accuracies[0].headline() if len(accuracies) == 1 else {}
         if not accuracies and len(tasks) == 1:
-            top = {"n": len(answered[0].test.examples)}
+            top = {"n": next(iter(tasks.values()))["n"]}
         seconds = round(time.monotonic() - started, 1)
         return {**numbers, "tasks": tasks, "settings": dict(settings), "evaluation_seconds": seconds, **top}
 
     exchange, sheet = evaluation.exchange_pictures, evaluation.image_folder is not None
-    return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
+    with closing(media):
+        return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
 
 
-def _entry(subtask: Subtask, done: Answered) -> dict[str, Any]:
+def _entry(subtask: Subtask, test: TestSet) -> dict[str, Any]:
     """What `metrics.json` holds of a task."""
-    predictions, scored = done.predictions, done.scored
+    predictions, scored = test.predictions, test.scored
     lost = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
     if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": len(done.test.examples), **lost, "note": note}
+        return {"metrics": {}, "n": len(test.examples), **lost, "note": note}
     made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
-    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": done.limits}
-    return {**counts, "settings": made_with, **({"baselines": done.baselines} if done.baselines else {})}
+    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": test.limits}
+    return {**counts, "settings": made_with, **({"baselines": test.baselines} if test.baselines else {})}

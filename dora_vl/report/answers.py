@@ -18,7 +18,7 @@ from dora_vl.evaluation.questions import expected, has_truth, in_words
 from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import commonsense_score, extracted, final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
-from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
 from dora_vl.report.run_record import RunRecord
 
 
@@ -29,8 +29,7 @@ class Item:
     Attributes:
         truth, said: the parts that are compared, a choice in its words; `whole` is all that the model said.
         label, said_label: the same as a closed list has them: a choice's place (`a0`), else the words.
-        share: its share of the headline, 1 right and 0 wrong in an accuracy; None where nothing scores it.
-        pictures: paths below the test's picture folder.
+        share: its share of the headline; None where nothing scores it.
     """
 
     id: str
@@ -234,43 +233,35 @@ class Confusion:
 
 
 def score_rows(runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]]) -> tuple[list[ScoreRow], list[str]]:
-    """A row for each metric of each set that a run was tested on, and sentences about what cannot be compared.
+    """A row for each metric of each set, scored again or else as `metrics.json` has it, and what cannot be compared."""
+    by_run, notes = [_recorded(run) for run in runs], dict[str, None]()
+    firsts = {answers.name: answers.scored for answers in tests[0]}
+    for number, (sets, answered) in enumerate(zip(by_run, tests, strict=True)):
+        for answers in answered:
+            if answers.scored is None:
+                continue
+            try:
+                first = firsts.get(answers.name) if number else None
+                differences = {} if first is None else paired_differences(answers.scored, first)
+            except UserError as error:
+                differences = {}
+                notes[f"No paired difference for {answers.name}: {error}."] = None
+            sets[answers.name] = sets.get(answers.name, {}) | _cells(answers.scored, differences)
+    return _rows(by_run), [*notes]
 
-    What cannot be scored again is as the run's `metrics.json` has it.
-    """
-    by_name = [{answers.name: answers for answers in several if answers.scored is not None} for several in tests]
+
+def _rows(by_run: Sequence[Mapping[str, Mapping[str, Cell]]]) -> list[ScoreRow]:
+    """A row for each metric of each set that a run has numbers of."""
     rows: list[ScoreRow] = []
-    notes: list[str] = []
-    recorded = [_recorded(run) for run in runs]
-    for name in dict.fromkeys(name for sets in (*by_name, *recorded) for name in sets):
-        sets = [of_run.get(name) for of_run in by_name]
-        cells = [
-            record.get(name, {}) | ({} if answers is None else _cells(answers, sets[0] if number else None, notes))
-            for number, (answers, record) in enumerate(zip(sets, recorded, strict=True))
-        ]
-        rows += _rows(name, cells)
-    return rows, list(dict.fromkeys(notes))
+    for name in dict.fromkeys(name for sets in by_run for name in sets):
+        cells = [sets.get(name, {}) for sets in by_run]
+        for metric in dict.fromkeys(metric for of_run in cells for metric in of_run):
+            rows.append(ScoreRow(test=name, metric=metric, cells=tuple(of_run.get(metric) for of_run in cells)))
+    return rows
 
 
-def _rows(name: str, cells: Sequence[Mapping[str, Cell]]) -> list[ScoreRow]:
-    metrics = dict.fromkeys(metric for of_run in cells for metric in of_run)
-    return [
-        ScoreRow(test=name, metric=metric, cells=tuple(of_run.get(metric) for of_run in cells)) for metric in metrics
-    ]
-
-
-def _cells(answers: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[str, Cell]:
-    scored = answers.scored
-    if scored is None:
-        return {}
-    ranges = intervals(scored)
-    differences = {}
-    if first is not None and first.scored is not None:
-        try:
-            differences = paired_differences(scored, first.scored)
-        except UserError as error:
-            notes.append(f"No paired difference for {answers.name}: {error}.")
-    cells = {}
+def _cells(scored: Scored, differences: Mapping[str, Difference]) -> dict[str, Cell]:
+    ranges, cells = intervals(scored), dict[str, Cell]()
     for name, value in scored.metrics.items():
         apart = differences.get(name)
         difference = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
@@ -329,9 +320,7 @@ def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:
             cells[name] = {key: _cell(entry["value"], entry["n"], entry["interval_95"]) for key, entry in metrics}
             cells[name] |= _baseline_cells(entry)
         by_run.append(cells)
-    names = dict.fromkeys(name for cells in by_run for name in cells)
-    rows = [row for name in names for row in _rows(name, [cells.get(name, {}) for cells in by_run])]
-    return [row for row in rows if not row.is_part]
+    return [row for row in _rows(by_run) if not row.is_part]
 
 
 def confusion(title: str, items: Sequence[Item]) -> Confusion | None:

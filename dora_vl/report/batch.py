@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
@@ -21,14 +21,27 @@ from dora_vl.report.page import data_url, rendered
 from dora_vl.run.watched import small_picture
 
 Kind = Literal["trained", "context", "picture-place", "padding"]
-NAMES: Mapping[Kind, str] = {
-    "trained": "trained on",
-    "context": "read, not trained on",
-    "picture-place": "place of a picture",
-    "padding": "padding",
+
+
+class Look(NamedTuple):
+    """How a kind is shown: by name, in a terminal by every other token's colour or by signs, in a picture.
+
+    Of a `joined` one a stretch is one piece with its length.
+    """
+
+    name: str
+    terminal: tuple[int, int]
+    signs: tuple[str, str]
+    fills: tuple[str, str]
+    joined: bool = False
+
+
+LOOKS: Mapping[Kind, Look] = {
+    "trained": Look("trained on", (22, 28), ("[", "]"), ("#cfe8d5", "#b4dabd")),
+    "context": Look("read, not trained on", (236, 239), ("", ""), ("#eef0f3", "#e1e5ea")),
+    "picture-place": Look("place of a picture", (18, 18), ("<", ">"), ("#d9e5fb", "#d9e5fb"), joined=True),
+    "padding": Look("padding", (94, 94), ("{", "}"), ("#f4e3d3", "#f4e3d3"), joined=True),
 }
-JOINED: frozenset[Kind] = frozenset({"picture-place", "padding"})
-"""Of these a stretch is one piece with its length."""
 STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
 Opens = Callable[[], Image.Image] | None
 
@@ -90,7 +103,7 @@ class TokenText:
             else:
                 piece = Piece(self.of(token), "trained" if is_trained else "context")
             last = pieces[-1] if pieces else None
-            if last is not None and piece.kind in JOINED and (last.text, last.kind) == (piece.text, piece.kind):
+            if last is not None and LOOKS[piece.kind].joined and (last.text, last.kind) == (piece.text, piece.kind):
                 pieces[-1] = Piece(piece.text, piece.kind, last.count + 1)
             else:
                 pieces.append(piece)
@@ -141,27 +154,13 @@ def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-COLOURS: Mapping[Kind, tuple[int, int]] = {
-    "trained": (22, 28),
-    "context": (236, 239),
-    "picture-place": (18, 18),
-    "padding": (94, 94),
-}
-"""Backgrounds of a terminal's 256, for every other token."""
-SIGNS: Mapping[Kind, tuple[str, str]] = {
-    "trained": ("[", "]"),
-    "context": ("", ""),
-    "picture-place": ("<", ">"),
-    "padding": ("{", "}"),
-}
-"""Around a stretch of tokens of one kind, where there are no colours."""
 RESET = "\x1b[0m"
 
 
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
     """Counts, the legend, and each row."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
-    yield "  ".join(_marked([Piece(name, kind)], colours=colours) for kind, name in NAMES.items())
+    yield "  ".join(_marked([Piece(look.name, kind)], colours=colours) for kind, look in LOOKS.items())
     for row in view.rows:
         yield ""
         yield row.title
@@ -174,12 +173,12 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
 def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{COLOURS[item.kind][number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
+            f"\x1b[48;5;{LOOKS[item.kind].terminal[number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
             for number, item in enumerate(pieces)
         )
     marked: list[str] = []
     for number, piece in enumerate(pieces):
-        begin, end = SIGNS[piece.kind]
+        begin, end = LOOKS[piece.kind].signs
         begins = number == 0 or pieces[number - 1].kind != piece.kind
         ends = number == len(pieces) - 1 or pieces[number + 1].kind != piece.kind
         marked.append(f"{begin if begins else ''}{shown(piece)}{end if ends else ''}")
@@ -189,7 +188,7 @@ def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
 def shown(piece: Piece) -> str:
     """A piece's text on one line; a joined one with its length."""
     text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
-    return f"{text} × {piece.count}" if piece.kind in JOINED and piece.count > 1 else text
+    return f"{text} × {piece.count}" if LOOKS[piece.kind].joined and piece.count > 1 else text
 
 
 def batch_page(view: BatchView, *, title: str) -> str:
@@ -204,18 +203,12 @@ def batch_page(view: BatchView, *, title: str) -> str:
     apart = [] if all(row.title in pictures for row in view.rows) else list(pictures.items())
     return rendered(
         "batch.html.j2",
-        {"view": view, "rows": rows, "apart": apart, "title": title, "names": NAMES, "shown": shown, "joined": JOINED},
+        {"view": view, "rows": rows, "apart": apart, "title": title, "looks": LOOKS, "shown": shown},
     )
 
 
 WIDTH, MARGIN, LINE, SIDE, TEXT, FACTS_CHARACTERS = 1280, 24, 26, 112, 15, 130
 PAPER, INK, FAINT = "#ffffff", "#1d2630", "#66727f"
-FILLS: Mapping[Kind, tuple[str, str]] = {
-    "trained": ("#cfe8d5", "#b4dabd"),
-    "context": ("#eef0f3", "#e1e5ea"),
-    "picture-place": ("#d9e5fb", "#d9e5fb"),
-    "padding": ("#f4e3d3", "#f4e3d3"),
-}
 
 
 def batch_picture(view: BatchView) -> bytes:
@@ -245,7 +238,7 @@ def _legend(view: BatchView) -> Image.Image:
     draw = ImageDraw.Draw(block)
     for number, line in enumerate(facts):
         draw.text((MARGIN, number * LINE), line, INK, _font())
-    _flow(draw, [Piece(f" {name} ", kind) for kind, name in NAMES.items()], left=MARGIN, top=len(facts) * LINE)
+    _flow(draw, [Piece(f" {look.name} ", kind) for kind, look in LOOKS.items()], left=MARGIN, top=len(facts) * LINE)
     return block
 
 
@@ -280,7 +273,7 @@ def _flow(draw: Any, pieces: Sequence[Piece], *, left: int, top: int, drawn: boo
         if x + wide > WIDTH - MARGIN and x > left:
             x, top = left, top + LINE
         if drawn:
-            draw.rectangle((x, top, x + wide, top + LINE - 5), FILLS[piece.kind][number % 2])
+            draw.rectangle((x, top, x + wide, top + LINE - 5), LOOKS[piece.kind].fills[number % 2])
             draw.text((x, top + 1), text, INK, font)
         x += wide + 1
     return top

@@ -35,10 +35,7 @@ SECTIONS = (
 
 
 def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> dict[str, Any]:
-    """Reads, scores and draws all that the template shows; `notes` are sentences by section.
-
-    With `weights`, layers are compared with the base, which is read from `base` where that is named.
-    """
+    """Reads, scores and draws all that the template shows, with `weights` also the layers' change from the base."""
     from dora_vl.report.answers import benchmark_rows, blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
     from dora_vl.report.page import InlinePictures
@@ -190,11 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Reads, draws, writes; yields the lines to print.
-
-    Raises:
-        UserError: a folder is no run's, or the file cannot be written.
-    """
+    """Reads, draws, writes; yields the lines to print."""
     from dora_vl.report.page import rendered, write_page
     from dora_vl.report.run_record import read_run
 

@@ -18,11 +18,9 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run.
+    """One run; `damaged` is what cannot be read of it, a sentence each.
 
     Attributes:
-        log: the lines of `log.jsonl` that are whole.
-        damaged: what cannot be read, a sentence each.
         benchmarks: what `dora-vl evaluate` left in the folder `evaluation`.
         skipped: (id, reason) of unusable samples, and whether they are of the validation data.
     """

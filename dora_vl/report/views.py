@@ -113,14 +113,7 @@ _DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
-    """The run's adapter, and checkpoints of it that are still there, against the base.
-
-    Args:
-        base: where the base is now; None looks where the settings or the adapter say.
-
-    Raises:
-        UserError: no adapter or base is there, or they do not belong together.
-    """
+    """The run's adapter, and checkpoints of it that are still there, against the base, where that is now."""
     final = Saved(run.folder / ADAPTER, run.last_step)
     if (final.folder / WEIGHTS_FILE).is_file():
         earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]

@@ -38,13 +38,9 @@ Backbone = TypeVar("Backbone")
 
 
 def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
-    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
+    """Writes the base that `spec`, a run's `model.compose` or `model.source`, describes, where it is not there yet.
 
-    For one rank alone.
-
-    Args:
-        make: writes a folder by such settings.
-        spec: the settings; None is a run whose base is there.
+    For one rank alone; `make` writes a folder by such settings.
     """
     if spec is None:
         return
@@ -69,13 +65,7 @@ def check_quantisation(model: LoadedModelConfig) -> None:
 
 
 def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: Any) -> Backbone:
-    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
-
-    Args:
-        load: the backbone's own loader.
-        model: the run's model section.
-        more: what that loader takes besides.
-    """
+    """The base, by its backbone's loader, with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")
     check_quantisation(model)

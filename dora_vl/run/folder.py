@@ -129,11 +129,9 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
     """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
 
-    The log of a run that failed before its first save is no result, and goes. Checkpoints that are no part of a resumed
-    run stay under another name: counted, they would have its own removed as the oldest, and be the last to resume from.
-
-    Args:
-        checkpoint: what the run resumes from.
+    The log of a run that failed before its first save is no result, and goes. Checkpoints that are no part of a run
+    which resumes from `checkpoint` stay under another name: counted, they would have its own removed as the oldest, and
+    be the last to resume from.
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,12 +259,8 @@ TOO_LITTLE_BYTES = 1 << 20
 def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) -> Iterator[None]:
     """Turns what a writing library raises into one `UserError` where a disk is full, read-only, or limits a file.
 
-    torch.save raises a RuntimeError without the word, safetensors an error of its own class with it.
-
-    Args:
-        folder: that is written to, or is to be made.
-        what: is being written.
-        kept: names the last whole checkpoint; asked when it is needed.
+    torch.save raises a RuntimeError without the word, safetensors an error of its own class with it. `what` is being
+    written to the folder; `kept` names the last whole checkpoint.
     """
     try:
         yield

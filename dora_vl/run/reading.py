@@ -143,8 +143,7 @@ def find_recipe(name: str) -> Path:
 def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
     """The settings of each `--config`, a path or a recipe's name, under a variant.
 
-    Args:
-        variant: what `--variant` says; None: each file's own choice, its key `variant`, or the file as it stands.
+    None is each file's own choice, its key `variant`, or the file as it stands.
     """
     paths = [find_recipe(name) for name in names]
     if variant is not None and not any(map(variants_of, paths)):
@@ -243,8 +242,7 @@ LEAST, MOST_NAMED = 2, 6
 def refuse_other_tools(path: Path, settings: Mapping[str, object], *, untranslated: bool = False) -> None:
     """Refuses a settings file that has names of another tool at its top level, with what they are called here.
 
-    Args:
-        untranslated: only a file of a tool that is known, but has no table, is refused.
+    With `untranslated` only that of a tool that is known, but has no table.
     """
     theirs = [name for name in settings if name in NAMES]
     likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,39 +77,6 @@ Members = Sequence[Member]
 Read = tuple[list[Member], JoinedRows, Float[Tensor, "rows vocab"]]
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns.
-
-    Attributes:
-        media: names of the inputs that hold pictures and videos.
-        take: gets rows whose prompts have been read, and the scores of their next tokens.
-        joins: whether rows that cannot join others are an error; else generate decodes them as it does.
-    """
-
-    media: Collection[str]
-    take: Callable[[Any, JoinedRows, Float[Tensor, "rows vocab"]], None]
-    joins: bool = False
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **arguments: Any,
-    ) -> Tensor:
-        """Reads the prompts and hands them on."""
-        if can_join(logits_processor, generation_config) and may_join(arguments, self.media):
-            self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
-            return input_ids
-        if self.joins:
-            raise ValueError("a prompt that cannot join the running batch")
-        named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
-        return model._sample(input_ids, generation_config=generation_config, **named)
-
-
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
     """Whether each token is chosen by the row's own sampling alone; what looks at the tokens before is generate's."""
     by_row = all(isinstance(processor, RowSampling) for processor in logits_processor)
@@ -134,15 +101,15 @@ class ModelRows:
         Args:
             newcomers: reads what may join so many columns of these members, once a token; nothing where nothing may.
         """
-        members, inputs, media = self.begin(batch)
+        members, inputs = self.begin(batch)
         most = max(member.text.sampling.max_new_tokens for member in members)
-        self._run(members, inputs, most, Decoding(media, partial(self._decode, members, newcomers)))
+        self._run(members, inputs, most, partial(self._decode, members, newcomers))
 
     def read(self, come: Sequence[Answering]) -> Read:
         """Reads the prompts of requests that may join a batch. Raises ValueError: they cannot."""
-        members, inputs, media = self.begin(come)
+        members, inputs = self.begin(come)
         read: list[tuple[JoinedRows, Tensor]] = []
-        self._run(members, inputs, 1, Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True))
+        self._run(members, inputs, 1, lambda _, rows, logits: read.append((rows, logits)), joins=True)
         ((rows, logits),) = read
         return members, rows, logits
 
@@ -183,22 +150,53 @@ class ModelRows:
             member.text.take(token, self.ends)
         return tokens
 
-    def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any], frozenset[str]]:
-        """The rows of requests, the base first and then adapter by adapter, their inputs, and which are media."""
+    def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any]]:
+        """The rows of requests, the base first and then adapter by adapter, and their inputs."""
         assistant = self._model.assistant
         members = sorted(
             (Member(item, self._text(item), drawing(item.prepared.sampling, assistant.device)) for item in batch),
             key=lambda member: member.share,
         )
-        inputs = assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
-        return members, inputs, frozenset(inputs).difference({"input_ids", *ALIGNED, *BOOKKEEPING})
+        return members, assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
 
-    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Decoding) -> None:
+    def _run(
+        self,
+        members: Members,
+        inputs: Mapping[str, Any],
+        most: int,
+        take: Callable[[Any, JoinedRows, Float[Tensor, "rows vocab"]], None],
+        *,
+        joins: bool = False,
+    ) -> None:
+        """Has transformers' generate prepare a batch; nobody reads the ids that it returns.
+
+        Args:
+            take: gets rows whose prompts have been read, and the scores of their next tokens.
+            joins: whether rows that cannot join others are an error; else generate decodes them as it does.
+        """
         assistant = self._model.assistant
+        media = frozenset(inputs).difference({"input_ids", *ALIGNED, *BOOKKEEPING})
+
+        def decode(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **arguments: Any,
+        ) -> Tensor:
+            if can_join(logits_processor, generation_config) and may_join(arguments, media):
+                take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
+                return input_ids
+            if joins:
+                raise ValueError("a prompt that cannot join the running batch")
+            named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
+            return model._sample(input_ids, generation_config=generation_config, **named)
+
         options = generate_options([member.text for member in members], self.ends, assistant.device)
         pictures = [member.answering.prepared.pictures for member in members]
         with self._holding(members, pictures):
-            assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decoding})
+            assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
 
     def _holding(self, members: Members, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
         """Meanwhile the model's rows are these; without `pictures`, none that shows any."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial, wraps
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -174,19 +175,24 @@ def is_on(value: Any) -> bool:
     return bool(value)
 
 
-def to(name: str, read: Callable[[Setting], Any] = lambda setting: setting.value, note: str = "") -> Rule:
-    """The value, as `read` makes it, under another name."""
-    return lambda setting: Counterpart({name: read(setting)}, note)
+COMPUTED: dict[str, Rule] = {}
+"""Rules that the tables name."""
 
 
-def switch(name: str) -> Rule:
-    """A switch under another name."""
-    return to(name, lambda setting: setting.is_on)
+def computed(rule: Callable[[Setting], Counterpart]) -> Rule:
+    """Makes a function a rule that the tables name."""
+    COMPUTED[rule.__name__.removeprefix("_")] = rule
+    return rule
 
 
-def same(why: str) -> Rule:
-    """Nothing to set, whatever it says: it is always so."""
-    return lambda setting: Counterpart(note=why)
+def of_adapters(rule: Rule, otherwise: str = "not read by full") -> Rule:
+    """A rule for runs that train an adapter."""
+
+    @wraps(rule)
+    def checked(setting: Setting) -> Counterpart:
+        return Counterpart(note=otherwise) if setting.method == "full" else rule(setting)
+
+    return checked
 
 
 def missing(why: str) -> Counterpart:
@@ -194,49 +200,73 @@ def missing(why: str) -> Counterpart:
     return Counterpart(note=why, is_lost=True)
 
 
-def lost(why: str) -> Rule:
-    """No counterpart, whatever it says."""
-    return lambda setting: missing(why)
+Entry = Mapping[str, Any]
+OFF = Counterpart(note="off")
 
 
-def unless(usual: Any, why: str) -> Rule:
-    """Nothing to set where it has the usual value; any other has no counterpart."""
-    return lambda setting: Counterpart() if setting.value == usual else missing(why)
-
-
-def unless_off(why: str) -> Rule:
-    """Nothing to set where it is empty or off."""
-    return lambda setting: missing(why) if setting.is_on else Counterpart(note="off")
-
-
-def where_on(settings: Mapping[str, Any], note: str = "") -> Rule:
-    """A switch that stands for settings of ours."""
-    return lambda setting: Counterpart(settings, note) if setting.is_on else Counterpart(note="off")
-
-
-def of_adapters(rule: Rule, otherwise: str = "not read by full") -> Rule:
-    """A rule for runs that train an adapter."""
-    return lambda setting: Counterpart(note=otherwise) if setting.method == "full" else rule(setting)
-
-
-def only(kinds: Sequence[str], rule: Rule) -> Rule:
+def _only(entry: Entry, setting: Setting) -> Counterpart:
     """A rule for these values; a file with any other is refused."""
-
-    def checked(setting: Setting) -> Counterpart:
-        if setting.value not in kinds:
-            raise setting.wrong(f"; there is a counterpart of {' and '.join(kinds) or 'supervised fine-tuning'} alone")
-        return rule(setting)
-
-    return checked
+    kinds, rule = entry["only"], entry["rule"]
+    if setting.value not in kinds:
+        raise setting.wrong(f"; there is a counterpart of {' and '.join(kinds) or 'supervised fine-tuning'} alone")
+    return (COMPUTED[rule] if isinstance(rule, str) else rule_of(rule))(setting)
 
 
-def one_of(name: str, values: Mapping[Any, Any], why: str) -> Rule:
+def _composed(entry: Entry, setting: Setting) -> Counterpart:
+    """For settings of a base that the run puts together; a published LLaVA has its own."""
+    name = PurePosixPath(str(setting.settings.get("model_name_or_path", ""))).name
+    return Counterpart(note=entry.get("note", "")) if "llava" in name.lower() else rule_of(entry["composed"])(setting)
+
+
+def _words(entry: Entry, setting: Setting) -> Counterpart:
     """Another name, and other words for its values; a value that is not named has no counterpart."""
-    return lambda setting: (
-        Counterpart({name: values[setting.value]})
-        if isinstance(setting.value, str | int | float) and setting.value in values
-        else missing(why)
-    )
+    if isinstance(setting.value, str | int | float) and setting.value in entry["values"]:
+        return Counterpart({entry["words"]: entry["values"][setting.value]})
+    return missing(entry["why"])
+
+
+def _attention(entry: Entry, setting: Setting) -> Counterpart:
+    """`model.attn_implementation`, under its own names and others; YAML reads an unquoted `off` as false."""
+    others = entry["attention"]
+    names = {name: name for name in ("sdpa", "eager", "flash_attention_2")}
+    values = {**names, "auto": None, **others, **({False: others["off"]} if "off" in others else {})}
+    why = f"there are {', '.join(names)}"
+    return _words({"words": "model.attn_implementation", "values": values, "why": why}, setting)
+
+
+def _quantised(entry: Entry, setting: Setting) -> Counterpart:
+    """So many bits, of the kind that another setting says."""
+    names = {("bnb", 4): "nf4", ("bitsandbytes", 4): "nf4", ("bnb", 8): "int8", ("hqq", 4): "hqq"}
+    kind = str(setting.settings.get(entry["quantised"]) or "bnb").lower()
+    if (kind, setting.number) in names:
+        return Counterpart({"model.quantisation": names[kind, int(setting.number)]})
+    return missing(f"{kind} of {setting.value} bits; there are nf4, int8 and hqq (4 bits)")
+
+
+KINDS: Mapping[str, Callable[[Entry, Setting], Counterpart]] = {
+    "only": _only,
+    "rule": lambda entry, setting: COMPUTED[entry["rule"]](setting),
+    "composed": _composed,
+    "to": lambda entry, setting: Counterpart(
+        {entry["to"].replace("*", setting.key): setting.value}, entry.get("note", "")
+    ),
+    "switch": lambda entry, setting: Counterpart({entry["switch"]: setting.is_on}),
+    "opposite": lambda entry, setting: Counterpart({entry["opposite"]: not setting.is_on}, entry.get("note", "")),
+    "words": _words,
+    "where_on": lambda entry, setting: Counterpart(entry["where_on"], entry.get("note", "")) if setting.is_on else OFF,
+    "same": lambda entry, setting: Counterpart(note=entry["same"]),
+    "lost": lambda entry, setting: missing(entry["lost"]),
+    "unless_off": lambda entry, setting: missing(entry["unless_off"]) if setting.is_on else OFF,
+    "usual": lambda entry, setting: Counterpart() if setting.value == entry["usual"] else missing(entry["why"]),
+    "attention": _attention,
+    "quantised": _quantised,
+}
+"""What an entry of `tables.yaml` may be, which explains each; the first that it holds counts."""
+
+
+def rule_of(entry: Entry) -> Rule:
+    """The rule that an entry stands for."""
+    return partial(KINDS[next(kind for kind in KINDS if kind in entry)], entry)
 
 
 # -- text ---------------------------------------------------------------------------------------------------------

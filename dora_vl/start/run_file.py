@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
+from dora_vl.data.containers import BESIDE_ARROW, ENDINGS, ending_of, find_files, is_data_file
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
@@ -144,7 +144,6 @@ def _read_twice(value: str) -> str:
 
 # -- which file of a person's folder holds the questions, and which folder the pictures' paths start from ------------
 
-MANIFESTS = ("manifest.json", *BESIDE_ARROW)
 MOST_FILES, MOST_NAMES = 2_000, 200
 EXAMPLE = "image,question,answer"
 RUN_FILE = "run.yaml"
@@ -168,7 +167,7 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> Path:
         )
     pictures = sum(1 for _ in islice(picture_files(folder), MOST_FILES))
     raise UserError(
-        f"{folder}: {pictures:,} pictures and no file of questions ({', '.join([*JSON_ENDINGS, *READERS])}); write a "
+        f"{folder}: {pictures:,} pictures and no file of questions ({', '.join(ENDINGS)}); write a "
         f"questions.csv with the first line {EXAMPLE} and a line for each question, or name a file with --questions"
     )
 
@@ -223,12 +222,11 @@ def _data_files(folder: Path) -> Iterator[Path]:
     """Data files below a folder, a folder of Parquet, Arrow or tar shards as one."""
     seen: set[Path] = set()
     for path in _files_below(folder):
-        ending = ending_of(path)
-        if path.name in MANIFESTS or ending not in (*JSON_ENDINGS, *READERS):
+        if not is_data_file(path):
             continue
         siblings = sum(other.suffix.lower() == path.suffix.lower() for other in path.parent.iterdir())
         is_shard = siblings > 1 or (path.parent / BESIDE_ARROW[0]).is_file()
-        whole = path.parent if ending in (".parquet", ".arrow", ".tar") and is_shard else path
+        whole = path.parent if ending_of(path) in (".parquet", ".arrow", ".tar") and is_shard else path
         if whole not in seen:
             seen.add(whole)
             yield whole

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,20 @@ import yaml
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, one_line
-from dora_vl.run.arguments import OWNED, RENAMED, check_trackers, check_training_section, training_fields
+from dora_vl.run.arguments import check_trackers
 from dora_vl.start.rules import (
     Counterpart,
-    Rule,
     Setting,
+    computed,
     globs_of_endings,
     globs_of_expression,
     is_on,
-    lost,
     missing,
     of_adapters,
-    one_of,
-    same,
-    switch,
-    to,
-    unless,
 )
-from dora_vl.start.settings_file import LAUNCHER, PROGRAM, options
+from dora_vl.start.settings_file import options
 
-STARTS = "starts are kaiming, gaussian, orthogonal and pissa"
 DECODER = ("model.language_model*", "lm_head")
-NO_BIASES = "biases do not train beside adapters; adapter.also_train names parameters"
 ON_ANSWERS = "labels are on the answers alone"
 
 # -- adapters -----------------------------------------------------------------------------------------------------
@@ -47,11 +37,13 @@ def lora_or_dora(settings: Mapping[str, Any]) -> Method:
     return "dora" if is_on(settings.get("use_dora")) else "lora"
 
 
+@computed
 def which_method(setting: Setting) -> Counterpart:
     """DoRA, LoRA or full."""
     return Counterpart({"adapter.method": setting.method})
 
 
+@computed
 @of_adapters
 def targets(setting: Setting) -> Counterpart:
     """PEFT's `all-linear`, list of endings, or expression for whole names."""
@@ -62,6 +54,7 @@ def targets(setting: Setting) -> Counterpart:
     return Counterpart({"adapter.targets": globs_of_endings(sorted(setting.words))})
 
 
+@computed
 def expression(setting: Setting) -> Counterpart:
     """A regular expression for whole names."""
     try:
@@ -70,6 +63,7 @@ def expression(setting: Setting) -> Counterpart:
         return missing(f"{error} has no counterpart among patterns; write adapter.targets")
 
 
+@computed
 def by_pattern(setting: Setting) -> Counterpart:
     """`rank_pattern` and `alpha_pattern`: an expression at a name's end -> a number."""
     if not isinstance(setting.value, Mapping):
@@ -90,6 +84,7 @@ def whole_modules(names: list[str]) -> dict[str, Any]:
     return {"adapter.also_train": others} if others else {}
 
 
+@computed
 @of_adapters
 def modules_to_save(setting: Setting) -> Counterpart:
     """Modules that train whole: the projector, and others."""
@@ -104,6 +99,7 @@ def is_projector(name: str) -> bool:
     return name.rpartition(".")[2] in (*PROJECTORS, "projector", "mm_projector")
 
 
+@computed
 def dropout(setting: Setting) -> Counterpart:
     """The probability, and with DoRA PEFT's place of it."""
     if setting.method != "dora" or not setting.number:
@@ -112,6 +108,7 @@ def dropout(setting: Setting) -> Counterpart:
     return Counterpart({"adapter.dropout": setting.number, "adapter.dropout_mode": "whole_change"}, note)
 
 
+@computed
 def start(setting: Setting) -> Counterpart:
     """How A and B begin."""
     value = str(setting.value).lower()
@@ -119,10 +116,14 @@ def start(setting: Setting) -> Counterpart:
         return Counterpart({"adapter.init": {"true": "kaiming"}.get(value, value)})
     if value.startswith("pissa"):
         return Counterpart({"adapter.init": "pissa"}, "by an exact decomposition")
-    return missing(STARTS)
+    return missing("starts are kaiming, gaussian, orthogonal and pissa")
 
 
-scaling: Rule = to("adapter.rank_scaling", lambda setting: "sqrt" if setting.is_on else "linear")
+@computed
+def scaling(setting: Setting) -> Counterpart:
+    """rsLoRA's, or the usual one."""
+    return Counterpart({"adapter.rank_scaling": "sqrt" if setting.is_on else "linear"})
+
 
 Freezes = Mapping[str, tuple[str, bool]]
 """Place of a model -> the setting that freezes it, and whether it is frozen where the file is silent."""
@@ -144,35 +145,14 @@ def whole_places(setting: Setting, freezes: Freezes) -> Counterpart:
     )
 
 
-def quantised(kind_setting: str) -> Rule:
-    """So many bits, of the kind that another setting says."""
-    names = {("bnb", 4): "nf4", ("bitsandbytes", 4): "nf4", ("bnb", 8): "int8", ("hqq", 4): "hqq"}
-
-    def rule(setting: Setting) -> Counterpart:
-        kind = str(setting.settings.get(kind_setting) or "bnb").lower()
-        if (kind, setting.number) in names:
-            return Counterpart({"model.quantisation": names[kind, int(setting.number)]})
-        return missing(f"{kind} of {setting.value} bits; there are nf4, int8 and hqq (4 bits)")
-
-    return rule
-
-
-def attention(**others: str) -> Rule:
-    """`model.attn_implementation`, under its own names and others."""
-    names = {name: name for name in ("sdpa", "eager", "flash_attention_2")}
-    return one_of(
-        "model.attn_implementation",
-        {**names, "auto": None, **others, **({False: others["off"]} if "off" in others else {})},
-        f"there are {', '.join(names)}",
-    )
-
-
+@computed
 def streaming(setting: Setting) -> Counterpart:
     """A stream has no lengths to group by."""
     settings = {"data.streaming": True, "data.group_by_modality_length": False}
     return Counterpart(settings) if setting.is_on else Counterpart(note="read whole")
 
 
+@computed
 def held_out_share(setting: Setting) -> Counterpart:
     """A share of the samples, or a number of them."""
     number = setting.number
@@ -196,19 +176,18 @@ def hub(name: str, split: str) -> str:
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def precision(dtype: str) -> Rule:
+@computed
+def precision(setting: Setting) -> Counterpart:
     """`bf16` or `fp16`: the number type of the frozen weights; with all weights training, of the arithmetic."""
-
-    def rule(setting: Setting) -> Counterpart:
-        if not setting.is_on:
-            return Counterpart(note="off")
-        if setting.method == "full":
-            return Counterpart({f"training.{setting.key}": True}, "with float32 masters, which DeepSpeed keeps")
-        return Counterpart({"model.dtype": dtype}, "of the frozen weights; what trains is float32")
-
-    return rule
+    if not setting.is_on:
+        return Counterpart(note="off")
+    if setting.method == "full":
+        return Counterpart({f"training.{setting.key}": True}, "with float32 masters, which DeepSpeed keeps")
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[setting.key]
+    return Counterpart({"model.dtype": dtype}, "of the frozen weights; what trains is float32")
 
 
+@computed
 def warmup(setting: Setting) -> Counterpart:
     """A number of steps, or below 1 a share of all of them; the number wins where both are said."""
     value = setting.number
@@ -220,6 +199,7 @@ def warmup(setting: Setting) -> Counterpart:
     return Counterpart({"training.warmup_steps": int(value) if value >= 1 or not value else value})
 
 
+@computed
 def deepspeed(setting: Setting) -> Counterpart:
     """A DeepSpeed JSON as the shipped one of its stage, by its content where it is there, else by its name."""
     config = setting.value if isinstance(setting.value, Mapping) else _read(str(setting.value), setting.file)
@@ -244,6 +224,7 @@ def deepspeed(setting: Setting) -> Counterpart:
     return Counterpart({"training.deepspeed": name}, "; ".join(notes))
 
 
+@computed
 def launcher(setting: Setting) -> Counterpart:
     """What starts the program: the DeepSpeed stage of `accelerate launch --config_file` is a setting here."""
     started = "start it with `deepspeed` on as many GPUs: a step is batch x accumulation x GPUs"
@@ -284,6 +265,7 @@ def _read(name: str, file: Path) -> Mapping[str, Any] | None:
 HELD_OUT = ("eval_dataset", "val_size", "val_dataset", "split_dataset_ratio", "dataset_test_split")
 
 
+@computed
 def eval_strategy(setting: Setting) -> Counterpart:
     """Our runs validate where there is validation data, and only there; YAML reads an unquoted `no` as false."""
     strategy = "no" if setting.value is False else str(setting.value)
@@ -292,6 +274,7 @@ def eval_strategy(setting: Setting) -> Counterpart:
     return Counterpart({"training.eval_strategy": strategy})
 
 
+@computed
 def report_to(setting: Setting) -> Counterpart:
     """Trackers, where they are installed here."""
     listed = setting.value if isinstance(setting.value, list) else [setting.value]
@@ -303,6 +286,7 @@ def report_to(setting: Setting) -> Counterpart:
     return Counterpart({"training.report_to": trackers or "none"})
 
 
+@computed
 def resume(setting: Setting) -> Counterpart:
     """`true` is the newest checkpoint; one of another tool cannot be gone on from."""
     if not setting.is_on:
@@ -312,6 +296,7 @@ def resume(setting: Setting) -> Counterpart:
     return missing("another tool's checkpoint; `dora-vl convert` takes its adapter, for adapter.initial")
 
 
+@computed
 def order(setting: Setting) -> Counterpart:
     """How samples are put together."""
     if setting.key == "train_sampling_strategy" and setting.value not in ("group_by_length", "random"):
@@ -321,91 +306,7 @@ def order(setting: Setting) -> Counterpart:
     return Counterpart({"data.group_by_modality_length": by_length}, note)
 
 
-OF_THE_TRAINER = (
-    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "ddp_timeout",
-)  # fmt: skip
-ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "FORCE_TORCHRUN", "WANDB_PROJECT", "HF_HOME",
-)  # fmt: skip
-"""Variables before a command that mean the same here."""
-AS_NEEDED = ("preprocessing_num_workers", "dataset_num_proc", "lazy_preprocess")
-COMMON: Mapping[str, Rule] = {
-    PROGRAM: same("dora-vl train"),
-    LAUNCHER: launcher,
-    **{name: same("of the environment: set it likewise") for name in ENVIRONMENT},
-    **{name: to(f"training.{name}") for name in OF_THE_TRAINER},
-    **dict.fromkeys(AS_NEEDED, same("samples are made as they are needed, by data.workers processes")),
-    "warmup_ratio": warmup,
-    "warmup_steps": warmup,
-    "bf16": precision("bfloat16"),
-    "fp16": precision("float16"),
-    "deepspeed": deepspeed,
-    "eval_strategy": eval_strategy,
-    "evaluation_strategy": eval_strategy,
-    "save_strategy": to("training.save_strategy", lambda setting: str(setting.value) if setting.value else "no"),
-    "report_to": report_to,
-    "resume_from_checkpoint": resume,
-    "group_by_length": order,
-    "train_sampling_strategy": order,
-    "dataloader_num_workers": to("data.workers"),
-    "overwrite_output_dir": switch("overwrite"),
-    "gradient_checkpointing": switch("training.gradient_checkpointing"),
-    "activation_checkpointing": switch("training.gradient_checkpointing"),
-    "cache_dir": lost("the environment's HF_HOME"),
-    "neftune_noise_alpha": lost("adapter.dropout"),
-    "do_predict": unless(False, "evaluation.file names questions that are asked after training"),
-    "include_num_input_tokens_seen": lost("log.jsonl has samples a second and the share of padding"),
-    "trust_remote_code": same("models are transformers' own code"),
-    "do_train": same("a run trains"),
-    "do_eval": same("what is held out is measured while training"),
-    "remove_unused_columns": same("batches are read whole"),
-    "logging_dir": same("log.jsonl is in training.output_dir"),
-    "save_safetensors": same("adapters are always safetensors"),
-    "use_fast_tokenizer": same("a fast tokenizer"),
-    "plot_loss": same("dora-vl report draws it"),
-    "overwrite_cache": same("a changed file is read anew"),
-}
-"""What all of them call the same."""
-PIXELS = lost("the base's own processor has the limits (preprocessor_config.json)")
-MICRO_BATCH = Counterpart({"optim.loss_normalisation": "micro_batch"}, "the mean of each micro-batch")
-STEP_TOKENS = Counterpart({"optim.loss_normalisation": "step_tokens"}, "one mean over the step's tokens")
-DECAY = Counterpart({"optim.weight_decay_on": "all_but_biases"}, "magnitudes decay as all else does")
-
-
-def otherwise(tool: str) -> Rule:
-    """A setting that no table names: a field of `training:` where transformers has it, else one without counterpart."""
-
-    def rule(setting: Setting) -> Counterpart:
-        if setting.key in OWNED:
-            return missing(OWNED[setting.key]) if setting.is_on else Counterpart(note="off")
-        if setting.key in training_fields():
-            return _field(setting)
-        if setting.key in RENAMED:
-            return missing(f"transformers has it no longer; here {RENAMED[setting.key]}")
-        return missing(f"a setting of {tool}'s own, or none") if setting.is_on else Counterpart(note="off")
-
-    return rule
-
-
-def _field(setting: Setting) -> Counterpart:
-    """A field of `training:` under its own name, if a run takes this value of it."""
-    fields = set(training_fields()) - COMMON.keys()
-    together = {name: value for name, value in setting.settings.items() if name in fields}
-    if _refusal(json.dumps(together, default=str)) is not None:  # taking one by one is slow
-        refusal = _refusal(json.dumps({setting.key: setting.value}, default=str))
-        if refusal is not None:
-            return missing(refusal)
-    return Counterpart({f"training.{setting.key}": setting.value})
-
-
-@cache
-def _refusal(section: str) -> str | None:
-    """Why a run does not take a `training:` section, given as JSON; None where it does."""
-    try:
-        check_training_section(json.loads(section))
-    except UserError as error:
-        return str(error)
-    return None
+@computed
+def save_strategy(setting: Setting) -> Counterpart:
+    """YAML reads an unquoted `no` as false."""
+    return Counterpart({"training.save_strategy": str(setting.value) if setting.value else "no"})

@@ -1,40 +1,190 @@
-"""What the settings of TRL, ms-swift, LLaVA's scripts and PEFT's `adapter_config.json` are here: a table each."""
+"""What the settings of each tool are here: `tables.yaml`, and what of them must be computed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import PurePosixPath
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from dora_vl.core.config import Method
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown_names
+from dora_vl.run.arguments import OWNED, RENAMED, check_training_section, training_fields
 from dora_vl.start import tool_rules as shared
-from dora_vl.start.llama_factory import LLAMA_FACTORY
 from dora_vl.start.rules import (
+    COMPUTED,
     Counterpart,
     Rule,
     Setting,
     Tool,
+    computed,
     globs_of_endings,
     is_on,
-    lost,
     missing,
     of_adapters,
-    one_of,
-    only,
-    same,
-    switch,
-    to,
-    unless,
-    unless_off,
-    where_on,
+    rule_of,
 )
 
-# -- TRL's `trl sft`: `ScriptArguments`, `SFTConfig` and `ModelConfig` of TRL 1.16 ---------------------------------
+# -- LLaMA-Factory --------------------------------------------------------------------------------------------------
+
+FACTORY_FREEZES: shared.Freezes = {
+    "language": ("freeze_language_model", False),
+    "vision": ("freeze_vision_tower", True),
+    "projector": ("freeze_multi_modal_projector", True),
+}
 
 
+@computed
+@of_adapters
+def _factory_targets(setting: Setting) -> Counterpart:
+    """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
+    names = setting.words
+    places = [place for place in shared.chosen_places(setting, FACTORY_FREEZES) if place != "projector"]
+    if names == ["all"]:
+        return Counterpart({"adapter.targets": places})
+    if len(places) == 2:
+        return Counterpart({"adapter.targets": globs_of_endings(names)})
+    if "language" in places:
+        where, note = "*language_model*", "of the language model alone: the tower is frozen"
+    else:
+        where, note = "*vis*", "of the tower alone"
+    return Counterpart({"adapter.targets": [f"{where}.{name}" for name in names]}, note)
+
+
+@computed
+@partial(of_adapters, otherwise="said by adapter.targets")
+def _factory_projector(setting: Setting) -> Counterpart:
+    if any(map(shared.is_projector, str(setting.settings.get("additional_target") or "").split(","))):
+        return Counterpart(note="said by additional_target")
+    return Counterpart({"adapter.train_projector": False}, "LoRA leaves it as it is, frozen or not")
+
+
+@computed
+def _factory_additional(setting: Setting) -> Counterpart:
+    projector = {"adapter.train_projector": True} if any(map(shared.is_projector, setting.words)) else {}
+    return Counterpart({**projector, **shared.whole_modules(setting.words)}, "whole")
+
+
+@computed
+def _factory_alpha(setting: Setting) -> Counterpart:
+    if setting.value != "":
+        return Counterpart({"adapter.alpha": setting.number})
+    rank = replace(setting, key="lora_rank", value=setting.settings["lora_rank"]).number
+    return Counterpart({"adapter.alpha": 2.0 * rank}, "twice the rank")
+
+
+@computed
+def _factory_template(setting: Setting) -> Counterpart:
+    base = str(setting.settings.get("model_name_or_path", "")).lower()
+    if not any(part in base for part in ("llava-1.5", "llava_1.5", "llava-v1.5")):
+        return Counterpart(note="the base's own chat template; compare with dora-vl show batch")
+    if setting.value in ("llava", "vicuna"):
+        return Counterpart({"model.template": "vicuna_v1"})
+    return missing("formats of a LLaVA-1.5 are listed in docs/training.md")
+
+
+# -- dataset_info.json --------------------------------------------------------------------------------------------
+
+INFO = "dataset_info.json"
+COLUMN_ROLES = {"prompt": "instruction", "query": "input", "response": "output"} | {
+    name: name for name in ("history", "system", "images", "videos")
+}
+"""What `columns` of a set calls a column -> its role in `data.columns`."""
+TURNS = {("from", "value"): "conversations", ("role", "content"): "messages"}
+"""What the turns call the speaker and the words -> the role of their column."""
+
+
+DataSet = tuple[str, Mapping[str, str], list[str]]
+"""Where a set is, the roles of its columns, and what of it has no counterpart."""
+
+
+def _set_folder(setting: Setting) -> str:
+    return str(setting.settings.get("dataset_dir") or "data")
+
+
+def _files(target: str, setting: Setting) -> Counterpart:
+    """`dataset` or `eval_dataset`: names of sets, as paths and the roles of their columns."""
+    info = _read_info(setting)
+    if info is None:
+        return missing(f"{_set_folder(setting)}/{INFO}, which says what file that is, is not there; put the file here")
+    if unknown := [given for given in setting.words if given not in info]:
+        raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
+    sets = {name: _data_set(info[name], _set_folder(setting)) for name in setting.words}
+    trouble = [f"{name}: {'; '.join(reasons)}" for name, (_, _, reasons) in sets.items() if reasons]
+    columns = {column: role for _, roles, _ in sets.values() for column, role in roles.items()}
+    for name, (_, roles, _) in sets.items():
+        if clash := [column for column, role in roles.items() if columns[column] != role]:
+            trouble.append(f"{name}: its column {clash[0]} is {roles[clash[0]]} here; rename one")
+    paths = [path for path, _, _ in sets.values()]
+    if not all(paths):
+        return missing("; ".join(trouble))
+    files = shared.sources(target, paths, "; ".join(trouble), is_lost=bool(trouble))
+    return replace(files, settings={**files.settings, "data.columns": columns}) if files.settings and columns else files
+
+
+def _read_info(setting: Setting) -> Mapping[str, Any] | None:
+    folder = Path(_set_folder(setting))
+    beside = (setting.file.parent, *setting.file.resolve().parents[:4])
+    paths = [folder / INFO, *(parent / folder / INFO for parent in beside)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: no object of data sets")
+    return content
+
+
+def _data_set(entry: Any, folder: str) -> DataSet:
+    if not isinstance(entry, Mapping):
+        return "", {}, ["its entry is no object"]
+    if entry.get("ranking"):
+        return "", {}, ["pairs of a better and a worse answer are no samples"]
+    if name := entry.get("file_name"):
+        path = str(Path(folder) / str(name))
+    elif name := entry.get("hf_hub_url"):
+        path = shared.hub(str(name), str(entry.get("split") or "train"))
+    else:
+        return "", {}, ["it is loaded by a script, or from another hub; put its rows into a file"]
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    trouble = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
+    trouble += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
+    trouble += [f"its column {columns[name]} is not read" for name in ("tools", "audios") if columns.get(name)]
+    roles = {str(columns[name]): role for name, role in COLUMN_ROLES.items() if columns.get(name)}
+    if entry.get("formatting", "alpaca") != "alpaca":
+        role = TURNS.get((tags.get("role_tag", "from"), tags.get("content_tag", "value")))
+        if role is None:
+            trouble.append("its turns' keys: rename them to from and value, or role and content")
+        roles[str(columns.get("messages") or "conversations")] = role or "conversations"
+    return path, {column: role for column, role in roles.items() if column != role}, trouble
+
+
+def _factory_method(settings: Mapping[str, Any]) -> Method:
+    """What a file trains."""
+    return "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings)
+
+
+@computed
+def _factory_media(setting: Setting) -> Counterpart:
+    """Where the pictures are: with the sets, unless it is said."""
+    return Counterpart({"data.image_folder": setting.value or _set_folder(setting)})
+
+
+COMPUTED["factory_dataset"] = partial(_files, "data.train")
+COMPUTED["factory_eval_dataset"] = partial(_files, "data.validation")
+COMPUTED["factory_whole_places"] = partial(shared.whole_places, freezes=FACTORY_FREEZES)
+
+# -- TRL -------------------------------------------------------------------------------------------------------------
+
+
+@computed
 def _trl_method(setting: Setting) -> Counterpart:
     if setting.method != "full":
         return shared.which_method(setting)
@@ -42,6 +192,7 @@ def _trl_method(setting: Setting) -> Counterpart:
     return Counterpart(settings, "all weights train")
 
 
+@computed
 def _trl_targets(setting: Setting) -> Counterpart:
     if setting.value == "" and setting.method != "full":
         return missing("PEFT chooses by the model's type; here the language model's linears are taken: name them to be "
@@ -53,6 +204,7 @@ def _trl_targets(setting: Setting) -> Counterpart:
     return shared.targets(replace(setting, value=[value] if is_name else value))
 
 
+@computed
 def _trl_file(setting: Setting) -> Counterpart:
     if setting.settings.get("dataset_config"):
         return missing("a configuration of a set: `dora-vl prepare hugging-face` takes one (--set config=...)")
@@ -60,6 +212,7 @@ def _trl_file(setting: Setting) -> Counterpart:
     return Counterpart({"data.train": shared.hub(str(setting.value), split)})
 
 
+@computed
 def _trl_files(setting: Setting) -> Counterpart:
     """`datasets`: a mixture, of the hub's sets or of files."""
     entries = setting.value
@@ -76,6 +229,7 @@ def _trl_files(setting: Setting) -> Counterpart:
     return shared.sources("data.train", paths, note, is_lost=not paths)
 
 
+@computed
 def _trl_held_out(setting: Setting) -> Counterpart:
     name = setting.settings.get("dataset_name")
     if setting.settings.get("eval_strategy", "no") in ("no", False) or not name:
@@ -83,6 +237,7 @@ def _trl_held_out(setting: Setting) -> Counterpart:
     return Counterpart({"data.validation": f"hub:{name}:{setting.value}"})
 
 
+@computed
 def _trl_dtype(setting: Setting) -> Counterpart:
     value = str(setting.value).removeprefix("torch.")
     if value == "float32" and setting.method != "full" and setting.settings.get("bf16") is not False:
@@ -94,69 +249,22 @@ def _trl_dtype(setting: Setting) -> Counterpart:
     return Counterpart({"model.dtype": "bfloat16"}, note)
 
 
+@computed
 def _trl_arithmetic(setting: Setting) -> Counterpart:
     """With adapters the weights' own type counts, `dtype`; with all weights masters are float32."""
     if setting.method != "full":
         return Counterpart(note="said by model.dtype: what is frozen keeps it, what trains is float32")
-    return shared.COMMON[setting.key](setting)
+    return shared.precision(setting)
 
 
+@computed
 def _trl_labels(setting: Setting) -> Counterpart:
     if setting.is_on:
         return Counterpart(note=shared.ON_ANSWERS)
     return missing(f"TRL labels the questions' tokens too; here {shared.ON_ANSWERS}")
 
 
-TRL_DEFAULTS: Mapping[str, Any] = {
-    "use_peft": False, "use_dora": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
-    "lora_target_modules": "", "lora_modules_to_save": [], "dtype": "float32", "learning_rate": 2e-5,
-    "gradient_checkpointing": True, "max_length": 1024, "assistant_only_loss": False, "dataloader_num_workers": 0,
-    "train_sampling_strategy": "random",
-}  # fmt: skip
-TRL = Tool(
-    name="TRL",
-    method=lambda settings: shared.lora_or_dora(settings) if is_on(settings["use_peft"]) else "full",
-    otherwise=shared.otherwise("TRL"),
-    table={
-        **shared.COMMON,
-        "model_name_or_path": to("model.base"),
-        "model_revision": to("model.revision"),
-        **dict.fromkeys(("dtype", "torch_dtype"), _trl_dtype),
-        **dict.fromkeys(("bf16", "fp16"), _trl_arithmetic),
-        "attn_implementation": shared.attention(),
-        "use_peft": _trl_method,
-        "use_dora": _trl_method,
-        "lora_r": to("adapter.rank"),
-        "lora_alpha": to("adapter.alpha"),
-        "lora_dropout": shared.dropout,
-        "lora_target_modules": _trl_targets,
-        "lora_modules_to_save": shared.modules_to_save,
-        "use_rslora": shared.scaling,
-        "load_in_4bit": where_on({"model.quantisation": "nf4"}),
-        "load_in_8bit": where_on({"model.quantisation": "int8"}),
-        "bnb_4bit_quant_type": unless("nf4", "4 bits are nf4 here, or hqq"),
-        "use_bnb_nested_quant": same("nf4 has its scales quantised in any case"),
-        "dataset_name": _trl_file,
-        "dataset_config": same("see dataset_name"),
-        "dataset_train_split": same("said by data.train"),
-        "dataset_test_split": _trl_held_out,
-        "dataset_streaming": shared.streaming,
-        "datasets": _trl_files,
-        "dataset_text_field": same("rows are read by their own keys"),
-        **dict.fromkeys(("max_length", "max_seq_length"), to("data.max_tokens", note="pictures are never cut")),
-        "truncation_mode": unless("keep_start", "the end is cut"),
-        "assistant_only_loss": _trl_labels,
-        "completion_only_loss": same(shared.ON_ANSWERS),
-        "loss_type": one_of(
-            "optim.loss_normalisation", dict.fromkeys(("nll", "chunked_nll"), "step_tokens"), "cross-entropy alone"
-        ),
-        "model_init_kwargs": lost("model.dtype, model.attn_implementation and model.revision say what there is"),
-    },
-    defaults=TRL_DEFAULTS,
-    always={"(loss)": shared.STEP_TOKENS, "(decay)": shared.DECAY},
-)
-
-# -- ms-swift's `swift sft`: `swift/arguments` of ms-swift 4.6 -----------------------------------------------------
+# -- ms-swift --------------------------------------------------------------------------------------------------------
 
 SWIFT_FREEZES: shared.Freezes = {
     "language": ("freeze_llm", False),
@@ -164,7 +272,6 @@ SWIFT_FREEZES: shared.Freezes = {
     "projector": ("freeze_aligner", True),
 }
 FILE_ENDINGS = ("json", "jsonl", "csv", "parquet", "arrow", "tsv")
-PIXEL_LIMITS = ("max_pixels", "MAX_PIXELS", "IMAGE_MAX_TOKEN_NUM", "VIDEO_MAX_PIXELS", "VIDEO_MAX_TOKEN_NUM")
 
 
 def _swift_method(settings: Mapping[str, Any]) -> Method:
@@ -172,6 +279,7 @@ def _swift_method(settings: Mapping[str, Any]) -> Method:
     return "full" if kind == "full" else shared.lora_or_dora(settings)
 
 
+@computed
 @of_adapters
 def _swift_targets(setting: Setting) -> Counterpart:
     if setting.settings.get("target_regex"):
@@ -179,10 +287,6 @@ def _swift_targets(setting: Setting) -> Counterpart:
     if "all-linear" in setting.words:
         return Counterpart({"adapter.targets": shared.chosen_places(setting, SWIFT_FREEZES)})
     return Counterpart({"adapter.targets": globs_of_endings(setting.words)})
-
-
-def _swift_rate(part: str) -> Rule:
-    return lost(f"make the place a part of its own, with its rate: adapter.parts.{part}, optim.rates.{part}")
 
 
 def _swift_data(name: str, setting: Setting) -> Counterpart:
@@ -199,6 +303,7 @@ def _swift_data(name: str, setting: Setting) -> Counterpart:
     return shared.sources(name, paths, note)
 
 
+@computed
 def _swift_accumulation(setting: Setting) -> Counterpart:
     """Without it ms-swift makes a step of at least 16 samples, of all GPUs."""
     if setting.value != "":
@@ -209,11 +314,13 @@ def _swift_accumulation(setting: Setting) -> Counterpart:
     return Counterpart(settings, f"16 samples a step on {ranks} GPU")
 
 
+@computed
 def _swift_learning_rate(setting: Setting) -> Counterpart:
     usual = 1e-5 if setting.method == "full" else 1e-4
     return Counterpart({"training.learning_rate": usual if setting.value == "" else setting.number})
 
 
+@computed
 def _swift_dtype(setting: Setting) -> Counterpart:
     value = str(setting.value).removeprefix("torch.")
     value = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value)
@@ -223,92 +330,27 @@ def _swift_dtype(setting: Setting) -> Counterpart:
     return Counterpart({"model.dtype": value, **({f"training.{arithmetic}": True} if arithmetic else {})})
 
 
+@computed
 def _swift_length(setting: Setting) -> Counterpart:
     if setting.value == "":
         return Counterpart({"data.max_tokens": 32768}, "the model's own length, which cuts before that")
     return Counterpart({"data.max_tokens": setting.value}, "pictures are never cut")
 
 
-MS_SWIFT_DEFAULTS: Mapping[str, Any] = {
-    "use_dora": False, "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear",
-    "modules_to_save": [], "torch_dtype": "bfloat16", "learning_rate": "", "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": "", "gradient_checkpointing": True, "lr_scheduler_type": "cosine",
-    "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": "", "truncation_strategy": "delete",
-    "dataloader_num_workers": 1, "train_sampling_strategy": "random",
-}  # fmt: skip
-MS_SWIFT = Tool(
-    name="ms-swift",
-    method=_swift_method,
-    otherwise=shared.otherwise("ms-swift"),
-    table={
-        **shared.COMMON,
-        "model": to("model.base"),
-        "model_revision": to("model.revision"),
-        "torch_dtype": _swift_dtype,
-        "attn_impl": shared.attention(flash_attn="flash_attention_2"),
-        "rlhf_type": only((), same("")),
-        "task_type": only(("causal_lm",), same("answers are text")),
-        **dict.fromkeys(("tuner_type", "train_type"), only(("lora", "full"), shared.which_method)),
-        "use_dora": shared.which_method,
-        "lora_rank": to("adapter.rank"),
-        "lora_alpha": to("adapter.alpha"),
-        "lora_dropout": shared.dropout,
-        "use_rslora": shared.scaling,
-        "lorap_lr_ratio": to("optim.b_learning_rate_ratio"),
-        "lora_bias": unless("none", shared.NO_BIASES),
-        "lora_dtype": same("what trains is float32"),
-        "init_weights": shared.start,
-        "target_modules": _swift_targets,
-        "target_regex": shared.expression,
-        "modules_to_save": shared.modules_to_save,
-        **{name: partial(shared.whole_places, freezes=SWIFT_FREEZES) for name, _ in SWIFT_FREEZES.values()},
-        "vit_lr": _swift_rate("vision"),
-        "aligner_lr": _swift_rate("projector"),
-        "adapters": to(
-            "adapter.initial", lambda setting: setting.value[0] if isinstance(setting.value, list) else setting.value
-        ),
-        "dataset": partial(_swift_data, "data.train"),
-        "val_dataset": partial(_swift_data, "data.validation"),
-        "split_dataset_ratio": shared.held_out_share,
-        "max_length": _swift_length,
-        "truncation_strategy": unless(
-            "right", "here the end of a text that is too long is cut, pictures never, and counted"
-        ),
-        "template": same("the base's own chat template; compare with dora-vl show batch"),
-        **dict.fromkeys(PIXEL_LIMITS, shared.PIXELS),
-        **dict.fromkeys(("FPS_MAX_FRAMES", "NFRAMES"), to("data.video_frames")),
-        "FPS": to("data.video_fps"),
-        "ROOT_IMAGE_DIR": to("data.image_folder"),
-        "loss_scale": unless("default", f"{shared.ON_ANSWERS}, all alike"),
-        "quant_bits": shared.quantised("quant_method"),
-        "quant_method": same("said by model.quantisation"),
-        "streaming": shared.streaming,
-        "shuffle_buffer_size": to("data.shuffle_buffer"),
-        "strict": lost("data.max_bad_share: how many bad samples are passed over"),
-        "learning_rate": _swift_learning_rate,
-        "gradient_accumulation_steps": _swift_accumulation,
-        **dict.fromkeys(("model_author", "model_name"), same("of self-cognition data alone")),
-    },
-    defaults=MS_SWIFT_DEFAULTS,
-    always={"(loss)": shared.STEP_TOKENS, "(decay)": shared.DECAY},
-)
+@computed
+def _swift_adapters(setting: Setting) -> Counterpart:
+    """The first of a list."""
+    return Counterpart({"adapter.initial": setting.value[0] if isinstance(setting.value, list) else setting.value})
 
-# -- LLaVA's own scripts, and NVlabs' `train_mem_dora.py` with the same options: `llava/train/train.py` of c121f04 ---
+
+COMPUTED["swift_dataset"] = partial(_swift_data, "data.train")
+COMPUTED["swift_val_dataset"] = partial(_swift_data, "data.validation")
+COMPUTED["swift_whole_places"] = partial(shared.whole_places, freezes=SWIFT_FREEZES)
+
+# -- LLaVA -----------------------------------------------------------------------------------------------------------
 
 HUB_NAMES = {f"llava-v1.5-{size}": f"llava-hf/llava-1.5-{size}-hf" for size in ("7b", "13b")}
 """Their checkpoints -> the same weights in transformers' format."""
-FORMATS = (
-    "vicuna_v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct", "chatml_direct", "mpt", "v0",
-    "v0_mmtag", "plain",
-)  # fmt: skip
-TEMPLATES = {name: name for name in FORMATS} | {
-    "v1": "vicuna_v1",
-    "llava_v1_mmtag": "v1_mmtag",
-    "mistral_direct": "chatml_direct",
-    "llava_v0": "v0",
-    "llava_v0_mmtag": "v0_mmtag",
-    "v0_plain": "plain",
-}
 PROJECTOR_ALONE = ("model.multi_modal_projector*",)
 
 
@@ -317,6 +359,7 @@ def _llava_method(settings: Mapping[str, Any]) -> Method:
     return shared.lora_or_dora(settings) if is_on(settings.get("lora_enable")) else "full"
 
 
+@computed
 def _llava_what_trains(setting: Setting) -> Counterpart:
     if setting.method != "full":
         return Counterpart({"adapter.method": setting.method}, "all linears of the language model")
@@ -332,6 +375,7 @@ def _llava_what_trains(setting: Setting) -> Counterpart:
     return Counterpart({"adapter.method": "full", "adapter.targets": targets})
 
 
+@computed
 def _llava_base(setting: Setting) -> Counterpart:
     name = PurePosixPath(str(setting.value)).name
     if name in HUB_NAMES:
@@ -343,130 +387,102 @@ def _llava_base(setting: Setting) -> Counterpart:
     return Counterpart(settings, "tower and language model are put together there by the first run")
 
 
-def _if_composed(rule: Rule, note: str = "the base's") -> Rule:
-    """For settings of a base that the run puts together; a published LLaVA has its own."""
-
-    def checked(setting: Setting) -> Counterpart:
-        name = PurePosixPath(str(setting.settings.get("model_name_or_path", ""))).name
-        return Counterpart(note=note) if "llava" in name.lower() else rule(setting)
-
-    return checked
+@computed
+def _llava_tower(setting: Setting) -> Counterpart:
+    """Of a base that the run puts together."""
+    return Counterpart({"model.compose.vision_library": "transformers", "model.compose.vision_name": setting.value})
 
 
+@computed
+@partial(of_adapters, otherwise="said by adapter.targets")
+def _llava_projector(setting: Setting) -> Counterpart:
+    """It trains unless it is frozen."""
+    return Counterpart({"adapter.train_projector": not setting.is_on})
+
+
+@computed
 def _llava_bits(setting: Setting) -> Counterpart:
     name = {4: "nf4", 8: "int8"}.get(int(setting.number))
     return Counterpart({"model.quantisation": name}) if name else Counterpart(note="not quantised")
 
 
-LLAVA_DEFAULTS: Mapping[str, Any] = {
-    "lora_enable": False, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "version": "v0",
-    "freeze_mm_mlp_adapter": False, "mm_vision_select_layer": -1, "mm_projector_type": "linear",
-    "mm_use_im_patch_token": True, "image_aspect_ratio": "square", "group_by_modality_length": False,
-    "model_max_length": 512, "optim": "adamw_torch", "bf16": False, "dataloader_num_workers": 0,
-}  # fmt: skip
-LLAVA = Tool(
-    name="LLaVA",
-    method=_llava_method,
-    otherwise=shared.otherwise("LLaVA"),
-    table={
-        **shared.COMMON,
-        **dict.fromkeys(("lora_enable", "use_dora"), _llava_what_trains),
-        "lora_r": to("adapter.rank"),
-        "lora_alpha": to("adapter.alpha"),
-        "lora_dropout": to("adapter.dropout"),
-        "lora_bias": unless("none", shared.NO_BIASES),
-        "lora_weight_path": unless("", "adapter.initial takes an adapter folder"),
-        "mm_projector_lr": to("optim.projector_learning_rate"),
-        "tune_mm_mlp_adapter": same("said by adapter.targets"),
-        "freeze_mm_mlp_adapter": of_adapters(
-            to("adapter.train_projector", lambda setting: not setting.is_on), "said by adapter.targets"
-        ),
-        "freeze_backbone": same("said by adapter.method"),
-        "model_name_or_path": _llava_base,
-        "version": one_of("model.template", TEMPLATES, "no prompt format of this name; LLaVA takes vicuna_v1 for it"),
-        "data_path": to("data.train"),
-        "image_folder": to("data.image_folder"),
-        "vision_tower": _if_composed(
-            lambda setting: Counterpart(
-                {"model.compose.vision_library": "transformers", "model.compose.vision_name": setting.value}
-            ),
-            "the base has its tower",
-        ),
-        "mm_vision_select_layer": _if_composed(to("model.compose.vision_layer")),
-        "mm_vision_select_feature": unless("patch", "the class token is left out"),
-        "mm_projector_type": _if_composed(unless("mlp2x_gelu", "a composed base has mlp2x_gelu, LLaVA-1.5's"), ""),
-        "pretrain_mm_mlp_adapter": lost(
-            "a .bin of the projector, which begins anew without it: train stage 1 here (llava/llava15, 7b_pretrain), "
-            "set adapter.initial to its adapter folder"
-        ),
-        "mm_use_im_start_end": unless(False, "no tokens around a picture"),
-        "mm_use_im_patch_token": unless(False, "it would add a token that is not used"),
-        "mm_patch_merge_type": unless(
-            "flat", "LLaVA-1.6's pictures: take a llava-hf base of it, through its own processor"
-        ),
-        "image_aspect_ratio": one_of(
-            "model.image_aspect",
-            {"pad": "pad", "square": "square"},
-            "anyres is LLaVA-1.6's: take a llava-hf base of it",
-        ),
-        "image_grid_pinpoints": lost("LLaVA-1.6's; a llava-hf base of it has its own"),
-        "is_multimodal": same("samples with pictures and without may be mixed"),
-        "group_by_modality_length": switch("data.group_by_modality_length"),
-        "model_max_length": to("data.max_tokens"),
-        "bits": _llava_bits,
-        "double_quant": unless(True, "nf4 here has its scales quantised"),
-        "quant_type": unless("nf4", "4 bits are nf4 here, or hqq"),
-        "mpt_attn_impl": lost("model.attn_implementation, for any language model"),
-    },
-    defaults=LLAVA_DEFAULTS,
-    always={"(loss)": shared.MICRO_BATCH},
-    needed={"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json", "training.output_dir": "runs/llava"},
-)
+# -- the tools -------------------------------------------------------------------------------------------------------
 
-# -- PEFT's `adapter_config.json`: `LoraConfig` of PEFT 0.21 -------------------------------------------------------
+TABLES = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 
 
-OF_THE_FILE = (
-    "fan_in_fan_out", "task_type", "inference_mode", "peft_version", "auto_mapping", "runtime_config",
-    "megatron_core", "qalora_group_size",
-)  # fmt: skip
-OTHER_STARTS = ("loftq_config", "corda_config", "eva_config", "lora_ga_config")
-PEFT_DEFAULTS: Mapping[str, Any] = {
-    "use_dora": False, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "modules_to_save": [],
-    "init_lora_weights": True,
-}  # fmt: skip
-PEFT = Tool(
-    name="PEFT",
-    method=shared.lora_or_dora,
-    otherwise=unless_off("no counterpart among adapters here"),
-    table={
-        "peft_type": only(("LORA",), same("said by adapter.method")),
-        "use_dora": shared.which_method,
-        "r": to("adapter.rank"),
-        "lora_alpha": to("adapter.alpha"),
-        "lora_dropout": shared.dropout,
-        "use_rslora": shared.scaling,
-        "target_modules": shared.targets,
-        "exclude_modules": unless_off("only layers that a pattern names are adapted; leave out by not naming"),
-        **dict.fromkeys(("rank_pattern", "alpha_pattern"), shared.by_pattern),
-        "modules_to_save": shared.modules_to_save,
-        "init_lora_weights": shared.start,
-        "base_model_name_or_path": to("model.base"),
-        "revision": to("model.revision"),
-        "bias": unless("none", shared.NO_BIASES),
-        "layers_to_transform": unless_off("write the layers' numbers into adapter.targets: *.layers.[0-3].*.q_proj"),
-        "target_parameters": unless_off("experts that are one tensor: adapter.targets: [experts]"),
-        "lora_bias": unless_off("adapters have no bias of their own"),
-        "trainable_token_indices": unless_off("adapter.also_train trains an embedding whole"),
-        **dict.fromkeys(OF_THE_FILE, same("of the file, or seen from the base")),
-        **dict.fromkeys(OTHER_STARTS, unless_off(shared.STARTS)),
-    },
-    defaults=PEFT_DEFAULTS,
-)
+def _table(key: str) -> dict[str, Rule]:
+    """The rules of a part of the tables, by a setting's name."""
+    return {name: rule_of(entry) for names, entry in TABLES[key].items() for name in names.split()}
+
+
+COMMON = _table("common")
+
+
+def _otherwise(tool: str, setting: Setting) -> Counterpart:
+    """A setting that no table names: a field of `training:` where transformers has it, else one without counterpart."""
+    if setting.key in OWNED:
+        return missing(OWNED[setting.key]) if setting.is_on else Counterpart(note="off")
+    if setting.key in training_fields():
+        return _field(setting)
+    if setting.key in RENAMED:
+        return missing(f"transformers has it no longer; here {RENAMED[setting.key]}")
+    return missing(f"a setting of {tool}'s own, or none") if setting.is_on else Counterpart(note="off")
+
+
+def _field(setting: Setting) -> Counterpart:
+    """A field of `training:` under its own name, if a run takes this value of it."""
+    fields = set(training_fields()) - COMMON.keys()
+    together = {name: value for name, value in setting.settings.items() if name in fields}
+    if _refusal(json.dumps(together, default=str)) is not None:  # taking one by one is slow
+        refusal = _refusal(json.dumps({setting.key: setting.value}, default=str))
+        if refusal is not None:
+            return missing(refusal)
+    return Counterpart({f"training.{setting.key}": setting.value})
+
+
+@cache
+def _refusal(section: str) -> str | None:
+    """Why a run does not take a `training:` section, given as JSON; None where it does."""
+    try:
+        check_training_section(json.loads(section))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _tool(key: str, name: str, method: Any, **more: Any) -> Tool:
+    table, otherwise = {**COMMON, **_table(key)}, partial(_otherwise, name)
+    return Tool(name=name, table=table, otherwise=otherwise, method=method, defaults=TABLES["defaults"][key], **more)
+
+
+STEP_TOKENS = Counterpart({"optim.loss_normalisation": "step_tokens"}, "one mean over the step's tokens")
+MICRO_BATCH = Counterpart({"optim.loss_normalisation": "micro_batch"}, "the mean of each micro-batch")
+DECAY = Counterpart({"optim.weight_decay_on": "all_but_biases"}, "magnitudes decay as all else does")
+LLAVA_NEEDS = {"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json"}
 TOOLS: Mapping[str, Tool] = {
-    "llama-factory": LLAMA_FACTORY,
-    "trl": TRL,
-    "ms-swift": MS_SWIFT,
-    "llava": LLAVA,
-    "peft": PEFT,
+    "llama-factory": _tool(
+        "llama-factory", "LLaMA-Factory", _factory_method, always={"(loss)": MICRO_BATCH, "(decay)": DECAY}
+    ),
+    "trl": _tool(
+        "trl",
+        "TRL",
+        lambda settings: shared.lora_or_dora(settings) if is_on(settings["use_peft"]) else "full",
+        always={"(loss)": STEP_TOKENS, "(decay)": DECAY},
+    ),
+    "ms-swift": _tool("ms-swift", "ms-swift", _swift_method, always={"(loss)": STEP_TOKENS, "(decay)": DECAY}),
+    "llava": _tool(
+        "llava",
+        "LLaVA",
+        _llava_method,
+        always={"(loss)": MICRO_BATCH},
+        needed={**LLAVA_NEEDS, "training.output_dir": "runs/llava"},
+    ),
+    "peft": Tool(
+        name="PEFT",
+        table=_table("peft"),
+        otherwise=rule_of({"unless_off": "no counterpart among adapters here"}),
+        method=shared.lora_or_dora,
+        defaults=TABLES["defaults"]["peft"],
+    ),
 }

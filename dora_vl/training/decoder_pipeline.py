@@ -171,26 +171,19 @@ class DecoderPipeline(Pipeline[RunConfig]):
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
         videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
-        dummy, outputs, folder = encoder.dummy() if pictures else None, None, image_folder(data)
+        dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
-            most = self._most_pixels(arguments)
+            folder, most = image_folder(data), self._most_pixels(arguments)
             reader = PictureReader(encoder=encoder, folder=folder, held=samples.stored, most_pixels=most)
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
-        shows_videos = samples.has_videos and encoder.sees_pictures
-        return samples.training_data(
-            self._rows(arguments, outputs),
-            collate=Collator(
-                encoder.pad_token_id,
-                dummy=dummy,
-                dummy_video=encoder.dummy_video() if videos else None,
-                rows=rows,
-            ),
-            tokens_per_image=encoder.tokens_per_image,
-            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if shows_videos else 0,
-            trees=rows == "trees",
-            sized_pictures=folder if encoder.pixels_count else None,
+        collate = Collator(
+            encoder.pad_token_id,
+            dummy=dummy,
+            dummy_video=encoder.dummy_video() if videos else None,
+            rows=rows,
         )
+        return samples.training_data(self._rows(arguments, outputs), collate)
 
     def _row_kind(self, backbone: Backbone[Any]) -> RowKind:
         """`data.rows`, as far as the model was found to follow them; its samples' positions are then its own."""
@@ -320,10 +313,8 @@ class CommonsensePipeline(DecoderPipeline):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
-        data, collate = self._run.data, Collator(self.encoder.pad_token_id, rows=self._row_kind(backbone))
-        training = self.samples(arguments).training_data(self._rows(arguments), collate=collate)
-        tokens = arguments.per_device_train_batch_size * data.max_tokens  # words would not count the prompt's
-        return replace(training, batch_tokens=tokens)
+        collate = Collator(self.encoder.pad_token_id, rows=self._row_kind(backbone))
+        return self.samples(arguments).training_data(self._rows(arguments), collate)
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         return RowEncoder(encoder=self.encoder)

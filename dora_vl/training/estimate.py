@@ -346,10 +346,8 @@ def _engine(deepspeed: Any, *, ranks: int, hidden_width: int) -> Engine:
 def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> ImaginedRun:
     """The model of a run's settings, and its micro-batch; no weight is read.
 
-    Args:
-        pipeline: of the run.
-        tokens: of a sample, pictures among them; None: `data.max_tokens`, the longest.
-        labelled: of these; None: all that are not a picture's.
+    A sample has so many tokens, pictures among them (None: `data.max_tokens`), and so many of these are `labelled`
+    (None: all that are not a picture's).
     """
     section = check_training_section(pipeline.config.training)
     settings: Any = pipeline.config

@@ -49,14 +49,10 @@ def core_config(
     also_train: Mapping[str, tuple[str, ...]] | None = None,
     also_keep: tuple[str, ...] = (),
 ) -> DoRAConfig:
-    """The core's config of a run's adapter section; a backbone says what its own places are.
+    """The core's config of a run's adapter section; presets (`language`, `vision`...) are looked up in the model.
 
-    Args:
-        model: where presets (`language`, `vision`...) are looked up.
-        targets: the backbone's, unless the section names others.
-        also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
-            section's.
-        also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
+    The backbone's own `targets` are those of a section without any; its parts (`also_train`) stand beside the section's
+    unless one has the same name, and so do the frozen tensors that the folder carries (`also_keep`).
     """
     settings = {field.name: getattr(adapter, field.name) for field in fields(AdapterSettings)}
     default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}

@@ -200,11 +200,7 @@ class Pipeline(ABC, Generic[Config]):
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
     ) -> list[Callable[[], Image.Image] | None]:
-        """What opens the picture of each sample of the first micro-batch, for people; None: it shows nothing.
-
-        Args:
-            items: what `data.collate` made that micro-batch of.
-        """
+        """What opens the picture of each sample of the first micro-batch, made of `items`; None: it shows nothing."""
 
     def recipe(self) -> dict[str, Any]:
         """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -202,23 +201,6 @@ def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> di
 
 
 # The loss on validation data: the mean over its usable samples; the others are counted and named.
-
-
-class WholeSteps(Dataset[Any]):
-    """A data set filled up with None, which collators leave out, until all ranks have equally many whole batches.
-
-    Left to accelerate, the ranks' last batches would repeat the set's first samples, which would count twice.
-    """
-
-    def __init__(self, samples: Any, *, step_samples: int) -> None:
-        self._samples = samples
-        self._length = -(-len(samples) // step_samples) * step_samples
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Any:
-        return self._samples[index] if index < len(self._samples) else None
 
 
 class ValidationLoss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.video_inputs import within_pixels
+from dora_vl.data.batches import Collator
 from dora_vl.data.columns import train_files, train_name
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
@@ -102,12 +103,7 @@ class RowEncoder:
 
 
 class RunSamples:
-    """A run's training and validation samples.
-
-    Args:
-        data: the run's section.
-        arguments: the run's; their seed is that of every order.
-    """
+    """A run's training and validation samples; the arguments' seed is that of every order."""
 
     def __init__(self, data: SamplesConfig, arguments: TrainingArguments) -> None:
         self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
@@ -171,9 +167,7 @@ class RunSamples:
     def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
-        Args:
-            pictures: root of their paths.
-            videos: likewise.
+        `pictures` and `videos` are the roots of their paths.
         """
         if pictures is not None and not pictures.root.is_dir():
             raise SettingError("data.image_folder", f": picture folder {pictures} does not exist")
@@ -236,26 +230,10 @@ class RunSamples:
             where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
             logger.warning("%s", one_line(f"{where}: {examples}"))
 
-    def training_data(
-        self,
-        rows: RowEncoder,
-        *,
-        collate: Callable[[list[Any]], Mapping[str, Any]],
-        tokens_per_image: int = 0,
-        tokens_per_video: int = 0,
-        trees: bool = False,
-        sized_pictures: MediaFolder | None = None,
-    ) -> TrainingData:
-        """What the Trainer takes.
-
-        Args:
-            rows: makes their samples.
-            collate: a batch of samples.
-            tokens_per_image: with `tokens_per_video` for the lengths that group samples.
-            trees: whether the samples of a picture come in one batch.
-            sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
-        """
-        make, micro_batch = rows.dataset, self._arguments.per_device_train_batch_size
+    def training_data(self, rows: RowEncoder, collate: Collator) -> TrainingData:
+        """What the Trainer takes: samples that `rows` makes, and batches of them."""
+        data, encoder, make = self._data, rows.encoder, rows.dataset
+        micro_batch = self._arguments.per_device_train_batch_size
         held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
         shared: dict[str, Any] = {"validation": held_out, "collate": collate, "source": self._name}
         if self._stream is not None:
@@ -268,14 +246,21 @@ class RunSamples:
                 stream=order,
                 set_epoch=(order.set_epoch,),
                 samples=len(order),
-                batch_tokens=micro_batch * self._data.max_tokens,
+                batch_tokens=micro_batch * data.max_tokens,
                 **shared,
             )
         train = self._train
         assert train is not None
-        lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
-        samples, trees = make(train, train.stored), trees and bool(lengths.shared.any())
-        grouped = self._data.group_by_modality_length and not trees
+        media = data if isinstance(data, DataConfig) else None  # else words alone
+        shows_videos = self.has_videos and encoder.sees_pictures
+        lengths = sampling_lengths(
+            train.rows,
+            tokens_per_image=encoder.tokens_per_image if media else 0,
+            tokens_per_video=len(encoder.dummy_video(media.video_frames).input_ids) if media and shows_videos else 0,
+        )
+        samples, trees = make(train, train.stored), collate.rows == "trees" and bool(lengths.shared.any())
+        grouped = data.group_by_modality_length and not trees
+        sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
         sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed) if trees else None
         if grouped:  # LLaVA's grouping by modality and length for the global batch
             sampler = ModalityLengthSampler(
@@ -288,13 +273,14 @@ class RunSamples:
             )
         return TrainingData(
             train=samples,
-            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped, sized=sized_pictures),
+            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped, sized=sized),
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
-            media=partial(_media_keys, train, self._data) if isinstance(self._data, DataConfig) else dict,
-            batch_tokens=micro_batch * min(self._data.max_tokens, int(lengths.lengths.max())),
+            media=partial(_media_keys, train, media) if media else dict,
+            # Words alone would not count a prompt's tokens.
+            batch_tokens=micro_batch * (min(data.max_tokens, int(lengths.lengths.max())) if media else data.max_tokens),
             **shared,
         )
 

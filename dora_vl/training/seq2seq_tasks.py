@@ -30,17 +30,18 @@ from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.text_file import json_object, json_of, whole_text
 from dora_vl.errors import BadSample, SettingError, UserError, shown_names
-from dora_vl.evaluation.subtask import (
+from dora_vl.evaluation.vlbart_tasks import (
     ClosedBatch,
     MicroBatch,
     NormaliseBy,
     Seq2SeqSample,
     Subtask,
     Target,
+    closed,
     make_sample,
+    soft_scores,
     with_input_tokens,
 )
-from dora_vl.evaluation.vlbart_tasks import closed, soft_scores
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.training.pipeline import LossModel
@@ -62,12 +63,7 @@ class TaskSource:
     encoder: Seq2SeqEncoder
 
     def item(self, index: int, drawn: Random, answer: int | None) -> Seq2SeqSample | Skipped:
-        """A sample of an item, or why it is none.
-
-        Args:
-            drawn: makes its random choices.
-            answer: which of its answers is trained on; None: any may be drawn.
-        """
+        """A sample of an item, or why it is none; it is trained on the `answer` of this number, or on one drawn."""
         name = f"{self.subtask.name}:{index}"
         try:
             example = self.file[index]
@@ -79,11 +75,9 @@ class TaskSource:
 
 
 class MixtureDataset(Dataset[MicroBatch]):
-    """An epoch's micro-batches in their order, for a data loader with batches of one.
+    """An epoch's micro-batches in the plan's order, for a data loader with batches of one.
 
-    Args:
-        sources: in the plan's order.
-        seed: the run's; an item's random choices are a function of (seed, epoch, task, item).
+    An item's random choices are a function of (seed, epoch, task, item).
     """
 
     def __init__(self, plan: MixturePlan, sources: Sequence[TaskSource], *, seed: int) -> None:
@@ -145,8 +139,7 @@ class MixtureDataset(Dataset[MicroBatch]):
 class ValidationBatches(Dataset[MicroBatch]):
     """Each task's samples in the file's order, with the first answer of each, in batches of one task.
 
-    Args:
-        ranks: how many share the work; batches without items follow until all have equally many.
+    Batches without items follow until all ranks have equally many.
     """
 
     def __init__(self, sources: Sequence[TaskSource], *, batch_size: int, ranks: int) -> None:
@@ -167,11 +160,7 @@ class ValidationBatches(Dataset[MicroBatch]):
 
 
 class Seq2SeqLoss(LossModel):
-    """The loss of one task's micro-batch, normalised over the whole optimizer step, however it is dealt out to ranks.
-
-    Args:
-        backbone: a `VlBartBackbone`.
-    """
+    """The loss of one task's micro-batch, normalised over the whole step, however that is dealt out to ranks."""
 
     backbone: VlBartBackbone
 
@@ -255,11 +244,7 @@ def check_names(data: VlBartDataConfig, evaluation: VlBartEvaluationConfig, subt
 
 
 def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
-    """Refuses test features that were computed in another way than those of training, where both say how.
-
-    Args:
-        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
-    """
+    """Refuses test features that were computed in another way than those of training, where both say how."""
     for task, folder in tested.items():
         before = read_settings(Path(trained[task])) if task in trained else None
         now = read_settings(Path(folder))

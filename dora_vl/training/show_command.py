@@ -83,12 +83,7 @@ def own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def shown_settings(config: Any, folder: Path) -> Any:
-    """A run's settings as they serve to look at its data: nothing is written into its folder, nothing is cached.
-
-    Args:
-        config: a run's dataclass.
-        folder: an empty one, for what preparing writes.
-    """
+    """A run's settings as they serve to look at its data: nothing is cached, and what is written goes to `folder`."""
     from dora_vl.run.settings import DataConfig, LoadedModelConfig
 
     training = {name: value for name, value in config.training.items() if name not in ELSEWHERE}

@@ -58,9 +58,7 @@ def train_script(task: str, description: str | None) -> None:
 def train(words: Sequence[str], task: str | None, *, program: str, description: str) -> None:
     """Reads the settings, trains, tests; a run that a signal stopped ends the process with the signal's status.
 
-    Args:
-        task: whose settings the words are; None: seen by them.
-        program: for --help, as is `description`.
+    The words are settings of `task`, or of the one that is seen by them.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
     from dora_vl.run.launch import end_with_launcher, first_rank_speaks, log_to_stderr

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import ConcatDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -60,7 +60,6 @@ from dora_vl.training.progress import (
     BatchStatistics,
     Progress,
     ValidationLoss,
-    WholeSteps,
     check_validation,
     random_state_kept,
 )
@@ -115,8 +114,10 @@ class AdapterTrainer(OrderedTrainer):
         if data.validation is not None:
             source = str(config.data.held_out)
             on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
+            samples: Any = data.validation
             step_samples = arguments.per_device_eval_batch_size * arguments.world_size
-            held_out = WholeSteps(data.validation, step_samples=step_samples)
+            # Collators leave None out; left to accelerate, the last batches would repeat samples, which count twice.
+            held_out = ConcatDataset([samples, cast(Any, [None] * (-len(samples) % step_samples))])
             self.validation = ValidationLoss(source=source, samples=len(held_out))
         self.progress = Progress(
             self.statistics,
@@ -144,6 +145,7 @@ class AdapterTrainer(OrderedTrainer):
         super()._run_epoch(*options, **named)
 
     # ---- what a step sees
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:

@@ -39,7 +39,7 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.subtask import Seq2SeqCollator, Subtask
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, Subtask
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
@@ -72,13 +72,9 @@ Files = Mapping[str, str | tuple[str, ...]]
 
 
 class VlBartPipeline(Pipeline[VlBartRunConfig]):
-    """One task or a mixture of them.
+    """One task or a mixture of them, of `subtasks`, those that the task file (`name`) knows.
 
-    Args:
-        config: the run's settings.
-        subtasks: every task that the task file knows, by name.
-        name: the task file's.
-        is_video: a sample's pictures are the frames of one video, not inputs of their own.
+    Where it `is_video`, a sample's pictures are the frames of one video, not inputs of their own.
     """
 
     kind = VLBART

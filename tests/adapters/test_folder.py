@@ -23,7 +23,7 @@ from dora_vl.adapters.files import CONFIG_FILE, FILES, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import apply_dora, trained_parts
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move, unchanged
+from tests.core.dense_dora import move_trained, unchanged
 from tests.core.test_inject import Small, config
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +54,7 @@ def trained_small(name: str) -> Small:
     model = Small()
     torch.manual_seed(1)
     apply_dora(model, config(**VARIANTS[name]))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    move(model)
+    move_trained(model)
     return model.eval()
 
 

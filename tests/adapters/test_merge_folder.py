@@ -25,7 +25,8 @@ from dora_vl.errors import UserError
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.adapters.test_hub_names import adapter_on, published_llava
-from tests.core.test_experts import moved, tiny_mixtral, tiny_qwen
+from tests.core.dense_dora import move_trained
+from tests.core.test_experts import tiny_mixtral, tiny_qwen
 
 
 def test_half_precision_rounds_once(tmp_path):
@@ -172,7 +173,7 @@ def test_merged_experts_answer_as_the_adapted_model(
     stored = load_file(tmp_path / "base" / "model.safetensors")
     assert sum(".experts." in key for key in stored) == 2 * 4 * 3
     apply_dora(model, config)
-    moved(model, 0.1)
+    move_trained(model, amount=0.1)
     save_adapter(model, tmp_path / "adapter")
     merged = merge_to_folder(read_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "merged")
     assert merged.layers == len(config.targets) * 2 + (2 if config is EXPERTS else 0)

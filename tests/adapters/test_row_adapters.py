@@ -15,14 +15,14 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.several import Layers, RowAdapters, rows_seen
 from dora_vl.backbones.model import open_backbone
-from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.rows import Row, RowLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language
-from tests.core.dense_dora import at_strength
+from tests.core.dense_dora import at_strength, move_trained
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"targets": ("*.q_proj", "*.down_proj"), "rank": 2, "alpha": 5.0},
@@ -49,25 +49,13 @@ def tiny_llama() -> Any:
     return model
 
 
-@torch.no_grad()
-def move(model: nn.Module, seed: int) -> None:
-    """Every trained tensor away from where it starts."""
-    draw = torch.Generator().manual_seed(seed)
-    for part in trained_parts(model):
-        for name, parameter in part.parameters.items():
-            if name.endswith("magnitude"):
-                parameter.mul_(torch.rand(parameter.shape, generator=draw) + 0.5)
-            else:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, settings) in enumerate(SETTINGS.items()):
         model = tiny_llama()
         apply_dora(model, DoRAConfig(dropout=0.0, **settings))
-        move(model, seed)
+        move_trained(model, seed)
         save_adapter(model, root / name)
     moved_peft(tiny_llama(), seed=5, r=4, lora_alpha=9).save_pretrained(root / "peft")
     return {name: root / name for name in (*SETTINGS, "peft")}
@@ -243,7 +231,7 @@ def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
     for seed, (name, targets) in enumerate({"one": ("*.q_proj", "*.down_proj"), "two": ("*.q_proj",)}.items()):
         adapted = model()
         apply_dora(adapted, DoRAConfig(targets=targets, rank=2 + seed, alpha=5.0, dropout=0.0))
-        move(adapted, seed)
+        move_trained(adapted, seed)
         save_adapter(adapted, tmp_path / name)
         folders[name] = tmp_path / name
     adapters = row_adapters(model(), folders)
@@ -264,7 +252,7 @@ def test_half_precision_extras_stay_float32(tmp_path: Path) -> None:
     """A norm that trained in float32 over a bfloat16 base serves its rows so, as it does alone."""
     model = tiny_llama().bfloat16()
     apply_dora(model, DoRAConfig(dropout=0.0, **SETTINGS["norms"]))
-    move(model, 3)
+    move_trained(model, 3)
     save_adapter(model, tmp_path / "norms")
     adapters = row_adapters(tiny_llama().bfloat16(), {"norms": tmp_path / "norms"})
     with torch.no_grad():

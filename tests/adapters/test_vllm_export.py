@@ -20,7 +20,7 @@ from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.test_hub_names import logits, one_batch, published_llava
-from tests.core.dense_dora import move
+from tests.core.dense_dora import move, move_trained
 
 LANGUAGE = ("*language_model*_proj",)
 
@@ -31,10 +31,7 @@ def trained(tmp_path: Path, **settings: object) -> tuple[Path, Path]:
     base = saved(published_llava(), tmp_path / "base")
     model = LlavaForConditionalGeneration.from_pretrained(base)
     apply_dora(model, DoRAConfig(**{"targets": LANGUAGE, "rank": 4, "alpha": 7.0, **settings}))  # pyright: ignore
-    move(model)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and "multi_modal_projector" in name:
-            weight.mul_(1.4).add_(0.1)
+    move_trained(model)
     save_adapter(model, tmp_path / "adapter", base_model=str(base), recipe={"base": str(base), "template": "plain"})
     return base, tmp_path / "adapter"
 

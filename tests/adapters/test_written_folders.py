@@ -25,10 +25,9 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
-from dora_vl.core.trainable import trained_parts
 from tests.adapters.foreign_files import DOWN, HEADS, KEY_HEADS, RANK, WIDTH, K, Q, dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
-from tests.core.dense_dora import move
+from tests.core.dense_dora import move_trained
 
 GATE, HEAD, TABLE = "model.layers.0.mlp.gate_proj", "lm_head", "model.embed_tokens"
 
@@ -135,11 +134,7 @@ def own(*, tied: bool = False, **settings: Any) -> Callable[[Path], Tensor]:
         model = base_model(tied=tied)
         saved(model, folder / "base")
         apply_dora(model, DoRAConfig(**{"targets": ("*.q_proj", "*.down_proj"), "rank": 3, "alpha": 7.0, **settings}))
-        move(model)
-        with torch.no_grad():
-            for part in trained_parts(model):
-                for parameter in part.parameters.values() if not part.adapts else ():
-                    parameter.add_(torch.linspace(-0.3, 0.5, parameter.numel()).view(parameter.shape))
+        move_trained(model)
         save_adapter(model, folder / name, base_model=str(folder / "base"))
         return logits(model)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_vl.serving.vllm.adapters import compute_gains, magnitudes_of
 from dora_vl.serving.vllm.layer import (
     DoRALayer,
     FrozenLayer,
@@ -23,6 +22,7 @@ from dora_vl.serving.vllm.layer import (
     gains_minus_one,
     take_magnitudes,
 )
+from dora_vl.serving.vllm.plugin import compute_gains, magnitudes_of
 
 INPUTS, SIZES, SLOTS = 8, (6, 4), 3
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.serving.vllm import adapters, plugin
-from dora_vl.serving.vllm.adapters import Place, difference
+from dora_vl.serving.vllm import plugin
 from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
+from dora_vl.serving.vllm.plugin import Place, difference
 from tests.app.test_vllm_layer import INPUTS, SIZES, Layer, Wrapper, layer_with, weights, written_out
 
 
@@ -137,7 +137,7 @@ def test_it_steps_aside_where_vllm_takes_dora_itself(installed: list[str]) -> No
 
 def test_places_name_each_patch() -> None:
     """What `patches` puts something in place of was looked at before."""
-    names = {place.name for place in adapters.PLACES}
+    names = {place.name for place in plugin.PLACES}
     assert {
         "PEFTHelper._validate_features",
         "parse_fine_tuned_lora_name",
@@ -173,12 +173,12 @@ def bgmv_shrink(rows: Tensor, weights: Tensor, output: Tensor, slots: Tensor, sc
 
 
 def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (adapters.KERNELS, *adapters.USERS):
+    for name in (plugin.KERNELS, *plugin.USERS):
         module = ModuleType(name)
         module.bgmv_shrink = bgmv_shrink  # pyright: ignore
         monkeypatch.setitem(sys.modules, name, module)
-    assert adapters.mend() is True
-    found = {sys.modules[name].bgmv_shrink for name in (adapters.KERNELS, *adapters.USERS)}
+    assert plugin.mend() is True
+    found = {sys.modules[name].bgmv_shrink for name in (plugin.KERNELS, *plugin.USERS)}
     assert len(found) == 1
     rows, weights, slots = torch.randn(3, 4), torch.randn(2, 1, 5, 4), torch.tensor([0, -1, 1])
     output, expected = torch.zeros(3, 5), torch.zeros(3, 5)
@@ -186,7 +186,7 @@ def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatc
     bgmv_shrink(rows, weights, expected, slots.clamp_min(0), 2.0)
     expected[1] = 0
     assert torch.equal(output, expected)
-    assert adapters.mend() is False  # nothing to mend any more
+    assert plugin.mend() is False  # nothing to mend any more
 
 
 # -- the patches on classes as vLLM's, written out ---------------------------------------------------------------

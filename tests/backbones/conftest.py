@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.backbones.tiny_language import SIZES
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 from tests.backbones.tiny_video import VIDEO, write_tiny_video
 
@@ -45,29 +47,18 @@ def new_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokeniz
     return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=False)
 
 
+VISION: dict[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2},
+    **{"image_size": 8, "patch_size": 4},
+}
+"""A tiny CLIP's sizes."""
+
+
 def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaConfig:
     """CLIP with 2x2 patches and two LLaMA layers whose key/value heads are fewer than its heads."""
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**{**SIZES, "vocab_size": vocabulary, "max_position_embeddings": 256}),
         image_token_index=image_token_id,
         image_seq_length=4,
         vision_feature_layer=-2,

@@ -30,69 +30,37 @@ BOOKKEEPING = {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}
 
 Talk = tuple[Any, ...]
 """Turns, pictures and, where there are any, videos."""
+
+
+def rounds(*texts: str) -> tuple[Turn, ...]:
+    """Questions and answers in turn."""
+    return tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+
+
 TWO_QUESTIONS = "two pictures, two questions"
 TALKS: dict[str, Talk] = {
-    "one picture": ((Turn("user", f"<image>\n{ASKED}"), Turn("assistant", SAID)), (RED,)),
-    "no picture": ((Turn("user", "Say the colour red."), Turn("assistant", "red")), ()),
-    "two pictures": ((Turn("user", "<image>\n<image>\nWhich is blue?"), Turn("assistant", "Two.")), (RED, BLUE)),
-    TWO_QUESTIONS: (
-        (
-            Turn("user", "Is <image>\nor <image>\nblue?"),
-            Turn("assistant", "The second is blue."),
-            Turn("user", "Sure?"),
-            Turn("assistant", "Yes"),
-        ),
-        (RED, BLUE),
-    ),
-    "a picture later": (
-        (
-            Turn("user", "Say the colour red."),
-            Turn("assistant", "red"),
-            Turn("user", f"<image>\n{ASKED}"),
-            Turn("assistant", SAID),
-        ),
-        (RED,),
-    ),
-    "a picture each": (
-        (
-            Turn("user", f"<image>\n{ASKED}"),
-            Turn("assistant", SAID),
-            Turn("user", "<image>\nIs it blue?"),
-            Turn("assistant", "Yes"),
-        ),
-        (RED, BLUE),
-    ),
+    "one picture": (rounds(f"<image>\n{ASKED}", SAID), (RED,)),
+    "no picture": (rounds("Say the colour red.", "red"), ()),
+    "two pictures": (rounds("<image>\n<image>\nWhich is blue?", "Two."), (RED, BLUE)),
+    TWO_QUESTIONS: (rounds("Is <image>\nor <image>\nblue?", "The second is blue.", "Sure?", "Yes"), (RED, BLUE)),
+    "a picture later": (rounds("Say the colour red.", "red", f"<image>\n{ASKED}", SAID), (RED,)),
+    "a picture each": (rounds(f"<image>\n{ASKED}", SAID, "<image>\nIs it blue?", "Yes"), (RED, BLUE)),
 }
-
-
 LONG, SHORT = coloured_video(4), coloured_video(3, every=11, size=(22, 30))
 TURNS_RED = Turn("assistant", "It turns red.")
 VIDEO_TALKS: dict[str, Talk] = {
-    "one video": ((Turn("user", "<video>\nWhat colour is it?"), TURNS_RED), (), (LONG,)),
+    "one video": (rounds("<video>\nWhat colour is it?", TURNS_RED.text), (), (LONG,)),
     "two videos": (
-        (
-            Turn("user", "Is <video>\nor <video>\nblue?"),
-            Turn("assistant", "The second is blue."),
-            Turn("user", "Sure?"),
-            Turn("assistant", "Yes"),
-        ),
+        rounds("Is <video>\nor <video>\nblue?", "The second is blue.", "Sure?", "Yes"),
         (),
         (LONG, coloured_video(4, every=5)),
     ),
-    "video and picture": ((Turn("user", "Is <video>\nlike <image>\nhere?"), TURNS_RED), (RED,), (LONG,)),
-    "picture and video": ((Turn("user", "Is <image>\nlike <video>\nhere?"), TURNS_RED), (RED,), (LONG,)),
-    "no video": ((Turn("user", "Say the colour red."), Turn("assistant", "red")), (), ()),
-    "one picture": ((Turn("user", "<image>\nWhat colour is it?"), TURNS_RED), (RED,), ()),
+    "video and picture": (rounds("Is <video>\nlike <image>\nhere?", TURNS_RED.text), (RED,), (LONG,)),
+    "picture and video": (rounds("Is <image>\nlike <video>\nhere?", TURNS_RED.text), (RED,), (LONG,)),
+    "no video": (rounds("Say the colour red.", "red"), (), ()),
+    "one picture": (rounds("<image>\nWhat colour is it?", TURNS_RED.text), (RED,), ()),
 }
-SEVERAL_ROUNDS: Talk = (
-    (
-        Turn("user", "Say the colour red."),
-        Turn("assistant", "red"),
-        Turn("user", "Sure?"),
-        Turn("assistant", "Yes, it is."),
-    ),
-    (),
-)
+SEVERAL_ROUNDS: Talk = (rounds("Say the colour red.", "red", "Sure?", "Yes, it is."), ())
 
 
 def talks_of(family: str) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
+from tests.backbones.conftest import VISION
+from tests.backbones.tiny_language import SIZES
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -37,18 +39,8 @@ def language_folder(
     folder = tmp_path_factory.mktemp("language")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved_without_image(new_tokenizer, folder))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=request.param == "tied",
-    )
+    tied = {"vocab_size": len(tokenizer), "tie_word_embeddings": request.param == "tied"}
+    config = LlamaConfig(**{**SIZES, **tied})
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -64,15 +56,7 @@ def _saved_without_image(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Pa
 def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder)
     return folder
 
 
@@ -100,6 +84,9 @@ def test_clip_and_llama_open_with_plain_transformers(make_spec: Callable[..., Co
         "multi_modal_projector.linear_2",
         "vision_tower.vision_model",
     }
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+    for path in (tmp_path / "llava").glob("*.json"):  # nothing of this machine is in it
+        assert str(tmp_path.parent) not in path.read_text(), path.name
     backbone = open_backbone(str(tmp_path / "llava"))
     image = backbone.config.image_token_id
     ids = torch.tensor([[1, 300, image, image, image, image, 310]])
@@ -139,9 +126,8 @@ def test_the_parts_are_the_given_ones(
 
 
 def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
-    spec = make_spec(
-        vision_library="timm", vision_name="test_efficientnet", vision_weights="random", grid_pool=2, image_size=96
-    )
+    tower = {"vision_library": "timm", "vision_name": "test_efficientnet", "vision_weights": "random"}
+    spec = make_spec(**tower, grid_pool=2, image_size=96, dtype="bfloat16")
     compose_llava(spec, tmp_path / "llava")
     backbone = open_backbone(str(tmp_path / "llava"), dtype=torch.bfloat16)
     assert backbone.config.image_seq_length == 4
@@ -151,21 +137,9 @@ def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], t
     inputs = processor(text="a <image> b", images=torch.zeros(3, 60, 40).numpy(), return_tensors="pt")
     assert int((inputs["input_ids"] == backbone.config.image_token_id).sum()) == 4
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
-    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
-    assert torch.isfinite(loaded(**inputs).logits).all()
-
-
-def test_the_folder_says_nothing_about_this_machine(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
-    compose_llava(make_spec(), tmp_path / "llava")
-    for path in (tmp_path / "llava").glob("*.json"):
-        assert str(tmp_path.parent) not in path.read_text(), path.name
-    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
-
-
-def test_dtype(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
-    compose_llava(make_spec(dtype="bfloat16"), tmp_path / "llava")
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", dtype="auto")
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", dtype="auto")
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(loaded.float()(**inputs).logits).all()
 
 
 def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from dora_vl.backbones.model import open_backbone, refuse_turned_experts, skelet
 from dora_vl.errors import UserError
 from tests.backbones.model_table import PAGE, page
 from tests.backbones.tiny_families.family import why_not_here
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families
 from tests.backbones.tiny_image_text import tiny_tokenizer, write_tiny
 
@@ -99,11 +98,6 @@ def test_the_page_is_written_from_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.backbones.model_table"
 
 
-def test_fifty_families_see_pictures() -> None:
-    assert len(FAMILIES) >= 50
-    assert not set(FAMILIES) & set(LANGUAGE_MODELS)
-
-
 @families
 def test_a_family_takes_videos_where_its_processor_has_a_part_for_them(family: str) -> None:
     row = FAMILIES[family]
@@ -129,7 +123,3 @@ def test_a_folder_of_save_pretrained_is_refused_and_a_published_one_is_not(
     if shape[1] == shape[2]:
         pytest.fail("the tiny model's experts are square, so that this test could not tell")
     refuse_turned_experts(str(base))
-
-
-def test_other_families_are_not_asked(tmp_path: Path) -> None:
-    refuse_turned_experts(str(write_tiny("glm4v_moe", tmp_path / "base")))

@@ -16,6 +16,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
+from tests.backbones.conftest import VISION
 from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk
 from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
 
@@ -123,8 +124,7 @@ def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
     language, vision = write_tiny_vicuna(tmp_path / "vicuna"), tmp_path / "clip"
     assert sorted(path.name for path in language.glob("tokenizer*")) == ["tokenizer.model", "tokenizer_config.json"]
     torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(vision)
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(vision)
     spec = ComposeSpec(
         vision_library="transformers",
         vision_name=str(vision),

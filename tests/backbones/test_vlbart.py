@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from dora_vl.adapters.adapter import write_adapter
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.foreign import LAYOUTS
-from dora_vl.adapters.read import ReadOptions, from_vl_adapter, to_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.specs import SmallBart, VlBartSpec
 from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
@@ -35,8 +30,6 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -175,20 +168,7 @@ def test_a_resized_vocabulary_moves_the_order_rows_along() -> None:
     assert model.final_logits_bias.shape == (1, 330)
 
 
-PROGRAM = """
-import sys, torch
-from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.adapters.folder import load_adapter
-from tests.backbones.tiny_vlbart import batch, tiny
-base = tiny(seed=0)
-with torch.no_grad():
-    base.model.shared.weight[-200:] = torch.randn(200, 16)  # another draw of the added tokens
-load_adapter(base, sys.argv[1])
-torch.save(VlBartBackbone(base.eval())(**batch()).logits, sys.argv[2])
-"""
-
-
-def test_an_adapter_folder_carries_the_random_rows_into_another_process(tmp_path: Path) -> None:
+def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None:
     model = tiny(seed=0)
     extras = also_trained(model.settings, biases=True, norm_weights=True)
     config = DoRAConfig(rank=4, alpha=6.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras, also_keep=KEPT_ROWS)
@@ -203,24 +183,28 @@ def test_an_adapter_folder_carries_the_random_rows_into_another_process(tmp_path
     save_adapter(model, tmp_path / "adapter")
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert held["base_model.model.model.shared.weight[-200:]"].shape == (200, 16)
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")], cwd=ROOT, check=True
-    )
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    base = tiny(seed=0)
+    with torch.no_grad():
+        base.model.shared.weight[-200:] = torch.randn(200, 16)  # another draw of the added tokens
+    load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(VlBartBackbone(base.eval())(**batch()).logits, expected)
     other = tiny(seed=0, vocab_size=150)  # too few rows
     with pytest.raises(UserError, match=r"shared\.weight\[-200:\]"):
         load_adapter(other, tmp_path / "adapter")
 
 
-def saved(model: torch.nn.Module, prefix: str = "module.") -> dict[str, Tensor]:
+def saved(model: torch.nn.Module) -> dict[str, Tensor]:
     """As `torch.save(model.state_dict())` of a DDP run: five names of one tensor, a buffer, a prefix."""
-    return {f"{prefix}{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    return {f"module.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("norm", ["each", "sum", "none"])
 def test_the_layout_is_read_from_the_keys(norm: Any, tmp_path: Path) -> None:
     model = tiny(seed=3, visual_norm=norm)
-    torch.save(saved(model), tmp_path / "Epoch30.pth")
+    file, adapted = saved(model), "module.model.encoder.layers.0.self_attn.q_proj"
+    file[f"{adapted}.weight_v"] = file.pop(f"{adapted}.weight")  # as NVlabs' DoRA, whose adapter is left out
+    file |= {f"{adapted}.{leaf}": torch.ones(2) for leaf in ("weight_m", "lora_A", "lora_B", "lora_As.vqa.x")}
+    torch.save(file, tmp_path / "Epoch30.pth")
     state = as_original(read_tensors(tmp_path / "Epoch30.pth"), source="Epoch30.pth")
     assert state.visual_norm == norm
     assert state.feature_width == 8
@@ -239,59 +223,6 @@ def test_it_loads_strictly_and_names_what_does_not_fit() -> None:
         as_original({"model.shared.weight": torch.zeros(2, 2)}, source="bart.pth")
     with pytest.raises(UserError):
         load_original(tiny(feature_width=9), as_original(saved(tiny()), source="LAST.pth"))
-
-
-def adapted_names(model: torch.nn.Module) -> list[str]:
-    from dora_vl.core.trainable import matching
-
-    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return matching(linears, DORA_TARGETS, "targets")
-
-
-def nvlabs(model: torch.nn.Module, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """NVlabs' dictionary, and the whole weights it means (s is 1, the norm is a row's)."""
-    generator = torch.Generator().manual_seed(seed)
-    state, whole = saved(model, prefix=""), {}
-    for name in adapted_names(model):
-        weight = state.pop(f"{name}.weight")
-        a, b = torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator) * 0.2
-        magnitude = weight.norm(dim=1, keepdim=True) * (1 + 0.1 * torch.randn(16, 1, generator=generator))
-        changed = weight + b @ a
-        whole[f"{name}.weight"] = magnitude * changed / changed.norm(dim=1, keepdim=True)
-        state |= {f"{name}.weight_v": weight, f"{name}.weight_m": magnitude, f"{name}.lora_A": a, f"{name}.lora_B": b}
-    return state, whole
-
-
-def check_forward(trained: Any, state: dict[str, Tensor], whole: dict[str, Tensor], adapter: Any, root: Path) -> None:
-    """A base of the file's weights with its adapter computes as the trained model with the whole weights."""
-    base = tiny(seed=7)
-    load_original(base, as_original(state, source="LAST.pth"))
-    write_adapter(adapter, root / "adapter")
-    assert len(load_adapter(base, root / "adapter")) == len(whole) == 12
-    trained.load_state_dict({**trained.state_dict(), **whole})
-    logits, expected = (VlBartBackbone(model.eval())(**batch()).logits for model in (base, trained))
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_nvlabs_dora_gives_the_same_forward(tmp_path: Path) -> None:
-    trained = tiny(seed=5)
-    state, whole = nvlabs(trained, seed=6)
-    adapter = to_adapter(state, LAYOUTS["nvlabs-vlbart"], config={}, options=ReadOptions(), source="LAST.pth")
-    check_forward(trained, state, whole, adapter, tmp_path)
-
-
-def test_vl_adapter_lora_gives_the_same_forward(tmp_path: Path) -> None:
-    trained = tiny(seed=8)
-    generator = torch.Generator().manual_seed(9)
-    state, whole = saved(trained, prefix=""), {}
-    for name in adapted_names(trained):
-        a, b = torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator) * 0.2
-        whole[f"{name}.weight"] = state[f"{name}.weight"] + 0.25 * b @ a
-        for task in ("vqa", "gqa"):
-            state |= {f"{name}.lora_As.{task}": a, f"{name}.lora_Bs.{task}": b}
-    plain = from_vl_adapter(state, None, "LAST.pth")
-    adapter = to_adapter(plain, LAYOUTS["vl-adapter"], config={}, options=ReadOptions(alpha=1.0), source="LAST.pth")
-    check_forward(trained, state, whole, adapter, tmp_path)
 
 
 def test_token_ids_are_those_of_the_original() -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_vl.backbones.templates import VICUNA_SYSTEM
+from tests.backbones.tiny_language import SIZES
 
 LESSONS = [
     VICUNA_SYSTEM,
@@ -70,18 +71,7 @@ def write_tiny_vicuna(folder: Path) -> Path:
     """The tokenizer's folder with a random LLaMA of two layers, its vocabulary full as Vicuna's is."""
     write_tokenizer_model(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=480,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    config = LlamaConfig(**{**SIZES, **sizes}, vocab_size=480)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -6,14 +6,14 @@ product with a given mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core import DoRAConfig, DoRALinear, trained_parts
 from dora_vl.core.layer import AdaptedLayer
 
 
@@ -62,6 +62,18 @@ def at_strength(layer: AdaptedLayer, weight: Tensor, bias: Tensor | None, x: Ten
     return y if bias is None else y + bias
 
 
+def passed(
+    model: nn.Module, x: Tensor, upstream: Tensor | None = None, run: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Output of a pass, and the gradients of its input and of all that trains; without `upstream` of the squares."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = (model if run is None else run)(x)
+    y.backward(2 * y.detach() if upstream is None else upstream.to(y.dtype))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **({} if x.grad is None else {"x": x.grad}), **gradients}
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Holds the block to leave a model's modules, tensors and what of it trains as they are."""
@@ -89,6 +101,18 @@ def move(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DoRALinear):
             move_layer(module)
+
+
+@torch.no_grad()
+def move_trained(model: nn.Module, seed: int = 1, amount: float = 0.3) -> None:
+    """Moves every trained tensor away from where it starts."""
+    draw = torch.Generator().manual_seed(seed)
+    for part in trained_parts(model):
+        for name, parameter in part.parameters.items():
+            if name.endswith("magnitude"):
+                parameter.mul_(torch.rand(parameter.shape, generator=draw) + 0.5)
+            else:
+                parameter.add_(amount * torch.randn(parameter.shape, generator=draw))
 
 
 def moved_layer(

@@ -18,8 +18,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dora_vl import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, strip_adapters, trained_parts
 from dora_vl.core import adapted_layers, unmerge_dora
-from dora_vl.core.experts import AdaptedExperts
+from dora_vl.core.other_layers import AdaptedExperts
 from dora_vl.errors import UserError
+from tests.core.dense_dora import move_trained
 
 EXPERTS, TOKENS, SIZES = 5, 23, {"hidden_size": 7}
 KINDS: Mapping[str, Callable[[], nn.Module]] = {
@@ -68,17 +69,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for part in trained_parts(model) for name, parameter in part.parameters.items()}
 
 
-def moved(model: nn.Module, amount: float = 0.3) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained(model).values():
-            parameter.add_(torch.randn_like(parameter) * amount)
-
-
 def adapted(kind: str = "qwen3_moe", **changes: Any) -> Any:
     model = Layer(kind)
     assert len(apply_dora(model, config(**changes))) in (1, 2)
-    moved(model)
+    move_trained(model)
     return model
 
 

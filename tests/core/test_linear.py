@@ -1,4 +1,7 @@
-"""One adapted linear layer where numbers are hard: dropout, precision, rows that cancel, vanish or hide in a bias."""
+"""One adapted linear layer where numbers are hard, and as `nn.Linear` under edits, checkpoints and `torch.func`.
+
+Dropout, precision, rows that cancel, vanish or hide in a bias.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import DoRALinear
 from dora_vl.core.fast.dropout import draw_dropped
-from tests.core.dense_dora import assert_same_gradients, config, moved_layer, reference_of
+from tests.core.dense_dora import assert_same_gradients, config, moved_layer, passed, reference_of
 
 methods = pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 
@@ -33,15 +38,9 @@ def test_float32_is_within_1e_6_of_float64(sizes, rows, method, detach_norm):
     settings = config(rank=rank, alpha=2.3 * rank, method=method, detach_norm=detach_norm)
     narrow = moved_layer(settings, dtype=torch.float32, in_features=in_features, out_features=out_features)
     wide, x, upstream = copy.deepcopy(narrow).double(), torch.randn(rows, in_features), torch.randn(rows, out_features)
-    results = []
-    for layer, dtype in ((narrow, torch.float32), (wide, torch.float64)):
-        inputs = x.detach().to(dtype).requires_grad_()
-        y = layer(inputs)
-        y.backward(upstream.to(dtype))
-        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "x": inputs.grad, **gradients})
-    for name, expected in results[1].items():
-        error = (results[0][name].double() - expected).abs().max()
+    results = passed(narrow, x, upstream)
+    for name, expected in passed(wide, x.double(), upstream).items():
+        error = (results[name].double() - expected).abs().max()
         assert error <= 1e-6 * expected.abs().max(), (name, float(error), float(expected.abs().max()))
 
 
@@ -134,10 +133,9 @@ def test_half_precision_gradients_stay_near_float32():
     half = copy.deepcopy(layer)
     half.weight.data, half.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
     x, upstream = torch.randn(200, 64), torch.randn(200, 33)
-    layer(x).backward(upstream)
-    half(x.bfloat16()).backward(upstream.bfloat16())
+    gradients, of_half = passed(layer, x, upstream), passed(half, x.bfloat16(), upstream)
     for name in ("lora_A", "lora_B", "magnitude"):
-        expected, found = getattr(layer, name).grad, getattr(half, name).grad
+        expected, found = gradients[name], of_half[name]
         assert found.dtype == torch.float32
         assert float((found - expected).norm() / expected.norm()) < 2e-2, name
 
@@ -154,3 +152,77 @@ def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
     expected = leaves["magnitude"].grad
     error = float((layer.magnitude.grad - expected).abs().max() / expected.abs().max())
     assert error < 2e-6, error
+
+
+EDITS = {
+    "relu_": lambda y: torch.relu_(y),
+    "mul_": lambda y: y.mul_(1.7).tanh(),
+    "columns": lambda y: y.index_fill_(-1, torch.tensor([1, 3]), 0.0),
+}
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.randn(
+        shape or (7, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    ).requires_grad_()
+
+
+def gradients(layer: nn.Module, x: torch.Tensor, run) -> list[torch.Tensor]:
+    """Of the input and of what trains, with the same dropout at each call."""
+    torch.manual_seed(3)
+    return list(passed(layer, x, run=run).values())[1:]
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(2, 3, 6), (6,)])
+def test_an_output_edited_in_place_has_the_gradients_of_one_that_was_not(edit, dropout, shape):
+    layer, x = moved_layer(config(dropout=dropout)).train(), rows(*shape)
+    expected = gradients(layer, x, lambda x: edit(layer(x).clone()))
+    torch.testing.assert_close(gradients(layer, x, lambda x: edit(layer(x))), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_checkpoint_gives_the_same_gradients(reentrant, mode, inplace):
+    layer, x = moved_layer(config(dropout=0.4, dropout_mode=mode)).train(), rows()
+    block = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+    expected = gradients(layer, x, lambda x: torch.relu(layer(x)))
+    found = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_input_edited_in_place_is_still_refused_by_torch():
+    layer, leaf = moved_layer(config()), rows() * 1.0
+    y = layer(leaf)
+    leaf.mul_(2.0)
+    with pytest.raises(RuntimeError):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_func_grad_is_autograds_gradient(detach_norm):
+    layer, x = moved_layer(config(detach_norm=detach_norm)), rows()
+    values = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, values, (x,)).square().sum()
+
+    of_values, of_x = torch.func.grad(loss, argnums=(0, 1))(values, x.detach())
+    expected = gradients(layer, x, layer)
+    trained = [of_values[name] for name, p in layer.named_parameters() if p.requires_grad]
+    for found, gradient in zip([of_x, *trained], expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_vmap_over_inputs_and_over_sets_of_parameters():
+    layer, x = moved_layer(config()), rows().detach()
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=1e-9, atol=1e-9)
+    stacked = {name: torch.randn(3, *value.shape, dtype=value.dtype) for name, value in layer.named_parameters()}
+    found = torch.vmap(lambda values: functional_call(layer, values, (x,)))(stacked)
+    for number, y in enumerate(found):
+        values = {name: value[number] for name, value in stacked.items()}
+        torch.testing.assert_close(functional_call(layer, values, (x,)), y, rtol=1e-9, atol=1e-9)
+    gradients = torch.vmap(torch.func.grad(lambda values: functional_call(layer, values, (x,)).sum()))(stacked)
+    assert gradients["lora_A"].shape == stacked["lora_A"].shape

@@ -121,22 +121,17 @@ def full_batches(samples: list[tuple[int, bool]], size: int) -> int:
 
 
 @given(SAMPLES, SIZES, st.integers(0, 5), st.integers(0, 5))
-def test_an_epoch_is_a_permutation_and_the_same_for_everyone(
+def test_an_epoch_is_a_permutation_the_same_for_everyone_in_batches_of_one_modality_dealt_by_length(
     samples: list[tuple[int, bool]], sizes: tuple[int, int, int], seed: int, epoch: int
 ) -> None:
+    """Through accelerate's own dealing: no rank's shortest is shorter than the next rank's longest."""
+    batch_size, world_size, accumulation = sizes
+    size = batch_size * world_size * accumulation
     order = list(sampler(samples, sizes, seed=seed, epoch=epoch))
     torch.manual_seed(epoch + 17)  # another rank's global random state
     assert list(sampler(samples, sizes, seed=seed, epoch=epoch)) == order
     assert sorted(order) == list(range(len(samples))) == list(range(len(sampler(samples, sizes))))
-
-
-@given(SAMPLES, SIZES)
-def test_complete_global_batches_hold_one_modality_from_long_to_short(
-    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
-) -> None:
-    size = sizes[0] * sizes[1] * sizes[2]
-    batches = chunks(list(sampler(samples, sizes)), size)
-    complete = full_batches(samples, size)
+    batches, complete = chunks(order, size), full_batches(samples, size)
     for batch in batches[:complete]:
         lengths = [samples[index][0] for index in batch]
         assert len(batch) == size
@@ -144,21 +139,11 @@ def test_complete_global_batches_hold_one_modality_from_long_to_short(
         assert lengths == sorted(lengths, reverse=True)
     tail = [samples[index][1] for batch in batches[complete:] for index in batch]
     assert tail == sorted(tail, reverse=True)  # pictures, then text: at most one micro-batch holds both
-
-
-@given(SAMPLES, SIZES)
-def test_ranks_of_one_micro_step_get_neighbours_in_length(
-    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
-) -> None:
-    """Through accelerate's own dealing: no rank's shortest is shorter than the next rank's longest."""
-    batch_size, world_size, accumulation = sizes
-    made = BatchSampler(sampler(samples, sizes), batch_size, drop_last=False)
-    ranks = [list(BatchSamplerShard(made, world_size, rank)) for rank in range(world_size)]
-    micro_steps = full_batches(samples, batch_size * world_size * accumulation) * accumulation
-    for step in range(micro_steps):
-        lengths = [[samples[index][0] for index in ranks[rank][step]] for rank in range(world_size)]
-        for longer, shorter in itertools.pairwise(lengths):
-            assert min(longer) >= max(shorter)
+    dealt = BatchSampler(sampler(samples, sizes, seed=seed, epoch=epoch), batch_size, drop_last=False)
+    ranks = [list(BatchSamplerShard(dealt, world_size, rank)) for rank in range(world_size)]
+    for step in range(complete * accumulation):
+        of_ranks = [[samples[index][0] for index in ranks[rank][step]] for rank in range(world_size)]
+        assert all(min(longer) >= max(shorter) for longer, shorter in itertools.pairwise(of_ranks))
 
 
 def test_seeds_and_epochs_all_differ() -> None:

@@ -4,92 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.llava_conversations import conversation_of, main
-from dora_vl.data.example import Answer, Clip, Example, write_examples
+from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.data.table import load_table
-from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores.benchmark import Benchmark
 
 TRUE = Answer(text="true")
-AS_IS = Benchmark(modes={})
-CHOOSING = sorted(name for name, benchmark in BENCHMARKS.items() if benchmark.chooses)
+CASES = [json.loads(line) for line in Path(__file__).with_name("llava_conversations.jsonl").read_text().splitlines()]
+"""Records, and the conversations that they become; nothing where they cannot be trained on."""
 
 
-def test_one_picture_is_asked_in_the_benchmark_s_words() -> None:
-    example = Example(id="12-0", images=("a/b.png",), question="There is a box.", answers=(TRUE, Answer(text="no")))
-    asked = "<image>\nThere is a box.\nIs this true or false? Answer the question using a single word or phrase."
-    assert conversation_of(example, BENCHMARKS["nlvr"]) == {
-        "id": "12-0",
-        "image": "a/b.png",
-        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "true"}],
-    }
-
-
-def test_several_pictures_and_turns() -> None:
-    turns = (Turn("user", "<image>\n<image>\nWhich?"), Turn("assistant", "The first."))
-    made = conversation_of(Example(id="7", images=("l.png", "r.png"), turns=turns), AS_IS)
-    assert made["image"] == ["l.png", "r.png"]
-    assert [turn["value"] for turn in made["conversations"]] == ["<image>\n<image>\nWhich?", "The first."]
-
-
-def test_a_system_turn_is_the_first_one(tmp_path: Path) -> None:
-    turns = (Turn("system", "Be brief."), Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))
-    made = conversation_of(Example(id="7", images=("a.png",), turns=turns), AS_IS)
-    assert made["conversations"][0] == {"from": "system", "value": "Be brief."}
+@pytest.mark.parametrize("case", CASES)
+def test_a_record_is_the_written_conversation_or_cannot_be_trained_on(tmp_path: Path, case: dict[str, Any]) -> None:
+    benchmark = BENCHMARKS[case["benchmark"]]
+    if "conversation" not in case:
+        with pytest.raises(BadSample) as bad:
+            conversation_of(from_record(case["record"]), benchmark)
+        assert bad.value.sample_id == "1"
+        return
+    example = from_record(case["record"])
+    made = conversation_of(example, benchmark)
+    assert made == case["conversation"]
     (tmp_path / "llava.jsonl").write_text(json.dumps(made) + "\n", encoding="utf-8")
     rows = load_table(tmp_path / "llava.jsonl", cache_folder=tmp_path / "cache")
     assert rows["problem"] == [None]
-    assert [turn["text"] for turn in rows["turns"][0]] == [turn.text for turn in turns]
-
-
-@pytest.mark.parametrize("name", CHOOSING)
-@pytest.mark.parametrize("correct", [0, 1])
-def test_where_a_letter_is_asked_for_the_reply_is_one_that_counts_as_right(name: str, correct: int) -> None:
-    choices = ("a dog", "a cat")
-    example = Example(
-        id="1",
-        images=("a.png",),
-        question="Which animal?",
-        choices=choices,
-        answers=(Answer(text=choices[correct]),),
-        extra={"correct": correct, "index": 1},
-    )
-    made, benchmark = conversation_of(example, BENCHMARKS[name]), BENCHMARKS[name]
-    asked, reply = (turn["value"] for turn in made["conversations"])
-    assert "\nA. a dog\nB. a cat\n" in asked
-    assert reply == "AB"[correct]
-    for score in benchmark.modes.values():
-        assert score([example], {"1": reply}).metrics["accuracy"] == 100.0
-
-
-def test_a_whole_talk_about_choices_keeps_its_reply() -> None:
-    turns = (Turn("user", "Cat or dog?"), Turn("assistant", "A cat."))
-    example = Example(id="1", turns=turns, choices=("dog", "cat"), extra={"correct": 1})
-    assert conversation_of(example, BENCHMARKS["seed"])["conversations"][-1]["value"] == "A cat."
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "example"),
-    [
-        ("scienceqa", Example(id="1", question="?", choices=("a", "b"), answers=(Answer(text="a"),))),
-        ("scienceqa", Example(id="1", question="?", answers=(TRUE,), extra={"correct": 0})),
-        ("scienceqa", Example(id="1", question="?", choices=("a", "b"), extra={"correct": 2})),
-        ("scienceqa", Example(id="1", question="?", choices=tuple("x" * 27), extra={"correct": 0})),
-        ("nlvr", Example(id="1", question="?")),
-        ("nlvr", Example(id="1", question="?", answers=(Answer(text=" "),))),
-        ("nlvr", Example(id="1", turns=(Turn("user", "?"),))),
-        ("nlvr", Example(id="1", question="?", answers=(TRUE,), videos=(Clip(path="a.mp4"),))),
-    ],
-)
-def test_what_cannot_be_trained_on(benchmark: str, example: Example) -> None:
-    with pytest.raises(BadSample) as bad:
-        conversation_of(example, BENCHMARKS[benchmark])
-    assert bad.value.sample_id == "1"
+    assert [turn["text"] for turn in rows["turns"][0]] == [turn["value"] for turn in made["conversations"]]
+    reply = made["conversations"][-1]["value"]
+    for score in benchmark.modes.values() if benchmark.chooses and not example.turns else ():
+        assert score([example], {example.id: reply}).metrics["accuracy"] == 100.0
 
 
 def test_the_command_writes_what_the_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

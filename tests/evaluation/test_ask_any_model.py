@@ -33,7 +33,8 @@ from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
-MODELS = ("qwen2_5_vl", "smolvlm", "internvl", "llava", "language")
+MORE_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "internvl")]
+MODELS = ["qwen2_5_vl", "llava", "language", *MORE_FAMILIES]
 NEW_TOKENS = 6
 LETTERS = string.ascii_uppercase
 
@@ -101,7 +102,7 @@ def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> Non
     assert_a_batch_is_each_alone(assistant, [assistant.prompts.sample(*one) for one in conversations(name)])
 
 
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: tuple[str, Path], beams: int) -> None:
     name, folder = model
     assistant = opened(folder)
@@ -140,7 +141,7 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     assert_a_batch_is_each_alone(assistant, samples)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "internvl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *MORE_FAMILIES])
 def test_ids_are_those_of_transformers_own_generate(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

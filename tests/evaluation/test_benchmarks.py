@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
-from dora_vl.errors import LONGEST_MESSAGE, UserError
+from dora_vl.errors import UserError
 from dora_vl.evaluation import benchmarks
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
 from dora_vl.evaluation.scores import benchmark as prompts
@@ -71,15 +69,6 @@ def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prom
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError):
         find_benchmark(str(written(tmp_path, text)))
-
-
-@given(content=st.binary(max_size=50))
-def test_any_bytes_are_a_benchmark_or_one_line(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "any.yaml"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_own(path)
-    assert len(str(error.value)) <= LONGEST_MESSAGE
 
 
 PACKAGE = """

@@ -233,7 +233,7 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
-@pytest.mark.parametrize("kind", [[], ["q8_0"]])
+@pytest.mark.parametrize("kind", [[], pytest.param(["q8_0"], marks=pytest.mark.slow)])
 def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -> None:
     pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
     export = ("export", "--adapter", projected, "--to", tmp_path / "files", "--gguf", *kind, *asking(folders))

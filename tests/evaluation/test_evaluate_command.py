@@ -1,7 +1,8 @@
-"""`dora-vl evaluate`: any batch size and number of processes give the same score; mistakes are one line."""
+"""A run's test and `dora-vl evaluate`: any batch size and number of processes give the same score."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -31,21 +35,49 @@ ROOT = Path(__file__).parents[2]
 ANSWER_TOKENS = 5
 
 
+Tested = tuple[RunConfig, dict[str, Any]]
+
+
+def output(config: RunConfig) -> Path:
+    return Path(config.training["output_dir"])
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tested(tmp_path_factory: pytest.TempPathFactory) -> Tested:
+    """A run of a few steps, tested on its own questions, one with a broken picture, and its metrics."""
+    folder = tmp_path_factory.mktemp("tested")
+    base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
+    questions = json.loads(records.read_text())
+    for number, question in enumerate(questions):
+        question["kind"] = ("even", "odd")[number % 2]
+    (folder / "data" / "broken.png").write_bytes(b"no picture")
+    questions[5]["image"] = "broken.png"
+    (folder / "test.json").write_text(json.dumps(questions))
+    path = write_run(
+        folder / "run.yaml",
+        base,
+        records,
+        training={"use_cpu": True},
+        evaluation={"file": str(folder / "test.json"), "batch_size": 5, "max_new_tokens": 4},
+    )
+    config = read_run_file(path)
+    assert run(DecoderPipeline(config)) is None
+    return config, json.loads((output(config) / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny adapter, questions in LLaVA's format (one with a broken picture), and POPE records.
 
     The adapter is moved until answers differ from question to question; half of the questions take the model's own
     answer for the truth, so that the score is neither none nor all.
     """
     folder = tmp_path_factory.mktemp("evaluated")
-    base, questions = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
-    path = write_run(folder / "run.yaml", base, questions, training={"use_cpu": True, "max_steps": 1})
-    run(DecoderPipeline(read_run_file(path)))
+    for name in ("llava", "data", "run"):
+        shutil.copytree(output(tested[0]).parent / name, folder / name)
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
-    rows = json.loads(questions.read_text())
+    rows = json.loads((folder / "data" / "train.json").read_text())
     model = open_model(ModelRequest(adapter=folder / "run" / "adapter")).adapted
-    (folder / "data" / "broken.png").write_bytes(b"no picture")
     examples: list[Example] = []
     for number, row in enumerate(rows):
         row["kind"] = ("even", "odd")[number % 2]
@@ -269,3 +301,49 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
     assert (answered.id, answered.images) == ("there", [picture])
     assert found["seed"]["failed"].keys() == {"gone"}
     assert found["seed"]["bootstrap"]["units"] == 1  # two questions about one video
+
+
+# The test after training.
+
+
+def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(
+    tested: Tested,
+) -> None:
+    config, metrics = tested
+    predictions = read_predictions(output(config) / "predictions.jsonl")
+    right = sum(one.prediction == one.truth for one in predictions.values())
+    assert (metrics["n"], len(predictions), metrics["unanswered"]) == (24, 23, 1)
+    assert metrics["accuracy"] == pytest.approx(right / 24)
+    assert list(metrics["failed_questions"]) == ["sample-5"]
+    assert {kind: part["n"] for kind, part in metrics["by_kind"].items()} == {"even": 12, "odd": 12}
+    assert metrics["train_seconds"] > 0
+    assert metrics["samples_per_second"] > 0
+    low, high = metrics["interval_95"]
+    assert low <= metrics["accuracy"] <= high
+    for name in ("loss_curve.png", "contact_sheet.png"):
+        assert (output(config) / name).read_bytes().startswith(b"\x89PNG")
+    again = DecoderPipeline(config).test({})
+    assert (again["answers_from_earlier_run"], again["accuracy"]) == (23, metrics["accuracy"])
+
+
+def test_a_run_s_questions_are_asked_about_others_pictures(tested: Tested) -> None:
+    config, metrics = tested
+    entry, own = metrics["baselines"], read_predictions(output(config) / "predictions.jsonl")
+    others = read_predictions(output(config) / "predictions_exchanged.jsonl")
+    assert others.keys() == own.keys()
+    assert all(others[name].images != own[name].images for name in own)
+    right = sum(one.prediction == one.truth for one in others.values())
+    assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
+    assert "warning" in entry  # a few steps of a tiny model teach it nothing
+    assert json.loads(json.dumps(DecoderPipeline(config).test({})["baselines"])) == entry
+    without = dataclasses.replace(config.evaluation, exchange_pictures=False)
+    found = DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
+    assert found["baselines"].keys() == {"metric", "commonest_answer"}
+    assert found["accuracy"] == metrics["accuracy"]
+
+
+def test_without_a_question_file_or_an_adapter_it_says_so(tested: Tested, tmp_path: Path) -> None:
+    own = tested[0].evaluation
+    for evaluation in (dataclasses.replace(own, file=None), own):
+        with pytest.raises(UserError):
+            evaluate_run(None, evaluation, run_folder=tmp_path, media=None)  # pyright: ignore[reportArgumentType]

@@ -27,7 +27,7 @@ from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.benchmarks import BENCHMARKS, read_set
 from dora_vl.evaluation.scores.benchmark import prompt_turns
 from dora_vl.evaluation.scores.exact import PATTERNS
-from dora_vl.evaluation.subtask import Subtask
+from dora_vl.evaluation.vlbart_tasks import Subtask
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 ROWS: list[dict[str, Any]] = [

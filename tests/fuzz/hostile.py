@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, features
 
 from dora_vl.data.video_containers import ASF, KLV_KEY, PACK
-from tests.fuzz.media import write_clip
+from tests.vision.video_files import write_clip
 
 PNG = b"\x89PNG\r\n\x1a\n"
 OTHER_PICTURES: Mapping[str, bytes] = {
@@ -254,7 +254,7 @@ def endless_videos(folder: Path) -> Mapping[str, bytes]:
         "transport packets of nothing": (b"G\x1f\xff\x10" + bytes(184)) * 20_000,
         **{
             f"Matroska of {frames} frames of {size}": write_clip(
-                folder / "large.mkv", "ffv1", {}, size=size, frames=frames
+                folder / "large.mkv", "ffv1", width=size[0], height=size[1], frames=frames
             ).read_bytes()
             for size, frames in large
         },

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
+from tests.vision.video_files import write_clip
+
 STREAMS = ("parts.mp4", "live.webm", "plain.ts", "plain.mpg")
 """Containers that need state no length: of those a cut cannot always be told."""
 CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -25,7 +27,6 @@ CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "plain.ts": ("libx264", {}),
     "plain.mpg": ("mpeg2video", {}),
 }
-PIXELS = {"gif": "rgb8"}
 
 
 def pictures() -> dict[str, bytes]:
@@ -69,21 +70,7 @@ def _noise(channels: int) -> Image.Image:
 def videos() -> dict[str, bytes]:
     """Likewise."""
     with tempfile.TemporaryDirectory() as folder:
-        return {name: write_clip(Path(folder) / name, *how).read_bytes() for name, how in CLIPS.items()}
-
-
-def write_clip(
-    path: Path, codec: str, options: Mapping[str, str], *, size: tuple[int, int] = (64, 48), frames: int = 24
-) -> Path:
-    """A clip of coloured noise that brightens."""
-    import av
-
-    with av.open(str(path), "w", options=dict(options)) as container:
-        video = container.add_stream(codec, rate=25)
-        video.width, video.height, video.pix_fmt = *size, PIXELS.get(codec, "yuv420p")
-        for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), number * 10 % 256, np.uint8)
-            pixels[:, :8] = np.random.default_rng(number).integers(0, 256, (size[1], 8, 3), np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(video.encode())
-    return path
+        return {
+            name: write_clip(Path(folder) / name, codec, frames=24, options=dict(options)).read_bytes()
+            for name, (codec, options) in CLIPS.items()
+        }

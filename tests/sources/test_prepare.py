@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -103,30 +104,15 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = published(tmp_path / "a.json", 2000)
-    written = 0
+    write, calls = prepare_module.Partial.write, itertools.count()
 
-    class Full:
-        def __init__(self, file: Any) -> None:
-            self._real = file
-
-        def write(self, data: bytes) -> int:
-            nonlocal written
-            written += 1
-            if written == 3:
+    def full(partial: prepare_module.Partial) -> None:
+        if next(calls) == 2:
+            with partial._writing():
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return self._real.write(data)
+        write(partial)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._real, name)
-
-    enter = prepare_module.Partial.__enter__
-
-    def entered(partial: prepare_module.Partial) -> prepare_module.Partial:
-        enter(partial)
-        partial._file = Full(partial._file)  # pyright: ignore[reportAttributeAccessIssue]
-        return partial
-
-    monkeypatch.setattr(prepare_module.Partial, "__enter__", entered)
+    monkeypatch.setattr(prepare_module.Partial, "write", full)
     with pytest.raises(UserError):
         prepare(file, tmp_path / "records")
     assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]

@@ -21,9 +21,8 @@ from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.subtask import Seq2SeqCollator
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.evaluation.vlbart_tasks import closed
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, closed
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource

@@ -29,7 +29,7 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
-from dora_vl.evaluation.subtask import Seq2SeqCollator
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator
 from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource
 
 WORDS = (

@@ -187,7 +187,7 @@ def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
 
 
 def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
-    config = read_run_file(run_file, "--data.share_pictures=true")
+    config = read_run_file(run_file, "--data.rows=trees")
     view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
     assert [row.title.split(",")[0] for row in view.rows] == [
         f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))

@@ -126,7 +126,6 @@ def test_epochs_are_enough_where_the_file_says_how_many_rows_it_has(tmp_path: Pa
     ("option", "key"),
     [
         ("data.group_by_modality_length=true", "data.group_by_modality_length"),
-        ("data.share_pictures=true", "data.share_pictures"),
         ("data.cache_features=true", "data.cache_features"),
         ("data.validation_share=0.1", "data.validation_share"),
         ("data.shuffle_buffer=0", "data.shuffle_buffer"),

@@ -1,6 +1,6 @@
 """Trains the settings it is given and writes which samples each step took, a file a rank; no pickle may be opened.
 
-As a program: RECORDS=FOLDER KIND=llava|vlbart python tests/training/recorded_run.py --config FILE
+As a program: RECORDS=FOLDER python tests/training/recorded_run.py --config FILE
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.training.launched import launch
 
 
 def recorded(
-    kind: str, config: Path, folder: Path, *overrides: str, ranks: int, stage: str | None
+    config: Path, folder: Path, *overrides: str, ranks: int, stage: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Trains into a folder, without DeepSpeed where `stage` is None; the samples stand in `records/` below it."""
     engine = [] if stage is None else [f"--training.deepspeed={stage}"]
@@ -32,7 +32,6 @@ def recorded(
         ranks=ranks,
         program=("tests/training/recorded_run.py",),
         launcher="deepspeed" if ranks > 1 or engine else "",
-        KIND=kind,
         RECORDS=str(folder.with_name(f"{folder.name}-records")),
     )
 
@@ -81,13 +80,11 @@ def forbid_pickles() -> None:
 def main() -> None:
     import torch.distributed.distributed_c10d  # noqa: F401
 
+    from tasks import llava_instruct
+
     record_samples(Path(os.environ["RECORDS"]))
     forbid_pickles()
-    if os.environ["KIND"] == "vlbart":
-        from tests.training.tiny_vlbart_run import main as train
-    else:
-        from tasks.llava_instruct import main as train
-    train()
+    llava_instruct.main()
 
 
 if __name__ == "__main__":

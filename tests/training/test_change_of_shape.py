@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from tests.training.recorded_run import recorded, samples_by_step
 from tests.training.tiny_run import assert_same_weights, json_of, losses_of, weights_of, write_run, write_tiny_data
-from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 STEPS, SAVED, SAMPLES, STEP_SAMPLES = 8, 3, 24, 4  # six steps an epoch: saved within the first, ended in the second
 OFTEN = {"save_strategy": "steps", "save_steps": SAVED, "save_total_limit": 9, "max_steps": STEPS}
@@ -49,9 +48,8 @@ def run_file(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return write_run(folder / "run.yaml", tiny_llava, data, training=training)
 
 
-def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str, kind: str = "llava") -> None:
-    cut = () if kind == "vlbart" else (shape.cut,)
-    recorded(kind, run_file, folder, *cut, *overrides, ranks=shape.ranks, stage=shape.stage)
+def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str) -> None:
+    recorded(run_file, folder, shape.cut, *overrides, ranks=shape.ranks, stage=shape.stage)
 
 
 def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -153,24 +151,3 @@ def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path,
     ours, theirs = state(again), state(whole)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name].double(), tensor.double(), atol=2e-3, rtol=0, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_mixture_goes_on_in_another_shape(tmp_path: Path) -> None:
-    """VL-BART: a step's samples are the settings' own number, so ranks may change without more."""
-    data = write_vlbart_data(tmp_path / "data")
-    tasks = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
-    training = {**OFTEN, "save_steps": 2, "num_train_epochs": 2, "max_steps": -1, "save_total_limit": 99}
-    training |= {"optim": "adamw_torch", "learning_rate": 1e-3}
-    run = write_vlbart_run(tmp_path / "run.yaml", data, tasks, training=training, data={"batch_size": 5})
-    trained(run, tmp_path / "whole", TWO_ZERO_2, kind="vlbart")
-    whole = samples_by_step(tmp_path / "whole")
-    steps = len(whole)
-    for shape in (ONE, TWO_ZERO_3):
-        again = tmp_path / str(shape)
-        trained(run, again, shape, f"--resume={tmp_path / 'whole' / 'checkpoint-2'}", kind="vlbart")
-        torch.testing.assert_close(losses_of(again), losses_of(tmp_path / "whole")[2:], atol=1e-4, rtol=0)
-        assert {**whole, **samples_by_step(again)} == whole
-    first_epoch = sum((whole[step] for step in range(1, 1 + steps // 2)), Counter())
-    assert set(first_epoch.values()) == {1}

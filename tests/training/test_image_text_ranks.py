@@ -11,7 +11,7 @@ import torch
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import adapted_layers
-from dora_vl.core.experts import ExpertsProjection
+from dora_vl.core.other_layers import ExpertsProjection
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_video import write_tiny_video

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from dora_vl.data.example import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.evaluation.subtask import Subtask
+from dora_vl.evaluation.vlbart_tasks import Subtask
 
 if TYPE_CHECKING:
     from dora_vl.training.vlbart_pipeline import VlBartPipeline

@@ -21,7 +21,7 @@ from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.start import translate as command
-from dora_vl.start.rules import Translation, as_yaml, translate
+from dora_vl.start.rules import COMPUTED, Translation, as_yaml, translate
 from dora_vl.start.settings_file import read_settings
 from dora_vl.start.tools import TOOLS
 
@@ -197,6 +197,11 @@ def test_llavas_stage_one_is_the_published_recipe() -> None:
 def test_what_peft_writes_of_a_plain_config_has_its_counterpart() -> None:
     LoraConfig(base_model_name_or_path="b", target_modules=["q_proj"]).save_pretrained(".")
     assert not lost(translated(Path("adapter_config.json")))
+
+
+def test_every_rule_that_the_tables_name_is_there() -> None:
+    text = Path(command.__file__).with_name("tables.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"rule: ([a-z_]+)", text)) == set(COMPUTED)
 
 
 # -- nothing in silence --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ SIZES = {
     "ARC-Challenge": (1_119, 1_172),
     "openbookqa": (4_957, 500),
 }
-MIX = "commonsense_170k"
+PARTS, MIX = ("train", "test"), "commonsense_170k"
 
 
 def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -40,21 +40,21 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     cannot be told apart in it. `{train,test}_sample.json` in place of a full file is taken too; the manifest says so.
     """
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
-    sizes_and_places = {
-        (task, name): (size, [root / task / f"{name}.json", root / task / f"{name}_sample.json"])
-        for task, sizes in SIZES.items()
-        for name, size in zip(("train", "test"), sizes, strict=True)
-    }
-    sizes_and_places[MIX, "train"] = 170_420, [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
-    paths = {split: next(filter(Path.is_file, places), None) for split, (_, places) in sizes_and_places.items()}
-    if not any(paths.values()):
-        raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
-    for (task, name), path in paths.items():
+    splits = {(task, name): size for task, sizes in SIZES.items() for name, size in zip(PARTS, sizes, strict=True)}
+    any_file = False
+    for (task, name), size in {**splits, (MIX, "train"): 170_420}.items():
+        candidates = [root / task / f"{name}.json", root / task / f"{name}_sample.json"]
+        if task == MIX:
+            candidates = [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
+        path = next(filter(Path.is_file, candidates), None)
         if path is not None:
-            sample = path.stem.endswith("_sample")
-            size, notes = (None, {"sample": True}) if sample else (sizes_and_places[task, name][0], {})
+            any_file, sample = True, path.stem.endswith("_sample")
+            notes = {"sample": True} if sample else {}
             rows, convert = partial(_rows, path), partial(commonsense_row, task=task, split=name)
-            yield Split(task, name, (path,), rows, convert, size, ids_by_place=True, notes=notes)
+            published = None if sample else size
+            yield Split(task, name, (path,), rows, convert, published, ids_by_place=True, notes=notes)
+    if not any_file:
+        raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
 
 
 def _rows(path: Path, progress: Progress) -> Iterator[Raw]:

@@ -119,11 +119,7 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
     files = {"data_files": [str(shard) for shard in shards], "split": "train"}
     try:
         stream: Any = datasets.load_dataset(**(hub or {"path": BUILDERS[shards[0].suffix], **files}), streaming=True)
-        for column, kind in (stream.features or {}).items():  # decoding is the training's business
-            if isinstance(kind, datasets.Image):
-                stream = stream.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(getattr(kind, "feature", None), datasets.Image):
-                stream = stream.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        stream = stream.decode(False)  # which is the training's business
         names = class_names(stream)
         for number, row in enumerate(stream, start=1):
             held = [value["bytes"] for value in row.values() if isinstance(value, dict) and value.get("bytes")]

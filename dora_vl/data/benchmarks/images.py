@@ -164,8 +164,8 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     stay together, and a test set never holds a sentence that was trained on. `evals` are the votes of validators, not
     all of whom agree.
     """
-    places = present(folder, [place for part in NLVR_FILES for place in (f"{part}/{part}.json", f"{part}.json")])
-    files = {path.stem: (path, f"{path.stem}/images" if "/" in name else "images") for name, path in places.items()}
+    paths = present(folder, [place for part in NLVR_FILES for place in (f"{part}/{part}.json", f"{part}.json")])
+    files = {path.stem: (path, f"{path.stem}/images" if "/" in name else "images") for name, path in paths.items()}
     notes = {"records": f"{ORDERS} a row, one for each order of the boxes"}
     split = partial(Split, "nlvr", convert=nlvr_row, notes=notes)
     if "shares" not in options:
@@ -341,16 +341,17 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
     """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
-    known = by_id(questions, stream_records(questions, progress, "questions"), "question_id", "question", "image_id")
+    rows = stream_records(questions, progress, "questions")
+    question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
     for where, row in numbered(annotations, stream_records(annotations, progress, "annotations")):
         name = key(row, "question_id")
-        if name and name not in known:
+        if name and name not in question_rows:
             raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
         answered.add(name)
-        yield {**row, "question": known[name]["question"]} if name else row
-    for name in [name for name in known if name not in answered]:
-        yield {"question_id": name, **known[name]}
+        yield {**row, "question": question_rows[name]["question"]} if name else row
+    for name in [name for name in question_rows if name not in answered]:
+        yield {"question_id": name, **question_rows[name]}
 
 
 def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
@@ -394,23 +395,23 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
 
     Quirks: VL-T5's questions are cut at 20 tokens later, not here; `img_id` is the picture's name without its ending.
     """
-    known = files_in(folder, [KNOWN_ANSWERS])
-    allowed = frozenset(json_object(known[KNOWN_ANSWERS], WANTED)) if known else None
-    own = files_in(folder, KARPATHY_VLT5)
+    answer_list = files_in(folder, [KNOWN_ANSWERS])
+    allowed = frozenset(json_object(answer_list[KNOWN_ANSWERS], WANTED)) if answer_list else None
+    vlt5_files = files_in(folder, KARPATHY_VLT5)
     names = [form.format(part) for form in (QUESTIONS, ANNOTATIONS) for part in KARPATHY_PARTS] + [KARPATHY]
-    if missing := [] if own else [name for name in names if not (folder / name).is_file()]:
+    if missing := [] if vlt5_files else [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {missing[0]} is missing; it takes {', '.join(names)}, or VL-T5's karpathy_*.json")
     for file, (name, size) in KARPATHY_VLT5.items():
-        if own and file not in own:
+        if vlt5_files and file not in vlt5_files:
             continue
         rows: Callable[[Progress], Iterator[Raw]] = partial(_official_rows, folder, name)
         convert, inputs = vqav2_karpathy_row, [folder / name for name in names]
-        if own:
-            rows, convert, inputs = partial(stream_records, own[file]), vqav2_vlt5_row, [own[file]]
+        if vlt5_files:
+            rows, convert, inputs = partial(stream_records, vlt5_files[file]), vqav2_vlt5_row, [vlt5_files[file]]
         convert = partial(convert, allowed=allowed if name == "train" else None)
-        form = "VL-T5's files" if own else f"official files and {KARPATHY}"
+        form = "VL-T5's files" if vlt5_files else f"official files and {KARPATHY}"
         notes = {"form": form, "answers_allowed": len(allowed or ())}
-        yield Split("vqav2_karpathy", name, (*inputs, *known.values()), rows, convert, size, notes=notes)
+        yield Split("vqav2_karpathy", name, (*inputs, *answer_list.values()), rows, convert, size, notes=notes)
 
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
@@ -419,9 +420,9 @@ def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
             picture = pictures.get(key(row, "image_id"), {})
-            known = PARTS.get(str(picture.get("split")))
-            if known in {split, None}:
-                yield {**row, "part": part, "split": known}
+            of_split = PARTS.get(str(picture.get("split")))
+            if of_split in {split, None}:
+                yield {**row, "part": part, "split": of_split}
 
 
 def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:

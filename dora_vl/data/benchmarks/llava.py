@@ -97,10 +97,10 @@ def conversation_row(raw: Raw) -> dict[str, JSON]:
 
 
 LLAVA_BENCH_FILES = {
-    "context": ("context.jsonl", "image", "caption"),
-    "reference": ("answers_gpt4.jsonl", "question_id", "text"),
+    "context.jsonl": ("context", "image", "caption"),
+    "answers_gpt4.jsonl": ("reference", "question_id", "text"),
 }
-"""What other files add to a question: file, what it is joined by, what is taken."""
+"""What other files add to a question: its name here, what it is joined by, what is taken."""
 
 
 def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -113,24 +113,20 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     Quirks: the judge's prompt needs the context and GPT-4's answer; both go into the record (`extra["context"]`,
     `answers`). LLaVA's table uses GPT-4-0314, which is no longer served, so figures of other judges are not comparable.
     """
-    questions = present(folder, ["questions.jsonl"])
-    files = questions | files_in(folder, [file for file, *_ in LLAVA_BENCH_FILES.values()])
-    needed = [name for name, (file, *_) in LLAVA_BENCH_FILES.items() if file in files]
+    files = present(folder, ["questions.jsonl"]) | files_in(folder, LLAVA_BENCH_FILES)
+    needed = [name for file, (name, *_) in LLAVA_BENCH_FILES.items() if file in files]
     rows, convert = partial(_llava_bench_rows, files), partial(llava_bench_row, needed=needed)
     yield Split("llava_bench", "test", tuple(files.values()), rows, convert, 60, notes={"files": sorted(files)})
 
 
 def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
-    additions = {
-        name: by_id(files[file], stream_records(files[file], progress), join, column) if file in files else {}
-        for name, (file, join, column) in LLAVA_BENCH_FILES.items()
-    }
+    joins = [
+        (name, join, column, by_id(files[file], stream_records(files[file], progress), join, column))
+        for file, (name, join, column) in LLAVA_BENCH_FILES.items()
+        if file in files
+    ]
     for row in stream_records(files["questions.jsonl"], progress):
-        added = {
-            name: additions[name].get(key(row, join), {}).get(column)
-            for name, (_, join, column) in LLAVA_BENCH_FILES.items()
-        }
-        yield {**row, **added}
+        yield {**row, **{name: rows.get(key(row, join), {}).get(column) for name, join, column, rows in joins}}
 
 
 def llava_bench_row(raw: Raw, *, needed: Sequence[str]) -> Example:

@@ -127,8 +127,8 @@ def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
     """One question of TVQA or How2QA with so many choices; where `answered`, its right choice must be there."""
     row = Row(raw, "qid")
     texts = [row.filled(f"a{number}") for number in range(choices)]
-    known = answered or row.get("answer_idx") is not None
-    correct = row.choice("answer_idx", texts) if known else None
+    is_answered = answered or row.get("answer_idx") is not None
+    correct = row.choice("answer_idx", texts) if is_answered else None
     clip, extra = _clip(row)
     return Example(
         id=row.id,
@@ -168,7 +168,7 @@ def tvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     for file, path in present(folder, TVQA_FILES).items():
         name, size = TVQA_FILES[file]
         solved = files_in(folder, [TVQA_SOLUTION] if name == "validation" else [])
-        solution = {qid: index for known in solved.values() for qid, index in read_solution(known).items()}
+        solution = {qid: index for answers in solved.values() for qid, index in read_solution(answers).items()}
         rows = partial(subtitles.rows, path, solution)
         convert = partial(question_row, choices=5, answered=not name.startswith("test"))
         inputs = (path, *subtitles.inputs, *solved.values())

@@ -104,10 +104,7 @@ _OCR = re.compile(r"^Reference OCR token:.*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ByKey:
-    """By a key that both have, None where one has none; questions of one key are told apart by their order.
-
-    `by` says for people what the two have in common.
-    """
+    """By a key that both have, None where one has none; questions of one key are told apart by their order."""
 
     by: str
     of_row: Callable[[Prediction], Key]

@@ -203,8 +203,8 @@ def _letter_2023(answer: str) -> str | None:
     if alone and not ("A" in words and len(words) > 3):
         return alone
     for decoration in _DECORATIONS_2023:
-        if found := _only([letter for letter in _LETTERS_2023 if decoration.format(letter) in words]):
-            return found
+        if letter := _only([letter for letter in _LETTERS_2023 if decoration.format(letter) in words]):
+            return letter
     return None
 
 
@@ -378,10 +378,9 @@ MME = Benchmark(
 
 
 def says_no(answer: str) -> bool:
-    """How the script reads an answer; whatever is not no is yes.
+    """How the script reads an answer: no where one of "No", "not", "no" stands between *spaces* of the first sentence.
 
-    Only the first sentence counts, commas go, and then one of the words "No", "not", "no" must stand between *spaces*.
-    So "NO", "Not", "nope", "", "isn't", "No\\n" and "no!" all count as yes.
+    Commas go before. So "NO", "Not", "nope", "", "isn't", "No\\n" and "no!" all count as yes.
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return any(word in words for word in ("No", "not", "no"))

@@ -325,10 +325,10 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
 
     def entailed(example: Example) -> list[str]:
-        found = example.extra.get("entailed", [])
-        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-            raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(found)}")
-        return [name for name in found if name != example.id]
+        names = example.extra.get("entailed", [])
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(names)}")
+        return [name for name in names if name != example.id]
 
     def kinds(example: Example) -> list[str]:
         shape, meaning = _types(example)

@@ -175,12 +175,7 @@ QWENS: Mapping[str, Family] = {
         video=True,
     ),
     "paddleocr_vl": Family(
-        {
-            "text_config": QWEN3_TEXT,
-            "vision_config": {**WIDE, "patch_size": 4, "image_size": 32},
-            **UNTIED,
-            **QWEN_IDS,
-        },
+        {"text_config": QWEN3_TEXT, "vision_config": {**WIDE, "patch_size": 4, "image_size": 32}, **UNTIED, **QWEN_IDS},
         lambda t: tf.PaddleOCRVLProcessor(tf.PaddleOCRVLImageProcessor(**SMALL), t),
         QWEN_PICTURE,
         names={"image_token": "<|image_pad|>"},

@@ -81,13 +81,7 @@ LLAVAS: Mapping[str, Family] = {
         video=True,
     ),
     "llava_onevision": Family(
-        {
-            "text_config": text("qwen2"),
-            "vision_config": SIGLIP,
-            **IDS,
-            "video_token_index": "@<video>",
-            **PINPOINTS,
-        },
+        {"text_config": text("qwen2"), "vision_config": SIGLIP, **IDS, "video_token_index": "@<video>", **PINPOINTS},
         lambda t: tf.LlavaOnevisionProcessor(
             tf.LlavaOnevisionImageProcessor(**SQUARE, **PINPOINTS),
             t,
@@ -448,12 +442,7 @@ PIXTRAL = {
     "spatial_merge_size": 2,
     **UNTIED,
 }
-DEEPSEEK = {
-    "text_config": text("llama"),
-    "vision_config": {**SIGLIP, "vision_use_head": False},
-    **IMAGE_ID,
-    **UNTIED,
-}
+DEEPSEEK = {"text_config": text("llama"), "vision_config": {**SIGLIP, "vision_use_head": False}, **IMAGE_ID, **UNTIED}
 MERGED = {"patch_size": 4, "spatial_merge_size": 2}
 
 
@@ -592,10 +581,7 @@ CROSSING: Mapping[str, Family] = {
         {
             **text(vocab_size=len),
             "vq_config": {**VQ, "num_embeddings": 4, "resolution": 16, "channel_multiplier": [1, 1]},
-            "vocabulary_map": {
-                "<image>": "@<image>",
-                **{f"IMGIMG{letter}Z": f"@IMGIMG{letter}Z" for letter in "ABCD"},
-            },
+            "vocabulary_map": {"<image>": "@<image>", **{f"IMGIMG{letter}Z": f"@IMGIMG{letter}Z" for letter in "ABCD"}},
         },
         lambda t: tf.ChameleonProcessor(tf.ChameleonImageProcessor(**CROPPED), t, image_seq_length=64),
         names=GEMMA3_NAMES,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dora_vl.core import adapted_layers, apply_dora, merge_dora
-from tests.core.dense_dora import config, move_layer
+from tests.core.dense_dora import config, move_layer, passed
 from tests.core.test_layers import PATH, Sealed
 
 
@@ -56,15 +56,8 @@ def in_one_graph(model: Any) -> Any:
 
 
 def assert_equal_to_eager(model: Block, compiled: Any) -> None:
-    results = []
-    for run in (model, compiled):
-        model.zero_grad()
-        y = run(ids())
-        y.square().sum().backward()
-        results.append({"y": y, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    results = [passed(model, ids(), run=run) for run in (model, compiled)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,148 @@
+"""Each row of `rows.jsonl` is what is written there for all readers alike: pictures, videos and turns, or refused.
+
+A refused row has the kind of its `BadSample`, or "columns" where one would be left out that means something.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dora_vl.data.check import FileCheck
+from dora_vl.data.columns import Columns, ColumnsError, TrainFile
+from dora_vl.data.example import Example
+from dora_vl.data.readers import read_row
+from dora_vl.data.stream import StreamSource
+from dora_vl.data.table import described, load_rows
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.questions import read_questions
+
+ROWS = [json.loads(line) for line in Path(__file__).with_name("rows.jsonl").read_text(encoding="utf-8").splitlines()]
+ASKED = {"question": "Which?", "answer": "two"}
+
+
+def as_csv(path: Path, rows: list[Mapping[str, object]]) -> None:
+    cells = [
+        {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+        for row in rows
+    ]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [*rows[0]])
+        table.writeheader()
+        table.writerows(cells)
+
+
+OF_TABLES = ("Image", " image ", "image1, image2", "VSR", "A, B", "MATH-V", "tools", "calls", "header")
+"""Cases that a table's cells or types could change."""
+WRITERS: Mapping[str, Callable[[Path, list[Mapping[str, object]]], object]] = {
+    "csv": as_csv,
+    "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
+    "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path),
+}
+
+
+def parts(example: object) -> dict[str, Any]:
+    """An example as `rows.jsonl` has it."""
+    assert isinstance(example, Example)
+    videos = [[clip.path, clip.start_seconds, clip.end_seconds] for clip in example.videos]
+    turns = [[turn.role, turn.text] for turn in example.turns]
+    return {"images": list(example.images), **({"videos": videos} if videos else {}), "turns": turns}
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case["name"])
+def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[str, Any]) -> None:
+    columns, refused = Columns(case.get("columns", {}), tuple(case.get("ignored", ()))), case.get("refused")
+    expected = {name: case[name] for name in ("images", "videos", "turns") if name in case}
+    if refused is None:
+        assert parts(read_row(case["row"], columns=columns)) == expected
+    else:
+        with pytest.raises(ColumnsError if refused == "columns" else BadSample) as caught:
+            read_row(case["row"], columns=columns)
+        if isinstance(caught.value, BadSample):
+            assert caught.value.kind == refused
+            assert isinstance(FileCheck(tmp_path).read(case["row"]), BadSample)
+            return
+    for kind in WRITERS if case["name"] in OF_TABLES else ("jsonl",):
+        path = tmp_path / f"rows.{kind}"
+        WRITERS[kind](path, [case["row"]])
+        check = FileCheck(path, columns=columns).run(lambda _: None)
+        assert bool(check.findings) == (refused is not None), check.findings
+        stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0, columns=columns)
+        if refused is None:
+            table = load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+            (question,), _ = read_questions(path, columns=columns)
+            assert parts(table[0]) == parts(stream.first_rows[0]) == expected
+            *asked, answer = expected["turns"]
+            assert ([[turn.role, turn.text] for turn in question.turns], question.truth) == (asked, answer[1])
+            continue
+        with pytest.raises(UserError):
+            load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+        with pytest.raises(UserError):
+            _ = stream.first_rows
+
+
+def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
+    rows = [{"photo": "a.png", **ASKED, "source": "web"}, {"photo": None, **ASKED, "source": "web"}]
+    rows.append({"image_1": "a.png", "image_2": "b.png", **ASKED, "source": "web"})
+    path = tmp_path / "rows.jsonl"
+    WRITERS["jsonl"](path, [*rows])
+    lines = [
+        "  photo: used as images",
+        "  question: used as question",
+        "  answer: used as answer",
+        "  source: left out",
+        "  image_1: used as images",
+        "  image_2: used as images",
+    ]
+    found = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert found == [
+        "rows.jsonl: question/answer, 3 rows",
+        *lines,
+        "  pictures: none in 1 rows, 1 in 1 rows, 2 in 1 rows",
+    ]
+    assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
+    plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "model": "m"}
+    WRITERS["jsonl"](path, [plain, {**plain, "image": "a.png"}])
+    told = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(told)
+    WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
+    with pytest.raises(UserError):
+        load_rows(str(path), cache_folder=tmp_path / "cache")
+
+
+def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    made = datasets.Dataset.from_dict({"question": ["q", "r"], "label": [1, 0]}, features=features)
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.parquet", "saved"):
+        rows = load_rows(str(tmp_path / name), cache_folder=tmp_path / "cache").rows
+        assert [talk[-1]["text"] for talk in rows["turns"]] == ["dog", "cat"]
+
+
+def test_a_role_that_there_is_not_is_named() -> None:
+    with pytest.raises(UserError):
+        Columns({"a": "pictur"})
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.json"])
+def test_a_folder_of_pictures_with_their_captions(tmp_path: Path, name: str) -> None:
+    """As `datasets`' imagefolder has it: one file of JSON in a folder, which two could be but one could not."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(b"")
+    WRITERS["csv" if name.endswith("csv") else "jsonl"](
+        tmp_path / "set" / name, [{"file_name": "a.png", "text": "cat"}]
+    )
+    rows = load_rows(str(tmp_path / "set"), cache_folder=tmp_path / "cache").rows
+    assert (rows["images"][:], rows["format"][:]) == ([["a.png"]], ["captions"])
+    assert read_questions(tmp_path / "set")[0][0].truth == "cat"
