@@ -220,7 +220,7 @@ class Encoder:
         ids = processed.ids[:kept]
         labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
         inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in processed.inputs.items()}
-        cut, end = len(processed.ids) - kept, processed.roles.media_end
+        cut, end = len(processed.ids) - kept, processed.media_end
         return Encoded(ids, labels, cut, inputs, media_end=end, positions=self._positions(ids, inputs))
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
@@ -261,7 +261,7 @@ class Encoder:
         trained = torch.tensor(processed.trained)
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
         trained[: int(others[-1]) + 1 if len(others) else 0] = False
-        ids, inputs, end = processed.ids, processed.inputs, processed.roles.media_end
+        ids, inputs, end = processed.ids, processed.inputs, processed.media_end
         labels = torch.where(trained, ids, IGNORED_LABEL)
         return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
 
@@ -295,7 +295,7 @@ class Encoder:
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         processed = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
-        ids, inputs, end = processed.ids, processed.inputs, processed.roles.media_end
+        ids, inputs, end = processed.ids, processed.inputs, processed.media_end
         unlabelled, positions = torch.full_like(ids, IGNORED_LABEL), self._positions(ids, inputs)
         return Sample(ids, unlabelled, inputs=inputs, media_end=end, positions=positions, id="dummy")
 
