@@ -161,7 +161,9 @@ def layers_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
     return {name: setting for name, setting in settings.items() if setting is not None}
 
 
-def refuse_pefts_other_result(source: str, model: nn.Module, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def refuse_geometry_that_peft_ignored(
+    source: str, model: nn.Module, peft: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
     """Raises a `UserError` where PEFT trained A and B of a layer under another geometry than its weight's.
 
     `peft` is the folder's `adapter_config.json`. With `own` settings beside it the folder is this package's, whose A

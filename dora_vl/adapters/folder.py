@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from dora_vl.adapters.agreement import (
     by_own_name,
     file_name,
+    refuse_geometry_that_peft_ignored,
     refuse_other_copy,
     refuse_other_settings,
-    refuse_pefts_other_result,
     refuse_untied_values,
     whole_change,
 )
@@ -142,13 +142,13 @@ def load_adapter(
     config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
-        refuse_pefts_other_result(str(source), model, peft, own)
+        refuse_geometry_that_peft_ignored(str(source), model, peft, own)
     else:
         config = config if change_base else whole_change(config)
-        twin = _without_values(model)  # tried first, so that a folder that does not fit leaves the model alone
+        twin = _structure_of(model)  # tried first, so that a folder that does not fit leaves the model alone
         _adapt(twin, config, no_gather)
         _check_fit(source, twin, tensors)
-        refuse_pefts_other_result(str(source), twin, peft, own)
+        refuse_geometry_that_peft_ignored(str(source), twin, peft, own)
         _adapt(model, config, gather)
     _check_fit(source, model, tensors)
     layers = dict(adapted_layers(model))
@@ -206,7 +206,7 @@ def pickled(folder: Path) -> UserError:
     )
 
 
-def _without_values(model: nn.Module) -> nn.Module:
+def _structure_of(model: nn.Module) -> nn.Module:
     """A copy of the model's structure on the meta device; costs no memory worth naming."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

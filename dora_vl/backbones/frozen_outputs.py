@@ -475,7 +475,9 @@ class OutputStore:
             reader.read(names)  # says what is wrong with them
             raise BadSample(names[0], f"picture {names[0]} was changed, or mended, after the run began; start again")
         sizes, described = self._shards.entries[key].facts
-        return StoredRow([(width, height) for width, height in sizes], _outputs(described, self._shards.tensors(key)))
+        return StoredRow(
+            [(width, height) for width, height in sizes], _rebuilt_outputs(described, self._shards.tensors(key))
+        )
 
 
 def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
@@ -494,7 +496,9 @@ def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
     return calls, tensors
 
 
-def _outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> Outputs:
+def _rebuilt_outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> Outputs:
+    """Outputs as the parts gave them, from what a row says of them and its tensors."""
+
     def leaf_of(leaf: Mapping[str, Any]) -> Any:
         if "tensor" in leaf:
             return tensors[leaf["tensor"]]

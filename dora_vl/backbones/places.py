@@ -89,8 +89,8 @@ def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
         by_pattern.setdefault(starred, []).append(name)
     others = set(all_names) - set(names)
     patterns: list[str] = []
-    for pattern, own in by_pattern.items():
-        patterns += own if _hits(others, pattern) else [pattern]
+    for pattern, matches in by_pattern.items():
+        patterns += matches if _hits(others, pattern) else [pattern]
     return patterns
 
 

@@ -424,7 +424,7 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
-    """Likewise of a row whose columns are known."""
+    """A row of known columns as the talk that is trained on; raises as `read_row` does."""
     if resolved.format is None:
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(

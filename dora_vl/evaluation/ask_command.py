@@ -108,7 +108,7 @@ def add_video_options(parser: argparse.ArgumentParser, *, required: bool = False
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Answers, each as it comes."""
+    """Prints each answer as it comes."""
     kind, others = ("video", OF_PICTURES) if options.video else ("image", OF_VIDEOS)
     mixed = [name for name, default in others.items() if getattr(options, name) != default]
     if options.video and options.image:

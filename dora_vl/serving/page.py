@@ -292,7 +292,7 @@ class Page:
             question: what was typed, which goes back into its box where it cannot be asked; None: the last one again.
         """
         *_, tokens, temperature, remember = chosen
-        again: Update = {} if question is None else {self.question: question}
+        refilled: Update = {} if question is None else {self.question: question}
         try:
             if talk is None or not person:
                 raise UserError("this chat is no longer here; load the page again")
@@ -316,7 +316,7 @@ class Page:
                 grown = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 yield {self.talk: grown, self.notice: notice_view(""), **self._views(grown)}
         except UserError as error:
-            yield {self.notice: notice_view(plain(error)), **again}
+            yield {self.notice: notice_view(plain(error)), **refilled}
         yield {self.ask_button: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
     def _views(self, talk: Talk) -> Update:

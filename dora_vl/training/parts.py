@@ -19,7 +19,7 @@ from dora_vl.adapters.agreement import (
     fields_of_the_change,
     first_difference,
     own_name,
-    refuse_pefts_other_result,
+    refuse_geometry_that_peft_ignored,
 )
 from dora_vl.adapters.files import WEIGHTS_FILE, read_peft_config, read_recipe
 from dora_vl.adapters.folder import no_adapter, read_weights
@@ -143,7 +143,7 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str,
         return
     peft, recipe = read_peft_config(folder), read_recipe(folder).get("adapter", {})
     config = read_config(str(folder), peft, recipe, stored)
-    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, recipe)
+    refuse_geometry_that_peft_ignored(f"adapter.initial: {folder}", model, peft, recipe)
     for name, layer in adapted_layers(model):
         if name not in owners:
             continue
