@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,18 +118,24 @@ def batch_view(
 
     Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
+    lines: tuple[tuple[Piece, ...], ...]
     count = len(batch["input_ids"])
     if "layout" not in batch and len(names) <= count:  # a row is a sample; what is behind them stands in for media
         titles = [*names, *[STAND_IN] * (count - len(names))]
     else:
         titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
     rows: list[BatchRow] = []
-    for title, ids, mask, labels in zip(
-        titles, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+    segments = batch["layout"]["segment"] if "layout" in batch else batch["attention_mask"].new_zeros(count, 1)
+    for title, ids, mask, labels, segment in zip(
+        titles, batch["input_ids"], batch["attention_mask"], batch["labels"], segments, strict=True
     ):
         has_label, real = (labels != IGNORED_LABEL).tolist(), mask.bool().tolist()
-        if shifted:
-            lines = (text.pieces(ids.tolist(), has_label, real),)
+        if shifted:  # a line for each segment of a row that holds several samples
+            borders = [0, *((segment[1:] != segment[:-1]).nonzero()[:, 0] + 1).tolist(), len(ids)]
+            lines = tuple(
+                text.pieces(ids[start:stop].tolist(), has_label[start:stop], real[start:stop])
+                for start, stop in pairwise(borders)
+            )
         else:
             question = text.pieces(ids.tolist(), [False] * len(ids), real)
             lines = (question, text.pieces(labels.clamp_min(0).tolist(), has_label, has_label))
