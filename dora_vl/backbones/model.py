@@ -106,15 +106,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             stored: what frozen parts gave for the pictures of each sample that has some.
             inputs: what else the processor gave, by its own names.
         """
-        if labels is None:
-            rows = torch.arange(len(attention_mask), device=attention_mask.device)
-            places = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-            targets = torch.full_like(rows, IGNORED_LABEL)
-        else:
-            rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-            targets, places = labels[rows, places], places - 1 if layout is None else layout["sources"][rows, places]
-            predicted = places >= 0  # a row's first token is predicted by nothing
-            rows, places, targets = rows[predicted], places[predicted], targets[predicted]
+        rows, places, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
@@ -138,7 +130,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Features(hidden[0], logits.squeeze(0), targets, rows)
+        return Features(hidden[0], logits.squeeze(0), targets, samples)
 
     def generate(
         self,
@@ -180,6 +172,24 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def _predicted(
+    labels: Tensor | None, attention_mask: Tensor, layout: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and place of each hidden state that predicts a label, that label, and the number of its sample.
+
+    Without labels it is each row's last token; with a `layout` the places are its `sources`.
+    """
+    if labels is None:
+        rows = torch.arange(len(attention_mask), device=attention_mask.device)
+        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+        return rows, last, torch.full_like(rows, IGNORED_LABEL), rows
+    if layout is None:
+        rows, places = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+        return rows, places, labels[rows, places + 1], rows
+    rows, places = ((labels != IGNORED_LABEL) & (layout["sources"] >= 0)).nonzero(as_tuple=True)
+    return rows, layout["sources"][rows, places], labels[rows, places], layout["samples"][rows, places]
 
 
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:

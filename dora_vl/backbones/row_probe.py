@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -36,18 +37,16 @@ NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, T
 """What a family's own code may end in over rows that it does not expect."""
 
 
-def own_positions(model: nn.Module, encoder: Encoder) -> OwnPositions | None:
-    """How a family that counts along several axes does so; None: it counts places."""
-    if not encoder.sees_pictures:
-        return None
-    dummy = encoder.dummy()
-    return OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
-
-
 def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) -> tuple[RowKind, str | None]:
-    """The wanted rows, or of trees, packed and plain ones the first that the model follows, and why not the wanted."""
+    """The wanted rows, or of trees, packed and plain ones the first that the model follows, and why not the wanted.
+
+    From then on the encoder gives its samples the positions of a family that counts along several axes.
+    """
     if wanted == "plain":
         return "plain", None
+    if encoder.sees_pictures:
+        dummy = encoder.dummy()
+        encoder.own_positions = OwnPositions.by_sample(backbone.model, dummy.input_ids, dummy.inputs)
     kernel = str(backbone.model.get_decoder().config._attn_implementation)
     if kernel not in MASKED:
         return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
@@ -94,17 +93,9 @@ def _samples(encoder: Encoder) -> list[Sample]:
 
 def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], rows: RowKind) -> Tensor:
     """Of the labelled tokens, in the order of the samples."""
-    batch: dict[str, Any] = Collator(encoder.pad_token_id, rows=rows)(samples)
-    device = next(backbone.parameters()).device
-    inputs = {name: _moved(value, device) for name, value in batch.items() if name not in BOOKKEEPING}
-    features = backbone(**inputs)
-    return features.logits.double().cpu()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _moved(entry, device) for name, entry in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+    batch = Collator(encoder.pad_token_id, rows=rows)(samples)
+    inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    return backbone(**send_to_device(inputs, next(backbone.parameters()).device)).logits.double().cpu()
 
 
 @contextlib.contextmanager

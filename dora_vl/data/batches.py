@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -28,6 +28,11 @@ POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel
 """Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
 
 
+def pictures_of(sample: Sample) -> object:
+    """What samples of one picture share; those of words alone, or of a video, share nothing."""
+    return sample.images or None
+
+
 @dataclass(frozen=True)
 class Collator:
     """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
@@ -44,7 +49,8 @@ class Collator:
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
         rows: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
-            padding. `trees`: and those of the same pictures share them and what is said before they differ.
+            padding. `trees`: and those that share something, such as their pictures, share what they begin with.
+        shares: what samples of one tree have in common; None: the sample has nothing to share.
     """
 
     pad_token_id: int
@@ -52,6 +58,7 @@ class Collator:
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
     rows: RowKind = "plain"
+    shares: Callable[[Sample], object] = pictures_of
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""
@@ -80,7 +87,8 @@ class Collator:
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Rows that hold several samples, and who sees whom in them."""
-        trees = grow(samples, budget=ROW_TOKENS, shares=_pictures if self.rows == "trees" else None)
+        numbers = {id(sample): number for number, sample in enumerate(samples)}
+        trees = grow(samples, budget=ROW_TOKENS, shares=self.shares if self.rows == "trees" else None)
         lengths = [tokens_of(tree) for tree in trees]
         rows = [lay_out([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // ROW_TOKENS))]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {
@@ -90,6 +98,7 @@ class Collator:
             "segment": (-1, [row.segment for row in rows]),
             "steps": (0, [row.steps for row in rows]),
             "sources": (-1, [row.sources for row in rows]),
+            "samples": (-1, [torch.tensor([numbers[id(one)] for one in row.samples])[row.segment] for row in rows]),
         }
         for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
             of_tokens[name] = 0, [row.inputs.get(name, torch.zeros_like(row.input_ids)) for row in rows]
@@ -100,7 +109,7 @@ class Collator:
         batch["position_ids"] = positions[0] if len(positions) == 1 else positions
         sees = [row.sees for row in rows]
         most = max(map(len, sees))
-        batch["layout"] = {name: batch.pop(name) for name in ("segment", "steps", "sources")} | {
+        batch["layout"] = {name: batch.pop(name) for name in ("segment", "steps", "sources", "samples")} | {
             "sees": torch.stack([torch.nn.functional.pad(table, (0, most - len(table)) * 2) for table in sees])
         }
         return batch | self._joined_media([root for row in rows for root in row.roots])
@@ -157,11 +166,6 @@ class Collator:
 def _media(sample: Sample) -> frozenset[str]:
     """Names of a sample's inputs for pictures and videos."""
     return frozenset(sample.inputs).difference(ALIGNED)
-
-
-def _pictures(sample: Sample) -> object:
-    """What samples share; those of words alone, or of a video, share nothing."""
-    return sample.images or None
 
 
 def joined_values(values: Sequence[Any]) -> Any:

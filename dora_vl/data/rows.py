@@ -145,6 +145,7 @@ class Row:
         steps: how far each token is from its path's beginning.
         sources: the place whose hidden state predicts each token, that before it on its path; -1 at a root's first.
         sees: whether the tokens of a segment see those of another, itself and all above it.
+        samples: whose tokens each segment holds; of several, which share it, the first.
         roots: the samples whose pictures and videos stand in the row, in order.
     """
 
@@ -156,6 +157,7 @@ class Row:
     sources: Int[Tensor, " seq"]
     sees: Bool[Tensor, "segments segments"]
     inputs: dict[str, Tensor]
+    samples: tuple[Sample, ...]
     roots: tuple[Sample, ...]
 
 
@@ -194,6 +196,7 @@ def lay_out(trees: Sequence[Tree]) -> Row:
         sources=before,
         sees=sees,
         inputs={name: joined(lambda sample, name=name: _of_tokens(sample, name)) for name in names},
+        samples=tuple(segment.sample for segment in segments),
         roots=tuple(segment.sample for segment in segments if segment.parent is None),
     )
 

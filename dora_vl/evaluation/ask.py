@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from transformers.generation.streamers import BaseStreamer
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
+from dora_vl.backbones.row_probe import followed_rows
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
+from dora_vl.data.columns import RowKind
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
@@ -78,12 +81,9 @@ class Shown:
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """What the model itself takes of a batch, on its device."""
-    not_asked = {"labels", *BOOKKEEPING}  # what a collator adds
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name not in not_asked
-    }
+    added = {"labels", *BOOKKEEPING}  # by a collator
+    kept = {name: value for name, value in batch.items() if name not in added}
+    return dict(send_to_device(kept, device))
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ class EncoderPrompts:
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
-        encoded = self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)
-        return Sample(encoded.input_ids, encoded.labels, inputs=encoded.inputs)
+        return Sample(**vars(self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)))
 
-    def collate(self, samples: Sequence[Sample], side: Literal["left", "right"]) -> Mapping[str, Any]:
-        """One batch, padded on this side: the model's inputs and `labels`."""
-        return Collator(self.encoder.pad_token_id, pad_side=side)(samples)
+    def collate(
+        self, samples: Sequence[Sample], side: Literal["left", "right"], rows: RowKind = "plain"
+    ) -> Mapping[str, Any]:
+        """One batch, padded on this side: the model's inputs and `labels`; trees are questions with their answers."""
+        return Collator(self.encoder.pad_token_id, pad_side=side, rows=rows, shares=lambda sample: sample.id)(samples)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
@@ -503,7 +504,9 @@ class Assistant:
             try:
                 texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
                 seen = media.read(question)
-                samples = [self.prompts.with_answer(question.turns, seen, text) for text in texts]
+                samples = [
+                    replace(self.prompts.with_answer(question.turns, seen, text), id=question.id) for text in texts
+                ]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, question.id)
             except BadSample as error:
                 yield [prediction(question, None, error.reason)]
@@ -543,16 +546,21 @@ class Assistant:
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
+    @cached_property
+    def rows(self) -> RowKind:
+        """How samples with answers stand in a batch: as trees, where the model follows them."""
+        return followed_rows(self.backbone, self.prompts.encoder, "trees")[0]
+
     @torch.inference_mode()
-    def labelled(self, samples: Sequence[Sample]) -> Features:
+    def labelled(self, samples: Sequence[Sample], rows: RowKind = "plain") -> Features:
         """What the model makes of samples at the places that predict their labelled tokens."""
-        batch = self.prompts.collate(samples, "right")
+        batch = self.prompts.collate(samples, "right", rows)
         return self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
 
     @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
         """The log-likelihood of each sample's labelled tokens behind what stands before them."""
-        features = self.labelled(samples)
+        features = self.labelled(samples, self.rows)
         each = features.logits.float().log_softmax(-1).gather(1, features.targets.unsqueeze(1)).squeeze(1)
         return torch.zeros(len(samples), device=each.device).index_add_(0, features.rows, each).cpu()
 

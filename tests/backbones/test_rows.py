@@ -14,7 +14,8 @@ from PIL import Image
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.row_probe import followed_rows, own_positions
+from dora_vl.backbones.row_probe import followed_rows
+from dora_vl.backbones.rows import OwnPositions
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
@@ -91,7 +92,7 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
         pytest.skip(PLAIN[family])
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
 
-    encoder.own_positions = own_positions(backbone.model, encoder)
+    assert followed_rows(backbone, encoder, "trees")[0] == "trees"
     takes_words = FAMILIES[family].format != "paligemma"
     samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
     if checkpointing is not None:
@@ -116,7 +117,6 @@ PLAIN = {"mllama": "looks pictures up by row"}
 @families_in_turn
 def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: str) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    encoder.own_positions = own_positions(backbone.model, encoder)
     kind, reason = followed_rows(backbone, encoder, "trees")
     assert backbone.training
     assert (kind, reason is None) == (("plain", False) if family in PLAIN else ("trees", True)), reason
@@ -124,9 +124,9 @@ def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: s
 
 def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, backbone = encoder_of(folders["qwen3_vl"]), adapted_backbone(folders["qwen3_vl"])
-    kind, reason = followed_rows(backbone, encoder, "trees")  # without the family's own positions
-    assert kind == "plain"
-    assert reason
-    encoder.own_positions = own_positions(backbone.model, encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnPositions, "by_sample", lambda *_: None)
+        kind, reason = followed_rows(backbone, encoder, "trees")
+        assert (kind, bool(reason)) == ("plain", True)
     monkeypatch.setattr(backbone.follower, "follow", lambda forest: None)
     assert followed_rows(backbone, encoder, "packed")[0] == "plain"
