@@ -114,10 +114,15 @@ NEIGHBOURS = 8
 """Micro-batches of almost the same length that follow each other, so that up to so many ranks need not wait."""
 
 
+TOGETHER = 4
+"""Most samples of one picture in a micro-batch: more would save little, and a step would see few pictures."""
+
+
 class TreeSampler(torch.utils.data.Sampler[int]):
     """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
 
-    Samples of the same pictures are drawn as one; a micro-batch's border parts them only where none has room for all.
+    Up to `TOGETHER` samples of the same pictures are drawn as one; a micro-batch's border parts them only where none has
+    room for all.
     """
 
     def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:
@@ -130,9 +135,8 @@ class TreeSampler(torch.utils.data.Sampler[int]):
         groups: dict[int, list[int]] = {}
         for sample, (picture, shared) in enumerate(zip(self._pictures, self._shared, strict=True)):
             groups.setdefault(picture if shared else -1 - sample, []).append(sample)
-        self._groups = [
-            group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
-        ]
+        self._groups = list(groups.values())
+        self._together = min(TOGETHER, batch_size)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -143,7 +147,10 @@ class TreeSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         chance = random.Random(f"{self._seed}/{self._epoch}/trees")
-        groups = list(self._groups)
+        groups: list[list[int]] = []
+        for group in self._groups:
+            drawn = chance.sample(group, len(group))
+            groups += [drawn[start : start + self._together] for start in range(0, len(drawn), self._together)]
         chance.shuffle(groups)
         most = max(1, WINDOW // self._batch) * self._batch
         window: list[list[int]] = []
