@@ -208,7 +208,7 @@ def time_tower(model: LlavaForConditionalGeneration, samples: ConversationDatase
     started = time.perf_counter()
     read = [samples[index] for index in range(count)]
     pictures = torch.cat([one.inputs["pixel_values"] for one in read if isinstance(one, Sample) and one.images])
-    model.get_image_features(pixel_values=pictures)
+    model.get_image_features(pixel_values=pictures.to(model.dtype))
     return (time.perf_counter() - started) / max(1, len(pictures))
 
 

@@ -195,6 +195,11 @@ def of_adapters(rule: Rule, otherwise: str = "not read by full") -> Rule:
     return checked
 
 
+def is_llava(checkpoint: object) -> bool:
+    """Whether LLaVA's own builder takes a checkpoint for a LLaVA, which it tells by the name."""
+    return "llava" in PurePosixPath(str(checkpoint)).name.lower()
+
+
 def missing(why: str) -> Counterpart:
     """No counterpart."""
     return Counterpart(note=why, is_lost=True)
@@ -214,8 +219,9 @@ def _only(entry: Entry, setting: Setting) -> Counterpart:
 
 def _composed(entry: Entry, setting: Setting) -> Counterpart:
     """For settings of a base that the run puts together; a published LLaVA has its own."""
-    name = PurePosixPath(str(setting.settings.get("model_name_or_path", ""))).name
-    return Counterpart(note=entry.get("note", "")) if "llava" in name.lower() else rule_of(entry["composed"])(setting)
+    if is_llava(setting.settings.get("model_name_or_path", "")):
+        return Counterpart(note=entry.get("note", ""))
+    return rule_of(entry["composed"])(setting)
 
 
 def _words(entry: Entry, setting: Setting) -> Counterpart:

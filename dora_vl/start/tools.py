@@ -23,6 +23,7 @@ from dora_vl.start.rules import (
     Tool,
     computed,
     globs_of_endings,
+    is_llava,
     is_on,
     missing,
     of_adapters,
@@ -380,7 +381,7 @@ def _llava_base(setting: Setting) -> Counterpart:
     name = PurePosixPath(str(setting.value)).name
     if name in HUB_NAMES:
         return Counterpart({"model.base": HUB_NAMES[name]}, "the same weights in transformers' format")
-    if "llava" in name.lower():
+    if is_llava(name):
         return missing("a checkpoint in LLaVA's format; name one in transformers' (llava-hf/...)")
     folder = f"{setting.settings.get('output_dir', 'runs/llava')}-base"
     settings = {"model.compose.language_model": setting.value, "model.base": folder}

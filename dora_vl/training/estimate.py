@@ -79,14 +79,6 @@ class LiveBytes(TorchDispatchMode):
         """The operation itself."""
         return func(*args, **kwargs)
 
-    def follow_existing(self) -> None:
-        """Counts what is there already: every tensor that Python holds, those on the meta device aside."""
-        gc.collect()
-        tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor) and not value.is_meta]
-        for storage in storages_of(tensors):
-            if id(storage) not in self._alive:
-                self._follow(storage)
-
     def _follow(self, storage: Storage) -> None:
         key, size = id(storage), storage.nbytes()
 

@@ -5,21 +5,35 @@ Writes OUT.RANK: bytes of tensors alive before the step, the most within it, and
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from dora_vl.training import run as training_run
-from dora_vl.training.estimate import LiveBytes
+from dora_vl.training.estimate import LiveBytes, storages_of
 from dora_vl.training.trainer import AdapterTrainer
 from tasks.llava_instruct import main
 
 MEASURED = 2
 """Steps taken before: the optimizer's state is there, and ZeRO-3 knows the order of the layers."""
+
+
+class MeasuredBytes(LiveBytes):
+    """What is alive, that of before included."""
+
+    def follow_existing(self) -> None:
+        """Counts what is there already: every tensor that Python holds, those on the meta device aside."""
+        gc.collect()
+        tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor) and not value.is_meta]
+        for storage in storages_of(tensors):
+            if id(storage) not in self._alive:
+                self._follow(storage)
 
 
 class Measure(TrainerCallback):
@@ -30,7 +44,7 @@ class Measure(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == MEASURED:
-            self.live = LiveBytes()
+            self.live = MeasuredBytes()
             self.live.follow_existing()
             self.before = self.live.restart_peak()
             self.live.__enter__()

@@ -39,11 +39,11 @@ def write_mixed_data(folder: Path, *, words_alone: bool = False) -> Path:
     return data
 
 
-def check_ranks_agree(folder: Path, base: Path, data: Path, *, steps: int, **changes: dict[str, object]) -> None:
+def check_ranks_agree(folder: Path, base: Path, records: Path, *, steps: int, **changes: dict[str, object]) -> None:
     """A run of two ranks under ZeRO-3 against one of one rank with twice the batch, both by the script."""
     training = {"max_steps": steps, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     shapes = {"group_by_modality_length": False, "max_tokens": 512, **changes.pop("data", {})}
-    run = write_run(folder / "run.yaml", base, data, data=shapes, training=training, **changes)
+    run = write_run(folder / "run.yaml", base, records, data=shapes, training=training, **changes)
     one = (f"--training.output_dir={folder / 'one'}", "--training.deepspeed=zero0")
     two = (f"--training.output_dir={folder / 'two'}", "--training.deepspeed=zero3")
     launch(run, *one, "--training.gradient_accumulation_steps=2", ranks=1)
