@@ -87,7 +87,7 @@ def _samples(encoder: Encoder) -> list[Sample]:
     for number, (question, answer) in enumerate(QUESTIONS):
         turns = (Turn("user", place + question), Turn("assistant", answer))
         encoded = encoder.encode(Example("probe", ("probe",) * len(pictures), turns), pictures)
-        samples.append(Sample(**vars(encoded), index=number, images=("probe",) * len(pictures)))
+        samples.append(Sample(**vars(encoded), index=number, media=("probe",) * len(pictures)))
     return samples
 
 

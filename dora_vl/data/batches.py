@@ -28,9 +28,9 @@ POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel
 """Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
 
 
-def pictures_of(sample: Sample) -> object:
-    """What samples of one picture share; those of words alone, or of a video, share nothing."""
-    return sample.images or None
+def media_of(sample: Sample) -> object:
+    """What samples of the same pictures or videos share; those of words alone share nothing."""
+    return sample.media or None
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Collator:
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
     rows: RowKind = "plain"
-    shares: Callable[[Sample], object] = pictures_of
+    shares: Callable[[Sample], object] = media_of
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""

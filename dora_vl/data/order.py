@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from jaxtyping import Bool, Int
@@ -32,10 +33,10 @@ class SamplingLengths(NamedTuple):
 
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
-    pictures: Int[Tensor, " samples"]
-    """A number for each different list of pictures; samples with the same number can share their tokens."""
+    media: Int[Tensor, " samples"]
+    """A number for each different list of pictures and videos; samples of the same number can share their tokens."""
     shared: Int[Tensor, " samples"]
-    """Those of its length that its pictures take."""
+    """Those of its length that its pictures and videos take."""
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
@@ -49,10 +50,14 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_pe
         for name in ("images", "videos")
     )
     lengths = torch.tensor(columns["length"].to_numpy(), dtype=torch.int64)
-    lengths = lengths + tokens_per_image * pictures + tokens_per_video * videos
-    joined = pc.call_function("binary_join", [columns["images"].combine_chunks(), "\0"])
-    numbers = torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
-    return SamplingLengths(lengths, (pictures + videos) > 0, numbers, tokens_per_image * pictures)
+    shared = tokens_per_image * pictures + tokens_per_video * videos
+    clips = columns["videos"].combine_chunks()
+    of_clips = [part.cast(pa.string()).fill_null("") for part in clips.values.flatten()]
+    clips = pa.ListArray.from_arrays(clips.offsets, pc.call_function("binary_join_element_wise", [*of_clips, "\1"]))
+    names = [pc.call_function("binary_join", [lists, "\0"]) for lists in (columns["images"].combine_chunks(), clips)]
+    media = pc.call_function("binary_join_element_wise", [*names, "\2"])
+    numbers = torch.tensor(media.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
+    return SamplingLengths(lengths + shared, (pictures + videos) > 0, numbers, shared)
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
@@ -115,26 +120,26 @@ NEIGHBOURS = 8
 
 
 TOGETHER = 4
-"""Most samples of one picture in a micro-batch: more would save little, and a step would see few pictures."""
+"""Most samples of one picture or video in a micro-batch: more would save little, and a step would see few pictures."""
 
 
 class TreeSampler(torch.utils.data.Sampler[int]):
     """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
 
-    Up to `TOGETHER` samples of the same pictures are drawn as one; a micro-batch's border parts them only where no
+    Up to `TOGETHER` samples of the same pictures or videos are drawn as one; a micro-batch's border parts them only where no
     micro-batch has room for all.
     """
 
     def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:
         self._lengths = lengths.lengths.tolist()
         self._shared = lengths.shared.tolist()
-        self._pictures = lengths.pictures.tolist()
+        self._media = lengths.media.tolist()
         self._batch = batch_size
         self._seed = seed
         self._epoch = 0
         groups: dict[int, list[int]] = {}
-        for sample, (picture, shared) in enumerate(zip(self._pictures, self._shared, strict=True)):
-            groups.setdefault(picture if shared else -1 - sample, []).append(sample)
+        for sample, (media, shared) in enumerate(zip(self._media, self._shared, strict=True)):
+            groups.setdefault(media if shared else -1 - sample, []).append(sample)
         self._groups = list(groups.values())
         self._together = min(TOGETHER, batch_size)
 
@@ -177,9 +182,9 @@ class TreeSampler(torch.utils.data.Sampler[int]):
         return [*window[:-1], kept], [left] if left else []
 
     def _tokens(self, samples: list[int]) -> int:
-        """About how many of a row's tokens they take, with every picture once."""
-        pictures = {self._pictures[sample]: self._shared[sample] for sample in samples}
-        return sum(pictures.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
+        """About how many of a row's tokens they take, with every picture and video once."""
+        shared = {self._media[sample]: self._shared[sample] for sample in samples}
+        return sum(shared.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
 
     def _dealt(self, groups: list[list[int]]) -> list[list[int]]:
         """Micro-batches: the longest group goes to the shortest of those that have room for it."""

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -72,11 +72,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Sample(Encoded):
-    """One usable sample, at its place in the data; `images` says which pictures it has."""
+    """One usable sample, at its place in the data; `media` says which pictures and videos it has."""
 
     index: int = -1
     id: str = ""
-    images: tuple[str, ...] = ()
+    media: tuple[Hashable, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
             return Skipped(index, example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
-        return Sample(**vars(encoded), index=index, id=example.id, images=example.images)
+        return Sample(**vars(encoded), index=index, id=example.id, media=(*example.images, *example.videos))
 
 
 BAD_BEFORE_EARLY_END = 10

@@ -102,8 +102,8 @@ class SamplesConfig:
     behind them, so that nothing is padded and no picture runs twice; packed: each by itself; plain: a row each, padded.
     The loss is the same. A base that does not fit rows of several samples takes plain ones, and the log says why."""
     group_by_modality_length: bool = True
-    """Batches hold samples of like length, and either all with pictures or all without. With `rows: trees` pictures
-    have an order of their own: those of one picture together, equally many tokens in each batch."""
+    """Batches hold what fits together: samples of like length, and either all with pictures or all without; with
+    `rows: trees` up to four samples of each picture, and equally many tokens in every batch."""
     streaming: bool = False
     """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
     hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not

@@ -258,11 +258,12 @@ class RunSamples:
             tokens_per_image=encoder.tokens_per_image if media else 0,
             tokens_per_video=len(encoder.dummy_video(media.video_frames).input_ids) if media and shows_videos else 0,
         )
-        samples, trees = make(train, train.stored), collate.rows == "trees" and bool(lengths.shared.any())
-        grouped = data.group_by_modality_length and not trees
+        samples = make(train, train.stored)
         sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
-        sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed) if trees else None
-        if grouped:  # LLaVA's grouping by modality and length for the global batch
+        sampler = None
+        if data.group_by_modality_length and collate.rows == "trees" and bool(lengths.shared.any()):
+            sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
+        elif data.group_by_modality_length:  # LLaVA's grouping by modality and length for the global batch
             sampler = ModalityLengthSampler(
                 lengths.lengths,
                 lengths.is_multimodal,
@@ -273,7 +274,7 @@ class RunSamples:
             )
         return TrainingData(
             train=samples,
-            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped, sized=sized),
+            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=isinstance(sampler, ModalityLengthSampler), sized=sized),
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),

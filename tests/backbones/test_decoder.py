@@ -188,7 +188,7 @@ class TestPictures:
             seen = {"pixel_values": pixels(1, seed=ord(name))}
             end = 2 + len(PICTURE)
             samples.append(
-                Sample(ids, labels, index=number, id=str(number), inputs=seen, images=(name,), media_end=end)
+                Sample(ids, labels, index=number, id=str(number), inputs=seen, media=(name,), media_end=end)
             )
         adapted(backbone)
         samples = with_stored(samples, backbone) if stored else samples

@@ -44,7 +44,7 @@ WORDS = (talk("Say it.", "red"),)
 
 def samples_of(encoder: Encoder, talks: Sequence[Talk]) -> list[Sample]:
     return [
-        replace(sample_of(encoder, talk), index=number, id=str(number), images=tuple(NAMES[id(one)] for one in talk[1]))
+        replace(sample_of(encoder, talk), index=number, id=str(number), media=tuple(NAMES[id(one)] for one in talk[1]))
         for number, talk in enumerate(talks)
     ]
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
+from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Mixing
 from dora_vl.data.order import (
     MixturePlan,
@@ -25,6 +26,7 @@ from dora_vl.data.order import (
     TreeSampler,
     sampling_lengths,
 )
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import load_table
 
 SOURCES = (
@@ -181,12 +183,12 @@ def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     filmed = {"id": 4, "videos": ["a.mp4", "b.mp4"], "image": "a.png", "conversations": turns}
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}, filmed]))
     table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
-    lengths, is_multimodal, pictures, shared = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
+    lengths, is_multimodal, media, shared = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
     assert lengths.tolist() == [5, 106, 207, 0, 2108]
     assert is_multimodal.tolist() == [False, True, True, False, True]
-    assert shared.tolist() == [0, 100, 200, 0, 100]
-    assert pictures.unique().tolist() == [0, 1, 2]
-    assert pictures[0] == pictures[3]  # the two without a picture
+    assert shared.tolist() == [0, 100, 200, 0, 2100]
+    assert media.unique().tolist() == [0, 1, 2, 3]
+    assert media[0] == media[3]  # the two without any
     lengths, is_multimodal, *_ = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
     assert (lengths.tolist(), is_multimodal.tolist()) == ([27, 5], [True, False])
 
@@ -220,7 +222,7 @@ def test_pictures_stay_together_in_equally_long_micro_batches(by_pictures: tuple
     lengths, sampler = by_pictures
     tokens, apart, pictures = [], 0, set()
     for batch in chunks(list(sampler), 16):
-        once = {int(picture): int(lengths.shared[i]) for i, picture in zip(batch, lengths.pictures[batch], strict=True)}
+        once = {int(picture): int(lengths.shared[i]) for i, picture in zip(batch, lengths.media[batch], strict=True)}
         tokens.append(int((lengths.lengths[batch] - lengths.shared[batch]).sum()) + sum(once.values()))
         apart += len(pictures & once.keys() - {0})
         pictures |= once.keys()
@@ -230,3 +232,47 @@ def test_pictures_stay_together_in_equally_long_micro_batches(by_pictures: tuple
     assert waiting < 0.05
     alone = lengths.lengths.sum() / sum(tokens)
     assert alone > 1.6, "pictures run once for up to four"
+
+
+@pytest.fixture(scope="module")
+def mixture() -> tuple[list[Sample], SamplingLengths]:
+    """Lengths as LLaVA-1.5's 665,000 have them: three of ten are of words alone; three questions of 576 picture tokens."""
+    chance = random.Random(7)
+    samples: list[Sample] = []
+
+    def add(own: int, picture: str | None) -> None:
+        shared = 611 if picture else 0
+        ids = torch.cat([torch.full((shared,), 9), torch.randint(10, 30_000, (own,))])
+        labels = torch.where(torch.arange(len(ids)) < len(ids) - own // 2, IGNORED_LABEL, ids)
+        media = (picture,) if picture else ()
+        samples.append(Sample(ids, labels, index=len(samples), id="", media=media, media_end=shared))
+
+    torch.manual_seed(7)
+    for picture in range(1_400):
+        for _ in range(3):
+            add(min(400, max(100, int(chance.lognormvariate(5.34, 0.45)))), str(picture))
+    for _ in range(1_800):
+        add(min(2_048, max(16, int(chance.lognormvariate(5.12, 0.9)))), None)
+    pictures = torch.tensor([int(sample.media[0]) + 1 if sample.media else 0 for sample in samples])
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    return samples, SamplingLengths(lengths, pictures > 0, pictures, (pictures > 0) * 611)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trees_take_few_tokens_and_hardly_pad(mixture: tuple[list[Sample], SamplingLengths], ranks: int) -> None:
+    samples, lengths = mixture
+    grouped = ModalityLengthSampler(
+        lengths.lengths, lengths.is_multimodal, batch_size=16, world_size=ranks, accumulation=1, seed=5
+    )
+    tokens, padding, steps = dict[str, int](), dict[str, int](), dict[str, set[int]]()
+    for kind, sampler in (("plain", grouped), ("trees", TreeSampler(lengths, batch_size=16, seed=5))):
+        collate = Collator(0, rows=kind)
+        for rank in range(ranks):
+            shard = BatchSamplerShard(BatchSampler(sampler, 16, drop_last=False), num_processes=ranks, process_index=rank)
+            batches = [collate([samples[place] for place in batch]) for batch in shard]
+            tokens[kind] = tokens.get(kind, 0) + sum(batch["input_ids"].numel() for batch in batches)
+            padding[kind] = padding.get(kind, 0) + sum(batch["padding_tokens"] for batch in batches)
+            steps.setdefault(kind, set()).add(len(batches))
+    assert padding["trees"] < 0.02 * tokens["trees"]
+    assert tokens["trees"] < 0.6 * tokens["plain"]
+    assert steps["trees"] == steps["plain"] and len(steps["trees"]) == 1

@@ -24,7 +24,7 @@ def sample(text: str, *, trained: str, picture: str | None = None, number: int =
     inputs = {"pixel_values": PIXELS + ord(picture)} if picture else {}
     images = (picture,) if picture else ()
     return Sample(
-        index=number, id=str(number), input_ids=ids, labels=labels, images=images, inputs=inputs, media_end=len(before)
+        index=number, id=str(number), input_ids=ids, labels=labels, media=images, inputs=inputs, media_end=len(before)
     )
 
 
@@ -38,7 +38,7 @@ ALIKE = (
 
 
 def by_picture(item: Sample) -> object:
-    return item.images or None
+    return item.media or None
 
 
 def paths(row: Row) -> list[list[int]]:
@@ -86,7 +86,7 @@ def test_every_sample_is_whole_on_its_path(share: bool) -> None:
 def test_a_picture_and_what_is_said_of_it_stand_once() -> None:
     row = row_of(ALIKE)
     assert int((row.input_ids == PICTURE).sum()) == 6, "three tokens of each of two pictures"
-    assert [root.images for root in row.roots if root.images] == [("a",), ("b",)]
+    assert [root.media for root in row.roots if root.media] == [("a",), ("b",)]
     shared, own = 3 + len("Q: wh") + len("at? A: "), len("red") + len("rose") + len("ere? A: there")
     assert len(row.input_ids) == shared + own + len(ALIKE[3].input_ids) + len(ALIKE[4].input_ids)
 
