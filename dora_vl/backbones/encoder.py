@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -134,7 +134,7 @@ class Encoder:
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
         self.own_positions: OwnPositions | None = None
-        """Of a family that counts along several axes; set where samples are to share rows."""
+        """Of a family that counts along several axes (`take_positions_of`)."""
 
     @property
     def pad_token_id(self) -> int:
@@ -264,6 +264,12 @@ class Encoder:
         ids, inputs, end = processed.ids, processed.inputs, processed.media_end
         labels = torch.where(trained, ids, IGNORED_LABEL)
         return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
+
+    def take_positions_of(self, model: nn.Module) -> None:
+        """From now on samples have the positions that a model counts along several axes; it may be a skeleton."""
+        if self.sees_pictures:
+            dummy = self.dummy()
+            self.own_positions = OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
 
     def _positions(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"] | None:
         """The family's own along its axes, where it counts along several."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -180,33 +178,3 @@ def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
     """Whether each row prefers the token of "true" (NLVR2 in VL-T5); of equals it is false."""
     return logits[:, true_token] > logits[:, false_token]
-
-
-@dataclass(frozen=True)
-class GenerationLoss:
-    """The loss to go backward from, and how many tokens it saw."""
-
-    loss: Float[Tensor, ""]
-    labelled_tokens: Int[Tensor, ""]
-
-
-def generation_loss(
-    logits: Float[Tensor, "labelled vocab"],
-    targets: Int[Tensor, " labelled"],
-    *,
-    divide_by: Int[Tensor, ""] | Float[Tensor, ""] | float | None = None,
-) -> GenerationLoss:
-    """Cross-entropy of the labelled positions, summed in float32 and divided.
-
-    Args:
-        logits: one row for each labelled position, already shifted: row i predicts `targets[i]`.
-        targets: token ids.
-        divide_by: the sum is divided by this; None divides by the labelled tokens here, which makes a mean.
-
-    Without any labelled position the loss is 0 and still belongs to the graph, so that ranks stay in step.
-    """
-    count = torch.tensor(targets.numel(), device=logits.device)
-    if targets.numel() == 0:
-        return GenerationLoss(logits.float().sum() * 0.0, count)
-    total = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return GenerationLoss(total / (count if divide_by is None else divide_by), count)

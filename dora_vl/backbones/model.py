@@ -48,6 +48,7 @@ from dora_vl.core.quantised import is_quantised
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
+from dora_vl.heads.next_token import label_losses, losses_of
 
 
 class DecoderBackbone(Backbone[PreTrainedModel]):
@@ -72,6 +73,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
         self.follower = RowFollower(model.get_decoder())
+        self._head_is_last: bool | None = None
+        """Whether the model gives its output layer's scores as they are; it may scale or cap them. Seen once."""
         self.train(model.training)
 
     @property
@@ -96,25 +99,32 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         labels: Int[Tensor, "batch seq"] | None = None,
         layout: Mapping[str, Tensor] | None = None,
         stored: Sequence[Outputs] = (),
+        keep_logits: bool = False,
         **inputs: Any,
     ) -> Features:
-        """Hidden states and logits at the positions that predict a label.
+        """Hidden states and losses at the positions that predict a label.
 
         Args:
             labels: the token at each place, or -100; the shift by one happens here.
             layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
             stored: what frozen parts gave for the pictures of each sample that has some.
+            keep_logits: gives them too; else they stand in chunks, where the head's scores are the model's own.
             inputs: what else the processor gave, by its own names.
         """
         rows, places, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
-        hidden: list[Tensor] = []
+        in_chunks = self._head_is_last and not (
+            keep_logits or any(weight.requires_grad for weight in head.parameters())
+        )
+        hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
         def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden.append(seen[0][rows, places])
-            return (hidden[0].unsqueeze(0), *seen[1:])
+            if in_chunks:
+                losses.append(label_losses(hidden[0], targets, head.forward))
+            return (hidden[0][: 1 if in_chunks else None].unsqueeze(0), *seen[1:])
 
         replayed = contextlib.nullcontext()
         if self.frozen_parts is not None and stored:
@@ -122,6 +132,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         # Inside the model's own forward, so that what it does to its logits (scales, soft caps) stays its own.
         hooks = [head.register_forward_pre_hook(labelled_alone)]
+        if self._head_is_last is None:
+            hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2])))
         if self.training and torch.is_grad_enabled():
             hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
         try:
@@ -130,7 +142,13 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Features(hidden[0], logits.squeeze(0), targets, samples)
+            if not torch.is_grad_enabled():  # nothing is recomputed in a backward pass
+                self.follower.follow(None)
+        if scores and len(targets):
+            self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
+        logits = logits.squeeze(0)
+        each = losses[0] if in_chunks else losses_of(logits, targets)
+        return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
 
     def generate(
         self,

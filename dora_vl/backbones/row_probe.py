@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.rows import MASKED, OwnPositions
+from dora_vl.backbones.rows import MASKED
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.example import Example
@@ -44,9 +44,7 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
     """
     if wanted == "plain":
         return "plain", None
-    if encoder.sees_pictures:
-        dummy = encoder.dummy()
-        encoder.own_positions = OwnPositions.by_sample(backbone.model, dummy.input_ids, dummy.inputs)
+    encoder.take_positions_of(backbone.model)
     kernel = str(backbone.model.get_decoder().config._attn_implementation)
     if kernel not in MASKED:
         return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
@@ -74,7 +72,6 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
     except NOT_FOLLOWED as error:
         return "plain", one_line(f"{type(error).__name__}: {error}", 200)
     finally:
-        backbone.follower.follow(None)
         backbone.train(was_training)
     return "plain", reason
 
@@ -95,7 +92,8 @@ def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sampl
     """Of the labelled tokens, in the order of the samples."""
     batch = Collator(encoder.pad_token_id, rows=rows)(samples)
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
-    return backbone(**send_to_device(inputs, next(backbone.parameters()).device)).logits.double().cpu()
+    inputs = send_to_device(inputs, next(backbone.parameters()).device)
+    return backbone(**inputs, keep_logits=True).logits.double().cpu()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import check_model_folder, opening
 from dora_vl.heads.answer import AnswerHead
+from dora_vl.heads.next_token import label_losses, losses_of
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,10 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch answer"],
         features: Float[Tensor, "batch images tokens channels"],
+        *,
+        keep_logits: bool = False,
     ) -> Features:
-        """Hidden states and logits at the positions that have a label, -100 being none.
+        """Hidden states and losses at the positions that have a label, -100 being none.
 
         The decoder reads the labels one place later, so a label at t is predicted at t.
         """
@@ -127,9 +130,13 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
         if len(rows) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
             chosen = hidden[:1, 0]
-            return Features(chosen, self.logits(chosen)[:0], labels.new_zeros(0), labels.new_zeros(0))
-        chosen = hidden[rows, places]
-        return Features(chosen, self.logits(chosen), labels[rows, places], rows)
+            logits = self.logits(chosen)[:0]
+            return Features(chosen, logits.float().sum(1), labels.new_zeros(0), labels.new_zeros(0), logits)
+        chosen, targets = hidden[rows, places], labels[rows, places]
+        if keep_logits or any(weight.requires_grad for weight in self.model.lm_head.parameters()):
+            logits = self.logits(chosen)
+            return Features(chosen, losses_of(logits, targets), targets, rows, logits)
+        return Features(chosen, label_losses(chosen, targets, self.logits), targets, rows)
 
     def shifted(self, labels: Int[Tensor, "batch answer"]) -> Int[Tensor, "batch answer"]:
         """The decoder's input for these labels: its start token, then all but the last of them."""

@@ -126,8 +126,8 @@ TOGETHER = 4
 class TreeSampler(torch.utils.data.Sampler[int]):
     """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
 
-    Up to `TOGETHER` samples of the same pictures or videos are drawn as one; a micro-batch's border parts them only where no
-    micro-batch has room for all.
+    Up to `TOGETHER` samples of the same pictures or videos are drawn as one; a micro-batch's border parts them only
+    where no micro-batch has room for all.
     """
 
     def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.data.example import Example, whole_file
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.table import ExampleTable
+from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError, one_line, shown_text
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
@@ -76,7 +77,7 @@ class Sample(Encoded):
 
     index: int = -1
     id: str = ""
-    media: tuple[Hashable, ...] = ()
+    media: tuple[str | Clip, ...] = ()
 
 
 @dataclass(frozen=True)

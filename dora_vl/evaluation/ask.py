@@ -440,6 +440,9 @@ class Assistant:
     prompts: EncoderPrompts
     while_training: bool = False
 
+    def __post_init__(self) -> None:
+        self.prompts.encoder.take_positions_of(self.backbone.model)
+
     def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
         """See `Asker`."""
         try:
@@ -552,17 +555,18 @@ class Assistant:
         return followed_rows(self.backbone, self.prompts.encoder, "trees")[0]
 
     @torch.inference_mode()
-    def labelled(self, samples: Sequence[Sample], rows: RowKind = "plain") -> Features:
+    def labelled(self, samples: Sequence[Sample], rows: RowKind = "plain", *, keep_logits: bool = False) -> Features:
         """What the model makes of samples at the places that predict their labelled tokens."""
         batch = self.prompts.collate(samples, "right", rows)
-        return self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+        labels = batch["labels"].to(self.device)
+        return self.backbone(**model_inputs(batch, self.device), labels=labels, keep_logits=keep_logits)
 
     @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
         """The log-likelihood of each sample's labelled tokens behind what stands before them."""
         features = self.labelled(samples, self.rows)
-        each = features.logits.float().log_softmax(-1).gather(1, features.targets.unsqueeze(1)).squeeze(1)
-        return torch.zeros(len(samples), device=each.device).index_add_(0, features.rows, each).cpu()
+        sums = torch.zeros(len(samples), device=features.losses.device)
+        return sums.index_add_(0, features.rows, -features.losses).cpu()
 
     def logits(
         self, question: Question, answer: str, media: MediaReader, decoding: Decoding
@@ -572,7 +576,9 @@ class Assistant:
             sample = self.prompts.with_answer(question.turns, media.read(question), answer)
         except BadSample:
             return torch.zeros(0, 1)
-        return self.labelled([sample]).logits.float().cpu()
+        logits = self.labelled([sample], keep_logits=True).logits
+        assert logits is not None
+        return logits.float().cpu()
 
     @property
     def device(self) -> torch.device:

@@ -136,7 +136,7 @@ class VlBartAssistant:
             return self.backbone.answer_head(subtask.name)(hidden).float().cpu()
         text = example.choices[int(answer.removeprefix("a"))] if subtask.answer_by == "words" else answer
         labels = self.encoder.labels(text, max_tokens=LONGEST_LABEL)[None].to(ids.device)
-        return self.backbone(ids, mask, labels, features).logits.float().cpu()
+        return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
     def _read(self, question: Question, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
         """The example as the model is asked it, its task, and its tensors."""

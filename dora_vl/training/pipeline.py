@@ -22,7 +22,6 @@ from transformers import TrainingArguments
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.generation import generation_loss
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
@@ -95,8 +94,10 @@ class NextTokenLoss(LossModel):
         `inputs` are what else the backbone takes and the batch brings, such as pictures.
         """
         features = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
-        result = generation_loss(features.logits, features.targets, divide_by=num_items_in_batch)
-        return {"loss": result.loss, "labelled_tokens": result.labelled_tokens}
+        # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
+        count = torch.tensor(len(features.losses), device=features.losses.device)
+        divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": features.losses.sum() / divisor, "labelled_tokens": count}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ from dora_vl.data.table import (
     load_training_rows,
     overlap,
 )
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
@@ -143,10 +143,9 @@ class RunSamples:
         return StoredPictures.joined([table.stored for table in self._tables])
 
     def shown_in(self, sample: Sample | Skipped) -> Question:
-        """What a training sample shows, as a question without words; of a stream its pictures alone."""
-        images = sample.images if isinstance(sample, Sample) else ()
-        example = None if self._train is None or isinstance(sample, Skipped) else self._train[sample.index]
-        videos = example.videos if isinstance(example, Example) else ()
+        """What a training sample shows, as a question without words."""
+        media = sample.media if isinstance(sample, Sample) else ()
+        images, videos = (tuple(item for item in media if isinstance(item, kind)) for kind in (str, Clip))
         return Question(id=sample.id, images=images, turns=(Turn("user", ""),), truth="", videos=videos)
 
     def describe(self) -> None:
@@ -272,9 +271,10 @@ class RunSamples:
                 accumulation=self._arguments.gradient_accumulation_steps,
                 seed=self._seed,
             )
+        apart = isinstance(sampler, ModalityLengthSampler)
         return TrainingData(
             train=samples,
-            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=isinstance(sampler, ModalityLengthSampler), sized=sized),
+            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=apart, sized=sized),
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
@@ -193,8 +192,8 @@ class Seq2SeqLoss(LossModel):
             count = (labels != IGNORED_LABEL).sum()
             return {"loss": self._with_idle_heads(loss, hidden, closed), "labelled_tokens": count}
         output = self.backbone(**text, labels=labels, features=features)
-        each = functional.cross_entropy(output.logits.float(), output.targets, reduction="none")
-        count = each.new_tensor(output.targets.numel()).detach()
+        each = output.losses
+        count = each.new_tensor(len(each)).detach()
         if normalise_by == "tokens":
             divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             loss = each.sum() / divisor

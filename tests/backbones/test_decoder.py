@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.families import config_of
 from dora_vl.backbones.frozen_outputs import find_parts, hollowed, inputs_of, model_inputs
-from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
@@ -98,8 +96,7 @@ def adapted(backbone: DecoderBackbone) -> DecoderBackbone:
 
 def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     backbone.zero_grad()
-    found = backbone(**inputs(batch))
-    loss = functional.cross_entropy(found.logits, found.targets, reduction="sum")
+    loss = backbone(**inputs(batch)).losses.sum()
     loss.backward()
     return loss, {name: one.grad.clone() for name, one in backbone.model.named_parameters() if one.grad is not None}
 
@@ -112,10 +109,10 @@ def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, fami
     head = backbone.model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, __: heads.append(args[0].shape[:-1]))  # pyright: ignore
     batch = inputs(Collator(0, pad_side=side)(samples))
-    found = backbone(**batch)
+    found = backbone(**batch, keep_logits=True)
     assert heads == [(1, len(found.targets))]  # labelled positions alone
     assert not head._forward_pre_hooks  # pyright: ignore
-    last = backbone(**{**batch, "labels": None})
+    last = backbone(**{**batch, "labels": None}, keep_logits=True)
     assert last.targets.tolist() == [IGNORED_LABEL] * len(samples)
     for number, sample in enumerate(samples):
         alone = backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits[0]
@@ -187,9 +184,7 @@ class TestPictures:
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
             seen = {"pixel_values": pixels(1, seed=ord(name))}
             end = 2 + len(PICTURE)
-            samples.append(
-                Sample(ids, labels, index=number, id=str(number), inputs=seen, media=(name,), media_end=end)
-            )
+            samples.append(Sample(ids, labels, index=number, id=str(number), inputs=seen, media=(name,), media_end=end))
         adapted(backbone)
         samples = with_stored(samples, backbone) if stored else samples
         kinds: tuple[RowKind, ...] = ("plain", "trees")
@@ -222,18 +217,18 @@ class TestPacking:
         assert len(packed["input_ids"]) == 1
         assert packed["padding_tokens"] == 0 < plain["padding_tokens"]
         assert packed["samples"] == plain["samples"] == 5
-        found = [backbone(**inputs(batch)) for batch in (plain, packed)]
+        found = [backbone(**inputs(batch), keep_logits=True) for batch in (plain, packed)]
         # In an order that does not depend on rows: by target, then by first logit.
         order = [(one.targets.double() * 1e6 + one.logits[:, 0].double()).argsort() for one in found]
         assert torch.equal(*(one.targets[places] for one, places in zip(found, order, strict=True)))
         logits = [one.logits[places] for one, places in zip(found, order, strict=True)]
         torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
-        losses = [generation_loss(one.logits, one.targets).loss for one in found]
+        losses = [one.losses.mean() for one in found]
         torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
         weight = model.model.layers[0].self_attn.k_proj.weight
         grads = [torch.autograd.grad(loss, [weight])[0] for loss in losses]
         torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
-        without = backbone(**{**inputs(packed), "layout": None, "position_ids": None}).logits
+        without = backbone(**{**inputs(packed), "layout": None, "position_ids": None}, keep_logits=True).logits
         assert float((without - found[1].logits).abs().max().detach()) > 0.1
 
 
@@ -266,7 +261,7 @@ class TestGenerate:
             alone = backbone.generate(ids, torch.ones_like(ids), **sample.inputs, **options)
             assert torch.equal(alone[0], together[number])
             for token in alone[0].tolist():  # greedy by the whole forward pass, without any cache
-                logits = backbone(ids, torch.ones_like(ids), **sample.inputs).logits
+                logits = backbone(ids, torch.ones_like(ids), **sample.inputs, keep_logits=True).logits
                 logits[0, IMAGE] = -torch.inf
                 assert int(logits[0].argmax()) == token
                 ids = torch.cat([ids, torch.tensor([[token]])], 1)

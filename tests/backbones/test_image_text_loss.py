@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import (
     decoder_of,
     language_targets,
@@ -66,8 +65,8 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
         batch = batch_of(encoder, [TALKS[talk] for talk in talks])
         backbone.zero_grad()
         features = backbone(**batch)
-        loss = generation_loss(features.logits, features.targets).loss
-        assert len(features.logits) == int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        loss = features.losses.mean()
+        assert len(features.losses) == int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
         loss.backward()
         with torch.no_grad():  # and after it: Gemma 3n writes to a weight in its forward
             torch.testing.assert_close(loss.detach(), transformers_loss(backbone.model, encoder, family, talks), **NEAR)
@@ -99,7 +98,7 @@ def test_with_videos_too(folders: Folders, family: str, talks: Sequence[str]) ->
     samples += [sample_of(encoder, (VIDEO_TALKS["one video"][0], (), (video,))) for video in lengths]
     batch = inputs_of(collate(samples))
     features = backbone(**batch)
-    loss = generation_loss(features.logits, features.targets).loss
+    loss = features.losses.mean()
     torch.testing.assert_close(loss, backbone.model(**batch).loss, **NEAR)
     loss.backward()
     words_alone = talks == ("no video",) and not lengths
@@ -114,7 +113,7 @@ def test_of_language_models(folders: Folders, model_type: str) -> None:
     encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
     batch = batch_of(encoder, [*all_talks_of(model_type).values()])
     features = backbone(**batch)
-    loss = generation_loss(features.logits, features.targets).loss
+    loss = features.losses.mean()
     torch.testing.assert_close(loss, backbone.model(**batch).loss, **NEAR)
     loss.backward()
     assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
@@ -131,7 +130,7 @@ def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Fo
         collated = Collator(encoder.pad_token_id, dummy=dummy)([sample])
         assert collated["input_ids"].numel() - collated["padding_tokens"] == len(sample.input_ids)
         features = backbone(**inputs_of(collated))
-        losses.append(generation_loss(features.logits, features.targets).loss)
+        losses.append(features.losses.mean())
     torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
 
 
@@ -162,7 +161,8 @@ def test_an_answer_sees_nothing_after_it(folders: Folders, family: str) -> None:
     other[closing] = encoder.tokenizer.convert_tokens_to_ids("?")  # the token that closes the answer
     collate = Collator(encoder.pad_token_id)
     first, second = (
-        backbone(**inputs_of(collate([replace(sample, input_ids=ids)]))).logits for ids in (sample.input_ids, other)
+        backbone(**inputs_of(collate([replace(sample, input_ids=ids)])), keep_logits=True).logits
+        for ids in (sample.input_ids, other)
     )
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 

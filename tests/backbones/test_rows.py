@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.row_probe import followed_rows
 from dora_vl.backbones.rows import OwnPositions
@@ -74,7 +73,7 @@ def trained(
         batch = inputs_of(collate(group))
         tokens += batch["input_ids"].numel()
         features = backbone(**batch)
-        loss = generation_loss(features.logits, features.targets).loss * len(features.targets)
+        loss = features.losses.sum()
         loss.backward()
         total += loss.item()
     gradients = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
 
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
@@ -104,9 +103,15 @@ def test_picture_tokens_equal_the_sum_written_out(norm: str, boxes: str) -> None
             torch.testing.assert_close(tokens[:, image * 4 + token], expected)
 
 
+def logits_of(backbone: VlBartBackbone, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = backbone(**inputs, keep_logits=True).logits
+    assert logits is not None
+    return logits
+
+
 def test_labelled_positions_equal_the_whole_decoder() -> None:
     backbone, inputs = VlBartBackbone(tiny()), batch()
-    found = backbone(**inputs)
+    found = backbone(**inputs, keep_logits=True)
     labels = inputs["labels"]
     encoded, mask = backbone.encode(inputs["input_ids"], inputs["attention_mask"], inputs["features"])
     assert mask[0].tolist() == [1] * 4 + [0] * 2 + [1] * 36
@@ -122,7 +127,12 @@ def test_padding_changes_nothing() -> None:
     backbone, inputs = VlBartBackbone(tiny()), batch()
     alone = {name: tensor[:1] for name, tensor in inputs.items()}
     alone["input_ids"], alone["attention_mask"] = alone["input_ids"][:, :4], alone["attention_mask"][:, :4]
-    torch.testing.assert_close(backbone(**alone).logits, backbone(**inputs).logits[:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        backbone(**alone, keep_logits=True).logits,
+        backbone(**inputs, keep_logits=True).logits[:2],
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_likelihoods_are_sums_of_token_log_probabilities_and_beams_find_them() -> None:
@@ -134,11 +144,11 @@ def test_likelihoods_are_sums_of_token_log_probabilities_and_beams_find_them() -
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         for choice in range(3):
             scores = backbone(**one, labels=labels[choice : choice + 1])
-            expected = -functional.cross_entropy(scores.logits, scores.targets, reduction="sum")
+            expected = -scores.losses.sum()
             torch.testing.assert_close(found[row, choice], expected, atol=1e-4, rtol=1e-4)
     greedy = backbone.generate(**inputs, max_length=5)
     assert greedy.shape[1] <= 5
-    first = backbone(**inputs, labels=greedy[:, 1:2]).logits.argmax(-1)
+    first = backbone(**inputs, labels=greedy[:, 1:2], keep_logits=True).logits.argmax(-1)
     assert torch.equal(first, greedy[:, 1])
     beams = backbone.generate(**inputs, max_length=5, num_beams=3)
     by_beam = backbone.likelihoods(**inputs, candidates=beams[:, 1:].masked_fill(beams[:, 1:] == 1, -100)).diagonal()
@@ -147,13 +157,13 @@ def test_likelihoods_are_sums_of_token_log_probabilities_and_beams_find_them() -
 
 def test_a_saved_folder_gives_the_same_and_holds_the_shared_rows_once(tmp_path: Path) -> None:
     model, inputs = tiny(), batch()
-    before = VlBartBackbone(model)(**inputs).logits
+    before = logits_of(VlBartBackbone(model), inputs)
     model.save_pretrained(tmp_path / "base")
     names = set(load_file(tmp_path / "base" / "model.safetensors"))
     assert "model.shared.weight" in names
     assert not any("obj_order_embedding" in name or "embed_tokens" in name or "lm_head" in name for name in names)
     again = load_vlbart(tmp_path / "base")
-    assert torch.equal(again(**inputs).logits, before)
+    assert torch.equal(logits_of(again, inputs), before)
     assert again.model.model.encoder.visual_embedding.obj_order_embedding.weight is again.model.model.shared.weight
     with pytest.raises(UserError):
         load_vlbart(tmp_path / "nothing")
@@ -179,7 +189,7 @@ def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     for _, layer in adapted_layers(model):
         layer.forget_norms()
-    expected = VlBartBackbone(model.eval())(**batch()).logits
+    expected = logits_of(VlBartBackbone(model.eval()), batch())
     save_adapter(model, tmp_path / "adapter")
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert held["base_model.model.model.shared.weight[-200:]"].shape == (200, 16)
@@ -187,7 +197,7 @@ def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None
     with torch.no_grad():
         base.model.shared.weight[-200:] = torch.randn(200, 16)  # another draw of the added tokens
     load_adapter(base, tmp_path / "adapter")
-    torch.testing.assert_close(VlBartBackbone(base.eval())(**batch()).logits, expected)
+    torch.testing.assert_close(logits_of(VlBartBackbone(base.eval()), batch()), expected)
     other = tiny(seed=0, vocab_size=150)  # too few rows
     with pytest.raises(UserError, match=r"shared\.weight\[-200:\]"):
         load_adapter(other, tmp_path / "adapter")
@@ -210,7 +220,10 @@ def test_the_layout_is_read_from_the_keys(norm: Any, tmp_path: Path) -> None:
     assert state.feature_width == 8
     other = tiny(seed=4, visual_norm=norm)
     load_original(other, state)
-    assert torch.equal(VlBartBackbone(other)(**batch()).logits, VlBartBackbone(model)(**batch()).logits)
+    assert torch.equal(
+        logits_of(VlBartBackbone(other), batch()),
+        logits_of(VlBartBackbone(model), batch()),
+    )
 
 
 def test_it_loads_strictly_and_names_what_does_not_fit() -> None:

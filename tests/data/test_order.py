@@ -236,7 +236,7 @@ def test_pictures_stay_together_in_equally_long_micro_batches(by_pictures: tuple
 
 @pytest.fixture(scope="module")
 def mixture() -> tuple[list[Sample], SamplingLengths]:
-    """Lengths as LLaVA-1.5's 665,000 have them: three of ten are of words alone; three questions of 576 picture tokens."""
+    """Lengths as LLaVA-1.5's 665,000 have them: three of ten are words alone, three questions to a picture's 576."""
     chance = random.Random(7)
     samples: list[Sample] = []
 
@@ -268,11 +268,14 @@ def test_trees_take_few_tokens_and_hardly_pad(mixture: tuple[list[Sample], Sampl
     for kind, sampler in (("plain", grouped), ("trees", TreeSampler(lengths, batch_size=16, seed=5))):
         collate = Collator(0, rows=kind)
         for rank in range(ranks):
-            shard = BatchSamplerShard(BatchSampler(sampler, 16, drop_last=False), num_processes=ranks, process_index=rank)
+            shard = BatchSamplerShard(
+                BatchSampler(sampler, 16, drop_last=False), num_processes=ranks, process_index=rank
+            )
             batches = [collate([samples[place] for place in batch]) for batch in shard]
             tokens[kind] = tokens.get(kind, 0) + sum(batch["input_ids"].numel() for batch in batches)
             padding[kind] = padding.get(kind, 0) + sum(batch["padding_tokens"] for batch in batches)
             steps.setdefault(kind, set()).add(len(batches))
     assert padding["trees"] < 0.02 * tokens["trees"]
     assert tokens["trees"] < 0.6 * tokens["plain"]
-    assert steps["trees"] == steps["plain"] and len(steps["trees"]) == 1
+    assert steps["trees"] == steps["plain"]
+    assert len(steps["trees"]) == 1

@@ -68,7 +68,11 @@ def counts(line: Any, kind: str) -> int:
 def test_it_is_the_batch_that_training_sees(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
 ) -> None:
-    settings = [f"--data.group_by_modality_length={grouped}", f"--training.output_dir={tmp_path / 'out'}"]
+    settings = [
+        "--data.rows=plain",
+        f"--data.group_by_modality_length={grouped}",
+        f"--training.output_dir={tmp_path / 'out'}",
+    ]
     config = read_run_file(run_file, *settings, "--training.max_steps=1")
     expected = seen_first(monkeypatch, DecoderPipeline(config))
     view = first_batch(DecoderPipeline(shown_settings(read_run_file(run_file, *settings), tmp_path / "none")))
@@ -106,7 +110,7 @@ def test_nothing_is_written_but_what_is_asked_for(
 ) -> None:
     before, samples = sorted(run_file.parent.rglob("*")), ["--training.per_device_train_batch_size", "3"]
     for name in ("batch.html", "batch.png"):
-        main(["show", "batch", str(run_file), "--to", str(tmp_path / name), *samples])
+        main(["show", "batch", str(run_file), "--to", str(tmp_path / name), "--data.rows", "plain", *samples])
     assert sorted(run_file.parent.rglob("*")) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.html", "batch.png"]
     said = capsys.readouterr().out
@@ -166,14 +170,13 @@ def test_no_weights_are_read(run_file: Path, tmp_path: Path) -> None:
             (bare / path.name).write_bytes(path.read_bytes())
     config = read_run_file(run_file, f"--model.base={bare}")
     view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
-    assert len(view.rows) == 4
     assert len(view.pictures) == 4
 
 
 def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
     """Gemma's processor calls a picture's beginning its token; its places have another id."""
     base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
-    file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512})
+    file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512, "rows": "plain"})
     pipeline = DecoderPipeline(shown_settings(read_run_file(file), tmp_path / "none"))
     places = {
         row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
