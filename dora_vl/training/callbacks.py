@@ -83,7 +83,7 @@ class LossLog(TrainerCallback):
 
     def __init__(self, run_folder: Path, statistics: BatchStatistics, plan: Mapping[str, Any]) -> None:
         self._folder, self._statistics, self._plan = run_folder, statistics, plan
-        self._before, self._since = Counts(), 0.0
+        self._before, self._since, self._waited = Counts(), 0.0, 0.0
         self._rates: dict[str, float] = {}
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -93,7 +93,7 @@ class LossLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
-        self._since, self._before = time.monotonic(), self._statistics.earlier
+        self._since, self._before, self._waited = time.monotonic(), self._statistics.earlier, self._statistics.waited
         if state.is_world_process_zero:
             write_json(self._folder / PLAN, self._plan)
             step, again = state.global_step, validation_owed(state, args)
@@ -119,12 +119,14 @@ class LossLog(TrainerCallback):
     def _speed(self, device: torch.device) -> dict[str, float | int]:
         now, counts = time.monotonic(), self._statistics.over_ranks(device)
         window, seconds = counts - self._before, max(1e-9, now - self._since)
+        waited, self._waited = self._statistics.waited - self._waited, self._statistics.waited
         self._before, self._since = counts, now
         self._statistics.judge(counts)
         return {
             "samples_per_second": round(window.samples / seconds, 3),
             "tokens_per_second": round(window.tokens / seconds, 1),
             "padding_share": round(window.padding_share, 4),
+            "data_wait_share": round(waited / seconds, 4),
             "labelled_tokens": window.labelled_tokens,
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,

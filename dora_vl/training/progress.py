@@ -66,6 +66,8 @@ class BatchStatistics:
     """This rank's, since the start of the process."""
     earlier: Counts = field(default_factory=Counts)
     """All ranks', before the process: of the run that is resumed."""
+    waited: float = 0.0
+    """Seconds that steps of this rank waited for their batches."""
 
     def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
         """Goes on from the sums over all ranks of the run that is resumed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -150,7 +151,9 @@ class AdapterTrainer(OrderedTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The step's micro-batches, with their bookkeeping taken out and counted."""
+        began = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.statistics.waited += time.monotonic() - began
         self.faults.begin_step([tuple(batch.get("sample_ids", ())) for batch in batches])
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 

@@ -25,6 +25,9 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
+Rows of several samples (`data.rows`), packed and as trees, are the same training in {rows} of {all}: loss and every
+gradient within 1e-10 of rows of their own, with checkpointing too. Remarks tell why the others keep plain rows.
+
 Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks tell why not.
 
 | `model_type` | remarks |
@@ -71,6 +74,7 @@ def row(name: str, family: Family) -> str:
         f"prompt `{family.format}`" if family.format else "",
         f"not adapted: {family.unadapted}" if family.unadapted else "",
         f"outputs not stored: {family.unstored}" if family.unstored else "",
+        f"plain rows: {family.plain_rows}" if family.plain_rows else "",
         family.remark,
         f"needs the package {family.needs}" if family.needs else "",
     )
@@ -94,10 +98,10 @@ def page() -> str:
     video, still = (
         ", ".join(name for name in families if bool(FAMILIES[name].video) is kind) for kind in (True, False)
     )
-    stored = sum(not FAMILIES[name].unstored for name in families)
+    stored, rows = (sum(not getattr(FAMILIES[name], why) for name in families) for why in ("unstored", "plain_rows"))
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
-        f"{HEAD.format(video=video, still=still, stored=stored, all=len(families))}{chr(10).join(lines)}\n"
+        f"{HEAD.format(video=video, still=still, stored=stored, rows=rows, all=len(families))}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused())}\n"

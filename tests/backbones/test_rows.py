@@ -19,8 +19,22 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from tests.backbones.image_text_talks import BLUE, RED, Talk, adapted_backbone, encoder_of, inputs_of, sample_of
-from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
+from tests.backbones.image_text_talks import (
+    BLUE,
+    LONG,
+    RED,
+    SHORT,
+    VIDEO_TALKS,
+    Talk,
+    adapted_backbone,
+    encoder_of,
+    inputs_of,
+    rounds,
+    sample_of,
+)
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
+from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 
 Folders = Mapping[str, Path]
 GREEN = Image.new("RGB", BLUE.size, (30, 180, 40))
@@ -54,7 +68,8 @@ def double_precision(backbone: DecoderBackbone) -> Iterator[None]:
     backbone.model.set_experts_implementation("eager")
     backbone.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
+        for name in ("float", "float32"):
+            patch.setattr(torch, name, torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
         try:
@@ -84,18 +99,10 @@ def trained(
     return total, gradients, tokens
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpointing"])
-@families_in_turn
-def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, checkpointing: bool | None) -> None:
-    if family in PLAIN:
-        pytest.skip(PLAIN[family])
-    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-
-    assert followed_rows(backbone, encoder, "trees")[0] == "trees"
-    takes_words = FAMILIES[family].format != "paligemma"
-    samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
-    if checkpointing is not None:
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+def check_same_training(
+    backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], *, shares: bool
+) -> None:
+    """Packed and as trees, loss and every gradient are those of a row for each sample."""
     with double_precision(backbone):
         plain = trained(backbone, Collator(encoder.pad_token_id), [[sample] for sample in samples])
         kinds: tuple[RowKind, ...] = ("packed", "trees")
@@ -104,13 +111,54 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
             assert rows[0] == pytest.approx(plain[0], rel=1e-10)
             for name, gradient in plain[1].items():
                 torch.testing.assert_close(rows[1][name], gradient, rtol=1e-8, atol=1e-10)
-            shares = kind == "trees" and takes_words
-            assert (rows[2] < plain[2]) == shares
+            assert (rows[2] < plain[2]) == (shares and kind == "trees")
     assert any(bool(gradient.any()) for gradient in plain[1].values())
 
 
-PLAIN = {"mllama": "looks pictures up by row"}
-"""Families that rows of several samples do not fit, and why."""
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpointing"])
+@families_in_turn
+def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, checkpointing: bool | None) -> None:
+    if why := FAMILIES[family].plain_rows:
+        pytest.skip(why)
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    assert followed_rows(backbone, encoder, "trees")[0] == "trees"
+    takes_words = FAMILIES[family].format != "paligemma"
+    samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
+    if checkpointing is not None:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    check_same_training(backbone, encoder, samples, shares=takes_words)
+
+
+@pytest.mark.parametrize("family", [param(name, is_slow=name != "qwen2_5_vl") for name in VIDEO_FAMILIES])  # pyright: ignore
+def test_questions_about_a_video_train_the_same(folders: Folders, family: str) -> None:
+    encoder, backbone = (make(folders[f"{family}{VIDEO}"]) for make in (encoder_of, adapted_backbone))
+    kind, reason = followed_rows(backbone, encoder, "trees")
+    assert kind == "trees", reason
+    talks: list[Talk] = [
+        (rounds(f"<video>\n{question}?", answer), (), (LONG,))
+        for question, answer in (("Is it", "No."), ("Why", "Red."))
+    ]
+    names = [("long",), ("long",)]
+    if not VIDEO_FAMILIES[family].one_length:
+        talks.append((rounds("<video>\nIs it?", "Yes."), (), (SHORT,)))
+        names.append(("short",))
+    if not VIDEO_FAMILIES[family].one_kind:
+        talks += [(rounds("<image>\nIs it?", "Yes."), (BLUE,), ()), VIDEO_TALKS["no video"]]
+        names += [("blue",), ()]
+    samples = [
+        replace(sample_of(encoder, talk), index=number, id=str(number), media=media)
+        for number, (talk, media) in enumerate(zip(talks, names, strict=True))
+    ]
+    check_same_training(backbone, encoder, samples, shares=True)
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_packed_words_train_the_same(folders: Folders, model_type: str) -> None:
+    encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
+    kind, reason = followed_rows(backbone, encoder, "packed")
+    assert kind == "packed", reason
+    samples = samples_of(encoder, [(rounds(f"Say it {word}.", word), ()) for word in ("red", "is green or blue", "no")])
+    check_same_training(backbone, encoder, samples, shares=False)
 
 
 @families_in_turn
@@ -118,7 +166,7 @@ def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: s
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     kind, reason = followed_rows(backbone, encoder, "trees")
     assert backbone.training
-    assert (kind, reason is None) == (("plain", False) if family in PLAIN else ("trees", True)), reason
+    assert (kind, reason is None) == (("plain", False) if FAMILIES[family].plain_rows else ("trees", True)), reason
 
 
 def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny
     losses = logged_losses(folder)
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    assert {"samples_per_second", "padding_share", "skipped", "learning_rate"} <= logged(folder)[0].keys()
+    assert {"samples_per_second", "padding_share", "data_wait_share", "skipped", "learning_rate"} <= logged(folder)[
+        0
+    ].keys()
     assert logged(folder, "eval_loss")
     metrics, recipe = json_of(folder / "metrics.json"), json_of(folder / "adapter" / "recipe.json")
     assert metrics["train_samples"] == 24

@@ -117,6 +117,8 @@ class Family:
     """Whether PEFT opens an adapter of it; else it refuses the folder."""
     unstored: str = ""
     """Why the outputs of its frozen vision parts cannot be stored; empty where they can."""
+    plain_rows: str = ""
+    """Why rows of several samples do not fit it; empty where they do."""
     remark: str = ""
     since: str = ""
     """The first version of transformers that has it, where an older one is taken too."""

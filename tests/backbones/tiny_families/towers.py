@@ -522,6 +522,7 @@ CROSSING: Mapping[str, Family] = {
         lambda t: tf.MllamaProcessor(tf.MllamaImageProcessor(**SQUARE, max_image_tiles=4), t),
         "<|image|>",
         unstored="pictures stand by row, padded",
+        plain_rows="pictures are looked up by row",
         remark="pictures through cross attention, which words alone pass by",
     ),
     "molmo2": Family(
