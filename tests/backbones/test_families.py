@@ -52,7 +52,7 @@ def test_the_type_is_read_from_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="states no model_type"):
         model_type_of(str(tmp_path))
-    for base in (str(tmp_path / "nowhere"), "runs/demo/base"):
+    for base in (str(tmp_path / "nowhere"), "runs/nowhere/base"):
         with pytest.raises(UserError, match=f"{re.escape(repr(base))}: no such folder in {re.escape(str(Path.cwd()))}"):
             model_type_of(base)
 
