@@ -27,12 +27,10 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, one_line
 
 QUESTIONS = (("What is it?", "A house."), ("What is red?", "The roof, I think."), ("Which?", "None"))
-TIMES_NOISE = 8.0
-"""Of the difference that padding alone makes, which rounding explains."""
-LEAST_NOISE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""A share of the scores' own size; in half precision 1e-2."""
-
-
+TIMES_NOISE = 4.0
+"""Of the difference that padding makes, or words' vectors that are off by their last bit: what rounding explains."""
+LEAST = 1e-4
+"""A share of the scores' own size that is no difference."""
 NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a family's own code may end in over rows that it does not expect."""
 
@@ -57,8 +55,10 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
                 Collator(encoder.pad_token_id, rows=wanted)(samples)
                 return wanted, None
             apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
-            noise = float((_scores(backbone, encoder, samples, "plain") - apart).norm() / apart.norm())
-            least = LEAST_NOISE.get(backbone.model.dtype, 1e-2)
+            with _last_bits(backbone):
+                noisy = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
+            padded = _scores(backbone, encoder, samples, "plain")
+            noise = max(float((scores - apart).norm() / apart.norm()) for scores in (noisy, padded))
             kinds: tuple[RowKind, ...] = ("trees", "packed") if wanted == "trees" else ("packed",)
             for kind in kinds:
                 try:
@@ -66,7 +66,7 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
                 except NOT_FOLLOWED as error:
                     reason = reason or one_line(f"{type(error).__name__}: {error}", 200)
                     continue
-                if off <= max(TIMES_NOISE * noise, least):
+                if off <= max(TIMES_NOISE * noise, LEAST):
                     return kind, reason
                 reason = reason or f"its scores for the same samples are off by {off:.1e} of their size"
     except NOT_FOLLOWED as error:
@@ -94,6 +94,22 @@ def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sampl
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     inputs = send_to_device(inputs, next(backbone.parameters()).device)
     return backbone(**inputs, keep_logits=True).logits.double().cpu()
+
+
+@contextlib.contextmanager
+def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
+    """Every word's vector is off by up to its number type's last bit, at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off(_: nn.Module, __: Any, vectors: Tensor) -> Tensor:
+        chance = torch.rand(vectors.shape, generator=generator).to(vectors.device)
+        return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * chance - 1))).to(vectors.dtype)
+
+    hook = backbone.model.get_input_embeddings().register_forward_hook(off)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

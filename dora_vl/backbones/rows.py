@@ -10,7 +10,7 @@ convolutions, Mamba) run each path by itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -56,6 +56,49 @@ class Paths(NamedTuple):
     writes: Bool[Tensor, "paths longest"]
 
 
+class Alike(NamedTuple):
+    """Segments of about the same lengths, whose attention is found together: filled up at their ends."""
+
+    rows: Int[Tensor, "segments 1"]
+    queries: Int[Tensor, "segments queries"]
+    keys: Int[Tensor, "segments keys"]
+    sees: Bool[Tensor, "segments 1 queries keys"] | None
+    """None: all are as long as their paths and each other, so that causal attention says it."""
+    filled: Bool[Tensor, "segments queries"]
+    """Queries that are there."""
+
+
+def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:
+    """The segments of all rows, grouped by their lengths and those of their paths."""
+    groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
+    for row, of_row in enumerate(spans):
+        for span in of_row:
+            lengths = _rounded_up(span.stop - span.start), _rounded_up(len(span.path))
+            groups.setdefault(lengths, []).append((row, span))
+    return [_together(members) for members in groups.values()]
+
+
+def _rounded_up(length: int) -> int:
+    """To a power of two, or one and a half of one: a third is filled up at most."""
+    power = 1 << max(2, (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+def _together(members: Sequence[tuple[int, Span]]) -> Alike:
+    device = members[0][1].path.device
+    lengths = torch.tensor([span.stop - span.start for _, span in members], device=device)
+    paths = [span.path for _, span in members]
+    keys = nn.utils.rnn.pad_sequence(paths, batch_first=True)
+    behind = torch.tensor([len(path) for path in paths], device=device) - lengths
+    count, most = torch.arange(int(lengths.max()), device=device), torch.arange(keys.shape[1], device=device)
+    filled = count < lengths[:, None]
+    queries = keys.gather(1, (behind[:, None] + count).clamp_max(keys.shape[1] - 1))
+    sees = most <= (behind[:, None] + count)[..., None]  # also where nothing is: every query must see something
+    whole = bool(filled.all()) and not bool(behind.any())
+    rows = torch.tensor([[row] for row, _ in members], device=device)
+    return Alike(rows, queries, keys, None if whole else sees[:, None], filled)
+
+
 def spans_of(forest: Forest) -> list[list[Span]]:
     """The segments of each row."""
     rows = []
@@ -99,7 +142,7 @@ class RowFollower:
         _install()
         self.config: Any = getattr(decoder, "config", None)
         self.forest: Forest | None = None
-        self.spans: list[list[Span]] = []
+        self.groups: list[Alike] = []
         self.paths: Paths | None = None
         self.blocks_are_whole = False
         """Whether the forest was found to cut no block of the family's mask."""
@@ -114,7 +157,7 @@ class RowFollower:
     def follow(self, forest: Forest | None) -> None:
         """What the next forward follows; None: nothing."""
         self.forest, self.blocks_are_whole = forest, False
-        self.spans = [] if forest is None else spans_of(forest)
+        self.groups = [] if forest is None else alike(spans_of(forest))
         self.paths = paths_of(forest) if forest is not None and self._states else None
 
     def _apart(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -218,7 +261,10 @@ def _into_branches(forest: Forest, family: MaskFunction) -> MaskFunction:
 
 
 def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """Plain causal attention of a forest: each segment's queries against the keys and values of its path."""
+    """Plain causal attention of a forest: each segment's queries against the keys and values of its path.
+
+    Segments of about the same lengths go together: a call for each would cost more than what it finds.
+    """
 
     def run(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
@@ -227,22 +273,15 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         is_causal = getattr(module, "is_causal", False)
         if follower is None or follower.forest is None or attention_mask is not None or not is_causal:
             return attend(module, query, key, value, attention_mask, *args, **named)
-        rows = []
-        for row, spans in enumerate(follower.spans):
-            q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-            parts = []
-            for start, stop, path in spans:
-                length, above = stop - start, len(path) - (stop - start)
-                chosen = path if above else slice(start, stop)
-                seen = torch.ones(length, len(path), dtype=torch.bool, device=q.device).tril(above) if above else None
-                mask = None if seen is None else seen[None, None]
-                parts.append(
-                    attend(module, q[:, :, start:stop], k[:, :, chosen], v[:, :, chosen], mask, *args, **named)[0]
-                )
-            if padding := query.shape[2] - spans[-1].stop:
-                parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
-            rows.append(torch.cat(parts, dim=1))
-        return torch.cat(rows), None
+        states = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # places before heads
+        whole = query.new_zeros(*states[0].shape[:3], value.shape[-1])
+        for group in follower.groups:
+            places = group.queries, group.keys, group.keys
+            parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, places, strict=True)]
+            found = attend(module, *parts, group.sees, *args, **named)[0]
+            rows = group.rows.expand_as(group.queries)[group.filled]
+            whole = whole.index_put((rows, group.queries[group.filled]), found[group.filled])
+        return whole, None
 
     return run
 
