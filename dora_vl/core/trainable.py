@@ -74,7 +74,7 @@ class TrainedList(NamedTuple):
 
 def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """The `Gather` of a model whose parameters are whole already."""
-    return nullcontext()
+    return nullcontext(list(parameters))
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
