@@ -148,7 +148,7 @@ class Start:
         ids = torch.randint(4, 90, (3, 7), generator=generator)
         labels = torch.randint(4, 90, (3, 4), generator=generator)
         features = torch.randn(3, 1, FEATURE_TOKENS, width, generator=generator)
-        return model.eval()(ids, torch.ones_like(ids), labels, features).logits.detach()
+        return model.eval()(ids, torch.ones_like(ids), labels, features, keep_logits=True).logits.detach()
 
 
 @pytest.fixture(scope="module", params=WIDTHS)

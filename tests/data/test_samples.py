@@ -51,7 +51,7 @@ def test_samples_and_skips() -> None:
     assert isinstance(text, Sample)
     assert isinstance(one, Sample)
     assert (text.id, text.input_ids.tolist(), text.labels.tolist()) == ("text", [7, 3, 2, 2], [-100, 3, 2, 2])
-    assert (one.index, one.cut_tokens, one.images, [*one.inputs]) == (1, 2, ("a.png",), ["pixel_values"])
+    assert (one.index, one.cut_tokens, one.media, [*one.inputs]) == (1, 2, ("a.png",), ["pixel_values"])
     assert skipped == [
         Skipped(2, "broken", "picture broken.png cannot be decoded"),
         Skipped(3, "empty", "answer 1 of 1 is empty"),

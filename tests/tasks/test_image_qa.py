@@ -101,13 +101,16 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         opened = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=with_base))
         assistants = [one for one in (opened.adapted, opened.base) if isinstance(one, Assistant)]
-        found = [one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits for one in assistants]
+        found = [
+            one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
+            for one in assistants
+        ]
         return found[0], found[1] if with_base else None
 
     seen_logits = []
     for strength in (0.0, 0.4, 1.0, 1.7):
         with model.rows([model.entry("one")], [1], [strength]):
-            expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits
+            expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
         found, _ = logits(strength)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
         seen_logits.append(found)

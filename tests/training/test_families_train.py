@@ -93,11 +93,12 @@ def trained(
 def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *, merges: bool = True) -> None:
     """The adapted model, opened again, differs from the base and is what merging gives; it answers."""
     plain, adapted = open_backbone(str(base)), open_backbone(str(base))
+    asked = {**prompt, "keep_logits": True}
     load_adapter(adapted.model, adapter)
     with torch.no_grad():
-        before, ours = plain.eval()(**prompt).logits, adapted.eval()(**prompt).logits
+        before, ours = plain.eval()(**asked).logits, adapted.eval()(**asked).logits
         if merges:
-            theirs = open_backbone(str(merged(adapter, to))).eval()(**prompt).logits
+            theirs = open_backbone(str(merged(adapter, to))).eval()(**asked).logits
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         else:
             with pytest.raises(SystemExit):
