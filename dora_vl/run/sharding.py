@@ -28,7 +28,7 @@ def _gathered(tensors: Iterable[Tensor], *, write: bool) -> Iterator[list[Tensor
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
             yield tensors
         return
-    whole = [tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    whole = [tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     yield whole
     for tensor, values in zip(tensors, whole, strict=True):
         if write and isinstance(tensor, DTensor):

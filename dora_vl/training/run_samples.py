@@ -146,7 +146,8 @@ class RunSamples:
     def shown_in(self, sample: Sample | Skipped) -> Question:
         """What a training sample shows, as a question without words."""
         media = sample.media if isinstance(sample, Sample) else ()
-        images, videos = (tuple(item for item in media if isinstance(item, kind)) for kind in (str, Clip))
+        images = tuple(item for item in media if isinstance(item, str))
+        videos = tuple(item for item in media if isinstance(item, Clip))
         return Question(id=sample.id, images=images, turns=(Turn("user", ""),), truth="", videos=videos)
 
     def describe(self) -> None:

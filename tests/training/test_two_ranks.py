@@ -17,6 +17,7 @@ from tests.training.tiny_run import (
     weights_of,
     write_run,
     write_tiny_data,
+    write_tiny_llava,
 )
 
 STEPS = 20
@@ -81,6 +82,20 @@ def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(tiny_llava: Path, tiny
     launch(run_file, *more, ranks=2, launcher="torchrun")
     assert losses_of(again).tolist() == losses_of(tmp_path / "run").tolist()[3:]
     assert_same_weights(again, tmp_path / "run", atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_tiny_llava(tmp_path / "base", width=64)
+    run_file = write_run(
+        tmp_path / "run.yaml", base, tiny_data, model={"quantisation": "nf4"}, training={"max_steps": 4}
+    )
+    for name, settings in (("whole", ()), ("shards", ("--training.fsdp=true",))):
+        launch(run_file, f"--training.output_dir={tmp_path / name}", *settings, ranks=2, launcher="torchrun")
+    torch.testing.assert_close(losses_of(tmp_path / "shards"), losses_of(tmp_path / "whole"), atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "shards", tmp_path / "whole", atol=1e-4)
 
 
 @pytest.mark.slow
