@@ -201,11 +201,17 @@ def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
     }  # fmt: skip
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
               "image_size": 512, "patch_size": 16}  # fmt: skip
-    settings = {"text_config": text, "vision_config": vision, "scale_factor": 4, "image_token_id": image_id}
+    settings = {
+        "text_config": text,
+        "vision_config": vision,
+        "scale_factor": 4,
+        "image_token_id": image_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
-    model = SmolVLMForConditionalGeneration(SmolVLMConfig(**settings, pad_token_id=tokenizer.pad_token_id))
+    model = SmolVLMForConditionalGeneration(SmolVLMConfig(**settings))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     pictures = SmolVLMImageProcessor(size={"longest_edge": 512}, max_image_size={"longest_edge": 512})
     SmolVLMProcessor(
         pictures, tokenizer, SmolVLMVideoProcessor(), image_seq_len=64, chat_template=SMOLVLM_TEMPLATE
@@ -221,7 +227,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     import datasets
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     from dora_vl.data.batches import Collator
     from dora_vl.data.columns import train_files

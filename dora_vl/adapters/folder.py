@@ -78,11 +78,11 @@ def save_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in _expected(model).items():
-        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+        with gather([tensor]) as (whole,):
             if write:
                 # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
-                whole = kept_rows(name, tensor.detach()).to("cpu", copy=True)
-                tensors[file_name(model, name)] = _in_file(model, name, whole)
+                kept = kept_rows(name, whole.detach()).to("cpu", copy=True)
+                tensors[file_name(model, name)] = _in_file(model, name, kept)
     if write:
         own = {**(recipe or {}), "adapter": own_settings(model)}
         write_folder(Path(folder), tensors, peft_config(model, base_model), own)
@@ -137,8 +137,8 @@ def load_adapter(
         refuse_untied_values(str(source), model, tensors)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name in copies.keys() & weights.keys():
-        with gather([weights[name]]):
-            refuse_other_copy(str(source), name, copies[name], weights[name])
+        with gather([weights[name]]) as (weight,):
+            refuse_other_copy(str(source), name, copies[name], weight)
     config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
@@ -157,8 +157,8 @@ def load_adapter(
             if layer.adapter.init == "pissa" and layer.lora_A is not None:
                 _move_start(source, name, layer, tensors)
         for name, tensor in _expected(model).items():
-            with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                target, value = kept_rows(name, tensor), tensors[name]
+            with gather([tensor]) as (whole,):
+                target, value = kept_rows(name, whole), tensors[name]
                 layer, leaf = _layer_of(model, name)
                 if layer is not None and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
                     rank = layer.adapter.rank

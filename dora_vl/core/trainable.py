@@ -23,8 +23,8 @@ from dora_vl.core.functional import accumulation_dtype
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 
-Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
-"""Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
+Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
+"""Gives tensors whole inside a `with` block, those that are in shards over ranks too (`dora_vl.run.sharding`)."""
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}
@@ -72,9 +72,9 @@ class TrainedList(NamedTuple):
     also_keep: tuple[str, ...]
 
 
-def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+def no_gather(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """The `Gather` of a model whose parameters are whole already."""
-    return nullcontext()
+    return nullcontext(list(tensors))
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:

@@ -56,7 +56,6 @@ OWNED = {
     "use_liger_kernel": "the loss is computed at labelled positions only",
     "auto_find_batch_size": "the batch size is part of the recipe",
     "push_to_hub": "upload training.output_dir/adapter with `hf upload` afterwards",
-    "fsdp": "sharding is DeepSpeed's here; set training.deepspeed",
     "local_rank": "the launcher sets it",
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
@@ -96,7 +95,8 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
     # YAML reads an unquoted `no` as false.
     section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainingArguments, "training", instantiate=False)
+    parser.add_class_arguments(TrainingArguments, "training", instantiate=False, skip={"fsdp"})
+    parser.add_argument("--training.fsdp", type=bool, default=False)
     try:
         parsed = parser.parse_object({"training": section}).training
     except (argparse.ArgumentError, TypeError, ValueError) as error:
@@ -160,6 +160,8 @@ def training_arguments(
     Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
     """
     section, on_cuda = check_training_section(training), torch.cuda.is_available()
+    if section.pop("fsdp", None):
+        _check_fsdp(section, data)
     _check_precision(section, method=method, dtype=dtype)
     validate = section.get("eval_strategy", "epoch" if data.held_out else "no")
     if validate != "no" and data.held_out is None:
@@ -198,6 +200,16 @@ def training_arguments(
             "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
         )
     return arguments
+
+
+def _check_fsdp(section: Mapping[str, Any], data: SamplesConfig | VlBartDataConfig) -> None:
+    """The weights' shards are this package's own (`run.sharding`), not the Trainer's."""
+    if section.get("deepspeed") is not None:
+        raise SettingError("training.fsdp", " and training.deepspeed both share weights out; leave one out")
+    if isinstance(data, VlBartDataConfig):
+        raise SettingError("training.fsdp", " is for decoders; set training.deepspeed: zero3")
+    if not several_ranks():
+        raise SettingError("training.fsdp", " shares weights out among ranks; start several, or leave it out")
 
 
 def _check_precision(section: Mapping[str, Any], *, method: str, dtype: str) -> None:

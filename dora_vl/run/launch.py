@@ -11,22 +11,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
-from torch import nn
 
 from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    pass
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
 GLOO_REST_SECONDS = 10.0
@@ -206,68 +203,6 @@ class Launch:
     def __str__(self) -> str:
         engine = "without DeepSpeed" if self.zero_stage is None else f"with ZeRO-{self.zero_stage}"
         return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
-
-
-# What ZeRO-3 asks of the code around it: gathering, loading in the base's number type, staying out of the way.
-
-
-def _gathered(parameters: Iterable[nn.Parameter], *, modifier_rank: int | None) -> AbstractContextManager[None]:
-    sharded = [parameter for parameter in parameters if "ds_id" in vars(parameter)]  # DeepSpeed's mark
-    if not sharded:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
-
-
-gather_to_read = partial(_gathered, modifier_rank=None)
-"""Makes sharded parameters whole on every rank; what is written to them is lost."""
-gather_to_write = partial(_gathered, modifier_rank=0)
-"""Makes sharded parameters whole on every rank; what the first rank writes becomes part of the shards."""
-
-
-@contextlib.contextmanager
-def loading_in(dtype: torch.dtype) -> Iterator[None]:
-    """Loads a model's weights in `dtype` under ZeRO-3.
-
-    transformers shards while loading (zero.Init) in the number type of DeepSpeed's own bf16/fp16 switch, which is
-    off while float32 adapters train: without this a bfloat16 base becomes float32, twice the memory, in silence.
-    """
-    from transformers.integrations import deepspeed as integration  # not for --help
-
-    config = integration.deepspeed_config()
-    if config is None:
-        yield
-        return
-    before = {name: config[name] for name in ("bf16", "fp16") if name in config}
-    config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
-    try:
-        yield
-    finally:
-        for name in ("bf16", "fp16"):
-            del config[name]
-        config |= before
-
-
-@contextlib.contextmanager
-def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
-    """Builds models whole, on this rank alone, though the run uses ZeRO-3 (whose sharding needs all ranks)."""
-    from transformers.integrations import deepspeed as integration  # not for --help
-
-    holder = vars(arguments).get("hf_deepspeed_config")  # set by transformers where DeepSpeed is used
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if holder is not None:
-            integration.set_hf_deepspeed_config(holder)
-
-
-def load_whole_models_again() -> None:
-    """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
-    from transformers.integrations import deepspeed as integration  # not for --help
-
-    integration.unset_hf_deepspeed_config()
 
 
 def end_with_launcher(*, every: float = 2.0, patience: float = SAVE_SECONDS) -> None:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dora_vl.errors import SettingError
-from dora_vl.run.launch import gather_to_write
+from dora_vl.run.sharding import as_shards, gather_to_write
 from dora_vl.training.checkpoint_files import StateFiles, is_plain, write_numbers, write_state
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ class OptimizerPlaces:
     def whole(self, name: str, flat: Tensor) -> Tensor:
         """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
         piece = self.pieces[name]
+        if isinstance(flat, DTensor):
+            return flat.full_tensor().cpu().view(self.shape(name))
         part = flat.flatten()[piece.start : piece.start + piece.count]
         if piece.group is None:
             return part.to("cpu", copy=True).view(self.shape(name))
@@ -220,7 +223,9 @@ class OptimizerPlaces:
     def put(self, name: str, whole: Tensor, into: Tensor) -> None:
         """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
         piece = self.pieces[name]
-        if piece.count == into.numel() == whole.numel():  # whatever its strides
+        if isinstance(into, DTensor):
+            into.copy_(as_shards(whole.view(into.shape), into))
+        elif piece.count == into.numel() == whole.numel():  # whatever its strides
             into.copy_(whole.reshape(into.shape))
         else:
             part = whole.flatten()[piece.first : piece.first + piece.count]
@@ -420,7 +425,7 @@ def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, fi
         state[key] = _agreed(state.get(key), value, key)
         return
     if key not in state:
-        state[key] = torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+        state[key] = torch.zeros_like(flat, dtype=value.dtype)
     places.put(name, value, state[key])
 
 

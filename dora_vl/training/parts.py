@@ -30,8 +30,8 @@ from dora_vl.core import DoRAConfig, TrainedPart, adapted_layers, apply_dora, tr
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.launch import gather_to_read, gather_to_write, without_sharding
 from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
+from dora_vl.run.sharding import gather_to_read, gather_to_write, without_sharding
 from dora_vl.training.memory import Table, parameter_count, unpacked_sizes, weight_count
 from dora_vl.training.pipeline import Pipeline
 

@@ -36,11 +36,11 @@ from dora_vl.run.launch import (
     keep_freed_memory,
     launched_first,
     leave_process_group,
-    load_whole_models_again,
     on_first_rank,
     threads_of_this_rank,
 )
 from dora_vl.run.settings import RunSettings
+from dora_vl.run.sharding import load_whole_models_again
 from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits

@@ -50,8 +50,9 @@ from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
+from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.settings import DataConfig, RunConfig, SamplesConfig
+from dora_vl.run.sharding import gather_to_read
 from dora_vl.training.pipeline import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ class RunSamples:
     def shown_in(self, sample: Sample | Skipped) -> Question:
         """What a training sample shows, as a question without words."""
         media = sample.media if isinstance(sample, Sample) else ()
-        images, videos = (tuple(item for item in media if isinstance(item, kind)) for kind in (str, Clip))
+        images = tuple(item for item in media if isinstance(item, str))
+        videos = tuple(item for item in media if isinstance(item, Clip))
         return Question(id=sample.id, images=images, turns=(Turn("user", ""),), truth="", videos=videos)
 
     def describe(self) -> None:

@@ -30,7 +30,8 @@ from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BadSampleLedger
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
-from dora_vl.run.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
+from dora_vl.run.launch import is_first_rank, on_first_rank
+from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
 from dora_vl.training.callbacks import Epochs, LossLog, StopOnSignal, WatchQuestions
 from dora_vl.training.checkpoint import (
     OptimizerPlaces,
@@ -136,6 +137,8 @@ class AdapterTrainer(OrderedTrainer):
             eval_dataset=held_out,
             callbacks=[self.stop, self.faults],
         )
+        # The model is in shards already, whose gradients meet by themselves.
+        self.is_distributed_loading_by_transformers = bool(config.training.get("fsdp"))
         self._loss_shifts_labels = pipeline.labels_shift  # else a step's token count has the label at position 0 too
 
     def _run_epoch(self, *options: Any, **named: Any) -> None:
@@ -343,6 +346,8 @@ class AdapterTrainer(OrderedTrainer):
 def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any]) -> AdapterTrainer:
     """The Trainer of an adapted backbone with its data, and all that happens beside its steps."""
     config, data = pipeline.config, pipeline.data(backbone, arguments)
+    if config.training.get("fsdp"):
+        shard(backbone.model, arguments.device)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
     recomputed = bool(arguments.gradient_checkpointing)
     activations = activations_of(backbone.model, tokens=data.batch_tokens, recomputed=recomputed)

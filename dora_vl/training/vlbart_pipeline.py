@@ -45,8 +45,8 @@ from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
-from dora_vl.run.launch import loading_in
 from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
+from dora_vl.run.sharding import loading_in
 from dora_vl.run.watched import Watch
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData

@@ -17,6 +17,7 @@ from tests.training.tiny_run import (
     weights_of,
     write_run,
     write_tiny_data,
+    write_tiny_llava,
 )
 
 STEPS = 20
@@ -41,16 +42,60 @@ def one_rank(mixed_run: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp"])
 def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str) -> None:
     folder = mixed_run.parent / stage
-    launch(mixed_run, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2)
+    sharding = "--training.fsdp=true" if stage == "fsdp" else f"--training.deepspeed={stage}"
+    launch(mixed_run, f"--training.output_dir={folder}", sharding, ranks=2)
     expected, found = losses_of(one_rank), losses_of(folder)
     assert len(found) == STEPS
     assert expected[0] - expected[-1] > 0.3  # it does learn: equal losses are not losses that stand still
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.float32}
     assert_same_weights(folder, one_rank, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(tiny_llava: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        data={"cache_features": True},
+        training={
+            "fsdp": True,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "max_steps": 6,
+            "gradient_checkpointing": True,
+        },
+        evaluation={"file": str(tiny_data), "limit": 8},
+    )
+    launch(run_file, ranks=2, launcher="torchrun")
+    assert json_of(tmp_path / "run" / "metrics.json")["n"] == 8
+    watched = read_watched(tmp_path / "run")
+    assert watched is not None
+    assert list(watched.answers) == [0, 2, 3, 4, 5, 6]
+    again = tmp_path / "again"
+    more = (f"--training.output_dir={again}", f"--resume={tmp_path / 'run' / 'checkpoint-3'}")
+    launch(run_file, *more, ranks=2, launcher="torchrun")
+    assert losses_of(again).tolist() == losses_of(tmp_path / "run").tolist()[3:]
+    assert_same_weights(again, tmp_path / "run", atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_tiny_llava(tmp_path / "base", width=64)
+    run_file = write_run(
+        tmp_path / "run.yaml", base, tiny_data, model={"quantisation": "nf4"}, training={"max_steps": 4}
+    )
+    for name, settings in (("whole", ()), ("shards", ("--training.fsdp=true",))):
+        launch(run_file, f"--training.output_dir={tmp_path / name}", *settings, ranks=2, launcher="torchrun")
+    torch.testing.assert_close(losses_of(tmp_path / "shards"), losses_of(tmp_path / "whole"), atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "shards", tmp_path / "whole", atol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,105 @@
+"""Weights in shards over the ranks, by DeepSpeed's ZeRO-3 or by FSDP2: whole where something reads or writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@contextlib.contextmanager
+def _gathered(tensors: Iterable[Tensor], *, write: bool) -> Iterator[list[Tensor]]:
+    tensors = list(tensors)
+    sharded = [tensor for tensor in tensors if "ds_id" in vars(tensor)]  # DeepSpeed's mark
+    if sharded:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+            yield tensors
+        return
+    whole = [tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    yield whole
+    for tensor, values in zip(tensors, whole, strict=True):
+        if write and isinstance(tensor, DTensor):
+            with torch.no_grad():
+                tensor.copy_(as_shards(values, tensor))
+
+
+gather_to_read = partial(_gathered, write=False)
+"""Gives sharded tensors whole on every rank; what is written to them is lost."""
+gather_to_write = partial(_gathered, write=True)
+"""Gives sharded tensors whole on every rank; what the first rank writes becomes part of the shards."""
+
+
+def as_shards(whole: Tensor, like: DTensor) -> DTensor:
+    """The first rank's tensor in shards like another's; every rank must call it."""
+    return distribute_tensor(whole.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """FSDP2: shares each block's weights out among the ranks; they are whole while the block runs."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, which nothing changes
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    blocks = getattr(model, "_no_split_modules", None) or ()
+    for module in reversed(list(model.modules())):  # what is inside before what holds it
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    # Whole until its backward pass: losses are found inside the forward, so that nothing would gather it for them.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "generate")  # it runs the vision part before any forward
+    vars(model)["_is_fsdp_managed_module"] = True  # so that transformers' generate keeps ranks in step
+
+
+@contextlib.contextmanager
+def loading_in(dtype: torch.dtype) -> Iterator[None]:
+    """Loads a model's weights in `dtype` under ZeRO-3.
+
+    transformers shards while loading (zero.Init) in the number type of DeepSpeed's own bf16/fp16 switch, which is
+    off while float32 adapters train: without this a bfloat16 base becomes float32, twice the memory, in silence.
+    """
+    from transformers.integrations import deepspeed as integration  # not for --help
+
+    config = integration.deepspeed_config()
+    if config is None:
+        yield
+        return
+    before = {name: config[name] for name in ("bf16", "fp16") if name in config}
+    config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    try:
+        yield
+    finally:
+        for name in ("bf16", "fp16"):
+            del config[name]
+        config |= before
+
+
+@contextlib.contextmanager
+def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
+    """Builds models whole, on this rank alone, though the run uses ZeRO-3 (whose sharding needs all ranks)."""
+    from transformers.integrations import deepspeed as integration  # not for --help
+
+    holder = vars(arguments).get("hf_deepspeed_config")  # set by transformers where DeepSpeed is used
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if holder is not None:
+            integration.set_hf_deepspeed_config(holder)
+
+
+def load_whole_models_again() -> None:
+    """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
+    from transformers.integrations import deepspeed as integration  # not for --help
+
+    integration.unset_hf_deepspeed_config()
