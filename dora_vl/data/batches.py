@@ -14,8 +14,8 @@ from dora_vl.data.columns import RowKind
 from dora_vl.data.rows import grow, lay_out, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
-ROW_TOKENS = 4_096
-"""Of a row that holds several samples, about; a micro-batch of more becomes several rows."""
+ROW_TOKENS = 8_192
+"""Of a row that holds several samples, about; a micro-batch of more becomes several rows, which pad each other."""
 
 
 BY_ROW = "cross_attention_mask"

@@ -226,7 +226,7 @@ def test_pictures_stay_together_in_equally_long_micro_batches(by_pictures: tuple
         tokens.append(int((lengths.lengths[batch] - lengths.shared[batch]).sum()) + sum(once.values()))
         apart += len(pictures & once.keys() - {0})
         pictures |= once.keys()
-    assert apart < 0.3 * len(pictures), "those with more than four samples stand in two micro-batches"
+    assert apart < 0.4 * len(pictures), "those with more than four samples stand in two micro-batches"
     whole = tokens[: len(tokens) // 8 * 8]
     waiting = 1 - sum(whole) / sum(8 * max(block) for block in chunks(whole, 8))
     assert waiting < 0.05
