@@ -25,8 +25,8 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
-Rows of several samples (`data.rows`), packed and as trees, are the same training in {rows} of {all}: loss and every
-gradient within 1e-10 of rows of their own, with checkpointing too. Remarks tell why the others keep plain rows.
+Packed rows and trees (`data.rows`) train alike in {rows} of {all}: loss and every gradient within 1e-10 of rows of
+their own, with checkpointing too; remarks tell why the others keep plain rows.
 
 Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks tell why not.
 
