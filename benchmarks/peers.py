@@ -180,20 +180,12 @@ def write_samples(folder: Path, count: int) -> None:
 
 def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
     """SmolVLM-256M's shape with random weights, one tile of 64 tokens a picture, and a tokenizer that is here."""
-    from transformers import (
-        AutoTokenizer,
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
+    import transformers  # it takes seconds
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     own = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer.add_special_tokens({"additional_special_tokens": own, "eos_token": own[-1]})
     tokenizer.image_token, tokenizer.fake_image_token, tokenizer.global_image_token = own[:3]
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = {
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": len(tokenizer),
@@ -201,21 +193,16 @@ def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
     }  # fmt: skip
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
               "image_size": 512, "patch_size": 16}  # fmt: skip
-    settings = {
-        "text_config": text,
-        "vision_config": vision,
-        "scale_factor": 4,
-        "image_token_id": image_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    settings = {"text_config": text, "vision_config": vision, "scale_factor": 4}
+    settings |= {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    model = SmolVLMForConditionalGeneration(SmolVLMConfig(**settings))
+    model = transformers.SmolVLMForConditionalGeneration(transformers.SmolVLMConfig(**settings))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.bfloat16().save_pretrained(folder)
-    pictures = SmolVLMImageProcessor(size={"longest_edge": 512}, max_image_size={"longest_edge": 512})
-    SmolVLMProcessor(
-        pictures, tokenizer, SmolVLMVideoProcessor(), image_seq_len=64, chat_template=SMOLVLM_TEMPLATE
-    ).save_pretrained(folder)
+    edge = {"longest_edge": 512}
+    pictures = transformers.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    videos, template = transformers.SmolVLMVideoProcessor(), SMOLVLM_TEMPLATE
+    transformers.SmolVLMProcessor(pictures, tokenizer, videos, 64, template).save_pretrained(folder)
     return folder
 
 
