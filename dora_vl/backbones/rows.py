@@ -9,6 +9,7 @@ convolutions, Mamba) run each path by itself.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +28,10 @@ OF_ROWS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key
 """What a layer with a running state is told of whole rows, which its paths are not."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Of a batch's row, a head, a query's place and a key's: whether it is seen."""
+
+
+SHORT = 64
+"""Keys of segments for which plain products take a CPU less time than its flash attention, backward above all."""
 
 
 class BlockIsCut(ValueError):
@@ -278,7 +284,9 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         for group in follower.groups:
             places = group.queries, group.keys, group.keys
             parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, places, strict=True)]
-            found = attend(module, *parts, group.sees, *args, **named)[0]
+            short = query.device.type == "cpu" and group.keys.shape[1] <= SHORT
+            with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
+                found = attend(module, *parts, group.sees, *args, **named)[0]
             rows = group.rows.expand_as(group.queries)[group.filled]
             whole = whole.index_put((rows, group.queries[group.filled]), found[group.filled])
         return whole, None

@@ -114,21 +114,24 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
 
 
 WINDOW = 1_024
-"""Samples among which micro-batches of like size are found; more would hardly even them out any further."""
+"""Samples among which micro-batches are made equally long; more would hardly even them out any further."""
 NEIGHBOURS = 8
-"""Micro-batches of almost the same size that follow each other, so that up to so many ranks need not wait."""
+"""Micro-batches of almost the same length that follow each other, so that up to so many ranks need not wait."""
+
+
 TOGETHER = 4
 """Most samples of one picture or video in a micro-batch: more would save little, and a step would see few pictures."""
 
 
 class TreeSampler(torch.utils.data.Sampler[int]):
-    """Indices of one epoch, a function of (seed, epoch) alone: pictures together, ranks with equally many tokens.
+    """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
 
-    Up to `TOGETHER` samples of the same pictures or videos follow each other; a micro-batch's border may part them.
+    Up to `TOGETHER` samples of the same pictures or videos are drawn as one; a micro-batch's border parts them only
+    where no micro-batch has room for all.
     """
 
     def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:
-        self._own = (lengths.lengths - lengths.shared).tolist()
+        self._lengths = lengths.lengths.tolist()
         self._shared = lengths.shared.tolist()
         self._media = lengths.media.tolist()
         self._batch = batch_size
@@ -136,11 +139,14 @@ class TreeSampler(torch.utils.data.Sampler[int]):
         self._epoch = 0
         groups: dict[int, list[int]] = {}
         for sample, (media, shared) in enumerate(zip(self._media, self._shared, strict=True)):
-            groups.setdefault(media if shared else -1 - sample, []).append(sample)
+            # Where a picture takes few tokens, more pictures in a step teach more than sharing saves.
+            is_worth_it = 2 * shared > self._lengths[sample]
+            groups.setdefault(media if is_worth_it else -1 - sample, []).append(sample)
         self._groups = list(groups.values())
+        self._together = min(TOGETHER, batch_size)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
@@ -151,24 +157,57 @@ class TreeSampler(torch.utils.data.Sampler[int]):
         groups: list[list[int]] = []
         for group in self._groups:
             drawn = chance.sample(group, len(group))
-            groups += [drawn[start : start + TOGETHER] for start in range(0, len(drawn), TOGETHER)]
+            groups += [drawn[start : start + self._together] for start in range(0, len(drawn), self._together)]
         chance.shuffle(groups)
-        drawn = [sample for group in groups for sample in group]
-        whole = len(drawn) - len(drawn) % self._batch
-        batches = [drawn[start : start + self._batch] for start in range(0, whole, self._batch)]
-        window = max(NEIGHBOURS, WINDOW // self._batch)
-        for first in range(0, len(batches), window):
-            by_size = sorted(batches[first : first + window], key=self._tokens)
-            blocks = [by_size[start : start + NEIGHBOURS] for start in range(0, len(by_size), NEIGHBOURS)]
+        most = max(1, WINDOW // self._batch) * self._batch
+        window: list[list[int]] = []
+        for number, group in enumerate(groups, start=1):
+            window.append(group)
+            samples = sum(map(len, window))
+            if samples < most and number < len(groups):
+                continue
+            last = number == len(groups)
+            full, window = (window, []) if last else self._cut(window, most)
+            batches = self._dealt(full)
+            # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
+            whole = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
+            blocks = [whole[start : start + NEIGHBOURS] for start in range(0, len(whole), NEIGHBOURS)]
             chance.shuffle(blocks)
-            for block in blocks:
-                yield from (sample for batch in block for sample in batch)
-        yield from drawn[whole:]
+            rest = [batch for batch in batches if len(batch) < self._batch]
+            for batch in (*(batch for block in blocks for batch in block), *rest):
+                yield from batch
+
+    def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+        """The window with exactly so many samples, and what is left of its last group."""
+        over = sum(map(len, window)) - most
+        kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
+        return [*window[:-1], kept], [left] if left else []
 
     def _tokens(self, samples: list[int]) -> int:
         """About how many of a row's tokens they take, with every picture and video once."""
         shared = {self._media[sample]: self._shared[sample] for sample in samples}
-        return sum(shared.values()) + sum(self._own[sample] for sample in samples)
+        return sum(shared.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
+
+    def _dealt(self, groups: list[list[int]]) -> list[list[int]]:
+        """Micro-batches: the longest group goes to the shortest of those that have room for it."""
+        count = sum(map(len, groups))
+        room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
+        tokens, batches = [0] * len(room), [list[int]() for _ in room]
+
+        left = sorted(groups, key=self._tokens)
+        while left:
+            group = left.pop()
+            with_room = [batch for batch, places in enumerate(room) if places >= len(group)]
+            if with_room:
+                chosen = min(with_room, key=tokens.__getitem__)
+            else:  # a part of it where most have room; the rest waits for its turn
+                chosen = max(range(len(room)), key=room.__getitem__)
+                left.append(group[room[chosen] :])
+                group = group[: room[chosen]]
+            batches[chosen] += group
+            room[chosen] -= len(group)
+            tokens[chosen] += self._tokens(group)
+        return batches
 
 
 @dataclass(frozen=True, kw_only=True)
