@@ -21,7 +21,7 @@ from dora_vl.backbones.specs import (
 from dora_vl.core.config import AdapterSettings, Quantisation
 from dora_vl.data.columns import Columns, Mixing, RowKind, TrainFile, train_name
 
-Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
 """Of attention."""
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 
 from dora_vl.backbones.encoder import Encoder
@@ -32,8 +33,10 @@ from tests.backbones.image_text_talks import (
     rounds,
     sample_of,
 )
+from tests.backbones.test_decoder import language_samples
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
+from tests.backbones.tiny_language import tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 
 Folders = Mapping[str, Path]
@@ -177,3 +180,36 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
         assert (kind, bool(reason)) == ("plain", True)
     monkeypatch.setattr(backbone.follower, "follow", lambda forest: None)
     assert followed_rows(backbone, encoder, "packed")[0] == "plain"
+
+
+def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Losses of each kind of rows in the order of samples, and a gradient where the kernel has one there."""
+    model = tiny_language(hidden_size=64)  # flex attention takes heads of at least 16
+    model.set_attn_implementation(kernel)
+    backbone, found = DecoderBackbone(model.to(device).train()), []
+    samples = [replace(sample, media=("alike",)) for sample in language_samples()]
+    differs = kernel != "flex_attention" or device != "cpu"  # it has no backward pass on a CPU
+    for kind in kinds:
+        batch = send_to_device(inputs_of(Collator(0, rows=kind)(samples)), device)
+        with torch.set_grad_enabled(differs):
+            features = backbone(**batch)
+        sums = torch.zeros(len(samples), device=device).index_add(0, features.rows, features.losses)
+        weight = model.get_decoder().layers[0].self_attn.k_proj.weight
+        found.append((sums.detach(), torch.autograd.grad(sums.sum(), weight)[0] if differs else None))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        ("eager", "cpu"),
+        pytest.param("flex_attention", "cpu", marks=pytest.mark.slow),
+        *(pytest.param(kernel, "cuda", marks=pytest.mark.gpu) for kernel in ("sdpa", "eager", "flex_attention")),
+    ],
+)
+def test_every_kernel_that_takes_a_mask_follows_rows(kernel: str, device: str) -> None:
+    plain, *others = kernel_losses(kernel, device, ("plain", "packed", "trees"))
+    for rows in others:
+        torch.testing.assert_close(rows[0], plain[0], rtol=1e-4, atol=1e-4)
+        if plain[1] is not None:
+            torch.testing.assert_close(rows[1], plain[1], rtol=1e-3, atol=1e-4)
