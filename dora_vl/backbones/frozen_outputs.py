@@ -90,6 +90,31 @@ class FrozenParts:
                 outputs[name].append([leaf if place in read else _hollow(leaf) for place, leaf in enumerate(leaves)])
         return outputs
 
+    def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
+        """What is kept of each of several samples, in one pass where their pictures have the same shapes."""
+        alone = self.outputs_of(model, inputs_of(model, samples[0]))
+        if len(samples) > 1:
+            whole = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(samples)))
+            each = [self._part(whole, number, len(samples)) for number in range(len(samples))]
+            if _alike(alone, each[0]):
+                return each
+        return [alone, *(self.outputs_of(model, inputs_of(model, sample)) for sample in samples[1:])]
+
+    def _part(self, whole: Outputs, number: int, count: int) -> Outputs:
+        """One sample's of the outputs of several of the same shapes."""
+        part: dict[str, list[list[Any]]] = {}
+        for name, calls in whole.items():
+            if self.batched[name]:
+                axes = [call.axes for call in self.calls[name]]
+                part[name] = [
+                    [_share(leaf, axis, number, count) for leaf, axis in zip(leaves, of_leaves, strict=True)]
+                    for leaves, of_leaves in zip(calls, axes, strict=True)
+                ]
+            else:
+                size = len(calls) // count
+                part[name] = [list(leaves) for leaves in calls[number * size : (number + 1) * size]]
+        return part
+
     @contextlib.contextmanager
     def replaying(self, model: Any, samples: Sequence[Outputs]) -> Iterator[None]:
         """Meanwhile the parts give what was kept of these samples, in the batch's order."""
@@ -126,6 +151,28 @@ class FrozenParts:
 
 def _hollow(leaf: Any) -> Any:
     return Hollow(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
+    """One of so many equal parts."""
+    if not isinstance(leaf, Tensor | Hollow) or not leaf.shape or leaf.shape[axis] % count:
+        return leaf
+    if isinstance(leaf, Tensor):
+        return leaf.chunk(count, axis)[number].clone()
+    shape = list(leaf.shape)
+    shape[axis] //= count
+    return Hollow(tuple(shape), leaf.dtype)
+
+
+def _alike(one: Outputs, other: Outputs) -> bool:
+    """Whether they are the same but for rounding."""
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
+    return all(
+        float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+        else a == b
+        for a, b in pairs
+    )
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
@@ -420,6 +467,7 @@ class OutputStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, {**decided, HASH: name})
         self._shards = ShardStore(self.folder, shard_bytes=SHARD_BYTES)
+        self._has_room = False
 
     def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:
         """What it lacks of the pictures of samples, and those whose files have changed since; each once."""
@@ -435,8 +483,11 @@ class OutputStore:
         *,
         part: tuple[int, int] = (0, 1),
         workers: int = 0,
+        together: int = 1,
     ) -> None:
         """Computes a process's part of what is missing; may be stopped and goes on with what is on the disk.
+
+        Samples whose pictures have the same shapes go through the parts `together`, up to so many.
 
         Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
         """
@@ -445,21 +496,33 @@ class OutputStore:
             return
         log.info("computing the outputs of frozen vision parts for %d samples' pictures, in %s", len(mine), self.folder)
         rows: Any = DataLoader(_Rows(reader, mine), batch_size=None, num_workers=workers)
-        checked = False
+        waiting: dict[object, list[tuple[str, Any, Sample]]] = {}
         for row in tqdm(rows, unit="sample", desc="stored outputs", disable=part[0] > 0):
             if isinstance(row, BadSample):
                 continue
-            key, sizes, sample = row
-            described, tensors = _described(parts.outputs_of(model, inputs_of(model, sample)))
-            needed, free = sum(tensor.nbytes for tensor in tensors) * len(missing), shutil.disk_usage(self.folder).free
-            if not checked and needed > free:
+            shapes = tuple((name, getattr(value, "shape", None)) for name, value in row[2].inputs.items())
+            waiting.setdefault(shapes, []).append(row)
+            if len(waiting[shapes]) == together:
+                self._compute(model, parts, reader, waiting.pop(shapes), len(missing))
+        for several in waiting.values():
+            self._compute(model, parts, reader, several, len(missing))
+        self._shards.flush()
+
+    def _compute(
+        self, model: Any, parts: FrozenParts, reader: PictureReader, rows: Sequence[tuple[str, Any, Sample]], total: int
+    ) -> None:
+        """Adds the outputs of some samples' pictures; before the first, all of them must find room."""
+        outputs = parts.outputs_of_each(model, [sample for _, _, sample in rows], reader.encoder.pad_token_id)
+        for (key, sizes, _), of_sample in zip(rows, outputs, strict=True):
+            described, tensors = _described(of_sample)
+            needed, free = sum(tensor.nbytes for tensor in tensors) * total, shutil.disk_usage(self.folder).free
+            if not self._has_room and needed > free:
                 raise UserError(
                     f"stored outputs need {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB free; "
                     "set data.feature_cache to a larger disk, or data.cache_features to false"
                 )
-            checked = True
+            self._has_room = True
             self._shards.add(key, [sizes, described], tensors)
-        self._shards.flush()
 
     def refresh(self) -> None:
         """Sees what other processes have written since."""

@@ -90,6 +90,28 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
     assert step(batch)[0] == expected
 
 
+@families_in_turn
+def test_pictures_of_one_size_go_through_together(
+    family: str, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if FAMILIES[family].unstored:
+        pytest.skip(FAMILIES[family].unstored)
+    encoder, model = encoder_of(folders[family]), adapted_backbone(folders[family]).eval().model
+    parts = proven_parts(model, encoder)
+    samples = [encoder.pictured([Image.new("RGB", (40, 24), colour)]) for colour in ("red", "green", "blue")]
+    expected = [parts.outputs_of(model, frozen_outputs.inputs_of(model, sample)) for sample in samples]
+    passes: list[object] = []
+    single = FrozenParts.outputs_of
+    monkeypatch.setattr(FrozenParts, "outputs_of", lambda *given: passes.append(given) or single(*given))
+    found = parts.outputs_of_each(model, samples, encoder.pad_token_id)
+    assert len(passes) == 2, "one alone, and one of all"
+    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        if isinstance(other, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert one == other
+
+
 class Place(NamedTuple):
     """A tiny LLaVA and pictures, each a sample of its own."""
 
