@@ -41,6 +41,7 @@ TRL = "trl==1.16.0"
 OURS = {"ours": "true", "ours_unstored": "false"}
 """Contender -> `data.cache_features`."""
 PEERS = ("trl_dora", "trl_lora")
+SAMPLES = 1_000
 TARGETS = r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 PROJECTORS = ("multi_modal_projector", "connector")
 SHAPES = ("circle", "square", "triangle")
@@ -89,7 +90,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each contender in each round")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=2, help="how often each contender takes a turn")
-    parser.add_argument("--samples", type=int, default=1_000, help="how many are made")
     parser.add_argument("--smolvlm", metavar="TOKENIZER", help="train SmolVLM-256M's shape, random weights")
     parser.add_argument("--name", default="peers", help="of the figures in the file")
     parser.add_argument("--json", help="file for the figures")
@@ -102,7 +102,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_samples(folder, given.samples)
+        write_samples(folder, SAMPLES)
         subprocess.run(
             [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "trl", TRL],
             check=True,
@@ -186,13 +186,10 @@ def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
     own = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer.add_special_tokens({"additional_special_tokens": own, "eos_token": own[-1]})
     tokenizer.image_token, tokenizer.fake_image_token, tokenizer.global_image_token = own[:3]
-    text = {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-              "image_size": 512, "patch_size": 16}  # fmt: skip
+    text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": len(tokenizer)}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"image_size": 512, "patch_size": 16}
     settings = {"text_config": text, "vision_config": vision, "scale_factor": 4}
     settings |= {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)

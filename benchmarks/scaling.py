@@ -27,8 +27,6 @@ from dora_vl.errors import UserError, exit_on_user_error
 
 SENT = {"all_reduce": 2.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 1.0, "broadcast": 1.0, "reduce": 1.0}
 """Collectives, and how often each byte of the whole tensor goes round the ring."""
-WHOLE_IS_SECOND = "reduce_scatter_tensor"
-"""Its first tensor is a rank's part; of the others the first is the whole."""
 
 
 @exit_on_user_error
@@ -93,7 +91,7 @@ def run_rank(bytes_to: Path, config: list[str]) -> None:
         def call(tensor: Any, *rest: Any, **named: Any) -> Any:
             nonlocal total
             ranks = dist.get_world_size(named.get("group"))
-            whole = rest[0] if name == WHOLE_IS_SECOND and rest else tensor
+            whole = rest[0] if name == "reduce_scatter_tensor" and rest else tensor  # its first is a rank's part
             total += SENT[name] * whole.nbytes * (ranks - 1) / ranks
             return collective(tensor, *rest, **named)
 

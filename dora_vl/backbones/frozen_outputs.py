@@ -105,10 +105,9 @@ class FrozenParts:
         part: dict[str, list[list[Any]]] = {}
         for name, calls in whole.items():
             if self.batched[name]:
-                axes = [call.axes for call in self.calls[name]]
                 part[name] = [
-                    [_share(leaf, axis, number, count) for leaf, axis in zip(leaves, of_leaves, strict=True)]
-                    for leaves, of_leaves in zip(calls, axes, strict=True)
+                    [_share(leaf, axis, number, count) for leaf, axis in zip(leaves, call.axes, strict=True)]
+                    for leaves, call in zip(calls, self.calls[name], strict=True)
                 ]
             else:
                 size = len(calls) // count
@@ -159,9 +158,7 @@ def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
         return leaf
     if isinstance(leaf, Tensor):
         return leaf.chunk(count, axis)[number].clone()
-    shape = list(leaf.shape)
-    shape[axis] //= count
-    return Hollow(tuple(shape), leaf.dtype)
+    return Hollow((*leaf.shape[:axis], leaf.shape[axis] // count, *leaf.shape[axis + 1 :]), leaf.dtype)
 
 
 def _alike(one: Outputs, other: Outputs) -> bool:
