@@ -46,9 +46,8 @@ def main() -> None:
     rounds = [{ranks: timed(ranks, given.steps, config) for ranks in counts} for _ in range(given.rounds)]
     rates = {ranks: [each[ranks]["tokens_per_second"] for each in rounds] for ranks in counts}
     gains = {ranks: median([b / a for a, b in zip(rates[counts[0]], rates[ranks], strict=True)]) for ranks in counts}
-    sent = {ranks: rounds[0][ranks]["megabytes_a_step"] for ranks in counts}
     heads = ("ranks", "tokens/s (median)", f"x {counts[0]}", "of what is possible", "MB a rank sends in a step")
-    rows = [(n, median(rates[n]), gains[n], gains[n] * counts[0] / n, sent[n]) for n in counts]
+    rows = [(n, median(rates[n]), gains[n], gains[n] * counts[0] / n, rounds[0][n]["megabytes_a_step"]) for n in counts]
     print(table(heads, rows))
     if given.json is not None:
         write_json(given.json, {"settings": config, "steps": given.steps, "times": gains, "rounds": rounds})
