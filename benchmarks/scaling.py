@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def timed(ranks: int, steps: int, config: list[str]) -> dict[str, float]:
-    """One run, its ranks started by torchrun; tokens a second of all of them."""
+    """One run, its ranks started by deepspeed; tokens a second of all of them."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         settings = {
@@ -67,7 +67,7 @@ def timed(ranks: int, steps: int, config: list[str]) -> dict[str, float]:
             "watch": "0",
         }
         flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "benchmarks.scaling"]
+        start = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--module", "benchmarks.scaling"]
         command = [sys.executable, *start, "--bytes-to", str(folder / "sent.json"), *config, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
