@@ -49,7 +49,8 @@ def write_sized_run(folder: Path, size: Size) -> Path:
     (folder / "train.json").write_text(json.dumps(rows))
     base = write_tiny_llava(folder / "base", width=size.width)
     training = {"max_steps": 3, "per_device_train_batch_size": size.rows}
-    return write_run(folder / "run.yaml", base, folder / "train.json", adapter={"rank": size.rank}, training=training)
+    adapter, data = {"rank": size.rank}, {"rows": "plain"}  # a row a sample is what the estimate counts
+    return write_run(folder / "run.yaml", base, folder / "train.json", adapter=adapter, data=data, training=training)
 
 
 @pytest.fixture(scope="module")
