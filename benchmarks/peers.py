@@ -12,8 +12,7 @@ a few steps at a time; quoted are medians of the ratios inside one round, and ea
 `ours` is the run as the settings say it, rows as trees, outputs of the frozen vision parts stored before the clock
 runs; `ours_unstored` runs those parts in each step. TRL gets this project's tokens and pixels, so that all train the
 same; its own way to batch them is a row a sample, padded. TRL is installed into a folder of its own, beside the
-packages that are here. PEFT runs with `autocast_adapter_dtype=False`, its faster setting. Any further
-`--section.key value` changes the run for all.
+packages that are here, and sets PEFT up as it does. Any further `--section.key value` changes the run for all.
 """
 
 from __future__ import annotations

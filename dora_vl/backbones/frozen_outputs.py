@@ -163,13 +163,16 @@ def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
 
 def _alike(one: Outputs, other: Outputs) -> bool:
     """Whether they are the same but for rounding."""
-    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
-    return all(
-        float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-        else a == b
-        for a, b in pairs
-    )
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    if spec != other_spec:
+        return False
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or not float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm()):
+                return False
+        elif a != b:
+            return False
+    return True
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
@@ -512,13 +515,14 @@ class OutputStore:
         outputs = parts.outputs_of_each(model, [sample for _, _, sample in rows], reader.encoder.pad_token_id)
         for (key, sizes, _), of_sample in zip(rows, outputs, strict=True):
             described, tensors = _described(of_sample)
-            needed, free = sum(tensor.nbytes for tensor in tensors) * total, shutil.disk_usage(self.folder).free
-            if not self._has_room and needed > free:
-                raise UserError(
-                    f"stored outputs need {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB free; "
-                    "set data.feature_cache to a larger disk, or data.cache_features to false"
-                )
-            self._has_room = True
+            if not self._has_room:
+                needed, free = sum(tensor.nbytes for tensor in tensors) * total, shutil.disk_usage(self.folder).free
+                if needed > free:
+                    raise UserError(
+                        f"stored outputs need {needed / 2**30:.1f} GiB, but {self.folder} has {free / 2**30:.1f} GiB "
+                        "free; set data.feature_cache to a larger disk, or data.cache_features to false"
+                    )
+                self._has_room = True
             self._shards.add(key, [sizes, described], tensors)
 
     def refresh(self) -> None:

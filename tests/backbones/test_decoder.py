@@ -205,33 +205,6 @@ class TestPictures:
             config_of(str(tmp_path))
 
 
-class TestPacking:
-    """Several samples in a row: block-diagonal attention, and positions that start again."""
-
-    @pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
-    def test_packed_is_unpacked(self, family: str, kernel: str) -> None:
-        model = tiny_language(family)
-        model.set_attn_implementation(kernel)
-        backbone = DecoderBackbone(model)
-        plain, packed = Collator(0)(language_samples()), Collator(0, rows="packed")(language_samples())
-        assert len(packed["input_ids"]) == 1
-        assert packed["padding_tokens"] == 0 < plain["padding_tokens"]
-        assert packed["samples"] == plain["samples"] == 5
-        found = [backbone(**inputs(batch), keep_logits=True) for batch in (plain, packed)]
-        # In an order that does not depend on rows: by target, then by first logit.
-        order = [(one.targets.double() * 1e6 + one.logits[:, 0].double()).argsort() for one in found]
-        assert torch.equal(*(one.targets[places] for one, places in zip(found, order, strict=True)))
-        logits = [one.logits[places] for one, places in zip(found, order, strict=True)]
-        torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
-        losses = [one.losses.mean() for one in found]
-        torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
-        weight = model.model.layers[0].self_attn.k_proj.weight
-        grads = [torch.autograd.grad(loss, [weight])[0] for loss in losses]
-        torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
-        without = backbone(**{**inputs(packed), "layout": None, "position_ids": None}, keep_logits=True).logits
-        assert float((without - found[1].logits).abs().max().detach()) > 0.1
-
-
 class Collected(BaseStreamer):
     """Keeps what a streamer is given."""
 
