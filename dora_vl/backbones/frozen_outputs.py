@@ -164,15 +164,12 @@ def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
 def _alike(one: Outputs, other: Outputs) -> bool:
     """Whether they are the same but for rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    if spec != other_spec:
-        return False
-    for a, b in zip(leaves, others, strict=True):
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or not float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm()):
-                return False
-        elif a != b:
-            return False
-    return True
+    return spec == other_spec and all(
+        a.shape == b.shape and float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a == b
+        for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
@@ -488,7 +485,6 @@ class OutputStore:
         """Computes a process's part of what is missing; may be stopped and goes on with what is on the disk.
 
         Samples whose pictures have the same shapes go through the parts `together`, up to so many.
-
         Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
         """
         mine = missing[part[0] :: part[1]]
