@@ -19,11 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.backbones.base import (
-    Attention,
-    Backbone,
-    Features,
-)
+from dora_vl.backbones.base import Attention, Backbone, Features
 from dora_vl.backbones.families import (
     BYPASSED,
     CROSSING,
@@ -115,7 +111,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         head: Any = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
-        in_chunks = self._head_is_last and not (
+        # Before it is known, both ways: the loss then goes back as it will in later steps (ZeRO-3 records the first).
+        in_chunks = self._head_is_last is not False and not (
             keep_logits or any(weight.requires_grad for weight in head.parameters())
         )
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -124,7 +121,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             hidden.append(seen[0][rows, places])
             if in_chunks:
                 losses.append(label_losses(hidden[0], targets, head.forward))
-            return (hidden[0][: 1 if in_chunks else None].unsqueeze(0), *seen[1:])
+            return (hidden[0][: 1 if in_chunks and self._head_is_last else None].unsqueeze(0), *seen[1:])
 
         replayed = contextlib.nullcontext()
         if self.frozen_parts is not None and stored:
@@ -147,7 +144,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
-        each = losses[0] if in_chunks else losses_of(logits, targets)
+        each = losses[0] if in_chunks and self._head_is_last else losses_of(logits, targets)
         return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
 
     def generate(

@@ -261,17 +261,18 @@ class VideoReader:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._missing: dict[str, Exception] = {}
+        self._kept: tuple[object, Frames[Image.Image]] | None = None
 
     def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
-        """The frames as RGB pictures; see `read_prepared`."""
-        return self.read_prepared(root, clip, sampling, lambda picture: picture)
+        """The frames as RGB pictures; see `read_prepared`. The last ones are kept: questions about a video are a row."""
+        path = clip_path(root, clip)
+        wanted = path, path.stat().st_mtime_ns, clip, sampling
+        if self._kept is None or self._kept[0] != wanted:
+            self._kept = wanted, self.read_prepared(root, clip, sampling, lambda picture: picture)
+        return self._kept[1]
 
     def read_prepared(
-        self,
-        root: Path | MediaFolder,
-        clip: Clip,
-        sampling: Sampling,
-        prepare: Callable[[Image.Image], Kept],
+        self, root: Path | MediaFolder, clip: Clip, sampling: Sampling, prepare: Callable[[Image.Image], Kept]
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
         request = str(clip_path(root, clip)), clip, sampling
@@ -351,7 +352,7 @@ class VideoReader:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_process": None, "_connection": None}
+        return {**self.__dict__, "_process": None, "_connection": None, "_kept": None}
 
 
 # Not `python -m`: under the name `__main__` the classes would be others than those that the parent sends.

@@ -47,14 +47,18 @@ def as_shards(whole: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that FSDP2 gathers one at a time."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def shard(model: nn.Module, device: torch.device) -> None:
     """FSDP2: shares each block's weights out among the ranks; they are whole while the block runs."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, which nothing changes
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = getattr(model, "_no_split_modules", None) or ()
-    for module in reversed(list(model.modules())):  # what is inside before what holds it
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
+    for block in reversed(blocks_of(model)):  # what is inside before what holds it
+        fully_shard(block, mesh=mesh)
     # Whole until its backward pass: losses are found inside the forward, so that nothing would gather it for them.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "generate")  # it runs the vision part before any forward

@@ -316,7 +316,8 @@ class ImaginedRun:
 
     def on(self, ranks: int, deepspeed: str | None = None) -> Estimate:
         """The estimate for so many ranks, with the run's engine or another one."""
-        engine = _engine(deepspeed or self.section.get("deepspeed"), ranks=ranks, hidden_width=self.hidden_width)
+        fsdp = deepspeed is None and bool(self.section.get("fsdp"))
+        engine = _engine(deepspeed or self.section.get("deepspeed"), ranks, self.hidden_width, fsdp=fsdp)
         held = held_by(self.model, engine, half_precision=self.half_precision)
         checkpointing = bool(self.section.get("gradient_checkpointing") or self.section.get("activation_checkpointing"))
         step, other = (self.recomputed, self.plain) if checkpointing else (self.plain, self.recomputed)
@@ -331,8 +332,9 @@ class ImaginedRun:
         return Estimate(engine, self.samples, held, step, other, checkpointing, traffic, step.flop * micro_batches)
 
 
-def _engine(deepspeed: Any, *, ranks: int, hidden_width: int) -> Engine:
-    return engine_of(None if deepspeed is None else read_deepspeed(deepspeed), ranks=ranks, hidden_width=hidden_width)
+def _engine(deepspeed: Any, ranks: int, hidden_width: int, *, fsdp: bool = False) -> Engine:
+    read = None if deepspeed is None else read_deepspeed(deepspeed)
+    return engine_of(read, ranks=ranks, hidden_width=hidden_width, fsdp=fsdp)
 
 
 def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> ImaginedRun:
@@ -350,7 +352,7 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
     # Dropout keeps nothing on a GPU: its mask is drawn again from a seed.
     apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming", dropout=0.0))
     width = int(backbone.model.config.get_text_config().hidden_size)
-    _engine(section.get("deepspeed"), ranks=1, hidden_width=width)  # its file may be wrong, which shows at once
+    _engine(section.get("deepspeed"), 1, width)  # its file may be wrong, which shows at once
 
     tokens = int(settings.data.max_tokens if tokens is None else tokens)
     pictures = backbone.model.config.image_seq_length if backbone.model.config.model_type == LLAVA else 0

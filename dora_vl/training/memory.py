@@ -10,6 +10,7 @@ DeepSpeed keeps a float32 copy of what trains, 4 bytes, also of parameters that 
     ZeRO-1        all          p          8/N       4/N     g, and g/N while the step flattens them
     ZeRO-2        all          p          8/N       4/N     g/N, twice while the step flattens them; reduce buckets
     ZeRO-3        all/N        p/N       8/N       4/N     g/N, the same; bucket; weights gathered for their layers
+    FSDP2         all/N        p/N       8/N       -       g/N; weights gathered for a layer, those in none for a step
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dora_vl.core.quantised import is_quantised
+from dora_vl.run.sharding import blocks_of
 
 FLOAT32_BYTES, GIB = 4, 2**30
 # Vectors of hidden width that a layer keeps for each token: norm inputs, q, k, v and attention output, and four of the
@@ -119,7 +121,7 @@ class Engine:
     """How a run's ranks share their work; sizes are numbers, not bytes.
 
     Attributes:
-        stage: of ZeRO; None without DeepSpeed.
+        stage: of ZeRO; None without DeepSpeed; 3 also where FSDP2 shares out the same (`fsdp`).
         bucket: numbers that are reduced at once, in each of so many `buckets`.
         prefetched: numbers gathered ahead under ZeRO-3.
         kept_whole: ZeRO-3 never splits parameters of fewer numbers.
@@ -136,19 +138,21 @@ class Engine:
     reused_within: int = 0
     offloads_optimizer: bool = False
     offloads_weights: bool = False
+    fsdp: bool = False
 
     def __str__(self) -> str:
-        return f"{self.ranks} ({'no DeepSpeed' if self.stage is None else f'ZeRO-{self.stage}'})"
+        zero = "no DeepSpeed" if self.stage is None else f"ZeRO-{self.stage}"
+        return f"{self.ranks} ({'FSDP2' if self.fsdp else zero})"
 
     def shares(self, first_stage: int) -> int:
         """Among how many ranks a thing is split that ZeRO splits from this stage on."""
         return self.ranks if (self.stage or 0) >= first_stage else 1
 
 
-def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int) -> Engine:
+def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int, fsdp: bool = False) -> Engine:
     """The engine of a DeepSpeed config; `auto` sizes are transformers', from the hidden width."""
     if deepspeed is None:
-        return Engine(None, ranks)
+        return Engine(3 if fsdp else None, ranks, fsdp=fsdp)
     zero = deepspeed.get("zero_optimization", {})
     stage, square = int(zero.get("stage", 0)), hidden_width**2
 
@@ -254,7 +258,8 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
             frozen[str(parameter.dtype).removeprefix("torch.")] += size
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradient = sum(map(parameter_count, trained)), bytes_of(trained)
-    has_masters = engine.stage in (1, 2, 3) or (half_precision and engine.stage == 0)
+    zero = None if engine.fsdp else engine.stage
+    has_masters = zero in (1, 2, 3) or (half_precision and zero == 0)
     masters = numbers * FLOAT32_BYTES // engine.shares(1) if has_masters else 0
     optimizer = 2 * numbers * FLOAT32_BYTES // engine.shares(1)
     if engine.stage in (None, 0):
@@ -262,7 +267,10 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
     else:
         in_buckets = min(engine.bucket, numbers) if engine.stage == 1 else engine.bucket * engine.buckets
     gathered = 0
-    if engine.stage == 3 and engine.ranks > 1:
+    if engine.fsdp and engine.ranks > 1:  # what is in no layer, a layer, and the next one
+        layers = [bytes_of(block.parameters()) for block in blocks_of(model)]
+        gathered = bytes_of(split) - sum(layers) + 2 * max(layers, default=0)
+    elif engine.stage == 3 and engine.ranks > 1:
         # Where the forward pass ends, the layers that come again soon are whole: one that ran so many parameters
         # before the end runs again after twice as many.
         all_split = sum(map(parameter_count, split))
@@ -275,7 +283,7 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
         optimizer=optimizer,
         masters=masters,
         buckets=in_buckets * (gradient // max(numbers, 1)),
-        flattened=gradient // engine.shares(1) if engine.stage in (1, 2, 3) else 0,
+        flattened=gradient // engine.shares(1) if zero in (1, 2, 3) else 0,
         gathered=gathered,
         on_host=(optimizer + masters) * engine.offloads_optimizer
         + (sum(frozen.values()) + trained_bytes) * engine.offloads_weights,

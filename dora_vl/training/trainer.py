@@ -58,13 +58,7 @@ from dora_vl.training.parts import (
     with_decay,
 )
 from dora_vl.training.pipeline import Pipeline, TrainingData
-from dora_vl.training.progress import (
-    BatchStatistics,
-    Progress,
-    ValidationLoss,
-    check_validation,
-    random_state_kept,
-)
+from dora_vl.training.progress import BatchStatistics, Progress, ValidationLoss, check_validation, random_state_kept
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -351,7 +345,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
     recomputed = bool(arguments.gradient_checkpointing)
     activations = activations_of(backbone.model, tokens=data.batch_tokens, recomputed=recomputed)
-    plan = plan_of(backbone, trainer.rates, activations, arguments)
+    plan = plan_of(backbone, trainer.rates, activations, arguments, fsdp=bool(config.training.get("fsdp")))
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
     machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
@@ -386,15 +380,16 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
 
 
 def plan_of(
-    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
+    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments, *, fsdp: bool
 ) -> dict[str, Table]:
     """What trains, what does not, and the memory that it will take, before the first step."""
     engine = engine_of(
         deepspeed_config() if arguments.deepspeed is not None else None,
         ranks=arguments.world_size,
         hidden_width=activations.hidden_width,
+        fsdp=fsdp,
     )
-    held = held_by(backbone, engine, half_precision=arguments.bf16 or arguments.fp16)
+    held = held_by(backbone.model, engine, half_precision=arguments.bf16 or arguments.fp16)
     return {
         "trained": trained_table(backbone.model, trained_parts(backbone.model), rates),
         "not_adapted": frozen_table(backbone.model),

@@ -49,7 +49,7 @@ def hosts() -> Iterator[Hosts]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", link, "up")
-        ip("netns", "exec", made.names[0], "true")
+        ip("netns", "exec", made.names[0], "unshare", "--uts", "hostname", made.names[0])
     except (subprocess.CalledProcessError, OSError) as error:
         remove(made)
         pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', '') or error}")
@@ -69,8 +69,9 @@ def start(made: Hosts, how: str, run_file: Path, *settings: str) -> list[subproc
         launch = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29500}
         environment = {**os.environ, **{name: str(value) for name, value in launch.items()}}
         environment |= {"MASTER_ADDR": made.addresses[0], "GLOO_SOCKET_IFNAME": link, "CUDA_VISIBLE_DEVICES": ""}
-        command = ["ip", "netns", "exec", name, sys.executable, "tests/run/faulty_rank.py", how]
-        command += ["--config", str(run_file), *settings]
+        # A host name each: ranks of one machine leave the last word to the first of them.
+        command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+        command += [sys.executable, "tests/run/faulty_rank.py", how, "--config", str(run_file), *settings]
         started.append(
             subprocess.Popen(
                 command,

@@ -25,12 +25,18 @@ def adapted() -> nn.Module:
         (None, FROZEN + 4 * TRAINED, 4 * TRAINED, 8 * TRAINED),
         ({"stage": 2}, FROZEN + 4 * TRAINED, 2 * TRAINED, 6 * TRAINED),
         ({"stage": 3, "stage3_param_persistence_threshold": 0}, (FROZEN + 4 * TRAINED) // 2, 2 * TRAINED, 6 * TRAINED),
+        ("fsdp", (FROZEN + 4 * TRAINED) // 2, 2 * TRAINED, 4 * TRAINED),
     ],
 )
-def test_each_stage_splits_what_it_splits(
-    zero: dict[str, int] | None, weights: int, gradients: int, optimizer: int
+def test_each_engine_splits_what_it_splits(
+    zero: dict[str, int] | str | None, weights: int, gradients: int, optimizer: int
 ) -> None:
-    held = held_by(adapted(), engine_of(zero and {"zero_optimization": zero}, ranks=2, hidden_width=8))
+    deepspeed = {"zero_optimization": zero} if isinstance(zero, dict) else None
+    engine = engine_of(deepspeed, ranks=2, hidden_width=8, fsdp=zero == "fsdp")
+    held = held_by(adapted(), engine)
+    assert ("FSDP2" in str(engine)) is (zero == "fsdp")
+    if zero == "fsdp":  # what stands in no layer is whole while the step runs: here all of it
+        assert held.gathered == FROZEN + 4 * TRAINED
     assert sum(held.weights.values()) + held.trained == weights
     assert (held.gradients, held.optimizer + held.masters) == (gradients, optimizer)
 

@@ -251,6 +251,18 @@ def test_frames_are_prepared_as_they_come_and_a_reader_can_be_sent(tmp_path: Pat
         assert reader.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
 
 
+def test_questions_about_one_video_decode_it_once_until_its_file_changes(tmp_path: Path) -> None:
+    clip = Clip(path="a.mp4")
+    write_video(tmp_path / "a.mp4")
+    with VideoReader(backends=BACKENDS) as reader:
+        first = reader.read(tmp_path, clip, Uniform(3))
+        assert reader.read(tmp_path, clip, Uniform(3)) is first
+        assert reader.read(tmp_path, clip, Uniform(2)).indices != first.indices
+        assert reader.read(tmp_path, clip, Uniform(3)).indices == first.indices
+        write_video(tmp_path / "a.mp4", STEADY[:20])
+        assert max(reader.read(tmp_path, clip, Uniform(3)).indices) < 20 < max(first.indices)
+
+
 def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     reader = VideoReader(backends=BACKENDS)
