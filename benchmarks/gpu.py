@@ -85,10 +85,7 @@ CASES = (
     Case("8B block, rank 384", 4096, 14336, 2048, 384, dropout=0.05, heads=32),
     Case("3B block, rank 128, compiled", 3072, 8192, 4096, 128, dropout=0.05, heads=24, compiled=True),
 )
-SMOKE_CASES = (
-    Case("tiny layer", 16, 24, 6, 3, dropout=0.1),
-    Case("tiny block", 16, 24, 6, 3, heads=4, compiled=True),
-)
+SMOKE_CASES = (Case("tiny layer", 16, 24, 6, 3, dropout=0.1), Case("tiny block", 16, 24, 6, 3, heads=4, compiled=True))
 
 
 @dataclass

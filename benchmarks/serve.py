@@ -246,11 +246,7 @@ def beside_a_long_answer(engine: Engine) -> dict[str, float]:
         list(short)
         over = time.perf_counter() - asked
         rest.result()
-    return {
-        "first token, s": first,
-        "short answer, s": over,
-        "long answer, s": time.perf_counter() - began,
-    }
+    return {"first token, s": first, "short answer, s": over, "long answer, s": time.perf_counter() - began}
 
 
 def of_clients(engine: Engine) -> float:

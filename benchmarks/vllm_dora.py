@@ -333,12 +333,7 @@ def expected_answers(
 # -- what vLLM's server answers -----------------------------------------------------------------------------
 
 
-def by_server(
-    served: Path,
-    expected: Answers,
-    pictures: Sequence[Path],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
+def by_server(served: Path, expected: Answers, pictures: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
     """The same through chat completions of vLLM's own server, by OpenAI's client."""
     from openai import OpenAI
 

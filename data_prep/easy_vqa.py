@@ -25,15 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data_prep.easy_vqa_package import (
-    YES_NO,
-    Question,
-    kind_of,
-    picture_path,
-    read_answers,
-    read_questions,
-    shows,
-)
+from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions, shows
 from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError, exit_on_user_error, positive
 

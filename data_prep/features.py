@@ -93,12 +93,7 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
 
 
 def compute(
-    media: Sequence[Medium],
-    encoder: FeatureEncoder,
-    to: Path,
-    *,
-    root: Path,
-    options: argparse.Namespace,
+    media: Sequence[Medium], encoder: FeatureEncoder, to: Path, *, root: Path, options: argparse.Namespace
 ) -> BadSampleLedger:
     """Computes what is missing of this part's media; returns the account of what could not be read."""
     part, parts = options.part

@@ -92,10 +92,7 @@ def draw(shown: Sequence[Mover], frame: int, noise: Array) -> Array:
         if frame < mover.first_frame:
             continue
         row, column = divmod(mover.quarter, 2)
-        part = (
-            slice(row * QUARTER, (row + 1) * QUARTER),
-            slice(column * QUARTER, (column + 1) * QUARTER),
-        )
+        part = (slice(row * QUARTER, (row + 1) * QUARTER), slice(column * QUARTER, (column + 1) * QUARTER))
         x, y = mover.centre(frame)
         across = np.arange(column * QUARTER, (column + 1) * QUARTER) + 0.5 - x
         along = np.arange(row * QUARTER, (row + 1) * QUARTER)[:, None] + 0.5 - y

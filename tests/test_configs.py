@@ -197,8 +197,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("7b_lora", 340_795_392), ("7b_dora", 342_155_264), ("7b_pretrain", 20_979_712)],
+    ("name", "expected"), [("7b_lora", 340_795_392), ("7b_dora", 342_155_264), ("7b_pretrain", 20_979_712)]
 )
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
     assert trained_count(adapted(read(named(f"llava/llava15:{name}")))) == expected

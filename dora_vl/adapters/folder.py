@@ -46,15 +46,7 @@ from dora_vl.core.config import DoRAConfig
 from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.quantised import loose_tensors
-from dora_vl.core.trainable import (
-    Gather,
-    adapted_layers,
-    is_adapted,
-    kept_rows,
-    kept_tensors,
-    no_gather,
-    trained_parts,
-)
+from dora_vl.core.trainable import Gather, adapted_layers, is_adapted, kept_rows, kept_tensors, no_gather, trained_parts
 from dora_vl.errors import UserError, shown_names
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"

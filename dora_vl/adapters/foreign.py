@@ -104,11 +104,7 @@ LAYOUTS = {
     "torchtune": Layout(lora_A=("lora_a.weight",), lora_B=("lora_b.weight",), magnitude=("magnitude",)),
     "mlx": Layout(lora_A=("lora_a",), lora_B=("lora_b",), magnitude=("m",), transposed=True, scale=mlx_scale),
     "kohya": Layout(
-        lora_A=("lora_down.weight",),
-        lora_B=("lora_up.weight",),
-        magnitude=("dora_scale",),
-        alpha=("alpha",),
-        extras=(),
+        lora_A=("lora_down.weight",), lora_B=("lora_up.weight",), magnitude=("dora_scale",), alpha=("alpha",), extras=()
     ),
 }
 """By the name that `dora-vl convert --from` takes."""

@@ -268,10 +268,7 @@ def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
         BYTE if kind == NORMAL and re.fullmatch("<0x..>", token) else kind
         for token, kind in zip(tokens, kinds, strict=True)
     ]
-    steps = [
-        *_steps(state.get("normalizer"), "normalizers"),
-        *_steps(state.get("pre_tokenizer"), "pretokenizers"),
-    ]
+    steps = [*_steps(state.get("normalizer"), "normalizers"), *_steps(state.get("pre_tokenizer"), "pretokenizers")]
     space_prefix = any(
         (step["type"] == "Prepend" and step["prepend"] == SPACE_MARK)
         or (step["type"] == "Metaspace" and step["prepend_scheme"] != "never")

@@ -175,9 +175,7 @@ def merged(
     return blocks.flatten(3, 5).flatten(1, 2)
 
 
-def with_changes(
-    frames: Float[Tensor, "frames tokens channels"],
-) -> Float[Tensor, "frames tokens twice_the_channels"]:
+def with_changes(frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "frames tokens twice_the_channels"]:
     """Each token's numbers, then how they differ from the same place's in the frame before; 0 in the first frame."""
     before = torch.cat([frames[:1], frames[:-1]])
     return torch.cat([frames, frames - before], dim=-1)

@@ -184,12 +184,6 @@ def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 PRESETS: Mapping[str, Callable[[PreTrainedModel], dict[str, nn.Module]]] = MappingProxyType(
-    {
-        "language": _language,
-        "vision": _vision,
-        "projector": _projector,
-        "experts": _experts,
-        "all-linear": _all_linear,
-    }
+    {"language": _language, "vision": _vision, "projector": _projector, "experts": _experts, "all-linear": _all_linear}
 )
 """Preset -> the modules of its place, by full name."""

@@ -171,10 +171,7 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     vision.name_or_path = network.config.name_or_path = ""  # a path of this machine, which no folder should carry
     options = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return network, draft_config(
-        spec,
-        architecture=vision.model_type,
-        options=options,
-        published=transformers_preparation(spec, vision),
+        spec, architecture=vision.model_type, options=options, published=transformers_preparation(spec, vision)
     )
 
 

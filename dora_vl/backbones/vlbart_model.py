@@ -179,9 +179,7 @@ class VlBartEncoder(BartEncoder):
         hidden = torch.cat([text, self.visual_tokens(features).to(text.dtype)], dim=1)
         hidden = nn.functional.dropout(hidden, p=float(self.dropout or 0), training=self.training)
         mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=joint_mask(attention_mask, hidden.shape[1]),
+            config=self.config, inputs_embeds=hidden, attention_mask=joint_mask(attention_mask, hidden.shape[1])
         )
         for layer in self.layers:
             hidden = layer(hidden, mask)

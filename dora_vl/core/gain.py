@@ -147,10 +147,7 @@ class Gain:
 
 
 def careful_gain(
-    full: Float[Tensor, " out"],
-    norms: Float[Tensor, " out"],
-    bias: Float[Tensor, " out"] | None,
-    dtype: torch.dtype,
+    full: Float[Tensor, " out"], norms: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None, dtype: torch.dtype
 ) -> Gain:
     """A gain from its float32 values and the norms they came from, whatever the rows hold."""
     per_norm = torch.where(norms > 0, norms.reciprocal(), 0.0)  # a row without a direction gives m no gradient

@@ -15,15 +15,7 @@ from tqdm import tqdm
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import ENDINGS, find_files, is_data_file
 from dora_vl.data.example import FIELDS, JSON, Example
-from dora_vl.data.pictures import (
-    BROKEN,
-    TRUNCATED,
-    VIDEO_ENDINGS,
-    MediaFolder,
-    Trouble,
-    decoding_trouble,
-    path_inside,
-)
+from dora_vl.data.pictures import BROKEN, TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video

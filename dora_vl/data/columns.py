@@ -53,10 +53,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 _KNOWN = frozenset(name for names in ROLES.values() for name in names)
 _JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
     "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
-    "choices": (
-        re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"),
-        re.compile(r"([a-h])"),
-    ),
+    "choices": (re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"), re.compile(r"([a-h])")),
 }
 """Roles that several columns may have together, and how those are called; the group tells their order."""
 

@@ -26,13 +26,7 @@ from dora_vl.errors import BadSample, UserError, one_line, shown_text
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
 """Names in a batch of what is counted and told; all else goes to the model."""
-ALIGNED = (
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "cross_attention_mask",
-)
+ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
 """A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 IGNORED_LABEL = -100
 """Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
@@ -213,12 +207,7 @@ SHOWN, BEFORE = 120, 20
 
 
 def look_ahead(
-    table: ExampleTable,
-    *,
-    pictures: MediaFolder | None,
-    videos: MediaFolder | None,
-    max_bad_share: float,
-    source: str,
+    table: ExampleTable, *, pictures: MediaFolder | None, videos: MediaFolder | None, max_bad_share: float, source: str
 ) -> None:
     """Refuses a set of which so many samples cannot be used that a run over it would end for that.
 

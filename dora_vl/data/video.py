@@ -264,7 +264,7 @@ class VideoReader:
         self._kept: tuple[object, Frames[Image.Image]] | None = None
 
     def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
-        """The frames as RGB pictures; see `read_prepared`. The last ones are kept: questions about a video are a row."""
+        """The frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
         path = clip_path(root, clip)
         wanted = path, path.stat().st_mtime_ns, clip, sampling
         if self._kept is None or self._kept[0] != wanted:

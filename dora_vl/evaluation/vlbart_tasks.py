@@ -111,12 +111,7 @@ class Seq2SeqSample:
 
 
 def make_sample(
-    example: Example,
-    subtask: Subtask,
-    *,
-    encoder: Seq2SeqEncoder,
-    reader: FeatureReader,
-    target: Target | None,
+    example: Example, subtask: Subtask, *, encoder: Seq2SeqEncoder, reader: FeatureReader, target: Target | None
 ) -> Seq2SeqSample:
     """An example in tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
@@ -325,12 +320,7 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     tasks = (
         task("tvqa", _choices, right_label, video_score, state_span=lambda a, b: f"{a:.10g}-{b:.10g}", **choosing),
         task(
-            "how2qa",
-            _choices,
-            right_label,
-            how2qa_score,
-            state_span=lambda a, b: f"{float(a)}-{float(b)}",
-            **choosing,
+            "how2qa", _choices, right_label, how2qa_score, state_span=lambda a, b: f"{float(a)}-{float(b)}", **choosing
         ),
         task("video_choice", _choices, right_label, video_score, **choosing),
         # Without the choices: what answers in words need not learn to look them up.

@@ -209,8 +209,7 @@ def batch_page(view: BatchView, *, title: str) -> str:
     rows = [{"row": row, "picture": pictures.get(row.title, ("", ""))} for row in view.rows]
     apart = [] if all(row.title in pictures for row in view.rows) else list(pictures.items())
     return rendered(
-        "batch.html.j2",
-        {"view": view, "rows": rows, "apart": apart, "title": title, "looks": LOOKS, "shown": shown},
+        "batch.html.j2", {"view": view, "rows": rows, "apart": apart, "title": title, "looks": LOOKS, "shown": shown}
     )
 
 

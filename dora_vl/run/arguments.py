@@ -16,10 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
 from dora_vl.files import shipped_folder

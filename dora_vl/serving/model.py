@@ -22,14 +22,7 @@ from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
-from dora_vl.evaluation.open_model import (
-    ModelRequest,
-    ModelSource,
-    find_source,
-    load_decoder,
-    prompts_of,
-    read_recipe,
-)
+from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, load_decoder, prompts_of, read_recipe
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -108,12 +101,7 @@ class ServedModel:
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        *,
-        base_name: str | None = None,
-        template: str | None = None,
-        any_base: bool = False,
+        self, source: ModelSource, *, base_name: str | None = None, template: str | None = None, any_base: bool = False
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

@@ -35,15 +35,7 @@ from dora_vl.serving.door import Door, error_content, error_response
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import MIB, Admission
-from dora_vl.serving.requests import (
-    BadRequest,
-    ChatRequest,
-    LoadRequest,
-    Model,
-    RequestMedia,
-    UnloadRequest,
-    parsed,
-)
+from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, RequestMedia, UnloadRequest, parsed
 
 
 async def chunks(

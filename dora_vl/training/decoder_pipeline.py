@@ -178,10 +178,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         collate = Collator(
-            encoder.pad_token_id,
-            dummy=dummy,
-            dummy_video=encoder.dummy_video() if videos else None,
-            rows=rows,
+            encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video() if videos else None, rows=rows
         )
         return samples.training_data(self._rows(arguments, outputs), collate)
 

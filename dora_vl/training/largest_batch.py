@@ -168,14 +168,7 @@ class LargestBatch(TrainerCallback):
     `cost` is a micro-batch's in any unit. A UserError ends the run where it does not fit.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        config: RunSettings,
-        *,
-        data: TrainingData,
-        cost: Callable[[Pool], int],
-    ) -> None:
+    def __init__(self, trainer: Any, config: RunSettings, *, data: TrainingData, cost: Callable[[Pool], int]) -> None:
         self._trainer, self._config, self._data, self._cost = trainer, config, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -103,12 +103,7 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
 @pytest.mark.parametrize("use_dora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dora", "lora"])
 @pytest.mark.parametrize(("tied", "name"), CASES)
 def test_all_give_pefts_logits_or_all_refuse(
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    bases: dict[bool, Path],
-    tied: bool,
-    name: str,
-    use_dora: bool,
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bases: dict[bool, Path], tied: bool, name: str, use_dora: bool
 ) -> None:
     base = bases[tied]
     expected = peft_folder(base, tmp_path / "adapter", use_dora=use_dora, **CHANGES[name])

@@ -244,13 +244,7 @@ def test_ranks_that_hold_columns_sum_their_norms(kept: bool) -> None:
 
         slices = [None if one is None else one._replace(lora_A=one.lora_A[:, columns]) for one in SLICES]
         layer = frozen_layer(
-            "layer",
-            lambda x: x @ weight.t(),
-            weight if kept else None,
-            weight.shape[1],
-            torch.float32,
-            CPU,
-            total,
+            "layer", lambda x: x @ weight.t(), weight if kept else None, weight.shape[1], torch.float32, CPU, total
         )
         return gains_minus_one(layer, slices, ROWS)
 

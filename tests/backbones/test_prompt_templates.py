@@ -183,9 +183,7 @@ plain_answers = st.lists(
 @settings(max_examples=30, deadline=None)
 @given(rounds=plain_answers, with_picture=st.booleans())
 def test_equal_to_the_published_algorithm(
-    tokenizer: PreTrainedTokenizerFast,
-    rounds: list[tuple[str, str]],
-    with_picture: bool,
+    tokenizer: PreTrainedTokenizerFast, rounds: list[tuple[str, str]], with_picture: bool
 ) -> None:
     texts = [text for pair in rounds for text in pair]
     if with_picture:

@@ -220,10 +220,7 @@ def test_the_layout_is_read_from_the_keys(norm: Any, tmp_path: Path) -> None:
     assert state.feature_width == 8
     other = tiny(seed=4, visual_norm=norm)
     load_original(other, state)
-    assert torch.equal(
-        logits_of(VlBartBackbone(other), batch()),
-        logits_of(VlBartBackbone(model), batch()),
-    )
+    assert torch.equal(logits_of(VlBartBackbone(other), batch()), logits_of(VlBartBackbone(model), batch()))
 
 
 def test_it_loads_strictly_and_names_what_does_not_fit() -> None:

@@ -15,11 +15,7 @@ from data_prep import demo_assets
 from data_prep.demo_assets import ASSETS, Asset, fetch, is_complete, main, place_of
 from dora_vl.errors import UserError
 
-FILES = {
-    "toy/data/answers.txt": b"yes no",
-    "toy/data/images/0.png": b"png",
-    "toy/__init__.py": b"raise SystemExit",
-}
+FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
 
 
 def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:

@@ -123,8 +123,7 @@ def test_broken_packages_are_refused(package: Path, tmp_path: Path, questions: s
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("--rounds", "0"), ("--validation-pictures", "8"), ("--train-pictures", "0")],
+    ("setting", "value"), [("--rounds", "0"), ("--validation-pictures", "8"), ("--train-pictures", "0")]
 )
 def test_settings_out_of_range_end_with_status_2(package: Path, tmp_path: Path, setting: str, value: str) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -178,11 +177,7 @@ def test_no_picture_and_no_kind_is_in_both_halves(halves: dict[str, list[Example
     kinds = {name: {example.extra["kind"] for example in rows} for name, rows in halves.items()}
     assert pictures["pretrain"].isdisjoint(pictures["adapt"])
     assert len(pictures["pretrain"] | pictures["adapt"]) == 8
-    assert kinds == {
-        "pretrain": {"yes/no", "yes/no negated"},
-        "adapt": {"color", "shape"},
-        "test": {"color", "shape"},
-    }
+    assert kinds == {"pretrain": {"yes/no", "yes/no negated"}, "adapt": {"color", "shape"}, "test": {"color", "shape"}}
     assert all(one.startswith("test/images/") for one in pictures["test"])
 
 

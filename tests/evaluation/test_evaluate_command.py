@@ -306,9 +306,7 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
 # The test after training.
 
 
-def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(
-    tested: Tested,
-) -> None:
+def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(tested: Tested) -> None:
     config, metrics = tested
     predictions = read_predictions(output(config) / "predictions.jsonl")
     right = sum(one.prediction == one.truth for one in predictions.values())

@@ -12,13 +12,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Assistant, Decoding, ask, media_reader, prediction
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictions import (
-    Prediction,
-    Predictions,
-    PredictionsFile,
-    cut_broken_tail,
-    read_predictions,
-)
+from dora_vl.evaluation.predictions import Prediction, Predictions, PredictionsFile, cut_broken_tail, read_predictions
 from dora_vl.evaluation.questions import Question
 from tests.backbones.tiny_language import write_tiny_language
 

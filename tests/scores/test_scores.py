@@ -148,8 +148,7 @@ def any_row(number: int) -> Example:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
-    [(name, mode) for name, row in BENCHMARKS.items() if not row.shares_answers for mode in row.modes],
+    ("name", "mode"), [(name, mode) for name, row in BENCHMARKS.items() if not row.shares_answers for mode in row.modes]
 )
 def test_a_missing_answer_is_wrong_and_named(name: str, mode: str) -> None:
     examples = [any_row(number) for number in range(4)]

@@ -13,15 +13,7 @@ from dora_vl.errors import SettingError, UserError
 from dora_vl.training import run_samples
 from tests.training.launched import launch
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_pictures
-from tests.training.tiny_run import (
-    decoder_run,
-    logged_losses,
-    losses_of,
-    refused,
-    trained,
-    write_run,
-    write_tiny_llava,
-)
+from tests.training.tiny_run import decoder_run, logged_losses, losses_of, refused, trained, write_run, write_tiny_llava
 
 STREAMED = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 5}
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -171,9 +171,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         trained.encoder, "encode", lambda prompt, **limits: (texts.append(prompt.text), encode(prompt, **limits))[1]
     )
     one = replace(
-        trained,
-        subtasks=(vlbart_tasks.video_subtasks()[task],),
-        features={task: trained.features["video_words"]},
+        trained, subtasks=(vlbart_tasks.video_subtasks()[task],), features={task: trained.features["video_words"]}
     )
     monkeypatch.setattr(ask_command, "opened_by", lambda options: Opened(adapted=one))
     common = ["--adapter", str(vlbart), "--video", clip, *asked]

@@ -117,13 +117,7 @@ def test_a_family_trains_resumes_opens_merges_and_answers(
     pictures = (0, 1, 2) if "no picture" in taken else (1, 2)
     rounds = 2 if TWO_QUESTIONS in taken else 1
     adapter = trained(
-        base,
-        tmp_path,
-        monkeypatch,
-        template=row.format,
-        pictures=pictures,
-        rounds=rounds,
-        projector=row.projector,
+        base, tmp_path, monkeypatch, template=row.format, pictures=pictures, rounds=rounds, projector=row.projector
     )
     encoder = encoder_of(base)
     picture = Image.new("RGB", (33, 21), (10, 200, 30))

@@ -58,9 +58,7 @@ def test_the_run_starts_where_the_folder_ended(folder: Path) -> None:
 
 @pytest.mark.parametrize("with_recipe", [True, False])
 @pytest.mark.parametrize(
-    "change",
-    [{"alpha": 8.0}, {"alpha_pattern": {}}, {"rank": 3}, {"rank_scaling": "sqrt"}, {"init": "pissa"}],
-    ids=str,
+    "change", [{"alpha": 8.0}, {"alpha_pattern": {}}, {"rank": 3}, {"rank_scaling": "sqrt"}, {"init": "pissa"}], ids=str
 )
 def test_another_scale_is_refused_and_another_dropout_is_not(
     folder: Path, change: dict[str, Any], with_recipe: bool

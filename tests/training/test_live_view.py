@@ -16,16 +16,7 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.training.live_view import (
-    Asked,
-    LinesAbove,
-    LiveView,
-    RunNumbers,
-    can_show,
-    clock,
-    rows,
-    sparkline,
-)
+from dora_vl.training.live_view import Asked, LinesAbove, LiveView, RunNumbers, can_show, clock, rows, sparkline
 
 LINE = {"loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-4, "samples_per_second": 12.34}
 LINE |= {"tokens_per_second": 4321.0, "padding_share": 0.125, "skipped": 3, "cut_samples": 1, "memory_gib": 2.5}

@@ -11,14 +11,7 @@ from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import Decayed, OptimConfig
-from dora_vl.training.parts import (
-    LearningRates,
-    frozen_table,
-    parameter_groups,
-    rates_of,
-    trained_table,
-    with_decay,
-)
+from dora_vl.training.parts import LearningRates, frozen_table, parameter_groups, rates_of, trained_table, with_decay
 from tests.backbones.tiny_vlbart import tiny
 
 

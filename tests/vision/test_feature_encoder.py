@@ -39,8 +39,7 @@ def test_squashing_equals_open_clips_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "merge", "shape"),
-    [("grid", 1, (2, 4, 112)), ("grid", 2, (2, 1, 448)), ("pooled", 1, (2, 1, 1280))],
+    ("kept", "merge", "shape"), [("grid", 1, (2, 4, 112)), ("grid", 2, (2, 1, 448)), ("pooled", 1, (2, 1, 1280))]
 )
 def test_a_timm_tower(kept, merge: int, shape: tuple[int, ...]) -> None:
     layer = None if kept == "pooled" else -2

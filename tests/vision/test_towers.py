@@ -153,10 +153,7 @@ class TestWeights:
             load_tower(spec)
         tower = load_tower(
             TowerSpec(
-                library="timm",
-                name="test_efficientnet",
-                weights=str(tmp_path / "other.pth"),
-                weights_in_order=True,
+                library="timm", name="test_efficientnet", weights=str(tmp_path / "other.pth"), weights_in_order=True
             )
         )
         pixels = picture(160)

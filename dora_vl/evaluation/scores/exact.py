@@ -193,9 +193,7 @@ def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Ru
     )
 
 
-COMMONSENSE = Benchmark(
-    modes={rule: partial(commonsense_score, rule=rule) for rule in ("nvlabs", "llm_adapters")},
-)
+COMMONSENSE = Benchmark(modes={rule: partial(commonsense_score, rule=rule) for rule in ("nvlabs", "llm_adapters")})
 
 
 # TVQA and How2QA: the generated label ("a2") by exact match, and what VALUE's server would make of it.
@@ -257,7 +255,5 @@ TVQA = Benchmark(
     labels_choices=True,
 )
 HOW2QA = replace(
-    TVQA,
-    modes={"": how2qa_score},
-    submission=partial(video_submission, file="how2qa_test_public_predictions.json"),
+    TVQA, modes={"": how2qa_score}, submission=partial(video_submission, file="how2qa_test_public_predictions.json")
 )

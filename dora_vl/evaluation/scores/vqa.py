@@ -435,10 +435,7 @@ def as_read(answer: str) -> str:
 
 
 def nlvr2_score(
-    examples: Sequence[Example],
-    answers: Answers,
-    *,
-    sentence_of: Callable[[str], str] = sentence_of_nlvr2,
+    examples: Sequence[Example], answers: Answers, *, sentence_of: Callable[[str], str] = sentence_of_nlvr2
 ) -> Scored:
     """Accuracy (called precision there) and consistency, all of a sentence's examples right, in percent."""
     if without := [example.id for example in examples if not example.answers]:

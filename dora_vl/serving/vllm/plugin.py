@@ -83,11 +83,7 @@ def mend() -> bool:
         return False
 
     def bgmv_shrink(
-        inputs: Tensor,
-        lora_b_weights: Tensor,
-        output_tensor: Tensor,
-        lora_indices_tensor: Tensor,
-        scaling: float = 1.0,
+        inputs: Tensor, lora_b_weights: Tensor, output_tensor: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
     ) -> None:
         shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor[lora_indices_tensor < 0] = 0  # B then adds nothing, whichever B it is
