@@ -80,7 +80,7 @@ class ComposeSpec:
         return TowerSpec(**tower)
 
 
-PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]
+PromptName = Literal["nvlabs", "llm_adapters", "alpaca", "cloze"]
 TrainOn = Literal["all", "answer"]
 
 

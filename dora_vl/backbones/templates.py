@@ -314,6 +314,8 @@ class InstructionPrompt:
     train: tuple[str, str] = (PLAIN, PAIRED)
     test: tuple[str, str] = (PLAIN, PAIRED)
     indent: str = ""
+    between = ""
+    """What stands between the prompt and the output."""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
         """The text up to where the output begins; `context` is the record's `input`."""
@@ -323,12 +325,23 @@ class InstructionPrompt:
         return f"{(self.test if test else self.train)[bool(context)]}\n\n{body}"
 
 
+class ClozePrompt(InstructionPrompt):
+    """Nothing around the instruction, and a space before the output, as lm-eval has it."""
+
+    between = " "
+
+    def before_output(self, instruction: str, context: str, *, test: bool) -> str:
+        """The text up to the space before the output."""
+        return f"{instruction}\n{context}" if context else instruction
+
+
 PROMPTS: Mapping[str, InstructionPrompt] = {
     "nvlabs": InstructionPrompt(train=(f"{PLAIN}  ", f"{PAIRED} "), test=(f"{PLAIN} ", PAIRED), indent=" " * 16),
     "llm_adapters": InstructionPrompt(
         train=(f"{PLAIN}  # noqa: E501", f"{PAIRED}  # noqa: E501"), test=(f"{PLAIN} ", PAIRED), indent=" " * 16
     ),
     "alpaca": InstructionPrompt(),
+    "cloze": ClozePrompt(),
 }
 """`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
 
@@ -359,7 +372,7 @@ class Instruction(Prompts):
         before = prompt.before_output(turns[0].instruction, turns[0].input, test=test)
         if generation_prompt:
             return Chat(before, ())
-        text = before + turns[1].text + self.end
+        text = before + prompt.between + turns[1].text + self.end
         start = 0 if self.train_on == "all" else len(before)
         return Chat(text, ((start, len(text)),), controls=((len(text) - len(self.end), len(text)),))
 

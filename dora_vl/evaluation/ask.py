@@ -48,7 +48,7 @@ from dora_vl.evaluation.predictions import (
     settings_file,
     write_in_order,
 )
-from dora_vl.evaluation.questions import Question, outputs_of
+from dora_vl.evaluation.questions import Question, endings_of, outputs_of
 from dora_vl.run.base import VideoReading
 from dora_vl.run.launch import (
     leave_process_group,
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 WARNED_FAILURES = 20  # more are counted, and named in metrics.json
 Write = Callable[[str], object]
-By = Literal["generation", "letters", "outputs"]
+By = Literal["generation", "letters", "outputs", "cloze"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,13 @@ class EncoderPrompts:
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
         return Sample(**vars(self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)))
+
+    def continued(self, context: str, ending: str) -> Sample:
+        """A context and, behind a space, its ending, which alone is labelled; tokenised as lm-eval does."""
+        before = context.rstrip()
+        ids, shared = (self.encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", before))
+        labels = [*[IGNORED_LABEL] * len(shared), *ids[len(shared) :]]
+        return Sample(torch.tensor(ids), torch.tensor(labels))
 
     def collate(
         self, samples: Sequence[Sample], side: Literal["left", "right"], rows: RowKind = "plain"
@@ -174,7 +181,7 @@ class Decoding:
     Attributes:
         workers: processes that read pictures ahead; 0 reads them in this one.
         by: what the model says, or of the question's choices the likeliest letter, or of the outputs that its last
-            line admits the likeliest one.
+            line admits the likeliest one; cloze: the log-likelihood of every ending, as numbers.
         task: of a VL-BART, the trained task by name; "" tells it by the question's form.
         letters: a VL-BART's choice is given as its letter, not as its label.
     """
@@ -499,17 +506,21 @@ class Assistant:
             answered: list[Prediction] = []
             for question, texts in batch:
                 likelihoods = [next(scores) for _ in texts]
-                best = None if any(map(isnan, likelihoods)) else texts[likelihoods.index(max(likelihoods))]
-                answered.append(prediction(question, best))
+                best = " ".join(map("{:.4f}".format, likelihoods)) if decoding.by == "cloze" else None
+                best = best or texts[likelihoods.index(max(likelihoods))]
+                answered.append(prediction(question, None if any(map(isnan, likelihoods)) else best))
             return answered
 
         for question in questions:
             try:
-                texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
-                seen = media.read(question)
-                samples = [
-                    replace(self.prompts.with_answer(question.turns, seen, text), id=question.id) for text in texts
-                ]
+                if decoding.by == "cloze":
+                    texts = endings_of(question)
+                    samples = [self.prompts.continued(context, text) for context, text in texts]
+                else:
+                    texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
+                    seen = media.read(question)
+                    samples = [self.prompts.with_answer(question.turns, seen, text) for text in texts]
+                samples = [replace(sample, id=question.id) for sample in samples]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, question.id)
             except BadSample as error:
                 yield [prediction(question, None, error.reason)]

@@ -22,16 +22,18 @@ from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_se
 from dora_vl.evaluation.predictions import METRICS, Predictions, read_rows, refuse_anothers, write_metrics
 from dora_vl.evaluation.questions import as_question, with_middle_frame
 from dora_vl.evaluation.scores.benchmark import Scorer, correct_index, join
-from dora_vl.evaluation.scores.exact import final_answer
+from dora_vl.evaluation.scores.exact import CLOZE, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import RESAMPLES, Scored, intervals, paired_differences
 from dora_vl.files import file_sha256
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import Asker
+    from dora_vl.evaluation.ask import Asker, By
 
 TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
 """Benchmark -> the task that a VL-BART is asked it as, where the names differ."""
+WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "letters", CLOZE: CLOZE}
+"""`--answer-by` -> how a model is asked."""
 DESCRIPTION = """\
 Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
 
@@ -41,6 +43,7 @@ Scores a model on published benchmarks, or one of your own, as official scripts 
   dora-vl evaluate --benchmarks yc2c --predictions my_captions.jsonl
   dora-vl evaluate --adapter runs/demo/adapter --benchmarks exact_match=runs/demo/data/test.json \\
       --images runs/demo/assets/easy_vqa --answer-after ", so "
+  dora-vl evaluate --adapter runs/commonsense/adapter --benchmarks ARC-Easy,piqa --answer-by cloze --records cloze
   torchrun --nproc_per_node 8 -m dora_vl.cli evaluate ...      one process for each GPU
 
 A benchmark is NAME (its records are looked for in records/NAME/), NAME:SPLIT, NAME=FILE, or one of your own, FILE.yaml.
@@ -71,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
     parser.add_argument(
         "--answer-by",
-        choices=("generation", "likelihood"),
+        choices=("generation", "likelihood", CLOZE),
         default="generation",
-        help="likelihood: of choices the likeliest letter (default: generation)",
+        help="likelihood: of choices the likeliest letter; cloze: the likeliest ending, as lm-eval scores commonsense "
+        "sets (default: generation)",
     )
     parser.add_argument(
         "--no-exchange",
@@ -125,16 +129,10 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
     """The benchmarks, once the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
-    modes: dict[str, str] = {}
-    for text in options.mode:
-        name, _, modes[name] = text.partition("=")
-        if not modes[name]:
-            raise UserError(f"--mode {text}: write it as NAME=VERSION, such as vqav2=before_2021")
     names = [find_benchmark(request.partition("=")[0]).name for request in requests]
+    modes = _modes(options, names)
     if not requests or len(set(names)) < len(names):
         raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
-    if strange := sorted(modes.keys() - set(names)):
-        raise UserError(f"--mode names {strange[0]}, which --benchmarks does not")
     if [options.adapter, options.model, options.predictions].count(None) != 2:
         raise UserError(
             "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE to score answers, one of these"
@@ -155,6 +153,20 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
             f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
         )
     return sets
+
+
+def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """Benchmark -> version of its score, where one is named."""
+    modes = dict.fromkeys(names, CLOZE) if options.answer_by == CLOZE else {}
+    for text in options.mode:
+        name, _, modes[name] = text.partition("=")
+        if not modes[name]:
+            raise UserError(f"--mode {text}: write it as NAME=VERSION, such as vqav2=before_2021")
+    if strange := sorted(modes.keys() - set(names)):
+        raise UserError(f"--mode names {strange[0]}, which --benchmarks does not")
+    if options.predictions is None and (CLOZE in modes.values()) != (options.answer_by == CLOZE):
+        raise UserError(f"--mode NAME={CLOZE} scores log-likelihoods; ask for them by --answer-by {CLOZE}")
+    return modes
 
 
 def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
@@ -193,7 +205,7 @@ def _ask(
             f"{shows} shows pictures or videos, and {adapter or source.base} is a language model, which takes "
             "none; a run of tasks/commonsense.py is tested by itself, with --test_only true"
         )
-    if options.answer_by == "likelihood" and source.kind == VLBART:
+    if options.answer_by != "generation" and source.kind == VLBART:
         raise UserError(f"{adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
     sha256, recipe = hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
@@ -227,12 +239,12 @@ def _ask_set(
     from dora_vl.evaluation.ask import Assistant, Decoding, ask_together, media_reader
 
     benchmark = dataset.benchmark
-    frames, by_likelihood = options.frames or benchmark.frames, options.answer_by == "likelihood"
+    frames, by_likelihood = options.frames or benchmark.frames, options.answer_by != "generation"
     decoding = Decoding(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
         workers=options.workers,
-        by="letters" if by_likelihood else "generation",
+        by=WAYS[options.answer_by],
         task=TASKS.get(dataset.name, dataset.name),
         letters=not benchmark.labels_choices,
     )
@@ -250,7 +262,7 @@ def _ask_set(
         if any(example.videos for example in examples):
             settings["frames"] = frames
         if by_likelihood:
-            settings["answers"] = "likelihood"
+            settings["answers"] = options.answer_by
     questions = [as_question(example, prompt) for example in examples]
     media = media_reader(pictures, frames=frames, one_length=one_length)
     try:
@@ -358,6 +370,8 @@ def _result(
 
     def says(example: Example) -> str:
         """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
+        if dataset.mode == CLOZE:  # it says numbers
+            return ""
         if not benchmark.chooses and not benchmark.labels_choices:
             return final_answer(right_text(example), after)
         index = correct_index(example)

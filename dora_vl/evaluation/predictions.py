@@ -20,7 +20,11 @@ log = logging.getLogger(__name__)
 
 PREDICTIONS, BY_TASK = "predictions.jsonl", "predictions"
 """Where a run's test leaves its predictions; of a VL-BART's tasks a file each in a folder."""
-BY_SCORING = {"generation": PREDICTIONS, "likelihood": "predictions_likelihood.jsonl"}
+BY_SCORING = {
+    "generation": PREDICTIONS,
+    "likelihood": "predictions_likelihood.jsonl",
+    "cloze": "predictions_cloze.jsonl",
+}
 """Of commonsense sets, by `evaluation.scoring`."""
 COLUMNS = ("id", "images", "question", "truth", "prediction", "kind")
 """What a line of the file holds."""

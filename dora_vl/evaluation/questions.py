@@ -139,6 +139,15 @@ def outputs_of(question: Question) -> list[str]:
     return [before + choice for choice in choices]
 
 
+def endings_of(question: Question) -> list[tuple[str, str]]:
+    """Context and ending of each choice of a cloze record."""
+    extra = {} if question.example is None else question.example.extra
+    contexts, endings = extra.get("contexts"), extra.get("endings")
+    if not (isinstance(contexts, list) and isinstance(endings, list) and len(contexts) == len(endings) > 1):
+        raise BadSample(question.id, "it has no contexts and endings; `dora-vl prepare cloze` writes such records")
+    return [(str(context), str(ending)) for context, ending in zip(contexts, endings, strict=True)]
+
+
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Question], dict[str, str]]:

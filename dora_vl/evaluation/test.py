@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,13 +20,14 @@ from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.example import Answer, Example
+from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.ask import (
     Asker,
     Assistant,
+    By,
     Decoding,
     EncoderPrompts,
     MediaReader,
@@ -39,6 +41,7 @@ from dora_vl.evaluation.predictions import BY_SCORING, PREDICTIONS, Prediction, 
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
+    endings_of,
     examples_of,
     expected,
     in_words,
@@ -47,7 +50,7 @@ from dora_vl.evaluation.questions import (
     read_questions,
 )
 from dora_vl.evaluation.scores.benchmark import Scorer
-from dora_vl.evaluation.scores.exact import PATTERNS, commonsense_score, extracted, final_answer
+from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.files import file_sha256
@@ -61,7 +64,14 @@ log = logging.getLogger(__name__)
 EXCHANGED, LOSS_CURVE, CONTACT_SHEET = "predictions_exchanged.jsonl", "loss_curve.png", "contact_sheet.png"
 ACCURACY = "accuracy"
 TITLE_CHARACTERS = 100
-LIKELIHOOD = {"scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"}
+WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "outputs", "cloze": "cloze"}
+LIKELIHOOD: Mapping[str, Mapping[str, str]] = {
+    "likelihood": {
+        "scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"
+    },
+    "cloze": {"scoring": "likelihood of the endings behind their contexts; normalised: divided by their characters"},
+}
+"""What `metrics.json` says of a `scoring`."""
 
 
 @dataclass(kw_only=True)
@@ -291,9 +301,19 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], 
     """
     if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
+    if "cloze" in evaluation.scoring and len(evaluation.scoring) > 1:
+        raise SettingError(
+            "evaluation.scoring", ": cloze is of records of its own; ask it alone (--evaluation.scoring [cloze])"
+        )
     questions: list[Question] = []
     unreadable: dict[str, str] = {}
     for task, file in evaluation.files.items():
+        if "cloze" in evaluation.scoring:
+            for record in islice(iterate_examples(Path(file)), evaluation.limit):
+                example = replace(record, id=f"{task}/{record.id}", extra={**record.extra, "task": task})
+                questions.append(replace(as_question(example), kind=task))
+                endings_of(questions[-1])
+            continue
         of_set, failed = read_questions(Path(file), evaluation.limit)
         unreadable |= {f"{task}/{name}": reason for name, reason in failed.items()}
         for question in of_set:
@@ -315,7 +335,8 @@ def evaluate_commonsense(
     """The same for commonsense sets, in every way that `evaluation.scoring` names: an entry of `metrics.json` each."""
     questions, unreadable = read_sets(evaluation)
     examples = [
-        Example(id=question.id, answers=(Answer(text=question.answer),), extra={"task": str(question.kind)})
+        question.example
+        or Example(id=question.id, answers=(Answer(text=question.answer),), extra={"task": str(question.kind)})
         for question in questions
     ]
     backbone.eval()
@@ -334,11 +355,9 @@ def evaluate_commonsense(
             questions=questions,
             examples=examples,
             decoding=Decoding(
-                batch_size=evaluation.batch_size,
-                max_new_tokens=evaluation.max_new_tokens,
-                by="outputs" if scoring == "likelihood" else "generation",
+                batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens, by=WAYS[scoring]
             ),
-            score=partial(commonsense_score, rule=evaluation.rule),
+            score=cloze_score if scoring == "cloze" else partial(commonsense_score, rule=evaluation.rule),
             says=None,
             path=run_folder / BY_SCORING[scoring],
             settings={**depends_on, "scoring": scoring},
@@ -349,7 +368,7 @@ def evaluate_commonsense(
     def entry(test: TestSet) -> dict[str, Any]:
         scored, predictions, scoring = test.scored, test.predictions, test.name
         assert scored is not None
-        if scoring == "likelihood" and not predictions.rows:
+        if scoring in LIKELIHOOD and not predictions.rows:
             name, reason = next(iter(predictions.failed.items()))
             raise UserError(f"no question can be scored by likelihood; {name}: {reason}")
         answers = (extracted(row.prediction, str(row.kind), evaluation.rule) for row in predictions.rows)
@@ -357,9 +376,9 @@ def evaluate_commonsense(
             "accuracy": scored.metrics,
             "interval_95": {name: list(pair) for name, pair in test.limits.items()},
             "n": scored.n,
-            "no_answer_found": sum(not answer for answer in answers),
+            **({} if scoring == "cloze" else {"no_answer_found": sum(not answer for answer in answers)}),
             "failed_questions": {**unreadable, **predictions.failed},
-            "settings": LIKELIHOOD if scoring == "likelihood" else {"scoring": scoring, **scored.settings, **way},
+            "settings": LIKELIHOOD.get(scoring) or {"scoring": scoring, **scored.settings, **way},
             "seconds": round(predictions.seconds, 1),
         }
 

@@ -37,7 +37,10 @@ FAULTS = "faults.jsonl"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
-PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl", "predictions_exchanged.jsonl")
+PREDICTED = (
+    *("predictions", "predictions.jsonl", "predictions_likelihood.jsonl", "predictions_cloze.jsonl"),
+    "predictions_exchanged.jsonl",
+)
 SAVED = (ADAPTER, METRICS, *PREDICTED)
 """What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")

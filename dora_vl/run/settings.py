@@ -262,7 +262,8 @@ class InstructionDataConfig(SamplesConfig):
 
     prompt: PromptName = "nvlabs"
     """What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last space (they
-    differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test."""
+    differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test;
+    `cloze` puts nothing around it: question, a space, output (rows of `dora-vl prepare cloze`)."""
     train_on: TrainOn = "all"
     """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
     max_tokens: int = 256
@@ -280,9 +281,10 @@ class CommonsenseEvaluationConfig:
     files: Mapping[str, str] = field(default_factory=dict)
     """Test file of each set, by LLM-Adapters' name for it: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
     ARC-Challenge, openbookqa (its name says what an answer looks like); empty: no test."""
-    scoring: tuple[Literal["generation", "likelihood"], ...] = ("generation",)
+    scoring: tuple[Literal["generation", "likelihood", "cloze"], ...] = ("generation",)
     """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
-    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits."""
+    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits; cloze: the likeliest ending,
+    as lm-eval scores, of records that `dora-vl prepare cloze` made."""
     rule: Literal["nvlabs", "llm_adapters"] = "nvlabs"
     """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
     batch_size: int = 32

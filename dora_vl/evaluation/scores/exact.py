@@ -193,7 +193,59 @@ def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Ru
     )
 
 
-COMMONSENSE = Benchmark(modes={rule: partial(commonsense_score, rule=rule) for rule in ("nvlabs", "llm_adapters")})
+CLOZE = "cloze"
+
+
+def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
+    """The mean over the tasks, then each one's accuracy, in percent, by the likeliest ending (lm-eval's `acc`).
+
+    `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), where the endings differ. An
+    answer is the log-likelihoods of the endings, as numbers with spaces between; of equals the first is chosen.
+    """
+
+    def task_of(example: Example) -> str:
+        return str(example.extra.get("task", ""))
+
+    def endings_differ(example: Example) -> bool:
+        return len(set(example.extra["endings"])) > 1
+
+    def chosen(example: Example, answer: str, lengths: Sequence[float]) -> bool:
+        scores = [float(number) / length for number, length in zip(answer.split(), lengths, strict=True)]
+        return scores.index(max(scores)) == example.extra["correct"]
+
+    def points(example: Example, answer: str) -> float:
+        return float(chosen(example, answer, [1.0] * len(example.extra["endings"])))
+
+    def normalised_points(example: Example) -> dict[str, float]:
+        endings, answer, task = example.extra["endings"], answers.get(example.id), task_of(example)
+        if not endings_differ(example):
+            return {}
+        right = answer is not None and chosen(example, answer, [float(len(ending)) for ending in endings])
+        return {f"normalised {task}": float(right), f"asked normalised {task}": 1.0}
+
+    present, differ = (set(map(task_of, some)) for some in (examples, filter(endings_differ, examples)))
+    shares = {task: share_of(task) for task in PATTERNS if task in present}
+    by_length = {
+        f"normalised {task}": Ratio(f"normalised {task}", f"asked normalised {task}")
+        for task in shares
+        if task in differ
+    }
+    return score_points(
+        examples,
+        answers,
+        points,
+        metrics={"average": Mean(tuple(shares.values())), **shares, **by_length},
+        kinds=lambda example: [task_of(example)],
+        more=normalised_points,
+    )
+
+
+COMMONSENSE = Benchmark(
+    modes={
+        **{rule: partial(commonsense_score, rule=rule) for rule in ("nvlabs", "llm_adapters")},
+        CLOZE: cloze_score,  # of records of `dora-vl prepare cloze`
+    }
+)
 
 
 # TVQA and How2QA: the generated label ("a2") by exact match, and what VALUE's server would make of it.
