@@ -34,6 +34,7 @@ COMMANDS = {
     "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
     "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
+    "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
     "completion": Command("dora_vl.cli", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),

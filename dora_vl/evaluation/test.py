@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.example import Answer, Example, iterate_examples
+from dora_vl.data.example import Answer, Example, iterate_examples, whole_file
 from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
@@ -62,6 +63,7 @@ from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 log = logging.getLogger(__name__)
 
 EXCHANGED, LOSS_CURVE, CONTACT_SHEET = "predictions_exchanged.jsonl", "loss_curve.png", "contact_sheet.png"
+SCORES = "scores.jsonl"
 ACCURACY = "accuracy"
 TITLE_CHARACTERS = 100
 WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "outputs", "cloze": "cloze"}
@@ -146,6 +148,7 @@ def evaluate_sets(
         test.scored = None if test.score is None else test.score(test.examples, test.predictions.answers)
         answered.append(test)
         write_json(run_folder / METRICS, metrics_of(answered))
+        write_scores(answered, run_folder / SCORES)
         if test.scored is not None:
             for name, value in test.scored.metrics.items():
                 log.info("%s %-16s %.2f of %d", test.name, name, value, test.scored.items_of(name))
@@ -162,6 +165,15 @@ def evaluate_sets(
     metrics = metrics_of(answered)
     write_json(run_folder / METRICS, metrics)
     return metrics
+
+
+def write_scores(answered: Sequence[TestSet], path: Path) -> None:
+    """Each item's share of its set's headline, with the set's name before its id where there are several."""
+    with whole_file(path) as stream:
+        for test in answered:
+            before = f"{test.name}/" if len(answered) > 1 else ""
+            for name, share in ({} if test.scored is None else test.scored.per_item).items():
+                stream.write(json.dumps({"id": before + name, "score": share}, ensure_ascii=False) + "\n")
 
 
 def _add_baselines(test: TestSet, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:

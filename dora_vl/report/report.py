@@ -130,8 +130,19 @@ def _head(run: RunRecord, tests: Sequence[SetAnswers]) -> dict[str, Any]:
         if answers.scored is not None:
             name, value = next(iter(answers.scored.metrics.items()))
             facts[f"{answers.name}, {name}"] = f"{value:.2f} of {answers.scored.n:,}"
+    facts |= forgotten(run.metrics.get("forgetting"))
     facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
     return {"label": run.label, "folder": run.folder, "facts": _stated(facts)}
+
+
+def forgotten(entry: object) -> dict[str, str]:
+    """What a run's model lost, in two lines."""
+    lines: dict[str, str] = {}
+    if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
+        lines["perplexity of other text"] = f"{numbers['base']:.2f} before, {numbers['adapted']:.2f} after"
+    if isinstance(entry, Mapping) and isinstance(answers := entry.get("answers"), Mapping):
+        lines["answers to other questions"] = f"{answers['kept']} of {answers['n']} as before"
+    return lines
 
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from PIL import Image
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -26,6 +27,7 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
+from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import (
     check_test,
@@ -263,8 +265,24 @@ class DecoderPipeline(Pipeline[RunConfig]):
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers `evaluation.file` with the saved adapter."""
-        backbone = self.with_saved_adapter(self.load())
-        return run_test(Assistant(backbone, EncoderPrompts(self.encoder)), self.config, numbers=numbers)
+        assistant, lost = self._tested()
+        return run_test(assistant, self.config, numbers={**numbers, **lost})
+
+    def _tested(self) -> tuple[Assistant, dict[str, Any]]:
+        """The model with its saved adapter, and what it lost by it."""
+        base, evaluation = self.load(), self.config.evaluation
+        assistant = Assistant(base, EncoderPrompts(self.encoder))
+        if not evaluation.forgetting:
+            self.with_saved_adapter(base)
+            return assistant, {}
+        texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
+        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        before = measured(assistant, texts)
+        self.with_saved_adapter(base)
+        after = measured(assistant, texts)
+        if isinstance(before, str) or isinstance(after, str):
+            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
+        return assistant, {"forgetting": forgetting(before, after)}
 
 
 class CommonsensePipeline(DecoderPipeline):
@@ -323,5 +341,6 @@ class CommonsensePipeline(DecoderPipeline):
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Asks every set of `evaluation.files` with the saved adapter."""
-        backbone, folder = self.with_saved_adapter(self.load()), run_folder_of(self._run.training)
-        return evaluate_commonsense(backbone, self.encoder, self._run.evaluation, run_folder=folder, numbers=numbers)
+        (assistant, lost), folder = self._tested(), run_folder_of(self._run.training)
+        evaluation, numbers = self._run.evaluation, {**numbers, **lost}
+        return evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)

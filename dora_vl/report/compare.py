@@ -1,0 +1,353 @@
+"""The runs of a comparison, each in a folder of its own, and what they say together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from dora_vl.data.example import whole_file
+from dora_vl.data.text_file import json_lines
+from dora_vl.errors import UserError, one_line
+from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
+from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
+from dora_vl.evaluation.test import SCORES
+from dora_vl.run.folder import LOSS_LOG, METRICS, read_log
+
+log = logging.getLogger(__name__)
+
+FAILED = "failed.txt"
+"""In a run's folder: why it ended without a result, such as a rate at which the loss is no number."""
+WAIT_SECONDS = 10.0
+COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b")
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its rank, where it has one."""
+
+    method: str
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.rank is None else f"{self.method} r{self.rank}"
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """One training run of the comparison; `is_tested` asks the test after it."""
+
+    folder: Path
+    words: tuple[str, ...]
+    is_tested: bool
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is there, or the reason why there is none."""
+        return (self.folder / (SCORES if self.is_tested else METRICS)).is_file() or (self.folder / FAILED).is_file()
+
+    @property
+    def loss(self) -> float:
+        """Its last validation loss; infinite where it failed."""
+        losses = [line["eval_loss"] for line in read_log(self.folder / LOSS_LOG) if "eval_loss" in line]
+        last = losses[-1] if losses and not (self.folder / FAILED).is_file() else math.inf
+        return float(last) if isinstance(last, int | float) else math.inf
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Each test item's share, by its id."""
+        if not (self.folder / SCORES).is_file():
+            reason = (self.folder / FAILED).read_text(encoding="utf-8") if (self.folder / FAILED).is_file() else ""
+            raise UserError(f"{self.folder} has no {SCORES}: {one_line(reason) or 'its test did not end'}")
+        return {str(row["id"]): float(row["score"]) for _, row in json_lines(self.folder / SCORES, "scores")}
+
+    def start(self) -> None:
+        """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder.parent / f"{self.folder.name}.log").open("a", encoding="utf-8") as output:
+            command = [sys.executable, "-m", "dora_vl.cli", "train", *self.words]
+            done = subprocess.run(command, stdout=output, stderr=output, check=False)
+        if done.returncode >= 128 or done.returncode < 0:  # a signal: the same comparison goes on with it
+            raise UserError(f"{self.folder} was stopped; start the same comparison again")
+        if done.returncode:
+            lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
+            (self.folder / FAILED).write_text(lines[-1] if lines else f"status {done.returncode}", encoding="utf-8")
+            log.warning("%s failed: %s", self.folder, one_line(lines[-1] if lines else ""))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where.
+
+    Attributes:
+        words: the recipe and the settings of all runs, as on a command line.
+        config: what they say.
+        rates: learning rates that every contender tries.
+        seeds: runs of each contender at its best rate; the first is the one that found it.
+    """
+
+    words: Sequence[str]
+    config: Any
+    to: Path
+    contenders: Sequence[Contender]
+    rates: Sequence[float]
+    seeds: int
+    untrained: bool = False
+
+    def run(self) -> Iterator[str]:
+        """Trains and tests what is missing; other processes may do so at the same time."""
+        self._check()
+        while pending := [cell for cell in self._cells() if not cell.is_done]:
+            for cell in pending:
+                cell.folder.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(Timeout), FileLock(f"{cell.folder}.lock", timeout=0):
+                    if not cell.is_done:
+                        what = "with the test" if cell.is_tested else "for its rate"
+                        yield f"{cell.folder}: {what}; {len(pending)} runs to go"
+                        cell.start()
+                    break
+            else:
+                time.sleep(WAIT_SECONDS)  # others have them all
+
+    def _check(self) -> None:
+        data, evaluation = self.config.data, self.config.evaluation
+        if data.held_out is None:
+            raise UserError("a rate is chosen on held-out samples: set data.validation, or data.validation_share")
+        if evaluation.file is None:
+            raise UserError("nothing is tested: set the recipe's evaluation file")
+
+    def _cells(self) -> list[CellRun]:
+        """All runs that can be known by now: those at the chosen rate once the rate is."""
+        cells = [self.untrained_run] if self.untrained else []
+        for contender in self.contenders:
+            sweep = self.sweep(contender)
+            cells += sweep.values()
+            if all(cell.is_done for cell in sweep.values()):
+                cells += self.tested(contender)
+        return cells
+
+    def sweep(self, contender: Contender) -> dict[float, CellRun]:
+        """The runs that find its rate, all with the recipe's seed, untested."""
+        return {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in self.rates}
+
+    def best_rate(self, contender: Contender) -> float:
+        """The rate of the lowest validation loss."""
+        losses = {rate: cell.loss for rate, cell in self.sweep(contender).items()}
+        best = min(losses, key=losses.__getitem__)
+        if math.isinf(losses[best]):
+            raise UserError(f"{contender}: no rate of {', '.join(map('{:g}'.format, self.rates))} gives a loss")
+        return best
+
+    def tested(self, contender: Contender) -> list[CellRun]:
+        """Its runs at the chosen rate, with the test."""
+        rate = self.best_rate(contender)
+        return [self._cell(contender, rate, seed, is_tested=True) for seed in self._seeds]
+
+    @cached_property
+    def untrained_run(self) -> CellRun:
+        """The model as it was: one step at a rate of 0."""
+        settings = ("--training.max_steps=1", "--training.learning_rate=0", "--training.eval_strategy=no")
+        return self._run(self.to / UNTRAINED, settings, is_tested=True)
+
+    @property
+    def _seeds(self) -> range:
+        first = int(self.config.training.get("seed", 42))
+        return range(first, first + self.seeds)
+
+    def _cell(self, contender: Contender, rate: float, seed: int, *, is_tested: bool) -> CellRun:
+        name = str(contender).replace(" ", "_")
+        settings = [f"--adapter.method={contender.method}"]
+        if contender.rank is not None:
+            alpha = contender.rank * self.config.adapter.alpha / self.config.adapter.rank
+            settings += [f"--adapter.rank={contender.rank}", f"--adapter.alpha={alpha:g}"]
+        settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}", "--training.eval_strategy=epoch"]
+        # The run that found the rate is tested as it is.
+        again = is_tested and seed == self._seeds[0]
+        if again:
+            settings.append("--test_only=true")
+        return self._run(self.to / name / f"rate_{rate:g}_seed_{seed}", settings, is_tested=is_tested, again=again)
+
+    def _run(self, folder: Path, settings: Sequence[str], *, is_tested: bool, again: bool = False) -> CellRun:
+        several = "files" in type(self.config.evaluation).__dataclass_fields__
+        no_test = () if is_tested else ("--evaluation.files={}" if several else "--evaluation.file=null",)
+        resumed = () if again else ("--resume=if_stopped",)
+        config, *own = self.words
+        words = (config.removeprefix("--config="), *own, *settings, *no_test, *resumed)
+        return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested)
+
+
+# The result.
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender reached; shares in percent, intervals of 95 %.
+
+    Attributes:
+        losses: validation loss by rate; None where the run failed.
+        score: mean over seeds and items; `spread` is the standard deviation of the seeds' means.
+        difference: to the first contender of the same rank, or the first of all, paired over items.
+    """
+
+    name: str
+    method: str
+    rank: int | None
+    rate: float | None
+    losses: Mapping[float, float | None]
+    score: float
+    interval: tuple[float, float]
+    by_seed: tuple[float, ...]
+    spread: float
+    items: int
+    against: str = ""
+    difference: tuple[float, float, float] | None = None
+    metrics: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+
+def written(comparison: Comparison) -> Iterator[str]:
+    """Scores all of it, writes the files; yields the table."""
+    scores = {str(contender): _items(comparison.tested(contender)) for contender in comparison.contenders}
+    if comparison.untrained:
+        scores[UNTRAINED] = _items([comparison.untrained_run])
+    ids = list(dict.fromkeys(name for rows in scores.values() for row in rows for name in row))
+    shares = {name: np.array([[row.get(item, 0.0) for item in ids] for row in rows]) for name, rows in scores.items()}
+    results = [_result(comparison, contender, shares) for contender in comparison.contenders]
+    if comparison.untrained:
+        results.append(_scored(UNTRAINED, shares[UNTRAINED]))
+    record = {
+        "settings": list(comparison.words),
+        "rates": list(comparison.rates),
+        "seeds": comparison.seeds,
+        "results": [asdict(result) for result in results],
+    }
+    with whole_file(comparison.to / "compare.json") as stream:
+        json.dump(record, stream, indent=1)
+    draw_scores(results, comparison.to / "score_by_rank.png")
+    draw_losses(results, comparison.to / "loss_by_rate.png")
+    yield from _table(results)
+    edges = [result.name for result in results if result.rate in (comparison.rates[0], comparison.rates[-1])]
+    if edges and len(comparison.rates) > 1:
+        yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
+    yield f"{comparison.to}: compare.json, score_by_rank.png, loss_by_rate.png"
+
+
+def _items(cells: Sequence[CellRun]) -> list[dict[str, float]]:
+    return [cell.scores for cell in cells]
+
+
+Shares = NDArray[np.float64]
+
+
+def _scored(name: str, shares: Shares, **more: Any) -> Result:
+    """The score of `[seeds, items]`; items are drawn again for its interval."""
+    means = PERCENT * shares.mean(1)
+    defaults: dict[str, Any] = {"method": name, "rank": None, "rate": None, "losses": {}}
+    return Result(
+        name=name,
+        score=float(means.mean()),
+        interval=_interval(shares.mean(0)),
+        by_seed=tuple(means.tolist()),
+        spread=float(means.std(ddof=1)) if len(means) > 1 else 0.0,
+        items=shares.shape[1],
+        **{**defaults, **more},
+    )
+
+
+def _interval(items: Shares) -> tuple[float, float]:
+    """Of the mean in percent, by drawing items again."""
+    chance = np.random.default_rng(0)
+    draws = [items[chance.integers(0, len(items), len(items))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, PERCENTILES) * PERCENT
+    return float(low), float(high)
+
+
+def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, Shares]) -> Result:
+    own, cells = shares[str(contender)], comparison.tested(contender)
+    losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
+    others = [other for other in comparison.contenders if other.rank == contender.rank or contender.rank is None]
+    against = others[0]
+    difference = None
+    if against != contender:
+        apart = own.mean(0) - shares[str(against)].mean(0)
+        difference = float(PERCENT * apart.mean()), *_interval(apart)
+    return _scored(
+        str(contender),
+        own,
+        method=contender.method,
+        rank=contender.rank,
+        rate=comparison.best_rate(contender),
+        losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
+        against="" if difference is None else str(against),
+        difference=difference,
+        metrics=tuple(json.loads((cell.folder / METRICS).read_text(encoding="utf-8")) for cell in cells),
+    )
+
+
+def _table(results: Sequence[Result]) -> Iterator[str]:
+    rows = [("", "rate", "score", "95 % interval", "seeds +-", "difference", "95 % interval")]
+    for result in results:
+        apart = result.difference
+        rows.append(
+            (
+                result.name,
+                "" if result.rate is None else f"{result.rate:g}",
+                f"{result.score:.2f}",
+                "{:.2f} to {:.2f}".format(*result.interval),
+                f"{result.spread:.2f}",
+                "" if apart is None else f"{apart[0]:+.2f} to {result.against}",
+                "" if apart is None else f"{apart[1]:+.2f} to {apart[2]:+.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def draw_scores(results: Sequence[Result], to: Path) -> None:
+    """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
+    figure = new_figure(7, 4.2)
+    axes = figure.add_subplot()
+    methods = list(dict.fromkeys(result.method for result in results))
+    for number, method in enumerate(methods):
+        colour, rows = COLOURS[number % len(COLOURS)], [result for result in results if result.method == method]
+        if rows[0].rank is None:
+            axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
+            continue
+        ranks, scores = [row.rank for row in rows], np.array([row.score for row in rows])
+        limits = np.abs(np.array([row.interval for row in rows]).T - scores)
+        axes.errorbar(ranks, scores, yerr=limits, color=colour, marker="o", capsize=3, label=method)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    plain_axes(axes, "rank", "score of the test (%), with 95 % interval")
+    axes.legend(frameon=False)
+    save_png(figure, to)
+
+
+def draw_losses(results: Sequence[Result], to: Path) -> None:
+    """Validation loss against the learning rate, a line for each contender."""
+    figure = new_figure(7, 4.2)
+    axes = figure.add_subplot()
+    methods = list(dict.fromkeys(result.method for result in results))
+    for result in results:
+        pairs = [(rate, loss) for rate, loss in result.losses.items() if loss is not None]
+        if pairs:
+            colour = COLOURS[methods.index(result.method) % len(COLOURS)]
+            axes.plot(*zip(*pairs, strict=True), color=colour, marker="o", alpha=0.8, label=result.name)
+    axes.set_xscale("log")
+    plain_axes(axes, "learning rate", "validation loss")
+    axes.legend(frameon=False, fontsize=8)
+    save_png(figure, to)

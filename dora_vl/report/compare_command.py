@@ -1,0 +1,72 @@
+"""`dora-vl compare`: methods and ranks of one recipe against each other, each at the rate that suits it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from dora_vl.errors import UserError, positive
+
+DESCRIPTION = """\
+Trains one recipe by several methods and ranks at equal budgets, and says how they differ. The learning rate of each
+method and rank is chosen by the validation loss, from as many rates for all; only then the test is asked, once for each
+seed. Differences are paired over the test's items, with 95 % intervals, beside the spread over seeds.
+
+  dora-vl compare commonsense/smoke --methods dora,lora,full --ranks 1,4,16 --to runs/compared
+  dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
+
+The recipe needs data.validation (or data.validation_share) and a test. A recipe's `alpha / rank` is kept for every
+rank. Started again, also by several processes or on several machines at a time, it goes on where it was: each run is a
+folder of its own in --to. Writes compare.json, score_by_rank.png and loss_by_rate.png there.
+"""
+TAKES_SETTINGS = True
+METHODS = ("dora", "lora", "magnitude", "dvora", "full")
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Of `--rates sweep`: multiples of the recipe's rate."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options; a run's own settings may stand between them, for all runs."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
+    parser.add_argument("--methods", default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
+    parser.add_argument("--ranks", default="", help="with commas (default: the recipe's)")
+    parser.add_argument("--rates", default="sweep", help="learning rates, or sweep: five around the recipe's (default)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs at the chosen rate (default: 3)")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of all runs and of the result")
+    parser.add_argument("--untrained", action="store_true", help="asks the model before training too")
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """Runs what is missing, then yields the table."""
+    from dora_vl.report.compare import Comparison, Contender, written
+    from dora_vl.training.train_command import settings_and_task
+
+    words = [f"--config={options.config}", *options.settings]
+    config, _ = settings_and_task(words, None, program="dora-vl compare")
+    methods = [method.strip() for method in options.methods.split(",")]
+    if strange := [method for method in methods if method not in METHODS]:
+        raise UserError(f"--methods {strange[0]}: there are {', '.join(METHODS)}")
+    ranks = _numbers(options.ranks, int, "--ranks") or [config.adapter.rank]
+    rate = float(config.training.get("learning_rate", 0.0))
+    if options.rates == "sweep" and not rate:
+        raise UserError("--rates sweep goes around training.learning_rate, which the recipe does not set; name rates")
+    rates = [times * rate for times in RATES] if options.rates == "sweep" else _numbers(options.rates, float, "--rates")
+    contenders = [
+        Contender(method, rank)
+        for method in methods
+        for rank in (ranks if method not in ("magnitude", "full") else [None])
+    ]
+    comparison = Comparison(words, config, options.to, contenders, rates, options.seeds, untrained=options.untrained)
+    yield from comparison.run()
+    yield from written(comparison)
+
+
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[int] | list[float]:
+    try:
+        numbers = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option} {text}: write numbers with commas between") from None
+    if any(number <= 0 for number in numbers):
+        raise UserError(f"{option} {text}: every number must be above 0")
+    return numbers
