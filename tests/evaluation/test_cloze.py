@@ -1,0 +1,239 @@
+"""The cloze form: records of every published form, likelihoods as lm-eval finds them, both accuracies."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dora_vl.backbones.templates import Instruction
+from dora_vl.cli import main
+from dora_vl.data.benchmarks.cloze import cloze_row
+from dora_vl.data.example import Example, iterate_examples
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.scores.exact import cloze_score
+from tests.backbones.tiny_language import write_tiny_language
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS: dict[str, tuple[str, dict[str, Any], list[str], list[str], int]] = {
+    "hellaswag": (
+        "hellaswag",
+        {
+            "activity_label": "Baking",
+            "ctx_a": "A cook stirs. [header] Bowl",
+            "ctx_b": "she",
+            "endings": ["pours [substeps] it.", "runs."],
+            "label": "1",
+        },
+        ["Baking: A cook stirs. Bowl She"] * 2,
+        ["pours it.", "runs."],
+        1,
+    ),
+    "boolq": (
+        "boolq",
+        {"passage": "Ice floats.", "question": "does ice float", "label": 1},
+        ["Ice floats.\nQuestion: does ice float?\nAnswer:"] * 2,
+        ["no", "yes"],
+        1,
+    ),
+    "boolq of the authors": (
+        "boolq",
+        {"passage": "Ice floats.", "question": "does ice sink", "answer": False, "title": "Ice"},
+        ["Ice floats.\nQuestion: does ice sink?\nAnswer:"] * 2,
+        ["no", "yes"],
+        0,
+    ),
+    "winogrande": (
+        "winogrande",
+        {"sentence": "Ann paid Eve since _ lost.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+        ["Ann paid Eve since Ann", "Ann paid Eve since Eve"],
+        ["lost."] * 2,
+        0,
+    ),
+    "piqa": (
+        "piqa",
+        {"goal": "Dry hands", "sol1": "Use a towel.", "sol2": "Use soap.", "label": "0"},
+        ["Question: Dry hands\nAnswer:"] * 2,
+        ["Use a towel.", "Use soap."],
+        0,
+    ),
+    "social iqa": (
+        "social_i_qa",
+        {
+            "context": "Kai fell.",
+            "question": "Why?",
+            "answerA": "ice",
+            "answerB": "sun",
+            "answerC": "fun",
+            "label": "2",
+        },
+        ["Q: Kai fell. Why?\nA:"] * 3,
+        ["ice", "sun", "fun"],
+        1,
+    ),
+    "arc": (
+        "ARC-Easy",
+        {
+            "question": {
+                "stem": "Which is hot?",
+                "choices": [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}],
+            },
+            "answerKey": "B",
+        },
+        ["Question: Which is hot?\nAnswer:"] * 2,
+        ["ice", "fire"],
+        1,
+    ),
+    "openbookqa of the hub": (
+        "openbookqa",
+        {
+            "question_stem": "Fog is near",
+            "choices": {"text": ["a marsh", "a desert"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        ["Fog is near"] * 2,
+        ["a marsh", "a desert"],
+        0,
+    ),
+    "llm-adapters": (
+        "ARC-Challenge",
+        {
+            "instruction": "Please choose the correct answer to the question: Which is hot?\n\n"
+            "Answer1: ice Answer2: fire\n\nAnswer format: answer1/answer2",
+            "answer": "answer2",
+            "output": "the correct answer is answer2",
+        },
+        ["Question: Which is hot?\nAnswer:"] * 2,
+        ["ice", "fire"],
+        1,
+    ),
+    "llm-foundry": (
+        "piqa",
+        {"query": "Question: Dry hands\n", "choices": ["Use a towel.", "Use soap."], "gold": 1},
+        ["Question: Dry hands\nAnswer:"] * 2,
+        ["Use a towel.", "Use soap."],
+        1,
+    ),
+    "llm-foundry's winogrande": (
+        "winogrande",
+        {"context_options": ["She met Ann so Ann", "She met Ann so Eve"], "continuation": "left.", "gold": 1},
+        ["She met Ann so Ann", "She met Ann so Eve"],
+        ["left."] * 2,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_every_form(form: str) -> None:
+    task, raw, contexts, endings, correct = ROWS[form]
+    example = cloze_row({**raw, "row": 7}, task=task, split="test")
+    assert example.id == f"{task}-test-7"
+    assert example.extra == {"task": task, "correct": correct, "contexts": contexts, "endings": endings}
+    assert (example.question, example.answers[0].text) == (contexts[correct], endings[correct])
+
+
+@pytest.mark.parametrize(
+    ("task", "raw"),
+    [
+        ("boolq", {"instruction": "Please answer: x?\n\nAnswer format: true/false", "answer": "true"}),
+        ("winogrande", {"sentence": "No blank.", "option1": "a", "option2": "b", "answer": "1"}),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "2"}),
+        ("piqa", {"title": "x"}),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(task: str, raw: dict[str, Any]) -> None:
+    with pytest.raises(BadSample) as caught:
+        cloze_row({**raw, "row": 3}, task=task, split="train")
+    assert caught.value.sample_id == f"{task}-train-3"
+
+
+def test_a_sample_is_trained_on_what_follows_the_context() -> None:
+    prompt = Instruction(name="cloze", train_on="answer", end="</s>")
+    chat = prompt.render([Turn("user", "Question: q\nAnswer:"), Turn("assistant", "fire")])
+    ((start, end),) = chat.answer_spans
+    assert (chat.text, chat.text[start:end]) == ("Question: q\nAnswer: fire</s>", " fire</s>")
+
+
+def example(name: str, task: str, endings: list[str], correct: int) -> Example:
+    contexts = [f"c {number}" for number in range(len(endings))] if task == "winogrande" else ["c"] * len(endings)
+    extra = {"task": task, "correct": correct, "contexts": contexts, "endings": endings}
+    return Example(id=name, extra=extra)
+
+
+def test_both_accuracies_by_hand() -> None:
+    examples = [
+        example("a", "piqa", ["x", "long one"], 1),  # -2 > -4, but -2/1 < -4/8
+        example("b", "piqa", ["x", "y"], 0),
+        example("c", "winogrande", ["same", "same"], 0),
+        example("d", "winogrande", ["same", "same"], 0),
+    ]
+    answers = {"a": "-2.0 -4.0", "b": "-1.5 -1.5", "c": "-3 -2", "d": "-1 -2"}
+    scored = cloze_score(examples, answers)
+    assert scored.metrics == {"average": 75.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0} | {
+        "average": 50.0
+    }
+    assert scored.per_item == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of three sets, put to a tiny model by `dora-vl evaluate`."""
+    folder = tmp_path_factory.mktemp("cloze")
+    write_tiny_language(folder / "model")
+    for name, form in (("piqa", "piqa"), ("winogrande", "winogrande"), ("ARC-Easy", "arc")):
+        rows = [ROWS[form][1] | ({"goal": f"Dry {n} hands"} if form == "piqa" else {}) for n in range(3)]
+        (folder / "raw" / name).mkdir(parents=True)
+        (folder / "raw" / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["prepare", "cloze", "--from", str(folder / "raw"), "--to", str(folder / "records")])
+    words = ["--benchmarks", "piqa,winogrande,ARC-Easy", "--answer-by", "cloze", "--template", "cloze"]
+    words += ["--records", str(folder / "records"), "--to", str(folder / "scores"), "--batch-size", "4"]
+    main(["evaluate", "--model", str(folder / "model"), *words])
+    return folder
+
+
+def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
+    """Written out: the log-softmax of each token of the ending, summed."""
+    ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(scores[place - 1, ids[place]]) for place in range(before, len(ids)))
+
+
+def test_likelihoods_are_the_model_s(asked: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(asked / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(asked / "model")
+    for task in ("piqa", "winogrande", "ARC-Easy"):
+        examples = list(iterate_examples(asked / "records" / task / "test.jsonl"))
+        lines = (asked / "scores" / task / "predictions.jsonl").read_text().splitlines()
+        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        assert set(answers) == {example.id for example in examples}
+        for example in examples:
+            pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
+            expected = [likelihood(model, tokenizer, *pair) for pair in pairs]
+            assert [float(number) for number in answers[example.id].split()] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_lm_eval_finds_the_same(asked: Path) -> None:
+    """Its own code over the same texts and weights, through the model class that it is given."""
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+
+    from dora_vl.evaluation.harnesses.lm_eval_model import AdaptedLM
+
+    model = AdaptedLM(model=str(asked / "model"), batch_size=4)
+    for task in ("piqa", "winogrande", "ARC-Easy"):
+        lines = (asked / "scores" / task / "predictions.jsonl").read_text().splitlines()
+        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        for example in iterate_examples(asked / "records" / task / "test.jsonl"):
+            pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
+            requests = [Instance("loglikelihood", {}, (context, f" {ending}"), 0) for context, ending in pairs]
+            theirs = [score for score, _ in model.loglikelihood(requests)]
+            assert [float(number) for number in answers[example.id].split()] == pytest.approx(theirs, abs=2e-4)
