@@ -34,7 +34,7 @@ from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.loading import read_language_model
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompts import FORMATS
-from dora_vl.backbones.templates import TEMPLATES
+from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Asker, Assistant, EncoderPrompts
@@ -119,7 +119,7 @@ def find_source(request: ModelRequest) -> ModelSource:
     if adapter is not None and recipe:
         _check_recipe(request, adapter, recipe, kind, base)
     if request.template is not None:
-        names = (*TEMPLATES, *FORMATS, OWN_TEMPLATE)
+        names = (*TEMPLATES, *FORMATS, *PROMPTS, OWN_TEMPLATE)
         if recipe or request.template not in names:
             why = f"{adapter} says how its model is asked; leave it out" if recipe else f"there are {', '.join(names)}"
             raise UserError(f"--template {shown(request.template)}: {why}")
