@@ -214,6 +214,7 @@ def evaluate_run(
     after = evaluation.answer_after
     settings: dict[str, object] = {
         "adapter_sha256": adapter_sha256(run_folder),
+        **({} if evaluation.strength == 1 else {"strength": evaluation.strength}),
         "questions_sha256": file_sha256(Path(str(evaluation.file))),
         "max_new_tokens": evaluation.max_new_tokens,
     }
@@ -356,6 +357,7 @@ def evaluate_commonsense(
     way = {"beams": evaluation.beams, "max_new_tokens": evaluation.max_new_tokens}
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
+        **({} if evaluation.strength == 1 else {"strength": evaluation.strength}),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
         "prompt": [prompt.before_output("{instruction}", context, test=True) for context in ("", "{input}")],
         **way,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from dora_vl.errors import UserError, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
-from dora_vl.run.folder import LOSS_LOG, METRICS, read_log
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,11 @@ class CellRun:
         return float(last) if isinstance(last, int | float) else math.inf
 
     @property
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+
+    @property
     def scores(self) -> dict[str, float]:
         """Each test item's share, by its id."""
         if not (self.folder / SCORES).is_file():
@@ -98,6 +104,7 @@ class Comparison:
         config: what they say.
         rates: learning rates that every contender tries.
         seeds: runs of each contender at its best rate; the first is the one that found it.
+        strengths: at which the first contender's adapter is tested too.
     """
 
     words: Sequence[str]
@@ -107,6 +114,7 @@ class Comparison:
     rates: Sequence[float]
     seeds: int
     untrained: bool = False
+    strengths: Sequence[float] = ()
 
     def run(self) -> Iterator[str]:
         """Trains and tests what is missing; other processes may do so at the same time."""
@@ -127,6 +135,10 @@ class Comparison:
         data, evaluation = self.config.data, self.config.evaluation
         if data.held_out is None:
             raise UserError("a rate is chosen on held-out samples: set data.validation, or data.validation_share")
+        if any(contender.method == "full" for contender in self.contenders) and not self.config.adapter.targets:
+            raise UserError("full trains the layers that adapter.targets names: name them, for all methods alike")
+        if self.strengths and not hasattr(evaluation, "strength"):
+            raise UserError("--strengths is for decoders; leave it out")
         if evaluation.file is None:
             raise UserError("nothing is tested: set the recipe's evaluation file")
 
@@ -138,6 +150,13 @@ class Comparison:
             cells += sweep.values()
             if all(cell.is_done for cell in sweep.values()):
                 cells += self.tested(contender)
+        first = self.contenders[0]
+        if (
+            self.strengths
+            and all(cell.is_done for cell in self.sweep(first).values())
+            and self.tested(first)[0].is_done
+        ):
+            cells += self.by_strength().values()
         return cells
 
     def sweep(self, contender: Contender) -> dict[float, CellRun]:
@@ -162,6 +181,18 @@ class Comparison:
         """The model as it was: one step at a rate of 0."""
         settings = ("--training.max_steps=1", "--training.learning_rate=0", "--training.eval_strategy=no")
         return self._run(self.to / UNTRAINED, settings, is_tested=True)
+
+    def by_strength(self) -> dict[float, CellRun]:
+        """Tests of the first contender's first adapter at each strength, in folders that hold a copy of it."""
+        cells: dict[float, CellRun] = {}
+        for strength in self.strengths:
+            folder, trained = self.to / f"strength_{strength:g}", self.tested(self.contenders[0])[0]
+            if not folder.is_dir():
+                shutil.copytree(trained.folder / ADAPTER, folder / ADAPTER)
+            kept = [word for word in trained.words if not word.startswith("--training.output_dir")]
+            words = (*kept, f"--evaluation.strength={strength:g}", f"--training.output_dir={folder}")
+            cells[strength] = CellRun(folder, words, is_tested=True)
+        return cells
 
     @property
     def _seeds(self) -> range:
@@ -234,6 +265,18 @@ def written(comparison: Comparison) -> Iterator[str]:
         "seeds": comparison.seeds,
         "results": [asdict(result) for result in results],
     }
+    if comparison.strengths:
+        rows = []
+        for strength, cell in comparison.by_strength().items():
+            score, metrics = _scored("", np.array([list(cell.scores.values())])), cell.metrics
+            lost = metrics.get("forgetting", {}).get("perplexity", {})
+            rows.append({"strength": strength, "score": score.score, "interval": score.interval, **lost})
+        record["by_strength"] = rows
+        draw_strengths(rows, comparison.to / "score_by_strength.png")
+        yield from (
+            f"strength {row['strength']:g}: {row['score']:.2f}, perplexity {row.get('adapted', math.nan):.2f}"
+            for row in rows
+        )
     with whole_file(comparison.to / "compare.json") as stream:
         json.dump(record, stream, indent=1)
     draw_scores(results, comparison.to / "score_by_rank.png")
@@ -293,7 +336,7 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
         losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
         against="" if difference is None else str(against),
         difference=difference,
-        metrics=tuple(json.loads((cell.folder / METRICS).read_text(encoding="utf-8")) for cell in cells),
+        metrics=tuple(cell.metrics for cell in cells),
     )
 
 
@@ -334,6 +377,23 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     plain_axes(axes, "rank", "score of the test (%), with 95 % interval")
     axes.legend(frameon=False)
+    save_png(figure, to)
+
+
+def draw_strengths(rows: Sequence[Mapping[str, Any]], to: Path) -> None:
+    """Score and perplexity of other text against the adapter's strength."""
+    figure = new_figure(7, 4.2)
+    axes = figure.add_subplot()
+    strengths, scores = [row["strength"] for row in rows], np.array([row["score"] for row in rows])
+    limits = np.abs(np.array([row["interval"] for row in rows]).T - scores)
+    axes.errorbar(strengths, scores, yerr=limits, color=COLOURS[0], marker="o", capsize=3, label="score")
+    plain_axes(axes, "strength of the adapter", "score of the test (%), with 95 % interval")
+    other = axes.twinx()
+    other.plot(
+        strengths, [row.get("adapted", math.nan) for row in rows], color=COLOURS[1], marker="s", label="perplexity"
+    )
+    other.set_ylabel("perplexity of other text")
+    figure.legend(frameon=False, loc="upper center", ncols=2)
     save_png(figure, to)
 
 

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", default="sweep", help="learning rates, or sweep: five around the recipe's (default)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs at the chosen rate (default: 3)")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of all runs and of the result")
+    parser.add_argument("--strengths", default="", help="tests the first contender's adapter at these strengths too")
     parser.add_argument("--untrained", action="store_true", help="asks the model before training too")
 
 
@@ -57,7 +58,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         for method in methods
         for rank in (ranks if method not in ("magnitude", "full") else [None])
     ]
-    comparison = Comparison(words, config, options.to, contenders, rates, options.seeds, untrained=options.untrained)
+    strengths = [0.0, *_numbers(options.strengths, float, "--strengths")] if options.strengths else []
+    comparison = Comparison(words, config, options.to, contenders, rates, options.seeds, options.untrained, strengths)
     yield from comparison.run()
     yield from written(comparison)
 

@@ -198,6 +198,8 @@ class EvaluationConfig:
     """Longest answer."""
     limit: int | None = None
     """Asks only the first so many questions."""
+    strength: float = 1.0
+    """How much of the adapter is tested: 0 nothing of it, 1 all, beyond it more of the same."""
     forgetting: bool = True
     """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
     base and with the adapter."""
@@ -298,6 +300,8 @@ class CommonsenseEvaluationConfig:
     """Longest answer."""
     beams: int = 1
     """Beams of the search; the published scripts use 4, and no sampling."""
+    strength: float = 1.0
+    """How much of the adapter is tested: 0 nothing of it, 1 all, beyond it more of the same."""
     forgetting: bool = True
     """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
     base and with the adapter."""
@@ -413,11 +417,6 @@ class VlBartEvaluationConfig:
     """Inputs answered at once."""
     limit: int | None = None
     """Asks only the first so many of each task."""
-    forgetting: bool = True
-    """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
-    base and with the adapter."""
-    other_texts: str | None = None
-    """File of passages for that, one a line; null: a few of this project's."""
     exchange_pictures: bool = True
     """Asks at most 200 of each again about other pictures: a score that stays as it was is not of the pictures."""
 

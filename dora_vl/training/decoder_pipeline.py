@@ -21,6 +21,7 @@ from dora_vl.backbones.model import DecoderBackbone, language_targets, open_back
 from dora_vl.backbones.row_probe import followed_rows
 from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
+from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.pictures import StoredPictures
@@ -271,14 +272,14 @@ class DecoderPipeline(Pipeline[RunConfig]):
     def _tested(self) -> tuple[Assistant, dict[str, Any]]:
         """The model with its saved adapter, and what it lost by it."""
         base, evaluation = self.load(), self.config.evaluation
+        strength = checked_strength(evaluation.strength)
         assistant = Assistant(base, EncoderPrompts(self.encoder))
         if not evaluation.forgetting:
-            self.with_saved_adapter(base)
-            return assistant, {}
+            return replace(assistant, backbone=self.with_saved_adapter(base, strength)), {}
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
         before = measured(assistant, texts)
-        self.with_saved_adapter(base)
+        assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
         after = measured(assistant, texts)
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}

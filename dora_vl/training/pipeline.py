@@ -20,11 +20,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import content_hash, local_folder, versions
-from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
+from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
@@ -219,13 +219,12 @@ class Pipeline(ABC, Generic[Config]):
             "versions": versions(),
         }
 
-    def with_saved_adapter(self, base: AnyBackbone) -> AnyBackbone:
+    def with_saved_adapter(self, base: AnyBackbone, strength: float = 1.0) -> AnyBackbone:
         """A base that was loaded again with the saved adapter, on the GPU where there is one, ready to answer.
 
         So what is tested is what was saved, whole, whatever ZeRO stage it was trained under.
         """
-        load_adapter(base.model, run_folder_of(self.config.training) / ADAPTER)
-        return base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return with_adapter(base, run_folder_of(self.config.training) / ADAPTER, strength=strength)[0]
 
     @abstractmethod
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:

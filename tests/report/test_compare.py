@@ -142,7 +142,8 @@ def test_real_runs_are_compared(tmp_path: Path) -> None:
         "--to",
         str(tmp_path / "out"),
     ]
-    main(["compare", config.removeprefix("--config="), *words, *settings, "--evaluation.scoring=[likelihood]"])
+    settings += ["--evaluation.scoring=[likelihood]", '--adapter.targets=["*.q_proj", "*.down_proj"]']
+    main(["compare", config.removeprefix("--config="), *words, *settings])
     results = json_of(tmp_path / "out" / "compare.json")["results"]
     assert [row["name"] for row in results] == ["dora r2", "full"]
     for row in results:
