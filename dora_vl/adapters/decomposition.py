@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from jaxtyping import Float
@@ -27,6 +29,9 @@ from dora_vl.core import functional
 from dora_vl.core.analysis import Axis, Line, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
 
+PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
+"""Method -> correlation of dM and dD over VL-BART's query weights, figure 2 of the paper; the sign is its claim."""
+DRAWS, LEAST_LAYERS = 1000, 5
 WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
 
@@ -163,6 +168,31 @@ class Panel:
         """dM over dD, through all points."""
         return fit_line([p.change.direction for p in self.points], [p.change.magnitude for p in self.points])
 
+    def numbers(self) -> str:
+        """Slope and correlation with its interval, beside the paper's."""
+        line, limits, paper = self.line, self.interval, PAPER.get(self.method)
+        if line is None:
+            return "no line: the points lie in one place"
+        between = "" if limits is None else f" ({limits[0]:.2f} to {limits[1]:.2f})"
+        beside = "" if paper is None else f", the paper's {paper:.2f}"
+        return f"slope {line.slope:.3g}, correlation {line.correlation:.2f}{between}{beside}"
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The correlation's 95 % interval: layers are drawn again, each with all of its checkpoints."""
+        by_layer: dict[str, list[Point]] = {}
+        for point in self.points:
+            by_layer.setdefault(point.layer, []).append(point)
+        chance, drawn = Random(0), list[float]()
+        for _ in range(DRAWS):
+            points = [point for name in chance.choices(list(by_layer), k=len(by_layer)) for point in by_layer[name]]
+            line = replace(self, points=tuple(points)).line
+            drawn += [] if line is None else [line.correlation]
+        if len(by_layer) < LEAST_LAYERS or len(drawn) < DRAWS // 2:
+            return None
+        drawn.sort()
+        return drawn[round(0.025 * (len(drawn) - 1))], drawn[round(0.975 * (len(drawn) - 1))]
+
     @property
     def steps(self) -> tuple[int | None, ...]:
         """The checkpoints, oldest first."""
@@ -235,6 +265,8 @@ def _panel_json(panel: Panel) -> dict[str, Any]:
         "source": panel.source,
         "method": panel.method,
         "regression": None if panel.line is None else asdict(panel.line),
+        "correlation_interval_95": panel.interval,
+        "correlation_in_the_paper": PAPER.get(panel.method),
         "unchanged_matrices": panel.unchanged,
         "points": [
             {

@@ -61,15 +61,13 @@ def _draw_panel(axes: Axes, panel: Panel, depth: Mapping[str, int]) -> None:
     axes.margins(0.06)
     axes.set_axisbelow(True)
     axes.ticklabel_format(scilimits=(-3, 3))
-    numbers = "no line: the points lie in one place"
     line = panel.line
     if line is not None:
         directions = [point.change.direction for point in panel.points]
         ends = [min(directions), max(directions)]
         heights = [line.intercept + line.slope * end for end in ends]
         axes.plot(ends, heights, color=VALIDATION, linewidth=2)
-        numbers = f"slope {line.slope:.3g}, correlation {line.correlation:.2f}"
-    title = plain_text(f"{panel.label}\n{numbers}")
+    title = plain_text(f"{panel.label}\n" + panel.numbers().replace(", ", ",\n"))
     axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **AS_IT_STANDS)
     if len(panel.steps) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="step", title_fontsize=8)
@@ -139,10 +137,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
                 measured(request, base, layers, axis=arguments.axis, done=progress.update) for request in requests
             ]
     for panel in panels:
-        line = panel.line
-        numbers = "no line" if line is None else f"slope {line.slope:.4g}, correlation {line.correlation:.3f}"
         unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
-        yield f"{panel.label} ({panel.method}): {numbers} over {len(panel.points)} points{unchanged}"
+        yield f"{panel.label} ({panel.method}): {panel.numbers()} over {len(panel.points)} points{unchanged}"
     picture, numbers_file = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
     draw_panels(panels, layers, picture)
     write_json(numbers_file, as_json(panels, arguments.base, arguments.axis))

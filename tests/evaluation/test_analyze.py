@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import read_adapter
+from dora_vl.adapters.decomposition import Panel, Point
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.analysis import change_of_blocks
+from dora_vl.core.analysis import WeightChange, change_of_blocks
 from tests.adapters.foreign_files import DOWN, Q, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
@@ -103,6 +106,27 @@ def test_every_method_and_whole_models_side_by_side(folders):
     only = numbers("base", "tuned", "--layers", "*.1.mlp.up_proj", "--axis", "input")
     assert list(by_layer(only["panels"][0])) == ["model.layers.1.mlp.up_proj"]
     assert only["axis"] == "input"
+
+
+def test_a_correlation_has_an_interval_over_layers_and_the_paper_s_beside_it() -> None:
+    chance = Random(3)
+
+    def panel(noise: float) -> Panel:
+        points = []
+        for number in range(24):
+            direction = 0.1 + 0.01 * number
+            magnitude = 1.0 - 2 * direction + noise * chance.gauss(0, 1)
+            points.append(Point(f"layers.{number}.q_proj", 5, WeightChange(magnitude, direction, 8, 0)))
+        return Panel("tuned", "run", "dora", tuple(points), 0)
+
+    sure, unsure = panel(0.02), panel(0.4)
+    for low, high in (sure.interval, unsure.interval):
+        assert -1 <= low < high <= 1
+    assert sure.interval[1] < -0.9
+    assert unsure.interval[1] - unsure.interval[0] > 0.4
+    assert "the paper's -0.31" in sure.numbers()
+    few = replace(sure, points=sure.points[:4])
+    assert few.interval is None
 
 
 def test_a_runs_checkpoints_are_points_of_one_panel(folders):
