@@ -506,7 +506,7 @@ class Assistant:
             answered: list[Prediction] = []
             for question, texts in batch:
                 likelihoods = [next(scores) for _ in texts]
-                best = " ".join(map("{:.4f}".format, likelihoods)) if decoding.by == "cloze" else None
+                best = " ".join(map("{:.6f}".format, likelihoods)) if decoding.by == "cloze" else None
                 best = best or texts[likelihoods.index(max(likelihoods))]
                 answered.append(prediction(question, None if any(map(isnan, likelihoods)) else best))
             return answered
