@@ -59,7 +59,6 @@ def test_a_model_that_changes_its_scores_keeps_them_whole(
     monkeypatch: pytest.MonkeyPatch, family: str, chunked: bool
 ) -> None:
     """Gemma 2 caps them, Granite scales them: what stands behind the output layer is theirs."""
-    assert DecoderBackbone(tiny_language(family))(**inputs(Collator(0)(language_samples()))).losses.numel() > 1
     monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)
     model = tiny_language(family)
     model.get_output_embeddings().requires_grad_(False)
