@@ -44,7 +44,7 @@ from dora_vl.core.quantised import is_quantised
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
-from dora_vl.heads.next_token import label_losses, losses_of
+from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
 
 
 class DecoderBackbone(Backbone[PreTrainedModel]):
@@ -112,16 +112,14 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
         # Before it is known, both ways: the loss then goes back as it will in later steps (ZeRO-3 records the first).
-        in_chunks = self._head_is_last is not False and not (
-            keep_logits or any(weight.requires_grad for weight in head.parameters())
-        )
+        chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
         def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden.append(seen[0][rows, places])
-            if in_chunks:
+            if chunked:
                 losses.append(label_losses(hidden[0], targets, head.forward))
-            return (hidden[0][: 1 if in_chunks and self._head_is_last else None].unsqueeze(0), *seen[1:])
+            return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
 
         replayed = contextlib.nullcontext()
         if self.frozen_parts is not None and stored:
@@ -144,7 +142,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
-        each = losses[0] if in_chunks and self._head_is_last else losses_of(logits, targets)
+        each = losses[0] if chunked and self._head_is_last else losses_of(logits, targets)
         return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
 
     def generate(

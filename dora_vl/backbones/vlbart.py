@@ -21,7 +21,7 @@ from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.files import check_model_folder, opening
 from dora_vl.heads.answer import AnswerHead
-from dora_vl.heads.next_token import label_losses, losses_of
+from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
             logits = self.logits(chosen)[:0]
             return Features(chosen, logits.float().sum(1), labels.new_zeros(0), labels.new_zeros(0), logits)
         chosen, targets = hidden[rows, places], labels[rows, places]
-        if keep_logits or any(weight.requires_grad for weight in self.model.lm_head.parameters()):
+        if keep_logits or not in_chunks(self.model.lm_head):
             logits = self.logits(chosen)
             return Features(chosen, losses_of(logits, targets), targets, rows, logits)
         return Features(chosen, label_losses(chosen, targets, self.logits), targets, rows)

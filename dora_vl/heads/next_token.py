@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK = 256
 """Labels whose scores stand in memory together: 0.3 GB for a vocabulary of 100,000 words."""
+SMALL_VOCABULARY = 4096
+"""The scores of fewer words fit in memory for all labels; they are found as the model finds them, to the last bit."""
 Scores = Callable[[Float[Tensor, "labels width"]], Float[Tensor, "labels vocab"]]
+
+
+def in_chunks(head: nn.Module) -> bool:
+    """Whether losses behind an output layer are found in chunks: nothing in it trains, and its vocabulary is large."""
+    is_small = getattr(head, "out_features", SMALL_VOCABULARY) < SMALL_VOCABULARY
+    return not is_small and not any(weight.requires_grad for weight in head.parameters())
 
 
 def label_losses(

@@ -20,6 +20,7 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
+from dora_vl.heads import next_token
 from tests.backbones.image_text_talks import (
     BLUE,
     LONG,
@@ -38,6 +39,13 @@ from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
 from tests.backbones.tiny_language import tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def losses_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a published vocabulary."""
+    monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)
+
 
 Folders = Mapping[str, Path]
 GREEN = Image.new("RGB", BLUE.size, (30, 180, 40))
