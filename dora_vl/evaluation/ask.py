@@ -497,25 +497,25 @@ class Assistant:
     ) -> Iterator[list[Prediction]]:
         """The likeliest of each question's texts, with what closes an answer; of equals the first."""
         rows: list[Sample] = []
-        batch: list[tuple[Question, list[str]]] = []
+        batch: list[tuple[Question, list[str], int]] = []
 
         def chosen() -> list[Prediction]:
             size = decoding.batch_size
             parts = [self.log_likelihoods(rows[start : start + size]) for start in range(0, len(rows), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
-            for question, texts in batch:
-                likelihoods = [next(scores) for _ in texts]
-                best = " ".join(map("{:.6f}".format, likelihoods)) if decoding.by == "cloze" else None
-                best = best or texts[likelihoods.index(max(likelihoods))]
+            for question, texts, count in batch:
+                likelihoods = [next(scores) for _ in range(count)]
+                numbers = " ".join(map("{:.6f}".format, likelihoods))
+                best = texts[likelihoods.index(max(likelihoods))] if texts else numbers
                 answered.append(prediction(question, None if any(map(isnan, likelihoods)) else best))
             return answered
 
         for question in questions:
             try:
                 if decoding.by == "cloze":
-                    texts = endings_of(question)
-                    samples = [self.prompts.continued(context, text) for context, text in texts]
+                    pairs, texts = endings_of(question), []
+                    samples = [self.prompts.continued(context, ending) for context, ending in pairs]
                 else:
                     texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
                     seen = media.read(question)
@@ -529,7 +529,7 @@ class Assistant:
                 yield chosen()
                 rows, batch = [], []
             rows += samples
-            batch.append((question, texts))
+            batch.append((question, texts, len(samples)))
         if batch:
             yield chosen()
 

@@ -79,7 +79,7 @@ class CellRun:
         if not (self.folder / SCORES).is_file():
             reason = (self.folder / FAILED).read_text(encoding="utf-8") if (self.folder / FAILED).is_file() else ""
             raise UserError(f"{self.folder} has no {SCORES}: {one_line(reason) or 'its test did not end'}")
-        return {str(row["id"]): float(row["score"]) for _, row in json_lines(self.folder / SCORES, "scores")}
+        return {str(row["id"]): float(str(row["score"])) for _, row in json_lines(self.folder / SCORES, "scores")}
 
     def start(self) -> None:
         """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder."""
@@ -370,7 +370,7 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
         if rows[0].rank is None:
             axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
             continue
-        ranks, scores = [row.rank for row in rows], np.array([row.score for row in rows])
+        ranks, scores = [float(row.rank or 0) for row in rows], np.array([row.score for row in rows])
         limits = np.abs(np.array([row.interval for row in rows]).T - scores)
         axes.errorbar(ranks, scores, yerr=limits, color=colour, marker="o", capsize=3, label=method)
     axes.set_xscale("log", base=2)

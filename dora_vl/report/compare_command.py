@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     methods = [method.strip() for method in options.methods.split(",")]
     if strange := [method for method in methods if method not in METHODS]:
         raise UserError(f"--methods {strange[0]}: there are {', '.join(METHODS)}")
-    ranks = _numbers(options.ranks, int, "--ranks") or [config.adapter.rank]
+    ranks = [int(rank) for rank in _numbers(options.ranks, int, "--ranks")] or [config.adapter.rank]
     rate = float(config.training.get("learning_rate", 0.0))
     if options.rates == "sweep" and not rate:
         raise UserError("--rates sweep goes around training.learning_rate, which the recipe does not set; name rates")
@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     yield from written(comparison)
 
 
-def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[int] | list[float]:
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[float]:
     try:
-        numbers = [kind(part) for part in text.split(",") if part.strip()]
+        numbers: list[float] = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"{option} {text}: write numbers with commas between") from None
     if any(number <= 0 for number in numbers):
