@@ -286,9 +286,9 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
             parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, places, strict=True)]
             short = query.device.type == "cpu" and group.keys.shape[1] <= SHORT
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
-                found = attend(module, *parts, group.sees, *args, **named)[0]
+                attended = attend(module, *parts, group.sees, *args, **named)[0]
             rows = group.rows.expand_as(group.queries)[group.filled]
-            whole = whole.index_put((rows, group.queries[group.filled]), found[group.filled])
+            whole = whole.index_put((rows, group.queries[group.filled]), attended[group.filled])
         return whole, None
 
     return run
