@@ -268,16 +268,18 @@ class VideoReader:
         path = clip_path(root, clip)
         wanted = path, path.stat().st_mtime_ns, clip, sampling
         if self._kept is None or self._kept[0] != wanted:
-            self._kept = wanted, self.read_prepared(root, clip, sampling, lambda picture: picture)
+            self._kept = wanted, self._decoded((str(path), clip, sampling), lambda picture: picture)
         return self._kept[1]
 
     def read_prepared(
         self, root: Path | MediaFolder, clip: Clip, sampling: Sampling, prepare: Callable[[Image.Image], Kept]
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
-        request = str(clip_path(root, clip)), clip, sampling
+        return self._decoded((str(clip_path(root, clip)), clip, sampling), prepare)
+
+    def _decoded(self, request: Request, prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
         return first_reading(
-            clip, self._backends, self._missing, lambda backend: gathered(self._ask(request, backend), prepare)
+            request[1], self._backends, self._missing, lambda backend: gathered(self._ask(request, backend), prepare)
         )
 
     def _ask(self, request: Request, backend: str) -> Decoded:
