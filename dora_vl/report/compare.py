@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 FAILED = "failed.txt"
 """In a run's folder: why it ended without a result, such as a rate at which the loss is no number."""
 WAIT_SECONDS = 10.0
+MOST_RATES = 7
+"""Of a sweep that goes on."""
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b")
 UNTRAINED = "untrained"
 
@@ -102,7 +104,7 @@ class Comparison:
     Attributes:
         words: the recipe and the settings of all runs, as on a command line.
         config: what they say.
-        rates: learning rates that every contender tries.
+        rates: learning rates that every contender tries; `goes_on` tries others beyond while the last one is best.
         seeds: runs of each contender at its best rate; the first is the one that found it.
         strengths: at which the first contender's adapter is tested too.
     """
@@ -113,6 +115,7 @@ class Comparison:
     contenders: Sequence[Contender]
     rates: Sequence[float]
     seeds: int
+    goes_on: bool = False
     untrained: bool = False
     strengths: Sequence[float] = ()
 
@@ -163,7 +166,15 @@ class Comparison:
 
     def sweep(self, contender: Contender) -> dict[float, CellRun]:
         """The runs that find its rate, all with the recipe's seed, untested."""
-        return {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in self.rates}
+        rates = sorted(self.rates)
+        while True:
+            cells = {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in rates}
+            if not self.goes_on or len(rates) >= MOST_RATES or not all(cell.is_done for cell in cells.values()):
+                return cells
+            best = min(rates, key=lambda rate: cells[rate].loss)
+            if best not in (rates[0], rates[-1]):
+                return cells
+            rates = sorted([*rates, stepped(best, -1 if best == rates[0] else 1)])
 
     def best_rate(self, contender: Contender) -> float:
         """The rate of the lowest validation loss."""
@@ -221,6 +232,11 @@ class Comparison:
         config, *own = self.words
         words = (config.removeprefix("--config="), *own, *settings, *no_test, *resumed)
         return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested)
+
+
+def stepped(rate: float, steps: int) -> float:
+    """A rate so many half powers of ten away, in two digits."""
+    return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 
 # The result.
@@ -284,7 +300,9 @@ def written(comparison: Comparison) -> Iterator[str]:
     draw_scores(results, comparison.to / "score_by_rank.png")
     draw_losses(results, comparison.to / "loss_by_rate.png")
     yield from _table(results)
-    edges = [result.name for result in results if result.rate in (comparison.rates[0], comparison.rates[-1])]
+    edges = [
+        result.name for result in results if result.losses and result.rate in (min(result.losses), max(result.losses))
+    ]
     if edges and len(comparison.rates) > 1:
         yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
     yield f"{comparison.to}: compare.json, score_by_rank.png, loss_by_rate.png"

@@ -10,8 +10,9 @@ from dora_vl.errors import UserError, positive
 
 DESCRIPTION = """\
 Trains one recipe by several methods and ranks at equal budgets, and says how they differ. The learning rate of each
-method and rank is chosen by the validation loss, from as many rates for all; only then the test is asked, once for each
-seed. Differences are paired over the test's items, with 95 % intervals, beside the spread over seeds.
+method and rank is chosen by the validation loss: of three around the recipe's, or of more beyond them while the last
+one is best (seven at most). Only then the test is asked, once for each seed. Differences are paired over the test's
+items, with 95 % intervals, beside the spread over seeds.
 
   dora-vl compare commonsense/smoke --methods dora,lora,full --ranks 1,4,16 --to runs/compared
   dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
@@ -22,8 +23,6 @@ folder of its own in --to. Writes compare.json, score_by_rank.png and loss_by_ra
 """
 TAKES_SETTINGS = True
 METHODS = ("dora", "lora", "magnitude", "dvora", "full")
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Of `--rates sweep`: multiples of the recipe's rate."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--methods", default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
     parser.add_argument("--ranks", default="", help="with commas (default: the recipe's)")
-    parser.add_argument("--rates", default="sweep", help="learning rates, or sweep: five around the recipe's (default)")
+    parser.add_argument("--rates", default="sweep", help="learning rates, or sweep: from the recipe's (default)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs at the chosen rate (default: 3)")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of all runs and of the result")
     parser.add_argument("--strengths", default="", help="tests the first contender's adapter at these strengths too")
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Runs what is missing, then yields the table."""
-    from dora_vl.report.compare import Comparison, Contender, written
+    from dora_vl.report.compare import Comparison, Contender, stepped, written
     from dora_vl.training.train_command import settings_and_task
 
     words = [f"--config={options.config}", *options.settings]
@@ -52,14 +51,17 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     rate = float(config.training.get("learning_rate", 0.0))
     if options.rates == "sweep" and not rate:
         raise UserError("--rates sweep goes around training.learning_rate, which the recipe does not set; name rates")
-    rates = [times * rate for times in RATES] if options.rates == "sweep" else _numbers(options.rates, float, "--rates")
+    sweep = options.rates == "sweep"
+    rates = [stepped(rate, steps) for steps in (-1, 0, 1)] if sweep else _numbers(options.rates, float, "--rates")
     contenders = [
         Contender(method, rank)
         for method in methods
         for rank in (ranks if method not in ("magnitude", "full") else [None])
     ]
     strengths = [0.0, *_numbers(options.strengths, float, "--strengths")] if options.strengths else []
-    comparison = Comparison(words, config, options.to, contenders, rates, options.seeds, options.untrained, strengths)
+    comparison = Comparison(
+        words, config, options.to, contenders, rates, options.seeds, sweep, options.untrained, strengths
+    )
     yield from comparison.run()
     yield from written(comparison)
 

@@ -46,7 +46,7 @@ class Trainings:
         if self.stop_after is not None and len(self.started) > self.stop_after:
             return SimpleNamespace(returncode=-2)
         folder, rate = Path(words["training.output_dir"]), float(words["training.learning_rate"])
-        if rate > 0.05:
+        if rate > 0.02:
             return SimpleNamespace(returncode=1)
         best = 0.003 if words.get("adapter.method") == "lora" else 0.01
         loss = 1 + abs(np.log(max(rate, 1e-9) / best))
@@ -71,13 +71,13 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     compared(tmp_path)
     tested = [words for words in trainings.started if words.get("evaluation.files") != "{}"]
     sweep = [words for words in trainings.started if words not in tested]
-    assert len(sweep) == 2 * 2 * 5
+    assert len(sweep) == 2 * (3 + 4)  # of LoRA the smallest was the best at first
     assert {words["training.seed"] for words in sweep} == {"5"}
     assert len(tested) == 1 + 2 * 2 * 2  # the untrained model, and each contender with two seeds
     rates = {
         (words["adapter.method"], words["training.learning_rate"]) for words in tested if "adapter.method" in words
     }
-    assert rates == {("dora", "0.01"), ("lora", "0.003")}
+    assert rates == {("dora", "0.01"), ("lora", "0.0032")}
     assert {(words["adapter.rank"], words["adapter.alpha"]) for words in sweep} == {("4", "12"), ("8", "24")}
     results = {row["name"]: row for row in json_of(tmp_path / "out" / "compare.json")["results"]}
     assert list(results) == ["dora r4", "dora r8", "lora r4", "lora r8", "untrained"]
@@ -85,8 +85,8 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     difference, low, high = results["lora r8"]["difference"]
     assert (results["lora r8"]["against"], difference) == ("dora r8", -25.0)
     assert -45 < low < -25 < high < -5
-    assert results["dora r4"]["losses"]["0.1"] is None  # this rate failed, and says so
-    assert (tmp_path / "out" / "dora_r4" / "rate_0.1_seed_5" / "failed.txt").is_file()
+    assert results["dora r4"]["losses"]["0.032"] is None  # this rate failed, and says so
+    assert (tmp_path / "out" / "dora_r4" / "rate_0.032_seed_5" / "failed.txt").is_file()
     for picture in ("score_by_rank.png", "loss_by_rate.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     assert "-25.00 to dora r4" in capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         compared(tmp_path)
     second = Trainings(monkeypatch)
     compared(tmp_path)
-    assert len(first.started[:7]) + len(second.started) == 20 + 9
+    assert len(first.started[:7]) + len(second.started) == 14 + 9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,233 @@
+"""Scenes of NLVR's kind (Suhr et al., 2017), drawn here, with sentences whose truth follows from the scene.
+
+NLVR's development set has 989 human sentences, too few to teach a small model to see and to count. This gives it the
+pictures to learn that from: three grey boxes, towers of blocks or scattered shapes, in NLVR's sizes and colours.
+
+    python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
+
+writes `pictures/` and records like those of `dora-vl prepare nlvr`: `train.jsonl`, `validation.jsonl` (other scenes).
+Half of the sentences are true. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.errors import exit_on_user_error, positive
+
+BOX, GAP, BOXES = 100, 50, 3
+LIGHT, DARK = (211, 211, 211), (128, 128, 128)
+COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+SHAPES = ("square", "circle", "triangle")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
+SIDES = ("left", "right", "top", "bottom")
+WALLS = {"edge": SIDES, "wall": SIDES, "base": ("bottom",), "bottom": ("bottom",), "top": ("top",)} | {
+    f"{side} wall": (side,) for side in ("left", "right")
+}
+"""What a shape can touch, and at which sides of its box."""
+OTHERS = 20
+SHARP = 4
+"""Shapes are drawn so many times larger, then made small, so that their edges are smooth."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: its left upper corner and its side, in pixels of its box."""
+
+    shape: str
+    colour: str
+    x: int
+    y: int
+    size: int
+
+    def touches(self, wall: str) -> bool:
+        """Whether it lies at a wall of its box."""
+        last = BOX - self.size
+        near = {"left": self.x == 0, "right": self.x == last, "top": self.y == 0, "bottom": self.y == last}
+        return any(near[side] for side in WALLS[wall])
+
+
+Box = Sequence[Item]
+Scene = Sequence[Box]
+Phrase = tuple[str, Callable[[Box], int]]
+"""Words for what is counted, with NUMBER where the number stands, and how many of it some items hold."""
+Claim = tuple[str, Callable[[Scene], bool]]
+
+
+def tower(order: random.Random) -> Box:
+    """One to four blocks, the lowest first."""
+    return [Item("square", order.choice([*COLOURS]), 40, 80 - 21 * level, 20) for level in range(order.randint(1, 4))]
+
+
+def scattered(order: random.Random) -> Box:
+    """One to seven shapes that do not overlap; a third of them at a wall."""
+    items: list[Item] = []
+    wanted = order.randint(1, 7)
+    while len(items) < wanted:
+        size = order.choice((10, 20, 30))
+        x, y = order.randint(1, BOX - size - 1), order.randint(1, BOX - size - 1)
+        if order.random() < 1 / 3:
+            x, y = order.choice(((0, y), (BOX - size, y), (x, 0), (x, BOX - size)))
+        if all(
+            abs(2 * x + size - 2 * item.x - item.size) > size + item.size
+            or abs(2 * y + size - 2 * item.y - item.size) > size + item.size
+            for item in items
+        ):
+            items.append(Item(order.choice(SHAPES), order.choice([*COLOURS]), x, y, size))
+    return items
+
+
+def draw(scene: Scene) -> Image.Image:
+    """400 x 100 pixels, as NLVR's."""
+    picture = Image.new("RGB", (SHARP * (BOXES * BOX + (BOXES - 1) * GAP), SHARP * BOX), LIGHT)
+    pen = ImageDraw.Draw(picture)
+    for number, box in enumerate(scene):
+        left = number * (BOX + GAP)
+        pen.rectangle([SHARP * (left + BOX), 0, SHARP * (left + BOX + GAP) - 1, SHARP * BOX], fill=DARK)
+        for item in box:
+            x, y, size = (SHARP * value for value in (left + item.x, item.y, item.size))
+            corners = (x, y, x + size - 1, y + size - 1)
+            if item.shape == "triangle":
+                pen.polygon([(x, corners[3]), (corners[2], corners[3]), (x + size / 2, y)], fill=COLOURS[item.colour])
+            else:
+                (pen.ellipse if item.shape == "circle" else pen.rectangle)(corners, fill=COLOURS[item.colour])
+    return picture.resize((picture.width // SHARP, picture.height // SHARP), Image.Resampling.BOX)
+
+
+def quantity(order: random.Random) -> tuple[str, str, Callable[[int], bool]]:
+    """ "at least two", the ending of its plural, and the numbers that it holds for."""
+    number = order.choices((0, 1, 2, 3, 4, 5), (1, 4, 4, 3, 1, 1))[0]
+    word = order.choice((NUMBERS[number], str(number))) if number else "no"
+    if number == 1 and order.random() < 0.5:
+        return "a", "", lambda count: count >= 1
+    kind = order.choice(("", "exactly ", "only ", "at least ")) if number else ""
+    holds = (lambda count: count >= number) if kind == "at least " else (lambda count: count == number)
+    return kind + word, "" if number == 1 else "s", holds
+
+
+def things(order: random.Random, noun: str) -> Phrase:
+    """ "yellow square", perhaps "touching the wall"; of some colour and shape, or any."""
+    colour = order.choice(("", *COLOURS, *COLOURS))
+    shape = noun or order.choice(("item", "object", *SHAPES, *SHAPES))
+    wall = order.choice([*WALLS]) if not noun and order.random() < 0.4 else ""
+    words = " ".join(filter(None, (colour, shape + "{s}", f"touching the {wall}" if wall else "")))
+
+    def count(box: Box) -> int:
+        return sum(
+            (not colour or item.colour == colour)
+            and (shape not in SHAPES or item.shape == shape)
+            and (not wall or item.touches(wall))
+            for item in box
+        )
+
+    return words, count
+
+
+def towers(order: random.Random) -> Phrase:
+    """ "tower with a black block at the top": one of a box, so it counts 0 or 1 for each."""
+    colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
+    some, plural, holds = quantity(order)
+    high = f"{some} block{plural}"
+    return order.choice(
+        [
+            (f"tower{{s}} with {high}", lambda box: int(holds(len(box)))),
+            (f"tower{{s}} with a {colour} block at the base", lambda box: int(box[0].colour == colour)),
+            (f"tower{{s}} with a {colour} base", lambda box: int(box[0].colour == colour)),
+            (f"tower{{s}} with a {colour} block at the top", lambda box: int(box[-1].colour == colour)),
+            (
+                f"tower{{s}} with {high} with a {colour} block at the top",
+                lambda box: int(holds(len(box)) and box[-1].colour == colour),
+            ),
+            (
+                f"tower{{s}} with {some} {colour} block{plural}",
+                lambda box: int(holds(sum(item.colour == colour for item in box))),
+            ),
+            (
+                f"tower{{s}} with a {colour} block over a {other} block",
+                lambda box: int(any(a.colour == other and b.colour == colour for a, b in pairwise(box))),
+            ),
+            ("tower{s} with blocks of the same color", lambda box: int(len({item.colour for item in box}) == 1)),
+        ]
+    )
+
+
+def claim(order: random.Random, noun: str) -> Claim:
+    """A sentence and when it is true; `noun` is "block" for towers."""
+    some, plural, holds = quantity(order)
+    form = order.choice(("all", "box", "towers", "towers", "base") if noun else ("all", "box", "both", "boxes"))
+    words, count = towers(order) if form == "towers" else things(order, noun)
+    first = f"{some} {words.format(s=plural)}"
+    if form in ("all", "towers"):
+        return f"There {'are' if plural else 'is'} {first}", lambda scene: holds(sum(map(count, scene)))
+    if form == "box":
+        return f"There is a box with {first}", lambda scene: any(holds(count(box)) for box in scene)
+    if form == "both":
+        more, ending, also = quantity(order)
+        words, other = things(order, noun)
+        text = f"There is a box with {first} and {more} {words.format(s=ending)}"
+        return text, lambda scene: any(holds(count(box)) and also(other(box)) for box in scene)
+    if form == "base":
+        colour, end = order.choice([*COLOURS]), order.choice(("base", "top"))
+        level = 0 if end == "base" else -1
+        text = f"There is a {colour} block as the {end} of a tower with {some} block{plural}"
+        return text, lambda scene: any(holds(len(box)) and box[level].colour == colour for box in scene)
+    subject, boxes = order.choice((("Each box contains", 3), ("One box contains", 1), ("Two boxes contain", 2)))
+    return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
+
+
+def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Example]]:
+    """A scene and what is said about it, the same whenever it is asked for.
+
+    A sentence is taken if another scene, drawn for it, makes it true where this one makes it false, or the other way
+    round: so each sentence is true as often as false, and words alone tell nothing.
+    """
+    order = random.Random(f"{seed}/{number}")
+    noun = order.choice(("block", "block", ""))
+    scene, *others = ([(tower if noun else scattered)(order) for _ in range(BOXES)] for _ in range(1 + OTHERS))
+    examples: list[Example] = []
+    while len(examples) < questions:
+        text, is_true = claim(order, noun)
+        if is_true(scene) == is_true(order.choice(others)):
+            continue
+        examples.append(
+            Example(
+                id=f"{number}-{len(examples)}",
+                images=(f"pictures/{number:05d}.png",),
+                question=text,
+                answers=(Answer(text=str(is_true(scene)).lower()),),
+            )
+        )
+    return scene, examples
+
+
+@exit_on_user_error
+def main() -> None:
+    """Draws the scenes and writes the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--scenes", type=positive, default=6000)
+    parser.add_argument("--questions", type=positive, default=8, help="about each scene")
+    parser.add_argument("--validation", type=positive, default=50, help="scenes held out")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    (options.to / "pictures").mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[Example]] = {"train": [], "validation": []}
+    for number in range(options.scenes + options.validation):
+        scene, examples = examples_of(number, options.questions, options.seed)
+        draw(scene).save(options.to / examples[0].images[0])
+        parts["train" if number < options.scenes else "validation"] += examples
+    for part, examples in parts.items():
+        write_examples(options.to / f"{part}.jsonl", examples)
+        print(f"{options.to / part}.jsonl: {len(examples):,} records")
+
+
+if __name__ == "__main__":
+    main()
