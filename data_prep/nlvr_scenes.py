@@ -135,28 +135,20 @@ def towers(order: random.Random) -> Phrase:
     """ "tower with a black block at the top": one of a box, so it counts 0 or 1 for each."""
     colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
     some, plural, holds = quantity(order)
-    high = f"{some} block{plural}"
-    return order.choice(
-        [
-            (f"tower{{s}} with {high}", lambda box: int(holds(len(box)))),
-            (f"tower{{s}} with a {colour} block at the base", lambda box: int(box[0].colour == colour)),
-            (f"tower{{s}} with a {colour} base", lambda box: int(box[0].colour == colour)),
-            (f"tower{{s}} with a {colour} block at the top", lambda box: int(box[-1].colour == colour)),
-            (
-                f"tower{{s}} with {high} with a {colour} block at the top",
-                lambda box: int(holds(len(box)) and box[-1].colour == colour),
-            ),
-            (
-                f"tower{{s}} with {some} {colour} block{plural}",
-                lambda box: int(holds(sum(item.colour == colour for item in box))),
-            ),
-            (
-                f"tower{{s}} with a {colour} block over a {other} block",
-                lambda box: int(any(a.colour == other and b.colour == colour for a, b in pairwise(box))),
-            ),
-            ("tower{s} with blocks of the same color", lambda box: int(len({item.colour for item in box}) == 1)),
-        ]
-    )
+    forms: dict[str, Callable[[Box], bool]] = {
+        f"{some} block{plural}": lambda box: holds(len(box)),
+        f"{some} {colour} block{plural}": lambda box: holds(sum(item.colour == colour for item in box)),
+        f"{some} block{plural} with a {colour} block at the top": lambda box: (
+            holds(len(box)) and box[-1].colour == colour
+        ),
+        f"a {colour} block at the base": lambda box: box[0].colour == colour,
+        f"a {colour} base": lambda box: box[0].colour == colour,
+        f"a {colour} block at the top": lambda box: box[-1].colour == colour,
+        f"a {colour} block over a {other} block": lambda box: (other, colour) in pairwise(item.colour for item in box),
+        "blocks of the same color": lambda box: len({item.colour for item in box}) == 1,
+    }
+    words, is_so = order.choice([*forms.items()])
+    return f"tower{{s}} with {words}", lambda box: int(is_so(box))
 
 
 def claim(order: random.Random, noun: str) -> Claim:

@@ -37,6 +37,7 @@ MOST_RATES = 7
 """Of a sweep that goes on."""
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b")
 UNTRAINED = "untrained"
+SCORE = "score of the test (%), with 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ def written(comparison: Comparison) -> Iterator[str]:
         "rates": list(comparison.rates),
         "seeds": comparison.seeds,
         "results": [asdict(result) for result in results],
+        "by_set": _by_set(ids, shares),
     }
     if comparison.strengths:
         rows = []
@@ -300,6 +302,8 @@ def written(comparison: Comparison) -> Iterator[str]:
     draw_scores(results, comparison.to / "score_by_rank.png")
     draw_losses(results, comparison.to / "loss_by_rate.png")
     yield from _table(results)
+    for name, scores_there in record["by_set"].items():
+        yield f"{name}: " + ", ".join(f"{who} {score:.1f}" for who, score in scores_there.items())
     edges = [
         result.name for result in results if result.losses and result.rate in (min(result.losses), max(result.losses))
     ]
@@ -360,6 +364,15 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
     )
 
 
+def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[str, float]]:
+    """Set -> contender -> its score there, where the test has several sets."""
+    sets = np.array([item.partition("/")[0] if "/" in item else "" for item in ids])
+    names = [name for name in dict.fromkeys(sets.tolist()) if name]
+    return {
+        name: {who: float(PERCENT * rows[:, sets == name].mean()) for who, rows in shares.items()} for name in names
+    }
+
+
 def _table(results: Sequence[Result]) -> Iterator[str]:
     rows = [("", "rate", "score", "95 % interval", "seeds +-", "difference", "95 % interval")]
     for result in results:
@@ -380,38 +393,45 @@ def _table(results: Sequence[Result]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def draw_scores(results: Sequence[Result], to: Path) -> None:
-    """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
+def _chart(across: str, up: str) -> tuple[Any, Any]:
     figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
+    plain_axes(axes, across, up)
+    return figure, axes
+
+
+def _with_intervals(
+    axes: Any, across: Sequence[float], rows: Sequence[tuple[float, Sequence[float]]], **look: Any
+) -> None:
+    scores = np.array([score for score, _ in rows])
+    limits = np.abs(np.array([interval for _, interval in rows]).T - scores)
+    axes.errorbar(across, scores, yerr=limits, marker="o", capsize=3, **look)
+
+
+def draw_scores(results: Sequence[Result], to: Path) -> None:
+    """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
+    figure, axes = _chart("rank", SCORE)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(result.method for result in results))
     for number, method in enumerate(methods):
         colour, rows = COLOURS[number % len(COLOURS)], [result for result in results if result.method == method]
         if rows[0].rank is None:
             axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
             continue
-        ranks, scores = [float(row.rank or 0) for row in rows], np.array([row.score for row in rows])
-        limits = np.abs(np.array([row.interval for row in rows]).T - scores)
-        axes.errorbar(ranks, scores, yerr=limits, color=colour, marker="o", capsize=3, label=method)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    plain_axes(axes, "rank", "score of the test (%), with 95 % interval")
+        ranks = [(row.rank or 0) * 1.03 ** (number - len(methods) / 2) for row in rows]  # intervals beside each other
+        _with_intervals(axes, ranks, [(row.score, row.interval) for row in rows], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 
 
 def draw_strengths(rows: Sequence[Mapping[str, Any]], to: Path) -> None:
     """Score and perplexity of other text against the adapter's strength."""
-    figure = new_figure(7, 4.2)
-    axes = figure.add_subplot()
-    strengths, scores = [row["strength"] for row in rows], np.array([row["score"] for row in rows])
-    limits = np.abs(np.array([row["interval"] for row in rows]).T - scores)
-    axes.errorbar(strengths, scores, yerr=limits, color=COLOURS[0], marker="o", capsize=3, label="score")
-    plain_axes(axes, "strength of the adapter", "score of the test (%), with 95 % interval")
-    other = axes.twinx()
-    other.plot(
-        strengths, [row.get("adapted", math.nan) for row in rows], color=COLOURS[1], marker="s", label="perplexity"
-    )
+    figure, axes = _chart("strength of the adapter", SCORE)
+    strengths = [row["strength"] for row in rows]
+    _with_intervals(axes, strengths, [(row["score"], row["interval"]) for row in rows], color=COLOURS[0], label="score")
+    other, perplexities = axes.twinx(), [row.get("adapted", math.nan) for row in rows]
+    other.plot(strengths, perplexities, color=COLOURS[1], marker="s", label="perplexity")
     other.set_ylabel("perplexity of other text")
     figure.legend(frameon=False, loc="upper center", ncols=2)
     save_png(figure, to)
@@ -419,15 +439,12 @@ def draw_strengths(rows: Sequence[Mapping[str, Any]], to: Path) -> None:
 
 def draw_losses(results: Sequence[Result], to: Path) -> None:
     """Validation loss against the learning rate, a line for each contender."""
-    figure = new_figure(7, 4.2)
-    axes = figure.add_subplot()
+    figure, axes = _chart("learning rate", "validation loss")
+    axes.set_xscale("log")
     methods = list(dict.fromkeys(result.method for result in results))
     for result in results:
-        pairs = [(rate, loss) for rate, loss in result.losses.items() if loss is not None]
-        if pairs:
+        if pairs := [(rate, loss) for rate, loss in result.losses.items() if loss is not None]:
             colour = COLOURS[methods.index(result.method) % len(COLOURS)]
             axes.plot(*zip(*pairs, strict=True), color=colour, marker="o", alpha=0.8, label=result.name)
-    axes.set_xscale("log")
-    plain_axes(axes, "learning rate", "validation loss")
     axes.legend(frameon=False, fontsize=8)
     save_png(figure, to)
