@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dora_vl.errors import UserError, positive
 
@@ -40,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Runs what is missing, then yields the table."""
     from dora_vl.report.compare import Comparison, Contender, stepped, written
-    from dora_vl.training.train_command import settings_and_task
+    from dora_vl.run.reading import kind_of, read_settings
 
     words = [f"--config={options.config}", *options.settings]
-    config, _ = settings_and_task(words, None, program="dora-vl compare")
+    config: Any = read_settings(words, kind_of(words), program="dora-vl compare")
     methods = [method.strip() for method in options.methods.split(",")]
     if strange := [method for method in methods if method not in METHODS]:
         raise UserError(f"--methods {strange[0]}: there are {', '.join(METHODS)}")

@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from dora_vl.errors import SettingError, UserError, shown, wrong_value
 from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
-from dora_vl.run.settings import RunConfig
+from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
 Settings = TypeVar("Settings")
 
@@ -67,6 +67,21 @@ def read_settings(
     from dora_vl.run.arguments import check_training_section  # transformers: not for --help
 
     return dataclasses.replace(config, training=check_training_section(config.training))
+
+
+def kind_of(words: Sequence[str]) -> type[Any]:
+    """The class of settings that knows most of what the words and their file state."""
+    stated: set[str] = set()
+    for word in files_first(words):
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            stated |= set(flattened(json.loads(value))) if name == "config" else {name}
+
+    def unknown(kind: type[Any]) -> int:
+        names = (*setting_names(kind, training=False), "training", "variant")
+        return sum(not any(setting == name or setting.startswith(f"{name}.") for name in names) for setting in stated)
+
+    return min((RunConfig, VlBartRunConfig, CommonsenseRunConfig), key=unknown)
 
 
 def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:

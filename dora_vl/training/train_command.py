@@ -6,7 +6,6 @@ Imports that take seconds come after mistakes in the settings were reported.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import signal
 import sys
@@ -85,29 +84,20 @@ def settings_and_task(
     words: Sequence[str], task: str | None, *, program: str, description: str = ""
 ) -> tuple[Any, str]:
     """The settings by the class of the named task, or of the one that knows most of what is stated."""
-    from dora_vl.run.reading import files_first, flattened, read_settings, setting_names
+    from dora_vl.run.reading import kind_of, read_settings
     from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
-    classes: dict[str, type[Any]] = {
+    kinds: dict[str, type[Any]] = {
         "llava_instruct": RunConfig,
         "vlbart_image": VlBartRunConfig,
+        "vlbart_video": VlBartRunConfig,
         "commonsense": CommonsenseRunConfig,
     }
     if task is not None:
-        kind = VlBartRunConfig if task == "vlbart_video" else classes[task]
-        return read_settings(words, kind, program=program, description=description), task
-    stated: set[str] = set()
-    for word in files_first(words):
-        name, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--"):
-            stated |= set(flattened(json.loads(value))) if name == "config" else {name}
-
-    def unknown(kind: type[Any]) -> int:
-        names = (*setting_names(kind, training=False), "training", "variant")
-        return sum(not any(setting == name or setting.startswith(f"{name}.") for name in names) for setting in stated)
-
-    task = min(classes, key=lambda name: unknown(classes[name]))
-    config = read_settings(words, classes[task], program=program, description=description)
+        return read_settings(words, kinds[task], program=program, description=description), task
+    kind = kind_of(words)
+    config = read_settings(words, kind, program=program, description=description)
+    task = next(name for name, known in kinds.items() if known is kind)
     if task == "vlbart_image":
         from dora_vl.evaluation.vlbart_tasks import image_subtasks
 

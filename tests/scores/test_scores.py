@@ -144,6 +144,7 @@ def test_the_text_of_any_choice_is_that_choice(choices: list[str], data: st.Data
 def any_row(number: int) -> Example:
     """A record that every benchmark can score; two of each picture."""
     extra = {"human_answers": ["yes"] * 10, "index": number, "correct": 0, "category": "count", "task": "boolq"}
+    extra |= {"contexts": ["", ""], "endings": ["no", "yes"]}
     return example(f"dev-{number}-0-0", "yes", images=[f"{number // 2}.jpg"], choices=FOUR, **extra)
 
 
@@ -152,7 +153,8 @@ def any_row(number: int) -> Example:
 )
 def test_a_missing_answer_is_wrong_and_named(name: str, mode: str) -> None:
     examples = [any_row(number) for number in range(4)]
-    answers = dict.fromkeys((row.id for row in examples[1:]), "a0" if name in {"tvqa", "how2qa"} else "yes")
+    answer = "-2.5 -1.5" if mode == "cloze" else "a0" if name in {"tvqa", "how2qa"} else "yes"
+    answers = dict.fromkeys((row.id for row in examples[1:]), answer)
     scored = BENCHMARKS[name].modes[mode](examples, answers)
     assert (scored.n, scored.failed, scored.per_item[examples[0].id]) == (4, (examples[0].id,), 0.0)
     assert all(value >= 0 for value in scored.metrics.values())

@@ -58,7 +58,7 @@ def check_examples(path: Path) -> None:
 
 
 def test_a_source_has_a_fixture_and_says_where_its_files_are_published() -> None:
-    assert {*SOURCE_OF.values(), "llava-json", "hugging-face"} == set(SOURCES)
+    assert {*SOURCE_OF.values(), "cloze", "llava-json", "hugging-face"} == set(SOURCES)
     for name, source in SOURCES.items():
         documentation = " ".join((source.splits.__doc__ or "").split())
         assert "icence" in documentation, name
