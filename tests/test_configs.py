@@ -57,7 +57,13 @@ class Recipe(NamedTuple):
 
 
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-CONFIGS = [Recipe(path, variant) for path in FILES for variant in variants_of(path) or [None]]
+WITHOUT = ("easyvqa_smollm2_dora",)
+"""Files with variants that are a run without one too."""
+CONFIGS = [
+    Recipe(path, variant)
+    for path in FILES
+    for variant in [*variants_of(path), *([None] if path.stem in WITHOUT else [])] or [None]
+]
 PUBLISHED = [recipe for recipe in CONFIGS if recipe.path.stem == "llava15"]
 CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -78,6 +84,7 @@ LANGUAGE_SHAPES = {
     "llava-hf/llava-1.5-7b-hf": LLAMA_7B,
     "llava-hf/llava-1.5-13b-hf": LLAMA_13B,
     "runs/demo/assets/smollm2": SMOLLM2_135M,
+    "runs/nlvr_llava/base": SMOLLM2_135M,
     "yahma/llama-7b-hf": LLAMA_7B,
     "yahma/llama-13b-hf": LLAMA_13B,
     "meta-llama/Llama-2-7b-hf": LLAMA_7B,

@@ -166,7 +166,11 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             padding = ends[0] if isinstance(ends, list) else ends
         chosen = {"do_sample": False, "pad_token_id": padding, **watch.options, **self.generation, **(options or {})}
         generating: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-        with torch.no_grad():
+        # A view with gaps, as each row's last position is, torch multiplies by a frozen matrix row by row: on a CPU it
+        # took 8 s instead of 0.01 for 64 rows.
+        head: Any = self.model.get_output_embeddings()
+        together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        with torch.no_grad(), together:
             tokens = generating.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
