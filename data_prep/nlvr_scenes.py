@@ -5,8 +5,9 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
-writes `pictures/` and records like those of `dora-vl prepare nlvr`: `train.jsonl`, `validation.jsonl` (other scenes).
-Half of the sentences are true. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
+writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`, and of other scenes `validation.jsonl`),
+and in `boxes.jsonl` what each box of the training scenes holds (of a tower from its base on): seeing is learned sooner
+from that. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def claim(order: random.Random, noun: str) -> Claim:
     return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
 
 
-def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Example]]:
-    """A scene and what is said about it, the same whenever it is asked for.
+def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
+    """A scene, what is said about it and what its boxes hold, the same whenever it is asked for.
 
     A sentence is taken if another scene, drawn for it, makes it true where this one makes it false, or the other way
     round: so each sentence is true as often as false, and words alone tell nothing.
@@ -184,20 +185,21 @@ def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Exa
     order = random.Random(f"{seed}/{number}")
     noun = order.choice(("block", "block", ""))
     scene, *others = ([(tower if noun else scattered)(order) for _ in range(BOXES)] for _ in range(1 + OTHERS))
-    examples: list[Example] = []
-    while len(examples) < questions:
+
+    def example(name: object, question: str, answer: str) -> Example:
+        pictures = (f"pictures/{number:05d}.png",)
+        return Example(id=f"{number}-{name}", images=pictures, question=question, answers=(Answer(text=answer),))
+
+    sentences: list[Example] = []
+    while len(sentences) < questions:
         text, is_true = claim(order, noun)
-        if is_true(scene) == is_true(order.choice(others)):
-            continue
-        examples.append(
-            Example(
-                id=f"{number}-{len(examples)}",
-                images=(f"pictures/{number:05d}.png",),
-                question=text,
-                answers=(Answer(text=str(is_true(scene)).lower()),),
-            )
-        )
-    return scene, examples
+        if is_true(scene) != is_true(order.choice(others)):
+            sentences.append(example(len(sentences), text, str(is_true(scene)).lower()))
+    boxes: list[Example] = []
+    for side, box in zip(("left", "middle", "right"), scene, strict=True):
+        blocks, shapes = [item.colour for item in box], sorted(f"{item.colour} {item.shape}" for item in box)
+        boxes.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
+    return scene, sentences, boxes
 
 
 @exit_on_user_error
@@ -211,11 +213,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Example]] = {"train": [], "validation": []}
+    parts: dict[str, list[Example]] = {"train": [], "validation": [], "boxes": []}
     for number in range(options.scenes + options.validation):
-        scene, examples = examples_of(number, options.questions, options.seed)
-        draw(scene).save(options.to / examples[0].images[0])
-        parts["train" if number < options.scenes else "validation"] += examples
+        scene, sentences, boxes = examples_of(number, options.questions, options.seed)
+        draw(scene).save(options.to / sentences[0].images[0])
+        parts["train" if number < options.scenes else "validation"] += sentences
+        parts["boxes"] += boxes if number < options.scenes else []
     for part, examples in parts.items():
         write_examples(options.to / f"{part}.jsonl", examples)
         print(f"{options.to / part}.jsonl: {len(examples):,} records")

@@ -15,7 +15,7 @@ method and rank is chosen by the validation loss: of three around the recipe's, 
 one is best (seven at most). Only then the test is asked, once for each seed. Differences are paired over the test's
 items, with 95 % intervals, beside the spread over seeds.
 
-  dora-vl compare commonsense/smoke --methods dora,lora,full --ranks 1,4,16 --to runs/compared
+  dora-vl compare commonsense/smollm2_135m_cloze --methods dora,lora,full --ranks 1,4,16 --to runs/compared
   dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
 
 The recipe needs data.validation (or data.validation_share) and a test. A recipe's `alpha / rank` is kept for every

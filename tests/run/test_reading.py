@@ -110,7 +110,7 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest(
 
 def test_the_counts_of_a_vlbart_and_a_commonsense_run_too(tmp_path: Path) -> None:
     file = write_vlbart_run(tmp_path / "vlbart.yaml", tmp_path, ("vqav2",))
-    smoke = ROOT / "configs/commonsense/smoke.yaml"
+    smoke = ROOT / "tests/tasks/commonsense_smoke.yaml"
     for config, settings in ((file, VlBartRunConfig), (smoke, CommonsenseRunConfig)):
         with pytest.raises(SettingError) as error:
             read_settings([f"--config={config}", "--evaluation.limit=0"], settings)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from data_prep import generated_commonsense
+from tests.tasks import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
@@ -28,7 +28,7 @@ from tests.training.tiny_run import json_of, logged_losses, skipped_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "configs" / "commonsense" / "smoke.yaml"
+SMOKE = ROOT / "tests" / "tasks" / "commonsense_smoke.yaml"
 
 
 @pytest.fixture(scope="module")

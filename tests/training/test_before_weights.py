@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from data_prep import generated_commonsense
+from tests.tasks import generated_commonsense
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.errors import SettingError

@@ -3,8 +3,6 @@
 None of the commonsense sets is in the Python package index. These questions compare things by size, weight, speed
 or temperature; each has four choices and one right answer, as OpenBookQA's have. They test that a run works,
 nothing else.
-
-python -m data_prep.generated_commonsense --to runs/commonsense_smoke/data
 """
 
 from __future__ import annotations
