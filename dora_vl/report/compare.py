@@ -220,6 +220,8 @@ class Comparison:
             alpha = contender.rank * self.config.adapter.alpha / self.config.adapter.rank
             settings += [f"--adapter.rank={contender.rank}", f"--adapter.alpha={alpha:g}"]
         settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}", "--training.eval_strategy=epoch"]
+        if contender.method == "full" and self.config.model.dtype != "float32":  # its masters are float32, as adapters
+            settings.append("--training.bf16=true")
         # The run that found the rate is tested as it is.
         again = is_tested and seed == self._seeds[0]
         if again:
