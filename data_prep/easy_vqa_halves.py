@@ -6,6 +6,7 @@ writes
 - `pretrain.jsonl`: yes/no questions about one half of the training pictures, balanced and with answers that say what
   is seen first (`easy_vqa`: "blue circle, absent, so no");
 - `adapt.jsonl`: the other kinds, "what color" and "what shape", about the other half of the pictures;
+- `validation.jsonl`, with `--validation N`: the same kinds about N pictures of that half, which `adapt.jsonl` then lacks;
 - `test.jsonl`: all of the package's test questions of those kinds;
 - `manifest.json`: counts and settings.
 """
@@ -41,21 +42,24 @@ def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Ex
     return made
 
 
-def convert(source: Path, to: Path, *, seed: int) -> dict[str, object]:
-    """Writes the three files and the manifest; returns the manifest."""
+def convert(source: Path, to: Path, *, validation: int, seed: int) -> dict[str, object]:
+    """Writes the files and the manifest; returns the manifest."""
     answers = read_answers(source)
     asked = read_questions(source, "train", answers)
     pictures = sorted({question.picture for question in asked})
     random.Random(f"{seed}/halves").shuffle(pictures)
     first = set(pictures[: len(pictures) // 2])
     pretrain = [question for question in asked if question.picture in first and question.answer in YES_NO]
-    adapt = [question for question in asked if question.picture not in first and question.answer not in YES_NO]
+    held_out = set(pictures[len(pictures) - validation :])
+    second = [question for question in asked if question.picture not in first and question.answer not in YES_NO]
     test = [question for question in read_questions(source, "test", answers) if question.answer not in YES_NO]
     splits = {
         "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(asked)), "train"),
-        "adapt": (adapt, "train"),
+        "adapt": ([question for question in second if question.picture not in held_out], "train"),
         "test": (test, "test"),
     }
+    if validation:
+        splits["validation"] = [question for question in second if question.picture in held_out], "train"
     manifest: dict[str, object] = {"source": "easy-vqa 1.0", "seed": seed}
     for name, (questions, split) in splits.items():
         write_examples(to / f"{name}.jsonl", examples(questions, split=split, seed=seed))
@@ -72,9 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/demo/assets/easy_vqa"))
     parser.add_argument("--to", type=Path, default=Path("runs/demo-vlbart/records"))
+    parser.add_argument("--validation", type=int, default=0, metavar="PICTURES", help="held out of the second half")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    print(json.dumps(convert(options.source, options.to, seed=options.seed), indent=1))
+    print(json.dumps(convert(options.source, options.to, validation=options.validation, seed=options.seed), indent=1))
 
 
 if __name__ == "__main__":
