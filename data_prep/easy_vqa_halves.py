@@ -6,7 +6,7 @@ writes
 - `pretrain.jsonl`: yes/no questions about one half of the training pictures, balanced and with answers that say what
   is seen first (`easy_vqa`: "blue circle, absent, so no");
 - `adapt.jsonl`: the other kinds, "what color" and "what shape", about the other half of the pictures;
-- `validation.jsonl`, with `--validation N`: the same kinds about N pictures of that half, which `adapt.jsonl` then lacks;
+- `validation.jsonl`, with `--validation N`: the same about N pictures of that half, which `adapt.jsonl` then lacks;
 - `test.jsonl`: all of the package's test questions of those kinds;
 - `manifest.json`: counts and settings.
 """

@@ -5,8 +5,8 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
-writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`, and of other scenes `validation.jsonl`),
-and in `boxes.jsonl` what each box of the training scenes holds (of a tower from its base on): seeing is learned sooner
+writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`; of other scenes `validation.jsonl`)
+and `boxes.jsonl`, what each box of the training scenes holds, of a tower from its base on: seeing is learned sooner
 from that. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
 """
 

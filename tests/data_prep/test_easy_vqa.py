@@ -181,6 +181,22 @@ def test_no_picture_and_no_kind_is_in_both_halves(halves: dict[str, list[Example
     assert all(one.startswith("test/images/") for one in pictures["test"])
 
 
+def test_pictures_of_the_second_half_can_be_held_out(tmp_path: Path) -> None:
+    package = tmp_path / "easy_vqa"
+    write_split(package, "train", 8)
+    write_split(package, "test", 3)
+    (package / "answers.txt").write_text("yes\nno\ncircle\ntriangle\n" + "\n".join(COLORS))
+    halve(["--from", str(package), "--to", str(tmp_path / "all")])
+    halve(["--from", str(package), "--to", str(tmp_path / "part"), "--validation", "1"])
+    rows, (adapt, validation) = (
+        [list(iterate_examples(tmp_path / folder / f"{name}.jsonl")) for name in names]
+        for folder, names in (("all", ["adapt"]), ("part", ["adapt", "validation"]))
+    )
+    assert len({row.images for row in validation}) == 1
+    assert not {row.images for row in validation} & {row.images for row in adapt}
+    assert {row.id for row in rows[0]} == {row.id for row in [*adapt, *validation]}
+
+
 def test_answers_are_the_packages_and_the_first_half_says_what_it_sees(halves: dict[str, list[Example]]) -> None:
     assert {one.answers[0].text for one in halves["adapt"]} <= {"red", "blue", "teal", "circle"}
     said = {one.answers[0].text.partition(", so ")[0] for one in halves["pretrain"]}

@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
     for number, name in enumerate(("train.json", "test.json")):  # the test's questions are drawn apart
         with whole_file(options.to / name) as file:
             json.dump(generate(options.rows, seed=2 * options.seed + number), file, indent=1)
-    print(f"{options.rows} questions each in {options.to / 'train.json'} and {options.to / 'test.json'}")
 
 
 if __name__ == "__main__":

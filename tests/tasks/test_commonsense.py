@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.tasks import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
@@ -24,6 +23,7 @@ from dora_vl.training.run import train
 from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
+from tests.tasks import generated_commonsense
 from tests.training.tiny_run import json_of, logged_losses, skipped_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,103 @@
+"""Scenes of NLVR's kind: what is drawn, what is said about it and when it is true."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep import nlvr_scenes
+from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
+from dora_vl.data.example import iterate_examples
+
+
+def block(colour: str, level: int) -> Item:
+    return Item("square", colour, 40, 80 - 21 * level, 20)
+
+
+TOWERS = (
+    [block("yellow", 0), block("black", 1), block("black", 2)],
+    [block("blue", 0)],
+    [block("yellow", 0), block("blue", 1)],
+)
+SHAPES = (
+    [Item("circle", "black", 0, 40, 30), Item("circle", "blue", 50, 10, 10)],
+    [Item("triangle", "yellow", 30, 70, 30)],
+    [Item("square", "blue", 20, 20, 20), Item("circle", "black", 70, 60, 20)],
+)
+TRUE = {
+    "There are exactly two towers with a yellow block at the base",
+    "There is a tower with a black block over a yellow block",
+    "There is a tower with 3 blocks with a black block at the top",
+    "There are 6 blocks",
+    "There is a yellow block as the base of a tower with only two blocks",
+    "There are two black circles",
+    "There is a circle touching the left wall",
+    "There is a box with one black circle and a blue circle",
+    "Each box contains at least one item",
+    "Two boxes contain a black circle",
+    "There is no item touching the top",
+}
+FALSE = {
+    "There is one tower with a yellow block at the base",
+    "There is a tower with a yellow block over a black block",
+    "There are at least three towers with a blue block at the top",
+    "There is a tower with 4 blocks",
+    "There are three black circles",
+    "There is a circle touching the right wall",
+    "One box contains a black circle",
+    "Each box contains a circle",
+}
+
+
+def said_of(scene: tuple[list[Item], ...], noun: str, draws: int) -> dict[str, bool]:
+    order = random.Random(5)
+    return {text: is_true(scene) for text, is_true in (claim(order, noun) for _ in range(draws))}
+
+
+def test_sentences_are_true_of_the_scenes_that_they_describe() -> None:
+    said = said_of(TOWERS, "block", 60_000) | said_of(SHAPES, "", 120_000)
+    known = {text: value for text, value in said.items() if text in TRUE | FALSE}
+    assert {text for text, value in known.items() if value} == TRUE & known.keys()
+    assert len(known) >= 12  # of many thousand forms, most of these were drawn
+
+
+def test_a_scene_is_drawn_where_its_items_lie() -> None:
+    picture = draw(SHAPES)
+    assert picture.size == (400, 100)
+    for number, box in enumerate(SHAPES):
+        for item in box:
+            x, y = number * (BOX + GAP) + item.x + item.size // 2, item.y + 2 * item.size // 3
+            assert picture.getpixel((x, y)) == COLOURS[item.colour]
+    assert picture.getpixel((125, 50)) == picture.getpixel((275, 3)) == (128, 128, 128)
+    assert picture.getpixel((30, 5)) == (211, 211, 211)
+
+
+def test_words_alone_tell_nothing() -> None:
+    rows = [row for number in range(400) for row in examples_of(number, 8, seed=1)[1]]
+    labels = Counter(row.answers[0].text for row in rows)
+    assert abs(labels["true"] / len(rows) - 0.5) < 0.03
+    for word in ("least", "no", "Each", "touching", "over"):
+        share = [row.answers[0].text == "true" for row in rows if word in row.question.split()]
+        assert len(share) > 30
+        assert abs(sum(share) / len(share) - 0.5) < 0.15
+
+
+def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--to", str(tmp_path), "--scenes", "5", "--validation", "2", "--questions", "3"]
+    monkeypatch.setattr(sys, "argv", ["nlvr_scenes", *words])
+    nlvr_scenes.main()
+    rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in ("train", "validation", "boxes")}
+    assert {name: len(examples) for name, examples in rows.items()} == {"train": 15, "validation": 6, "boxes": 15}
+    pictures = {name: {example.images[0] for example in examples} for name, examples in rows.items()}
+    assert not pictures["train"] & pictures["validation"]
+    assert pictures["train"] == pictures["boxes"]
+    for name in pictures["train"] | pictures["validation"]:
+        assert Image.open(tmp_path / name).size == (400, 100)
+    scene = examples_of(0, 3, seed=0)[0]
+    left = next(row for row in rows["boxes"] if row.id == "0-left").answers[0].text
+    assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
