@@ -272,9 +272,10 @@ class Result:
 
 def written(comparison: Comparison) -> Iterator[str]:
     """Scores all of it, writes the files; yields the table."""
-    scores = {str(contender): _items(comparison.tested(contender)) for contender in comparison.contenders}
+    cells = {str(contender): comparison.tested(contender) for contender in comparison.contenders}
     if comparison.untrained:
-        scores[UNTRAINED] = _items([comparison.untrained_run])
+        cells[UNTRAINED] = [comparison.untrained_run]
+    scores = {name: [cell.scores for cell in runs] for name, runs in cells.items()}
     ids = list(dict.fromkeys(name for rows in scores.values() for row in rows for name in row))
     shares = {name: np.array([[row.get(item, 0.0) for item in ids] for row in rows]) for name, rows in scores.items()}
     results = [_result(comparison, contender, shares) for contender in comparison.contenders]
@@ -306,16 +307,10 @@ def written(comparison: Comparison) -> Iterator[str]:
     yield from _table(results)
     for name, scores_there in record["by_set"].items():
         yield f"{name}: " + ", ".join(f"{who} {score:.1f}" for who, score in scores_there.items())
-    edges = [
-        result.name for result in results if result.losses and result.rate in (min(result.losses), max(result.losses))
-    ]
-    if edges and len(comparison.rates) > 1:
+    edges = [row.name for row in results if len(row.losses) > 1 and row.rate in (min(row.losses), max(row.losses))]
+    if edges:
         yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
     yield f"{comparison.to}: compare.json, score_by_rank.png, loss_by_rate.png"
-
-
-def _items(cells: Sequence[CellRun]) -> list[dict[str, float]]:
-    return [cell.scores for cell in cells]
 
 
 Shares = NDArray[np.float64]

@@ -71,7 +71,7 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[floa
     try:
         numbers: list[float] = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"{option} {text}: write numbers with commas between") from None
+        numbers = [0]
     if any(number <= 0 for number in numbers):
-        raise UserError(f"{option} {text}: every number must be above 0")
+        raise UserError(f"{option} {text}: write numbers above 0 with commas between")
     return numbers
