@@ -5,9 +5,10 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
-writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`; of other scenes `validation.jsonl`)
-and `boxes.jsonl`, what each box of the training scenes holds, of a tower from its base on: seeing is learned sooner
-from that. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
+writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`; of other scenes `validation.jsonl`) and
+`questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and how many there are of
+something. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a number means "exactly", as
+NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def claim(order: random.Random, noun: str) -> Claim:
 
 
 def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
-    """A scene, what is said about it and what its boxes hold, the same whenever it is asked for.
+    """A scene, what is said and what is asked about it, the same whenever it is asked for.
 
     A sentence is taken if another scene, drawn for it, makes it true where this one makes it false, or the other way
     round: so each sentence is true as often as false, and words alone tell nothing.
@@ -195,11 +196,16 @@ def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Exa
         text, is_true = claim(order, noun)
         if is_true(scene) != is_true(order.choice(others)):
             sentences.append(example(len(sentences), text, str(is_true(scene)).lower()))
-    boxes: list[Example] = []
+    asked: list[Example] = []
     for side, box in zip(("left", "middle", "right"), scene, strict=True):
         blocks, shapes = [item.colour for item in box], sorted(f"{item.colour} {item.shape}" for item in box)
-        boxes.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
-    return scene, sentences, boxes
+        asked.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
+    for index in range(questions // 2):
+        words, count = towers(order) if noun and order.random() < 0.7 else things(order, noun)
+        total = sum(map(count, scene))
+        answer = NUMBERS[total] if total < len(NUMBERS) else "many"
+        asked.append(example(f"count-{index}", f"How many {words.format(s='s')} are there?", answer))
+    return scene, sentences, asked
 
 
 @exit_on_user_error
@@ -213,12 +219,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Example]] = {"train": [], "validation": [], "boxes": []}
+    parts: dict[str, list[Example]] = {"train": [], "validation": [], "questions": []}
     for number in range(options.scenes + options.validation):
-        scene, sentences, boxes = examples_of(number, options.questions, options.seed)
+        scene, sentences, asked = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
         parts["train" if number < options.scenes else "validation"] += sentences
-        parts["boxes"] += boxes if number < options.scenes else []
+        parts["questions"] += asked if number < options.scenes else []
     for part, examples in parts.items():
         write_examples(options.to / f"{part}.jsonl", examples)
         print(f"{options.to / part}.jsonl: {len(examples):,} records")

@@ -91,13 +91,13 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     words = ["--to", str(tmp_path), "--scenes", "5", "--validation", "2", "--questions", "3"]
     monkeypatch.setattr(sys, "argv", ["nlvr_scenes", *words])
     nlvr_scenes.main()
-    rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in ("train", "validation", "boxes")}
-    assert {name: len(examples) for name, examples in rows.items()} == {"train": 15, "validation": 6, "boxes": 15}
+    rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in ("train", "validation", "questions")}
+    assert {name: len(examples) for name, examples in rows.items()} == {"train": 15, "validation": 6, "questions": 20}
     pictures = {name: {example.images[0] for example in examples} for name, examples in rows.items()}
     assert not pictures["train"] & pictures["validation"]
-    assert pictures["train"] == pictures["boxes"]
+    assert pictures["train"] == pictures["questions"]
     for name in pictures["train"] | pictures["validation"]:
         assert Image.open(tmp_path / name).size == (400, 100)
     scene = examples_of(0, 3, seed=0)[0]
-    left = next(row for row in rows["boxes"] if row.id == "0-left").answers[0].text
+    left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
