@@ -252,7 +252,7 @@ class Result:
     Attributes:
         losses: validation loss by rate; None where the run failed.
         score: mean over seeds and items; `spread` is the standard deviation of the seeds' means.
-        difference: to the first contender of the same rank, or the first of all, paired over items.
+        difference: to the first contender of its rank, of one without to the first method's last, paired over items.
     """
 
     name: str
@@ -342,7 +342,9 @@ def _interval(items: Shares) -> tuple[float, float]:
 def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, Shares]) -> Result:
     own, cells = shares[str(contender)], comparison.tested(contender)
     losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
-    others = [other for other in comparison.contenders if other.rank == contender.rank or contender.rank is None]
+    others = [other for other in comparison.contenders if other.rank == contender.rank]
+    if contender.rank is None:  # beside the most that the first method was given
+        others = [other for other in comparison.contenders if other.method == comparison.contenders[0].method][-1:]
     against = others[0]
     difference = None
     if against != contender:
