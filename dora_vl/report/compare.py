@@ -317,13 +317,13 @@ Shares = NDArray[np.float64]
 
 
 def _scored(name: str, shares: Shares, **more: Any) -> Result:
-    """The score of `[seeds, items]`; items are drawn again for its interval."""
+    """The score of `[seeds, items]`."""
     means = PERCENT * shares.mean(1)
     defaults: dict[str, Any] = {"method": name, "rank": None, "rate": None, "losses": {}}
     return Result(
         name=name,
         score=float(means.mean()),
-        interval=_interval(shares.mean(0)),
+        interval=_interval(shares),
         by_seed=tuple(means.tolist()),
         spread=float(means.std(ddof=1)) if len(means) > 1 else 0.0,
         items=shares.shape[1],
@@ -331,10 +331,17 @@ def _scored(name: str, shares: Shares, **more: Any) -> Result:
     )
 
 
-def _interval(items: Shares) -> tuple[float, float]:
-    """Of the mean in percent, by drawing items again."""
+def _interval(shares: Shares, others: Shares | None = None) -> tuple[float, float]:
+    """Of the mean in percent, or of that less the others'. Items are drawn again, for both alike, and seeds of each."""
     chance = np.random.default_rng(0)
-    draws = [items[chance.integers(0, len(items), len(items))].mean() for _ in range(RESAMPLES)]
+
+    def drawn(rows: Shares, items: NDArray[np.int64]) -> float:
+        return float(rows[chance.integers(0, len(rows), len(rows))][:, items].mean())
+
+    draws: list[float] = []
+    for _ in range(RESAMPLES):
+        items = chance.integers(0, shares.shape[1], shares.shape[1])
+        draws.append(drawn(shares, items) - (0.0 if others is None else drawn(others, items)))
     low, high = np.percentile(draws, PERCENTILES) * PERCENT
     return float(low), float(high)
 
@@ -348,8 +355,8 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
     against = others[0]
     difference = None
     if against != contender:
-        apart = own.mean(0) - shares[str(against)].mean(0)
-        difference = float(PERCENT * apart.mean()), *_interval(apart)
+        other = shares[str(against)]
+        difference = float(PERCENT * (own.mean() - other.mean())), *_interval(own, other)
     return _scored(
         str(contender),
         own,
@@ -411,6 +418,7 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
     """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
     figure, axes = _chart("rank", SCORE)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row.rank for row in results if row.rank}))
     axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(result.method for result in results))
     for number, method in enumerate(methods):
@@ -418,7 +426,7 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
         if rows[0].rank is None:
             axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
             continue
-        ranks = [(row.rank or 0) * 1.03 ** (number - len(methods) / 2) for row in rows]  # intervals beside each other
+        ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
         _with_intervals(axes, ranks, [(row.score, row.interval) for row in rows], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)

@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Trains one recipe by several methods and ranks at equal budgets, and says how they differ. The learning rate of each
 method and rank is chosen by the validation loss: of three around the recipe's, or of more beyond them while the last
 one is best (seven at most). Only then the test is asked, once for each seed. Differences are paired over the test's
-items, with 95 % intervals, beside the spread over seeds.
+items; 95 % intervals are over items and seeds, and the spread of the seeds stands beside them.
 
   dora-vl compare commonsense/smollm2_135m_cloze --methods dora,lora,full --ranks 1,4,16 --to runs/compared
   dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
