@@ -249,6 +249,21 @@ class TestGenerate:
             expected = model.generate(ids[None], max_new_tokens=4, num_beams=2, do_sample=False)[0][len(ids) :]
             assert torch.equal(row[: len(expected)], expected)
 
+    def test_the_head_scores_no_view_with_gaps(self, backbone: DecoderBackbone) -> None:
+        """Of one, torch's CPU multiplies by a frozen matrix row by row, hundreds of times slower."""
+        seen: list[Tensor] = []
+        prompts = inputs(Collator(0, pad_side="left")(llava_samples()))
+        del prompts["labels"]
+        head = backbone.model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Module)
+        for _ in range(2):
+            before = len(head._forward_pre_hooks)
+            with head.register_forward_hook(lambda _, given, __: seen.append(given[0])):
+                backbone.generate(**prompts, max_new_tokens=2)
+            assert len(head._forward_pre_hooks) == before
+        assert len(seen) == 4
+        assert all(hidden.shape[1] == 1 and hidden.is_contiguous() for hidden in seen)
+
     def test_streams_the_new_tokens_only_up_to_the_end_token(self, backbone: DecoderBackbone) -> None:
         streamer, ids = Collected(), llava_samples()[2].input_ids[None]
         new = backbone.generate(
