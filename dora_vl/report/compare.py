@@ -35,7 +35,7 @@ FAILED = "failed.txt"
 WAIT_SECONDS = 10.0
 MOST_RATES = 7
 """Of a sweep that goes on."""
-COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b")
+COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
 UNTRAINED = "untrained"
 SCORE = "score of the test (%), with 95 % interval"
 
