@@ -23,7 +23,7 @@ from pathlib import Path
 from data_prep.easy_vqa import balanced, reasoned, seen_in_pictures
 from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions
 from dora_vl.data.example import Answer, Example, whole_file, write_examples
-from dora_vl.errors import exit_on_user_error
+from dora_vl.errors import exit_on_user_error, positive
 
 
 def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:
@@ -76,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/demo/assets/easy_vqa"))
     parser.add_argument("--to", type=Path, default=Path("runs/demo-vlbart/records"))
-    parser.add_argument("--validation", type=int, default=0, metavar="PICTURES", help="held out of the second half")
+    parser.add_argument(
+        "--validation", type=positive, default=0, metavar="PICTURES", help="held out of the second half"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     print(json.dumps(convert(options.source, options.to, validation=options.validation, seed=options.seed), indent=1))

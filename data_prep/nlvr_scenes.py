@@ -36,6 +36,7 @@ WALLS = {"edge": SIDES, "wall": SIDES, "base": ("bottom",), "bottom": ("bottom",
 }
 """What a shape can touch, and at which sides of its box."""
 OTHERS = 20
+"""Scenes that a sentence may be false of where it is true of the one it is said of, or the other way round."""
 SHARP = 4
 """Shapes are drawn so many times larger, then made small, so that their edges are smooth."""
 
@@ -60,8 +61,9 @@ class Item:
 Box = Sequence[Item]
 Scene = Sequence[Box]
 Phrase = tuple[str, Callable[[Box], int]]
-"""Words for what is counted, with NUMBER where the number stands, and how many of it some items hold."""
+"""Words for what is counted, with {s} where a plural ends, and how many of it a box holds."""
 Claim = tuple[str, Callable[[Scene], bool]]
+"""A sentence, and whether it is true of a scene."""
 
 
 def tower(order: random.Random) -> Box:
@@ -177,7 +179,7 @@ def claim(order: random.Random, noun: str) -> Claim:
     return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
 
 
-def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
+def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
     """A scene, what is said and what is asked about it, the same whenever it is asked for.
 
     A sentence is taken if another scene, drawn for it, makes it true where this one makes it false, or the other way
@@ -192,20 +194,20 @@ def examples_of(number: int, questions: int, seed: int) -> tuple[Scene, list[Exa
         return Example(id=f"{number}-{name}", images=pictures, question=question, answers=(Answer(text=answer),))
 
     sentences: list[Example] = []
-    while len(sentences) < questions:
+    while len(sentences) < count:
         text, is_true = claim(order, noun)
         if is_true(scene) != is_true(order.choice(others)):
             sentences.append(example(len(sentences), text, str(is_true(scene)).lower()))
-    asked: list[Example] = []
+    questions: list[Example] = []
     for side, box in zip(("left", "middle", "right"), scene, strict=True):
         blocks, shapes = [item.colour for item in box], sorted(f"{item.colour} {item.shape}" for item in box)
-        asked.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
-    for index in range(questions // 2):
-        words, count = towers(order) if noun and order.random() < 0.7 else things(order, noun)
-        total = sum(map(count, scene))
+        questions.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
+    for index in range(count // 2):
+        words, count_in = towers(order) if noun and order.random() < 0.7 else things(order, noun)
+        total = sum(map(count_in, scene))
         answer = NUMBERS[total] if total < len(NUMBERS) else "many"
-        asked.append(example(f"count-{index}", f"How many {words.format(s='s')} are there?", answer))
-    return scene, sentences, asked
+        questions.append(example(f"count-{index}", f"How many {words.format(s='s')} are there?", answer))
+    return scene, sentences, questions
 
 
 @exit_on_user_error
@@ -221,10 +223,10 @@ def main() -> None:
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "questions": []}
     for number in range(options.scenes + options.validation):
-        scene, sentences, asked = examples_of(number, options.questions, options.seed)
+        scene, sentences, questions = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
         parts["train" if number < options.scenes else "validation"] += sentences
-        parts["questions"] += asked if number < options.scenes else []
+        parts["questions"] += questions if number < options.scenes else []
     for part, examples in parts.items():
         write_examples(options.to / f"{part}.jsonl", examples)
         print(f"{options.to / part}.jsonl: {len(examples):,} records")
