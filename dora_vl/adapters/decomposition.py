@@ -64,9 +64,9 @@ def _weights_folder(folder: Path) -> Path:
             return candidate
     if stem_in(folder) is not None:
         return folder
-    there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+    files = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(
-        f"{folder} is no model ({STEMS[0]}{SUFFIX}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {there}"
+        f"{folder} is no model ({STEMS[0]}{SUFFIX}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {files}"
     )
 
 
@@ -214,17 +214,17 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
     Without globs these are the layers that any of the adapters adapts, or every matrix where there is no adapter.
     """
     adapted: set[str] = set()
-    there: set[str] = set()
+    matrices: set[str] = set()
     for request in requests:
         with opened(request.saved[0], base) as tuned:
             adapted |= set(tuned.factors)
-            there |= set(tuned.factors) | tuned.whole
-    chosen = adapted or there
+            matrices |= set(tuned.factors) | tuned.whole
+    chosen = adapted or matrices
     if globs:
         for glob in globs:
-            if not any(fnmatchcase(layer, glob) for layer in there):
-                raise UserError(f"--layers {glob!r} matches none of {len(there)} matrices, such as {min(there)}")
-        chosen = {layer for layer in there if any(fnmatchcase(layer, glob) for glob in globs)}
+            if not any(fnmatchcase(layer, glob) for layer in matrices):
+                raise UserError(f"--layers {glob!r} matches none of {len(matrices)} matrices, such as {min(matrices)}")
+        chosen = {layer for layer in matrices if any(fnmatchcase(layer, glob) for glob in globs)}
     parts = {name: re.split(r"(\d+)", name) for name in chosen}
     numbered = {n: [(int(p), "") if p.isdigit() else (-1, p) for p in split] for n, split in parts.items()}
     return sorted(chosen, key=lambda name: numbered[name])  # layer 2 before layer 10

@@ -40,8 +40,8 @@ BESIDE_WEIGHTS = (torch.int64, torch.bool)
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way."""
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
-        raise UserError(f"{path} does not exist ({there}); give the folder or file that holds the adapter")
+        files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
+        raise UserError(f"{path} does not exist ({files}); give the folder or file that holds the adapter")
     if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
         raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
     check_whole(path)

@@ -85,8 +85,8 @@ class AdapterSet:
         for layer in adapter.layers:
             if layer in modules:
                 self._base_layers.setdefault(layer, modules[layer])
-        there = [n for n in adapter.extras if split_rows(n)[0] in tensors and n not in self._base_values]
-        self._base_values |= self._values(there)
+        extras = [n for n in adapter.extras if split_rows(n)[0] in tensors and n not in self._base_values]
+        self._base_values |= self._values(extras)
         try:
             names = load_adapter(self.model, folder, change_base=False)
         except UserError:
@@ -333,8 +333,8 @@ class RowAdapters:
         layer = self.model.get_submodule(name)
         if isinstance(layer, RowLayer):
             return layer
-        place: Place = "rows" if name in self._layers.by_row else "pictures"
-        row_layer = RowLayer(layer, self.batch, place)
+        axis: Place = "rows" if name in self._layers.by_row else "pictures"
+        row_layer = RowLayer(layer, self.batch, axis)
         put_in_place(self.model, layer, row_layer)
         return row_layer
 

@@ -51,5 +51,5 @@ def max_positions(config: Any) -> int | None:
 
     Learnt positions end in an index error there; rotary ones go on, far from anything that was trained.
     """
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None

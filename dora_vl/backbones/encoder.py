@@ -225,10 +225,10 @@ class Encoder:
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
-        asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
+        question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
-            asked = conversation.turns[0]
-        chat = self.prompts.render([asked, PROBE[1]])
+            question = conversation.turns[0]
+        chat = self.prompts.render([question, PROBE[1]])
         if chat.suffix is not None:  # which the processor closes by itself
             probe = chat.suffix + self.tokenizer.eos_token
         else:
@@ -319,12 +319,12 @@ class Encoder:
         generation_prompt: bool = False,
         prompts: Prompts | None = None,
     ) -> _Processed:
-        places = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
+        placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
             # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
             if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
                 raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
-            if any(place in turn.text for turn in turns if turn.role == "assistant" for place in places):
+            if any(token in turn.text for turn in turns if turn.role == "assistant" for token in placeholders):
                 raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
             if videos and self.why_no_videos:
                 turns, pictures = as_pictures(turns, pictures, videos)
@@ -360,7 +360,7 @@ class Encoder:
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
         offsets, replaced = outputs.pop("offset_mapping", None), outputs.pop("text_replacement_offsets", None)
-        places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
+        replacements = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
         ids = torch.as_tensor(outputs.pop("input_ids"))
         outputs.pop("labels", None)  # PaliGemma's processor makes some, uncut; ours are the same
         outputs.setdefault("attention_mask", torch.ones_like(ids))
@@ -370,11 +370,11 @@ class Encoder:
             # The answer's tokens are ones, and all before it count as the picture's.
             trained = [kind == 1 for kind in outputs["token_type_ids"][0].tolist()]
             roles = trained, trained.index(True) if True in trained else len(trained)
-        elif offsets is None or ((pictures or videos) and not places):
+        elif offsets is None or ((pictures or videos) and not replacements):
             roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
             token_spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
-            moves = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
+            moves = [(tuple(replacement["span"]), tuple(replacement["new_span"])) for replacement in replacements]
             roles = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
         return _Processed(ids[0], outputs, *roles)
 
@@ -391,9 +391,9 @@ class Encoder:
         if not chat.answer_spans:  # a prompt, or one of the beginnings
             return trained, 0
 
-        def tokens_up_to(place: int) -> int:
+        def tokens_up_to(position: int) -> int:
             """How many tokens the text and its beginning share; the latter's last may be joined to what follows."""
-            text = chat.text[:place]
+            text = chat.text[:position]
             prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
             return shared_beginning(ids, prefix)
 

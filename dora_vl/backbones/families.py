@@ -107,11 +107,11 @@ def model_type_of(base: str, revision: str | None = None) -> str:
         else f"is no folder in {Path.cwd()}, and cannot be fetched as a hub id"
     )
     with opening(f"model.base {base!r} {here}"):
-        found: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
-        stated = found.get("model_type")
+        config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
+        stated = config.get("model_type")
     if not isinstance(stated, str) or not stated:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
-    if found.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:
+    if config.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:
         raise UserError(f"model.base {base!r} is a {stated!r}: {BRINGS_CODE}")
     return stated
 
@@ -135,8 +135,8 @@ def sees_pictures(base: str, revision: str | None = None) -> bool:
 
 def is_language_model(model_type: str) -> bool:
     """Whether transformers knows the type as a causal language model, and as no vision-language model."""
-    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return known and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return is_causal and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def check_trained(base: str, model_type: str) -> None:

@@ -66,8 +66,8 @@ class PictureEmbedding(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures channels"]:
         """Projected embeddings, not normalised."""
-        made = self.model.get_image_features(pixel_values=pixels)
-        return made if isinstance(made, Tensor) else made.pooler_output
+        output = self.model.get_image_features(pixel_values=pixels)
+        return output if isinstance(output, Tensor) else output.pooler_output
 
 
 Kept = Literal["grid", "pooled"]
@@ -145,8 +145,8 @@ class FeatureEncoder:
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
         """Prepared pictures as features, without changes; `pooled` is one token each."""
-        made = self.network(pixels.to(self.device)).float()
-        return made.unsqueeze(1) if self.settings.kept == "pooled" else merged(made, self.settings.merge)
+        features = self.network(pixels.to(self.device)).float()
+        return features.unsqueeze(1) if self.settings.kept == "pooled" else merged(features, self.settings.merge)
 
     def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
         """Pictures as features, each by itself."""

@@ -87,7 +87,7 @@ class FrozenParts:
             outputs[name] = []
             for number, (leaves, _) in enumerate(recorded):
                 read = self._call(name, number).read
-                outputs[name].append([leaf if place in read else _hollow(leaf) for place, leaf in enumerate(leaves)])
+                outputs[name].append([leaf if index in read else _hollow(leaf) for index, leaf in enumerate(leaves)])
         return outputs
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
@@ -161,9 +161,9 @@ def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
     return Hollow((*leaf.shape[:axis], leaf.shape[axis] // count, *leaf.shape[axis + 1 :]), leaf.dtype)
 
 
-def _alike(one: Outputs, other: Outputs) -> bool:
+def _alike(outputs: Outputs, other: Outputs) -> bool:
     """Whether they are the same but for rounding."""
-    (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(outputs), pytree.tree_flatten(other)
     return spec == other_spec and all(
         a.shape == b.shape and float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
         if isinstance(a, Tensor) and isinstance(b, Tensor)
@@ -190,31 +190,31 @@ def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
     return joined
 
 
-def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any] | None = None) -> FrozenParts:
+def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any] | None = None) -> FrozenParts:
     """The frozen parts of a model in eval mode, from the inputs of one sample and of a batch of it twice.
 
-    Without `two`, for a batch that is handed in again as a whole.
+    Without `doubled`, for a batch that is handed in again as a whole.
 
     Raises: NotStorable if there is none, or its outputs do not grow with the pictures along one dimension.
     """
-    names = _frozen_modules(model, one)
+    names = _frozen_modules(model, inputs)
     with torch.no_grad():
-        alone = _recorded(model, names, one)
-        pair = alone if two is None else _recorded(model, names, two)
+        alone = _recorded(model, names, inputs)
+        pair = alone if doubled is None else _recorded(model, names, doubled)
     batched: dict[str, bool] = {}
     for name in names:
         counts = len(alone[name]), len(pair[name])
         if counts[0] == 0 or counts[1] not in (counts[0], 2 * counts[0]):
             raise NotStorable(f"{name} is called {counts[0]} times for a picture and {counts[1]} times for two")
         batched[name] = counts[0] == counts[1]
-    read = _read_leaves(model, batched, one)
+    read = _read_leaves(model, batched, inputs)
     calls: dict[str, tuple[Call, ...]] = {}
     for name in names:
         described = []
         for number in range(len(alone[name]) if batched[name] else 1):
             (leaves, spec), others = alone[name][number], pair[name][number][0]
             used = frozenset(read.get((name, number), ()))
-            grows = batched[name] and two is not None
+            grows = batched[name] and doubled is not None
             axes = _axes(name, leaves, others, used) if grows else (0,) * len(leaves)
             described.append(Call(spec, used, axes))
         calls[name] = tuple(described)
@@ -267,14 +267,14 @@ def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
     pictures = [
         Image.frombytes("RGB", size, noise.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
     ]
-    one, samples = encoder.pictured(pictures[:1]), [encoder.pictured(pictures[:1])]
+    sample, samples = encoder.pictured(pictures[:1]), [encoder.pictured(pictures[:1])]
     for shown in (pictures[1:], []):
         with contextlib.suppress(BadSample):  # some families take one picture alone, or no words without
             samples.append(encoder.pictured(shown))
-    pair = model_inputs(model, Collator(encoder.pad_token_id)([one, one]))
+    pair = model_inputs(model, Collator(encoder.pad_token_id)([sample, sample]))
     try:
-        parts = find_parts(model, inputs_of(model, one), pair)
-        for rows in ([one, one], samples):
+        parts = find_parts(model, inputs_of(model, sample), pair)
+        for rows in ([sample, sample], samples):
             _prove(model, parts, rows, encoder.pad_token_id)
     except (RuntimeError, ValueError, IndexError) as error:
         raise NotStorable(f"the model cannot run its frozen parts, or take what they gave: {error}") from error
@@ -299,13 +299,13 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], read: frozenset[int]) -> tuple[int, ...]:
     axes = [0] * len(alone)
-    for place, (single, double) in enumerate(zip(alone, pair, strict=True)):
+    for index, (single, double) in enumerate(zip(alone, pair, strict=True)):
         if not isinstance(single, Tensor) or not isinstance(double, Tensor):
             continue
         grown = [axis for axis in range(single.dim()) if single.shape[axis] != double.shape[axis]]
-        if place in read and (single.dim() != double.dim() or len(grown) != 1):
+        if index in read and (single.dim() != double.dim() or len(grown) != 1):
             raise NotStorable(f"{name} gives {[*single.shape]} for a picture, {[*double.shape]} for two")
-        axes[place] = grown[0] if len(grown) == 1 else 0
+        axes[index] = grown[0] if len(grown) == 1 else 0
     return tuple(axes)
 
 
@@ -357,11 +357,11 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
     def cut_off(name: str, _: nn.Module, __: Any, output: Any) -> Any:
         number, counts[name] = counts[name] if batched[name] else 0, counts[name] + 1
         leaves, spec = pytree.tree_flatten(output)
-        for place, leaf in enumerate(leaves):
+        for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 fresh = leaf.detach().clone().requires_grad_()
-                leaves[place] = fresh * 1  # no leaf of the graph: some models write into it
-                seen.append((name, number, place, fresh))
+                leaves[index] = fresh * 1  # no leaf of the graph: some models write into it
+                seen.append((name, number, index, fresh))
         return pytree.tree_unflatten(leaves, spec)
 
     hooks = [model.get_submodule(name).register_forward_hook(functools.partial(cut_off, name)) for name in batched]
@@ -372,9 +372,9 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
             return {}
         gradients = torch.autograd.grad(total, [fresh for *_, fresh in seen], allow_unused=True)
     read: dict[tuple[str, int], set[int]] = {}
-    for (name, number, place, _), gradient in zip(seen, gradients, strict=True):
+    for (name, number, index, _), gradient in zip(seen, gradients, strict=True):
         if gradient is not None:
-            read.setdefault((name, number), set()).add(place)
+            read.setdefault((name, number), set()).add(index)
     return read
 
 
@@ -487,11 +487,11 @@ class OutputStore:
         Samples whose pictures have the same shapes go through the parts `together`, up to so many.
         Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
         """
-        mine = missing[part[0] :: part[1]]
-        if not mine:
+        todo = missing[part[0] :: part[1]]
+        if not todo:
             return
-        log.info("computing the outputs of frozen vision parts for %d samples' pictures, in %s", len(mine), self.folder)
-        rows: Any = DataLoader(_Rows(reader, mine), batch_size=None, num_workers=workers)
+        log.info("computing the outputs of frozen vision parts for %d samples' pictures, in %s", len(todo), self.folder)
+        rows: Any = DataLoader(_Rows(reader, todo), batch_size=None, num_workers=workers)
         waiting: dict[object, list[tuple[str, Any, Sample]]] = {}
         for row in tqdm(rows, unit="sample", desc="stored outputs", disable=part[0] > 0):
             if isinstance(row, BadSample):
@@ -574,13 +574,13 @@ class PictureReader:
     """Opens a sample's pictures and encodes them; worker processes may have it.
 
     Attributes:
-        held: pictures that the data file itself holds.
+        stored: pictures that the data file itself holds.
         most_pixels: of a sample; what is above it is shrunk.
     """
 
     encoder: Encoder
     folder: MediaFolder
-    held: HeldPictures | None = None
+    stored: HeldPictures | None = None
     most_pixels: int | None = None
 
     def key(self, names: Sequence[str]) -> str:
@@ -601,7 +601,7 @@ class PictureReader:
 
         Raises: BadSample.
         """
-        pictures = [open_image(self.folder, name, self.held) for name in names]
+        pictures = [open_image(self.folder, name, self.stored) for name in names]
         sizes = [picture.size for picture in pictures]
         if self.most_pixels is not None:
             pictures, _, _ = within_pixels(pictures, (), self.most_pixels)

@@ -165,8 +165,8 @@ def _without_tokenizer(folder: str) -> str:
 
 
 def _file(folder: str, name: str, revision: str | None) -> Path | None:
-    found = cached_file(folder, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    path = cached_file(folder, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
 
 
 def load_language_model(
@@ -283,15 +283,15 @@ def quantised_loading(
     if quantisation is None:
         return QuantisedLoading()
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
-    found = quantised_layers(config, quantisation, folder_or_id)
-    layers = found.quantised
-    if found.whole:
+    linears = quantised_layers(config, quantisation, folder_or_id)
+    layers = linears.quantised
+    if linears.whole:
         log.warning(
             "%d of the language model's %d linear layers stay whole, first %s: %s takes widths that are multiples "
             "of %d",
-            len(found.whole),
-            len(found.whole) + len(layers),
-            found.whole[0],
+            len(linears.whole),
+            len(linears.whole) + len(layers),
+            linears.whole[0],
             quantisation,
             SCHEMES[quantisation].width,
         )
@@ -330,9 +330,9 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
 def check_made_from(folder: Path, spec: Any) -> None:
     """Refuses a base that was written with other settings; one that does not say is taken as it is."""
     file = folder / SETTINGS_FILE
-    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    digests = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, digest in _digests(spec).items():
-        if made.get(name, digest) != digest:
+        if digests.get(name, digest) != digest:
             raise UserError(
                 f"{folder} was made with another {name} than the run says ({getattr(spec, name)!r}); remove the folder "
                 "to have it made anew, or name another model.base"

@@ -101,13 +101,13 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         """Hidden states and losses at the positions that predict a label.
 
         Args:
-            labels: the token at each place, or -100; the shift by one happens here.
+            labels: the token at each position, or -100; the shift by one happens here.
             layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
             stored: what frozen parts gave for the pictures of each sample that has some.
             keep_logits: gives them too; else they stand in chunks, where the head's scores are the model's own.
             inputs: what else the processor gave, by its own names.
         """
-        rows, places, targets, samples = _predicted(labels, attention_mask, layout)
+        rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
@@ -116,7 +116,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
         def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden.append(seen[0][rows, places])
+            hidden.append(seen[0][rows, positions])
             if chunked:
                 losses.append(label_losses(hidden[0], targets, head.forward))
             return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
@@ -194,19 +194,19 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 def _predicted(
     labels: Tensor | None, attention_mask: Tensor, layout: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row and place of each hidden state that predicts a label, that label, and the number of its sample.
+    """Row and position of each hidden state that predicts a label, that label, and the number of its sample.
 
-    Without labels it is each row's last token; with a `layout` the places are its `sources`.
+    Without labels it is each row's last token; with a `layout` the positions are its `sources`.
     """
     if labels is None:
         rows = torch.arange(len(attention_mask), device=attention_mask.device)
         last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
         return rows, last, torch.full_like(rows, IGNORED_LABEL), rows
     if layout is None:
-        rows, places = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-        return rows, places, labels[rows, places + 1], rows
-    rows, places = ((labels != IGNORED_LABEL) & (layout["sources"] >= 0)).nonzero(as_tuple=True)
-    return rows, layout["sources"][rows, places], labels[rows, places], layout["samples"][rows, places]
+        rows, positions = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+        return rows, positions, labels[rows, positions + 1], rows
+    rows, positions = ((labels != IGNORED_LABEL) & (layout["sources"] >= 0)).nonzero(as_tuple=True)
+    return rows, layout["sources"][rows, positions], labels[rows, positions], layout["samples"][rows, positions]
 
 
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
     with BaseWeights(local_folder(folder_or_id, revision)) as weights:
         stored = [(tensor.key, tensor.shape) for tensor in weights.tensors.values()]
     for key, shape in stored:
-        if any(key.endswith(end) and shape == held for end, held in own.items()):
+        if any(key.endswith(end) and shape == saved_shape for end, saved_shape in own.items()):
             raise UserError(
                 f"{folder_or_id}: under ZeRO-3 transformers would load {key} transposed, since the folder has it as "
                 "save_pretrained writes it; set training.deepspeed: zero2, or take the published folder"

@@ -22,7 +22,7 @@ Move = tuple[Span, Span]
 
 
 def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> tuple[list[bool], int]:
-    """Whether each token is of an answer or closes one, and the first place after those of every picture and video.
+    """Whether each token is of an answer or closes one, and the first position after those of every picture and video.
 
     The processor tells each token's characters. A token that an answer begins or ends in is trained whole. Some
     processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
@@ -39,8 +39,8 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     ends = [old[1] for old, _ in moves]
     gains = [0, *(new[1] - old[1] for old, new in moves)]
     # In the text that was tokenised, from whose beginning `moves` count.
-    places = [place + shift for span in chat.answer_spans for place in span]
-    moved = [place + gains[bisect_right(ends, place)] for place in places]
+    positions = [position + shift for span in chat.answer_spans for position in span]
+    moved = [position + gains[bisect_right(ends, position)] for position in positions]
     answers = list(zip(moved[::2], moved[1::2], strict=True))
     trained = [any(first < end and start < last for start, end in answers) for first, last in offsets]
     last = moves[-1][1][1] if moves else 0
@@ -111,7 +111,7 @@ class PieceProcessor:
         self._words = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._words.no_truncation()
         self._words.no_padding()
-        special = {place: token for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {token_id: token for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stand_ins = _stand_ins([token.content for token in special.values()])
         self._words.add_tokens(
             [
@@ -120,11 +120,11 @@ class PieceProcessor:
             ]
         )
         self._real_ids = {
-            self._words.token_to_id(self._stand_ins[token.content]): place for place, token in special.items()
+            self._words.token_to_id(self._stand_ins[token.content]): token_id for token_id, token in special.items()
         }
         # What the tokenizer puts before any text by itself: the begin token, or nothing.
         bare, around = (self._words.encode("a", add_special_tokens=added).ids for added in (False, True))
-        begin = next(place for place in range(len(around)) if around[place : place + len(bare)] == bare)
+        begin = next(index for index in range(len(around)) if around[index : index + len(bare)] == bare)
         self._start_ids: list[int] = around[:begin]
 
     @property
@@ -176,15 +176,15 @@ class PieceProcessor:
         self._words.encode_special_tokens = True  # not kept by pickling, and a data worker gets this object pickled
         ids: list[int] = []
         offsets: list[Span] = []
-        places: list[dict[str, Span]] = []
+        replacements: list[dict[str, Span]] = []
         start = 0
         for number, piece in enumerate(pieces):
             if number:
-                place = (start, start + len(IMAGE_PLACEHOLDER))
+                span = (start, start + len(IMAGE_PLACEHOLDER))
                 ids += [self.image_token_id] * self.tokens_per_image
-                offsets += [place] * self.tokens_per_image
-                places.append({"span": place, "new_span": place})
-                start = place[1]
+                offsets += [span] * self.tokens_per_image
+                replacements.append({"span": span, "new_span": span})
+                start = span[1]
             encoding = self._words.encode(piece, add_special_tokens=False)
             ids += [self._real_ids.get(token, token) for token in encoding.ids]
             # A token of no characters (a space mark put before a piece) counts where it stands.
@@ -193,7 +193,7 @@ class PieceProcessor:
         if ids[: len(self._start_ids)] != self._start_ids:
             ids, offsets = self._start_ids + ids, [(0, 1)] * len(self._start_ids) + offsets
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
-        batch["text_replacement_offsets"] = [places]
+        batch["text_replacement_offsets"] = [replacements]
         if self.pixels is not None and pictures:
             batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch

@@ -44,9 +44,9 @@ def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str
     return _resolved(model, patterns, where, _parameters_in)
 
 
-def resolved_layers(model: PreTrainedModel, place: str) -> frozenset[str]:
+def resolved_layers(model: PreTrainedModel, preset: str) -> frozenset[str]:
     """Full names of the linear layers of one of `PRESETS`."""
-    return frozenset(_layers_in(PRESETS[place](model)))
+    return frozenset(_layers_in(PRESETS[preset](model)))
 
 
 def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
@@ -98,9 +98,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_quantised(module)
 
 
-def _layers_in(place: Place) -> list[str]:
+def _layers_in(modules: Place) -> list[str]:
     """The place's linear layers, without those in which an adapter would be passed over."""
-    linears = {name: module for name, module in place.items() if _is_linear(module)}
+    linears = {name: module for name, module in modules.items() if _is_linear(module)}
     names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]
     if left := [name for name in linears if name not in names]:
         log.warning("%d linear layers cannot be adapted and are left out, first %s", len(left), left[0])
@@ -109,10 +109,10 @@ def _layers_in(place: Place) -> list[str]:
 
 def _targets_in(model: PreTrainedModel, preset: str) -> list[str]:
     """A place's layers, and experts that are one tensor where the preset asks for them."""
-    place = PRESETS[preset](model)
-    names = _layers_in(place)
+    modules = PRESETS[preset](model)
+    names = _layers_in(modules)
     if preset in ("experts", "all-linear"):
-        names += [f"{name}.{leaf}" for name, module in place.items() for leaf in expert_projections(module)]
+        names += [f"{name}.{leaf}" for name, module in modules.items() for leaf in expert_projections(module)]
     return names
 
 
@@ -123,16 +123,16 @@ def _owners_in(model: PreTrainedModel, preset: str) -> list[str]:
 
 def _parameters_in(model: PreTrainedModel, preset: str) -> list[str]:
     """A place's parameters, without those that a module outside of it uses too (tied embeddings)."""
-    place = PRESETS[preset](model)
+    modules = PRESETS[preset](model)
     outside = {
         id(weight)
         for name, module in model.named_modules()
-        if name not in place
+        if name not in modules
         for weight in module.parameters(recurse=False)
     }
     return [
         f"{name}.{leaf}"
-        for name, module in place.items()
+        for name, module in modules.items()
         for leaf, weight in module.named_parameters(recurse=False)
         if id(weight) not in outside
     ]

@@ -135,14 +135,14 @@ class ProcessorChat(Prompts):
     def _try(self, *, pictures: bool) -> None:
         """Finds the messages' form and what closes an answer; refuses a template that cannot be trained on."""
         self._choose_parts()
-        asked = PROCESSOR_PROBE[:2]
-        if self._why_not(asked):
+        turns = PROCESSOR_PROBE[:2]
+        if self._why_not(turns):
             self._closing = str(self._processor.tokenizer.eos_token or "")
             log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
-        if reason := self._why_not(asked):
+        if reason := self._why_not(turns):
             raise UserError(f"{self._name}: {reason}, so its answers cannot be trained on; change chat_template")
-        text = self.render(asked).text
-        if text != self._apply(asked, generation_prompt=False):
+        text = self.render(turns).text
+        if text != self._apply(turns, generation_prompt=False):
             log.info(
                 "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
             )
@@ -203,15 +203,15 @@ class ProcessorChat(Prompts):
             refuse_special(turns, self._special)
         whole = self._apply(turns, generation_prompt=generation_prompt)
         self._check_nothing_lost(turns, whole)
-        text, spans, place = "", [], 0
+        text, spans, position = "", [], 0
         for count in range(len(turns) - len(talk) + 2, len(turns) + 1, 2):
-            (opening, answer), asked, end = self._answer(turns[:count], whole)
-            text += whole[place:opening] + asked
+            (opening, answer), prompt_end, end = self._answer(turns[:count], whole)
+            text += whole[position:opening] + prompt_end
             start = len(text)
             text += whole[answer:end]
             spans.append((start, len(text)))
-            place = end
-        text += whole[place:]
+            position = end
+        text += whole[position:]
         if not self._pieces:
             return Chat(text, tuple(spans))
         controls = [match.span() for match in self._special.finditer(text)]
@@ -247,14 +247,14 @@ class ProcessorChat(Prompts):
         if not whole.startswith(after):
             raise ValueError("the chat template writes an earlier answer differently once later turns follow")
         shared = shared_beginning(before, after)
-        asked, answer = before[shared:], after[shared:]
-        first = shared + (len(answer) - len(answer.lstrip()) if asked else 0)
-        if asked.strip():
+        prompt_end, answer = before[shared:], after[shared:]
+        first = shared + (len(answer) - len(answer.lstrip()) if prompt_end else 0)
+        if prompt_end.strip():
             raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
         closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
         if not closing:
             raise ValueError("the chat template closes an answer with no special token")
-        return (shared, first), asked, closing[-1]
+        return (shared, first), prompt_end, closing[-1]
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
@@ -369,14 +369,14 @@ class PaliGemma(Prompts):
         if len(talk) > 2:
             raise ValueError(f"{len(talk)} turns, and a PaliGemma takes one question and one answer")
         question = talk[0].text
-        asked = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
+        words = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
         pictures = question.count(IMAGE_PLACEHOLDER)
         before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
         if before.strip():
             raise ValueError("a picture stands behind words, and a PaliGemma takes pictures before the question alone")
         if not pictures:
             raise ValueError("it has no picture, and a PaliGemma's processor takes no words without one")
-        text = self._picture * pictures + asked
+        text = self._picture * pictures + words
         if generation_prompt:
             return Chat(text, (), by_token_types=True)
         return Chat(text, ((len(text), len(text) + 1),), suffix=talk[1].text, by_token_types=True)

@@ -35,12 +35,12 @@ NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, T
 """What a family's own code may end in over rows that it does not expect."""
 
 
-def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) -> tuple[RowKind, str | None]:
-    """The wanted rows, or of trees, packed and plain ones the first that the model follows, and why not the wanted.
+def followed_rows(backbone: DecoderBackbone, encoder: Encoder, requested: RowKind) -> tuple[RowKind, str | None]:
+    """The requested rows, or of trees, packed and plain ones the first that the model follows, and why not those.
 
     From then on the encoder gives its samples the positions of a family that counts along several axes.
     """
-    if wanted == "plain":
+    if requested == "plain":
         return "plain", None
     encoder.take_positions_of(backbone.model)
     kernel = str(backbone.model.get_decoder().config._attn_implementation)
@@ -52,14 +52,14 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
         with torch.no_grad(), _whole_weights(backbone):
             samples = _samples(encoder)
             if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
-                Collator(encoder.pad_token_id, rows=wanted)(samples)
-                return wanted, None
+                Collator(encoder.pad_token_id, rows=requested)(samples)
+                return requested, None
             apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             with _last_bits(backbone):
                 noisy = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             padded = _scores(backbone, encoder, samples, "plain")
             noise = max(float((scores - apart).norm() / apart.norm()) for scores in (noisy, padded))
-            kinds: tuple[RowKind, ...] = ("trees", "packed") if wanted == "trees" else ("packed",)
+            kinds: tuple[RowKind, ...] = ("trees", "packed") if requested == "trees" else ("packed",)
             for kind in kinds:
                 try:
                     off = float((_scores(backbone, encoder, samples, kind) - apart).norm() / apart.norm())
@@ -79,10 +79,10 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, wanted: RowKind) 
 def _samples(encoder: Encoder) -> list[Sample]:
     """Three about one picture, or of words alone."""
     pictures = [Image.new("RGB", (64, 48), GREY)] if encoder.sees_pictures else []
-    place = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
+    placeholder = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
     samples = []
     for number, (question, answer) in enumerate(QUESTIONS):
-        turns = (Turn("user", place + question), Turn("assistant", answer))
+        turns = (Turn("user", placeholder + question), Turn("assistant", answer))
         encoded = encoder.encode(Example("probe", ("probe",) * len(pictures), turns), pictures)
         samples.append(Sample(**vars(encoded), index=number, media=("probe",) * len(pictures)))
     return samples

@@ -55,10 +55,10 @@ class Span(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """Every path of a batch, filled up at its end: its row, its places, and which of them no path before it writes."""
+    """Every path of a batch, filled up at its end: its row, its positions, and which no path before it writes."""
 
     rows: Int[Tensor, " paths"]
-    places: Int[Tensor, "paths longest"]
+    positions: Int[Tensor, "paths longest"]
     writes: Bool[Tensor, "paths longest"]
 
 
@@ -118,18 +118,18 @@ def spans_of(forest: Forest) -> list[list[Span]]:
 
 def paths_of(forest: Forest) -> Paths:
     """From each root to each leaf."""
-    rows, places, writes = [], [], []
+    rows, positions, writes = [], [], []
     for row, spans in enumerate(spans_of(forest)):
         seen_by = forest.sees[row, : len(spans), : len(spans)].sum(0)
         written = torch.zeros(forest.segment.shape[1], dtype=torch.bool, device=forest.segment.device)
         for leaf in (seen_by == 1).nonzero()[:, 0].tolist():
             path = spans[leaf].path
             rows.append(row)
-            places.append(path)
+            positions.append(path)
             writes.append(~written[path])
             written[path] = True
-    longest = max(map(len, places))
-    filled = [nn.functional.pad(path, (0, longest - len(path)), value=int(path[-1])) for path in places]
+    longest = max(map(len, positions))
+    filled = [nn.functional.pad(path, (0, longest - len(path)), value=int(path[-1])) for path in positions]
     first = [nn.functional.pad(path, (0, longest - len(path)), value=False) for path in writes]
     return Paths(torch.tensor(rows, device=forest.segment.device), torch.stack(filled), torch.stack(first))
 
@@ -172,7 +172,7 @@ class RowFollower:
             return None
         named = {name: None if name in OF_ROWS else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
-        hidden = hidden[self.paths.rows[:, None], self.paths.places]
+        hidden = hidden[self.paths.rows[:, None], self.paths.positions]
         if not args:
             return (), {**named, "hidden_states": hidden}
         return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), named
@@ -184,7 +184,7 @@ class RowFollower:
         hidden, writes = output[0] if isinstance(output, tuple) else output, self.paths.writes
         rows = self.paths.rows[:, None].expand_as(writes)
         whole = hidden.new_zeros(*self.forest.segment.shape, hidden.shape[-1])
-        whole = whole.index_put((rows[writes], self.paths.places[writes]), hidden[writes])
+        whole = whole.index_put((rows[writes], self.paths.positions[writes]), hidden[writes])
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
@@ -279,11 +279,11 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         is_causal = getattr(module, "is_causal", False)
         if follower is None or follower.forest is None or attention_mask is not None or not is_causal:
             return attend(module, query, key, value, attention_mask, *args, **named)
-        states = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # places before heads
+        states = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # positions before heads
         whole = query.new_zeros(*states[0].shape[:3], value.shape[-1])
         for group in follower.groups:
-            places = group.queries, group.keys, group.keys
-            parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, places, strict=True)]
+            positions = group.queries, group.keys, group.keys
+            parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)]
             short = query.device.type == "cpu" and group.keys.shape[1] <= SHORT
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
                 attended = attend(module, *parts, group.sees, *args, **named)[0]
@@ -315,10 +315,10 @@ class OwnPositions:
 
     def of(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"]:
         """Of a sample's tokens."""
-        given = {**inputs, "input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-        given["inputs_embeds"] = torch.zeros(1, len(ids), 1)
+        arguments = {**inputs, "input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        arguments["inputs_embeds"] = torch.zeros(1, len(ids), 1)
         count = getattr(self._model, COUNTS)
-        positions = count(**{name: given.get(name) for name in inspect.signature(count).parameters})
+        positions = count(**{name: arguments.get(name) for name in inspect.signature(count).parameters})
         self._model.rope_deltas = None  # what decoding would go on from
         return torch.arange(len(ids)).expand(self._axes, -1) if positions is None else positions[:, 0]
 

@@ -63,7 +63,7 @@ class ShardStore:
             try:
                 with safe_open(path, framework="pt") as shard:
                     index = json.loads(shard.metadata()["index"])
-                entries = {key: Entry(path, index["written"], *found) for key, found in index["entries"].items()}
+                entries = {key: Entry(path, index["written"], *values) for key, values in index["entries"].items()}
             except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 raise UserError(
                     f"{path} holds nothing that can be read ({type(error).__name__}: {error}); it is a cache: delete "
@@ -148,6 +148,6 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error}); python -m data_prep.features writes it") from None
 
 
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
     """The first name, in their order, whose values differ; None where all are equal."""
-    return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
+    return min((name for name in {*first, *second} if first.get(name) != second.get(name)), default=None)

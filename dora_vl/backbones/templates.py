@@ -87,7 +87,7 @@ class Prompts:
 def shared_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many characters or ids two begin with alike."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((number for number, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
 _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
@@ -144,12 +144,12 @@ class RoundTemplate(Prompts):
         if not generation_prompt:
             frames.append((self.end, "", False))
         text, answers, controls = "", [], []
-        for frame, said, is_answer in frames:
+        for frame, content, is_answer in frames:
             start = len(text)
             before, _, after = frame.partition("{}")
-            for place, part in ((start, before), (start + len(before) + len(said), after)):
-                controls += [(place + match.start(), place + match.end()) for match in _CONTROL.finditer(part)]
-            text += before + said + after
+            for offset, part in ((start, before), (start + len(before) + len(content), after)):
+                controls += [(offset + match.start(), offset + match.end()) for match in _CONTROL.finditer(part)]
+            text += before + content + after
             if is_answer:
                 answers.append((start, len(text)))
         return Chat(text, tuple(answers), tuple(controls))
@@ -321,7 +321,7 @@ class InstructionPrompt:
         """The text up to where the output begins; `context` is the record's `input`."""
         sections = [("Instruction", instruction), *([("Input", context)] if context else []), ("Response", "")]
         blank = "" if test else self.indent
-        body = f"\n{blank}\n".join(f"{self.indent}### {title}:\n{self.indent}{said}" for title, said in sections)
+        body = f"\n{blank}\n".join(f"{self.indent}### {title}:\n{self.indent}{content}" for title, content in sections)
         return f"{(self.test if test else self.train)[bool(context)]}\n\n{body}"
 
 

@@ -68,9 +68,9 @@ def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
 
 def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) -> bool:
     """Whether a chat writes a processor's `token` once where a video goes."""
-    asked, said = "Which colour is it?", Turn("assistant", "It is purple.")
+    query, reply = "Which colour is it?", Turn("assistant", "It is purple.")
     try:
-        with_video, without = (render([Turn("user", text), said]).text for text in (f"{VIDEO_MARK}\n{asked}", asked))
+        with_video, without = (render([Turn("user", text), reply]).text for text in (f"{VIDEO_MARK}\n{query}", query))
     except (ValueError, TypeError, TemplateError):
         return False
     return with_video.count(token) == 1 and token not in without
@@ -117,12 +117,12 @@ def repeated(video: Video, frames: int) -> Video:
     have = len(video.pictures)
     if have >= frames:
         return video
-    places = [number * have // frames for number in range(frames)]
+    positions = [number * have // frames for number in range(frames)]
     return replace(
         video,
-        pictures=tuple(video.pictures[place] for place in places),
-        indices=tuple(video.indices[place] for place in places),
-        seconds=tuple(video.seconds[place] for place in places),
+        pictures=tuple(video.pictures[position] for position in positions),
+        indices=tuple(video.indices[position] for position in positions),
+        seconds=tuple(video.seconds[position] for position in positions),
     )
 
 
@@ -155,7 +155,7 @@ def displaced_inputs(
     Returns: the inputs by that name, `[1, tiles and frames, ...]`; nothing where none was lost.
     """
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
-    kinds = [place["type"] for place in (outputs.get("text_replacement_offsets") or [[]])[0]]
+    kinds = [replacement["type"] for replacement in (outputs.get("text_replacement_offsets") or [[]])[0]]
     left, frames = iter(pictures), iter(videos)
     inputs: list[Any] = []
     for kind in kinds if names else ():

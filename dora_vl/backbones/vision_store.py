@@ -95,12 +95,12 @@ def open_features(folder: Path) -> FeatureStore:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
     forms = {SHARD_GLOB: OwnFeatures, "*.parquet": ParquetFeatures, "*.h5": FileFeatures, "*.npz": FileFeatures}
-    found = [pattern for pattern in forms if next(folder.glob(pattern), None) is not None]
-    if not found:
+    patterns = [pattern for pattern in forms if next(folder.glob(pattern), None) is not None]
+    if not patterns:
         raise UserError(f"{folder} holds no features: no {', '.join(forms)} in it")
-    if len(found) > 1:
-        raise UserError(f"{folder} holds features as {' and '.join(found)}; lay each form into a folder of its own")
-    return forms[found[0]](folder)
+    if len(patterns) > 1:
+        raise UserError(f"{folder} holds features as {' and '.join(patterns)}; lay each form into a folder of its own")
+    return forms[patterns[0]](folder)
 
 
 class OwnFeatures(FeatureStore):
@@ -432,12 +432,12 @@ def fixed_length(
 
 def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
     """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them."""
-    places = tokens // frames  # of a frame
+    per_frame = tokens // frames
     if tokens <= length:
         return frames
-    if length % places:
+    if length % per_frame:
         raise UserError(
-            f"{frames} frames of {places} tokens have to become {length} tokens (data.feature_tokens), which is no "
-            f"multiple of {places}"
+            f"{frames} frames of {per_frame} tokens have to become {length} tokens (data.feature_tokens), which is no "
+            f"multiple of {per_frame}"
         )
-    return length // places
+    return length // per_frame

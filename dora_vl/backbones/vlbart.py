@@ -123,16 +123,16 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
     ) -> Features:
         """Hidden states and losses at the positions that have a label, -100 being none.
 
-        The decoder reads the labels one place later, so a label at t is predicted at t.
+        The decoder reads the labels one position later, so a label at t is predicted at t.
         """
         encoded, mask = self.encode(input_ids, attention_mask, features)
         hidden = self.decode(self.shifted(labels), encoded, mask)
-        rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+        rows, positions = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
         if len(rows) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
             chosen = hidden[:1, 0]
             logits = self.logits(chosen)[:0]
             return Features(chosen, logits.float().sum(1), labels.new_zeros(0), labels.new_zeros(0), logits)
-        chosen, targets = hidden[rows, places], labels[rows, places]
+        chosen, targets = hidden[rows, positions], labels[rows, positions]
         if keep_logits or not in_chunks(self.model.lm_head):
             logits = self.logits(chosen)
             return Features(chosen, losses_of(logits, targets), targets, rows, logits)

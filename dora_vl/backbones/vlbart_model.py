@@ -110,9 +110,9 @@ class VisualEmbedding(nn.Module):
     ) -> Float[Tensor, "batch visual width"]:
         """Boxes are (x1, x2, y1, y2), each from 0 to 1; order i takes the i-th row from the vocabulary's end."""
         area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
-        places = torch.cat([boxes, area.unsqueeze(-1)], dim=-1)
+        positions = torch.cat([boxes, area.unsqueeze(-1)], dim=-1)
         row = self.obj_order_embedding.num_embeddings - 1 - order_ids
-        total = self.feat_embedding(features) + self.absolute_vis_pos_embedding(places)
+        total = self.feat_embedding(features) + self.absolute_vis_pos_embedding(positions)
         total = total + self.img_order_embedding(image_ids) + self.obj_order_embedding(row)
         return self.layer_norm(total) if self._norm_of_sum else total
 

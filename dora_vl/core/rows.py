@@ -99,24 +99,24 @@ class ActiveAdapters:
         finally:
             self._runs, self._choices = {}, {}
 
-    def runs(self, place: Place, length: int) -> tuple[Run, ...]:
+    def runs(self, axis: Place, length: int) -> tuple[Run, ...]:
         """The runs of an input whose first axis has this length; another than the batch's is refused."""
-        runs = self._runs.get(place, (Run(None, slice(0, length)),))
-        if len(runs) == 1 and place == "pictures":
+        runs = self._runs.get(axis, (Run(None, slice(0, length)),))
+        if len(runs) == 1 and axis == "pictures":
             return (Run(runs[0].share, slice(0, length)),)
         if runs[-1].rows.stop != length:
-            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].rows.stop} {place} of")
+            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].rows.stop} {axis} of")
         return runs
 
-    def choice(self, place: Place, layout: Layout, like: Tensor) -> Choice:
+    def choice(self, axis: Place, layout: Layout, like: Tensor) -> Choice:
         """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
-        key = (place, layout, like.dtype, like.device)
+        key = (axis, layout, like.dtype, like.device)
         if key not in self._choices:
             stops = dict(zip(dict(layout), accumulate(rank for _, rank in layout), strict=True))
             mask = like.new_zeros(len(like), sum(rank for _, rank in layout))
             gain_index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
             shares: dict[Share, int] = {}
-            for run in self._runs[place]:
+            for run in self._runs[axis]:
                 if run.share is not None and run.key in stops:
                     stop = stops[run.key]
                     mask[run.rows, stop - dict(layout)[run.key] : stop] = run.share.strength
@@ -167,10 +167,10 @@ class RowLayer(nn.Module):
 
     base: Any
 
-    def __init__(self, base: nn.Module, batch: ActiveAdapters, place: Place) -> None:
+    def __init__(self, base: nn.Module, batch: ActiveAdapters, axis: Place) -> None:
         super().__init__()
         self.base = base
-        self.place: Place = place
+        self.axis: Place = axis
         self.training = base.training
         self._batch = batch
         self._changes: dict[str, RowChange] = {}
@@ -225,7 +225,7 @@ class RowLayer(nn.Module):
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The layer's output, each row's by its own adapter."""
-        runs = self._batch.runs(self.place, len(inputs[0]) if inputs else 0)
+        runs = self._batch.runs(self.axis, len(inputs[0]) if inputs else 0)
         if len(runs) == 1 and runs[0].key in self._own:
             return self._own_layer(runs[0])(*inputs, **named)
         output = self.base(*inputs, **named)
@@ -241,7 +241,7 @@ class RowLayer(nn.Module):
         return output
 
     def _change_in_one_product_(self, output: Tensor, x: Tensor) -> None:
-        chosen = self._batch.choice(self.place, self._layout, x)
+        chosen = self._batch.choice(self.axis, self._layout, x)
         each_row = (len(x), *(1,) * (x.dim() - 2), -1)
         hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
         # A row without an adapter has zeros for both, and keeps its bits.

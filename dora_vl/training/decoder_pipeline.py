@@ -177,7 +177,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
             folder, most = image_folder(data), self._most_pixels(arguments)
-            reader = PictureReader(encoder=encoder, folder=folder, held=samples.stored, most_pixels=most)
+            reader = PictureReader(encoder=encoder, folder=folder, stored=samples.stored, most_pixels=most)
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         collate = Collator(

@@ -92,7 +92,7 @@ class RowEncoder:
             return self.encoder.encode(row)
         clips, outputs, lost = self.videos.read(row.videos) if row.videos else [], None, 0
         if self.outputs is not None and row.images:
-            reader = PictureReader(encoder=self.encoder, folder=self.folder, held=stored)
+            reader = PictureReader(encoder=self.encoder, folder=self.folder, stored=stored)
             outputs = self.outputs.read(reader, row.images)
             pictures = [Image.new("RGB", size, GREY) for size in outputs.sizes]
         else:
