@@ -87,7 +87,7 @@ class Collator:
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Rows that hold several samples, and who sees whom in them."""
-        numbers = {id(sample): number for number, sample in enumerate(samples)}
+        index = {id(sample): number for number, sample in enumerate(samples)}
         trees = grow(samples, budget=ROW_TOKENS, shares=self.shares if self.rows == "trees" else None)
         lengths = [tokens_of(tree) for tree in trees]
         rows = [lay_out([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // ROW_TOKENS))]
@@ -98,7 +98,7 @@ class Collator:
             "segment": (-1, [row.segment for row in rows]),
             "steps": (0, [row.steps for row in rows]),
             "sources": (-1, [row.sources for row in rows]),
-            "samples": (-1, [torch.tensor([numbers[id(one)] for one in row.samples])[row.segment] for row in rows]),
+            "samples": (-1, [torch.tensor([index[id(sample)] for sample in row.samples])[row.segment] for row in rows]),
         }
         for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
             of_tokens[name] = 0, [row.inputs.get(name, torch.zeros_like(row.input_ids)) for row in rows]
@@ -146,8 +146,8 @@ class Collator:
                 pixels = [sample.inputs[POINTING[name]] for sample in samples if name in sample.inputs]
                 starts = accumulate((patches.shape[0] * patches.shape[1] for patches in pixels), initial=0)
                 moved = [
-                    torch.where(places >= 0, places + start, places)
-                    for places, start in zip(values, starts, strict=False)
+                    torch.where(indices >= 0, indices + start, indices)
+                    for indices, start in zip(values, starts, strict=False)
                 ]
                 joined[name] = stacked(moved, -1)
             else:
@@ -179,7 +179,7 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
     """Tensors one after another, each filled up at its ends to the largest size of every other dimension."""
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
-    sizes = [max(tensor.shape[place] for tensor in tensors) for place in range(1, tensors[0].dim())]
+    sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, tensors[0].dim())]
     filled = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
     start = 0
     for tensor in tensors:

@@ -165,15 +165,15 @@ class FileCheck:
     def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
         """The next row: a talk, or a record; or why it cannot be one."""
         self.rows += 1
-        place = f"row {self.rows}"
-        sample_id = place if self._columns.id_of(record) is None else id_of(record, columns=self._columns)
+        location = f"row {self.rows}"
+        sample_id = location if self._columns.id_of(record) is None else id_of(record, columns=self._columns)
         try:
             resolved = self._columns.resolve(record)
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             form = None if resolved.format is None else resolved.format.name
             is_record = form in (None, "records") and record.keys() <= FIELDS
-            self._note_format("records" if is_record else form, sample_id, place)
+            self._note_format("records" if is_record else form, sample_id, location)
             example = read_record(record, sample_id) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:
             return BadSample(sample_id, str(error), LEFT_OUT)
@@ -183,10 +183,10 @@ class FileCheck:
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
         return example
 
-    def _note_format(self, form: str | None, sample_id: str, place: str) -> None:
+    def _note_format(self, form: str | None, sample_id: str, location: str) -> None:
         if form is None or form in self.formats:
             return
-        self.formats[form] = place
+        self.formats[form] = location
         if len(self.formats) > 1:
             firsts = "; ".join(f"{name}: {first}" for name, first in self.formats.items())
             self._add("mixed formats", sample_id, f"the first of each: {firsts}")
@@ -200,7 +200,7 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
-        asked = [row.question, *(turn.text for turn in row.turns if turn.role == "user"), *row.choices]
+        questions = [row.question, *(turn.text for turn in row.turns if turn.role == "user"), *row.choices]
         replies = [turn.text for turn in row.turns if turn.role == "assistant"]
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
@@ -208,7 +208,7 @@ class FileCheck:
             self._add(EMPTY_ANSWER, sample_id)
         system = [turn.text for turn in row.turns if turn.role == "system"]
         subtitles = [subtitle.text for subtitle in row.subtitles]
-        self._check_length(sample_id, [*subtitles, *system, *asked, *replies, max(answers, key=len, default="")])
+        self._check_length(sample_id, [*subtitles, *system, *questions, *replies, max(answers, key=len, default="")])
         media = [(name, False) for name in row.images] + [(clip.path, True) for clip in row.videos]
         for name, is_video in media:
             check = self._videos if is_video else self._media
@@ -218,7 +218,7 @@ class FileCheck:
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
         # The same question about another part of a video, or another order of pictures, is another one.
         spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in row.videos]
-        words = "\n".join(filter(str.strip, [*asked, *spans, str(row.extra.get("order", ""))]))
+        words = "\n".join(filter(str.strip, [*questions, *spans, str(row.extra.get("order", ""))]))
         if words or media:
             self.samples.setdefault(hash((words, *media)), sample_id)
         return usable

@@ -129,8 +129,8 @@ def from_record(record: Mapping[str, JSON]) -> Example:
         example = _EXAMPLE.validate_python(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = " ".join(map(str, first["loc"]))
-        raise BadSample(sample_id, f"{place!r}: {first['msg']}, got {shown(first['input'])}") from None
+        location = " ".join(map(str, first["loc"]))
+        raise BadSample(sample_id, f"{location!r}: {first['msg']}, got {shown(first['input'])}") from None
     if example.choices and "correct" in example.extra:
         right_choice(example.extra["correct"], example.choices, sample_id)
     return example
@@ -213,16 +213,16 @@ class ExampleFile:
             raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
         self._each_answer = each_answer
         self._streams: dict[int, IO[bytes]] = {}
-        items = array("q")  # file, place and answer of each, flat: a set has millions of lines
+        items = array("q")  # file, offset and answer of each, flat: a set has millions of lines
         for number, path in enumerate(self.paths):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-            place, before = 0, len(items)
+            offset, before = 0, len(items)
             with path.open("rb") as stream:
                 for line in stream:
                     for answer in range(_answers_in(line) if each_answer else bool(line.strip())):
-                        items.extend((number, place, answer))
-                    place += len(line)
+                        items.extend((number, offset, answer))
+                    offset += len(line)
             if len(items) == before:
                 raise UserError(f"{path} holds no example")
         self._items = np.frombuffer(items, np.int64).reshape(-1, 3)[:limit]
@@ -231,14 +231,14 @@ class ExampleFile:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
-        """The example at this place; with `each_answer` see `answer_of` for which of its answers is meant."""
+        """The example at this index; with `each_answer` see `answer_of` for which of its answers is meant."""
         try:
             return from_record(_json_object(self._line(index)))
         except BadSample as error:
-            file, place, _ = self._items[index].tolist()
+            file, offset, _ = self._items[index].tolist()
             path = self.paths[file]
             with path.open("rb") as stream:  # all before it is read, which only a broken line is worth
-                number = 1 + stream.read(place).count(b"\n")
+                number = 1 + stream.read(offset).count(b"\n")
             raise BadSample(error.sample_id, f"{path}, line {number}: {error.reason}") from None
 
     def answer_of(self, index: int) -> int | None:
@@ -260,10 +260,10 @@ class ExampleFile:
         return {**self.__dict__, "_streams": {}}  # an open file does not travel; a worker opens its own
 
     def _line(self, index: int) -> bytes:
-        file, place, _ = self._items[index].tolist()
+        file, offset, _ = self._items[index].tolist()
         if file not in self._streams:
             self._streams[file] = self.paths[file].open("rb")
-        self._streams[file].seek(place)
+        self._streams[file].seek(offset)
         return self._streams[file].readline()
 
 
@@ -350,8 +350,8 @@ def correct_choice(answer: object, choices: Sequence[str], sample_id: str, readi
         raise BadSample(sample_id, f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
-    place = ascii_uppercase.index(letter[1].upper()) if letter else number
-    by_place = [place] if place < len(choices) and reading != "only text" else []
+    position = ascii_uppercase.index(letter[1].upper()) if letter else number
+    by_place = [position] if position < len(choices) and reading != "only text" else []
     indices = by_place + by_text if reading == "place" else by_text + by_place
     if not indices:
         ways = "text" if reading == "only text" else "letter, number from 0 or text"

@@ -197,7 +197,7 @@ class TreeSampler(torch.utils.data.Sampler[int]):
         left = sorted(groups, key=self._tokens)
         while left:
             group = left.pop()
-            with_room = [batch for batch, places in enumerate(room) if places >= len(group)]
+            with_room = [batch for batch, slots in enumerate(room) if slots >= len(group)]
             if with_room:
                 chosen = min(with_room, key=tokens.__getitem__)
             else:  # a part of it where most have room; the rest waits for its turn
@@ -281,9 +281,9 @@ class MixturePlan:
         step, part = divmod(number, self.parts)
         task, turn = _steps(self.seed, epoch, self._steps_of)[step]
         source = self.sources[task]
-        round_, place = divmod(turn, source.steps)
+        round_, position = divmod(turn, source.steps)
         order = _permutation(f"{self.seed}/{epoch}/{source.name}/{round_}", source.items)
-        items = order[place * source.batch_size : (place + 1) * source.batch_size]
+        items = order[position * source.batch_size : (position + 1) * source.batch_size]
         first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
         return Part(task, tuple(items[first:last].tolist()))
 
@@ -321,7 +321,7 @@ def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " sam
 def places_of_largest_pictures(
     rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
 ) -> list[int]:
-    """The places of `count` rows whose pictures have the most pixels; nothing is decoded."""
+    """The indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
 
     def pixels(name: str) -> int:
         """Those that a picture's header tells of; none of one that cannot be read."""
@@ -332,7 +332,7 @@ def places_of_largest_pictures(
         except (BadSample, *NOT_DECODED):
             return 0
 
-    places = np.linspace(0, len(rows) - 1, min(len(rows), HEADERS)).astype(np.int64)
-    sizes = [sum(map(pixels, names)) for names in rows.select(places)["images"]]
+    indices = np.linspace(0, len(rows) - 1, min(len(rows), HEADERS)).astype(np.int64)
+    sizes = [sum(map(pixels, names)) for names in rows.select(indices)["images"]]
     order = np.argsort(sizes, kind="stable")[::-1][:count]
-    return [int(places[number]) for number in order if sizes[number]]
+    return [int(indices[number]) for number in order if sizes[number]]

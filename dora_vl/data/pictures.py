@@ -467,7 +467,7 @@ class StoredPictures(HeldPictures):
         for number, table in enumerate(self._tables):
             for chunk_number, chunk in enumerate(table.data.column("held_pictures").chunks):
                 names = chunk.flatten().field("name").to_pylist()
-                self._places |= {name: (number, chunk_number, place) for place, name in enumerate(names)}
+                self._places |= {name: (number, chunk_number, index) for index, name in enumerate(names)}
 
     @classmethod
     def joined(cls, parts: Sequence[StoredPictures]) -> StoredPictures:
@@ -484,9 +484,9 @@ class StoredPictures(HeldPictures):
         return name in self._places
 
     def __getitem__(self, name: str) -> bytes:
-        table, chunk, place = self._places[name]
+        table, chunk, index = self._places[name]
         pictures = self._tables[table].data.column("held_pictures").chunk(chunk).flatten()
-        return pictures.field("content")[place].as_py()
+        return pictures.field("content")[index].as_py()
 
 
 WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
@@ -495,8 +495,8 @@ BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How the bytes of PNG, JPEG, GIF and WebP begin in base64."""
 
 
-def picture_name(value: object, key: str, sample_id: str, held: dict[str, bytes]) -> str:
-    """A picture's path, or a name made of its content, which goes into `held`.
+def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str, bytes]) -> str:
+    """A picture's path, or a name made of its content, which goes into `image_bytes`.
 
     Args:
         value: a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web.
@@ -514,7 +514,7 @@ def picture_name(value: object, key: str, sample_id: str, held: dict[str, bytes]
         value = _from_base64(value) or value  # a path may begin alike
     if isinstance(value, bytes | bytearray) and value:
         name = STORED + hashlib.sha256(value).hexdigest()[:32]
-        held[name] = bytes(value)
+        image_bytes[name] = bytes(value)
         return name
     if not isinstance(value, str) or not value:
         raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")

@@ -74,7 +74,7 @@ def read_talk(messages: Sequence[object], row: Row, sample_id: str) -> Example:
         raise BadSample(sample_id, "its text holds half of a surrogate pair, which is no character") from None
     scored = row.get("scored")
     answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
-    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=talk.held)
+    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=talk.image_bytes)
 
 
 def read_conversations(row: Row, sample_id: str) -> Example:
@@ -87,7 +87,7 @@ class _Talk:
 
     def __init__(self, row: Row, sample_id: str) -> None:
         self._id = sample_id
-        self.held: dict[str, bytes] = {}
+        self.image_bytes: dict[str, bytes] = {}
         self._beside = [self._picture(value, "images") for value in _listed(row.get("images"))]
         self._left = list(range(len(self._beside)))
         self._images: list[str] = []
@@ -97,7 +97,7 @@ class _Talk:
 
     def all_images(self) -> list[str]:
         """The pictures in and beside the messages."""
-        images = [*self._images, *(self._beside[place] for place in self._left)]
+        images = [*self._images, *(self._beside[index] for index in self._left)]
         if self._tagged and len(images) > self._tagged:
             more = len(images) - self._tagged
             raise BadSample(self._id, f"its text names pictures in <img>, and it has {more} more beside it")
@@ -164,8 +164,8 @@ class _Talk:
         """The text, `<image>` for pictures that it names in tags; those beside take the places it has, in order."""
         if "<" not in text:
             return text
-        for place in self._left[: text.count(IMAGE_PLACEHOLDER)]:
-            self._take(place)
+        for index in self._left[: text.count(IMAGE_PLACEHOLDER)]:
+            self._take(index)
         count = text.count(VIDEO_PLACEHOLDER)
         self.clips += self.clips_left[:count]
         del self.clips_left[:count]
@@ -177,17 +177,17 @@ class _Talk:
             self._tagged += 1
         return _TAGS.sub(IMAGE_PLACEHOLDER, text)
 
-    def _take(self, place: object, number: int = 0) -> None:
-        """A picture beside the messages by its place, from 0 (TRL's `index`)."""
-        if not isinstance(place, int) or not 0 <= place < len(self._beside):
-            reason = f"the index {shown(place)} of {len(self._beside)} pictures"
+    def _take(self, index: object, number: int = 0) -> None:
+        """A picture beside the messages by its index, from 0 (as TRL's)."""
+        if not isinstance(index, int) or not 0 <= index < len(self._beside):
+            reason = f"the index {shown(index)} of {len(self._beside)} pictures"
             raise BadSample(self._id, f"a part of turn {number} has {reason}")
-        self._images.append(self._beside[place])
-        if place in self._left:
-            self._left.remove(place)
+        self._images.append(self._beside[index])
+        if index in self._left:
+            self._left.remove(index)
 
     def _picture(self, value: object, key: str) -> str:
-        return picture_name(value, key, self._id, self.held)
+        return picture_name(value, key, self._id, self.image_bytes)
 
 
 def _listed(value: object) -> Sequence[object]:
@@ -201,13 +201,13 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
     """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
-        for place, names in enumerate((("start_seconds", "video_start"), ("end_seconds", "video_end"))):
+        for index, names in enumerate((("start_seconds", "video_start"), ("end_seconds", "video_end"))):
             name = next((name for name in names if value.get(name) is not None), None)
             seconds = None if name is None else value[name]
             with suppress(OverflowError):  # a whole number beyond every float
                 if isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds):
-                    times[place] = float(seconds)
-            if name is not None and times[place] is None:
+                    times[index] = float(seconds)
+            if name is not None and times[index] is None:
                 raise BadSample(sample_id, f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
         if value.get("bytes") is not None:
             raise BadSample(sample_id, f"{key!r} holds a video's bytes; write it to a file and name that")

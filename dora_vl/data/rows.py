@@ -112,10 +112,10 @@ def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
 def _same_media(first: Sample, second: Sample) -> bool:
     """Whether two samples show a model the same pictures and videos, prepared in the same way."""
 
-    def same(one: Any, other: Any) -> bool:
-        if isinstance(one, Tensor) and isinstance(other, Tensor):
-            return one is other or torch.equal(one, other)
-        return bool(one == other)
+    def same(value: Any, other: Any) -> bool:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            return value is other or torch.equal(value, other)
+        return bool(value == other)
 
     names = [name for name in first.inputs if name not in ALIGNED]
     return names == [name for name in second.inputs if name not in ALIGNED] and all(

@@ -215,8 +215,8 @@ def look_ahead(
         pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
     """
     bad: dict[str, str] = {}
-    places = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
-    for example in table if len(places) == len(table) else table.select(places):
+    indices = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
+    for example in table if len(indices) == len(table) else table.select(indices):
         if isinstance(example, BadSample):
             bad[example.sample_id] = example.reason
             continue
@@ -227,7 +227,7 @@ def look_ahead(
             bad[example.id] = problem
     ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(table), source=source)
     ledger.carry_over(bad)
-    ledger.judge(BadSampleCounts(seen=len(places), bad=len(bad)))
+    ledger.judge(BadSampleCounts(seen=len(indices), bad=len(bad)))
 
 
 def _why_missing(root: MediaFolder, name: str, kind: str) -> str | None:

@@ -216,8 +216,8 @@ def shuffled(
         buffer.append(row)
         buffer_size += characters_of(row)
         while len(buffer) >= size or buffer_size > most_bytes:
-            place = draws.randrange(len(buffer))
-            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            index = draws.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
             taken = buffer.pop()
             buffer_size -= characters_of(taken)
             yield taken

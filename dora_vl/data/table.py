@@ -190,9 +190,9 @@ class ExampleTable:
         """Only what an example is made of: a quarter less time for each row than with all columns."""
         return self.rows.select_columns(_EXAMPLE_COLUMNS)
 
-    def select(self, places: Iterable[int]) -> ExampleTable:
-        """The rows at these places."""
-        return ExampleTable(self.rows.select(places), self.stored)
+    def select(self, indices: Iterable[int]) -> ExampleTable:
+        """The rows at these indices."""
+        return ExampleTable(self.rows.select(indices), self.stored)
 
     def ids(self) -> Iterator[str]:
         """Yields each row's id, in order."""
@@ -304,7 +304,7 @@ def check_weights(files: Sequence[TrainFile]) -> None:
 
 
 def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
-    """Places of the samples held out: about `share` of all, and no picture or video on both sides.
+    """Indices of the samples held out: about `share` of all, and no picture or video on both sides.
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
@@ -339,7 +339,7 @@ def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, shar
             f"together, and the smallest group has {min(sizes.values())}; set another share, or name a "
             "data.validation file"
         )
-    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
+    return np.array([index for index, group in enumerate(groups) if group in chosen], np.int64)
 
 
 def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
@@ -369,14 +369,14 @@ def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ..
     def words(text: str) -> str:
         return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
 
-    asked = {(images, words(text)): question for question, images, text in questions if images}
-    pictures = pa.array(sorted({name for names, _ in asked for name in names}), pa.string())
+    question_ids = {(images, words(text)): question for question, images, text in questions if images}
+    pictures = pa.array(sorted({name for names, _ in question_ids for name in names}), pa.string())
     names = _column(rows, "images")
     is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # before they are objects
-    places = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
-    about = rows.select(np.unique(places))
+    indices = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
+    about = rows.select(np.unique(indices))
     pairs: list[tuple[str, str]] = []
     for sample, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
         keys = [(tuple(images), words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
-        pairs += [(sample, asked[key]) for key in keys if key in asked][:1]
+        pairs += [(sample, question_ids[key]) for key in keys if key in question_ids][:1]
     return pairs

@@ -266,9 +266,9 @@ class VideoReader:
     def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
         """The frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
         path = clip_path(root, clip)
-        wanted = path, path.stat().st_mtime_ns, clip, sampling
-        if self._kept is None or self._kept[0] != wanted:
-            self._kept = wanted, self._decoded((str(path), clip, sampling), lambda picture: picture)
+        key = path, path.stat().st_mtime_ns, clip, sampling
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._decoded((str(path), clip, sampling), lambda picture: picture)
         return self._kept[1]
 
     def read_prepared(

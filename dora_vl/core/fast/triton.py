@@ -252,11 +252,11 @@ def _sums_kernel(  # noqa: PLR0913
 ):  # fmt: skip
     if SUM_HIDDEN:  # the programs of both sums go over their numbers side by side, for one launch
         number = tl.program_id(0).to(tl.int64) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-        there = number < hidden_numbers
+        in_hidden = number < hidden_numbers
         total = tl.zeros((BLOCK_HIDDEN,), dtype=tl.float32)
         for split in range(0, splits):
-            total += tl.load(dh_parts + split * hidden_numbers + number, mask=there, other=0.0)
-        tl.store(dh + number, total.to(dh.dtype.element_ty), mask=there)
+            total += tl.load(dh_parts + split * hidden_numbers + number, mask=in_hidden, other=0.0)
+        tl.store(dh + number, total.to(dh.dtype.element_ty), mask=in_hidden)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_out = column < out
     of_magnitude = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
@@ -332,7 +332,7 @@ def backward_pass(
     }
     dh = None
     new = dy.new_empty if dy.numel() else dy.new_zeros
-    dm, db = (new(out, dtype=torch.float32) if wanted else None for wanted in (kept is not None, with_bias_sum))
+    dm, db = (new(out, dtype=torch.float32) if needed else None for needed in (kept is not None, with_bias_sum))
     if dy.numel():
         dz, dh = _launch_backward(named, gain.per_magnitude.contiguous(), dm, db)
     else:
@@ -541,8 +541,8 @@ def _careful_kernel(  # noqa: PLR0913
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < out
     frozen_squared = tl.load(frozen + row, mask=in_rows, other=1.0)
-    found = tl.load(squared + row, mask=in_rows, other=1.0)
-    cancelled = found <= cancellation * frozen_squared
+    norm_squared = tl.load(squared + row, mask=in_rows, other=1.0)
+    cancelled = norm_squared <= cancellation * frozen_squared
     wide_row = row.to(tl.int64)[:, None]
     if tl.max(cancelled.to(tl.int32), axis=0) > 0:
         total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -565,8 +565,8 @@ def _careful_kernel(  # noqa: PLR0913
             )  # fmt: skip
             direction = w.to(tl.float32) + scale * change
             total += tl.sum(direction * direction, axis=1)
-        found = tl.where(cancelled, total, found)
-    tl.store(trusted + row, tl.where(found < 0, 0.0, found), mask=in_rows)
+        norm_squared = tl.where(cancelled, total, norm_squared)
+    tl.store(trusted + row, tl.where(norm_squared < 0, 0.0, norm_squared), mask=in_rows)
 
 
 def norms_squared(

@@ -223,8 +223,8 @@ def key(raw: Raw, column: str) -> str:
 def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
     """Those of the files that are in `folder`, or else in the first folder `inside` it that has any, by name."""
     names = list(names)
-    for place in (*(folder / part for part in inside), folder):
-        if files := files_in(place, names):
+    for candidate in (*(folder / part for part in inside), folder):
+        if files := files_in(candidate, names):
             return files
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --from takes the folder with {' or '.join(names[:4])}")

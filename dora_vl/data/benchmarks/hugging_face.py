@@ -54,7 +54,7 @@ def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Ite
     name = options.get("split", "train")
     columns = read_columns(options.get("columns", ""))
     hub = options.get("hub")
-    shards = () if hub else tuple(_of_split(folder, _shards(folder), name, asked="split" in options))
+    shards = () if hub else tuple(_of_split(folder, _shards(folder), name, requested="split" in options))
     task = options.get("task") or (hub.rpartition("/")[2] if hub else folder.stem)
     source = {"path": hub, "name": options.get("config"), "revision": options.get("revision"), "split": name}
     yield Split(
@@ -94,17 +94,17 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _of_split(folder: Path, shards: Sequence[Path], name: str, *, asked: bool) -> Sequence[Path]:
+def _of_split(folder: Path, shards: Sequence[Path], name: str, *, requested: bool) -> Sequence[Path]:
     """The shards of the split of that name, or else of the only one that means it, as `val` means validation."""
     if folder.is_file():
         return shards
     splits = by_split(folder, shards)
     if name in splits:
         return splits[name]
-    (first, *others), wanted = splits, meaning(name)
-    if not others and (not asked or wanted is None or meaning(first) in (None, wanted)):
+    (first, *others), canonical = splits, meaning(name)
+    if not others and (not requested or canonical is None or meaning(first) in (None, canonical)):
         return shards  # of one split, which `split` may call something else
-    same = [files for split, files in splits.items() if wanted is not None and meaning(split) == wanted]
+    same = [files for split, files in splits.items() if canonical is not None and meaning(split) == canonical]
     if len(same) != 1:
         raise UserError(
             f"{folder}: no split {shown_text(name)} in it, but {counted(splits)}; name one, --set split=NAME"
@@ -122,8 +122,8 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
         stream = stream.decode(False)  # which is the training's business
         names = class_names(stream)
         for number, row in enumerate(stream, start=1):
-            held = [value["bytes"] for value in row.values() if isinstance(value, dict) and value.get("bytes")]
-            progress(16 * len(row) + sum(map(len, held)))  # roughly how many bytes of the shards the row was
+            contents = [value["bytes"] for value in row.values() if isinstance(value, dict) and value.get("bytes")]
+            progress(16 * len(row) + sum(map(len, contents)))  # roughly how many bytes of the shards the row was
             yield {**with_class_names(row, names), ROW_NUMBER: number}
     except UserError:
         raise

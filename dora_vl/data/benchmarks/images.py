@@ -164,7 +164,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     stay together, and a test set never holds a sentence that was trained on. `evals` are the votes of validators, not
     all of whom agree.
     """
-    paths = present(folder, [place for part in NLVR_FILES for place in (f"{part}/{part}.json", f"{part}.json")])
+    paths = present(folder, [name for part in NLVR_FILES for name in (f"{part}/{part}.json", f"{part}.json")])
     files = {path.stem: (path, f"{path.stem}/images" if "/" in name else "images") for name, path in paths.items()}
     notes = {"records": f"{ORDERS} a row, one for each order of the boxes"}
     split = partial(Split, "nlvr", convert=nlvr_row, notes=notes)
@@ -200,11 +200,11 @@ def read_shares(option: str) -> dict[str, float]:
 def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
     """The share that a sentence falls to: by its words alone, so wherever it stands again it falls to the same."""
     digest = hashlib.sha256(f"{seed}\0{_words(sentence)}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
     *others, last = shares
     for name in others:
-        place -= shares[name]
-        if place < 0:
+        fraction -= shares[name]
+        if fraction < 0:
             return name
     return last
 

@@ -81,7 +81,7 @@ def parse_srt(content: str) -> Iterator[dict[str, object]]:
     """Yields {text, start, end} of each cue, its lines joined by spaces; times that cannot be read are None."""
     for block in re.split(r"\r?\n\s*\r?\n", content):
         lines = [line.strip() for line in block.splitlines()]
-        times = next(((place, match) for place, line in enumerate(lines) if (match := _TIMES.match(line))), None)
+        times = next(((index, match) for index, line in enumerate(lines) if (match := _TIMES.match(line))), None)
         if times is None:
             spoken = [line for line in lines if line and not line.isdigit()]
             start = end = None
@@ -245,7 +245,7 @@ def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
         videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
         question=row.filled("question"),
         answers=(Answer(text=right),),
-        choices=tuple(choices[place] for place in order),
+        choices=tuple(choices[index] for index in order),
         subtitles=subtitles_of(row),
         extra={"vid_name": name, "ts": f"{start}-{end}", "correct": order.index(3)},
     )
