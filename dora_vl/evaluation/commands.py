@@ -337,7 +337,7 @@ def finish(
             "limit": options.limit,
         }
         asked_with = {name: dict(answered.options) for name, answered in predictions.items() if answered.options}
-        yield from write_metrics(to / METRICS, origin, entries, asked=finished, options=asked_with)
+        yield from write_metrics(to / METRICS, origin, entries, evaluated=finished, options=asked_with)
     if reasons:
         (name, reason), *_ = reasons.items()
         raise UserError(f"{len(reasons)} of {len(sets)} benchmarks not scored: {', '.join(reasons)}; {name}: {reason}")

@@ -290,14 +290,14 @@ def write_metrics(
     origin: Mapping[str, JSON],
     entries: Mapping[str, JSON],
     *,
-    asked: Collection[str],
+    evaluated: Collection[str],
     options: Mapping[str, JSON],
 ) -> list[str]:
     """Writes the entries, with those of before that are still true; without any there is no file. Says what went.
 
     Args:
         origin: what all numbers of the file are of; hashes tell an adapter from its successor at the same place.
-        asked: every benchmark of the command; of these no entry of before stays.
+        evaluated: every benchmark of the command; of these no entry of before stays.
         options: of the answers, by benchmark.
     """
     content = _mapping_in(path)
@@ -309,7 +309,7 @@ def write_metrics(
     if all(content.get(name) == value for name, value in header.items()):
         for name, entry in before.items():
             file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
-            if name not in asked and file.is_file() and file_sha256(file) == entry.get("file_sha256"):
+            if name not in evaluated and file.is_file() and file_sha256(file) == entry.get("file_sha256"):
                 still_true[name] = entry
     benchmarks = still_true | dict(entries)
     if benchmarks:

@@ -21,8 +21,8 @@ class AnswerHead(nn.Module):
     def __init__(self, width: int, answers: Sequence[str]) -> None:
         super().__init__()
         self.answers = tuple(answers)
-        self.places = {answer: place for place, answer in enumerate(self.answers)}
-        if len(self.places) != len(self.answers):
+        self.indices = {answer: index for index, answer in enumerate(self.answers)}
+        if len(self.indices) != len(self.answers):
             raise ValueError("the answer list names an answer twice")
         self.logit_fc = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, len(self.answers))
@@ -37,14 +37,14 @@ class AnswerHead(nn.Module):
         rows = torch.zeros(len(soft_scores), len(self.answers))
         for row, scores in zip(rows, soft_scores, strict=True):
             for answer, score in scores.items():
-                if answer in self.places:
-                    row[self.places[answer]] = score
+                if answer in self.indices:
+                    row[self.indices[answer]] = score
         return rows
 
     def chosen(self, scores: Float[Tensor, "batch answers"]) -> list[str]:
         """The best answer of each row."""
         best: Int[Tensor, " batch"] = scores.argmax(1)
-        return [self.answers[place] for place in best.tolist()]
+        return [self.answers[index] for index in best.tolist()]
 
 
 def answer_loss(

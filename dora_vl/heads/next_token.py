@@ -49,10 +49,10 @@ class _LabelLosses(torch.autograd.Function):
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         learns = ctx.needs_input_grad[0]
-        for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        for part, part_targets in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             with torch.set_grad_enabled(learns):
                 part = part.detach().requires_grad_(learns)
-                each = losses_of(scores(part), wanted)
+                each = losses_of(scores(part), part_targets)
             losses.append(each.detach())
             if learns:
                 gradients += torch.autograd.grad(each, part, torch.ones_like(each))

@@ -27,18 +27,18 @@ class Item:
     """One answered question.
 
     Attributes:
-        truth, said: the parts that are compared, a choice in its words; `whole` is all that the model said.
-        label, said_label: the same as a closed list has them: a choice's place (`a0`), else the words.
+        truth, prediction: the parts that are compared, a choice in its words; `whole` is all that the model said.
+        label, prediction_label: the same as a closed list has them: a choice's place (`a0`), else the words.
         share: its share of the headline; None where nothing scores it.
     """
 
     id: str
     question: str
     truth: str
-    said: str
+    prediction: str
     whole: str
     label: str
-    said_label: str
+    prediction_label: str
     kind: str = ""
     share: float | None = None
     pictures: tuple[str, ...] = ()
@@ -168,10 +168,10 @@ def _answered(
                 id=row.id,
                 question=row.question,
                 truth=in_words(example, truth),
-                said=in_words(example, answer),
+                prediction=in_words(example, answer),
                 whole=in_words(example, row.prediction),
                 label=truth,
-                said_label=answer,
+                prediction_label=answer,
                 kind=row.kind or "",
                 share=None if scored is None else scored.per_item.get(row.id),
                 pictures=tuple(row.images),
@@ -325,15 +325,15 @@ def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:
 
 def confusion(title: str, items: Sequence[Item]) -> Confusion | None:
     """The table of a set whose answers are a closed list; None where they are none: too many, or hardly repeated."""
-    pairs = [(normalised(item.label), normalised(item.said_label)) for item in items if item.label]
+    pairs = [(normalised(item.label), normalised(item.prediction_label)) for item in items if item.label]
     counts = Counter(truth for truth, _ in pairs)
     if not 2 <= len(counts) <= MOST_LABELS or len(pairs) < 2 * len(counts):
         return None
     labels = tuple(sorted(counts, key=lambda label: (-counts[label], label)))
-    cells = Counter((truth, said if said in counts else OTHER) for truth, said in pairs)
-    strangers = any(said not in counts for _, said in pairs)
+    cells = Counter((truth, prediction if prediction in counts else OTHER) for truth, prediction in pairs)
+    strangers = any(prediction not in counts for _, prediction in pairs)
     columns = (*labels, OTHER) if strangers else labels
-    rows = tuple(tuple(cells[truth, said] for said in columns) for truth in labels)
+    rows = tuple(tuple(cells[truth, prediction] for prediction in columns) for truth in labels)
     return Confusion(title=title, labels=labels, columns=columns, counts=rows)
 
 

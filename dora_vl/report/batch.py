@@ -75,10 +75,10 @@ class BatchView:
 
 
 class TokenText:
-    """The text of single tokens; `places` are ids that stand for a piece of a picture or a video."""
+    """The text of single tokens; `placeholder_ids` are those that stand for a piece of a picture or a video."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, places: frozenset[int]) -> None:
-        self._places = places
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholder_ids: frozenset[int]) -> None:
+        self._placeholder_ids = placeholder_ids
 
         @cache
         def text_of(token: int) -> str:
@@ -99,7 +99,7 @@ class TokenText:
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
                 piece = Piece("padding", "padding")
-            elif token in self._places:
+            elif token in self._placeholder_ids:
                 piece = Piece(self.of(token), "picture-place")
             else:
                 piece = Piece(self.of(token), "trained" if is_trained else "context")

@@ -79,12 +79,12 @@ def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple
                 "and watch above 0."
             )
             continue
-        every = sorted(watched.answers)
-        steps = sorted({*evenly(every, MOST_STEPS - 1), every[-1]})
+        all_steps = sorted(watched.answers)
+        steps = sorted({*evenly(all_steps, MOST_STEPS - 1), all_steps[-1]})
         after = run.section("evaluation").get("answer_after")
         after = after if isinstance(after, str) else None
         rows = [_row(question, watched, steps, after, pictures) for question in watched.questions]
-        tables.append({"label": run.label, "steps": steps, "asked": len(every), "rows": rows})
+        tables.append({"label": run.label, "steps": steps, "asked": len(all_steps), "rows": rows})
     return tables, notes
 
 

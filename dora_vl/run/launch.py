@@ -137,12 +137,12 @@ def rank_and_ranks() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def gathered(mine: Item) -> list[Item]:
+def gathered(value: Item) -> list[Item]:
     """What every rank has, in their order; every rank must call it."""
     _, ranks = rank_and_ranks()
-    everyone = [mine] * ranks
+    everyone = [value] * ranks
     if ranks > 1:
-        torch.distributed.all_gather_object(everyone, mine)
+        torch.distributed.all_gather_object(everyone, value)
     return everyone
 
 
@@ -205,18 +205,18 @@ class Launch:
         return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
 
 
-def end_with_launcher(*, every: float = 2.0, patience: float = SAVE_SECONDS) -> None:
+def end_with_launcher(*, interval: float = 2.0, patience: float = SAVE_SECONDS) -> None:
     """Watches the launcher of this process; a process without one is left alone when its shell closes."""
     if "LOCAL_RANK" in os.environ:
         launchers = psutil.Process().parents()[:2]
         if launchers and DEEPSPEED_PARENT not in " ".join(launchers[0].cmdline()):
             del launchers[1:]
-        threading.Thread(target=_watch_launchers, args=(launchers, every, patience), daemon=True).start()
+        threading.Thread(target=_watch_launchers, args=(launchers, interval, patience), daemon=True).start()
 
 
-def _watch_launchers(launchers: Sequence[psutil.Process], every: float, patience: float) -> None:
+def _watch_launchers(launchers: Sequence[psutil.Process], interval: float, patience: float) -> None:
     while all(launcher.is_running() for launcher in launchers):
-        time.sleep(every)
+        time.sleep(interval)
     logger.warning("the launcher is gone: this rank saves what it can and ends")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(patience)

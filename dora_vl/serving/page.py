@@ -252,13 +252,13 @@ class Page:
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, talk: Talk | None, *chosen: Any) -> Iterator[Update]:
-        """A question was taken from its box; `asked` has its number before it, and is answered once."""
-        *settings, asked, answered = chosen
-        if asked == answered:
+        """A question was taken from its box; `question` has its number before it, and is answered once."""
+        *settings, question, answered = chosen
+        if question == answered:
             yield gr.skip()
             return
-        yield {self.answered: asked}
-        yield from self._answers(person, talk, settings, asked.partition(" ")[2])
+        yield {self.answered: question}
+        yield from self._answers(person, talk, settings, question.partition(" ")[2])
 
     @no_type_check  # likewise
     def ask_again(self, person: str, talk: Talk | None, *chosen: Any) -> Iterator[Update]:

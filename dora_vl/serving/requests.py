@@ -315,9 +315,9 @@ def parsed(kind: type[Model], content: bytes) -> Model:
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False, include_input=False)
         pieces = [f"[{piece}]" if isinstance(piece, int) else f".{piece}" for piece in first["loc"]]
-        place = _TAG.sub(r"\1", "".join(pieces)).removeprefix(".")  # without pydantic's names for the kinds of parts
+        location = _TAG.sub(r"\1", "".join(pieces)).removeprefix(".")  # without pydantic's names for the kinds of parts
         reason = one_line(first["msg"], LONGEST_REASON) + (f" (and {len(others)} more)" if others else "")
-        raise BadRequest(one_line(place or "the request", LONGEST_PLACE), reason) from None
+        raise BadRequest(one_line(location or "the request", LONGEST_PLACE), reason) from None
 
 
 def _holds_too_many(content: bytes) -> bool:

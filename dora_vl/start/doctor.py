@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory, "
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield f"room: {memory}{free:.0f} GiB free on the disk of {Path.cwd()}"
-    unwritable = [f"{place} ({reason})" for place in places() if (reason := why_not_writable(place))]
-    yield f"writing: {'; '.join(f'{place} cannot be written' for place in unwritable) or 'here and in the caches'}"
+    unwritable = [f"{path} ({reason})" for path in places() if (reason := why_not_writable(path))]
+    yield f"writing: {'; '.join(f'{entry} cannot be written' for entry in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():
         missing = [name for name in packages if not _installed(name)]
         how = f"missing {', '.join(missing)}: pip install 'dora-vl[{extra}]'" if missing else "installed"
@@ -104,9 +104,9 @@ def places() -> list[Path]:
     return [Path.cwd(), Path(tempfile.gettempdir()), cache.expanduser(), tables.expanduser()]
 
 
-def why_not_writable(place: Path) -> str:
+def why_not_writable(path: Path) -> str:
     """Why no file can be made below a folder, by trying it in the nearest one that is there; empty where one can."""
-    nearest = next((folder for folder in (place, *place.parents) if folder.is_dir()), place)
+    nearest = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
     try:
         with tempfile.TemporaryFile(dir=nearest):
             return ""

@@ -85,10 +85,10 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     to: Path = arguments.to or Path("runs") / name
     if to.exists() and not to.is_dir():
         raise UserError(f"--to {to} is a file; name a folder")
-    there = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
-    if there and not arguments.overwrite:
+    earlier = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
+    if earlier and not arguments.overwrite:
         raise UserError(
-            f"{to} holds an earlier {', '.join(there)}; --overwrite replaces what init wrote, --to DIR names another "
+            f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
             "folder"
         )
     base, columns = base_of(arguments.model), columns_of(arguments)
@@ -319,16 +319,16 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
     records = find_files(questions)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
-    held = any(example.image_bytes for example in examples)
+    holds_pictures = any(example.image_bytes for example in examples)
     names = [name for row in examples for name in Row(conversation=row).media if name not in row.image_bytes]
-    root = media_to if held else root_of_pictures(folder, questions, names)
+    root = media_to if holds_pictures else root_of_pictures(folder, questions, names)
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[Row] = []
     size = sum(file.stat().st_size for file in records.files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         for record in records.rows(bar.update):
-            row = _usable(check, record, media_to if held else None, columns)
+            row = _usable(check, record, media_to if holds_pictures else None, columns)
             if row is not None:
                 rows.append(row)
     trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
@@ -342,17 +342,17 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
     for name in tqdm(names, "pictures", disable=None, leave=False):
         pictures.add(name, root / name)
-    there = 0 if held else sum(1 for _ in picture_files(root))
+    picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
     return Look(
         questions=questions,
         root=root,
-        holds=held,
+        holds=holds_pictures,
         format=" and ".join(check.formats),
         columns=column_lines(check.uses),
         read=check.rows,
         rows=rows,
         pictures=pictures,
-        unnamed=max(0, there - len(pictures.keys)),
+        unnamed=max(0, picture_count - len(pictures.keys)),
         trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
     )
 
@@ -400,12 +400,12 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
     try:
         from dora_vl.data.table import held_out_places  # torch: not for --help
 
-        held = set(held_out_places(ids, media, share=share, seed=seed).tolist())
+        test_indices = set(held_out_places(ids, media, share=share, seed=seed).tolist())
     except UserError:
         groups = len({key for keys in media for key in keys}) or len(ids)
         raise UserError(
             f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
             f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
         ) from None
-    train = [row for index, row in enumerate(look.rows) if index not in held]
-    return train, [row for index, row in enumerate(look.rows) if index in held]
+    train = [row for index, row in enumerate(look.rows) if index not in test_indices]
+    return train, [row for index, row in enumerate(look.rows) if index in test_indices]

@@ -134,9 +134,9 @@ class Translation:
     settings: Mapping[str, Any]
 
 
-def translate(tool: Tool, given: Mapping[str, Any], file: Path) -> Translation:
+def translate(tool: Tool, content: Mapping[str, Any], file: Path) -> Translation:
     """All settings of one file; null is silence. Raises UserError: a value that its setting cannot have."""
-    stated = {key: value for key, value in given.items() if value is not None}
+    stated = {key: value for key, value in content.items() if value is not None}
     settings = {**tool.defaults, **stated}
     method = tool.method(settings)
 
@@ -149,7 +149,7 @@ def translate(tool: Tool, given: Mapping[str, Any], file: Path) -> Translation:
 
     rows = [row(key, is_in_file=True) for key in stated]
     settled = {name for line in rows for name in line.counterpart.settings}
-    rows += [Row(key, None, Counterpart(note="null: as if it were not there")) for key in given if key not in stated]
+    rows += [Row(key, None, Counterpart(note="null: as if it were not there")) for key in content if key not in stated]
     defaults = [row(key, is_in_file=False) for key in tool.defaults if key not in stated]
     # A default whose setting the file says under another name (torch_dtype, dtype) is none of this run's.
     rows += [line for line in defaults if not line.counterpart.settings or line.counterpart.settings.keys() - settled]

@@ -68,14 +68,14 @@ def by_pattern(setting: Setting) -> Counterpart:
     """`rank_pattern` and `alpha_pattern`: an expression at a name's end -> a number."""
     if not isinstance(setting.value, Mapping):
         raise setting.wrong(", no mapping of names to numbers")
-    made: dict[str, Any] = {}
+    by_glob: dict[str, Any] = {}
     for text, value in setting.value.items():
         try:
             globs = globs_of_expression(text.removeprefix("^"))
         except ValueError as error:
             return missing(f"{error} has no counterpart among patterns; write adapter.{setting.key}")
-        made |= {glob if glob.startswith("*") else globs_of_endings([glob])[0]: value for glob in globs}
-    return Counterpart({f"adapter.{setting.key}": made}) if made else Counterpart(note="empty")
+        by_glob |= {glob if glob.startswith("*") else globs_of_endings([glob])[0]: value for glob in globs}
+    return Counterpart({f"adapter.{setting.key}": by_glob}) if by_glob else Counterpart(note="empty")
 
 
 def whole_modules(names: list[str]) -> dict[str, Any]:
@@ -130,8 +130,8 @@ Freezes = Mapping[str, tuple[str, bool]]
 
 
 def chosen_places(setting: Setting, freezes: Freezes) -> list[str]:
-    """The places of a model that are not frozen."""
-    return [place for place, (name, usual) in freezes.items() if not is_on(setting.settings.get(name, usual))]
+    """The parts of a model that are not frozen."""
+    return [part for part, (name, usual) in freezes.items() if not is_on(setting.settings.get(name, usual))]
 
 
 def whole_places(setting: Setting, freezes: Freezes) -> Counterpart:
@@ -139,9 +139,9 @@ def whole_places(setting: Setting, freezes: Freezes) -> Counterpart:
     message = [name for name, _ in freezes.values() if name in setting.settings]
     if setting.method != "full" or setting.key != message[0]:
         return Counterpart(note="said by adapter.targets")
-    places = chosen_places(setting, freezes)
+    parts = chosen_places(setting, freezes)
     return Counterpart(
-        {"adapter.targets": [glob for place in places for glob in (DECODER if place == "language" else (place,))]}
+        {"adapter.targets": [glob for part in parts for glob in (DECODER if part == "language" else (part,))]}
     )
 
 
@@ -231,12 +231,12 @@ def launcher(setting: Setting) -> Counterpart:
     command = shlex.split(str(setting.value))
     if "launch" not in command:
         return Counterpart(note=started)
-    given = options([word for word in command[command.index("launch") + 1 :] if word != "-m"], setting.file)
-    plugin: Any = {"zero_stage": given["zero_stage"]} if "zero_stage" in given else {}
-    if not plugin and "config_file" in given:
-        config = _read(str(given["config_file"]), setting.file)
+    arguments = options([word for word in command[command.index("launch") + 1 :] if word != "-m"], setting.file)
+    plugin: Any = {"zero_stage": arguments["zero_stage"]} if "zero_stage" in arguments else {}
+    if not plugin and "config_file" in arguments:
+        config = _read(str(arguments["config_file"]), setting.file)
         if config is None:
-            return deepspeed(replace(setting, value=given["config_file"]))
+            return deepspeed(replace(setting, value=arguments["config_file"]))
         if (kind := config.get("distributed_type", "NO")) != "DEEPSPEED":
             return Counterpart(note=f"{kind}; {started}", is_lost=kind not in ("NO", "MULTI_GPU"))
         plugin = config.get("deepspeed_config") or {"zero_stage": 2}

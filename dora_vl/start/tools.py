@@ -44,12 +44,12 @@ FACTORY_FREEZES: shared.Freezes = {
 def _factory_targets(setting: Setting) -> Counterpart:
     """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
     names = setting.words
-    places = [place for place in shared.chosen_places(setting, FACTORY_FREEZES) if place != "projector"]
+    parts = [part for part in shared.chosen_places(setting, FACTORY_FREEZES) if part != "projector"]
     if names == ["all"]:
-        return Counterpart({"adapter.targets": places})
-    if len(places) == 2:
+        return Counterpart({"adapter.targets": parts})
+    if len(parts) == 2:
         return Counterpart({"adapter.targets": globs_of_endings(names)})
-    if "language" in places:
+    if "language" in parts:
         where, note = "*language_model*", "of the language model alone: the tower is frozen"
     else:
         where, note = "*vis*", "of the tower alone"
@@ -112,7 +112,7 @@ def _files(target: str, setting: Setting) -> Counterpart:
     info = _read_info(setting)
     if info is None:
         return missing(f"{_set_folder(setting)}/{INFO}, which says what file that is, is not there; put the file here")
-    if unknown := [given for given in setting.words if given not in info]:
+    if unknown := [name for name in setting.words if name not in info]:
         raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
     sets = {name: _data_set(info[name], _set_folder(setting)) for name in setting.words}
     trouble = [f"{name}: {'; '.join(reasons)}" for name, (_, _, reasons) in sets.items() if reasons]
@@ -292,14 +292,14 @@ def _swift_targets(setting: Setting) -> Counterpart:
 
 def _swift_data(name: str, setting: Setting) -> Counterpart:
     """Files as they are; ids, with their hub and their count (`#N`) taken off, as `hub:OWNER/NAME`."""
-    given = [setting.value] if isinstance(setting.value, str) else setting.words
+    entries = [setting.value] if isinstance(setting.value, str) else setting.words
     paths = [
         path
         if (path := entry.partition("#")[0]).rpartition(".")[2] in FILE_ENDINGS or path.startswith(("/", "."))
         else f"hub:{path.removeprefix('HF::').removeprefix('MS::').partition(':')[0]}"
-        for entry in given
+        for entry in entries
     ]
-    counts = [entry for entry in given if "#" in entry]
+    counts = [entry for entry in entries if "#" in entry]
     note = f"{', '.join(counts)}: so many samples; data.limit takes the first of each file" if counts else ""
     return shared.sources(name, paths, note)
 

@@ -256,8 +256,8 @@ class WatchQuestions(TrainerCallback):
             if question.id in answers
         )
         if not args.disable_tqdm:
-            for asked in self.newest:
-                tqdm.write(f"step {asked.step}: {asked}")
+            for answer in self.newest:
+                tqdm.write(f"step {answer.step}: {answer}")
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers, watched, state.global_step)
 

@@ -45,7 +45,7 @@ MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError)
 class RunningState:
     """What of a run goes into a checkpoint: what trains and its optimizer, and torch's or DeepSpeed's own state."""
 
-    places: OptimizerPlaces
+    layout: OptimizerPlaces
     schedule: Any
     scaler: Any = None
     engine: DeepSpeedEngine | None = None
@@ -53,7 +53,7 @@ class RunningState:
 
 def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArguments) -> None:
     """Writes `state/`, this rank's random states apart; every rank must call it."""
-    tensors = whole_tensors(running.places)
+    tensors = whole_tensors(running.layout)
     if not arguments.should_save:
         for _ in tensors:  # taking part is all that the others do
             pass
@@ -65,7 +65,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
         checkpoint,
         {
             "ranks": arguments.world_size,
-            "optimizer": optimizer_numbers(running.places),
+            "optimizer": optimizer_numbers(running.layout),
             "schedule": running.schedule.state_dict(),
             "scaler": None if running.scaler is None else running.scaler.state_dict(),
             "loss_scale": {name: value for name, value in scale_numbers.items() if isinstance(value, int | float)},
@@ -77,9 +77,9 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
 def load_state(checkpoint: Path, running: RunningState) -> None:
     """Goes on from a checkpoint's `state/`; every rank must call it."""
     files = StateFiles(checkpoint)
-    load_values(running.places, files)
+    load_values(running.layout, files)
     try:
-        load_optimizer(running.places, files, files.number("optimizer", dict))
+        load_optimizer(running.layout, files, files.number("optimizer", dict))
         running.schedule.load_state_dict(files.number("schedule", dict))
         if running.scaler is not None and files.numbers.get("scaler") is not None:
             running.scaler.load_state_dict(files.number("scaler", dict))
@@ -89,9 +89,9 @@ def load_state(checkpoint: Path, running: RunningState) -> None:
         raise files.damaged(f"{type(error).__name__}: {error}") from error
 
 
-def load_trained(checkpoint: Path, places: OptimizerPlaces) -> None:
+def load_trained(checkpoint: Path, layout: OptimizerPlaces) -> None:
     """Takes what trains from a checkpoint, and leaves the optimizer alone; every rank must call it."""
-    load_values(places, StateFiles(checkpoint))
+    load_values(layout, StateFiles(checkpoint))
 
 
 def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
@@ -324,62 +324,62 @@ def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
     return pieces
 
 
-def whole_tensors(places: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(layout: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
     """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
-    for name in places.pieces:
-        yield f"{VALUE}/{name}", places.whole(name, places.flat_of(name).detach())
-        for key, value in sorted(places.state_of(name).items()):
-            if places.is_by_element(name, value):
-                yield f"{key}/{name}", places.whole(name, value)
+    for name in layout.pieces:
+        yield f"{VALUE}/{name}", layout.whole(name, layout.flat_of(name).detach())
+        for key, value in sorted(layout.state_of(name).items()):
+            if layout.is_by_element(name, value):
+                yield f"{key}/{name}", layout.whole(name, value)
             elif isinstance(value, Tensor):
                 yield f"{key}/{name}", value.to("cpu", copy=True).contiguous()
 
 
-def optimizer_numbers(places: OptimizerPlaces) -> dict[str, Any]:
+def optimizer_numbers(layout: OptimizerPlaces) -> dict[str, Any]:
     """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
     kept = {
-        name: {key: value for key, value in places.state_of(name).items() if not isinstance(value, Tensor)}
-        for name in places.pieces
+        name: {key: value for key, value in layout.state_of(name).items() if not isinstance(value, Tensor)}
+        for name in layout.pieces
     }
-    groups = places.optimizer.param_groups
+    groups = layout.optimizer.param_groups
     return {
         "groups": [{k: value for k, value in group.items() if k != "params" and is_plain(value)} for group in groups],
         "numbers": {name: numbers for name, numbers in kept.items() if numbers},
     }
 
 
-def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
+def load_values(layout: OptimizerPlaces, files: StateFiles) -> None:
     """Gives what trains its values; every rank must call it."""
-    there = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
-    if missing := sorted(set(places.pieces) ^ there):
+    stored = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
+    if missing := sorted(set(layout.pieces) ^ stored):
         raise SettingError(
             "resume",
-            f": the checkpoint does not fit this run: {len(set(places.pieces) - there)} trained tensors are not "
-            f"in it, {len(there - set(places.pieces))} are not trained here, such as {missing[0]}",
+            f": the checkpoint does not fit this run: {len(set(layout.pieces) - stored)} trained tensors are not "
+            f"in it, {len(stored - set(layout.pieces))} are not trained here, such as {missing[0]}",
         )
-    with places.whole_parameters_written():
-        for name in places.pieces:
-            value, shape = files.tensor(f"{VALUE}/{name}"), places.shape(name)
+    with layout.whole_parameters_written():
+        for name in layout.pieces:
+            value, shape = files.tensor(f"{VALUE}/{name}"), layout.shape(name)
             if value.shape != shape:
                 raise files.damaged(f"{VALUE}/{name} is {list(value.shape)}, here it is {list(shape)}")
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise files.damaged(f"{VALUE}/{name} holds NaN or infinity")
-            places.set_value(name, value)
+            layout.set_value(name, value)
 
 
-def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
+def load_optimizer(layout: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
     """Gives the optimizer its state, with `optimizer_numbers`; every rank must call it."""
     groups, kept = numbers.get("groups"), numbers.get("numbers")
     if not isinstance(groups, list) or not isinstance(kept, dict):
         raise files.damaged("the optimizer's numbers are missing")
-    with places.in_optimizer():
-        optimizer = places.optimizer
+    with layout.in_optimizer():
+        optimizer = layout.optimizer
         if [group.get("name") for group in optimizer.param_groups] != [group.get("name") for group in groups]:
             raise files.damaged("the optimizer has other parts here")
-        number_of = {id(flat): number for number, flat in enumerate(places.flats)}
+        number_of = {id(flat): number for number, flat in enumerate(layout.flats)}
         optimizer.load_state_dict(
             {
-                "state": _states(places, files, kept),
+                "state": _states(layout, files, kept),
                 "param_groups": [
                     {**_restored(group, saved), "params": [number_of[id(flat)] for flat in group["params"]]}
                     for group, saved in zip(optimizer.param_groups, groups, strict=True)
@@ -394,31 +394,31 @@ def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
     return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
 
 
-def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _states(layout: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The optimizer's state of each tensor that it steps, by its number."""
     states: dict[int, dict[str, Any]] = {}
     for entry in sorted(files.names()):
         key, _, name = entry.partition("/")
         if key == VALUE:
             continue
-        if name not in places.pieces:
+        if name not in layout.pieces:
             raise files.damaged(f"there is {key} of {name}")
-        _add(states.setdefault(places.pieces[name].flat, {}), key, name, places, files)
+        _add(states.setdefault(layout.pieces[name].flat, {}), key, name, layout, files)
     for name, numbers in kept.items():
-        if name not in places.pieces or not isinstance(numbers, dict):
+        if name not in layout.pieces or not isinstance(numbers, dict):
             raise files.damaged(f"there are numbers of {name}")
-        state = states.setdefault(places.pieces[name].flat, {})
+        state = states.setdefault(layout.pieces[name].flat, {})
         state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    if isinstance(places.optimizer, DeepSpeedCPUAdam):  # it keeps its steps as an integer, where torch has a tensor
+    if isinstance(layout.optimizer, DeepSpeedCPUAdam):  # it keeps its steps as an integer, where torch has a tensor
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
 
 
-def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, files: StateFiles) -> None:
+def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerPlaces, files: StateFiles) -> None:
     """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
-    value, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flat_of(name)
+    value, shape, flat = files.tensor(f"{key}/{name}"), layout.shape(name), layout.flat_of(name)
     if value.dim() and value.shape != shape != flat.shape:
         raise files.damaged(f"{key} of {name} is {list(value.shape)}, which is no piece of anything here")
     if value.shape != shape:
@@ -426,7 +426,7 @@ def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, fi
         return
     if key not in state:
         state[key] = torch.zeros_like(flat, dtype=value.dtype)
-    places.put(name, value, state[key])
+    layout.put(name, value, state[key])
 
 
 def _agreed(before: Any, value: Any, key: str) -> Any:

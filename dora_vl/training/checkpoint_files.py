@@ -209,17 +209,17 @@ def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file
     """Writes tensors by name below a checkpoint's `state/`, as they come: on the CPU, each of its own memory."""
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Tensor] = {}
+    pending: dict[str, Tensor] = {}
     size = files = 0
     for name, tensor in tensors:
-        held[name] = tensor
+        pending[name] = tensor
         size += tensor.nbytes
         if size >= file_bytes:
             files += 1
-            save_file(held, folder / f"tensors-{files:05d}.safetensors")
-            held, size = {}, 0
-    if held or not files:
-        save_file(held, folder / f"tensors-{files + 1:05d}.safetensors")
+            save_file(pending, folder / f"tensors-{files:05d}.safetensors")
+            pending, size = {}, 0
+    if pending or not files:
+        save_file(pending, folder / f"tensors-{files + 1:05d}.safetensors")
 
 
 def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STATE_NUMBERS) -> None:

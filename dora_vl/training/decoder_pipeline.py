@@ -233,11 +233,11 @@ class DecoderPipeline(Pipeline[RunConfig]):
     def reading(self, backbone: Backbone[Any]) -> TokenText:
         """Its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
-        places = [config[name] for name in PLACES if isinstance(config.get(name), int)]
+        placeholder_ids = [config[name] for name in PLACES if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
-        if not places and isinstance(token, str):
-            places = [tokenizer.convert_tokens_to_ids(token)]
-        return TokenText(tokenizer, frozenset(places))
+        if not placeholder_ids and isinstance(token, str):
+            placeholder_ids = [tokenizer.convert_tokens_to_ids(token)]
+        return TokenText(tokenizer, frozenset(placeholder_ids))
 
     def pictures_of(
         self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]

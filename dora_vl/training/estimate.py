@@ -71,9 +71,9 @@ class LiveBytes(TorchDispatchMode):
                     self._follow(storage)
         return result
 
-    def alive_since(self, made: int) -> int:
+    def alive_since(self, count: int) -> int:
         """Bytes of what was made after the first so many storages and is alive."""
-        return sum(size for _, size, number in self._alive.values() if number > made)
+        return sum(size for _, size, number in self._alive.values() if number > count)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation itself."""
@@ -318,7 +318,7 @@ class ImaginedRun:
         """The estimate for so many ranks, with the run's engine or another one."""
         fsdp = deepspeed is None and bool(self.section.get("fsdp"))
         engine = _engine(deepspeed or self.section.get("deepspeed"), ranks, self.hidden_width, fsdp=fsdp)
-        held = held_by(self.model, engine, half_precision=self.half_precision)
+        memory = held_by(self.model, engine, half_precision=self.half_precision)
         checkpointing = bool(self.section.get("gradient_checkpointing") or self.section.get("activation_checkpointing"))
         step, other = (self.recomputed, self.plain) if checkpointing else (self.plain, self.recomputed)
         micro_batches = int(self.section.get("gradient_accumulation_steps", 1))
@@ -326,10 +326,10 @@ class ImaginedRun:
             engine,
             trained=bytes_of(parameter for parameter in self.model.parameters() if parameter.requires_grad),
             split=bytes_of(self.model.parameters()),
-            stay_whole=held.gathered,
+            stay_whole=memory.gathered,
             micro_batches=micro_batches,
         )
-        return Estimate(engine, self.samples, held, step, other, checkpointing, traffic, step.flop * micro_batches)
+        return Estimate(engine, self.samples, memory, step, other, checkpointing, traffic, step.flop * micro_batches)
 
 
 def _engine(deepspeed: Any, ranks: int, hidden_width: int, *, fsdp: bool = False) -> Engine:

@@ -98,19 +98,19 @@ def memory_lines(estimate: Estimate) -> Iterator[str]:
     """Bytes of one GPU by part, the fullest moment of the run, and that with checkpointing the other way."""
     from dora_vl.training.memory import Table
 
-    held, step, samples = estimate.held, estimate.step, estimate.samples
-    parts = {f"frozen weights, {name}": size for name, size in held.weights.items()}
+    memory, step, samples = estimate.held, estimate.step, estimate.samples
+    parts = {f"frozen weights, {name}": size for name, size in memory.weights.items()}
     parts |= {
-        "trained weights": held.trained,
-        "gradients": held.gradients,
-        "optimizer's state": held.optimizer,
-        "float32 copy of what trains": held.masters,
-        "buffers for gradients": held.buckets,
-        "weights gathered (ZeRO-3)": held.gathered,
+        "trained weights": memory.trained,
+        "gradients": memory.gradients,
+        "optimizer's state": memory.optimizer,
+        "float32 copy of what trains": memory.masters,
+        "buffers for gradients": memory.buckets,
+        "weights gathered (ZeRO-3)": memory.gathered,
         f"activations kept, {WAYS[estimate.checkpointing]}": step.kept,
         "logits and their loss": step.logits,
         "working memory of the passes": step.working,
-        "moved to the host": -held.on_host,
+        "moved to the host": -memory.on_host,
     }
     rows = [(name, gib(size)) for name, size in parts.items() if size]
     rows.append((f"at the fullest moment, {WAYS[estimate.checkpointing]}", gib(estimate.total)))

@@ -65,8 +65,8 @@ def what_did_not_fit(error: BaseException, device: torch.device) -> str:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if limit != resource.RLIM_INFINITY:
             free = max(0, min(free, limit - psutil.Process().memory_info().vms))
-    asked = asked_bytes(error)
-    more = "more was asked for" if asked is None else f"{in_words(asked)} more were asked for"
+    requested = asked_bytes(error)
+    more = "more was asked for" if requested is None else f"{in_words(requested)} more were asked for"
     return f"{more}, {in_words(free)} are free on {owner}"
 
 
@@ -248,10 +248,10 @@ def take_and_undo(trainer: Any, batch: Mapping[str, Any]) -> None:
     With accumulation two micro-batches, since the second finds the first one's gradients in memory.
     """
     parts, alone = min(2, trainer.args.gradient_accumulation_steps), not trainer.is_deepspeed_enabled
-    optimizer: torch.optim.Optimizer = trainer.places.optimizer
+    optimizer: torch.optim.Optimizer = trainer.optimizer_layout.optimizer
     with _nothing_learnt(trainer):
         if alone and not optimizer.state:  # it comes with the first step, so only the second finds it in memory
-            for parameter in trainer.places.flats:
+            for parameter in trainer.optimizer_layout.flats:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -284,8 +284,8 @@ def _nothing_learnt(trainer: Any) -> Iterator[None]:
     def on_host(value: Any) -> Any:
         return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
-    optimizer: torch.optim.Optimizer = trainer.places.optimizer
-    trained = [(flat.data, on_host(flat.data)) for flat in trainer.places.flats]
+    optimizer: torch.optim.Optimizer = trainer.optimizer_layout.optimizer
+    trained = [(flat.data, on_host(flat.data)) for flat in trainer.optimizer_layout.flats]
     states = {key: {name: on_host(value) for name, value in state.items()} for key, state in optimizer.state.items()}
     rates = [group["lr"] for group in optimizer.param_groups]
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None

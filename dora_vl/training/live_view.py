@@ -73,7 +73,7 @@ class RunNumbers:
     validation: dict[int, float] = field(default_factory=dict)
     validating: tuple[int, int] | None = None
     steps_left_out: int = 0
-    asked: Sequence[Asked] = ()
+    answers: Sequence[Asked] = ()
 
     def take_step(self, step: int, now: float) -> None:
         """A step has ended; the first of a process starts slowly and tells nothing of the others."""
@@ -133,7 +133,7 @@ def rows(run: RunNumbers, now: float) -> list[tuple[str, str]]:
     )
     counts = [f"{number:,} {name}{'' if number == 1 else plural}" for number, name, plural in left_out if number]
     lines.append(("skipped", ", ".join(counts) or "nothing"))
-    return lines + [(f"at step {asked.step:,}", str(asked)) for asked in run.asked[:MOST_QUESTIONS]]
+    return lines + [(f"at step {answer.step:,}", str(answer)) for answer in run.answers[:MOST_QUESTIONS]]
 
 
 def _of_training(run: RunNumbers) -> list[tuple[str, str]]:
@@ -195,13 +195,13 @@ class LiveView(TrainerCallback):
         console: Console,
         title: str,
         *,
-        asked: Callable[[], Sequence[Asked]] = tuple,
+        answers: Callable[[], Sequence[Asked]] = tuple,
         steps_left_out: Callable[[], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run = RunNumbers(title, began=clock())
         self._console, self._clock = console, clock
-        self._asked, self._steps_left_out = asked, steps_left_out
+        self._answers, self._steps_left_out = answers, steps_left_out
         self._live: Live | None = None
         self._open = ExitStack()
         self._next = 0.0
@@ -211,7 +211,7 @@ class LiveView(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Opens the view."""
         self.run.step, self.run.steps = state.global_step, state.max_steps
-        self.run.asked = self._asked()
+        self.run.answers = self._answers()
         console = self._console  # streams are redirected by lines_above: for loggers too, and not in data workers
         self._live = Live(
             self._drawn(), console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
@@ -257,7 +257,7 @@ class LiveView(TrainerCallback):
         began = self._clock()
         if not at_once and began < self._next:
             return
-        self.run.asked = self._asked()
+        self.run.answers = self._answers()
         self._on_the_terminal(lambda live: live.update(self._drawn(), refresh=True))
         now = self._clock()
         self._next = now + max(LEAST_SECONDS, (now - began) / MOST_SHARE)

@@ -290,16 +290,16 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
     )
 
 
-def rough_table(held: Held, engine: Engine, activations: Activations) -> Table:
+def rough_table(memory: Held, engine: Engine, activations: Activations) -> Table:
     """What a run's log says before its first step: GiB of one rank, activations by their rough size."""
     sizes = {
-        "weights": sum(held.weights.values()) + held.trained,
-        "gradients": held.gradients,
-        "optimizer": held.optimizer + held.masters,
-        "buffers": held.buckets + held.gathered,
+        "weights": sum(memory.weights.values()) + memory.trained,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer + memory.masters,
+        "buffers": memory.buckets + memory.gathered,
         "activations (rough)": activations.bytes,
-        "moved to the host": -held.on_host,
-        "at the fullest moment": held.at_most(engine, (Phase(0, activations.bytes), Phase(held.gradients, 0))),
+        "moved to the host": -memory.on_host,
+        "at the fullest moment": memory.at_most(engine, (Phase(0, activations.bytes), Phase(memory.gradients, 0))),
     }
     rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
     return Table((f"memory a rank of {engine}", "GiB"), rows)

@@ -150,11 +150,11 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str,
         theirs, ours = config.for_layer(name), layer.adapter
         difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
         if difference is not None:
-            field, there, here = difference
+            field, in_folder, in_run = difference
             raise SettingError(
                 "adapter.initial",
-                f": {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
-                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
+                f": {folder}: {name} has {field} {in_folder!r} there (scale {theirs.scale:g}), and "
+                f"{in_run!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
             )
 
 

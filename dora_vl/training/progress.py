@@ -107,8 +107,8 @@ class BatchStatistics:
 
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
-        mine = {} if self.ledger is None else dict(self.ledger.reasons)
-        return {name: reason for reasons in gathered(mine) for name, reason in reasons.items()}
+        own_reasons = {} if self.ledger is None else dict(self.ledger.reasons)
+        return {name: reason for reasons in gathered(own_reasons) for name, reason in reasons.items()}
 
 
 class Progress:

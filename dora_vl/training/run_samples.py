@@ -206,12 +206,12 @@ class RunSamples:
         """Of the first samples, and of the first with pictures."""
         if self._train is not None:
             samples = encoder.dataset(self._train, self._train.stored)
-            for place in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
-                yield self._train[place], samples[place]
+            for index in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
+                yield self._train[index], samples[index]
         elif self._stream is not None:
             rows = [row for source in self._stream.sources for row in source.first_rows if isinstance(row, Example)]
-            for place in _first_places([row.images for row in rows]):
-                yield rows[place], encoder.dataset([rows[place]], rows[place].image_bytes)[0]
+            for index in _first_places([row.images for row in rows]):
+                yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -290,7 +290,7 @@ class RunSamples:
 
 def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
     """Of the first samples, and of the first with pictures."""
-    with_pictures = [place for place, names in enumerate(images) if names]
+    with_pictures = [index for index, names in enumerate(images) if names]
     return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
 
 
@@ -324,10 +324,10 @@ def _pools(
     Twice as many as a micro-batch holds, since words only stand for tokens.
     """
     kinds = (lengths.is_multimodal, ~lengths.is_multimodal) if grouped else (None,)
-    places = [longest_places(lengths, 2 * count, among) for among in kinds]
+    pools = [longest_places(lengths, 2 * count, among) for among in kinds]
     if sized is not None:
-        places[0] += places_of_largest_pictures(train.rows, train.stored, sized, count)
-    return [[samples[place] for place in dict.fromkeys(kind)] for kind in places]
+        pools[0] += places_of_largest_pictures(train.rows, train.stored, sized, count)
+    return [[samples[index] for index in dict.fromkeys(pool)] for pool in pools]
 
 
 def _pool_of_first_rows(

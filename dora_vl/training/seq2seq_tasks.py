@@ -117,8 +117,8 @@ class MixtureDataset(Dataset[MicroBatch]):
         for number, source in enumerate(self.plan.sources):
             count = -(-source.batch_size // self.plan.parts)
             looked_at = max(LOOKED_AT, 2 * count)
-            places = range(0, source.items, max(1, source.items // looked_at))
-            items = [self._item(number, index, epoch) for index in places]
+            indices = range(0, source.items, max(1, source.items // looked_at))
+            items = [self._item(number, index, epoch) for index in indices]
             usable = [sample for sample in items if isinstance(sample, Seq2SeqSample)]
             longest = sorted(usable, key=lambda sample: -(len(sample.input_ids) + len(sample.labels)))[:count]
             batches.append(MicroBatch(self.sources[number].subtask, [*longest]))

@@ -97,7 +97,7 @@ def settings_and_task(
         return read_settings(words, kinds[task], program=program, description=description), task
     kind = kind_of(words)
     config = read_settings(words, kind, program=program, description=description)
-    task = next(name for name, known in kinds.items() if known is kind)
+    task = next(name for name, candidate in kinds.items() if candidate is kind)
     if task == "vlbart_image":
         from dora_vl.evaluation.vlbart_tasks import image_subtasks
 

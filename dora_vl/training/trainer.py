@@ -80,7 +80,7 @@ class OrderedTrainer(Trainer):
 class AdapterTrainer(OrderedTrainer):
     """Trains what `core.trained_parts` lists of an adapted backbone, and saves it at every checkpoint."""
 
-    places: OptimizerPlaces
+    optimizer_layout: OptimizerPlaces
     """Where the optimizer holds what trains, once it is there."""
     closing: ExitStack
     """Gives signals and the terminal back, also after an error in training."""
@@ -256,8 +256,8 @@ class AdapterTrainer(OrderedTrainer):
         """Every rank records the best checkpoint by the name it gets, not by the one that is being `written`."""
         if step := self.state.best_global_step:
             best = self.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            there = written if written is not None and written.name == best.name else best
-            self.state.best_model_checkpoint = str(best) if there.is_dir() else None
+            folder = written if written is not None and written.name == best.name else best
+            self.state.best_model_checkpoint = str(best) if folder.is_dir() else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""
@@ -294,7 +294,7 @@ class AdapterTrainer(OrderedTrainer):
     @property
     def _running(self) -> RunningState:
         engine = cast("DeepSpeedEngine", self.model_wrapped) if self.is_deepspeed_enabled else None
-        return RunningState(self.places, self.lr_scheduler, self.accelerator.scaler, engine)
+        return RunningState(self.optimizer_layout, self.lr_scheduler, self.accelerator.scaler, engine)
 
     # ---- going on
 
@@ -306,7 +306,7 @@ class AdapterTrainer(OrderedTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
         trained = {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
-        self.places = places_of(optimizer, trained, self.args.device)
+        self.optimizer_layout = places_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
             self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
@@ -330,7 +330,7 @@ class AdapterTrainer(OrderedTrainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if (best / STATE).is_dir():
-            load_trained(best, self.places)
+            load_trained(best, self.optimizer_layout)
             for _, layer in adapted_layers(self._adapted):
                 layer.forget_norms()
         else:  # of `save_only_model`
@@ -364,7 +364,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
         view = LiveView(
             Console(file=sys.stderr),
             str(trainer.run_folder),
-            asked=lambda: () if watching is None else watching.newest,
+            answers=lambda: () if watching is None else watching.newest,
             steps_left_out=lambda: steps_left_out(trainer.run_folder / FAULTS),
         )
         trainer.closing.callback(view.close)
@@ -389,11 +389,11 @@ def plan_of(
         hidden_width=activations.hidden_width,
         fsdp=fsdp,
     )
-    held = held_by(backbone.model, engine, half_precision=arguments.bf16 or arguments.fp16)
+    memory = held_by(backbone.model, engine, half_precision=arguments.bf16 or arguments.fp16)
     return {
         "trained": trained_table(backbone.model, trained_parts(backbone.model), rates),
         "not_adapted": frozen_table(backbone.model),
-        "memory": rough_table(held, engine, activations),
+        "memory": rough_table(memory, engine, activations),
     }
 
 

@@ -226,7 +226,7 @@ def add(folder: Path, name: str, value: float, origin: dict[str, Any] = ORIGIN) 
     file.touch()
     entry = {"file": str(file), "file_sha256": file_sha256(file), "metrics": {"accuracy": value}}
     options = {name: {"batch_size": value}}
-    write_metrics(folder / "metrics.json", origin, {name: entry}, asked=[name], options=options)
+    write_metrics(folder / "metrics.json", origin, {name: entry}, evaluated=[name], options=options)
     return json.loads((folder / "metrics.json").read_text())
 
 

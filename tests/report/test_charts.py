@@ -57,7 +57,7 @@ def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
 
 def item(name: str, truth: str, said: str, kind: str = "", share: float | None = None) -> Item:
     right = float(truth == said) if share is None else share
-    words = {"truth": truth, "said": said, "whole": said, "label": truth, "said_label": said}
+    words = {"truth": truth, "prediction": said, "whole": said, "label": truth, "prediction_label": said}
     return Item(id=name, question="q", kind=kind, share=right, **words)
 
 

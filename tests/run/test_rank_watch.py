@@ -109,7 +109,7 @@ import signal, sys, time
 from dora_vl.run.launch import end_with_launcher
 if sys.argv[1] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-end_with_launcher(every=0.1, patience=0.5)
+end_with_launcher(interval=0.1, patience=0.5)
 print("ready", flush=True)
 time.sleep(60)
 """

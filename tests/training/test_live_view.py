@@ -70,7 +70,7 @@ def test_the_rows_say_every_number() -> None:
     run.take_log(LINE, 100)
     run.take_log({"eval_loss": 0.75}, 50)
     run.take_log({"eval_loss": 0.875}, 100)
-    run.steps_left_out, run.asked = 1, [Asked(100, "what colour?", "re\x1b[2Jd", "green")]
+    run.steps_left_out, run.answers = 1, [Asked(100, "what colour?", "re\x1b[2Jd", "green")]
     assert dict(rows(run, 310.0)) == {
         "step": "100 of 1,000  10%  3:30 so far, 30:00 left",
         "loss": "0.5000  mean 1.0000  █▁",
@@ -107,7 +107,7 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
     monkeypatch.setattr(sys, "stdout", terminal)
     logger, handler = logging.getLogger("a.library"), logging.StreamHandler(terminal)
     logger.addHandler(handler)
-    view = view_on(terminal, asked=lambda: [Asked(0, "which?", "that", "this")])
+    view = view_on(terminal, answers=lambda: [Asked(0, "which?", "that", "this")])
     state, control = TrainerState(max_steps=8, global_step=0), TrainerControl()
     try:
         view.on_train_begin(arguments, state, control)

@@ -319,12 +319,12 @@ def check_choices(
     With `all_known`, where some questions say which choice is right all must; a publisher keeps those of some files.
     """
     examples = list(examples)
-    known = all_known and any(example.answers or "correct" in example.extra for example in examples)
+    required = all_known and any(example.answers or "correct" in example.extra for example in examples)
     wrong = {
         "no choices": [example.id for example in examples if not example.choices],
         f"more than {most} choices": [example.id for example in examples if len(example.choices) > (most or 10**9)],
         "no extra.correct, the right choice's index": [
-            example.id for example in examples if known and "correct" not in example.extra
+            example.id for example in examples if required and "correct" not in example.extra
         ],
     }
     for what, ids in wrong.items():

@@ -218,8 +218,8 @@ def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
     return NO_CHOICE if not standing and NO_CHOICE in words else None
 
 
-def _only(found: Sequence[str]) -> str | None:
-    return found[0] if len(found) == 1 else None
+def _only(matches: Sequence[str]) -> str | None:
+    return matches[0] if len(matches) == 1 else None
 
 
 def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:

@@ -72,9 +72,9 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 CONTRACTIONS = {
-    form[:place] + form[place + 1 :]: form
+    form[:index] + form[index + 1 :]: form
     for form in _FORMS.split()
-    for place, letter in enumerate(form)
+    for index, letter in enumerate(form)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
 """A spelling that lacks one apostrophe -> the form; the official table holds just these."""
@@ -320,8 +320,8 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
     between the histograms of true and given answers in each `extra["global_group"]`, weighted by the group's size, /
     100: lower is better, and no percent. Only questions with `extra["is_balanced"]`, or without it, are scored.
     """
-    said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
-    right = {example.id: points(example, said) for example in examples}
+    predictions = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
+    right = {example.id: points(example, predictions) for example in examples}
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
 
     def entailed(example: Example) -> list[str]:
@@ -354,7 +354,7 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
         more=consistency,
         settings={"conversion": conversion},
     )
-    return replace(scored, metrics={**scored.metrics, **_distribution(balanced, said)})  # no bootstrap can draw it
+    return replace(scored, metrics={**scored.metrics, **_distribution(balanced, predictions)})  # no bootstrap draws it
 
 
 def _types(example: Example) -> tuple[str, str]:
@@ -372,12 +372,12 @@ def _text(example: Example, name: str, value: object) -> str:
     return value or ""
 
 
-def points(example: Example, said: Mapping[str, str]) -> float:
-    """The weight of the true answer that was said, letter by letter; 1 where a question has one true answer."""
-    return {answer.text: answer.weight for answer in example.answers}.get(said.get(example.id, ""), 0.0)
+def points(example: Example, predictions: Mapping[str, str]) -> float:
+    """The weight of the true answer that was predicted, letter by letter; 1 where a question has one true answer."""
+    return {answer.text: answer.weight for answer in example.answers}.get(predictions.get(example.id, ""), 0.0)
 
 
-def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[str, float]:
+def _distribution(examples: Sequence[Example], predictions: Mapping[str, str]) -> dict[str, float]:
     true: defaultdict[str, Counter[str]] = defaultdict(Counter)
     answered: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
@@ -385,7 +385,7 @@ def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[
         if group is not None:
             group = _text(example, "global_group", group)
             true[group][right_answer(example)] += 1
-            answered[group][said.get(example.id, "")] += 1
+            answered[group][predictions.get(example.id, "")] += 1
     if not true:
         return {}
     weighted, everything = 0.0, 0

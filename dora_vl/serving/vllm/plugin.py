@@ -179,21 +179,21 @@ PLACES = (
 """As they are in vLLM 0.32.0; docs/export.md says what the plugin does in each file."""
 
 
-def difference(places: Iterable[Place] = PLACES) -> str | None:
-    """The first place that this vLLM does not have as it is written down; None where all are as they were."""
-    for place in places:
-        where = f"{place.module}.{place.name}"
+def difference(symbols: Iterable[Place] = PLACES) -> str | None:
+    """The first symbol that this vLLM does not have as it is written down; None where all are as they were."""
+    for symbol in symbols:
+        where = f"{symbol.module}.{symbol.name}"
         try:
-            member: Any = import_module(place.module)
-            for part in place.name.split("."):
+            member: Any = import_module(symbol.module)
+            for part in symbol.name.split("."):
                 member = getattr(member, part)
         except (ImportError, AttributeError):
             return f"{where} is not there"
         names = tuple(inspect.signature(member).parameters) if callable(member) else ()
-        if place.parameters is not None and names != place.parameters:
-            return f"{where} takes ({', '.join(names)}), not ({', '.join(place.parameters)})"
+        if symbol.parameters is not None and names != symbol.parameters:
+            return f"{where} takes ({', '.join(names)}), not ({', '.join(symbol.parameters)})"
         code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
-        if missing := set(place.reads) - set(() if code is None else code.co_names):
+        if missing := set(symbol.reads) - set(() if code is None else code.co_names):
             return f"{where} does without {', '.join(sorted(missing))}"
     return None
 
@@ -350,7 +350,7 @@ def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
 
 def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
     """The magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
-    return {name: found for name, weights in adapter.loras.items() if (found := magnitudes_in(weights))}
+    return {name: magnitudes for name, weights in adapter.loras.items() if (magnitudes := magnitudes_in(weights))}
 
 
 def compute_gains(
