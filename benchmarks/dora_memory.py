@@ -75,14 +75,14 @@ def main() -> None:
         print(f"\nrank {rank}, dropout {dropout}, {options.dtype}, MiB\n{shown(measured)}")
         rows.append({"rank": rank, "dropout": dropout, **figures(measured)})
     if options.json is not None:
-        given = {name: value for name, value in vars(options).items() if name != "json"}
-        write_json(options.json, {"options": given, "settings": rows})
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        write_json(options.json, {"options": settings, "settings": rows})
 
 
 def memory_of(model: Any, tokens: Tokens) -> Memory:
     """Everything about one contender; its checkpointing is left switched on."""
     model.train()
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
     forward = partial(loss_of, model, tokens)
     loss, saved = saved_for_backward(forward, model)
@@ -92,7 +92,7 @@ def memory_of(model: Any, tokens: Tokens) -> Memory:
         if reentrant is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         steps[name] = step_of(forward, optimizer)
-    return Memory(saved, sum(one.nbytes for one in trained), steps)
+    return Memory(saved, sum(parameter.nbytes for parameter in trained), steps)
 
 
 def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
@@ -133,14 +133,14 @@ def figures(measured: dict[str, Memory]) -> dict[str, Any]:
 
     def checkpointed(read: Callable[[Step], int]) -> float:
         ways = [way for way, reentrant in CHECKPOINTING.items() if reentrant is not None]
-        return max(ratio(lambda one, way=way: read(one.steps[way]), "peft_lora") for way in ways)
+        return max(ratio(lambda memory, way=way: read(memory.steps[way]), "peft_lora") for way in ways)
 
     return {
-        "saved_bytes_vs_peft_lora": ratio(lambda one: one.saved.total, "peft_lora"),
-        "saved_bytes_vs_peft_dora": ratio(lambda one: one.saved.total, "peft_dora"),
+        "saved_bytes_vs_peft_lora": ratio(lambda memory: memory.saved.total, "peft_lora"),
+        "saved_bytes_vs_peft_dora": ratio(lambda memory: memory.saved.total, "peft_dora"),
         "saved_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.alive),
-        "peak_bytes_vs_peft_lora": ratio(lambda one: one.steps["stored"].peak, "peft_lora"),
-        "peak_bytes_vs_peft_dora": ratio(lambda one: one.steps["stored"].peak, "peft_dora"),
+        "peak_bytes_vs_peft_lora": ratio(lambda memory: memory.steps["stored"].peak, "peft_lora"),
+        "peak_bytes_vs_peft_dora": ratio(lambda memory: memory.steps["stored"].peak, "peft_dora"),
         "peak_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.peak),
         "bytes": {name: asdict(memory) for name, memory in measured.items()},
     }
@@ -200,8 +200,8 @@ def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     gc.collect()
-    seen = {id(one) for one in storages_of([*model.parameters(), *model.buffers()])}
-    by_hooks = _bytes_not_in(seen, [storage for one in hooked if (storage := one()) is not None])
+    seen = {id(storage) for storage in storages_of([*model.parameters(), *model.buffers()])}
+    by_hooks = _bytes_not_in(seen, [storage for reference in hooked if (storage := reference()) is not None])
     outside = _bytes_not_in(seen, storages_of(attribute_tensors(result)))
     return result, Saved(by_hooks + outside, outside)
 
@@ -222,12 +222,12 @@ def attribute_tensors(result: Tensor) -> Iterator[Tensor]:
 def _tensors_within(root: object) -> Iterator[Tensor]:
     waiting, seen = [root], {id(root)}
     while waiting:
-        for one in gc.get_referents(waiting.pop()):
-            if isinstance(one, Tensor):
-                yield one
-            elif id(one) not in seen and not isinstance(one, NOT_FOLLOWED):
-                seen.add(id(one))
-                waiting.append(one)
+        for referent in gc.get_referents(waiting.pop()):
+            if isinstance(referent, Tensor):
+                yield referent
+            elif id(referent) not in seen and not isinstance(referent, NOT_FOLLOWED):
+                seen.add(id(referent))
+                waiting.append(referent)
 
 
 def _bytes_not_in(seen: set[int], storages: Iterable[Storage]) -> int:

@@ -131,7 +131,7 @@ def cuda_figures(
     One contender at a time is on the card, so that its peak is its own; the base they are copied from is in all.
     """
     kernels, peaks, shares = {}, {}, {}
-    weights = sum(one.numel() for one in base.parameters())
+    weights = sum(parameter.numel() for parameter in base.parameters())
     operations = 4 * weights * options.batch * options.tokens  # a frozen weight: forward, and the input's gradient
     for name in TRAINED:
         step = step_of(name)
@@ -151,18 +151,18 @@ def cuda_figures(
 
 @dataclass(frozen=True)
 class Tokens:
-    """The batch: token ids, the places that carry a label, and the labels."""
+    """The batch: token ids, the positions that carry a label, and the labels."""
 
     ids: Tensor
-    places: Tensor
+    positions: Tensor
     targets: Tensor
 
     @classmethod
     def random(cls, vocabulary: int, *, batch: int, length: int, labels: int) -> Tokens:
         """The last `labels` tokens of each row are predicted."""
         ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        places = torch.arange(length - labels - 1, length - 1, device=DEVICE)
-        return cls(ids, places, ids[:, places + 1].reshape(-1))
+        positions = torch.arange(length - labels - 1, length - 1, device=DEVICE)
+        return cls(ids, positions, ids[:, positions + 1].reshape(-1))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +196,7 @@ def loss_of(model: Any, tokens: Tokens) -> Tensor:
     """Cross-entropy at the labelled places; logits exist only there, for all contenders."""
     embeds = model.get_input_embeddings()(tokens.ids).detach().requires_grad_()
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    chosen = hidden[:, tokens.places].flatten(0, 1)
+    chosen = hidden[:, tokens.positions].flatten(0, 1)
     return F.cross_entropy(model.lm_head(chosen).float(), tokens.targets)
 
 

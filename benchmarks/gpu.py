@@ -244,7 +244,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """[batch, tokens, hidden]; `past` are keys, taken for values too, of the tokens before."""
         normal = self.before_attention(x)
-        q, k, v = (self._split(one(normal)) for one in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self._split(projection(normal)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if past is not None:
             k, v = torch.cat([past, k], dim=2), torch.cat([past, v], dim=2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
@@ -343,10 +343,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _bars(axis: Any, rows: Sequence[dict[str, float]]) -> None:
     names = [name for name in COLOURS if any(name in row for row in rows)]
     height = 0.8 / len(names)
-    for place, name in enumerate(names):
-        there = [(number, row[name]) for number, row in enumerate(rows) if name in row]
-        offsets = [number - 0.4 + (place + 0.5) * height for number, _ in there]
-        axis.barh(offsets, [value for _, value in there], height=height, color=COLOURS[name], label=name)
+    for index, name in enumerate(names):
+        points = [(number, row[name]) for number, row in enumerate(rows) if name in row]
+        offsets = [number - 0.4 + (index + 0.5) * height for number, _ in points]
+        axis.barh(offsets, [value for _, value in points], height=height, color=COLOURS[name], label=name)
 
 
 if __name__ == "__main__":

@@ -93,13 +93,13 @@ def _layer_checks(
     wide = copy.deepcopy(layer).double()
     x, upstream = (torch.randn(rows, size, device=device, dtype=dtype) for size in (columns, out))
     dropped = draw_dropped(x, 0.3)
-    found = _passed(layer, x, upstream, dropped)
+    fused = _passed(layer, x, upstream, dropped)
     seen = dropped.apply(torch.ones_like(x)) == 0
     with without_kernels():
         mask = Dropped(0.3, seen.flatten().nonzero().flatten())
         eager, truth = _passed(layer, x, upstream, mask), _passed(wide, x.double(), upstream.double(), mask)
     for key, exact in truth.items():
-        error, own = (_error(one[key], exact) for one in (found, eager))
+        error, own = (_error(tensors[key], exact) for tensors in (fused, eager))
         allowed = EXACT if dtype == torch.float32 else max(SLACK * own, ROUNDED)
         shape = f"{rows} x {columns} -> {out}, rank {rank}"
         yield Check(f"{name}, {key}, {shape}, {str(dtype).removeprefix('torch.')}", error, allowed)
@@ -140,8 +140,8 @@ def _passed(model: nn.Module, x: Tensor, upstream: Tensor, dropped: Dropped) -> 
     return {"y": y.detach(), "y in inference": quiet, "d x": inputs.grad, **trained}
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+def _error(computed: Tensor, exact: Tensor) -> float:
+    return float((computed.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 def _cancelled(rank: int, dtype: torch.dtype, device: str, *, width: int) -> Check:
@@ -150,9 +150,9 @@ def _cancelled(rank: int, dtype: torch.dtype, device: str, *, width: int) -> Che
     weight = torch.randn(width, width, device=device).to(dtype)
     a, b = 0.1 * torch.randn(rank, width, device=device), 0.3 * torch.randn(width, rank, device=device)
     weight[::17] = (-1.001 * (b @ a))[::17].to(dtype)
-    found = safe_norms(weight, row_norms_squared(weight), a, b, 1.0)[::17]
+    norms = safe_norms(weight, row_norms_squared(weight), a, b, 1.0)[::17]
     exact = torch.linalg.vector_norm(weight.double() + b.double() @ a.double(), dim=1)[::17]
-    error = float(((found.double() - exact) / exact).abs().max())
+    error = float(((norms.double() - exact) / exact).abs().max())
     return Check(f"norms of rows that cancel, rank {rank}, {str(dtype).removeprefix('torch.')}", error, 1e-3)
 
 
@@ -164,8 +164,8 @@ def _repeats(device: str, *, width: int) -> Check:
         torch.manual_seed(7)
         layer.zero_grad()
         layer(x).square().sum().backward()
-        results.append([one.grad.clone() for one in layer.parameters() if one.grad is not None])
-    differing = sum(int((one != other).sum()) for one, other in zip(*results, strict=True))
+        results.append([parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None])
+    differing = sum(int((first != second).sum()) for first, second in zip(*results, strict=True))
     return Check("elements that differ when a pass with dropout is repeated", differing, 0)
 
 

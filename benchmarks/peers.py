@@ -94,10 +94,10 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--contender", help=argparse.SUPPRESS)  # one of them, in a process of its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given, config = parser.parse_known_args()
-    if given.contender is not None:
-        options = Options(tuple(config), given.steps, given.batch)
-        print(json.dumps(run_contender(given.contender, options, given.folder)))
+    args, config = parser.parse_known_args()
+    if args.contender is not None:
+        options = Options(tuple(config), args.steps, args.batch)
+        print(json.dumps(run_contender(args.contender, options, args.folder)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -106,11 +106,11 @@ def main() -> None:
             [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "trl", TRL],
             check=True,
         )
-        if given.smolvlm is not None:
-            config += ["--model.base", str(write_smolvlm(folder / "smolvlm", given.smolvlm))]
-        options = Options(tuple(config), given.steps, given.batch)
-        turn("ours", Options(options.config, 1, given.batch), folder)  # composes the base, stores outputs: no clock yet
-        rounds = [{name: turn(name, options, folder) for name in (*OURS, *PEERS)} for _ in range(given.rounds)]
+        if args.smolvlm is not None:
+            config += ["--model.base", str(write_smolvlm(folder / "smolvlm", args.smolvlm))]
+        options = Options(tuple(config), args.steps, args.batch)
+        turn("ours", Options(options.config, 1, args.batch), folder)  # composes the base, stores outputs: no clock yet
+        rounds = [{name: turn(name, options, folder) for name in (*OURS, *PEERS)} for _ in range(args.rounds)]
     rate = {name: [each[name]["samples_per_second"] for each in rounds] for name in rounds[0]}
     ratios = {
         peer: {name: median([a / b for a, b in zip(rate[name], rate[peer], strict=True)]) for name in rate}
@@ -119,11 +119,9 @@ def main() -> None:
     memory = {name: max(each[name]["gib"] for each in rounds) for name in rate}
     heads = ("contender", "samples/s (median)", *(f"x {peer}" for peer in PEERS), "peak GiB")
     print(table(heads, [(n, median(rate[n]), *(ratios[peer][n] for peer in PEERS), memory[n]) for n in rate]))
-    if given.json is not None:
-        figures = {"settings": config, "steps": given.steps, "batch": given.batch, "trl": TRL}
-        write_json(
-            given.json, {**figures, "times_as_fast_as": ratios, "gib": memory, "rounds": rounds}, name=given.name
-        )
+    if args.json is not None:
+        figures = {"settings": config, "steps": args.steps, "batch": args.batch, "trl": TRL}
+        write_json(args.json, {**figures, "times_as_fast_as": ratios, "gib": memory, "rounds": rounds}, name=args.name)
 
 
 def turn(name: str, options: Options, folder: Path) -> dict[str, float]:
@@ -170,9 +168,9 @@ def write_samples(folder: Path, count: int) -> None:
         picture.save(folder / name)
         for number in range(min(chance.randint(1, 5), count - len(samples))):
             words = int(chance.lognormvariate(2.7, 0.9)) + 1
-            said = " ".join(chance.choices([shape, colour, ground, "and", "is", "on"], k=words))
-            asked = " ".join(chance.choices(["which", "shape", "colour", "is", "there"], k=chance.randint(4, 24)))
-            turns = [{"from": "human", "value": f"<image>\n{asked}?"}, {"from": "gpt", "value": f"{said}."}]
+            answer = " ".join(chance.choices([shape, colour, ground, "and", "is", "on"], k=words))
+            question = " ".join(chance.choices(["which", "shape", "colour", "is", "there"], k=chance.randint(4, 24)))
+            turns = [{"from": "human", "value": f"<image>\n{question}?"}, {"from": "gpt", "value": f"{answer}."}]
             samples.append({"id": f"{name}/{number}", "image": name, "conversations": turns})
     (folder / "train.json").write_text(json.dumps(samples), encoding="utf-8")
 

@@ -60,18 +60,18 @@ def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[
         shown = Shown(pictures=tuple(open_image(images, path) for path in question.images))
         sample = assistant.prompts.sample(question.turns, shown)
         inputs.append((sample.input_ids[None], sample.inputs["pixel_values"]))
-    here, merged = unmerged_and_merged(base, adapter, inputs, torch.float32)
+    ours, merged = unmerged_and_merged(base, adapter, inputs, torch.float32)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    there = logits_of(PeftModel.from_pretrained(plain, str(adapter)).eval(), inputs)
+    peft = logits_of(PeftModel.from_pretrained(plain, str(adapter)).eval(), inputs)
     exact, exact_merged = unmerged_and_merged(base, adapter, inputs, torch.float64)
     return {
-        "PEFT, where the answer begins": greatest(here, there, place=-1),
-        "PEFT, all places": greatest(here, there),
-        "merged, where the answer begins": greatest(here, merged, place=-1),
-        "merged, all places": greatest(here, merged),
+        "PEFT, where the answer begins": greatest(ours, peft, position=-1),
+        "PEFT, all places": greatest(ours, peft),
+        "merged, where the answer begins": greatest(ours, merged, position=-1),
+        "merged, all places": greatest(ours, merged),
         "merged, all places, float64": greatest(exact, exact_merged),
-        "float32 against float64, ours, all places": greatest(here, exact),
-        "float32 against float64, PEFT, all places": greatest(there, exact),
+        "float32 against float64, ours, all places": greatest(ours, exact),
+        "float32 against float64, PEFT, all places": greatest(peft, exact),
     }
 
 
@@ -93,11 +93,11 @@ def logits_of(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
     return [model(input_ids=ids, pixel_values=pixels).logits for ids, pixels in inputs]
 
 
-def greatest(ours: Sequence[Tensor], theirs: Sequence[Tensor], place: int | None = None) -> dict[str, float]:
-    """The greatest difference, absolute and as a share of the greatest logit: at one place, or at all of them."""
-    places = slice(None) if place is None else [place]
-    pairs = [(mine[:, places].double(), other[:, places]) for mine, other in zip(ours, theirs, strict=True)]
-    difference = max(float((mine - other).abs().max()) for mine, other in pairs)
+def greatest(ours: Sequence[Tensor], theirs: Sequence[Tensor], position: int | None = None) -> dict[str, float]:
+    """The greatest difference, absolute and as a share of the greatest logit: at one position, or at all of them."""
+    positions = slice(None) if position is None else [position]
+    pairs = [(logits[:, positions].double(), other[:, positions]) for logits, other in zip(ours, theirs, strict=True)]
+    difference = max(float((logits - other).abs().max()) for logits, other in pairs)
     return {"absolute": difference, "relative": difference / max(float(other.abs().max()) for _, other in pairs)}
 
 

@@ -38,19 +38,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often each takes a turn")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--bytes-to", type=Path, help=argparse.SUPPRESS)  # a rank of a run
-    given, config = parser.parse_known_args()
-    if given.bytes_to is not None:
-        run_rank(given.bytes_to, config)
+    args, config = parser.parse_known_args()
+    if args.bytes_to is not None:
+        run_rank(args.bytes_to, config)
         return
-    counts = [int(count) for count in given.ranks.split(",")]
-    rounds = [{ranks: timed(ranks, given.steps, config) for ranks in counts} for _ in range(given.rounds)]
+    counts = [int(count) for count in args.ranks.split(",")]
+    rounds = [{ranks: timed(ranks, args.steps, config) for ranks in counts} for _ in range(args.rounds)]
     rates = {ranks: [each[ranks]["tokens_per_second"] for each in rounds] for ranks in counts}
     gains = {ranks: median([b / a for a, b in zip(rates[counts[0]], rates[ranks], strict=True)]) for ranks in counts}
     heads = ("ranks", "tokens/s (median)", f"x {counts[0]}", "of what is possible", "MB a rank sends in a step")
     rows = [(n, median(rates[n]), gains[n], gains[n] * counts[0] / n, rounds[0][n]["megabytes_a_step"]) for n in counts]
     print(table(heads, rows))
-    if given.json is not None:
-        write_json(given.json, {"settings": config, "steps": given.steps, "times": gains, "rounds": rounds})
+    if args.json is not None:
+        write_json(args.json, {"settings": config, "steps": args.steps, "times": gains, "rounds": rounds})
 
 
 def timed(ranks: int, steps: int, config: list[str]) -> dict[str, float]:

@@ -183,9 +183,9 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
         for _ in range(options.rounds + 1):
             rounds.append({name: under_load(client, names, options) for name, names in loads.items()})
     del rounds[0]  # whatever is done once
-    speeds = {name: round(median([one[name] for one in rounds]), 2) for name in loads}
-    one, mixed = loads
-    share = round(median([each[mixed] / each[one] for each in rounds]), 4)
+    speeds = {name: round(median([rates[name] for rates in rounds]), 2) for name in loads}
+    single, mixed = loads
+    share = round(median([each[mixed] / each[single] for each in rounds]), 4)
     print(f"\n{options.requests} requests in flight, {options.tokens} tokens each")
     print(table(("load", "tokens a second"), [*speeds.items()]))
     print(f"mixed: {share:.3f} of one adapter's")
@@ -196,12 +196,12 @@ def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace
     """Tokens a second of all requests at once."""
 
     def ask(number: int) -> int:
-        found = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model=names[number % len(names)],
             messages=[{"role": "user", "content": f"{QUESTION} {number}"}],
             max_tokens=options.tokens,
         )
-        return found.usage.completion_tokens if found.usage else 0
+        return completion.usage.completion_tokens if completion.usage else 0
 
     before = time.perf_counter()
     with ThreadPoolExecutor(options.requests) as threads:
@@ -217,14 +217,14 @@ def joining_figures(served: ServedModel, options: argparse.Namespace) -> dict[st
     served.backbone.model.generation_config.eos_token_id = None
     rounds: dict[str, list[dict[str, float]]] = {"joining": [], "batch by batch": []}
     for turn in range(options.rounds + 1):
-        for way, found in rounds.items():
+        for way, measured in rounds.items():
             with Engine(served, Settings(joining=way == "joining")) as engine:
                 figures = {**beside_a_long_answer(engine), "tokens a second": of_clients(engine)}
             if turn:  # the first does whatever is done once
-                found.append(figures)
+                measured.append(figures)
     whole = {
-        way: {name: round(median([one[name] for one in found]), 3) for name in found[0]}
-        for way, found in rounds.items()
+        way: {name: round(median([figures[name] for figures in measured]), 3) for name in measured[0]}
+        for way, measured in rounds.items()
     }
     names = list(whole["joining"])
     print(f"\na question of {LENGTHS[0]} tokens beside an answer of {LONG}, and {CLIENTS} clients")
@@ -239,12 +239,12 @@ def beside_a_long_answer(engine: Engine) -> dict[str, float]:
     next(long)
     with ThreadPoolExecutor(1) as threads:
         rest = threads.submit(lambda: list(long))
-        asked = time.perf_counter()
+        submitted = time.perf_counter()
         short = ask(engine, "b", LENGTHS[0])
         next(short)
-        first = time.perf_counter() - asked
+        first = time.perf_counter() - submitted
         list(short)
-        over = time.perf_counter() - asked
+        over = time.perf_counter() - submitted
         rest.result()
     return {"first token, s": first, "short answer, s": over, "long answer, s": time.perf_counter() - began}
 

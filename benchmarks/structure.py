@@ -102,9 +102,9 @@ def arrows(root: Path) -> dict[str, Any]:
     paths = sorted([*(root / PACKAGE).rglob("*.py"), *(root / "benchmarks").glob("*.py")])
     modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
-    every = {name: set(imported(tree, modules)) - {name} for name, tree in trees.items()}
-    reached = {name: reach(name, every) for name in every}
-    circles = {frozenset(other for other in reached[name] if name in reached[other]) for name in every}
+    imports = {name: set(imported(tree, modules)) - {name} for name, tree in trees.items()}
+    reached = {name: reach(name, imports) for name in imports}
+    circles = {frozenset(other for other in reached[name] if name in reached[other]) for name in imports}
     inside = {
         node
         for name, tree in trees.items()
@@ -128,14 +128,14 @@ def arrows(root: Path) -> dict[str, Any]:
 
 def reach(start: str, imports: Mapping[str, set[str]]) -> set[str]:
     """The modules that a way of one import or more leads to."""
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting = list(imports[start])
     while waiting:
         module = waiting.pop()
-        if module not in found:
-            found.add(module)
+        if module not in reached:
+            reached.add(module)
             waiting += imports[module]
-    return found
+    return reached
 
 
 def imported(tree: ast.Module, modules: Mapping[str, Path], *, typing: bool = True) -> Iterator[str]:

@@ -56,7 +56,7 @@ def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) 
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
     apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
     task = Seq2SeqLoss(VlBartBackbone(model)).train()
-    parameters = [one for part in trained_parts(model) for one in part.parameters.values()]
+    parameters = [parameter for part in trained_parts(model) for parameter in part.parameters.values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step() -> None:

@@ -37,13 +37,13 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     model = vllm.LLM(job["model"], **job["engine"])
     adapters = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)}
     sampling = vllm.SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=0)
-    found = model.generate(
+    outputs = model.generate(
         [prompt_of(request) for request in job["requests"]],
         sampling,
         lora_request=[adapters.get(request["adapter"]) for request in job["requests"]],
         use_tqdm=False,
     )
-    return {"vllm": vllm.__version__, "answers": [answer_of(one.outputs[0]) for one in found]}
+    return {"vllm": vllm.__version__, "answers": [answer_of(output.outputs[0]) for output in outputs]}
 
 
 def prompt_of(request: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def answer_of(output: Any) -> dict[str, Any]:
     """Tokens and the log probability of each."""
     tokens = list(output.token_ids)
     chosen = zip(tokens, output.logprobs, strict=True)
-    return {"tokens": tokens, "logprobs": [found[token].logprob for token, found in chosen]}
+    return {"tokens": tokens, "logprobs": [candidates[token].logprob for token, candidates in chosen]}
 
 
 if __name__ == "__main__":

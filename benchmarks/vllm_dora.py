@@ -106,16 +106,16 @@ def version_of(python: Path) -> str:
     if not python.is_file():
         raise UserError(f"--vllm-python {python}: there is no such file")
     code = "import dora_vl.serving.vllm.plugin, vllm; print(vllm.__version__)"
-    found = in_vllm(python, ["-c", code], check=False)
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1:]
+    completed = in_vllm(python, ["-c", code], check=False)
+    if completed.returncode:
+        reason = completed.stderr.strip().splitlines()[-1:]
         raise UserError(f"{python}: {' '.join(reason)}; --vllm-python names an interpreter with vllm and dora_vl")
-    return found.stdout.split()[-1]
+    return completed.stdout.split()[-1]
 
 
 def agrees(case: Mapping[str, Any]) -> bool:
     """Whether every token is the same and no adapter's are the base's; with gains left at 1, DoRA's must be others."""
-    whole = {name: min(one["same_tokens"]) == one["of"] for name, one in case["answers"].items()}
+    whole = {name: min(figures["same_tokens"]) == figures["of"] for name, figures in case["answers"].items()}
     if not all(case["unlike_the_base"].values()):
         return False
     if case["gains"]:
@@ -137,7 +137,7 @@ def language_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any
             name: write_adapter(path, folder / f"{base} {name}", 10 + seed, **config)
             for seed, (name, config) in enumerate(ADAPTERS.items())
         }
-        expected = {name: by_peft(path, one, options.tokens) for name, one in (("base", None), *adapters.items())}
+        expected = {key: by_peft(path, adapter, options.tokens) for key, adapter in (("base", None), *adapters.items())}
         cases = {f"{base}, one batch": (len(adapters), True)}
         if base == "biased":
             cases |= {"biased, one slot for all": (1, True), "biased, gains left at 1": (len(adapters), False)}
@@ -160,15 +160,15 @@ def batch_case(
     **engine: Any,
 ) -> dict[str, Any]:
     """Every prompt for the base and each adapter, one after another, so that a batch mixes them."""
-    asked = [(name, number) for number in range(len(prompts)) for name in expected]
+    requests = [(name, number) for number in range(len(prompts)) for name in expected]
     job = {
         "model": str(base),
         "engine": {**ENGINE, **engine},
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "requests": [{"adapter": name, **prompts[number]} for name, number in asked],
+        "requests": [{"adapter": name, **prompts[number]} for name, number in requests],
         "gains": gains,
     }
-    answers = dict(zip(asked, ask(base.parent, job, options), strict=True))
+    answers = dict(zip(requests, ask(base.parent, job, options), strict=True))
     by_name = {name: [answers[name, number] for number in range(len(prompts))] for name in expected}
     return compared(by_name, expected, gains=gains)
 
@@ -251,7 +251,7 @@ def command(module: str, *words: str | Path) -> None:
     Raises:
         UserError: it failed; what it said stands above.
     """
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", module, *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -259,9 +259,9 @@ def command(module: str, *words: str | Path) -> None:
         text=True,
         check=False,
     )
-    if found.returncode:
-        sys.stderr.write(found.stdout + found.stderr)
-        raise UserError(f"{module} ended with status {found.returncode}")
+    if completed.returncode:
+        sys.stderr.write(completed.stdout + completed.stderr)
+        raise UserError(f"{module} ended with status {completed.returncode}")
 
 
 def write_tower(folder: Path) -> None:
@@ -325,7 +325,7 @@ def expected_answers(
     opened = [Image.open(picture).convert("RGB") for picture in pictures]
     inputs = [processor(images=picture, text=PROMPT, return_tensors="pt") for picture in opened]
     return {
-        name: [greedy(model.eval(), one, tokens) for one in inputs]
+        name: [greedy(model.eval(), batch, tokens) for batch in inputs]
         for name, model in (("base", alone), ("dora", trained))
     }
 
@@ -337,19 +337,19 @@ def by_server(served: Path, expected: Answers, pictures: Sequence[Path], options
     """The same through chat completions of vLLM's own server, by OpenAI's client."""
     from openai import OpenAI
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     with serving(served, options.vllm_python) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120)
         for name in expected:
-            found[name] = [chat(client, name, picture, options.tokens) for picture in pictures]
-    return compared(found, expected)
+            answers[name] = [chat(client, name, picture, options.tokens) for picture in pictures]
+    return compared(answers, expected)
 
 
 def chat(client: Any, model: str, picture: Path, tokens: int) -> dict[str, Any]:
     """One question about a picture."""
     url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
     content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    found = client.chat.completions.create(
+    choice = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],
         temperature=0,
@@ -357,10 +357,10 @@ def chat(client: Any, model: str, picture: Path, tokens: int) -> dict[str, Any]:
         logprobs=True,
         extra_body={"ignore_eos": True, "return_token_ids": True},
     ).choices[0]
-    assert found.logprobs is not None
-    assert found.logprobs.content is not None
-    extra = found.model_extra or {}
-    return {"tokens": extra["token_ids"], "logprobs": [one.logprob for one in found.logprobs.content]}
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    extra = choice.model_extra or {}
+    return {"tokens": extra["token_ids"], "logprobs": [token.logprob for token in choice.logprobs.content]}
 
 
 @contextlib.contextmanager
@@ -372,7 +372,7 @@ def serving(served: Path, python: Path) -> Iterator[str]:
     environment = {**os.environ, **ENVIRONMENT}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     log = served.parent / "server.log"
-    with log.open("w", encoding="utf-8") as said:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [
                 *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", served / "base"),
@@ -380,8 +380,8 @@ def serving(served: Path, python: Path) -> Iterator[str]:
                 *("--lora-modules", f"dora={served / 'adapter'}"),
             ],
             env=environment,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
     try:

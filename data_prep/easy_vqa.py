@@ -176,9 +176,9 @@ def write_split(path: Path, records: Sequence[Record], questions: Sequence[Quest
 def convert(source: Path, to: Path, settings: Settings) -> Record:
     """Writes the three splits and the manifest into `to`; returns the manifest."""
     answers, seed = read_answers(source), settings.seed
-    asked = read_questions(source, "train", answers)
-    seen = seen_in_pictures(asked)
-    train, validation = split_pictures(asked, settings)
+    questions = read_questions(source, "train", answers)
+    seen = seen_in_pictures(questions)
+    train, validation = split_pictures(questions, settings)
     left_out = 0
     if settings.reasons:
         before = len(train) + len(validation)

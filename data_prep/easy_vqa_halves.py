@@ -28,7 +28,7 @@ from dora_vl.errors import exit_on_user_error, positive
 
 def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:
     """One example a question, in an order shuffled by the seed."""
-    made = [
+    samples = [
         Example(
             id=f"easyvqa-{split}-{question.index:05d}",
             images=(picture_path(split, question.picture),),
@@ -38,33 +38,33 @@ def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Ex
         )
         for question in questions
     ]
-    random.Random(f"{seed}/{split}").shuffle(made)
-    return made
+    random.Random(f"{seed}/{split}").shuffle(samples)
+    return samples
 
 
 def convert(source: Path, to: Path, *, validation: int, seed: int) -> dict[str, object]:
     """Writes the files and the manifest; returns the manifest."""
     answers = read_answers(source)
-    asked = read_questions(source, "train", answers)
-    pictures = sorted({question.picture for question in asked})
+    questions = read_questions(source, "train", answers)
+    pictures = sorted({question.picture for question in questions})
     random.Random(f"{seed}/halves").shuffle(pictures)
     first = set(pictures[: len(pictures) // 2])
-    pretrain = [question for question in asked if question.picture in first and question.answer in YES_NO]
+    pretrain = [question for question in questions if question.picture in first and question.answer in YES_NO]
     held_out = set(pictures[len(pictures) - validation :])
-    second = [question for question in asked if question.picture not in first and question.answer not in YES_NO]
+    second = [question for question in questions if question.picture not in first and question.answer not in YES_NO]
     test = [question for question in read_questions(source, "test", answers) if question.answer not in YES_NO]
     splits = {
-        "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(asked)), "train"),
+        "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(questions)), "train"),
         "adapt": ([question for question in second if question.picture not in held_out], "train"),
         "test": (test, "test"),
     }
     if validation:
         splits["validation"] = [question for question in second if question.picture in held_out], "train"
     manifest: dict[str, object] = {"source": "easy-vqa 1.0", "seed": seed}
-    for name, (questions, split) in splits.items():
-        write_examples(to / f"{name}.jsonl", examples(questions, split=split, seed=seed))
-        kinds = Counter(kind_of(question) for question in questions)
-        manifest[name] = {"questions": len(questions), "by_kind": dict(sorted(kinds.items()))}
+    for name, (subset, split) in splits.items():
+        write_examples(to / f"{name}.jsonl", examples(subset, split=split, seed=seed))
+        kinds = Counter(kind_of(question) for question in subset)
+        manifest[name] = {"questions": len(subset), "by_kind": dict(sorted(kinds.items()))}
     with whole_file(to / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
     return manifest

@@ -46,8 +46,8 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
         if question.answer not in answers:
             raise UserError(f"{where}: answer {shown(question.answer)} is not in answers.txt")
         if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
-            asked = f"{shown(question.text)} does not ask for {shown(question.answer)}"
-            raise UserError(f"{where}: {asked}; the package's questions changed")
+            mismatch = f"{shown(question.text)} does not ask for {shown(question.answer)}"
+            raise UserError(f"{where}: {mismatch}; the package's questions changed")
     pictures = sorted({question.picture for question in questions})
     missing = [name for name in (picture_path(split, number) for number in pictures) if not (folder / name).is_file()]
     if missing:

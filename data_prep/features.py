@@ -74,8 +74,8 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
     for medium in media:
         before = by_name.setdefault(medium.name, medium)
         if before != medium:
-            places = f"{before.clip or before.path} and {medium.clip or medium.path}"
-            raise UserError(f"{places} would have one name, {medium.name!r}; compute their features in two folders")
+            paths = f"{before.clip or before.path} and {medium.clip or medium.path}"
+            raise UserError(f"{paths} would have one name, {medium.name!r}; compute their features in two folders")
     return list(by_name.values())
 
 

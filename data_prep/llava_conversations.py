@@ -50,10 +50,10 @@ def right_letter(example: Example) -> str:
     """The letter that the prompt puts before the right choice."""
     if "correct" not in example.extra:
         raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
-    correct, known = correct_index(example), letters(example)
-    if len(example.choices) > len(known):
-        raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(known)}")
-    return known[correct]
+    correct, alphabet = correct_index(example), letters(example)
+    if len(example.choices) > len(alphabet):
+        raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(alphabet)}")
+    return alphabet[correct]
 
 
 @exit_on_user_error
@@ -67,19 +67,19 @@ def main() -> None:
     options = parser.parse_args()
     if not options.records.is_file():
         raise UserError(f"{options.records}: no such file; `dora-vl prepare` writes records")
-    made: list[dict[str, JSON]] = []
+    conversations: list[dict[str, JSON]] = []
     dropped: list[BadSample] = []
     for example in iterate_examples(options.records):
         try:
-            made.append(conversation_of(example, BENCHMARKS[options.benchmark]))
+            conversations.append(conversation_of(example, BENCHMARKS[options.benchmark]))
         except BadSample as problem:
             dropped.append(problem)
-    random.Random(options.seed).shuffle(made)
-    if not made:
+    random.Random(options.seed).shuffle(conversations)
+    if not conversations:
         raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
     with whole_file(options.to) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
-    print(f"{options.to}: {len(made):,} conversations, {len(dropped):,} records left out")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in conversations)
+    print(f"{options.to}: {len(conversations):,} conversations, {len(dropped):,} records left out")
     for problem in dropped[:NAMED]:
         print(f"  left out: {problem}")
 

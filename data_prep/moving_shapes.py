@@ -77,8 +77,8 @@ def movers(order: random.Random) -> list[Mover]:
     count = order.randint(1, 4)
     parts = [order.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
     return [
-        Mover(shape, color, order.choice(tuple(DIRECTIONS)), quarter=quarter, place=place, of=count)
-        for place, (shape, color, quarter) in enumerate(zip(*parts, strict=True))
+        Mover(shape, color, order.choice(tuple(DIRECTIONS)), quarter=quarter, index=index, of=count)
+        for index, (shape, color, quarter) in enumerate(zip(*parts, strict=True))
     ]
 
 
@@ -93,7 +93,7 @@ def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
         return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "order":
         ends = {"first": shown[0], "last": shown[-1]} if len(shown) > 1 else {}
-        questions = {f"which color comes {place}?": mover for place, mover in ends.items()}
+        questions = {f"which color comes {position}?": mover for position, mover in ends.items()}
         return [ShapeQuestion(text, mover.color, tuple(COLORS), mover) for text, mover in questions.items()]
     text, attribute, possible = ASKED[kind]
     return [ShapeQuestion(text.format(**vars(mover)), vars(mover)[attribute], possible, mover) for mover in shown]
@@ -134,8 +134,8 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     )
     examples = [captioned]
     for kind in LEARNED_FIRST if split == "pretrain" else KINDS:
-        asked = questions_of(kind, shown)
-        for index, question in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
+        pool = questions_of(kind, shown)
+        for index, question in enumerate(order.sample(pool, min(1, len(pool))) if split == "test" else pool):
             choices = four_choices(question.answer, question.possible, shown, order)
             talked_about = question.about if kind == "spoken" and question.about is not None else order.choice(shown)
             examples.append(
@@ -155,10 +155,10 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
 def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
     """Draws these clips; the work of one call in a worker process."""
     for split, number in numbered:
-        shown, made = examples_of(split, number, seed)
-        assert made[0].video is not None
+        shown, examples = examples_of(split, number, seed)
+        assert examples[0].video is not None
         write_clip(
-            to / made[0].video.path, shown, noise=random.Random(f"{seed}/{split}/{number}/noise").getrandbits(32)
+            to / examples[0].video.path, shown, noise=random.Random(f"{seed}/{split}/{number}/noise").getrandbits(32)
         )
     return len(numbered)
 

@@ -62,20 +62,20 @@ class Mover:
 
     Attributes:
         quarter: of the picture, row by row; a shape stays in its own.
-        place: 0 is there from the beginning.
+        index: 0 is there from the beginning.
     """
 
     shape: str
     color: str
     direction: str
     quarter: int
-    place: int
+    index: int
     of: int
 
     @property
     def first_frame(self) -> int:
         """When it appears."""
-        return round(FRAMES * LATEST_START * self.place / max(1, self.of - 1)) if self.of > 1 else 0
+        return round(FRAMES * LATEST_START * self.index / max(1, self.of - 1)) if self.of > 1 else 0
 
     def centre(self, frame: int) -> tuple[float, float]:
         """Where it is, in pixels: it passes the middle of its quarter halfway."""

@@ -74,8 +74,8 @@ def tower(order: random.Random) -> Box:
 def scattered(order: random.Random) -> Box:
     """One to seven shapes that do not overlap; a third of them at a wall."""
     items: list[Item] = []
-    wanted = order.randint(1, 7)
-    while len(items) < wanted:
+    count = order.randint(1, 7)
+    while len(items) < count:
         size = order.choice((10, 20, 30))
         x, y = order.randint(1, BOX - size - 1), order.randint(1, BOX - size - 1)
         if order.random() < 1 / 3:
