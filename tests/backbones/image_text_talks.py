@@ -144,9 +144,9 @@ def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> di
     many |= {"suffix": list(suffixes)} if prompt == "paligemma" else {}
     many |= {"return_for_text_completion": True} if family == "chameleon" else {}
     images = [list(pictures) for _, pictures in talks if pictures] or None
-    found = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
-    found.pop("labels", None)
-    return found
+    inputs = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
+    inputs.pop("labels", None)
+    return inputs
 
 
 def _plain(talk: Talk, encoder: Encoder, prompt: str) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def _plain(talk: Talk, encoder: Encoder, prompt: str) -> tuple[str, str]:
     if prompt == "paligemma":
         return texts[0], texts[1]
     rounds = zip(texts[::2], texts[1::2], strict=True)
-    return "\n".join(f"Question: {asked} Answer: {said}<|im_end|>" for asked, said in rounds), ""
+    return "\n".join(f"Question: {question} Answer: {answer}<|im_end|>" for question, answer in rounds), ""
 
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
