@@ -46,14 +46,14 @@ TALKS: dict[str, Talk] = {
     "a picture later": (rounds("Say the colour red.", "red", f"<image>\n{ASKED}", SAID), (RED,)),
     "a picture each": (rounds(f"<image>\n{ASKED}", SAID, "<image>\nIs it blue?", "Yes"), (RED, BLUE)),
 }
-LONG, SHORT = coloured_video(4), coloured_video(3, every=11, size=(22, 30))
+LONG, SHORT = coloured_video(4), coloured_video(3, step=11, size=(22, 30))
 TURNS_RED = Turn("assistant", "It turns red.")
 VIDEO_TALKS: dict[str, Talk] = {
     "one video": (rounds("<video>\nWhat colour is it?", TURNS_RED.text), (), (LONG,)),
     "two videos": (
         rounds("Is <video>\nor <video>\nblue?", "The second is blue.", "Sure?", "Yes"),
         (),
-        (LONG, coloured_video(4, every=5)),
+        (LONG, coloured_video(4, step=5)),
     ),
     "video and picture": (rounds("Is <video>\nlike <image>\nhere?", TURNS_RED.text), (RED,), (LONG,)),
     "picture and video": (rounds("Is <image>\nlike <video>\nhere?", TURNS_RED.text), (RED,), (LONG,)),

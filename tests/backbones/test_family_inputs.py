@@ -213,8 +213,8 @@ class TestVideos:
         turns, pictures, videos = VIDEO_TALKS["picture and video"]
         sample = sample_of(encoder, (turns, pictures, videos))
         marks = "\n".join(["<image>"] * 4)
-        asked = Turn("user", f"Is <image>\nlike {marks}\nhere?")
-        expected = sample_of(encoder, ((asked, turns[1]), (*pictures, *videos[0].pictures), ()))
+        question = Turn("user", f"Is <image>\nlike {marks}\nhere?")
+        expected = sample_of(encoder, ((question, turns[1]), (*pictures, *videos[0].pictures), ()))
         assert torch.equal(sample.input_ids, expected.input_ids)
         assert torch.equal(sample.labels, expected.labels)
         assert_same(sample.inputs, expected.inputs)
@@ -232,7 +232,7 @@ class TestVideos:
         self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         talk = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
-        monkeypatch.setattr(tiny_image_text, "SPECIAL", [one for one in tiny_image_text.SPECIAL if one != "<video>"])
+        monkeypatch.setattr(tiny_image_text, "SPECIAL", [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"])
         encoder = encoder_of(write_tiny_video("qwen2_5_vl", tmp_path / "base"))
         assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, talk).input_ids)
         with pytest.raises(BadSample):
