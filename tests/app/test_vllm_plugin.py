@@ -152,10 +152,8 @@ def test_places_name_each_patch() -> None:
 def test_vllm_finds_it_by_its_entry_point() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '[project.entry-points."vllm.general_plugins"]\ndora_vl = "dora_vl.serving.vllm.plugin:register"' in project
-    for entry_point in entry_points(
-        group="vllm.general_plugins", name="dora_vl"
-    ):  # none where another checkout is installed
-        assert entry_point.load() is plugin.register
+    for entry in entry_points(group="vllm.general_plugins", name="dora_vl"):  # none where another checkout is installed
+        assert entry.load() is plugin.register
 
 
 def test_configs_with_dora_pass_and_whole_modules_are_told_what_to_do() -> None:
@@ -330,9 +328,7 @@ def test_a_layer_that_is_nowhere_is_refused_but_in_a_pipeline(
     distributed.get_pp_group = lambda: ranks  # pyright: ignore
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
-    other = {
-        name.replace("model.attn", "model.layers.9.attn"): tensor for name, tensor in tensors_of(weights(4)).items()
-    }
+    other = {name.replace("model.attn", "model.layers.9.attn"): value for name, value in tensors_of(weights(4)).items()}
     manager = vllm.Manager(layer_with())
     with pytest.raises(UnservableAdapter):
         manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))

@@ -203,7 +203,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates(tmp_path: Path, name: str) -> None:
-    (answer, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
+    (reply, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
     plain = TALKS["one picture"]
     for turns, pictures in (plain, with_system(plain)) if times else (plain,):
@@ -213,7 +213,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
         assert prompt.tolist() == expected.tolist()
         assert torch.equal(sample.input_ids[: len(prompt)], prompt)
         assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
-        assert trained(encoder, sample) == answer
+        assert trained(encoder, sample) == reply
         begins = int((sample.input_ids == encoder.tokenizer.bos_token_id).sum())
         assert begins == (1 if name.startswith(("gemma3", "glm")) else 0)
         text = encoder.tokenizer.decode(prompt)
@@ -222,9 +222,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
         assert turns[0] is not SYSTEM or "You are a helpful assistant" not in text  # Qwen2-VL's own gives way
     if times:
         several = trained(encoder, sample_of(encoder, with_system(TALKS[TWO_QUESTIONS])))
-        assert several == f"{answer}{answer}".replace("It is red.", "The second is blue.", 1).replace(
-            "It is red.", "Yes"
-        )
+        assert several == f"{reply}{reply}".replace("It is red.", "The second is blue.", 1).replace("It is red.", "Yes")
 
 
 def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tensor:

@@ -83,9 +83,7 @@ def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders:
     QuestionAnswer(processor, "chameleon", pictures=True)
     name, now = "ChameleonProcessor", type(processor)
     processor.__class__ = type(
-        name,
-        (now,),
-        {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{prompt}</s>" for prompt in text])},
+        name, (now,), {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{item}</s>" for item in text])}
     )
     with pytest.raises(UserError):
         QuestionAnswer(processor, "chameleon", pictures=True)

@@ -132,23 +132,18 @@ def test_settings_out_of_range_end_with_status_2(package: Path, tmp_path: Path, 
 
 
 def test_balance_leaves_out_absent_things_only() -> None:
-    questions = [
+    samples = [
         Question(index=0, text="is there a circle?", answer="yes", picture=0),
         Question(index=1, text="is no circle present?", answer="no", picture=0),
         Question(index=2, text="what color is the shape?", answer="red", picture=0),
         *(Question(index=i, text="is there a teal shape?", answer="no", picture=i) for i in range(3, 8)),
         *(Question(index=i, text="is no teal shape present?", answer="yes", picture=i) for i in range(8, 13)),
     ]
-    assert [shows(question) for question in questions[:2] + questions[3:4] + questions[8:9]] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    kept = balanced(questions, seed=1)
+    assert [shows(question) for question in samples[:2] + samples[3:4] + samples[8:9]] == [True, True, False, False]
+    kept = balanced(samples, seed=1)
     assert [question.index for question in kept[:3]] == [0, 1, 2]
     assert len(kept) == 3 + 2
-    assert balanced(questions[:3], seed=1) == questions[:3]
+    assert balanced(samples[:3], seed=1) == samples[:3]
 
 
 def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:

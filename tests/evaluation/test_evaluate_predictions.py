@@ -234,10 +234,7 @@ def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
     add(tmp_path, "gqa", 1.0)
     add(tmp_path, "pope", 2.0)
     content = add(tmp_path, "gqa", 3.0)
-    assert {name: entry["metrics"]["accuracy"] for name, entry in content["benchmarks"].items()} == {
-        "gqa": 3,
-        "pope": 2,
-    }
+    assert {name: row["metrics"]["accuracy"] for name, row in content["benchmarks"].items()} == {"gqa": 3, "pope": 2}
     assert content["asked_with"] == {"gqa": {"batch_size": 3.0}, "pope": {"batch_size": 2.0}}
     assert {name: content[name] for name in ORIGIN} == ORIGIN
     (tmp_path / "gqa.jsonl").write_text("{}")  # its numbers are of another file

@@ -58,10 +58,8 @@ def official(references: dict[str, list[str]], predictions: dict[str, list[str]]
 def test_captions_as_pycocoevalcap_scores_them() -> None:
     for examples, answers in (ten(), yc2c()):
         scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
-        references = {
-            caption.clip_of(example): [words(answer.text) for answer in example.answers] for example in examples
-        }
-        predictions = {caption.clip_of(example): [words(answers[example.id])] for example in examples}
+        references = {caption.clip_of(sample): [words(answer.text) for answer in sample.answers] for sample in examples}
+        predictions = {caption.clip_of(sample): [words(answers[sample.id])] for sample in examples}
         assert scored.metrics == pytest.approx(official(references, predictions), abs=1e-9)
         assert (next(iter(scored.metrics)), scored.n) == ("CIDEr", len(examples))
         assert "without Java" in scored.settings["tokenizer"]

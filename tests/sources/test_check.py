@@ -193,17 +193,14 @@ def test_wrong_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_every_format_and_container_is_checked_alike(tmp_path: Path) -> None:
-    samples = items(4)
-    broken = [
-        dataclasses.replace(samples[0], content=samples[0].content[:-30]),
-        dataclasses.replace(samples[1], answer=" "),
-    ]
+    whole = items(4)
+    broken = [dataclasses.replace(whole[0], content=whole[0].content[:-30]), dataclasses.replace(whole[1], answer=" ")]
     for name, write in WRITERS.items():
         folder = tmp_path / name
         folder.mkdir()
         if name not in HOLD_PICTURES:
-            write_pictures(folder, [*broken, *samples[2:]])
-        lines, status = check(str(write(folder, [*broken, *samples[2:]])), "--media", str(folder), "--decode")
+            write_pictures(folder, [*broken, *whole[2:]])
+        lines, status = check(str(write(folder, [*broken, *whole[2:]])), "--media", str(folder), "--decode")
         assert status == 1, name
         assert any("truncated media" in line and "n0" in line for line in lines), (name, lines)
         assert any("empty answer" in line and "n1" in line for line in lines), (name, lines)

@@ -102,8 +102,8 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
         "  image_1: used as images",
         "  image_2: used as images",
     ]
-    description = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert description == [
+    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert summary == [
         "rows.jsonl: question/answer, 3 rows",
         *lines,
         "  pictures: none in 1 rows, 1 in 1 rows, 2 in 1 rows",
@@ -111,10 +111,8 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
     assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
     plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "model": "m"}
     WRITERS["jsonl"](path, [plain, {**plain, "image": "a.png"}])
-    description = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(
-        description
-    )
+    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(summary)
     WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
     with pytest.raises(UserError):
         load_rows(str(path), cache_folder=tmp_path / "cache")
