@@ -112,7 +112,7 @@ def test_pictures_of_one_size_go_through_together(
             assert output == other
 
 
-class Setup(NamedTuple):
+class Case(NamedTuple):
     """A tiny LLaVA and pictures, each a sample of its own."""
 
     model: Any
@@ -156,12 +156,12 @@ def colours(root: Path, names: list[tuple[str, ...]], blue: int) -> None:
 
 
 @pytest.fixture
-def setup(folders: Mapping[str, Path], tmp_path: Path) -> Setup:
+def case(folders: Mapping[str, Path], tmp_path: Path) -> Case:
     backbone, encoder = adapted_backbone(folders["llava"]).eval(), encoder_of(folders["llava"])
     names = [(f"deep/{number}.bmp" if number % 2 else f"{number}.bmp",) for number in range(5)]
     colours(tmp_path / "pictures", names, 7)
     parts = proven_parts(backbone.model, encoder)
-    return Setup(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
+    return Case(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
 
 
 @pytest.fixture
@@ -182,104 +182,104 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize(("shard_bytes", "again"), [(1, 2), (2**20, 5)])  # a sample a shard; all in one
 def test_a_stopped_run_goes_on(
-    setup: Setup, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
+    case: Case, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
 ) -> None:
     monkeypatch.setattr(frozen_outputs, "SHARD_BYTES", shard_bytes)
     computed.append("stop")  # after three
     with pytest.raises(KeyboardInterrupt):
-        setup.filled()
+        case.filled()
     computed.clear()
-    store = setup.filled()
+    store = case.filled()
     assert len(computed) == again
     sent = pickle.loads(pickle.dumps(store))
     for number in range(5):
-        assert torch.equal(setup.read(sent, number), setup.read(store, number))
-    setup.filled()
+        assert torch.equal(case.read(sent, number), case.read(store, number))
+    case.filled()
     assert len(computed) == again
-    kinds = {path.name.split("-")[0] for path in setup.cache.rglob("*") if path.is_file()}
+    kinds = {path.name.split("-")[0] for path in case.cache.rglob("*") if path.is_file()}
     assert kinds == {"shard", "settings.json"}
 
 
-def test_a_changed_picture_is_computed_again(setup: Setup, computed: list[object]) -> None:
-    old = setup.read(setup.filled(), 2)
-    Image.new("RGB", (9, 7), (1, 2, 3)).save(setup.root / setup.pictures[2][0])
-    store = setup.filled()
+def test_a_changed_picture_is_computed_again(case: Case, computed: list[object]) -> None:
+    old = case.read(case.filled(), 2)
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(case.root / case.pictures[2][0])
+    store = case.filled()
     assert len(computed) == 6
-    assert not torch.equal(setup.read(store, 2), old)
+    assert not torch.equal(case.read(store, 2), old)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_tried_again(setup: Setup, computed: list[object]) -> None:
+def test_a_picture_that_cannot_be_read_is_named_and_tried_again(case: Case, computed: list[object]) -> None:
     """Mended with the same size and time, as a copy that keeps times does it; or the disk had an error."""
-    broken, missing = (setup.root / setup.pictures[number][0] for number in (0, 1))
+    broken, missing = (case.root / case.pictures[number][0] for number in (0, 1))
     whole = broken.read_bytes()
     broken.write_bytes(bytes(len(whole)))
     os.utime(broken, ns=(1, 1))
     missing.unlink()
-    store = setup.filled()
+    store = case.filled()
     assert len(computed) == 3
     for number in (0, 1):
         with pytest.raises(BadSample) as error:
-            setup.read(store, number)
-        assert error.value.sample_id == setup.pictures[number][0]
+            case.read(store, number)
+        assert error.value.sample_id == case.pictures[number][0]
     broken.write_bytes(whole)
     os.utime(broken, ns=(1, 1))
     with pytest.raises(BadSample):  # mended meanwhile, but not computed
-        setup.read(store, 0)
-    assert setup.read(setup.filled(), 0).numel()
+        case.read(store, 0)
+    assert case.read(case.filled(), 0).numel()
     assert len(computed) == 4
 
 
-def test_another_folder_of_equal_files_is_another_store(setup: Setup, computed: list[object], tmp_path: Path) -> None:
-    other = setup._replace(root=tmp_path / "others")
+def test_another_folder_of_equal_files_is_another_store(case: Case, computed: list[object], tmp_path: Path) -> None:
+    other = case._replace(root=tmp_path / "others")
     colours(other.root, other.pictures, 200)
-    store, other_store = setup.filled(), other.filled()
+    store, other_store = case.filled(), other.filled()
     assert store.folder != other_store.folder
-    assert not torch.equal(setup.read(store, 1), other.read(other_store, 1))
-    assert setup.filled().folder == store.folder
+    assert not torch.equal(case.read(store, 1), other.read(other_store, 1))
+    assert case.filled().folder == store.folder
     assert len(computed) == 10
 
 
 def test_other_weights_dtype_processor_or_reading_are_another_store(
-    setup: Setup, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    case: Case, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stores = [setup.store(), setup.store(most_pixels=5000), setup.store(folder=MediaFolder(setup.root, False, True))]
+    stores = [case.store(), case.store(most_pixels=5000), case.store(folder=MediaFolder(case.root, False, True))]
     other = encoder_of(folders["llava"])
     other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    stores.append(setup.store(encoder=other))
+    stores.append(case.store(encoder=other))
     monkeypatch.setattr(frozen_outputs.transformers, "__version__", "0")
-    stores.append(setup.store())
+    stores.append(case.store())
     monkeypatch.undo()
-    tower = setup.model.get_submodule(next(iter(setup.parts.calls)))
-    assert setup.store().folder == stores[0].folder
+    tower = case.model.get_submodule(next(iter(case.parts.calls)))
+    assert case.store().folder == stores[0].folder
     next(tower.parameters()).data[0] += 1
-    stores.append(setup.store())
+    stores.append(case.store())
     tower.to(torch.bfloat16)
-    stores.append(setup.store())
+    stores.append(case.store())
     assert len({store.folder for store in stores}) == 7
 
 
-def test_processes_share_the_work(setup: Setup, computed: list[object]) -> None:
-    reader, stores = setup.reader(), [setup.store(), setup.store()]
-    missing = [store.missing(reader, setup.pictures) for store in stores]  # both see the same missing
+def test_processes_share_the_work(case: Case, computed: list[object]) -> None:
+    reader, stores = case.reader(), [case.store(), case.store()]
+    missing = [store.missing(reader, case.pictures) for store in stores]  # both see the same missing
     for number, store in enumerate(stores):
-        store.fill(setup.model, setup.parts, reader, missing[number], part=(number, 2))
+        store.fill(case.model, case.parts, reader, missing[number], part=(number, 2))
     assert len(computed) == 5
     for store in stores:
         store.refresh()
-        assert not store.missing(reader, setup.pictures)
+        assert not store.missing(reader, case.pictures)
 
 
-def test_what_does_not_fit_on_the_disk_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_on_the_disk_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # pyright: ignore
     with pytest.raises(UserError, match=r"data\.feature_cache"):
-        setup.filled()
+        case.filled()
 
 
-def test_a_damaged_shard_is_refused_by_name(setup: Setup) -> None:
-    (shard,) = setup.filled().folder.glob("*.safetensors")
+def test_a_damaged_shard_is_refused_by_name(case: Case) -> None:
+    (shard,) = case.filled().folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:40])
     with pytest.raises(UserError, match=shard.name):
-        setup.store()
+        case.store()
 
 
 @pytest.mark.parametrize("targets", ["model.vision_tower.*.q_proj", "model.vision_tower.*.fc2"])

@@ -139,15 +139,15 @@ def damaged(content: bytes, draw: Random) -> tuple[bytes, list[str]]:
 def test_hostile_inputs_do_no_harm(media: Media, step: int, tmp_path: Path) -> None:
     cases = list(hostile_inputs(tmp_path))
     assert len(cases) == len({case.title for case in cases}) > 200
-    harmed = []
+    findings = []
     for number, case in enumerate([case for case in cases if step == 1 or case.must_fail][::step]):
         folder = tmp_path / f"hostile_{number}"
         folder.mkdir()
         case.put(folder / case.name)
         result = media.read(folder, case.name, video=case.video)
         if result.failure or (case.must_fail and result.pixels):
-            harmed.append(f"{case.title}: {result.failure or 'what is of no listed format is accepted'}")
-    assert harmed == []
+            findings.append(f"{case.title}: {result.failure or 'what is of no listed format is accepted'}")
+    assert findings == []
 
 
 def test_a_truncated_file_that_is_accepted_is_seen(
