@@ -110,7 +110,7 @@ def white(_: Prediction) -> Image.Image:
     [
         ({"question": "is $a$ or b?"}, {"question": "is $a $ or b?"}),  # mathematics draws both alike
         ({"question": r"is \$a\$ or b?"}, {"question": "is $a$ or b?"}),  # and drops a backslash before a dollar
-        ({}, {"said": "anna: look at the red one. " * 9}),
+        ({}, {"subtitle": "anna: look at the red one. " * 9}),
     ],
 )
 def test_text_is_drawn_as_it_stands(tmp_path: Path, changes: tuple[dict[str, str], dict[str, str]]) -> None:
