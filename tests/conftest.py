@@ -43,7 +43,7 @@ FIRST = ("tests/training/", "tests/tasks/", "tests/core/fast/", "tests/adapters/
 
 def place_of(item: pytest.Item) -> int:
     """Where in `FIRST` its folder stands; behind all of them if it does not."""
-    return next((place for place, folder in enumerate(FIRST) if item.nodeid.startswith(folder)), len(FIRST))
+    return next((position for position, folder in enumerate(FIRST) if item.nodeid.startswith(folder)), len(FIRST))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -107,8 +107,8 @@ def test_convert_keeps_and_exports(folders, capsys):
 def test_convert_takes_the_file_of_tensors_for_its_folder(folders, capsys):
     main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
     assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    same, one = (load_file(folders / name / "adapter_model.safetensors") for name in ("same", "one"))
-    assert {key: tensor.tolist() for key, tensor in same.items()} == {k: t.tolist() for k, t in one.items()}
+    same, original = (load_file(folders / name / "adapter_model.safetensors") for name in ("same", "one"))
+    assert {key: tensor.tolist() for key, tensor in same.items()} == {k: t.tolist() for k, t in original.items()}
     (folders / "one" / "adapter_model.safetensors").rename(folders / "renamed.safetensors")
     failed("convert", folders / "renamed.safetensors", "--to", folders / "x")
 
@@ -141,8 +141,8 @@ def test_merge_finds_its_base_and_weighs(folders, capsys):
     main(["merge", "--adapter", str(folders / "one"), "--to", str(folders / "merged")])
     assert "4 layers merged" in capsys.readouterr().out
     expected = PeftModel.from_pretrained(tiny_llama(), folders / "one").eval()(ids).logits
-    found = LlamaForCausalLM.from_pretrained(folders / "merged").eval()(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logits = LlamaForCausalLM.from_pretrained(folders / "merged").eval()(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     both = ["merge", "--adapter", folders / "one", "--adapter", folders / "two", "--to", folders / "both"]
     failed(*both, "--weight", 0.5)
     main([str(word) for word in (*both, "--weight", 0.5, "--weight", 0.25)])
@@ -171,20 +171,20 @@ def test_a_reader_that_leaves_early_ends_it_quietly(words):
     assert program.stdout is not None
     assert program.stderr is not None
     program.stdout.close()  # as `| head -0` does
-    said = program.stderr.read()
+    message = program.stderr.read()
     assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
-    assert said == ""
+    assert message == ""
 
 
 def test_bash_completes_verbs_options_and_files(tmp_path, capsys):
     main(["completion", "bash"])
     script = tmp_path / "dora-vl.bash"
     script.write_text(capsys.readouterr().out)
-    asked = 'source {}; COMP_WORDS=({}); COMP_CWORD={}; {} ; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    command = 'source {}; COMP_WORDS=({}); COMP_CWORD={}; {} ; printf "%s\\n" "${{COMPREPLY[@]}}"'
     entry = next(line.split()[-2] for line in script.read_text().splitlines() if line.startswith("complete "))
 
     def completed(*words: str) -> list[str]:
-        line = asked.format(script, " ".join(f"'{word}'" for word in words), len(words) - 1, entry)
+        line = command.format(script, " ".join(f"'{word}'" for word in words), len(words) - 1, entry)
         return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
 
     assert set(completed("dora-vl", "")) >= set(COMMANDS)

@@ -182,7 +182,7 @@ def adapted(config: Any) -> Any:
 
 
 def trained_count(model: torch.nn.Module) -> int:
-    return sum(one.numel() for part in trained_parts(model) for one in part.parameters.values())
+    return sum(weight.numel() for part in trained_parts(model) for weight in part.parameters.values())
 
 
 def test_there_are_configs_in_every_folder() -> None:
@@ -200,7 +200,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
     model = adapted(config)
     assert trained_count(model) > 0
     tower = getattr(model.model, "vision_tower", torch.nn.Identity())
-    assert not any(one.requires_grad for one in tower.parameters())
+    assert not any(weight.requires_grad for weight in tower.parameters())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_trains_the_papers_share_of_parameters(name: str, percent: float) -> Non
     """Tables 1 and 6, in percent of the frozen model's parameters, to the second decimal."""
     model = adapted(read(named(f"commonsense/llama:{name}")))
     trained = trained_count(model)
-    frozen = sum(one.numel() for one in model.parameters()) - trained
+    frozen = sum(weight.numel() for weight in model.parameters()) - trained
     shares = (100 * trained / frozen, 100 * trained / (frozen + trained))
     assert any(abs(share - percent) < 0.0101 for share in shares), shares
 
@@ -249,14 +249,14 @@ def test_trains_the_papers_share_of_parameters(name: str, percent: float) -> Non
 def test_trains_the_published_number_of_vlbart_parameters(name: str, trained: int, total: int) -> None:
     model = adapted(read(named(f"vlbart/{name}")))
     assert trained_count(model) == trained
-    assert sum(one.numel() for one in model.parameters()) == total
+    assert sum(weight.numel() for weight in model.parameters()) == total
 
 
 FULL = [recipe for recipe in CONFIGS if read(recipe).adapter.method == "full"]
 CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # of each trained weight: bfloat16, its float32 master, Adam's two moments
 
 
-@pytest.mark.parametrize("recipe", [one for one in FULL if one in PUBLISHED], ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", [recipe for recipe in FULL if recipe in PUBLISHED], ids=lambda recipe: recipe.stem)
 def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(recipe: Recipe) -> None:
     config, text = read(recipe), recipe.path.read_text(encoding="utf-8")
     size = CHECKPOINT_BYTES * trained_count(adapted(config)) / 1e9

@@ -18,7 +18,7 @@ from dora_vl.run.reading import run_parser
 from tests.test_configs import CONFIGS, SETTINGS, Recipe, read
 
 RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resolved.json").read_text())
-EXPECTED = {name: {**one["shared"], **run} for one in RESOLVED.values() for name, run in one["runs"].items()}
+EXPECTED = {name: {**group["shared"], **run} for group in RESOLVED.values() for name, run in group["runs"].items()}
 NAMES = {recipe.name: recipe for recipe in CONFIGS}
 
 
@@ -26,8 +26,8 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    named = {f"{prefix}.{key}" if prefix else key: one for key, one in value.items()}
-    return {name: leaf for key, one in named.items() for name, leaf in flat(one, key).items()}
+    named = {f"{prefix}.{key}" if prefix else key: entry for key, entry in value.items()}
+    return {name: leaf for key, entry in named.items() for name, leaf in flat(entry, key).items()}
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def test_every_recipe_is_written_down() -> None:
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_resolves_to_what_is_written_down(name: str) -> None:
-    found, expected = resolved(NAMES[name]), EXPECTED[name]
-    assert {key: found.get(key, "is not there") for key in expected} == expected
+    actual, expected = resolved(NAMES[name]), EXPECTED[name]
+    assert {key: actual.get(key, "is not there") for key in expected} == expected
     defaults = run_parser("run", "", SETTINGS[name.split("/")[0]]).get_defaults().as_dict()
     defaults = flat(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
-    more = {key: value for key, value in found.items() if key not in expected}
+    more = {key: value for key, value in actual.items() if key not in expected}
     assert more == {key: defaults.get(key, "has no default") for key in more}, "it sets what it did not set"

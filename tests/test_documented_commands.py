@@ -105,11 +105,11 @@ def parse(main: Callable[[], Any], words: Sequence[str], is_whole: bool) -> tupl
         return None
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
-    def known(self: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> NoReturn:
-        raise Parsed(*parse_known_args(self, given))
+    def known(self: argparse.ArgumentParser, args: Sequence[str] | None = None, *_: Any) -> NoReturn:
+        raise Parsed(*parse_known_args(self, args))
 
-    def strict(self: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> NoReturn:
-        options, unknown = parse_known_args(self, given)
+    def strict(self: argparse.ArgumentParser, args: Sequence[str] | None = None, *_: Any) -> NoReturn:
+        options, unknown = parse_known_args(self, args)
         if unknown:
             self.error(f"unrecognized arguments: {shlex.join(unknown)}")
         raise Parsed(options, [])
@@ -302,27 +302,27 @@ def test_every_script_that_trains_has_its_settings() -> None:
     assert {path.stem for path in scripts if "train_script(" in path.read_text(encoding="utf-8")} == set(TASKS)
 
 
-def unknown_settings(content: Mapping[str, Any], known: Iterable[str], before: str = "") -> Iterator[str]:
+def unknown_settings(content: Mapping[str, Any], settings: Iterable[str], before: str = "") -> Iterator[str]:
     """Dotted names of a YAML's keys that no run has; below a setting that is a mapping itself any key may stand."""
-    known = list(known)
+    settings = list(settings)
     for key, value in content.items():
         name = f"{before}{key}"
         if name == "variants":
             for variant in value.values():
-                yield from unknown_settings(variant, known)
-        elif not any(setting.startswith(f"{name}.") for setting in known):
-            if name not in known:
+                yield from unknown_settings(variant, settings)
+        elif not any(setting.startswith(f"{name}.") for setting in settings):
+            if name not in settings:
                 yield name
         elif isinstance(value, dict):
-            yield from unknown_settings(value, known, f"{name}.")
+            yield from unknown_settings(value, settings, f"{name}.")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_yaml_holds_settings_and_its_python_imports_what_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    known = {name.removesuffix(".help") for kind in TASKS.values() for name in setting_names(kind)}
+    settings = {name.removesuffix(".help") for kind in TASKS.values() for name in setting_names(kind)}
     for block in blocks(text, "yaml"):
-        assert list(unknown_settings(yaml.safe_load(block), known)) == []
+        assert list(unknown_settings(yaml.safe_load(block), settings)) == []
     for block in blocks(text, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("dora_vl", "data_prep", "tasks"):

@@ -76,11 +76,11 @@ class Person:
         self._monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             main() if main is llava_instruct.main else main([str(word) for word in words])
-        said = self._capsys.readouterr().err.splitlines()
-        assert left.value.code == 2, said
+        lines = self._capsys.readouterr().err.splitlines()
+        assert left.value.code == 2, lines
         assert self.files() == before
-        assert len(said[-1]) < 500
-        return said[-1]
+        assert len(lines[-1]) < 500
+        return lines[-1]
 
     def files(self) -> set[str]:
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
@@ -189,7 +189,7 @@ def test_asking(person: Person) -> None:
     run = person.adapter("runs/my/adapter").parent
     person.write("notes.txt", "no picture")
     question = ["--question", "Q?"]
-    said = {
+    cases = {
         "--image https://example.com/a.png": "https://example.com/a.png is on the web; save the picture",
         "--image gone.png": "picture gone.png is missing",
         "--image notes.txt": "picture notes.txt in . is no picture of PNG",
@@ -202,7 +202,7 @@ def test_asking(person: Person) -> None:
         "--model base --template chat": "--template 'chat': there are",
         f"--model {run}/adapter": f"--model {run}/adapter is an adapter folder; ask it with --adapter",
     }
-    for words, expected in said.items():
+    for words, expected in cases.items():
         assert expected in person.says(image_qa.main, *words.split(), *question), words
     assert "video gone.mp4 is missing" in person.says(
         video_qa.main, "--video", "gone.mp4", "--model", "base", *question

@@ -24,13 +24,13 @@ BESIDE = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dora_vl"}
 def test_the_package_imports_nothing_that_lies_beside_it() -> None:
     for path in sorted((ROOT / "dora_vl").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         texts = {
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        found |= {text for text in texts if re.fullmatch(r"\w+(\.\w+)+", text)}  # modules imported by their names
-        assert not {name for name in found if name.partition(".")[0] in BESIDE}, path
+        modules |= {text for text in texts if re.fullmatch(r"\w+(\.\w+)+", text)}  # modules imported by their names
+        assert not {name for name in modules if name.partition(".")[0] in BESIDE}, path
 
 
 def pip(*words: str | Path) -> None:
@@ -45,8 +45,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("hatchling, which builds the wheel, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT)
-    (made,) = folder.glob("dora_vl-*.whl")
-    return made
+    (path,) = folder.glob("dora_vl-*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_pictures_become_an_adapter_that_answers(installed: Path, tmp_path: Path
             train, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        found = [path for path in (tmp_path / "runs" / "my").rglob("*") if path.is_file()]
-        files.append({path: path.read_bytes() for path in found})
+        paths = [path for path in (tmp_path / "runs" / "my").rglob("*") if path.is_file()]
+        files.append({path: path.read_bytes() for path in paths})
     assert "finished already" in done.stderr
     assert files[0] == files[1]
     ask = ["--adapter", "runs/my/adapter", "--image", "my/photos/000.png", "--question", "Say the colour."]

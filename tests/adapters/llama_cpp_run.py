@@ -48,7 +48,7 @@ def asked(case: dict[str, Any]) -> dict[str, Any]:
     likely = posted(address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
     split = {"parse_special": True}
     return {
-        "next": {one["id"]: one["logprob"] for one in likely},
+        "next": {token["id"]: token["logprob"] for token in likely},
         "tokens": [posted(address, "/tokenize", {"content": text, **split})["tokens"] for text in case["texts"]],
     }
 

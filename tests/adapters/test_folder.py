@@ -319,7 +319,7 @@ def test_both_spellings_and_shapes_of_the_magnitude(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     for change in (
         lambda file: {name.replace("vector", "vector.weight"): tensor for name, tensor in file.items()},
-        lambda file: {name: one.unsqueeze(1) if "magnitude" in name else one for name, one in file.items()},
+        lambda file: {name: tensor.unsqueeze(1) if "magnitude" in name else tensor for name, tensor in file.items()},
     ):
         tensors(change)(tmp_path)
         load_adapter(fresh := Small(), tmp_path)

@@ -61,7 +61,7 @@ def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, ki
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(base)(ids).logits
     assert float((plain - expected).abs().max()) > tolerance * scale  # the adapter is in it
-    types = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "to" / MODEL_FILE).tensors}
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "to" / MODEL_FILE).tensors}
     assert types["blk.0.ffn_up.weight"] == kind.upper()
     assert types["output_norm.weight"] == "F32"
 
@@ -111,7 +111,7 @@ def test_a_llava_comes_back_from_both_files(tmp_path: Path) -> None:
     exported = export_gguf(read_adapter(adapter), base, tmp_path / "to", tokenizer, kind="f16")
     assert list(exported.files) == [MODEL_FILE, VISION_FILE]
     folder = folder_of_gguf(tmp_path / "to", base, tmp_path / "again")
-    expected, written = (logits(*one) for one in ((base, adapter), (folder, None)))
+    expected, written = (logits(*args) for args in ((base, adapter), (folder, None)))
     assert float((written - expected).abs().max()) < 3e-3 * float(expected.abs().max())
     assert float((logits(base) - expected).abs().max()) > 0.05 * float(expected.abs().max())
 
@@ -134,7 +134,7 @@ def test_what_an_mmproj_file_says(tmp_path: Path) -> None:
     }
     written = fields(file)
     assert {name: written[name] for name in stated} == stated
-    names = {one.name: tuple(map(int, one.shape)) for one in gguf.GGUFReader(file).tensors}
+    names = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(file).tensors}
     assert names["v.patch_embd.weight"] == (4, 4, 3, 16)
     assert names["v.blk.0.ffn_up.weight"] == (16, 32)
     assert names["mm.0.weight"] == (16, 64)

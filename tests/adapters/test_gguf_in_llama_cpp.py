@@ -66,8 +66,8 @@ def up_to_a_word(model: Any, tokenizer: PreTrainedTokenizerFast, ids: list[int])
     """As much of a prompt as a whole word follows, since llama.cpp gives no probabilities with half a character."""
     chosen = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
     special = {*tokenizer.all_special_ids, *range(len(tokenizer), model.config.vocab_size)}
-    texts = {place: tokenizer.decode([one]) for place, one in enumerate(chosen) if one not in special}
-    return ids[: max(place for place, text in texts.items() if text and text.isascii()) + 1]
+    texts = {position: tokenizer.decode([token]) for position, token in enumerate(chosen) if token not in special}
+    return ids[: max(position for position, text in texts.items() if text and text.isascii()) + 1]
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def test_a_llava_sees_alike(tmp_path: Path) -> None:
     ids = torch.tensor([[*words[0], *[model.config.image_token_id] * 4, *words[1]]])
     shown = ImagePreparation.from_folder(str(base), aspect="pad").prepare(Image.fromarray(pixels)).unsqueeze(0)
     seen, other = (
-        likeliest(model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=one).logits[0, -1])
-        for one in (shown, -shown)
+        likeliest(model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=image).logits[0, -1])
+        for image in (shown, -shown)
     )
     assert max(abs(seen[name] - other.get(name, -9.0)) for name in seen) > 0.1  # it looks at the picture
     (answer,) = run([{**case, "texts": []}])

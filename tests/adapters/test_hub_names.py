@@ -146,7 +146,7 @@ QUICK = ("llava", "qwen2_5_vl", "internvl", "smolvlm", "gemma3", "mllama", "deep
 def test_every_family_is_named_as_published_and_read_alike(family: str, tmp_path: Path) -> None:
     base = write_tiny(family, tmp_path / family)
     with BaseWeights(base) as weights:
-        keys = {one.key: weights.hub_keys[one.key] for one in weights.tensors.values()}
+        keys = {tensor.key: weights.hub_keys[tensor.key] for tensor in weights.tensors.values()}
     assert len(set(keys.values())) == len(keys)
     assert set(PUBLISHED.get(family, ())) <= set(keys.values())
     if not FAMILIES[family].merges:

@@ -70,7 +70,7 @@ def test_values_are_what_the_layer_multiplies_by(kind: str, dtype: torch.dtype) 
     values = quantised_values(linear.weight.detach(), kind, dtype)
     torch.testing.assert_close(seen, values, rtol=1e-2 if kind == "int8" else 1e-6, atol=1e-6)
     error = ((values - linear.weight.detach()).norm(dim=1) / linear.weight.detach().norm(dim=1)).tolist()
-    assert all(1e-3 < one < 0.15 for one in error)
+    assert all(1e-3 < value < 0.15 for value in error)
 
 
 def test_a_folder_is_read_with_the_trained_values(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_cannot_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*given: object) -> nn.Module:
+    def fails(*args: object) -> nn.Module:
         raise NotImplementedError("no kernel\nfor this device")
 
     monkeypatch.setattr(quantised_base, "SCHEMES", {"int8": Scheme("torch", fails)})
@@ -179,10 +179,10 @@ def test_after_an_evaluation_gradients_are_the_dequantised_layers(kind: str, tra
             for leaf in ("lora_A", "lora_B", "magnitude"):
                 getattr(ours, leaf).copy_(getattr(theirs, leaf))
         model.eval()(x)
-    found, expected = passed(model.train(), x), passed(plain.train(), x)
-    assert found.keys() == expected.keys()
+    gradients, expected = passed(model.train(), x), passed(plain.train(), x)
+    assert gradients.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert float((found[name] - tensor).norm() / tensor.norm()) < 1e-5, name
+        assert float((gradients[name] - tensor).norm() / tensor.norm()) < 1e-5, name
     inside = [getattr(layer, "base", layer) for layer in model]
     assert all(torch.equal(layer.bias, bias) for layer, bias in zip(inside, biases, strict=True))
 

@@ -183,11 +183,11 @@ def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
     modules = {name: type(module) for name, module in adapters.model.named_modules()}
     cat, calls = torch.cat, list[object]()
 
-    def full(*given: Any, **named: Any) -> Tensor:
-        calls.append(given)
+    def full(*args: Any, **named: Any) -> Tensor:
+        calls.append(args)
         if len(calls) == failing:
             raise torch.OutOfMemoryError("out of memory")
-        return cat(*given, **named)
+        return cat(*args, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "cat", full)
@@ -196,7 +196,7 @@ def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
     assert torch.equal(logits(adapters, (None, "dora")), before)
     assert adapters.names == ("dora",)
     assert {name: type(module) for name, module in adapters.model.named_modules()} == modules
-    assert not any("lora" in one.keys for one in adapters.model.modules() if isinstance(one, RowLayer))
+    assert not any("lora" in module.keys for module in adapters.model.modules() if isinstance(module, RowLayer))
     adapters.put("lora", read)  # once there is room
     assert not torch.equal(logits(adapters, ("lora", "dora"))[0], before[0])
 
@@ -217,7 +217,7 @@ def test_rows_are_those_of_every_call() -> None:
     assert seen == {"", "rows"}
 
 
-@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hqq", "int8"))])
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("hqq", "int8"))])
 @torch.no_grad()
 def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
     """The gain comes from the layer's own product, so nothing is dequantised; base rows keep their bits."""

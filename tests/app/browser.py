@@ -30,8 +30,8 @@ def find_chromium() -> str:
     for package in ("gradio", "playwright"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'dora-vl[web,dev]'")
     for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     pytest.skip("there is no Chromium here: apt-get install chromium")
 
 
@@ -98,8 +98,8 @@ class Visitor:
 
     def show(self, *files: Path | dict[str, Any]) -> None:
         """Chooses files."""
-        given = [str(file) if isinstance(file, Path) else file for file in files]
-        self.page.set_input_files("#dv-files input[type=file]", given)
+        uploads = [str(file) if isinstance(file, Path) else file for file in files]
+        self.page.set_input_files("#dv-files input[type=file]", uploads)
 
     def see(self, count: int) -> None:
         """Waits until so many pictures are shown."""

@@ -53,19 +53,19 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_tiny("qwen2_5_vl", tmp_path / "base")
-    one = with_recipe(write_adapter(base, tmp_path / "one", seed=1, **SETTINGS), base)
-    two = with_recipe(write_adapter(base, tmp_path / "two", seed=2, **SETTINGS), base, base_sha256="f" * 64)
+    first = with_recipe(write_adapter(base, tmp_path / "one", seed=1, **SETTINGS), base)
+    second = with_recipe(write_adapter(base, tmp_path / "two", seed=2, **SETTINGS), base, base_sha256="f" * 64)
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
     monkeypatch.setattr(demo_command, "find_spec", lambda name: name)  # as where the extra is installed
     refused(command)
     refused(command, "--adapter", "gone")
-    refused(command, "--adapter", f"one={two}", "--adapter", one)
+    refused(command, "--adapter", f"one={second}", "--adapter", first)
     assert "empty" in refused(command, "--adapter", tmp_path / "empty", "--port", 0)
-    assert "f" * 12 in refused(command, "--adapter", one, "--adapter", two, "--port", 0)
-    refused(command, "--adapter", one, "--host", "no.such.host.invalid")
+    assert "f" * 12 in refused(command, "--adapter", first, "--adapter", second, "--port", 0)
+    refused(command, "--adapter", first, "--host", "no.such.host.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        refused(command, "--adapter", one, "--port", taken.getsockname()[1])
+        refused(command, "--adapter", first, "--port", taken.getsockname()[1])
     if command is serve_command:
         refused(command, "--model", base, "--adapter-root", tmp_path / "gone")
         refused(command, "--model", "./gone", "--port", 0)
@@ -86,14 +86,14 @@ def test_every_number_of_the_documentation_is_its_options_default() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(Settings)}
-    told = {
+    documented = {
         name: float(value)
         for _, names, values, *_ in (row for row in rows if len(row) == 4)
         for name, value in zip(names.split(", "), values.split(", "), strict=False)
         if name in defaults
     }
-    assert len(told) >= 10
-    assert told == {name: defaults[name] for name in told}
+    assert len(documented) >= 10
+    assert documented == {name: defaults[name] for name in documented}
 
 
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,17 +66,17 @@ SECRET = "0123456789 never shown"
 )
 def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
     admission = Admission(hosts=frozenset({*LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
-    given = {"host": host, "origin": origin}
-    headers = Headers({name: value for name, value in given.items() if value is not None})
+    fields = {"host": host, "origin": origin}
+    headers = Headers({name: value for name, value in fields.items() if value is not None})
     with contextlib.nullcontext() if admitted else pytest.raises(Refused):
         admission.check(headers)
 
 
 def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    def admission(*given: str) -> Admission:
+    def admission(*args: str) -> Admission:
         parser = argparse.ArgumentParser()
         listening_options.add_address(parser, port=0)
-        return listening_options.admission(parser.parse_args(given))
+        return listening_options.admission(parser.parse_args(args))
 
     assert admission() == Admission()
     assert admission("--host", "0.0.0.0").hosts == frozenset(LOCAL)
@@ -92,7 +92,7 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "admitted"),
+    ("authorization", "admitted"),
     [
         ("Bearer open-sesame", True),
         ("bearer open-sesame", True),
@@ -105,8 +105,8 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         ("open-sesame", False),
     ],
 )
-def test_a_key(given: str | None, admitted: bool) -> None:
-    headers = Headers({"host": "localhost", **({"authorization": given} if given is not None else {})})
+def test_a_key(authorization: str | None, admitted: bool) -> None:
+    headers = Headers({"host": "localhost", **({"authorization": authorization} if authorization is not None else {})})
     with contextlib.nullcontext() if admitted else pytest.raises(NoKey):
         Admission(key="open-sesame").check(headers)
 
@@ -161,7 +161,7 @@ def test_a_head_that_does_not_end_is_not_waited_for(model: ServedModel, monkeypa
 def test_slow_senders_take_no_place(model: ServedModel) -> None:
     """Of the two that a server has; what they have sent is counted, and too much of it is refused."""
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    asked = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
+    body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
     with (
         running(model, Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)) as address,
         contextlib.ExitStack() as senders,
@@ -170,7 +170,7 @@ def test_slow_senders_take_no_place(model: ServedModel) -> None:
             slow = senders.enter_context(connection(address))
             slow.sendall(f"{head}Content-Length: 900\r\n\r\n{{".encode())
         client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-        client.request("POST", "/v1/chat/completions", asked, {"Content-Type": "application/json"})
+        client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         assert client.getresponse().status == 200
         statuses = []
         for _ in range(9):

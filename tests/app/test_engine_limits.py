@@ -111,13 +111,13 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     joining: bool, alone_too: bool, model: ServedModel, monkeypatch: Any
 ) -> None:
     """As where memory is short: a call that fails has a tensor in its hands, which an error must not keep."""
-    held: list[weakref.ref[Any]] = []
+    references: list[weakref.ref[Any]] = []
     left: list[int] = []
     kind = type(model.assistant)
     new_ids = kind.new_ids
 
     def still_there() -> int:
-        return sum(reference() is not None for reference in held)
+        return sum(reference() is not None for reference in references)
 
     with Engine(model, Settings(batch=4, joining=joining)) as engine:
 
@@ -126,7 +126,7 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
             most = 0 if alone_too and len(gate.sizes) > 1 else 1  # once the first has begun
             if len(batch["input_ids"]) > most:
                 cache = torch.zeros(8)
-                held.append(weakref.ref(cache))
+                references.append(weakref.ref(cache))
                 try:
                     raise RuntimeError("out of memory")
                 except RuntimeError as error:
@@ -140,7 +140,7 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
         assert finished(gate.first)
         assert all(isinstance(last(events), Failed if alone_too else Finished) for _, events in rows)
     assert gate.sizes == [1, 3, 1, 1, 1]
-    assert len(held) == (4 if alone_too else 1)
+    assert len(references) == (4 if alone_too else 1)
     assert still_there() == 0
     assert left == [0] * 5
 

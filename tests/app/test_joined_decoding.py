@@ -112,17 +112,17 @@ def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkey
     names = ("two", "base", "one", "two")
     with Engine(endless(base, adapters), Settings(batch=8, window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
-        told = Told(engine)
-        asked: list[Asked] = [("one", *talks[0], LONG)]
-        told.piece_of(told.hand_in(*asked[0]))
-        for place, (name, talk) in enumerate(zip(names, talks, strict=True)):
-            asked.append((name, *talk, SHORT + 3 * place))
-            number = told.hand_in(*asked[-1])
-            if place < 2:  # one after another, then two together
-                told.piece_of(number)
-        texts = told.all_over()
-        order = told.order
-    for number, (name, turns, seen, tokens) in enumerate(asked):
+        client = Told(engine)
+        requests: list[Asked] = [("one", *talks[0], LONG)]
+        client.piece_of(client.hand_in(*requests[0]))
+        for position, (name, talk) in enumerate(zip(names, talks, strict=True)):
+            requests.append((name, *talk, SHORT + 3 * position))
+            number = client.hand_in(*requests[-1])
+            if position < 2:  # one after another, then two together
+                client.piece_of(number)
+        texts = client.all_over()
+        order = client.order
+    for number, (name, turns, seen, tokens) in enumerate(requests):
         assert texts[number] == by_itself(base, adapters.get(name), (turns, seen), tokens), (number, name)
     assert len(set(texts.values())) > 3
     if len(batches) == 1:
@@ -173,11 +173,11 @@ def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(language: Pat
     model.backbone.model.generation_config.repetition_penalty = 1.3
     with Engine(model, Settings(window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
-        told = Told(engine)
-        told.piece_of(told.hand_in("base", *WORDS[0], LONG))
-        told.hand_in("base", *WORDS[2], SHORT)
-        texts = told.all_over()
-        assert told.order == [0, 1]
+        client = Told(engine)
+        client.piece_of(client.hand_in("base", *WORDS[0], LONG))
+        client.hand_in("base", *WORDS[2], SHORT)
+        texts = client.all_over()
+        assert client.order == [0, 1]
     assert batches == [1, 1]
     assert texts[0] == by_itself(language, None, WORDS[0], LONG, repetition_penalty=1.3)
     assert texts[0] != by_itself(language, None, WORDS[0], LONG)
@@ -189,10 +189,10 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(language: Path) 
         single = Told(engine)
         single.hand_in("base", *WORDS[2], 12, **drawn)
         expected = single.all_over()[0]
-        told = Told(engine)
-        told.piece_of(told.hand_in("base", *WORDS[0], LONG))
-        number = told.hand_in("base", *WORDS[2], 12, **drawn)
-        assert told.all_over()[number] == expected
+        client = Told(engine)
+        client.piece_of(client.hand_in("base", *WORDS[0], LONG))
+        number = client.hand_in("base", *WORDS[2], 12, **drawn)
+        assert client.all_over()[number] == expected
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(
 
         def ends(*names: str) -> list[Finished | Failed]:
             events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in names]
-            for name, told in zip(names, events, strict=True):
-                engine.submit(engine.prepare(name, WORDS[2][0], Sampling(max_new_tokens=12, **drawn)), told.put)
+            for name, row_events in zip(names, events, strict=True):
+                engine.submit(engine.prepare(name, WORDS[2][0], Sampling(max_new_tokens=12, **drawn)), row_events.put)
             return list(map(last, events))
 
         batches = batches_of(engine, monkeypatch)
@@ -230,19 +230,19 @@ def test_no_more_rows_and_tokens_than_a_batch_may_have(language: Path, monkeypat
     steps: list[tuple[int, int]] = []
     step = JoinedRows.step
 
-    def noted(rows: JoinedRows, *given: Any) -> Any:
-        logits = step(rows, *given)
+    def noted(rows: JoinedRows, *args: Any) -> Any:
+        logits = step(rows, *args)
         steps.append((len(rows), len(rows) * (rows.columns + 1)))
         return logits
 
     monkeypatch.setattr(JoinedRows, "step", noted)
     with Engine(endless(language), Settings(batch=3, batch_tokens=most, window_ms=0.0)) as engine:
-        told = Told(engine)
-        told.piece_of(told.hand_in("base", *WORDS[0], 60))
+        client = Told(engine)
+        client.piece_of(client.hand_in("base", *WORDS[0], 60))
         for _ in range(4):
-            told.hand_in("base", *WORDS[2], 30)
-        told.all_over()
-    rows, places = zip(*steps, strict=True)
+            client.hand_in("base", *WORDS[2], 30)
+        client.all_over()
+    rows, positions = zip(*steps, strict=True)
     assert max(rows) <= 3
-    assert max(places) <= most
+    assert max(positions) <= most
     assert rows[50] == 2  # a third would have places for more at the first one's end

@@ -164,8 +164,8 @@ def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, 
 @pytest.mark.slow
 def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each strength is asked once: Enter in the number, an arrow on the slider; leaving either changes nothing."""
-    ask, asked = SideBySide.ask, []
-    monkeypatch.setattr(SideBySide, "ask", lambda *given: (asked.append(given[4][0].strength), ask(*given))[1])
+    ask, strengths = SideBySide.ask, []
+    monkeypatch.setattr(SideBySide, "ask", lambda *args: (strengths.append(args[4][0].strength), ask(*args))[1])
     red.ask(QUESTION)
     number, slider = (red.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
     number.fill("0.25")
@@ -176,7 +176,7 @@ def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> 
     number.focus()
     number.blur()
     red.ask("And then?")
-    assert asked == [1, 0.25, 0.3, 0.3]
+    assert strengths == [1, 0.25, 0.3, 0.3]
 
 
 @pytest.mark.slow
@@ -205,13 +205,13 @@ def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str
 
 @pytest.mark.slow
 def test_adapters_are_switched(red: Visitor, opened: tuple[str, Engine]) -> None:
-    one = red.ask(QUESTION)
+    before = red.ask(QUESTION)
     red.choose("left", "four")
     red.page.locator("#dv-talk-left .dv-tally", has_text="four · 8 tokens").wait_for()
     four = red.both(1)
     assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), Shown(pictures=(RED,)))
-    assert four[0] != one[0]
-    assert four[1] == one[1]
+    assert four[0] != before[0]
+    assert four[1] == before[1]
     assert red.page.locator("#dv-strength-right input[type=number]").is_disabled()  # the base has none
 
 
@@ -241,14 +241,14 @@ def test_two_people_at_once_each_have_their_own(
 ) -> None:
     contexts = [chromium.new_context() for _ in range(2)]
     people = [Visitor(context, opened[0]) for context in contexts]
-    asked = [("red", RED, "Say the colour."), ("wide", WIDE, QUESTION)]
-    for person, (name, _, question) in zip(people, asked, strict=True):
+    requests = [("red", RED, "Say the colour."), ("wide", WIDE, QUESTION)]
+    for person, (name, _, question) in zip(people, requests, strict=True):
         person.show(pictures[name])
         person.see(1)
         person.page.fill(QUESTION_BOX, question)
     for person in people:
         person.page.keyboard.press("Enter")
-    for person, (_, picture, question) in zip(people, asked, strict=True):
+    for person, (_, picture, question) in zip(people, requests, strict=True):
         check(person.both(1), opened[1], question, Shown(pictures=(picture,)))
     for context in contexts:
         context.close()
@@ -281,7 +281,7 @@ def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any)
     holding = rows._holding
     monkeypatch.setattr(opened[1].model.backbone.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(rows, "ends", frozenset())
-    monkeypatch.setattr(rows, "_holding", lambda *given: (time.sleep(0.1), holding(*given))[1])
+    monkeypatch.setattr(rows, "_holding", lambda *args: (time.sleep(0.1), holding(*args))[1])
     visitor.page.get_by_text("Settings").click()
     visitor.page.get_by_label("number input for Longest answer").fill("1000")
     visitor.page.fill(QUESTION_BOX, QUESTION)
@@ -347,13 +347,13 @@ def slow(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
     context.close()
 
 
-def _slow_to_look(monkeypatch: pytest.MonkeyPatch, found: Shown | None = None) -> None:
+def _slow_to_look(monkeypatch: pytest.MonkeyPatch, shown: Shown | None = None) -> None:
     """The server takes a second to read what was sent; what it finds there."""
     look = SideBySide.look
 
     def slowly(side: SideBySide, files: Sequence[Path]) -> Shown:
         time.sleep(1)
-        return found or look(side, files)
+        return shown or look(side, files)
 
     monkeypatch.setattr(SideBySide, "look", slowly)
 
@@ -397,8 +397,8 @@ def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: di
         [f"What is {number}?" for number in range(6)],
     )
     slow.both(6)
-    asked = slow.page.locator("#dv-talk-left .dv-asked").all_inner_texts()
-    assert asked == [f"What is {number}?" for number in range(6)]
+    questions = slow.page.locator("#dv-talk-left .dv-asked").all_inner_texts()
+    assert questions == [f"What is {number}?" for number in range(6)]
 
 
 @pytest.mark.slow

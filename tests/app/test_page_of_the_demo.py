@@ -22,10 +22,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def examples() -> tuple[ExampleQuestion, ...]:
     find_chromium()
-    found = example_questions(DEMO, QUESTIONS)
-    if len(found) < QUESTIONS:
+    questions = example_questions(DEMO, QUESTIONS)
+    if len(questions) < QUESTIONS:
         pytest.skip("there is no runs/demo with its test: make demo")
-    return found
+    return questions
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def opened(
     examples: tuple[ExampleQuestion, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Engine]]:
     model = open_served(None, {"demo": DEMO}, base_name="the base")
-    with page_of(model, tmp_path_factory.mktemp("uploads"), Settings(max_new_tokens=TOKENS), examples) as found:
-        yield found
+    with page_of(model, tmp_path_factory.mktemp("uploads"), Settings(max_new_tokens=TOKENS), examples) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def test_questions_of_the_test_are_answered_right(
     visitor: Visitor, examples: tuple[ExampleQuestion, ...], tmp_path: Path
 ) -> None:
     right, of_base = 0, 0
-    for number, one in enumerate(examples):
+    for number, example in enumerate(examples):
         file = tmp_path / f"{number}.png"
-        one.picture.save(file)
+        example.picture.save(file)
         visitor.show(file)
         visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
-        answer, base = visitor.ask(one.question)
-        truth = final_answer(one.truth, AFTER)
+        answer, base = visitor.ask(example.question)
+        truth = final_answer(example.truth, AFTER)
         right += final_answer(answer, AFTER) == truth
         of_base += final_answer(base, AFTER) == truth
     assert right >= QUESTIONS - 1

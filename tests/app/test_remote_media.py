@@ -52,8 +52,8 @@ def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
 
 
 def test_one_private_address_among_public_ones_is_refused(monkeypatch: Any) -> None:
-    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 80)) for one in ("8.8.8.8", "10.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: entries)
+    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: entries)
     with pytest.raises(NotFetched):
         public_addresses("example.com", 80, 10.0)
 
@@ -61,7 +61,7 @@ def test_one_private_address_among_public_ones_is_refused(monkeypatch: Any) -> N
 def test_a_name_that_takes_too_long_is_left(monkeypatch: Any) -> None:
     """The system's resolver may take half a minute for a name whose servers do not answer."""
     resolved = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: resolved.wait(20))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: resolved.wait(20))
     before = time.monotonic()
     with pytest.raises(NotFetched):
         fetch("http://example.com/a.png", 1000, 0.3)
@@ -121,7 +121,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"b" * (2000 if self.path == "/large" else 20))
 
-    def log_message(self, *given: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 
@@ -134,7 +134,7 @@ def site(monkeypatch: Any) -> Iterator[str]:
     monkeypatch.setattr(
         remote_media,
         "public_addresses",
-        lambda host, *given: ["127.0.0.1"] if host == "site.example" else resolve(host, *given),
+        lambda host, *args: ["127.0.0.1"] if host == "site.example" else resolve(host, *args),
     )
     yield f"http://site.example:{server.server_address[1]}"
     server.shutdown()

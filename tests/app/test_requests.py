@@ -76,9 +76,9 @@ def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
     with pytest.raises(ValidationError) as refused:
         ChatRequest.model_validate_json(json.dumps(body).encode())
     assert refused.value.error_count() <= 40
-    with pytest.raises(BadRequest) as told:
+    with pytest.raises(BadRequest) as error:
         read(body)
-    assert len(str(told.value)) < 500
+    assert len(str(error.value)) < 500
 
 
 ENDLESS: dict[str, tuple[bytes, bytes, bytes]] = {
@@ -152,7 +152,7 @@ def test_a_value_of_any_kind_is_counted(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "place"),
+    ("body", "param"),
     [
         (request(best_of=2), "best_of"),
         (request(temperature="hot"), "temperature"),
@@ -174,10 +174,10 @@ def test_a_value_of_any_kind_is_counted(value: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], place: str) -> None:
+def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequest) as refused:
         read(body)
-    assert refused.value.param == place
+    assert refused.value.param == param
     assert len(str(refused.value)) < 500
 
 

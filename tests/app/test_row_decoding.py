@@ -16,7 +16,7 @@ END = 0
 def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[RowText, list[str]]:
     """What a row wrote of these tokens, by default the letters of their numbers."""
     pieces: list[str] = []
-    letters = decode or (lambda ids: "".join(chr(one) for one in ids if one != END))
+    letters = decode or (lambda ids: "".join(chr(number) for number in ids if number != END))
     row = RowText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)
     for token in tokens:
         row.take(token, {END})
@@ -77,9 +77,9 @@ def test_draws_follow_temperature_and_top_p() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     scores = probabilities.log().repeat(4000, 1)
     for temperature in (1.0, 2.0):
-        found = torch.bincount(torch.tensor(drawn(scores, temperature=temperature)), minlength=4) / len(scores)
+        frequencies = torch.bincount(torch.tensor(drawn(scores, temperature=temperature)), minlength=4) / len(scores)
         flattened = probabilities ** (1 / temperature)
-        torch.testing.assert_close(found, flattened / flattened.sum(), atol=0.03, rtol=0.0)
+        torch.testing.assert_close(frequencies, flattened / flattened.sum(), atol=0.03, rtol=0.0)
     kept = torch.bincount(torch.tensor(drawn(scores, temperature=1.0, top_p=0.7)), minlength=4) / len(scores)
     torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0.0)
 
@@ -87,9 +87,9 @@ def test_draws_follow_temperature_and_top_p() -> None:
 def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
     scores = torch.randn(2, 9)
     rows = [silent(), silent(temperature=1.0, seed=3)]
-    found = RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone())
-    assert torch.equal(found[0], scores[0])
-    assert (found[1] > float("-inf")).sum() == 1
+    processed = RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone())
+    assert torch.equal(processed[0], scores[0])
+    assert (processed[1] > float("-inf")).sum() == 1
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

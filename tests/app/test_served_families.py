@@ -50,17 +50,17 @@ WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say
 
 
 def check(
-    base: Path, adapters: Mapping[str, Path], asked: Any, monkeypatch: Any, *, template: str | None = None
+    base: Path, adapters: Mapping[str, Path], talks: Any, monkeypatch: Any, *, template: str | None = None
 ) -> list[list[str | None]]:
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
-    questions = [(name, turns, seen) for turns, seen in asked for name in names]
+    questions = [(name, turns, seen) for turns, seen in talks for name in names]
     with Engine(served(base, adapters, template=template), Settings(batch=64, window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
-        found = answers(engine, questions)
+        predictions = answers(engine, questions)
     assistants = {name: alone(base, adapters.get(name), template=template) for name in names}
     expected = [answer_alone(assistants[name], turns, seen) for name, turns, seen in questions]
-    assert found == expected
+    assert predictions == expected
     answers_of = {name: [text for q, text in zip(questions, expected, strict=True) if q[0] == name] for name in names}
     assert len({tuple(text) for text in answers_of.values()}) == len(names)
     return [[share and share[0] for share in batch] for batch in batches]
@@ -136,13 +136,13 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(
     with Engine(model, Settings(window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         turns, seen = PICTURES[1]
-        found = answers(engine, [(name, turns, seen) for name in model.names])
+        predictions = answers(engine, [(name, turns, seen) for name in model.names])
         prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), pictures=[RED]) for name in model.names]
     assert len(batches) == 1
-    lengths = [len(one.sample.input_ids) for one in prepared]
+    lengths = [len(request.sample.input_ids) for request in prepared]
     assert lengths[0] == lengths[1] != lengths[2]
     expected = [answer_alone(alone(llava, adapters[name]), turns, seen) for name in ("one", "two")]
-    assert found[1:] == expected
+    assert predictions[1:] == expected
     with_recipe(adapters["two"], {"base_sha256": "0" * 64})
     with pytest.raises(UserError):
         open_served(None, adapters)
@@ -192,12 +192,12 @@ def test_an_adapter_leaves_no_trace(base: Path, folders: dict[str, Path]) -> Non
         before = dict(model.backbone.model.named_modules())
         engine.load("one", folders["one"])
         assert any(isinstance(module, RowLayer) for module in model.backbone.model.modules())
-        asked = engine.prepare("one", PICTURES[0][0], Sampling(max_new_tokens=3))
-        assert isinstance(list(engine.ask(asked))[-1], Finished)
+        request = engine.prepare("one", PICTURES[0][0], Sampling(max_new_tokens=3))
+        assert isinstance(list(engine.ask(request))[-1], Finished)
         engine.unload("one")
         assert dict(model.backbone.model.named_modules()) == before
         with pytest.raises(UserError):
-            list(engine.ask(asked))
+            list(engine.ask(request))
 
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:

@@ -56,9 +56,9 @@ def url_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def text_of(client: Any, **asked: Any) -> str:
-    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS, **asked}
-    return client.chat.completions.create(**asked).choices[0].message.content
+def text_of(client: Any, **request: Any) -> str:
+    request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS, **request}
+    return client.chat.completions.create(**request).choices[0].message.content
 
 
 def expected(base: Path, folders: dict[str, Path], name: str, turns: list[Turn], seen: Shown = NOTHING) -> str:
@@ -71,14 +71,14 @@ def test_models_are_the_base_and_its_adapters(client: Any) -> None:
 
 
 def test_an_answer_whole_and_streamed(client: Any, base: Path, folders: dict[str, Path]) -> None:
-    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS}
-    whole = client.chat.completions.create(**asked)
+    request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS}
+    whole = client.chat.completions.create(**request)
     text = whole.choices[0].message.content
     assert text == expected(base, folders, "one", [Turn("user", "What colour is it?")])
     assert whole.choices[0].finish_reason in ("stop", "length")
     assert whole.usage.completion_tokens <= TOKENS
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == text
     assert len([piece for piece in pieces if piece]) > 1
@@ -156,15 +156,15 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
 
 def test_32_requests_in_flight_answer_as_each_adapter_alone(client: Any, base: Path, folders: dict[str, Path]) -> None:
     questions = [ASKED, "Say the colour.", "It is red green blue. Say it.", "What is it?" + " What is it?" * 4]
-    asked = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(32)]
+    requests = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(32)]
 
     def ask(name: str, question: str, pictures: Sequence[Image.Image]) -> str:
         return text_of(client, model=name, messages=shows(*map(picture_part, pictures), text=question))
 
     with ThreadPoolExecutor(32) as threads:
-        texts = list(threads.map(lambda request: ask(*request), asked))
+        texts = list(threads.map(lambda request: ask(*request), requests))
     assistants = {name: alone(base, folders.get(name)) for name in NAMES}
-    for (name, question, pictures), text in zip(asked, texts, strict=True):
+    for (name, question, pictures), text in zip(requests, texts, strict=True):
         turns = [Turn("user", "<image>\n" * len(pictures) + question)]
         assert text == answer_alone(assistants[name], turns, Shown(pictures=pictures), tokens=TOKENS)
 
@@ -204,10 +204,10 @@ def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: di
 # -- what cannot be answered ---------------------------------------------------------------------------------
 
 
-def refusal(client: Any, **asked: Any) -> tuple[int, str | None, str | None]:
+def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
     """Status, code and place of what a request is refused with."""
     with pytest.raises(openai.APIStatusError) as refused:
-        client.chat.completions.create(**{"model": "one", "messages": words("a"), **asked})
+        client.chat.completions.create(**{"model": "one", "messages": words("a"), **request})
     error = refused.value.response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
@@ -218,7 +218,7 @@ PICTURE = "messages[0].content[0].image_url"
 
 
 @pytest.mark.parametrize(
-    ("asked", "refused"),
+    ("body", "refused"),
     [
         ({"model": "other"}, (404, "model_not_found", None)),
         ({"messages": words("Say " * 3000)}, (400, None, None)),  # no room for it
@@ -241,8 +241,8 @@ PICTURE = "messages[0].content[0].image_url"
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, (400, None, "tools")),
     ],
 )
-def test_bad_input_is_told_with_its_status_and_place(client: Any, asked: dict[str, Any], refused: Any) -> None:
-    assert refusal(client, **asked) == refused
+def test_bad_input_is_told_with_its_status_and_place(client: Any, body: dict[str, Any], refused: Any) -> None:
+    assert refusal(client, **body) == refused
 
 
 def send(address: str, method: str, path: str, body: bytes = b"", declared: str | None = "application/json") -> Any:
@@ -293,9 +293,9 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             slow.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
             assert slow.recv(100).startswith(b"HTTP/1.1 504")
-        asked = {"model": "one", "messages": words("a"), "max_tokens": 500}
+        request = {"model": "one", "messages": words("a"), "max_tokens": 500}
         with ThreadPoolExecutor(4) as threads:
-            requests = [threads.submit(client.chat.completions.create, **asked) for _ in range(4)]
+            requests = [threads.submit(client.chat.completions.create, **request) for _ in range(4)]
             errors: list[Any] = [error for future in requests if (error := future.exception()) is not None]
         assert len(errors) in (2, 3)  # one is answered and one may wait
         assert {(type(error), error.response.headers["retry-after"]) for error in errors} == {
@@ -316,10 +316,10 @@ def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
     """503, to be tried again: 404 is for a name that was not served when the request came."""
     step = getattr(Engine, moment)
 
-    def after_it_went(engine: Engine, *given: Any, **named: Any) -> Any:
+    def after_it_went(engine: Engine, *args: Any, **named: Any) -> Any:
         if "extra" in engine.model.names:
             engine.model.drop("extra")
-        return step(engine, *given, **named)
+        return step(engine, *args, **named)
 
     with running(model) as address:
         client = client_of(address)
@@ -333,16 +333,16 @@ def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None,
     """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
     rows: dict[int, RowText] = {}
     take = RowText.take
-    monkeypatch.setattr(RowText, "take", lambda row, *given: (rows.setdefault(id(row), row), take(row, *given))[1])
-    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1500}
+    monkeypatch.setattr(RowText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
+    request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1500}
     with running(model) as address:
         client = client_of(address)
-        stream = client.chat.completions.create(**asked, stream=True)
+        stream = client.chat.completions.create(**request, stream=True)
         next(iter(stream))
         stream.close()
         with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.5).chat.completions.create(**asked)
-        client.chat.completions.create(**{**asked, "max_tokens": 2})
+            client.with_options(timeout=0.5).chat.completions.create(**request)
+        client.chat.completions.create(**{**request, "max_tokens": 2})
     *left, answered = rows.values()
     assert answered.reason == "length"
     assert left
@@ -372,9 +372,9 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
         time.sleep(1.0 if is_there else 2.5)
         return picture(media, content, where)
 
-    def counted(server: Server, *given: Any) -> Any:
+    def counted(server: Server, *args: Any) -> Any:
         try:
-            result = prepare(server, *given)
+            result = prepare(server, *args)
             prepared.append(result)
             return result
         finally:

@@ -99,15 +99,15 @@ def written_out(layer: Layer, adapter: Any, x: Tensor) -> Tensor:
 
 def test_each_row_by_the_adapter_of_its_slot() -> None:
     layer, x = layer_with(-1, 0, 2, -1, 2, 0), torch.randn(6, INPUTS, generator=torch.Generator().manual_seed(7))
-    one, two = weights(3), weights(4, without=1)
-    put(layer, 0, one)
-    put(layer, 2, two)
-    found = layer(x)
+    first, second = weights(3), weights(4, without=1)
+    put(layer, 0, first)
+    put(layer, 2, second)
+    output = layer(x)
     base = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
-    assert torch.equal(found[[0, 3]], base[[0, 3]])
-    torch.testing.assert_close(found[[1, 5]], written_out(layer, one, x[[1, 5]]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[[2, 4]], written_out(layer, two, x[[2, 4]]), rtol=1e-4, atol=1e-4)
-    assert (found[[1, 5]] - base[[1, 5]]).abs().max() > 0.1
+    assert torch.equal(output[[0, 3]], base[[0, 3]])
+    torch.testing.assert_close(output[[1, 5]], written_out(layer, first, x[[1, 5]]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output[[2, 4]], written_out(layer, second, x[[2, 4]]), rtol=1e-4, atol=1e-4)
+    assert (output[[1, 5]] - base[[1, 5]]).abs().max() > 0.1
 
 
 def test_a_bias_that_comes_later_is_not_taken_for_inside() -> None:
@@ -138,10 +138,10 @@ def adapter_of(**loras: Any) -> SimpleNamespace:
 )
 def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None) -> None:
     adapter = adapter_of(**loras)
-    found = magnitudes_of(adapter) if before is None else before
+    magnitudes = magnitudes_of(adapter) if before is None else before
     with pytest.raises(UnservableAdapter):
-        compute_gains({"qkv": layer_with()}, found, adapter.loras.get, max_rank=1)
-    assert not any(hasattr(one, "dora_minus_one") for one in loras.values())
+        compute_gains({"qkv": layer_with()}, magnitudes, adapter.loras.get, max_rank=1)
+    assert not any(hasattr(lora, "dora_minus_one") for lora in loras.values())
 
 
 def test_an_adapter_of_another_base_is_refused() -> None:
@@ -185,12 +185,12 @@ SLICES = [adapter(0, 3), None, adapter(2, 2)]
 
 def gains_written_out(weight: Tensor, slices: list[Slice | None]) -> Tensor:
     parts = []
-    for rows, one in zip(weight.split(ROWS), slices, strict=True):
-        if one is None:
+    for rows, lora in zip(weight.split(ROWS), slices, strict=True):
+        if lora is None:
             parts.append(torch.zeros(len(rows)))
             continue
-        direction = rows.double() + one.lora_B.double() @ one.lora_A.double()
-        parts.append((one.magnitude.double() / direction.norm(dim=1)).float() - 1)
+        direction = rows.double() + lora.lora_B.double() @ lora.lora_A.double()
+        parts.append((lora.magnitude.double() / direction.norm(dim=1)).float() - 1)
     return torch.cat(parts)
 
 
@@ -202,9 +202,9 @@ def looked_at(weight: Tensor | None, product: Callable[[Tensor], Tensor] = lambd
 def test_packed_slices_whatever_the_weight_is_kept_as(kept: Tensor | None) -> None:
     layer = looked_at(kept)
     assert (layer.weight is None) == (kept is not WEIGHT)
-    found = gains_minus_one(layer, SLICES, ROWS)
-    torch.testing.assert_close(found, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
-    assert found.abs().max() > 0.1
+    gains = gains_minus_one(layer, SLICES, ROWS)
+    torch.testing.assert_close(gains, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
+    assert gains.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kept", [WEIGHT, None])
@@ -212,18 +212,18 @@ def test_rows_that_cancel_come_from_the_dense_direction(kept: Tensor | None) -> 
     factors = torch.linalg.svd(WEIGHT[: ROWS[0]], full_matrices=False)
     lora_A, lora_B = factors[2], -0.999 * factors[0] * factors[1]
     slices = [Slice(lora_A, lora_B, draw(ROWS[0], seed=3)), None, None]
-    found = gains_minus_one(looked_at(kept), slices, ROWS)
-    torch.testing.assert_close(found, gains_written_out(WEIGHT, slices), rtol=1e-2, atol=1e-3)
+    gains = gains_minus_one(looked_at(kept), slices, ROWS)
+    torch.testing.assert_close(gains, gains_written_out(WEIGHT, slices), rtol=1e-2, atol=1e-3)
 
 
 def test_a_row_without_a_direction_keeps_gain_one() -> None:
     weight = WEIGHT.clone()
     weight[3] = 0
     slices = [Slice(draw(2, COLUMNS, seed=4), torch.zeros(ROWS[0], 2), torch.full(ROWS[:1], 2.0)), None, None]
-    found = gains_minus_one(looked_at(weight, lambda x: x @ weight.t()), slices, ROWS)
-    assert found[3] == 0
-    assert found.isfinite().all()
-    assert (found[:3] != 0).all()
+    gains = gains_minus_one(looked_at(weight, lambda x: x @ weight.t()), slices, ROWS)
+    assert gains[3] == 0
+    assert gains.isfinite().all()
+    assert (gains[:3] != 0).all()
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -242,15 +242,15 @@ def test_ranks_that_hold_columns_sum_their_norms(kept: bool) -> None:
             meeting.wait(20)
             return result
 
-        slices = [None if one is None else one._replace(lora_A=one.lora_A[:, columns]) for one in SLICES]
+        slices = [None if lora is None else lora._replace(lora_A=lora.lora_A[:, columns]) for lora in SLICES]
         layer = frozen_layer(
             "layer", lambda x: x @ weight.t(), weight if kept else None, weight.shape[1], torch.float32, CPU, total
         )
         return gains_minus_one(layer, slices, ROWS)
 
     with ThreadPoolExecutor(2) as threads:
-        for found in threads.map(rank, range(2)):
-            torch.testing.assert_close(found, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
+        for gains in threads.map(rank, range(2)):
+            torch.testing.assert_close(gains, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_few_bits_are_recovered() -> None:
@@ -305,10 +305,10 @@ def tensors() -> dict[str, Tensor]:
 
 def test_magnitudes_go_out_and_factors_stay() -> None:
     file, before = tensors(), tensors()
-    found = take_magnitudes(file, use_dora=True)
-    assert found.keys() == {Q, V}
-    assert torch.equal(found[Q], torch.arange(5.0))
-    assert torch.equal(found[V], torch.arange(7.0))
+    magnitudes = take_magnitudes(file, use_dora=True)
+    assert magnitudes.keys() == {Q, V}
+    assert torch.equal(magnitudes[Q], torch.arange(5.0))
+    assert torch.equal(magnitudes[V], torch.arange(7.0))
     assert file.keys() == {name for name in before if "magnitude" not in name}
     assert all(torch.equal(file[name], before[name]) for name in file)
 

@@ -27,13 +27,13 @@ class Helper:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Helper:
-        made = cls()
-        made.use_dora = config["use_dora"]
-        return made
+        helper = cls()
+        helper.use_dora = config["use_dora"]
+        return helper
 
     def _validate_features(self) -> list[str]:
-        said = ["whole modules"] if self.modules_to_save else []
-        return [*said, "no DoRA"] if self.use_dora and self.refuses_dora else said
+        errors = ["whole modules"] if self.modules_to_save else []
+        return [*errors, "no DoRA"] if self.use_dora and self.refuses_dora else errors
 
 
 class Thing:
@@ -137,7 +137,7 @@ def test_it_steps_aside_where_vllm_takes_dora_itself(installed: list[str]) -> No
 
 def test_places_name_each_patch() -> None:
     """What `patches` puts something in place of was looked at before."""
-    names = {place.name for place in plugin.PLACES}
+    names = {target.name for target in plugin.PLACES}
     assert {
         "PEFTHelper._validate_features",
         "parse_fine_tuned_lora_name",
@@ -152,8 +152,8 @@ def test_places_name_each_patch() -> None:
 def test_vllm_finds_it_by_its_entry_point() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '[project.entry-points."vllm.general_plugins"]\ndora_vl = "dora_vl.serving.vllm.plugin:register"' in project
-    for found in entry_points(group="vllm.general_plugins", name="dora_vl"):  # none where another checkout is installed
-        assert found.load() is plugin.register
+    for entry in entry_points(group="vllm.general_plugins", name="dora_vl"):  # none where another checkout is installed
+        assert entry.load() is plugin.register
 
 
 def test_configs_with_dora_pass_and_whole_modules_are_told_what_to_do() -> None:
@@ -178,11 +178,11 @@ def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatc
         module.bgmv_shrink = bgmv_shrink  # pyright: ignore
         monkeypatch.setitem(sys.modules, name, module)
     assert plugin.mend() is True
-    found = {sys.modules[name].bgmv_shrink for name in (plugin.KERNELS, *plugin.USERS)}
-    assert len(found) == 1
+    kernels = {sys.modules[name].bgmv_shrink for name in (plugin.KERNELS, *plugin.USERS)}
+    assert len(kernels) == 1
     rows, weights, slots = torch.randn(3, 4), torch.randn(2, 1, 5, 4), torch.tensor([0, -1, 1])
     output, expected = torch.zeros(3, 5), torch.zeros(3, 5)
-    found.pop()(rows, weights, output, slots, 2.0)
+    kernels.pop()(rows, weights, output, slots, 2.0)
     bgmv_shrink(rows, weights, expected, slots.clamp_min(0), 2.0)
     expected[1] = 0
     assert torch.equal(output, expected)
@@ -228,7 +228,7 @@ class Packed(SimpleNamespace):
 
     @classmethod
     def pack(cls, loras: list[Any]) -> Packed:
-        return cls(lora_a=[one and one.lora_a for one in loras], lora_b=[one and one.lora_b for one in loras])
+        return cls(lora_a=[lora and lora.lora_a for lora in loras], lora_b=[lora and lora.lora_b for lora in loras])
 
 
 class Manager:
@@ -262,24 +262,24 @@ def vllm() -> SimpleNamespace:
     """The patched classes."""
     module = ModuleType("lora_model")
     module.parse_fine_tuned_lora_name = parse_fine_tuned_lora_name  # pyright: ignore
-    made = SimpleNamespace(**{kind.__name__: type(kind.__name__, (kind,), {}) for kind in (Model, Packed, Manager)})
-    module.LoRAModel = made.Model  # pyright: ignore
+    classes = SimpleNamespace(**{kind.__name__: type(kind.__name__, (kind,), {}) for kind in (Model, Packed, Manager)})
+    module.LoRAModel = classes.Model  # pyright: ignore
     plugin.keep_magnitudes(module)
-    plugin.pack_magnitudes(made.Packed)
-    plugin.give_gains_to_slots(made.Manager)
-    made.Manager.packed = made.Packed
-    made.parse = module.parse_fine_tuned_lora_name
-    return made
+    plugin.pack_magnitudes(classes.Packed)
+    plugin.give_gains_to_slots(classes.Manager)
+    classes.Manager.packed = classes.Packed
+    classes.parse = module.parse_fine_tuned_lora_name
+    return classes
 
 
 def tensors_of(adapter: Any, *, dora: bool = True) -> dict[str, Tensor]:
     """An adapter of q alone, or of both, as its file."""
-    found = {}
+    tensors = {}
     for name, a, b, m in zip("qk", adapter.lora_a, adapter.lora_b, adapter.magnitude, strict=True):
         if a is not None:
-            found |= {f"{STEM}.{name}.lora_A.weight": a, f"{STEM}.{name}.lora_B.weight": b}
-            found |= {f"{STEM}.{name}.lora_magnitude_vector": m} if dora else {}
-    return found
+            tensors |= {f"{STEM}.{name}.lora_A.weight": a, f"{STEM}.{name}.lora_B.weight": b}
+            tensors |= {f"{STEM}.{name}.lora_magnitude_vector": m} if dora else {}
+    return tensors
 
 
 def read(vllm: SimpleNamespace, tensors: dict[str, Tensor], *, use_dora: bool = True, **named: Any) -> Any:
@@ -290,12 +290,12 @@ def read(vllm: SimpleNamespace, tensors: dict[str, Tensor], *, use_dora: bool = 
 def test_a_file_becomes_gains_in_its_slot(vllm: SimpleNamespace, without: int | None) -> None:
     layer, adapter = layer_with(0, -1), weights(3, without=without)
     manager = vllm.Manager(layer)
-    found = read(vllm, tensors_of(adapter))
-    manager._create_merged_loras_inplace(found)
-    manager._registered_adapters[3] = found
+    lora_model = read(vllm, tensors_of(adapter))
+    manager._create_merged_loras_inplace(lora_model)
+    manager._registered_adapters[3] = lora_model
     assert manager.activate_adapter(3) is True
     assert manager.activate_adapter(3) is False
-    packed, start = found.loras["model.qkv"], 0
+    packed, start = lora_model.loras["model.qkv"], 0
     for a, b, size in zip(packed.lora_a, packed.lora_b, SIZES, strict=True):
         if a is not None:
             layer.change[1, start : start + size] = b @ a
@@ -328,7 +328,7 @@ def test_a_layer_that_is_nowhere_is_refused_but_in_a_pipeline(
     distributed.get_pp_group = lambda: ranks  # pyright: ignore
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
-    other = {name.replace("model.attn", "model.layers.9.attn"): one for name, one in tensors_of(weights(4)).items()}
+    other = {name.replace("model.attn", "model.layers.9.attn"): value for name, value in tensors_of(weights(4)).items()}
     manager = vllm.Manager(layer_with())
     with pytest.raises(UnservableAdapter):
         manager._create_merged_loras_inplace(read(vllm, {**tensors_of(weights(3)), **other}))
@@ -344,10 +344,10 @@ def test_listed_wrappers_get_gains_under_their_own_names_and_others_none() -> No
     )
     module = SimpleNamespace(_all_lora_classes=tuple(kinds.values()))
     plugin.wrap_layers(module, SimpleNamespace(**kinds))
-    found = {one.__name__: one for one in module._all_lora_classes}
-    assert list(found) == list(kinds)
-    assert {name for name, one in found.items() if issubclass(one, DoRALayer)} == set(plugin.LINEAR)
-    assert {name for name, one in found.items() if getattr(one, "shards_inputs", False)} == {
+    wrapped = {wrapper.__name__: wrapper for wrapper in module._all_lora_classes}
+    assert list(wrapped) == list(kinds)
+    assert {name for name, wrapper in wrapped.items() if issubclass(wrapper, DoRALayer)} == set(plugin.LINEAR)
+    assert {name for name, wrapper in wrapped.items() if getattr(wrapper, "shards_inputs", False)} == {
         "RowParallelLinearWithLoRA",
         "RowParallelLinearWithShardedLoRA",
     }

@@ -32,7 +32,7 @@ def test_a_mixed_batch_answers_as_peft(tmp_path: Path) -> None:
     figures = language_figures(tmp_path, options())
     assert all(map(agrees, figures.values())), figures
     for case in figures.values():
-        assert all(one["largest_logprob_difference"] < 1e-4 for one in case["answers"].values())
+        assert all(answer["largest_logprob_difference"] < 1e-4 for answer in case["answers"].values())
     assert [title for title, case in figures.items() if not case["gains"]] == ["biased, gains left at 1"]
 
 
@@ -61,5 +61,5 @@ def test_two_ranks_compute_the_gains_of_their_parts(fully_sharded: str) -> None:
         )
         for rank in ("0", "1")
     ]
-    text = [one.communicate(timeout=900)[0] for one in ranks]
-    assert [one.returncode for one in ranks] == [0, 0], text
+    text = [process.communicate(timeout=900)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], text

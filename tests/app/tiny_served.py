@@ -83,8 +83,8 @@ def served(base: Path, adapters: Mapping[str, Path], *, template: str | None = N
 
 def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> Assistant:
     """The adapter by itself on its base, as everything else here asks it; without one, the base."""
-    wanted = ModelRequest(adapter=adapter) if adapter else ModelRequest(model=str(base))
-    opened = open_model(ModelRequest(**{**vars(wanted), "template": template})).adapted
+    request = ModelRequest(adapter=adapter) if adapter else ModelRequest(model=str(base))
+    opened = open_model(ModelRequest(**{**vars(request), "template": template})).adapted
     assert isinstance(opened, Assistant)
     return opened
 

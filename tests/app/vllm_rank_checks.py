@@ -83,9 +83,9 @@ def check(
         wrapped.set_lora(slot, whole.lora_a, whole.lora_b)
         wrapped.put_dora(slot, wrapped.dora_gains(name, whole))
     x = draw(ROWS, inputs)
-    columns = [written_out(x, *one, number, adapters) for number, one in enumerate(zip(weights, biases, strict=True))]
-    found = wrapped(x)[0]
-    torch.testing.assert_close(found, own_part(name, columns), rtol=1e-4, atol=1e-4)
+    columns = [written_out(x, *pair, number, adapters) for number, pair in enumerate(zip(weights, biases, strict=True))]
+    output = wrapped(x)[0]
+    torch.testing.assert_close(output, own_part(name, columns), rtol=1e-4, atol=1e-4)
     assert wrapped.dora_minus_one[1:].abs().max() > 0.1
 
 
@@ -118,7 +118,7 @@ def own_part(name: str, columns: list[Tensor]) -> Tensor:
     if name == "qkv":
         return torch.cat([columns[0][:, 32 * RANK : 32 * RANK + 32], *columns[1:]], dim=1)
     if name == "gate and up":
-        return torch.cat([one[:, 64 * RANK : 64 * RANK + 64] for one in columns], dim=1)
+        return torch.cat([column[:, 64 * RANK : 64 * RANK + 64] for column in columns], dim=1)
     return columns[0]
 
 

@@ -46,14 +46,14 @@ TALKS: dict[str, Talk] = {
     "a picture later": (rounds("Say the colour red.", "red", f"<image>\n{ASKED}", SAID), (RED,)),
     "a picture each": (rounds(f"<image>\n{ASKED}", SAID, "<image>\nIs it blue?", "Yes"), (RED, BLUE)),
 }
-LONG, SHORT = coloured_video(4), coloured_video(3, every=11, size=(22, 30))
+LONG, SHORT = coloured_video(4), coloured_video(3, step=11, size=(22, 30))
 TURNS_RED = Turn("assistant", "It turns red.")
 VIDEO_TALKS: dict[str, Talk] = {
     "one video": (rounds("<video>\nWhat colour is it?", TURNS_RED.text), (), (LONG,)),
     "two videos": (
         rounds("Is <video>\nor <video>\nblue?", "The second is blue.", "Sure?", "Yes"),
         (),
-        (LONG, coloured_video(4, every=5)),
+        (LONG, coloured_video(4, step=5)),
     ),
     "video and picture": (rounds("Is <video>\nlike <image>\nhere?", TURNS_RED.text), (RED,), (LONG,)),
     "picture and video": (rounds("Is <image>\nlike <video>\nhere?", TURNS_RED.text), (RED,), (LONG,)),
@@ -144,9 +144,9 @@ def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> di
     many |= {"suffix": list(suffixes)} if prompt == "paligemma" else {}
     many |= {"return_for_text_completion": True} if family == "chameleon" else {}
     images = [list(pictures) for _, pictures in talks if pictures] or None
-    found = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
-    found.pop("labels", None)
-    return found
+    inputs = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
+    inputs.pop("labels", None)
+    return inputs
 
 
 def _plain(talk: Talk, encoder: Encoder, prompt: str) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def _plain(talk: Talk, encoder: Encoder, prompt: str) -> tuple[str, str]:
     if prompt == "paligemma":
         return texts[0], texts[1]
     rounds = zip(texts[::2], texts[1::2], strict=True)
-    return "\n".join(f"Question: {asked} Answer: {said}<|im_end|>" for asked, said in rounds), ""
+    return "\n".join(f"Question: {question} Answer: {answer}<|im_end|>" for question, answer in rounds), ""
 
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:

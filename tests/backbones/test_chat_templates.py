@@ -77,9 +77,9 @@ class TestLanguageModels:
         expected = encode_talk(piece_encoder(own, "tokenizer"), self.SAMPLE)
         parts = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
         own.chat_template = str(own.chat_template).replace("{{ m.content }}", parts)
-        found = encode_talk(piece_encoder(own, "tokenizer"), self.SAMPLE)
-        assert found.input_ids.tolist() == expected.input_ids.tolist()
-        assert found.labels.tolist() == expected.labels.tolist()
+        sample = encode_talk(piece_encoder(own, "tokenizer"), self.SAMPLE)
+        assert sample.input_ids.tolist() == expected.input_ids.tolist()
+        assert sample.labels.tolist() == expected.labels.tolist()
 
     def test_a_sample_whose_text_the_template_changes_is_refused(self, own: PreTrainedTokenizerFast) -> None:
         own.chat_template = str(own.chat_template).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
@@ -130,9 +130,9 @@ class TestLanguageModels:
     @pytest.mark.parametrize("system", [True, False], ids=["system", "talk alone"])
     def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
         encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
-        given = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
-        sample = sample_of(encoder, given)
-        messages = [{"role": turn.role, "content": turn.text} for turn in given[0]]
+        conversation = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
+        sample = sample_of(encoder, conversation)
+        messages = [{"role": turn.role, "content": turn.text} for turn in conversation[0]]
         expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
         added = ["<|im_end|>"] if template == CHAT["glm"] else []  # it closes no answer
         assert sample.input_ids.tolist() == expected + encoder.tokenizer.convert_tokens_to_ids(added)
@@ -203,7 +203,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates(tmp_path: Path, name: str) -> None:
-    (said, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
+    (reply, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
     plain = TALKS["one picture"]
     for turns, pictures in (plain, with_system(plain)) if times else (plain,):
@@ -213,7 +213,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
         assert prompt.tolist() == expected.tolist()
         assert torch.equal(sample.input_ids[: len(prompt)], prompt)
         assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
-        assert trained(encoder, sample) == said
+        assert trained(encoder, sample) == reply
         begins = int((sample.input_ids == encoder.tokenizer.bos_token_id).sum())
         assert begins == (1 if name.startswith(("gemma3", "glm")) else 0)
         text = encoder.tokenizer.decode(prompt)
@@ -222,7 +222,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
         assert turns[0] is not SYSTEM or "You are a helpful assistant" not in text  # Qwen2-VL's own gives way
     if times:
         several = trained(encoder, sample_of(encoder, with_system(TALKS[TWO_QUESTIONS])))
-        assert several == f"{said}{said}".replace("It is red.", "The second is blue.", 1).replace("It is red.", "Yes")
+        assert several == f"{reply}{reply}".replace("It is red.", "The second is blue.", 1).replace("It is red.", "Yes")
 
 
 def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tensor:
@@ -230,10 +230,10 @@ def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tenso
     messages = messages_of(talk)
     if system_as_text and talk[0][0].role == "system":
         messages[0]["content"] = talk[0][0].text
-    found: Any = encoder.processor.apply_chat_template(
+    inputs: Any = encoder.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    return found["input_ids"][0]
+    return inputs["input_ids"][0]
 
 
 SOME = ("qwen2_5_vl", "smolvlm", "internvl", "gemma3", "llava_next", "glm4v", "mistral3", "mllama")
@@ -246,9 +246,9 @@ def test_with_a_system_turn_inputs_are_the_processor_s_own_and_answers_alone_are
     pytest.importorskip(FAMILIES[family].needs or "transformers")
     encoder = encoder_of(folders[family])
     for plain in TALKS.values():
-        given = with_system(plain)
-        sample, without = sample_of(encoder, given), sample_of(encoder, plain)
-        theirs = processor_inputs(encoder, family, [given])
+        conversation = with_system(plain)
+        sample, without = sample_of(encoder, conversation), sample_of(encoder, plain)
+        theirs = processor_inputs(encoder, family, [conversation])
         ours = {"input_ids": sample.input_ids[None], **sample.inputs}
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -277,8 +277,8 @@ def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, te
 
 def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=CHAT["pixtral"]))
-    (system, asked, *_), pictures = with_system(TALKS["one picture"])
-    text = encoder.tokenizer.decode(encoder.encode_prompt((system, asked), pictures)["input_ids"][0])
+    (system, question, *_), pictures = with_system(TALKS["one picture"])
+    text = encoder.tokenizer.decode(encoder.encode_prompt((system, question), pictures)["input_ids"][0])
     assert f"[INST]{SYSTEM.text}\n\n" in text
     with pytest.raises(BadSample):
         encoder.encode_prompt(with_system(TALKS[TWO_QUESTIONS])[0][:4], TALKS[TWO_QUESTIONS][1])

@@ -38,24 +38,24 @@ def pixels(count: int, *, seed: int = 5) -> Tensor:
 
 
 def llava_samples() -> list[Sample]:
-    made = []
+    samples = []
     for number, (row, answered) in enumerate(ROWS.items()):
         ids, count = torch.tensor(row), row.count(IMAGE) // 4
         labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
         inputs = {"pixel_values": pixels(count, seed=number)} if count else {}
-        made.append(Sample(ids, labels, index=number, id=str(number), inputs=inputs))
-    return made
+        samples.append(Sample(ids, labels, index=number, id=str(number), inputs=inputs))
+    return samples
 
 
 def language_samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(1)
-    made = []
+    samples = []
     for number, length in enumerate((9, 4, 7, 3, 5)):
         ids = torch.randint(3, 59, (length,), generator=generator)
         labels = ids.clone()
         labels[: 1 + number % 3] = IGNORED_LABEL
-        made.append(Sample(ids, labels, index=number, id=str(number)))
-    return made
+        samples.append(Sample(ids, labels, index=number, id=str(number)))
+    return samples
 
 
 def inputs(batch: Any) -> dict[str, Any]:
@@ -64,9 +64,9 @@ def inputs(batch: Any) -> dict[str, Any]:
 
 def with_stored(samples: list[Sample], backbone: DecoderBackbone) -> list[Sample]:
     """The same with the frozen tower's stored outputs in the place of pixels."""
-    model, one = backbone.model, next(sample for sample in samples if sample.inputs)
-    pair = model_inputs(model, Collator(0)([one, one]))
-    parts = backbone.frozen_parts = find_parts(model, inputs_of(model, one), pair)
+    model, first = backbone.model, next(sample for sample in samples if sample.inputs)
+    pair = model_inputs(model, Collator(0)([first, first]))
+    parts = backbone.frozen_parts = find_parts(model, inputs_of(model, first), pair)
     return [
         hollowed(sample, parts.outputs_of(model, inputs_of(model, sample))) if sample.inputs else sample
         for sample in samples
@@ -98,7 +98,7 @@ def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, 
     backbone.zero_grad()
     loss = backbone(**inputs(batch)).losses.sum()
     loss.backward()
-    return loss, {name: one.grad.clone() for name, one in backbone.model.named_parameters() if one.grad is not None}
+    return loss, {name: leaf.grad.clone() for name, leaf in backbone.model.named_parameters() if leaf.grad is not None}
 
 
 @pytest.mark.parametrize("family", ["llava", *FAMILIES])
@@ -109,16 +109,16 @@ def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, fami
     head = backbone.model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, __: heads.append(args[0].shape[:-1]))  # pyright: ignore
     batch = inputs(Collator(0, pad_side=side)(samples))
-    found = backbone(**batch, keep_logits=True)
-    assert heads == [(1, len(found.targets))]  # labelled positions alone
+    output = backbone(**batch, keep_logits=True)
+    assert heads == [(1, len(output.targets))]  # labelled positions alone
     assert not head._forward_pre_hooks  # pyright: ignore
     last = backbone(**{**batch, "labels": None}, keep_logits=True)
     assert last.targets.tolist() == [IGNORED_LABEL] * len(samples)
     for number, sample in enumerate(samples):
         alone = backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits[0]
         labelled = (sample.labels[1:] != IGNORED_LABEL).nonzero().flatten()
-        torch.testing.assert_close(found.logits[found.rows == number], alone[labelled], rtol=1e-4, atol=1e-4)
-        assert torch.equal(found.targets[found.rows == number], sample.labels[1:][labelled])
+        torch.testing.assert_close(output.logits[output.rows == number], alone[labelled], rtol=1e-4, atol=1e-4)
+        assert torch.equal(output.targets[output.rows == number], sample.labels[1:][labelled])
         torch.testing.assert_close(last.logits[number], alone[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -142,15 +142,15 @@ class TestPictures:
         tower = adapted(backbone).model.get_submodule("model.vision_tower")
         assert not any(weight.requires_grad for weight in tower.parameters())
         assert not any(module.training for module in tower.modules())
-        _, found = gradients(backbone, Collator(0)(llava_samples()))
-        assert found.keys() == {name for name, one in backbone.model.named_parameters() if one.requires_grad}
-        assert float(found["model.multi_modal_projector.linear_1.weight"].abs().sum()) > 0
-        assert {name.split(".layers.")[0] for name in found if "lora" in name} == {"model.language_model"}
+        _, grads = gradients(backbone, Collator(0)(llava_samples()))
+        assert grads.keys() == {name for name, weight in backbone.model.named_parameters() if weight.requires_grad}
+        assert float(grads["model.multi_modal_projector.linear_1.weight"].abs().sum()) > 0
+        assert {name.split(".layers.")[0] for name in grads if "lora" in name} == {"model.language_model"}
         tower.requires_grad_(True)
         backbone.train()
         assert tower.training
-        _, found = gradients(backbone, Collator(0)(llava_samples()))
-        assert "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in found
+        _, grads = gradients(backbone, Collator(0)(llava_samples()))
+        assert "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in grads
 
     @pytest.mark.parametrize("stored", [False, True])
     def test_words_alone_give_the_projector_zeros(self, backbone: DecoderBackbone, stored: bool) -> None:
@@ -163,10 +163,10 @@ class TestPictures:
         encoder = backbone.model.get_submodule("model.vision_tower.encoder")
         encoder.register_forward_hook(lambda *_: ran.append("tower"))
         words, expected = llava_samples()[2], gradients(backbone, Collator(0)(llava_samples()[2:]))
-        loss, found = gradients(backbone, Collator(0, dummy=dummy)([words]))
+        loss, grads = gradients(backbone, Collator(0, dummy=dummy)([words]))
         assert ran == ([] if stored else ["tower"])
         torch.testing.assert_close(loss, expected[0])
-        for name, gradient in found.items():
+        for name, gradient in grads.items():
             if "projector" in name:
                 assert torch.equal(gradient, torch.zeros_like(gradient))
             else:
@@ -192,10 +192,10 @@ class TestPictures:
         assert len(apart["pixel_values"]) == 4
         assert len(shared["pixel_values"]) == 2
         loss, expected = gradients(backbone, apart)
-        again, found = gradients(backbone, shared)
+        again, grads = gradients(backbone, shared)
         torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(grads[name], gradient, rtol=1e-3, atol=1e-5)
 
     def test_a_picture_token_that_is_none_is_one_line(self, tmp_path: Path) -> None:
         tiny_llava_config().save_pretrained(tmp_path)
@@ -258,7 +258,7 @@ class TestGenerate:
         assert isinstance(head, torch.nn.Module)
         for _ in range(2):
             before = len(head._forward_pre_hooks)
-            with head.register_forward_hook(lambda _, given, __: seen.append(given[0])):
+            with head.register_forward_hook(lambda _, args, __: seen.append(args[0])):
                 backbone.generate(**prompts, max_new_tokens=2)
             assert len(head._forward_pre_hooks) == before
         assert len(seen) == 4

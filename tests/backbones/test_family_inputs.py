@@ -73,8 +73,8 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
         trained = sample.labels != IGNORED_LABEL
         assert torch.equal(sample.labels[trained], sample.input_ids[trained])
         space = " " if format_of == "question_answer" else ""
-        said = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
-        assert encoder.tokenizer.decode(sample.labels[trained]) == said
+        expected = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
+        assert encoder.tokenizer.decode(sample.labels[trained]) == expected
         meant = encoder.answers(Example("talk", (), turns))
         check_labels([labelled := Labelled(id="7", labels=sample.labels, answers=meant, tokenizer=encoder.tokenizer)])
         before = sample.labels.clone()
@@ -114,7 +114,7 @@ def test_a_long_sample_loses_its_end_in_every_input_of_tokens_and_no_picture(fol
     for name, value in whole.inputs.items():
         assert torch.equal(cut.inputs[name], value[:, :kept] if name in ALIGNED else value)
     media = {encoder.processor.image_token_id, encoder.processor.video_token_id}
-    after = max(place for place, token in enumerate(whole.input_ids.tolist()) if token in media) + 1
+    after = max(position for position, token in enumerate(whole.input_ids.tolist()) if token in media) + 1
     for most in (after - 1, after):
         with pytest.raises(BadSample):
             sample_of(encoder_of(folders[family], max_tokens=most), talk)
@@ -182,22 +182,22 @@ class TestVideos:
         assert text_of(qwen, SHORT) == text_of(qwen, SHORT)
         assert len(SHORT.indices) == 3
         pytest.importorskip("num2words")
-        told = text_of(encoder_of(folders[f"smolvlm{VIDEO}"]), UNSTEADY)
-        assert "four frames from a 0:01:10 [H:MM:SS] video" in told
-        assert [f"Frame from {time}:" in told for time in ("00:00", "00:01", "01:01", "01:05")] == [True] * 4
+        prompt = text_of(encoder_of(folders[f"smolvlm{VIDEO}"]), UNSTEADY)
+        assert "four frames from a 0:01:10 [H:MM:SS] video" in prompt
+        assert [f"Frame from {time}:" in prompt for time in ("00:00", "00:01", "01:01", "01:05")] == [True] * 4
 
     def test_seconds_between_frames_are_those_of_the_part_that_was_meant(self, folders: Folders) -> None:
         """Four frames of 4 s are one a second, two of them a grid: 2 s; of a part of 1.6 s they are 0.8 s."""
-        encoder, (asked, _) = encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), VIDEO_TALKS["one video"][0]
+        encoder, (question, _) = encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), VIDEO_TALKS["one video"][0]
         part = replace(LONG, span=(0.4, 2.0))
         for video, seconds in ((LONG, 2.0), (part, 0.8), (replace(UNSTEADY, span=(0.0, 70.0)), 35.0)):
-            found = encoder.encode_prompt((asked,), (), (video,))["second_per_grid_ts"]
-            assert float(found[0]) == pytest.approx(seconds, rel=1e-3)
+            intervals = encoder.encode_prompt((question,), (), (video,))["second_per_grid_ts"]
+            assert float(intervals[0]) == pytest.approx(seconds, rel=1e-3)
 
     def test_a_file_without_duration_has_a_clock_of_its_own(self) -> None:
-        found = metadata(replace(LONG, duration=0.0, span=(0.0, 0.0)))
-        assert found.timestamps == pytest.approx(LONG.seconds, abs=1e-3)
-        assert found.total_num_frames == 4
+        video_metadata = metadata(replace(LONG, duration=0.0, span=(0.0, 0.0)))
+        assert video_metadata.timestamps == pytest.approx(LONG.seconds, abs=1e-3)
+        assert video_metadata.total_num_frames == 4
 
     def test_short_videos_repeat_frames(self) -> None:
         assert repeated(SHORT, 3) is SHORT
@@ -211,13 +211,13 @@ class TestVideos:
         encoder = encoder_of(folders[family])
         assert encoder.why_no_videos
         turns, pictures, videos = VIDEO_TALKS["picture and video"]
-        found = sample_of(encoder, (turns, pictures, videos))
+        sample = sample_of(encoder, (turns, pictures, videos))
         marks = "\n".join(["<image>"] * 4)
-        asked = Turn("user", f"Is <image>\nlike {marks}\nhere?")
-        expected = sample_of(encoder, ((asked, turns[1]), (*pictures, *videos[0].pictures), ()))
-        assert torch.equal(found.input_ids, expected.input_ids)
-        assert torch.equal(found.labels, expected.labels)
-        assert_same(found.inputs, expected.inputs)
+        question = Turn("user", f"Is <image>\nlike {marks}\nhere?")
+        expected = sample_of(encoder, ((question, turns[1]), (*pictures, *videos[0].pictures), ()))
+        assert torch.equal(sample.input_ids, expected.input_ids)
+        assert torch.equal(sample.labels, expected.labels)
+        assert_same(sample.inputs, expected.inputs)
 
     def test_pictures_and_frames_keep_the_order_of_the_text(self) -> None:
         turns = VIDEO_TALKS["video and picture"][0]
@@ -232,7 +232,7 @@ class TestVideos:
         self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         talk = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
-        monkeypatch.setattr(tiny_image_text, "SPECIAL", [one for one in tiny_image_text.SPECIAL if one != "<video>"])
+        monkeypatch.setattr(tiny_image_text, "SPECIAL", [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"])
         encoder = encoder_of(write_tiny_video("qwen2_5_vl", tmp_path / "base"))
         assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, talk).input_ids)
         with pytest.raises(BadSample):

@@ -102,17 +102,17 @@ def test_pictures_of_one_size_go_through_together(
     expected = [parts.outputs_of(model, frozen_outputs.inputs_of(model, sample)) for sample in samples]
     passes: list[object] = []
     single = FrozenParts.outputs_of
-    monkeypatch.setattr(FrozenParts, "outputs_of", lambda *given: passes.append(given) or single(*given))
-    found = parts.outputs_of_each(model, samples, encoder.pad_token_id)
+    monkeypatch.setattr(FrozenParts, "outputs_of", lambda *args: passes.append(args) or single(*args))
+    outputs = parts.outputs_of_each(model, samples, encoder.pad_token_id)
     assert len(passes) == 2, "one alone, and one of all"
-    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+    for output, other in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True):
         if isinstance(other, torch.Tensor):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(output, other, rtol=1e-4, atol=1e-4)
         else:
-            assert one == other
+            assert output == other
 
 
-class Place(NamedTuple):
+class Case(NamedTuple):
     """A tiny LLaVA and pictures, each a sample of its own."""
 
     model: Any
@@ -156,12 +156,12 @@ def colours(root: Path, names: list[tuple[str, ...]], blue: int) -> None:
 
 
 @pytest.fixture
-def place(folders: Mapping[str, Path], tmp_path: Path) -> Place:
+def case(folders: Mapping[str, Path], tmp_path: Path) -> Case:
     backbone, encoder = adapted_backbone(folders["llava"]).eval(), encoder_of(folders["llava"])
     names = [(f"deep/{number}.bmp" if number % 2 else f"{number}.bmp",) for number in range(5)]
     colours(tmp_path / "pictures", names, 7)
     parts = proven_parts(backbone.model, encoder)
-    return Place(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
+    return Case(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
 
 
 @pytest.fixture
@@ -182,104 +182,104 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize(("shard_bytes", "again"), [(1, 2), (2**20, 5)])  # a sample a shard; all in one
 def test_a_stopped_run_goes_on(
-    place: Place, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
+    case: Case, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
 ) -> None:
     monkeypatch.setattr(frozen_outputs, "SHARD_BYTES", shard_bytes)
     computed.append("stop")  # after three
     with pytest.raises(KeyboardInterrupt):
-        place.filled()
+        case.filled()
     computed.clear()
-    store = place.filled()
+    store = case.filled()
     assert len(computed) == again
     sent = pickle.loads(pickle.dumps(store))
     for number in range(5):
-        assert torch.equal(place.read(sent, number), place.read(store, number))
-    place.filled()
+        assert torch.equal(case.read(sent, number), case.read(store, number))
+    case.filled()
     assert len(computed) == again
-    kinds = {path.name.split("-")[0] for path in place.cache.rglob("*") if path.is_file()}
+    kinds = {path.name.split("-")[0] for path in case.cache.rglob("*") if path.is_file()}
     assert kinds == {"shard", "settings.json"}
 
 
-def test_a_changed_picture_is_computed_again(place: Place, computed: list[object]) -> None:
-    old = place.read(place.filled(), 2)
-    Image.new("RGB", (9, 7), (1, 2, 3)).save(place.root / place.pictures[2][0])
-    store = place.filled()
+def test_a_changed_picture_is_computed_again(case: Case, computed: list[object]) -> None:
+    old = case.read(case.filled(), 2)
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(case.root / case.pictures[2][0])
+    store = case.filled()
     assert len(computed) == 6
-    assert not torch.equal(place.read(store, 2), old)
+    assert not torch.equal(case.read(store, 2), old)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_tried_again(place: Place, computed: list[object]) -> None:
+def test_a_picture_that_cannot_be_read_is_named_and_tried_again(case: Case, computed: list[object]) -> None:
     """Mended with the same size and time, as a copy that keeps times does it; or the disk had an error."""
-    broken, missing = (place.root / place.pictures[number][0] for number in (0, 1))
+    broken, missing = (case.root / case.pictures[number][0] for number in (0, 1))
     whole = broken.read_bytes()
     broken.write_bytes(bytes(len(whole)))
     os.utime(broken, ns=(1, 1))
     missing.unlink()
-    store = place.filled()
+    store = case.filled()
     assert len(computed) == 3
     for number in (0, 1):
         with pytest.raises(BadSample) as error:
-            place.read(store, number)
-        assert error.value.sample_id == place.pictures[number][0]
+            case.read(store, number)
+        assert error.value.sample_id == case.pictures[number][0]
     broken.write_bytes(whole)
     os.utime(broken, ns=(1, 1))
     with pytest.raises(BadSample):  # mended meanwhile, but not computed
-        place.read(store, 0)
-    assert place.read(place.filled(), 0).numel()
+        case.read(store, 0)
+    assert case.read(case.filled(), 0).numel()
     assert len(computed) == 4
 
 
-def test_another_folder_of_equal_files_is_another_store(place: Place, computed: list[object], tmp_path: Path) -> None:
-    other = place._replace(root=tmp_path / "others")
+def test_another_folder_of_equal_files_is_another_store(case: Case, computed: list[object], tmp_path: Path) -> None:
+    other = case._replace(root=tmp_path / "others")
     colours(other.root, other.pictures, 200)
-    mine, theirs = place.filled(), other.filled()
-    assert mine.folder != theirs.folder
-    assert not torch.equal(place.read(mine, 1), other.read(theirs, 1))
-    assert place.filled().folder == mine.folder
+    store, other_store = case.filled(), other.filled()
+    assert store.folder != other_store.folder
+    assert not torch.equal(case.read(store, 1), other.read(other_store, 1))
+    assert case.filled().folder == store.folder
     assert len(computed) == 10
 
 
 def test_other_weights_dtype_processor_or_reading_are_another_store(
-    place: Place, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    case: Case, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stores = [place.store(), place.store(most_pixels=5000), place.store(folder=MediaFolder(place.root, False, True))]
+    stores = [case.store(), case.store(most_pixels=5000), case.store(folder=MediaFolder(case.root, False, True))]
     other = encoder_of(folders["llava"])
     other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    stores.append(place.store(encoder=other))
+    stores.append(case.store(encoder=other))
     monkeypatch.setattr(frozen_outputs.transformers, "__version__", "0")
-    stores.append(place.store())
+    stores.append(case.store())
     monkeypatch.undo()
-    tower = place.model.get_submodule(next(iter(place.parts.calls)))
-    assert place.store().folder == stores[0].folder
+    tower = case.model.get_submodule(next(iter(case.parts.calls)))
+    assert case.store().folder == stores[0].folder
     next(tower.parameters()).data[0] += 1
-    stores.append(place.store())
+    stores.append(case.store())
     tower.to(torch.bfloat16)
-    stores.append(place.store())
+    stores.append(case.store())
     assert len({store.folder for store in stores}) == 7
 
 
-def test_processes_share_the_work(place: Place, computed: list[object]) -> None:
-    reader, stores = place.reader(), [place.store(), place.store()]
-    missing = [store.missing(reader, place.pictures) for store in stores]  # both see the same missing
+def test_processes_share_the_work(case: Case, computed: list[object]) -> None:
+    reader, stores = case.reader(), [case.store(), case.store()]
+    missing = [store.missing(reader, case.pictures) for store in stores]  # both see the same missing
     for number, store in enumerate(stores):
-        store.fill(place.model, place.parts, reader, missing[number], part=(number, 2))
+        store.fill(case.model, case.parts, reader, missing[number], part=(number, 2))
     assert len(computed) == 5
     for store in stores:
         store.refresh()
-        assert not store.missing(reader, place.pictures)
+        assert not store.missing(reader, case.pictures)
 
 
-def test_what_does_not_fit_on_the_disk_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_on_the_disk_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # pyright: ignore
     with pytest.raises(UserError, match=r"data\.feature_cache"):
-        place.filled()
+        case.filled()
 
 
-def test_a_damaged_shard_is_refused_by_name(place: Place) -> None:
-    (shard,) = place.filled().folder.glob("*.safetensors")
+def test_a_damaged_shard_is_refused_by_name(case: Case) -> None:
+    (shard,) = case.filled().folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:40])
     with pytest.raises(UserError, match=shard.name):
-        place.store()
+        case.store()
 
 
 @pytest.mark.parametrize("targets", ["model.vision_tower.*.q_proj", "model.vision_tower.*.fc2"])

@@ -117,9 +117,9 @@ def test_quantised_weights_are_unpacked_and_the_model_computes_with_them(tmp_pat
     again.tie_weights()
     ids = torch.tensor([[5, 17, 40, 7]])
     with torch.no_grad():
-        expected, found = model(ids).logits, again.eval()(ids).logits[..., : len(TOKENS)]
+        expected, logits = model(ids).logits, again.eval()(ids).logits[..., : len(TOKENS)]
     # Eight bits a weight and then bfloat16: near, and not by chance.
-    assert float((found - expected).norm()) < 0.03 * float(expected.norm())
+    assert float((logits - expected).norm()) < 0.03 * float(expected.norm())
 
 
 def test_no_such_file_is_one_line(tmp_path):

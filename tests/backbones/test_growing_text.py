@@ -17,31 +17,31 @@ TEXTS = ["Größe naïve 東京 😀 words, and more words.", "It's here; don't.
 
 def byte_level() -> PreTrainedTokenizerFast:
     """Pieces of characters are tokens of their own, as in GPT-2's and Qwen's."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    backend.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def with_spaces_before_words() -> PreTrainedTokenizerFast:
     """A token says that a space is before it, and the first has none, as Llama's and Vicuna's; bytes where it must."""
     pieces = ["<unk>", "▁", *"abcdefghij", "▁ab", "▁cd", "cd", "▁.", ".", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made = Tokenizer(
-        models.BPE(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    backend = Tokenizer(
+        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
     )
     replaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(replaced)
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.decoder = decoders.Sequence(replaced)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
     """Takes a space back before a full stop."""
     pieces = ["[UNK]", "the", "end", "##s", ".", ",", "do", "n", "'", "t", "n't", "!"]
-    made = Tokenizer(models.WordPiece(vocab={piece: place for place, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    made.decoder = decoders.WordPiece(cleanup=True)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", clean_up_tokenization_spaces=True)
+    backend = Tokenizer(models.WordPiece(vocab={piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=True)
 
 
 @pytest.mark.parametrize("make", [byte_level, with_spaces_before_words, word_pieces], ids=lambda make: make.__name__)

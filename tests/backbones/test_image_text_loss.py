@@ -40,9 +40,9 @@ def transformers_loss(model: PreTrainedModel, encoder: Encoder, family: str, tal
     """The model's own loss over all labelled tokens, on what its own processor makes of the talks with pictures
     together, and of the words alone.
     """
-    seen, said = [[TALKS[talk] for talk in talks if bool(TALKS[talk][1]) == pictures] for pictures in (True, False)]
+    seen, words = [[TALKS[talk] for talk in talks if bool(TALKS[talk][1]) == pictures] for pictures in (True, False)]
     total, count = torch.zeros(()), 0
-    for together in (one for one in (seen, said) if one):
+    for together in (group for group in (seen, words) if group):
         inputs = processor_inputs(encoder, family, together)
         labels = stacked([sample_of(encoder, talk).labels[None] for talk in together], IGNORED_LABEL)
         labelled = int((labels[:, 1:] != IGNORED_LABEL).sum())
@@ -137,7 +137,7 @@ def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, f
     # Gemma 3n clamps its weight and multiplies by hand; HY 4's choose which tokens are seen
     bypassed = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
     inside = [name for name in linears if modules[name] in decoder and not name.endswith(bypassed)]
-    layers = [modules[name] for name in inside] + [one for one in decoder if isinstance(one, torch.nn.Embedding)]
+    layers = [modules[name] for name in inside] + [layer for layer in decoder if isinstance(layer, torch.nn.Embedding)]
     reached = {id(weight) for layer in layers for weight in layer.parameters()}
     left = [weight for weight in decoder_of(model).parameters() if weight.dim() > 1 and id(weight) not in reached]
     assert bool(left) == bool(FAMILIES[family].unadapted)

@@ -20,8 +20,8 @@ QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/fa
 
 
 def said(instruction: str, output: str, *, added: str = "") -> Example:
-    asked = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
-    return Example("0", (), (asked, Turn("assistant", output)))
+    question = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
+    return Example("0", (), (question, Turn("assistant", output)))
 
 
 TASK = said(QUESTION, "the correct answer is true")
@@ -103,15 +103,15 @@ def test_a_cut_sample_loses_its_end_and_says_so() -> None:
 
 @pytest.mark.parametrize("prompt", ["nvlabs", "alpaca"])
 def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
-    asked = encoder(prompt=prompt)
+    coder = encoder(prompt=prompt)
     turns = [Turn("user", "Is it so?")]
-    found = asked.encode_choice(turns, "the correct answer is true")
-    ids, start = found.input_ids, int((found.labels != -100).int().argmax())
+    encoded = coder.encode_choice(turns, "the correct answer is true")
+    ids, start = encoded.input_ids, int((encoded.labels != -100).int().argmax())
     text = PROMPTS[prompt].before_output("Is it so?", "", test=True)
     tokenizer = byte_tokenizer()
     assert ids.tolist() == [*tokenizer(text + "the correct answer is true").input_ids, tokenizer.eos_token_id]
-    assert asked.decode(ids[start:]).strip() == "the correct answer is true"
-    assert asked.encode_prompt(turns)["input_ids"][0].tolist() == byte_tokenizer()(text).input_ids
+    assert coder.decode(ids[start:]).strip() == "the correct answer is true"
+    assert coder.encode_prompt(turns)["input_ids"][0].tolist() == byte_tokenizer()(text).input_ids
 
 
 @pytest.mark.parametrize("added", ["", "hello {instruction}", " \n two lines "])

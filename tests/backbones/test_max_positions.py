@@ -39,9 +39,9 @@ def test_the_longest_text_of_a_vlbart_is_what_its_encoder_reads(
     if subtitles:  # they go first, the question stays
         assert str(encoder.tokenizer.decode(ids.tolist())).endswith("[Q] is it red?</s>")
     backbone, features = VlBartBackbone(tiny()), torch.randn(1, 1, 4, 8)
-    said = encoder.labels("hello " * 100, max_tokens=500)
-    assert len(said) == POSITIONS
-    scores = backbone.likelihoods(ids[None], torch.ones_like(ids)[None], features, said[None])
+    labels = encoder.labels("hello " * 100, max_tokens=500)
+    assert len(labels) == POSITIONS
+    scores = backbone.likelihoods(ids[None], torch.ones_like(ids)[None], features, labels[None])
     assert scores.isfinite().all()
     longest = backbone.generate(ids[None], torch.ones_like(ids)[None], features, max_length=POSITIONS + 9)
     assert longest.shape[1] <= POSITIONS

@@ -46,8 +46,8 @@ def test_llava_7b_at_rank_128(method: str, expected: int) -> None:
     counts: Counter[str] = Counter()
     for part in trained_parts(model):  # a part appears twice where only some of it has weight decay
         counts[part.name] += sum(weight.numel() for weight in part.parameters.values())
-    wanted = {"dora.A", "dora.B", "projector"} | ({"dora.magnitude"} if method == "dora" else set())
-    assert {name for name, count in counts.items() if count} == wanted
+    part_names = {"dora.A", "dora.B", "projector"} | ({"dora.magnitude"} if method == "dora" else set())
+    assert {name for name, count in counts.items() if count} == part_names
     assert counts["projector"] == PROJECTOR == 20_979_712
     assert counts["dora.A"] + counts["dora.B"] == LOW_RANK == 319_815_680
     assert counts["dora.magnitude"] == (MAGNITUDES if method == "dora" else 0)

@@ -53,8 +53,8 @@ def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, 
 @families_in_turn
 def test_a_family_opens_or_is_refused(folders: Mapping[str, Path], tmp_path: Path, family: str, method: str) -> None:
     batch = batch_of(encoder_of(folders[family]), [TALKS[talk] for talk in talks_of(family)])
-    found = opens(lambda: open_backbone(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
-    assert found == FAMILIES[family].peft
+    outcome = opens(lambda: open_backbone(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
+    assert outcome == FAMILIES[family].peft
 
 
 @methods

@@ -47,14 +47,14 @@ def test_each_preset_is_the_linears_of_its_place(folders: dict[str, Path], famil
     model = open_backbone(str(folders[family])).model
     names = linears(model)
     encoder, projector = VISION[family]
-    found = {
+    layers = {
         preset: hits(names, resolved_targets(model, (preset,), "adapter.targets"))
         for preset in ("language", "vision", "all-linear")
     }
-    assert found["vision"] == [name for name in names if name.startswith(encoder)] != []
+    assert layers["vision"] == [name for name in names if name.startswith(encoder)] != []
     beside = (encoder, projector)
-    assert found["language"] == [name for name in names if not name.startswith(beside) and name != "lm_head"] != []
-    assert found["all-linear"] == [name for name in names if name != "lm_head"]
+    assert layers["language"] == [name for name in names if not name.startswith(beside) and name != "lm_head"] != []
+    assert layers["all-linear"] == [name for name in names if name != "lm_head"]
     between = [name for name in names if name.startswith(projector)]
     if between:  # Gemma 3's projector is a bare matrix
         assert hits(names, resolved_targets(model, ("projector",), "adapter.targets")) == between
@@ -70,8 +70,8 @@ def test_layers_that_cannot_be_adapted_are_left_out_and_named(folders: dict[str,
         caplog.clear()
         adapted = copy.deepcopy(model)
         names = apply_dora(adapted, DoRAConfig(targets=resolved_targets(model, (preset,), "targets"), rank=2))
-        place = VISION["gemma3"][0] if preset == "vision" else ""
-        assert names == [n for n in linears(model) if n.startswith(place) and n not in (bypassed, "lm_head")]
+        prefix = VISION["gemma3"][0] if preset == "vision" else ""
+        assert names == [n for n in linears(model) if n.startswith(prefix) and n not in (bypassed, "lm_head")]
         assert bypassed in caplog.text
 
 
@@ -80,10 +80,10 @@ def test_weights_of_a_place_are_all_of_it(folders: dict[str, Path], family: str)
     model = open_backbone(str(folders[family])).model
     names = [name for name, _ in model.named_parameters()]
     for preset, start in zip(("vision", "projector"), VISION[family], strict=True):
-        found = hits(names, resolved_weights(model, (preset,), "adapter.also_train.x"))
-        wanted = [name for name in names if name.startswith(start)]
-        assert set(wanted) <= set(found)
-        assert not [name for name in found if "language_model" in name or "text_model" in name or "lm_head" in name]
+        matched = hits(names, resolved_weights(model, (preset,), "adapter.also_train.x"))
+        expected = [name for name in names if name.startswith(start)]
+        assert set(expected) <= set(matched)
+        assert not [name for name in matched if "language_model" in name or "text_model" in name or "lm_head" in name]
 
 
 def test_llavas_default_places_are_its_language(folders: dict[str, Path]) -> None:

@@ -35,9 +35,9 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: 
     encoder = encoder_of(folders[family])
     turns, pictures = TALKS["one picture"]
     sample, prompt = sample_of(encoder, (turns, pictures)), encoder.encode_prompt(turns[:1], pictures)
-    asked = prompt["input_ids"][0]
-    assert torch.equal(asked, sample.input_ids[: len(asked)])
-    assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(asked)
+    ids = prompt["input_ids"][0]
+    assert torch.equal(ids, sample.input_ids[: len(ids)])
+    assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(ids)
 
 
 def test_paligemma_sees_the_question_both_ways_and_the_answer_one_way(folders: Folders) -> None:
@@ -83,7 +83,7 @@ def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders:
     QuestionAnswer(processor, "chameleon", pictures=True)
     name, now = "ChameleonProcessor", type(processor)
     processor.__class__ = type(
-        name, (now,), {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{one}</s>" for one in text])}
+        name, (now,), {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{item}</s>" for item in text])}
     )
     with pytest.raises(UserError):
         QuestionAnswer(processor, "chameleon", pictures=True)

@@ -79,10 +79,10 @@ def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: st
             TEMPLATES[name].render(turns)
         return
     assert TEMPLATES[name].render(turns[:2], generation_prompt=True).text == before
-    found = TEMPLATES[name].render(turns)
-    assert found.text.startswith(before)
-    assert found.answer_spans[0][0] == len(before)
-    assert not [span for span in found.controls if found.text[slice(*span)] == "</s>" and span[0] < 20]
+    rendered = TEMPLATES[name].render(turns)
+    assert rendered.text.startswith(before)
+    assert rendered.answer_spans[0][0] == len(before)
+    assert not [span for span in rendered.controls if rendered.text[slice(*span)] == "</s>" and span[0] < 20]
 
 
 def test_captions(new_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,12 +92,12 @@ def test_captions(new_tokenizer: PreTrainedTokenizerBase) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
 def test_a_prompt_is_what_stands_before_the_answer(new_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    asked = talk(*ROUNDS).turns[:3]
-    text = TEMPLATES[name].render(asked, generation_prompt=True).text
+    turns = talk(*ROUNDS).turns[:3]
+    text = TEMPLATES[name].render(turns, generation_prompt=True).text
     rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
     assert text == rendered.text[: rendered.answer_spans[1][0]]
     encoded = encode_talk(encoder(new_tokenizer, name), talk(*ROUNDS, images=1))
-    prompt = prompt_ids(encoder(new_tokenizer, name), *asked)
+    prompt = prompt_ids(encoder(new_tokenizer, name), *turns)
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
     assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
 
@@ -107,11 +107,11 @@ def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
     new_tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
-    said = "It {} is <s> a </s> <|im_end|> ['circle']"
+    answer = "It {} is <s> a </s> <|im_end|> ['circle']"
     coder = encoder(new_tokenizer, name)
-    encoded = encode_talk(coder, talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", said))
+    encoded = encode_talk(coder, talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", answer))
     last = encoded.labels[len(prompt_ids(coder, *talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
-    assert coder.decode(last[last != -100]) == said
+    assert coder.decode(last[last != -100]) == answer
     controls = [new_tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
     plain = encode_talk(coder, talk("Is it?", "Yes", "Why?", "It is"))
     for token in controls:
@@ -158,8 +158,8 @@ def published_mask(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[
     for number, part in enumerate(text.split("</s>")):
         if not part:
             break
-        asked, separator, _ = part.partition(" ASSISTANT: ")
-        round_length, question_length = len(tokens(part)), len(tokens(asked + separator)) - 2
+        question, separator, _ = part.partition(" ASSISTANT: ")
+        round_length, question_length = len(tokens(part)), len(tokens(question + separator)) - 2
         if number:
             round_length, question_length = round_length - longer_alone, question_length - longer_alone
         trained[cursor : cursor + question_length] = [False] * question_length
@@ -256,7 +256,7 @@ def test_a_cut_loses_text_at_the_end_alone(tokenizer: PreTrainedTokenizerFast) -
     sample = talk(*ROUNDS, images=1)
     whole = encode_talk(piece_encoder(tokenizer), sample)
     labels, ids = whole.labels.tolist(), whole.input_ids.tolist()
-    first = next(place for place, label in enumerate(labels) if label != -100)
+    first = next(position for position, label in enumerate(labels) if label != -100)
     for most in (len(ids) - 2, first + 1):
         cut = encode_talk(piece_encoder(tokenizer, max_tokens=most), sample)
         assert (cut.cut_tokens, whole.cut_tokens) == (len(ids) - most, 0)

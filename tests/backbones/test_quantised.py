@@ -58,11 +58,11 @@ def test_it_computes_with_the_dequantised_weights(tmp_path: Path, family: str, k
             weight.copy_(quantised_values(weight.detach(), kind, torch.float32))
     model = open_backbone(str(base), quantisation=kind).model
     assert {name for name, module in model.named_modules() if is_quantised(module)} == set(layers)
-    found = logits_of(model)
-    assert float((found - before).abs().max()) > 1e-3
+    logits = logits_of(model)
+    assert float((logits - before).abs().max()) > 1e-3
     # LLM.int8 rounds its inputs too, to 127 steps of each row's largest.
     tolerance = 0.05 * float(before.abs().max()) if kind == "int8" else 1e-4
-    torch.testing.assert_close(found, logits_of(plain), rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits, logits_of(plain), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("nf4", 8), ("hqq", 8), ("int8", 4)])
@@ -74,10 +74,10 @@ def test_the_frozen_weights_take_less_memory(wide: Path, kind: str, factor: int)
     def held(model: torch.nn.Module) -> tuple[int, int]:
         """Bytes of the layers' weights, and of all other modules' parameters."""
         inside = {name: dict(model.get_submodule(name).named_parameters()) for name in layers}
-        weights = [one for own in inside.values() for leaf, one in own.items() if leaf != "bias"]
-        known = {id(one) for own in inside.values() for one in own.values()}
-        rest = [one for one in model.parameters() if id(one) not in known]
-        sizes = [sum(one.numel() * one.element_size() for one in part) for part in (weights, rest)]
+        weights = [weight for own in inside.values() for leaf, weight in own.items() if leaf != "bias"]
+        ids = {id(weight) for own in inside.values() for weight in own.values()}
+        rest = [weight for weight in model.parameters() if id(weight) not in ids]
+        sizes = [sum(weight.numel() * weight.element_size() for weight in part) for part in (weights, rest)]
         return sizes[0], sizes[1]
 
     whole, other = held(open_backbone(str(wide)).model)
@@ -96,8 +96,8 @@ def test_the_same_layers_are_adapted(wide: Path, kind: str) -> None:
     before = logits_of(model)
     assert apply_dora(model, config) == apply_dora(plain, config)
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5)
-    biases = [one for name, one in plain.named_parameters() if "language_model" in name and name.endswith("_proj.bias")]
-    hidden = sum(one.numel() for one in biases) if kind == "hqq" else 0  # whose biases are no parameters
+    biases = [bias for key, bias in plain.named_parameters() if "language_model" in key and key.endswith("_proj.bias")]
+    hidden = sum(bias.numel() for bias in biases) if kind == "hqq" else 0  # whose biases are no parameters
     assert weight_count(model) == weight_count(plain) - hidden
 
 
@@ -111,7 +111,7 @@ def test_packed_weights_do_not_train_themselves(wide: Path) -> None:
 
 def test_other_layers_than_meant_are_not_taken_silently(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(loading, "kept_whole", lambda *given: [])
+    monkeypatch.setattr(loading, "kept_whole", lambda *args: [])
     with pytest.raises(UserError):
         open_backbone(str(wide), quantisation="nf4")
 

@@ -68,8 +68,8 @@ WORDS = (talk("Say it.", "red"),)
 
 def samples_of(encoder: Encoder, talks: Sequence[Talk]) -> list[Sample]:
     return [
-        replace(sample_of(encoder, talk), index=number, id=str(number), media=tuple(NAMES[id(one)] for one in talk[1]))
-        for number, talk in enumerate(talks)
+        replace(sample_of(encoder, talk), index=row, id=str(row), media=tuple(NAMES[id(image)] for image in talk[1]))
+        for row, talk in enumerate(talks)
     ]
 
 
@@ -194,7 +194,7 @@ def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tu
     """Losses of each kind of rows in the order of samples, and a gradient where the kernel has one there."""
     model = tiny_language(hidden_size=64)  # flex attention takes heads of at least 16
     model.set_attn_implementation(kernel)
-    backbone, found = DecoderBackbone(model.to(device).train()), []
+    backbone, results = DecoderBackbone(model.to(device).train()), []
     samples = [replace(sample, media=("alike",)) for sample in language_samples()]
     differs = kernel != "flex_attention" or device != "cpu"  # it has no backward pass on a CPU
     for kind in kinds:
@@ -203,8 +203,8 @@ def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tu
             features = backbone(**batch)
         sums = torch.zeros(len(samples), device=device).index_add(0, features.rows, features.losses)
         weight = model.get_decoder().layers[0].self_attn.k_proj.weight
-        found.append((sums.detach(), torch.autograd.grad(sums.sum(), weight)[0] if differs else None))
-    return found
+        results.append((sums.detach(), torch.autograd.grad(sums.sum(), weight)[0] if differs else None))
+    return results
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
     assert backbone.model.lm_head.weight.shape == (512, 64)
     served = AutoProcessor.from_pretrained(tmp_path / "base", backend="pil").tokenizer
     for text, expected in SLOW[False].items():
-        for one in (tokenizer, served):
-            assert " ".join(one.convert_ids_to_tokens(one(text).input_ids)) == expected
+        for coder in (tokenizer, served):
+            assert " ".join(coder.convert_ids_to_tokens(coder(text).input_ids)) == expected
 
 
 class TestSaysWhatIsMissing:
@@ -152,9 +152,9 @@ class TestSaysWhatIsMissing:
         monkeypatch.setitem(loading.NEEDED, package, lambda: False)
         with pytest.raises(
             UserError, match=rf"tokenizer\.model is read with .*; not installed: {package} \(pip"
-        ) as said:
+        ) as error:
             load_tokenizer(str(folder))
-        assert "tiktoken" not in str(said.value)
+        assert "tiktoken" not in str(error.value)
 
     def test_the_model_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = write_tokenizer_model(tmp_path)

@@ -45,8 +45,8 @@ def test_the_published_numbers_of_parameters(width: int, method: str, norms: boo
     extras = also_trained(model.settings, biases=True, norm_weights=norms)
     config = DoRAConfig(method=method, rank=128, targets=DORA_TARGETS, also_train=extras, also_keep=KEPT_ROWS)
     assert len(apply_dora(model, config)) == 36
-    assert sum(one.numel() for part in trained_parts(model) for one in part.parameters.values()) == trained
-    assert sum(one.numel() for one in model.parameters()) == total
+    assert sum(weight.numel() for part in trained_parts(model) for weight in part.parameters.values()) == trained
+    assert sum(weight.numel() for weight in model.parameters()) == total
 
 
 def test_a_pooled_cell_is_the_maximum_of_its_window() -> None:
@@ -87,18 +87,18 @@ BOXES = {"zeros": torch.zeros(4, 4), "grid": grid_boxes(2, None), "strip": strip
 @pytest.mark.parametrize(("norm", "boxes"), [("each", "zeros"), ("sum", "grid"), ("none", "strip")])
 def test_picture_tokens_equal_the_sum_written_out(norm: str, boxes: str) -> None:
     model = tiny(visual_norm=norm, pooled_side=None, boxes=boxes)
-    visual, places = model.model.encoder.visual_embedding, BOXES[boxes]
+    visual, corners = model.model.encoder.visual_embedding, BOXES[boxes]
     features = torch.randn(2, 2, 4, 8)
     tokens = model.model.encoder.visual_tokens(features)
-    area = (places[:, 1] - places[:, 0]) * (places[:, 3] - places[:, 2])
+    area = (corners[:, 1] - corners[:, 0]) * (corners[:, 3] - corners[:, 2])
     shared = model.model.shared.weight
     for image in range(2):
         for token in range(4):
             seen = visual.feat_embedding[0](features[:, image, token])
-            place = visual.absolute_vis_pos_embedding[0](torch.cat([places[token], area[token : token + 1]]))
+            position = visual.absolute_vis_pos_embedding[0](torch.cat([corners[token], area[token : token + 1]]))
             if norm == "each":
-                seen, place = visual.feat_embedding[1](seen), visual.absolute_vis_pos_embedding[1](place)
-            expected = seen + place + visual.img_order_embedding.weight[image] + shared[-1 - token]
+                seen, position = visual.feat_embedding[1](seen), visual.absolute_vis_pos_embedding[1](position)
+            expected = seen + position + visual.img_order_embedding.weight[image] + shared[-1 - token]
             expected = visual.layer_norm(expected) if norm == "sum" else expected
             torch.testing.assert_close(tokens[:, image * 4 + token], expected)
 
@@ -111,16 +111,16 @@ def logits_of(backbone: VlBartBackbone, inputs: dict[str, torch.Tensor]) -> torc
 
 def test_labelled_positions_equal_the_whole_decoder() -> None:
     backbone, inputs = VlBartBackbone(tiny()), batch()
-    found = backbone(**inputs, keep_logits=True)
+    output = backbone(**inputs, keep_logits=True)
     labels = inputs["labels"]
     encoded, mask = backbone.encode(inputs["input_ids"], inputs["attention_mask"], inputs["features"])
     assert mask[0].tolist() == [1] * 4 + [0] * 2 + [1] * 36
     whole = backbone.model(
         encoder_outputs=(encoded,), attention_mask=mask, decoder_input_ids=backbone.shifted(labels)
     ).logits
-    torch.testing.assert_close(found.logits, whole[labels != -100])
+    torch.testing.assert_close(output.logits, whole[labels != -100])
     assert backbone.shifted(labels)[0].tolist() == [2, int(labels[0, 0]), int(labels[0, 1]), 1]
-    assert found.rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert output.rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_padding_changes_nothing() -> None:
@@ -138,14 +138,14 @@ def test_padding_changes_nothing() -> None:
 def test_likelihoods_are_sums_of_token_log_probabilities_and_beams_find_them() -> None:
     backbone, inputs = VlBartBackbone(tiny()), batch()
     labels = inputs.pop("labels")
-    found = backbone.likelihoods(**inputs, candidates=labels)
-    assert found.shape == (3, 3)
+    likelihoods = backbone.likelihoods(**inputs, candidates=labels)
+    assert likelihoods.shape == (3, 3)
     for row in range(3):
-        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        row_inputs = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         for choice in range(3):
-            scores = backbone(**one, labels=labels[choice : choice + 1])
+            scores = backbone(**row_inputs, labels=labels[choice : choice + 1])
             expected = -scores.losses.sum()
-            torch.testing.assert_close(found[row, choice], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(likelihoods[row, choice], expected, atol=1e-4, rtol=1e-4)
     greedy = backbone.generate(**inputs, max_length=5)
     assert greedy.shape[1] <= 5
     first = backbone(**inputs, labels=greedy[:, 1:2], keep_logits=True).logits.argmax(-1)
@@ -191,8 +191,8 @@ def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None
         layer.forget_norms()
     expected = logits_of(VlBartBackbone(model.eval()), batch())
     save_adapter(model, tmp_path / "adapter")
-    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert held["base_model.model.model.shared.weight[-200:]"].shape == (200, 16)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.shared.weight[-200:]"].shape == (200, 16)
     base = tiny(seed=0)
     with torch.no_grad():
         base.model.shared.weight[-200:] = torch.randn(200, 16)  # another draw of the added tokens
@@ -303,6 +303,6 @@ def test_no_features_to_standardise_by_are_told(tmp_path: Path) -> None:
 
 def test_an_answers_word_is_the_token_that_it_is_in_a_question() -> None:
     encoder = Seq2SeqEncoder(small_tokenizer(iter(TEXTS * 3), vocabulary=320, leading_space=True))
-    asked = encoder.tokenizer(TEXTS[0], add_special_tokens=False).input_ids
-    assert encoder.first_token("circle") in asked
+    ids = encoder.tokenizer(TEXTS[0], add_special_tokens=False).input_ids
+    assert encoder.first_token("circle") in ids
     assert encoder.decode(encoder.labels("circle", max_tokens=9)) == "circle"

@@ -92,10 +92,10 @@ def write_tiny_video(model_type: str, folder: Path) -> Path:
 
 
 def coloured_video(
-    frames: int, *, every: int = 7, rate: float = 25.0, count: int = 100, size: tuple[int, int] = (30, 22)
+    frames: int, *, step: int = 7, rate: float = 25.0, count: int = 100, size: tuple[int, int] = (30, 22)
 ) -> Video:
     """Frames that differ, taken from a file of steady rate; its first is the file's fourth."""
-    indices = tuple(3 + every * number for number in range(frames))
+    indices = tuple(3 + step * number for number in range(frames))
     return Video(
         pictures=tuple(Image.new("RGB", size, (index * 2 % 256, 255 - index, 60 + index)) for index in indices),
         indices=indices,

@@ -44,9 +44,9 @@ def test_live_bytes_follows_what_is_made_until_it_dies():
     with LiveBytes() as live:
         older.add_(1)
         assert (live.now, live.peak) == (0, 0), "made before, changed in place"
-        made = torch.ones(1000)
-        view = made.view(10, 100)
-        del made
+        tensor = torch.ones(1000)
+        view = tensor.view(10, 100)
+        del tensor
         assert live.now == 4000, "its view keeps it"
         view = view.half()
         assert (live.now, live.peak) == (2000, 6000)

@@ -77,9 +77,9 @@ def peft(tmp_path):
 
 
 def lines(file: Path) -> dict[str, dict]:
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len({line["test"] for line in found}) == len(found), "each test once"
-    return {line["test"].removeprefix(f"{FILE}::"): line for line in found}
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len({line["test"] for line in results}) == len(results), "each test once"
+    return {line["test"].removeprefix(f"{FILE}::"): line for line in results}
 
 
 def test_the_plugin_selects_accelerates_and_goes_on(peft, tmp_path):
@@ -87,12 +87,12 @@ def test_the_plugin_selects_accelerates_and_goes_on(peft, tmp_path):
     records = tmp_path / "accelerated.jsonl"
     records.write_text(json.dumps({"test": BROKEN, "outcome": "error", "layers": 0, "message": "from before"}) + "\n")
     assert ran_file(peft, records, "--accelerate") == 1
-    found = lines(records)
-    assert {test: (line["outcome"], line["layers"]) for test, line in found.items()} == {
+    results = lines(records)
+    assert {test: (line["outcome"], line["layers"]) for test, line in results.items()} == {
         test: (accelerated, layers) for test, (_, accelerated, layers) in OUTCOMES.items()
     }
-    assert found["test_lora_broken_fixture"]["message"] == "from before"
-    assert "AcceleratedLinear" in found["test_is_linear[Vanilla LoRA]"]["message"]
+    assert results["test_lora_broken_fixture"]["message"] == "from before"
+    assert "AcceleratedLinear" in results["test_is_linear[Vanilla LoRA]"]["message"]
 
 
 def ran_file(peft: Path, records: Path, *words: str) -> int:

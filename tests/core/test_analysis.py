@@ -36,8 +36,8 @@ def test_blocks_are_the_whole(axis):
     torch.manual_seed(0)
     before, after = torch.randn(7, 5), torch.randn(7, 5)
     blocks = zip(before.split(3), after.split(3), strict=True)
-    found, whole = change_of_blocks(blocks, axis=axis), change_of_blocks([(before, after)], axis=axis)
-    assert (found.magnitude, found.direction) == pytest.approx((whole.magnitude, whole.direction), rel=1e-12)
+    blockwise, whole = change_of_blocks(blocks, axis=axis), change_of_blocks([(before, after)], axis=axis)
+    assert (blockwise.magnitude, blockwise.direction) == pytest.approx((whole.magnitude, whole.direction), rel=1e-12)
 
 
 def test_a_zero_vector_has_no_direction_nothing_is_nothing_and_little_is_not_lost():

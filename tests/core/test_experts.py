@@ -101,8 +101,8 @@ def test_output_and_gradients_equal_the_dense_form(kind, changes):
     leaves = {"x": x, "weights": weights, **trained(model)}
     seed = torch.randn_like(ours)
     gradients = (torch.autograd.grad(output, list(leaves.values()), seed) for output in (ours, theirs))
-    for name, found, expected in zip(leaves, *gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, msg=name)
+    for name, gradient, expected in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10, msg=name)
         assert float(expected.abs().max()) > 0, name
 
 
@@ -122,38 +122,38 @@ def test_nothing_changes_at_the_start(kind, dtype, tolerance):
 @kinds
 @torch.no_grad()
 def test_merging_gives_plain_experts_with_the_same_output_and_unmerging_the_base(kind):
-    model, base, given = adapted(kind), Layer(kind), inputs()
-    before = model(*given)
+    model, base, args = adapted(kind), Layer(kind), inputs()
+    before = model(*args)
     merge_dora(model)
-    torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model(*args), before, rtol=1e-11, atol=1e-11)
     unmerge_dora(model)
-    assert torch.equal(model(*given), before)
+    assert torch.equal(model(*args), before)
     merge_dora(model)
     strip_adapters(model)
     assert type(model.experts) is type(base.experts)
     assert model.state_dict().keys() == base.state_dict().keys()
-    torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model(*args), before, rtol=1e-11, atol=1e-11)
 
 
 def test_rows_that_cancel_are_taken_dense():
-    model, base, given = adapted(rank=6), Layer("qwen3_moe"), inputs()
+    model, base, args = adapted(rank=6), Layer("qwen3_moe"), inputs()
     layer, weight = model.experts.down_proj, base.experts.down_proj
     with torch.no_grad():  # V is nearly 0 in two rows of two experts
         layer.lora_A[[1, 4]] = torch.eye(6, dtype=torch.float64)
-        for place in ((1, 2), (4, 5)):
-            layer.lora_B[place] = -weight[place] / layer.adapter.scale * (1 - 1e-6)
-    expected = functional_call(base, dense(model, base), given)
-    torch.testing.assert_close(model(*given), expected, rtol=1e-9, atol=1e-9)
+        for index in ((1, 2), (4, 5)):
+            layer.lora_B[index] = -weight[index] / layer.adapter.scale * (1 - 1e-6)
+    expected = functional_call(base, dense(model, base), args)
+    torch.testing.assert_close(model(*args), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
 @torch.no_grad()
 def test_dropout_keeps_the_mean_and_acts_in_training_alone(mode):
-    model, given = adapted(dropout=0.4, dropout_mode=mode, targets=("*.down_proj",)), inputs()
-    expected = model.eval()(*given)
+    model, args = adapted(dropout=0.4, dropout_mode=mode, targets=("*.down_proj",)), inputs()
+    expected = model.eval()(*args)
     model.train()
     torch.manual_seed(2)
-    draws = torch.stack([model(*given) for _ in range(100)])
+    draws = torch.stack([model(*args) for _ in range(100)])
     assert float(draws.std(0).max()) > 1e-3
     torch.testing.assert_close(draws.mean(0), expected, rtol=0, atol=6 * float(draws.std(0).max()) / 100**0.5)
 

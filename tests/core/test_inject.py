@@ -170,10 +170,10 @@ def test_half_precision_extras_train_in_float32_answer_in_half_and_go_back():
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert model.text[0].q_proj.weight.dtype == model.text[1].q_proj.bias.dtype == torch.bfloat16
-    found = model(x)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
-    found.float().sum().backward()
+    output = model(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=3e-2, atol=3e-2)
+    output.float().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trained)
     strip_adapters(model)
     assert {name: parameter.dtype for name, parameter in model.named_parameters()} == dtypes
@@ -231,7 +231,7 @@ def test_whole_model_survives_deepcopy_and_pickle():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), expected)
         assert [part.name for part in trained_parts(twin)] == [part.name for part in trained_parts(model)]
-        first, other = (next(iter(trained_parts(one)[0].parameters.values())) for one in (twin, model))
+        first, other = (next(iter(trained_parts(module)[0].parameters.values())) for module in (twin, model))
         assert first is not other
 
 

@@ -85,9 +85,9 @@ def test_rows_that_the_change_cancels_take_the_dense_norm(detach_norm):
     norms, x = torch.linalg.vector_norm(direction, dim=1), torch.randn(3, 7)
     assert float(norms[1].detach()) < 1e-4
     expected = x.double() @ ((layer.magnitude.double() / norms).unsqueeze(1) * direction).t()
-    found = layer.eval()(x).double() - layer.bias.double()
+    output = layer.eval()(x).double() - layer.bias.double()
     # The row is 1e-5 of W, known to 1e-7/1e-5 relative in float32; an uncorrected norm is off by a factor.
-    torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-5)
+    torch.testing.assert_close(output, expected, rtol=5e-2, atol=1e-5)
 
 
 def test_zero_rows_never_give_nan_once_B_moves():
@@ -135,9 +135,9 @@ def test_half_precision_gradients_stay_near_float32():
     x, upstream = torch.randn(200, 64), torch.randn(200, 33)
     gradients, of_half = passed(layer, x, upstream), passed(half, x.bfloat16(), upstream)
     for name in ("lora_A", "lora_B", "magnitude"):
-        expected, found = gradients[name], of_half[name]
-        assert found.dtype == torch.float32
-        assert float((found - expected).norm() / expected.norm()) < 2e-2, name
+        expected, gradient = gradients[name], of_half[name]
+        assert gradient.dtype == torch.float32
+        assert float((gradient - expected).norm() / expected.norm()) < 2e-2, name
 
 
 def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
@@ -189,8 +189,8 @@ def test_a_checkpoint_gives_the_same_gradients(reentrant, mode, inplace):
     layer, x = moved_layer(config(dropout=0.4, dropout_mode=mode)).train(), rows()
     block = nn.Sequential(layer, nn.ReLU(inplace=inplace))
     expected = gradients(layer, x, lambda x: torch.relu(layer(x)))
-    found = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    checkpointed = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    torch.testing.assert_close(checkpointed, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_input_edited_in_place_is_still_refused_by_torch():
@@ -212,16 +212,16 @@ def test_func_grad_is_autograds_gradient(detach_norm):
     of_values, of_x = torch.func.grad(loss, argnums=(0, 1))(values, x.detach())
     expected = gradients(layer, x, layer)
     trained = [of_values[name] for name, p in layer.named_parameters() if p.requires_grad]
-    for found, gradient in zip([of_x, *trained], expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-9)
+    for actual, gradient in zip([of_x, *trained], expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_vmap_over_inputs_and_over_sets_of_parameters():
     layer, x = moved_layer(config()), rows().detach()
     torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=1e-9, atol=1e-9)
     stacked = {name: torch.randn(3, *value.shape, dtype=value.dtype) for name, value in layer.named_parameters()}
-    found = torch.vmap(lambda values: functional_call(layer, values, (x,)))(stacked)
-    for number, y in enumerate(found):
+    outputs = torch.vmap(lambda values: functional_call(layer, values, (x,)))(stacked)
+    for number, y in enumerate(outputs):
         values = {name: value[number] for name, value in stacked.items()}
         torch.testing.assert_close(functional_call(layer, values, (x,)), y, rtol=1e-9, atol=1e-9)
     gradients = torch.vmap(torch.func.grad(lambda values: functional_call(layer, values, (x,)).sum()))(stacked)

@@ -46,9 +46,9 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
     return layer.eval()
 
 
-def row_layer_of(base: nn.Module, place: Any = "rows") -> tuple[RowLayer, ActiveAdapters]:
+def row_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[RowLayer, ActiveAdapters]:
     batch = ActiveAdapters()
-    return RowLayer(base, batch, place), batch
+    return RowLayer(base, batch, unit), batch
 
 
 @pytest.mark.parametrize("one_product", [True, False])
@@ -70,14 +70,14 @@ def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, o
     x = torch.randn(len(rows), 3, 7)
     for _ in range(2):  # the second time from what was kept
         with batch.holding(rows):
-            found = row_layer(x)
+            output = row_layer(x)
         for number, row in enumerate(rows):
             if row is None or row.strength == 0:
-                assert torch.equal(found[number], base(x)[number])
+                assert torch.equal(output[number], base(x)[number])
                 continue
             expected = at_strength(layers[row.key], weight, base.bias, x[number], row.strength)
-            torch.testing.assert_close(found[number], expected, rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(found[number], base(x)[number], atol=1e-2)
+            torch.testing.assert_close(output[number], expected, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(output[number], base(x)[number], atol=1e-2)
 
 
 @torch.no_grad()
@@ -93,14 +93,14 @@ def test_adapters_come_and_go():
     row_layer.drop("magnitude")  # was never there
     assert row_layer.keys == ("lora", "dora5")
     with batch.holding(("dora5", "dora2")):
-        found = row_layer(x)
-    torch.testing.assert_close(found[0], layers["dora5"](x[0]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], linear(x)[1])  # an adapter that does not change this layer
+        output = row_layer(x)
+    torch.testing.assert_close(output[0], layers["dora5"](x[0]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output[1], linear(x)[1])  # an adapter that does not change this layer
     row_layer.put("dora5", RowChange.of(layers["dora2"], torch.float32))  # another under its name
     with batch.holding((Share("dora5", 0.5), Share("lora", 0.5))):
-        found = row_layer(x)
+        output = row_layer(x)
     expected = at_strength(layers["dora2"], linear.weight, linear.bias, x[0], 0.5)
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)
     for name in ("lora", "dora5"):
         row_layer.drop(name)
     with batch.holding(("dora5", "lora")):
@@ -117,9 +117,9 @@ def test_a_layer_of_an_adapters_own_takes_its_rows():
     row_layer.put("trained", trained)
     ids = torch.randint(11, (4, 3))
     with batch.holding((None, "adapted", "trained", "adapted")):
-        found = row_layer(ids)
+        output = row_layer(ids)
     for number, layer in enumerate((embedding, own, trained, own)):
-        assert torch.equal(found[number], layer(ids[number : number + 1])[0])
+        assert torch.equal(output[number], layer(ids[number : number + 1])[0])
     assert row_layer.embedding_dim == 5  # other attributes are the base's
     with batch.holding(("trained",) * 4):
         assert torch.equal(row_layer(ids), trained(ids))
@@ -127,10 +127,10 @@ def test_a_layer_of_an_adapters_own_takes_its_rows():
     assert len(strengths) > rows_module.KEPT_LAYERS + 1
     ids = torch.arange(12).view(6, 2) % 11
     with batch.holding([Share("adapted", strength) for strength in strengths]):
-        found = row_layer(ids)
-    assert torch.equal(found[0], embedding(ids)[0])
+        output = row_layer(ids)
+    assert torch.equal(output[0], embedding(ids)[0])
     for number, strength in enumerate(strengths[1:], start=1):
-        assert torch.equal(found[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
+        assert torch.equal(output[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
 
 
 @torch.no_grad()
@@ -141,9 +141,9 @@ def test_pictures_are_counted_apart_from_rows_and_another_length_is_refused():
     row_layer.put("dora2", RowChange.of(layer, torch.float32))
     x = torch.randn(3, 2, 6)
     with batch.holding((None, "dora2"), (None, "dora2", "dora2")):
-        found = row_layer(x)
-        assert torch.equal(found[0], linear(x)[0])
-        torch.testing.assert_close(found[1:], layer(x[1:]))
+        output = row_layer(x)
+        assert torch.equal(output[0], linear(x)[0])
+        torch.testing.assert_close(output[1:], layer(x[1:]))
         with pytest.raises(RuntimeError):
             row_layer(x[:2])
     with batch.holding((None, "dora2"), ("dora2",)):  # all pictures are its own, however many

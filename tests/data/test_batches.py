@@ -79,7 +79,7 @@ def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...]
     labels = torch.full_like(row, IGNORED)
     labels[len(ids) - answered :] = row[len(ids) - answered :]
     inputs = {"image_features": torch.full((len(images), 2, 3), float(ord(images[0][0])))} if images else {}
-    end = max((place + 1 for place, token in enumerate(ids) if token == PICTURE), default=0)
+    end = max((position + 1 for position, token in enumerate(ids) if token == PICTURE), default=0)
     return Sample(row, labels, index=index, id=f"s{index}", inputs=inputs, media=images, media_end=end)
 
 

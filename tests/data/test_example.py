@@ -197,16 +197,16 @@ def test_any_object_is_an_example_or_a_bad_sample(record: dict[str, object]) -> 
 
 
 def test_ids_and_limits_of_several_files(tmp_path: Path) -> None:
-    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    one.write_bytes(GOOD + b'{"id":"b","ans\n' + GOOD.replace(b'"a"', b'"c"'))
+    first, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    first.write_bytes(GOOD + b'{"id":"b","ans\n' + GOOD.replace(b'"a"', b'"c"'))
     other.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b'"a"', b'"d"') + b"\n" + GOOD)
-    answers = ExampleFile([one, other], each_answer=True, limit=7)
+    answers = ExampleFile([first, other], each_answer=True, limit=7)
     assert list(answers.ids()) == ["a", "a", "", "c", "c", "d", "d"]
     assert [answers.answer_of(index) for index in range(7)] == [0, 1, 0, 0, 1, 0, 1]
-    assert list(ExampleFile([one, other], limit=4).ids()) == ["a", "", "c", "d"]
+    assert list(ExampleFile([first, other], limit=4).ids()) == ["a", "", "c", "d"]
     for limit in (0, -2):
         with pytest.raises(UserError):
-            ExampleFile(one, limit=limit)
+            ExampleFile(first, limit=limit)
     with pytest.raises(UserError):
         ExampleFile(tmp_path / "none.jsonl")
     other.write_text(json.dumps(to_record(FULL)) + "\n\n" + json.dumps(to_record(FULL)))

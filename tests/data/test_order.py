@@ -54,15 +54,15 @@ def test_each_item_comes_once_an_epoch_in_batches_of_its_tasks_size(parts: int) 
         source = step[0][0]
         assert sum(sizes) <= SOURCES[source].batch_size
         seen[source] += [index for _, indices in step for index in indices]
-    assert {source: sorted(found) for source, found in seen.items()} == {
+    assert {source: sorted(items) for source, items in seen.items()} == {
         number: list(range(source.items)) for number, source in enumerate(SOURCES)
     }
 
 
 def test_more_ranks_do_the_same_steps() -> None:
-    one, four = (MixturePlan(SOURCES, parts=parts, mixing="proportional", seed=5) for parts in (1, 4))
+    single, four = (MixturePlan(SOURCES, parts=parts, mixing="proportional", seed=5) for parts in (1, 4))
     joined = [(step[0][0], tuple(index for _, indices in step for index in indices)) for step in steps(four, epoch=3)]
-    assert joined == [step[0] for step in steps(one, epoch=3)]
+    assert joined == [step[0] for step in steps(single, epoch=3)]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -101,7 +101,7 @@ def sampler(
     samples: list[tuple[int, bool]], sizes: tuple[int, int, int], *, seed: int = 0, epoch: int = 0
 ) -> ModalityLengthSampler:
     batch_size, world_size, accumulation = sizes
-    made = ModalityLengthSampler(
+    result = ModalityLengthSampler(
         torch.tensor([length for length, _ in samples], dtype=torch.int64),
         torch.tensor([multimodal for _, multimodal in samples], dtype=torch.bool),
         batch_size=batch_size,
@@ -109,8 +109,8 @@ def sampler(
         accumulation=accumulation,
         seed=seed,
     )
-    made.set_epoch(epoch)
-    return made
+    result.set_epoch(epoch)
+    return result
 
 
 def chunks(order: list[int], size: int) -> list[list[int]]:
@@ -169,8 +169,8 @@ def test_a_resumed_epoch_yields_the_identical_remainder(world_size: int, skipped
     samples = [(number * 7 % 31, number % 4 > 0) for number in range(101)]
 
     def loader(rank: int) -> DataLoader[int]:
-        made = BatchSampler(sampler(samples, (3, world_size, 2), seed=1, epoch=2), 3, drop_last=False)
-        dealt = BatchSamplerShard(made, world_size, rank)
+        batch_sampler = BatchSampler(sampler(samples, (3, world_size, 2), seed=1, epoch=2), 3, drop_last=False)
+        dealt = BatchSamplerShard(batch_sampler, world_size, rank)
         return DataLoader(range(len(samples)), batch_sampler=dealt, collate_fn=list)  # pyright: ignore
 
     for rank in range(world_size):
@@ -271,7 +271,7 @@ def test_trees_take_few_tokens_and_hardly_pad(mixture: tuple[list[Sample], Sampl
             shard = BatchSamplerShard(
                 BatchSampler(sampler, 16, drop_last=False), num_processes=ranks, process_index=rank
             )
-            batches = [collate([samples[place] for place in batch]) for batch in shard]
+            batches = [collate([samples[index] for index in batch]) for batch in shard]
             tokens[kind] = tokens.get(kind, 0) + sum(batch["input_ids"].numel() for batch in batches)
             padding[kind] = padding.get(kind, 0) + sum(batch["padding_tokens"] for batch in batches)
             steps.setdefault(kind, set()).add(len(batches))

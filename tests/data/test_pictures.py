@@ -93,11 +93,11 @@ def test_alpha_is_blended_with_white_and_an_opaque_pixel_keeps_its_bits(root: Pa
     pixels = noise(4, 6, 4)
     pixels[0, :, 3], pixels[1, :, 3] = 255, 0
     Image.fromarray(pixels, "RGBA").save(root / "alpha.png")
-    found = np.asarray(open_image(root, "alpha.png"))
-    np.testing.assert_array_equal(found[0], pixels[0, :, :3])
-    np.testing.assert_array_equal(found[1], np.full((6, 3), 255))
+    blended = np.asarray(open_image(root, "alpha.png"))
+    np.testing.assert_array_equal(blended[0], pixels[0, :, :3])
+    np.testing.assert_array_equal(blended[1], np.full((6, 3), 255))
     share = pixels[..., 3:] / 255
-    np.testing.assert_allclose(found, share * pixels[..., :3] + (1 - share) * 255, atol=1)
+    np.testing.assert_allclose(blended, share * pixels[..., :3] + (1 - share) * 255, atol=1)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
@@ -106,9 +106,9 @@ def test_every_mode_with_alpha_shows_white_where_nothing_is(root: Path, mode: st
     whole = Image.new("RGBA", (3, 2), (40, 40, 40, 255))
     whole.putpixel((0, 0), (0, 0, 0, 0))
     whole.convert(mode).save(root / "x", kind) if (mode, kind) != ("PA", "PNG") else whole.save(root / "x", kind)
-    found = np.asarray(open_image(root, "x"))
-    assert found[0, 0].tolist() == [255, 255, 255]
-    np.testing.assert_allclose(found[1, 2], [40, 40, 40], atol=1)
+    pixels = np.asarray(open_image(root, "x"))
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    np.testing.assert_allclose(pixels[1, 2], [40, 40, 40], atol=1)
 
 
 STORED_FOR = {
@@ -212,10 +212,10 @@ def test_a_picture_starts_no_other_program(tmp_path: Path, monkeypatch: pytest.M
 def test_a_long_picture_is_shrunk_to_the_largest_side(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 12_000).astype(np.uint8)
     Image.fromarray(np.repeat(ramp[:, None, None], 1080, 1).repeat(3, 2)).save(tmp_path / "a.png")
-    found = open_image(tmp_path, "a.png")
-    assert found.size == (737, pictures.PICTURE_SIDE)
+    shrunk = open_image(tmp_path, "a.png")
+    assert shrunk.size == (737, pictures.PICTURE_SIDE)
     expected = np.linspace(0, 255, pictures.PICTURE_SIDE)
-    np.testing.assert_allclose(np.asarray(found)[:, 300, 1], expected, atol=1.5)
+    np.testing.assert_allclose(np.asarray(shrunk)[:, 300, 1], expected, atol=1.5)
     Image.new("RGB", (8192, 100)).save(tmp_path / "b.png")
     assert open_image(tmp_path, "b.png").size == (8192, 100)
 
@@ -319,8 +319,8 @@ def noted(**options: Any) -> bytes:
 
 def flipped(content: bytes, chunk: bytes) -> bytes:
     """With another bit in the chunk, so that its checksum is wrong."""
-    place = content.index(chunk) + 4
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    offset = content.index(chunk) + 4
+    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
 
 
 def big_endian(pixels: np.ndarray) -> bytes:
@@ -328,8 +328,8 @@ def big_endian(pixels: np.ndarray) -> bytes:
     height, width = pixels.shape
     entries = [(256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 122), (277, 1), (278, height)]
     entries.append((279, 2 * width * height))
-    told = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
-    return struct.pack(">2sHIH", b"MM", 42, 8, len(entries)) + told + bytes(4) + pixels.astype(">u2").tobytes()
+    directory = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
+    return struct.pack(">2sHIH", b"MM", 42, 8, len(entries)) + directory + bytes(4) + pixels.astype(">u2").tobytes()
 
 
 def heic() -> bytes:
@@ -382,9 +382,9 @@ ODD: Mapping[str, tuple[Callable[[], bytes], np.ndarray, float]] = {
 def test_an_odd_but_valid_picture_has_its_pixels(tmp_path: Path, name: str) -> None:
     make, pixels, tolerance = ODD[name]
     (tmp_path / "a").write_bytes(make())
-    found = np.asarray(open_image(tmp_path, "a"), dtype=np.float32)
-    np.testing.assert_allclose(found, np.broadcast_to(pixels, found.shape), atol=tolerance, rtol=0)
-    assert name.startswith("10 x") or found.shape == pixels.shape
+    decoded = np.asarray(open_image(tmp_path, "a"), dtype=np.float32)
+    np.testing.assert_allclose(decoded, np.broadcast_to(pixels, decoded.shape), atol=tolerance, rtol=0)
+    assert name.startswith("10 x") or decoded.shape == pixels.shape
     assert decoding_trouble(tmp_path / "a") is None
 
 
@@ -457,8 +457,8 @@ def test_as_published_a_picture_is_what_pillow_makes_rgb_of(tmp_path: Path, cont
     """`Image.open(...).convert("RGB")`, as llava/train/train.py has it."""
     (tmp_path / "a").write_bytes(content)
     published = Image.open(BytesIO(content)).convert("RGB")
-    found = open_image(MediaFolder(tmp_path, as_published=True), "a")
-    assert found.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(published))
+    opened = open_image(MediaFolder(tmp_path, as_published=True), "a")
+    assert opened.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(published))
     shown = np.asarray(open_image(tmp_path, "a"))
-    assert np.array_equal(shown, np.asarray(found)) == (Image.open(BytesIO(content)).mode == "LA")
+    assert np.array_equal(shown, np.asarray(opened)) == (Image.open(BytesIO(content)).mode == "LA")

@@ -45,23 +45,23 @@ def paths(row: Row) -> list[list[int]]:
     """The places of each path from a root to a leaf, followed from token to token."""
     children = {source for source in row.sources.tolist() if source >= 0}
     last_of = {number: int((row.segment == number).nonzero()[-1]) for number in row.segment.unique().tolist()}
-    found = []
+    all_paths = []
     for number, last in last_of.items():
         if last in children and any(
             row.sources[first] == last for first in (row.segment != number).nonzero()[:, 0].tolist()
         ):
             continue
-        path, place = [], last
-        while place >= 0:
-            path.append(place)
-            place = int(row.sources[place])
-        found.append(path[::-1])
-    return found
+        path, position = [], last
+        while position >= 0:
+            path.append(position)
+            position = int(row.sources[position])
+        all_paths.append(path[::-1])
+    return all_paths
 
 
 def seen(row: Row) -> torch.Tensor:
-    places = torch.arange(len(row.input_ids))
-    return row.sees[row.segment][:, row.segment] & (places[None] <= places[:, None])
+    positions = torch.arange(len(row.input_ids))
+    return row.sees[row.segment][:, row.segment] & (positions[None] <= positions[:, None])
 
 
 def row_of(samples: Sequence[Sample], *, share: bool = True) -> Row:
@@ -79,8 +79,8 @@ def test_every_sample_is_whole_on_its_path(share: bool) -> None:
         twin = next(item for item in ALIKE if item.input_ids.tolist() == text)
         assert row.labels[path][1:].tolist() == twin.labels[1:].tolist()
         assert row.steps[path].tolist() == row.positions[0, path].tolist() == list(range(len(path)))
-        for number, place in enumerate(path):
-            assert seen(row)[place].nonzero()[:, 0].tolist() == sorted(path[: number + 1])
+        for number, position in enumerate(path):
+            assert seen(row)[position].nonzero()[:, 0].tolist() == sorted(path[: number + 1])
 
 
 def test_a_picture_and_what_is_said_of_it_stand_once() -> None:

@@ -47,11 +47,11 @@ ROWS = [
 
 def test_samples_and_skips() -> None:
     read = ConversationDataset(ROWS, encode=encode)
-    text, one, *skipped = [read[index] for index in range(len(read))]
+    text, image, *skipped = [read[index] for index in range(len(read))]
     assert isinstance(text, Sample)
-    assert isinstance(one, Sample)
+    assert isinstance(image, Sample)
     assert (text.id, text.input_ids.tolist(), text.labels.tolist()) == ("text", [7, 3, 2, 2], [-100, 3, 2, 2])
-    assert (one.index, one.cut_tokens, one.media, [*one.inputs]) == (1, 2, ("a.png",), ["pixel_values"])
+    assert (image.index, image.cut_tokens, image.media, [*image.inputs]) == (1, 2, ("a.png",), ["pixel_values"])
     assert skipped == [
         Skipped(2, "broken", "picture broken.png cannot be decoded"),
         Skipped(3, "empty", "answer 1 of 1 is empty"),

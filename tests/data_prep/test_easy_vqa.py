@@ -132,18 +132,18 @@ def test_settings_out_of_range_end_with_status_2(package: Path, tmp_path: Path, 
 
 
 def test_balance_leaves_out_absent_things_only() -> None:
-    asked = [
+    samples = [
         Question(index=0, text="is there a circle?", answer="yes", picture=0),
         Question(index=1, text="is no circle present?", answer="no", picture=0),
         Question(index=2, text="what color is the shape?", answer="red", picture=0),
         *(Question(index=i, text="is there a teal shape?", answer="no", picture=i) for i in range(3, 8)),
         *(Question(index=i, text="is no teal shape present?", answer="yes", picture=i) for i in range(8, 13)),
     ]
-    assert [shows(question) for question in asked[:2] + asked[3:4] + asked[8:9]] == [True, True, False, False]
-    kept = balanced(asked, seed=1)
+    assert [shows(question) for question in samples[:2] + samples[3:4] + samples[8:9]] == [True, True, False, False]
+    kept = balanced(samples, seed=1)
     assert [question.index for question in kept[:3]] == [0, 1, 2]
     assert len(kept) == 3 + 2
-    assert balanced(asked[:3], seed=1) == asked[:3]
+    assert balanced(samples[:3], seed=1) == samples[:3]
 
 
 def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:
     undescribed = [row for row in rows if row[2] != 5 or row[1] in {"yes", "no"}]
     (package / "train/questions.json").write_text(json.dumps(undescribed))
     manifest = convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=2))
-    made = {split: read(tmp_path / "data", split) for split in ("train", "validation", "test")}
-    assert made == json.loads(Path(__file__).with_name("easy_vqa_splits.json").read_text(encoding="utf-8"))
+    splits = {split: read(tmp_path / "data", split) for split in ("train", "validation", "test")}
+    assert splits == json.loads(Path(__file__).with_name("easy_vqa_splits.json").read_text(encoding="utf-8"))
     assert manifest["left_out_undescribed"] == 5
 
 
@@ -165,11 +165,11 @@ def halves(tmp_path: Path) -> dict[str, list[Example]]:
     (package / "answers.txt").write_text("yes\nno\ncircle\ntriangle\nred\nblue\nteal")
     halve(["--from", str(package), "--to", str(tmp_path / "records")])
     manifest = json.loads((tmp_path / "records" / "manifest.json").read_text())
-    found = {
+    splits = {
         name: list(iterate_examples(tmp_path / "records" / f"{name}.jsonl")) for name in ("pretrain", "adapt", "test")
     }
-    assert {name: manifest[name]["questions"] for name in found} == {name: len(rows) for name, rows in found.items()}
-    return found
+    assert {name: manifest[name]["questions"] for name in splits} == {name: len(rows) for name, rows in splits.items()}
+    return splits
 
 
 def test_no_picture_and_no_kind_is_in_both_halves(halves: dict[str, list[Example]]) -> None:
@@ -178,7 +178,7 @@ def test_no_picture_and_no_kind_is_in_both_halves(halves: dict[str, list[Example
     assert pictures["pretrain"].isdisjoint(pictures["adapt"])
     assert len(pictures["pretrain"] | pictures["adapt"]) == 8
     assert kinds == {"pretrain": {"yes/no", "yes/no negated"}, "adapt": {"color", "shape"}, "test": {"color", "shape"}}
-    assert all(one.startswith("test/images/") for one in pictures["test"])
+    assert all(picture.startswith("test/images/") for picture in pictures["test"])
 
 
 def test_pictures_of_the_second_half_can_be_held_out(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_pictures_of_the_second_half_can_be_held_out(tmp_path: Path) -> None:
 
 
 def test_answers_are_the_packages_and_the_first_half_says_what_it_sees(halves: dict[str, list[Example]]) -> None:
-    assert {one.answers[0].text for one in halves["adapt"]} <= {"red", "blue", "teal", "circle"}
-    said = {one.answers[0].text.partition(", so ")[0] for one in halves["pretrain"]}
-    assert said <= {f"{color} circle, {there}" for color in ("red", "blue", "teal") for there in ("present", "absent")}
+    assert {example.answers[0].text for example in halves["adapt"]} <= {"red", "blue", "teal", "circle"}
+    seen = {example.answers[0].text.partition(", so ")[0] for example in halves["pretrain"]}
+    assert seen <= {f"{color} circle, {state}" for color in ("red", "blue", "teal") for state in ("present", "absent")}
     assert len(halves["adapt"]) == 4 * 2
     assert len(halves["test"]) == 3 * 2

@@ -135,15 +135,15 @@ def test_records_name_what_is_read(tmp_path: Path) -> None:
     clip = Clip(path="a/x.mp4", start_seconds=1.0)
     examples = [Example(id="1", images=("p/y.jpg",)), Example(id="2", videos=(clip,)), Example(id="3", videos=(clip,))]
     write_examples(tmp_path / "r.jsonl", examples)
-    assert [(one.name, one.path) for one in media_in_records([tmp_path / "r.jsonl"])] == [
+    assert [(medium.name, medium.path) for medium in media_in_records([tmp_path / "r.jsonl"])] == [
         ("y", "p/y.jpg"),
         ("x", "a/x.mp4"),
     ]
-    asked = [
+    questions = [
         Example(id=str(n), videos=(replace(clip, start_seconds=float(n)),), extra={"ts": f"{n}-9", "vid_name": "x"})
         for n in (1, 2)
     ]
-    write_examples(tmp_path / "tvqa.jsonl", asked)  # spans in the prompt: the features are of the whole file
+    write_examples(tmp_path / "tvqa.jsonl", questions)  # spans in the prompt: the features are of the whole file
     assert media_in_records([tmp_path / "tvqa.jsonl"]) == [Medium("x", "a/x.mp4", Clip(path="a/x.mp4"))]
     parts = [
         Example(id=str(n), videos=(replace(clip, start_seconds=float(n)),), extra={"vid_name": f"x_{n}"})

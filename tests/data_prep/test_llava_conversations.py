@@ -28,13 +28,13 @@ def test_a_record_is_the_written_conversation_or_cannot_be_trained_on(tmp_path: 
         assert bad.value.sample_id == "1"
         return
     example = from_record(case["record"])
-    made = conversation_of(example, benchmark)
-    assert made == case["conversation"]
-    (tmp_path / "llava.jsonl").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    conversation = conversation_of(example, benchmark)
+    assert conversation == case["conversation"]
+    (tmp_path / "llava.jsonl").write_text(json.dumps(conversation) + "\n", encoding="utf-8")
     rows = load_table(tmp_path / "llava.jsonl", cache_folder=tmp_path / "cache")
     assert rows["problem"] == [None]
-    assert [turn["text"] for turn in rows["turns"][0]] == [turn["value"] for turn in made["conversations"]]
-    reply = made["conversations"][-1]["value"]
+    assert [turn["text"] for turn in rows["turns"][0]] == [turn["value"] for turn in conversation["conversations"]]
+    reply = conversation["conversations"][-1]["value"]
     for score in benchmark.modes.values() if benchmark.chooses and not example.turns else ():
         assert score([example], {example.id: reply}).metrics["accuracy"] == 100.0
 

@@ -26,11 +26,11 @@ def colored(pixels: np.ndarray, color: str) -> np.ndarray:
 def test_a_real_clip_shows_what_is_said_of_it(tmp_path: Path) -> None:
     make(tmp_path, SMALL, workers=1)
     for number in range(3):
-        shown, made = examples_of("adapt", number, SMALL.seed)
-        assert made[0].video is not None
-        frames = read_frames(tmp_path, made[0].video, Uniform(FRAMES), backends=("pyav",))
+        shown, examples = examples_of("adapt", number, SMALL.seed)
+        assert examples[0].video is not None
+        frames = read_frames(tmp_path, examples[0].video, Uniform(FRAMES), backends=("pyav",))
         pictures = [np.asarray(picture) for picture in frames.pictures]
-        firsts = [next(time for time, one in enumerate(pictures) if len(colored(one, mover.color))) for mover in shown]
+        firsts = [next(time for time, rgb in enumerate(pictures) if len(colored(rgb, mover.color))) for mover in shown]
         assert firsts == sorted(set(firsts))
         for mover, first in zip(shown, firsts, strict=True):
             y, x = colored(pictures[-1], mover.color).mean(0) - colored(pictures[first], mover.color).mean(0)
@@ -41,36 +41,36 @@ def test_a_real_clip_shows_what_is_said_of_it(tmp_path: Path) -> None:
 
 def test_questions_have_one_right_choice_and_cover_all_kinds() -> None:
     for number in range(40):
-        shown, made = examples_of("test", number, 0)
+        shown, examples = examples_of("test", number, 0)
         assert len({mover.color for mover in shown}) == len({mover.shape for mover in shown}) == len(shown)
-        for example in made[1:]:
+        for example in examples[1:]:
             assert len(set(example.choices)) == 4
             assert example.choices[example.extra["correct"]] == example.answers[0].text
-        spoken = next(example for example in made if example.extra["kind"] == "spoken")
+        spoken = next(example for example in examples if example.extra["kind"] == "spoken")
         meant = next(mover for mover in shown if mover.color in spoken.subtitles[0].text)
         assert spoken.answers[0].text == meant.shape
         expected = set(KINDS) - (set() if len(shown) > 1 else {"order"})
-        assert {example.extra["kind"] for example in made[1:]} == expected
+        assert {example.extra["kind"] for example in examples[1:]} == expected
 
 
 def test_training_asks_about_every_shape_and_a_test_once_of_each_kind() -> None:
     for number in range(20):
-        shown, made = examples_of("adapt", number, 0)
-        asked = Counter(str(one.extra["kind"]) for one in made[1:])
+        shown, examples = examples_of("adapt", number, 0)
+        counts = Counter(str(example.extra["kind"]) for example in examples[1:])
         each = dict.fromkeys(("color", "shape", "direction", "spoken"), len(shown))
-        assert asked == {**each, "count": 1, **({"order": 2} if len(shown) > 1 else {})}
-        spoken = [one for one in made if one.extra["kind"] == "spoken"]
-        said = [one.subtitles[0].text.split()[-2] for one in spoken]
-        assert said == [mover.color for mover in shown]
-        assert [one.answers[0].text for one in spoken] == [mover.shape for mover in shown]
-        tested = Counter(str(one.extra["kind"]) for one in examples_of("test", number, 0)[1])
+        assert counts == {**each, "count": 1, **({"order": 2} if len(shown) > 1 else {})}
+        spoken = [example for example in examples if example.extra["kind"] == "spoken"]
+        colors = [example.subtitles[0].text.split()[-2] for example in spoken]
+        assert colors == [mover.color for mover in shown]
+        assert [example.answers[0].text for example in spoken] == [mover.shape for mover in shown]
+        tested = Counter(str(example.extra["kind"]) for example in examples_of("test", number, 0)[1])
         assert max(tested.values()) == 1
-        assert len({one.id for one in made}) == len(made)
+        assert len({example.id for example in examples}) == len(examples)
 
 
 def test_no_place_among_the_choices_is_right_more_often() -> None:
-    places = Counter(one.extra["correct"] for n in range(300) for one in examples_of("adapt", n, 0)[1] if one.choices)
-    assert max(places.values()) < 1.15 * min(places.values())
+    counts = Counter(row.extra["correct"] for n in range(300) for row in examples_of("adapt", n, 0)[1] if row.choices)
+    assert max(counts.values()) < 1.15 * min(counts.values())
 
 
 def test_a_seed_makes_the_same_files(tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def said_of(scene: tuple[list[Item], ...], noun: str, draws: int) -> dict[str, b
 
 
 def test_sentences_are_true_of_the_scenes_that_they_describe() -> None:
-    said = said_of(TOWERS, "block", 60_000) | said_of(SHAPES, "", 120_000)
-    known = {text: value for text, value in said.items() if text in TRUE | FALSE}
-    assert {text for text, value in known.items() if value} == TRUE & known.keys()
-    assert len(known) >= 12  # of many thousand forms, most of these were drawn
+    sentences = said_of(TOWERS, "block", 60_000) | said_of(SHAPES, "", 120_000)
+    checked = {text: value for text, value in sentences.items() if text in TRUE | FALSE}
+    assert {text for text, value in checked.items() if value} == TRUE & checked.keys()
+    assert len(checked) >= 12  # of many thousand forms, most of these were drawn
 
 
 def test_a_scene_is_drawn_where_its_items_lie() -> None:

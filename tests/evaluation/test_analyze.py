@@ -43,16 +43,16 @@ def by_layer(panel: dict) -> dict[str, tuple[float, float]]:
 
 def test_an_adapter_is_its_merged_folder(folders):
     merge_to_folder(read_adapter(folders / "dora"), folders / "base", folders / "merged", shard_bytes=10_000)
-    found = numbers("base", "dora", "merged", "--label", "DoRA", "--label", "merged")
-    assert [(panel["label"], panel["method"]) for panel in found["panels"]] == [("DoRA", "dora"), ("merged", "model")]
-    adapter, merged = (by_layer(panel) for panel in found["panels"])
+    report = numbers("base", "dora", "merged", "--label", "DoRA", "--label", "merged")
+    assert [(panel["label"], panel["method"]) for panel in report["panels"]] == [("DoRA", "dora"), ("merged", "model")]
+    adapter, merged = (by_layer(panel) for panel in report["panels"])
     assert len(adapter) == 4
     for layer, values in adapter.items():
         assert merged[layer] == pytest.approx(values, rel=1e-5), layer
     before, after = (read_one(folders / name, f"{Q}.weight") for name in ("base", "merged"))
     change = change_of_blocks([(before, after)], axis="output")
     assert adapter[Q] == pytest.approx((change.magnitude, change.direction), rel=1e-5)
-    slope, other = (panel["regression"]["slope"] for panel in found["panels"])
+    slope, other = (panel["regression"]["slope"] for panel in report["panels"])
     assert slope == pytest.approx(other, rel=1e-4)
     with Image.open("out.png") as picture:
         assert picture.size[0] > 2 * 400
@@ -65,10 +65,10 @@ def read_one(folder: Path, name: str) -> torch.Tensor:
 
 def test_the_magnitude_change_of_dora_is_its_magnitudes_change(folders):
     """m is the norm of W' by construction, so dM needs no weight: mean |m - m_0|, written out."""
-    found = by_layer(numbers("base", "dora")["panels"][0])
+    changes = by_layer(numbers("base", "dora")["panels"][0])
     m = load_file(folders / "dora" / "adapter_model.safetensors")[f"base_model.model.{DOWN}.lora_magnitude_vector"]
     norms = load_file(folders / "base" / "model.safetensors")[f"{DOWN}.weight"].norm(dim=1)
-    assert found[DOWN][0] == pytest.approx(float((m - norms).abs().mean()), rel=1e-5)
+    assert changes[DOWN][0] == pytest.approx(float((m - norms).abs().mean()), rel=1e-5)
 
 
 @torch.no_grad()
@@ -100,9 +100,9 @@ def test_every_method_and_whole_models_side_by_side(folders):
     assert by_layer(panels["full"]) == {
         "model.layers.1.self_attn.q_proj": pytest.approx((float(norms.mean()), 0), abs=1e-6)
     }
-    every = numbers("base", "tuned")["panels"][0]
-    assert len(every["points"]) == 4
-    assert every["unchanged_matrices"] == 12
+    all_layers = numbers("base", "tuned")["panels"][0]
+    assert len(all_layers["points"]) == 4
+    assert all_layers["unchanged_matrices"] == 12
     only = numbers("base", "tuned", "--layers", "*.1.mlp.up_proj", "--axis", "input")
     assert list(by_layer(only["panels"][0])) == ["model.layers.1.mlp.up_proj"]
     assert only["axis"] == "input"

@@ -61,10 +61,10 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
 
 @pytest.mark.parametrize("keys", [("prediction", "response"), ("pred", "output"), ("answer", "text")])
 def test_two_keys_that_may_be_the_answer(tmp_path: Path, keys: tuple[str, str]) -> None:
-    one, other = keys
+    first, other = keys
     with pytest.raises(UserError):
-        answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "dog", one: "cat"}])
-    assert answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "cat", one: "cat"}]) == {"a": "cat"}
+        answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "dog", first: "cat"}])
+    assert answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "cat", first: "cat"}]) == {"a": "cat"}
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> No
         with pytest.raises(UserError):
             find()
         return
-    found = find()
-    assert found.answers == row["answers"]
-    assert found.joined_by == row.get("joined_by", found.joined_by)
-    assert list(found.strangers) == row.get("strangers", list(found.strangers))
+    joined = find()
+    assert joined.answers == row["answers"]
+    assert joined.joined_by == row.get("joined_by", joined.joined_by)
+    assert list(joined.strangers) == row.get("strangers", list(joined.strangers))
 
 
 # Every file that evaluation reads: any bytes give rows or one line, and no line is long whatever the file quotes.
@@ -136,13 +136,13 @@ LONG = "x" * 60_755
 
 def told(read: Reader, path: Path) -> None:
     """Reads; an error must be one short line."""
-    said = ""
+    message = ""
     try:
         read(path)
     except UserError as error:
-        said = str(error)
-    assert len(said) <= LONGEST_MESSAGE
-    assert len(said.splitlines()) <= 1
+        message = str(error)
+    assert len(message) <= LONGEST_MESSAGE
+    assert len(message.splitlines()) <= 1
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -99,7 +99,7 @@ def assert_a_batch_is_each_alone(assistant: Assistant, samples: Sequence[Sample]
 def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
-    assert_a_batch_is_each_alone(assistant, [assistant.prompts.sample(*one) for one in conversations(name)])
+    assert_a_batch_is_each_alone(assistant, [assistant.prompts.sample(*talk) for talk in conversations(name)])
 
 
 @pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -107,18 +107,18 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     name, folder = model
     assistant = opened(folder)
     assistant.backbone.model.generation_config.num_beams = beams
-    samples = [assistant.prompts.sample(*one) for one in conversations(name)]
+    samples = [assistant.prompts.sample(*talk) for talk in conversations(name)]
     batch = assistant.prompts.collate(samples, "left")
     expected = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
-    others = {token for place, one in enumerate(samples) if place != 1 for token in one.input_ids.tolist()}
+    others = {token for index, sample in enumerate(samples) if index != 1 for token in sample.input_ids.tolist()}
     own = next(token for token in samples[1].input_ids.tolist() if token not in others)
 
     def break_row(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output.masked_fill((inputs[0] == own).unsqueeze(-1), float("nan"))
 
     assistant.backbone.model.get_input_embeddings().register_forward_hook(break_row)
-    found = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
-    assert found == [None if place == 1 else text for place, text in enumerate(expected)]
+    predictions = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
+    assert predictions == [None if index == 1 else text for index, text in enumerate(expected)]
     turns, seen = list(conversations(name))[1]
     assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
     with pytest.raises(NoNumbers):
@@ -129,12 +129,12 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
 def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None:
     assistant = opened(spread(write_tiny_video(name, tmp_path / "model")))
     picture, clip = Image.new("RGB", (21, 15), "red"), coloured_video(4)
-    asked = [
+    talks = [
         ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(clip,))),
         ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], Shown(pictures=(picture,), videos=(clip,))),
         ([Turn("user", "What colour is it?")], Shown()),
     ]
-    samples = [assistant.prompts.sample(*one) for one in asked]
+    samples = [assistant.prompts.sample(*talk) for talk in talks]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
     assert assistant.prompts.encoder.videos_of_one_length is (name == "llava_onevision")
     assert not assistant.prompts.frames_are_pictures
@@ -165,16 +165,16 @@ def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple
     samples = [assistant.prompts.with_answer(turns, seen, text) for text in choices]
     together = assistant.log_likelihoods(samples)
     prompt = len(assistant.prompts.sample(turns, seen).input_ids)
-    for sample, found in zip(samples, together, strict=True):
+    for sample, likelihood in zip(samples, together, strict=True):
         batch = model_inputs(assistant.prompts.collate([sample], "right"), "cpu")
         batch.pop("attention_mask")
         with torch.no_grad():
             logits = assistant.backbone.model(**batch).logits.log_softmax(-1)[0]
         labelled = (sample.labels != -100).nonzero().flatten()
         assert int(labelled[0]) == prompt  # the answer begins where the prompt ends
-        expected = sum(float(logits[place - 1, sample.input_ids[place]]) for place in labelled.tolist())
-        assert float(found) == pytest.approx(expected, abs=1e-3)
-    assert len({round(float(one), 3) for one in together}) == len(choices)
+        expected = sum(float(logits[position - 1, sample.input_ids[position]]) for position in labelled.tolist())
+        assert float(likelihood) == pytest.approx(expected, abs=1e-3)
+    assert len({round(float(value), 3) for value in together}) == len(choices)
 
 
 # From the command line.
@@ -210,7 +210,7 @@ def evaluate(data: Path, to: Path, *more: object) -> dict[str, Any]:
 
 
 def answers(to: Path) -> dict[str, str]:
-    return {name: one.prediction for name, one in read_predictions(to / "colours" / "predictions.jsonl").items()}
+    return {name: row.prediction for name, row in read_predictions(to / "colours" / "predictions.jsonl").items()}
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
@@ -290,15 +290,15 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
     batch = model_inputs(ours.adapted.prompts.collate([sample], "left"), "cpu")
     plain = auto_class(base).from_pretrained(base)
     with torch.no_grad():
-        mine, bare = (one.backbone.model(**batch).logits for one in (ours.adapted, ours.base))
+        logits, bare = (assistant.backbone.model(**batch).logits for assistant in (ours.adapted, ours.base))
         theirs = PeftModel.from_pretrained(plain, str(adapter)).eval()(**batch).logits
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    assert (mine - bare).abs().max() > 1e-2
+    torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-3)
+    assert (logits - bare).abs().max() > 1e-2
     if name == "language":
         return
     Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
-    asked = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
-    image_qa.main([*asked, "--max-new-tokens", "3", "--compare-base"])
+    options = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
+    image_qa.main([*options, "--max-new-tokens", "3", "--compare-base"])
     with_adapter, without = capsys.readouterr().out.splitlines()[-2:]
     assert with_adapter.split(":")[1] != without.split(":")[1]
 
@@ -316,7 +316,7 @@ def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def places(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models without weights, adapters that cannot be opened, and folders that hold nothing."""
     folder = tmp_path_factory.mktemp("places")
     for name in ("empty", "bare_adapter", "lora", "other_peft", "florence2", "blip-2", "bert", "vlbart"):
@@ -356,25 +356,25 @@ OF_FILE = "evaluate --to {gone} --model {bare} --benchmarks "
     ],
 )
 def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
-    words: str, places: dict[str, Path], capsys: Any
+    words: str, paths: dict[str, Path], capsys: Any
 ) -> None:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main(words.format(**places).split())
+        main(words.format(**paths).split())
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert (message.count("\n"), message[:7], len(message) <= 500) == (1, "error: ", True)
-    assert not places["gone"].exists()
+    assert not paths["gone"].exists()
 
 
 def test_a_language_model_is_asked_and_sees_no_pictures(tmp_path: Path, capsys: Any) -> None:
     folder = write_model("language", tmp_path / "model")
-    asked = ["--model", str(folder), "--template", "vicuna_v1", "--question", "What?", "--max-new-tokens", "3"]
-    image_qa.main(asked)
+    options = ["--model", str(folder), "--template", "vicuna_v1", "--question", "What?", "--max-new-tokens", "3"]
+    image_qa.main(options)
     assert len(capsys.readouterr().out.splitlines()) == 2
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(SystemExit) as stopped:
-        image_qa.main([*asked, "--image", str(tmp_path / "a.png")])
+        image_qa.main([*options, "--image", str(tmp_path / "a.png")])
     assert stopped.value.code == 2
 
 
@@ -406,8 +406,8 @@ def check_run_test(assistant: Assistant, folder: Path, answered: Prediction) -> 
     (folder / "run" / "adapter").mkdir(parents=True)
     (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
     (folder / "run" / "log.jsonl").write_text("")
-    said = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
-    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": said}]
+    conversation = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": conversation}]
     (folder / "test.json").write_text(json.dumps(rows))
     evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3)
     with VideoReader() as reader:

@@ -42,9 +42,9 @@ def seen(example: Example) -> str:
 
 def told(examples: list[Example], says: Any) -> dict[str, Any]:
     """The entry of `metrics.json` for a model that says this."""
-    answers = {one.id: says(one) for one in examples}
+    answers = {example.id: says(example) for example in examples}
     sample = exchanged(examples, answers)
-    exchange = Exchange(examples=sample, answers={one.id: says(one) for one in sample})
+    exchange = Exchange(examples=sample, answers={example.id: says(example) for example in sample})
     entry, lines = compared(score(examples, answers), examples, answers, score, says=right_text, exchange=exchange)
     assert lines[-1] == entry.get("warning", lines[-1])
     return entry
@@ -53,15 +53,15 @@ def told(examples: list[Example], says: Any) -> dict[str, Any]:
 def test_answers_that_see_their_pictures_fall_with_others() -> None:
     entry = told(rows(60), seen)
     assert entry["metric"] == "accuracy"
-    part, sample = entry["exchanged_pictures"], exchanged(rows(60), [one.id for one in rows(60)])
-    right = sum(seen(one) == right_text(one) for one in sample)
+    part, sample = entry["exchanged_pictures"], exchanged(rows(60), [example.id for example in rows(60)])
+    right = sum(seen(example) == right_text(example) for example in sample)
     assert (part["n"], part["value"], part["with_their_own"]) == (60, pytest.approx(100 * right / 60), 100.0)
     assert part["difference"]["value"] == pytest.approx(100 - 100 * right / 60)
     assert part["difference"]["low"] > 30
     assert "warning" not in entry
 
 
-@pytest.mark.parametrize("says", [lambda _: "red", lambda one: COLOURS[int(one.id) % 3]])
+@pytest.mark.parametrize("says", [lambda _: "red", lambda example: COLOURS[int(example.id) % 3]])
 def test_answers_that_do_not_are_warned_of(says: Any) -> None:
     """One always says the same; the other is always right, by the question alone."""
     entry = told(rows(60), says)
@@ -77,17 +77,17 @@ def test_the_commonest_answer_is_each_question_s_own_where_it_is_asked_often() -
     ]
     blank = [Example(id="kept", question="which colour?"), Example(id="caption", answers=(Answer(text="a dog"),))]
     assert commonest_answers([*often, *seldom, *blank], right_text) == {
-        **{one.id: "red" for one in often},
-        **{one.id: "yes" for one in seldom},
+        **{example.id: "red" for example in often},
+        **{example.id: "yes" for example in seldom},
     }
-    entry = told([*often, *seldom], lambda one: seen(one) if one.images else "no")
+    entry = told([*often, *seldom], lambda example: seen(example) if example.images else "no")
     assert entry["commonest_answer"]["value"] == pytest.approx(100 * 5 / 10)
     assert entry["commonest_answer"]["n"] == 10
 
 
 def test_every_picture_gets_one_other_of_as_many() -> None:
     singles, pairs = rows(20), [Example(id=f"p{n}", images=(f"{n}.png", f"{n + 1}.png")) for n in range(4)]
-    twice = [Example(id=f"again{one.id}", images=one.images, question="again?") for one in singles[:3]]
+    twice = [Example(id=f"again{example.id}", images=example.images, question="again?") for example in singles[:3]]
     clips = [
         Example(
             id=f"c{n}",
@@ -97,29 +97,29 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
         for n in range(3)
     ]
     words, alone = Example(id="words", question="?"), Example(id="alone", images=("a.png", "b.png", "c.png"))
-    everything = {one.id: one for one in (*singles, *pairs, *twice, *clips, words, alone)}
-    sample = {one.id: one for one in exchanged(everything.values(), everything)}
+    everything = {example.id: example for example in (*singles, *pairs, *twice, *clips, words, alone)}
+    sample = {example.id: example for example in exchanged(everything.values(), everything)}
     assert sample.keys() == everything.keys() - {"words", "alone"}
-    for name, one in sample.items():
+    for name, row in sample.items():
         own = everything[name]
-        assert (one.images, one.videos) != (own.images, own.videos)
-        assert (len(one.images), len(one.videos)) == (len(own.images), len(own.videos))
-        assert (one.question, one.answers, one.extra.get("kind")) == (own.question, own.answers, own.extra.get("kind"))
+        assert (row.images, row.videos) != (own.images, own.videos)
+        assert (len(row.images), len(row.videos)) == (len(own.images), len(own.videos))
+        assert (row.question, row.answers, row.extra.get("kind")) == (own.question, own.answers, own.extra.get("kind"))
     assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
     for n in range(3):
         assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].videos[0].start_seconds}.png"
     assert exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"}) != [*sample.values()]
-    assert "p3" not in {one.id for one in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
+    assert "p3" not in {item.id for item in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
 
 
 def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> None:
     examples = rows(3 * MOST_EXCHANGED)
-    take = partial(exchanged, examples, {one.id for one in examples}, together=lambda one: int(one.id) // 7)
+    take = partial(exchanged, examples, {row.id for row in examples}, together=lambda row: int(row.id) // 7)
     sample = take()
     assert sample == take()
     assert MOST_EXCHANGED - 7 < len(sample) <= MOST_EXCHANGED
-    kept = {int(one.id) // 7 for one in sample}
-    assert len(sample) == sum(int(one.id) // 7 in kept for one in examples)
+    kept = {int(row.id) // 7 for row in sample}
+    assert len(sample) == sum(int(row.id) // 7 in kept for row in examples)
     assert digest(sample) != digest(sample[1:])
 
 

@@ -38,13 +38,13 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     assert (entry["headline"], entry["metrics"]["anls"]["value"]) == ("anls", pytest.approx(90.0))
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["receipts", "anls", "90.00"]
     assert (tmp_path / "to" / "receipts" / "scores.jsonl").is_file()
-    found = read_own(benchmark)
-    assert (found.benchmark.max_new_tokens, found.benchmark.frames) == (24, 2)
-    assert found.benchmark.prompt is prompts.as_is
+    own = read_own(benchmark)
+    assert (own.benchmark.max_new_tokens, own.benchmark.frames) == (24, 2)
+    assert own.benchmark.prompt is prompts.as_is
     other = write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
     assert other == 1
-    one = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path, mode=None, limit=None)
-    assert [example.id for example in one.examples] == ["z"]
+    test_set = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path, mode=None, limit=None)
+    assert [example.id for example in test_set.examples] == ["z"]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     [("exact", prompts.short, False), ("choice", prompts.letter, True), ("caption", prompts.caption_of_picture, False)],
 )
 def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prompt: object, chooses: bool) -> None:
-    found = read_own(written(tmp_path, f"name: mine\nscoring: {scoring}\n"))
-    assert (found.benchmark.prompt, found.benchmark.chooses, found.file) == (prompt, chooses, None)
+    own = read_own(written(tmp_path, f"name: mine\nscoring: {scoring}\n"))
+    assert (own.benchmark.prompt, own.benchmark.chooses, own.file) == (prompt, chooses, None)
 
 
 @pytest.mark.parametrize(

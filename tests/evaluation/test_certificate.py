@@ -16,11 +16,11 @@ from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
-from tests.tasks.test_closed_answers import COLOURS, asked
-from tests.tasks.test_video_qa import place, vlbart
+from tests.tasks.test_closed_answers import COLOURS, gqa_folder
+from tests.tasks.test_video_qa import root, vlbart
 from tests.training.tiny_run import write_tiny_data, write_tiny_llava
 
-__all__ = ["asked", "place", "vlbart"]
+__all__ = ["gqa_folder", "root", "vlbart"]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def merging(folders: Path, to: Path, *more: object) -> tuple[object, ...]:
 
 def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: Path, capsys: Any) -> None:
     merge = merging(folders, tmp_path / "merged", "--check", 4)
-    found = certified(*merge)
+    result = certified(*merge)
     assert "0 of 4 answers differ (0.0%), 0.0% may" in capsys.readouterr().out
-    assert (found["passed"], found["n"], found["computed in"]) == (True, 4, "float32")
-    assert [one["id"] for one in found["answers"]] == ["sample-0", "sample-2", "sample-5", "sample-7"]  # spread
-    merged = found["models"]["merged"]
+    assert (result["passed"], result["n"], result["computed in"]) == (True, 4, "float32")
+    assert [answer["id"] for answer in result["answers"]] == ["sample-0", "sample-2", "sample-5", "sample-7"]  # spread
+    merged = result["models"]["merged"]
     assert merged["different_answers"] == 0
     assert merged["agreeing_tokens"] == merged["tokens"] > 4
     assert 0 < merged["largest_logit_difference"] < 1e-3
@@ -101,10 +101,10 @@ def test_a_merge_that_answers_otherwise_fails_with_status_1(
     break_merge(monkeypatch, "lm_head.weight")
     merge = merging(folders, tmp_path / "merged", "--check")
     assert exit_status(*merge) == 1
-    found = certificate(tmp_path / "merged")
-    merged = found["models"]["merged"]
-    differing = [one for one in found["answers"] if one["unmerged"] != one["merged"]["answer"]]
-    assert (found["passed"], found["n"]) == (False, 10)  # as many as the file has
+    result = certificate(tmp_path / "merged")
+    merged = result["models"]["merged"]
+    differing = [answer for answer in result["answers"] if answer["unmerged"] != answer["merged"]["answer"]]
+    assert (result["passed"], result["n"]) == (False, 10)  # as many as the file has
     assert merged["different_answers"] == len(differing) > 5
     assert merged["agreeing_tokens"] < merged["tokens"]
     assert merged["largest_logit_difference"] > 1
@@ -124,8 +124,8 @@ def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path
     (run / "settings.json").write_text(json.dumps(settings))
     other = peft_adapter(folders / "base", tmp_path / "other", use_dora=True, targets=("v_proj", "down_proj"))
     adapters = ("--adapter", run / "adapter", "--adapter", other, "--weight", 0.6, "--weight", 0.5)
-    found = certified("merge", *adapters, "--to", tmp_path / "merged", "--check", 3, "--check-tokens", 6)
-    assert (found["passed"], found["n"], sorted(found["adapters"].values())) == (True, 3, [0.5, 0.6])
+    result = certified("merge", *adapters, "--to", tmp_path / "merged", "--check", 3, "--check-tokens", 6)
+    assert (result["passed"], result["n"], sorted(result["adapters"].values())) == (True, 3, [0.5, 0.6])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other", "run"]
 
 
@@ -146,13 +146,13 @@ def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path
 def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
     words: str, folders: Path, tmp_path: Path
 ) -> None:
-    places = {"adapter": folders / "adapter", "data": folders / "data", "tmp": tmp_path}
-    places["questions"] = folders / "data" / "train.json"
+    paths = {"adapter": folders / "adapter", "data": folders / "data", "tmp": tmp_path}
+    paths["questions"] = folders / "data" / "train.json"
     for name, model in (("words", "language"), ("qwen", "qwen2_5_vl")):
         if f"{{{name}}}" in words:
             base = write_model(model, tmp_path / "base")
-            places[name] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
-    assert exit_status(*words.format(**places).split(), "--to", tmp_path / "to") == 2
+            paths[name] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+    assert exit_status(*words.format(**paths).split(), "--to", tmp_path / "to") == 2
     assert not (tmp_path / "to").exists()
 
 
@@ -174,43 +174,43 @@ def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path) -
 
 
 def test_answers_from_a_list_are_those_of_the_adapter(
-    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gqa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge = ("merge", "--adapter", asked / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
-    merge = (*merge, "--images", asked / "pictures")  # the run's own test
-    found = certified(*merge, "--questions", asked / "gqa.jsonl")
-    assert found["passed"] is True
-    assert [one["id"] for one in found["answers"]] == [COLOURS[place] for place in (0, 1, 3, 4)]
-    assert 0 < found["models"]["merged"]["largest_logit_difference"] < 1e-3
-    assert all(one["unmerged"] == one["merged"]["answer"] for one in found["answers"])
-    assert all(one["question"] == "what color is it?" for one in found["answers"])
+    merge = ("merge", "--adapter", gqa_folder / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
+    merge = (*merge, "--images", gqa_folder / "pictures")  # the run's own test
+    result = certified(*merge, "--questions", gqa_folder / "gqa.jsonl")
+    assert result["passed"] is True
+    assert [answer["id"] for answer in result["answers"]] == [COLOURS[index] for index in (0, 1, 3, 4)]
+    assert 0 < result["models"]["merged"]["largest_logit_difference"] < 1e-3
+    assert all(answer["unmerged"] == answer["merged"]["answer"] for answer in result["answers"])
+    assert all(answer["question"] == "what color is it?" for answer in result["answers"])
     break_merge(monkeypatch, "answer_heads.gqa.logit_fc.3.weight")
     assert exit_status(*merge) == 1
     assert certificate(tmp_path / "merged")["models"]["merged"]["largest_logit_difference"] > 1
 
 
 @pytest.mark.slow
-def test_captions_and_choices_about_videos(vlbart: Path, place: Path, tmp_path: Path) -> None:
+def test_captions_and_choices_about_videos(vlbart: Path, root: Path, tmp_path: Path) -> None:
     merge = ("merge", "--adapter", vlbart, "--to", tmp_path / "merged", "--check", 3)
     captions = certified(*merge)
     assert captions["passed"] is True
     assert captions["questions"].endswith("moving_shapes_caption/test.jsonl")
     assert captions["models"]["merged"]["agreeing_tokens"] == captions["models"]["merged"]["tokens"] > 0
-    records = place / "data/records/moving_shapes/test.jsonl"
-    choices = certified(*merge, "--questions", records, "--images", place / "data")
+    records = root / "data/records/moving_shapes/test.jsonl"
+    choices = certified(*merge, "--questions", records, "--images", root / "data")
     assert choices["passed"] is True
-    assert {one["unmerged"] for one in choices["answers"]} <= {"a0", "a1", "a2", "a3"}
+    assert {answer["unmerged"] for answer in choices["answers"]} <= {"a0", "a1", "a2", "a3"}
     assert 0 < choices["models"]["merged"]["largest_logit_difference"] < 1e-3
 
 
-def test_features_that_nobody_can_compute_are_told_before_the_merge(asked: Path, tmp_path: Path) -> None:
+def test_features_that_nobody_can_compute_are_told_before_the_merge(gqa_folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    for path in (asked / "run" / "adapter").iterdir():
+    for path in (gqa_folder / "run" / "adapter").iterdir():
         (adapter / path.name).write_bytes(path.read_bytes())
     recipe = json.loads((adapter / "recipe.json").read_text())
     (adapter / "recipe.json").write_text(json.dumps({**recipe, "features": {"gqa": None}}))
-    questions = ("--questions", asked / "gqa.jsonl", "--images", asked / "pictures")
+    questions = ("--questions", gqa_folder / "gqa.jsonl", "--images", gqa_folder / "pictures")
     assert exit_status("merge", "--adapter", adapter, "--to", tmp_path / "merged", "--check", *questions) == 2
     assert not (tmp_path / "merged").exists()
 
@@ -220,13 +220,13 @@ def test_features_that_nobody_can_compute_are_told_before_the_merge(asked: Path,
 
 def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "served"
-    found = certified(
+    result = certified(
         *("export", "--adapter", projected, "--to", target, "--for", "vllm", *asking(folders)), "--check", 4
     )
     printed = capsys.readouterr().out
     assert "4 tensors and 2 layers folded in" in printed
     assert f"vllm serve {target / 'base'} --enable-lora --max-lora-rank 8 --lora-modules served=" in printed
-    exported = found["models"]["exported"]
+    exported = result["models"]["exported"]
     assert (exported["different_answers"], exported["largest_logit_difference"] < 1e-2) == (0, True)
     files = ["adapter", "base", "certificate.json", "certificate.md"]
     assert sorted(path.name for path in target.iterdir()) == files
@@ -237,9 +237,9 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
 def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -> None:
     pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
     export = ("export", "--adapter", projected, "--to", tmp_path / "files", "--gguf", *kind, *asking(folders))
-    found = certified(*export, "--check", 4, "--most-different", 1)
-    assert (found["passed"], found["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
-    gguf = found["models"]["gguf"]
+    result = certified(*export, "--check", 4, "--most-different", 1)
+    assert (result["passed"], result["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
+    gguf = result["models"]["gguf"]
     assert gguf["agreeing_tokens"] > 0.7 * gguf["tokens"] > 0
     files = ["certificate.json", "certificate.md", "mmproj.gguf", "model.gguf"]
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == files
@@ -252,6 +252,6 @@ def test_a_language_model_as_gguf(tmp_path: Path) -> None:
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
     rows = [{"id": str(n), "question": f"What is {n} and {n}?", "answer": str(2 * n)} for n in range(5)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ("--check", 5, "--questions", tmp_path / "questions.jsonl", "--template", "vicuna_v1")
-    found = certified("export", "--gguf", "f32", "--adapter", adapter, "--to", tmp_path / "files", *asked)
-    assert (found["n"], found["models"]["gguf"]["different_answers"]) == (5, 0)
+    options = ("--check", 5, "--questions", tmp_path / "questions.jsonl", "--template", "vicuna_v1")
+    result = certified("export", "--gguf", "f32", "--adapter", adapter, "--to", tmp_path / "files", *options)
+    assert (result["n"], result["models"]["gguf"]["different_answers"]) == (5, 0)

@@ -184,7 +184,7 @@ def test_both_accuracies_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of three sets, put to a tiny model by `dora-vl evaluate`."""
     folder = tmp_path_factory.mktemp("cloze")
     write_tiny_language(folder / "model")
@@ -204,15 +204,15 @@ def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
     ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
     with torch.no_grad():
         scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(float(scores[place - 1, ids[place]]) for place in range(before, len(ids)))
+    return sum(float(scores[position - 1, ids[position]]) for position in range(before, len(ids)))
 
 
-def test_likelihoods_are_the_model_s(asked: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(asked / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(asked / "model")
+def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(scored_folder / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(scored_folder / "model")
     for task in ("piqa", "winogrande", "ARC-Easy"):
-        examples = list(iterate_examples(asked / "records" / task / "test.jsonl"))
-        lines = (asked / "scores" / task / "predictions.jsonl").read_text().splitlines()
+        examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
+        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
         answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
         assert set(answers) == {example.id for example in examples}
         for example in examples:
@@ -222,17 +222,17 @@ def test_likelihoods_are_the_model_s(asked: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_lm_eval_finds_the_same(asked: Path) -> None:
+def test_lm_eval_finds_the_same(scored_folder: Path) -> None:
     """Its own code over the same texts and weights, through the model class that it is given."""
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     from dora_vl.evaluation.harnesses.lm_eval_model import AdaptedLM
 
-    model = AdaptedLM(model=str(asked / "model"), batch_size=4)
+    model = AdaptedLM(model=str(scored_folder / "model"), batch_size=4)
     for task in ("piqa", "winogrande", "ARC-Easy"):
-        lines = (asked / "scores" / task / "predictions.jsonl").read_text().splitlines()
+        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
         answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
-        for example in iterate_examples(asked / "records" / task / "test.jsonl"):
+        for example in iterate_examples(scored_folder / "records" / task / "test.jsonl"):
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
             requests = [Instance("loglikelihood", {}, (context, f" {ending}"), 0) for context, ending in pairs]
             theirs = [score for score, _ in model.loglikelihood(requests)]

@@ -84,8 +84,8 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
         if number % 2 == 0:
             shown = Shown(pictures=(open_picture(folder / "data" / row["image"]),))
-            asked = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
-            answer = model.answer(asked, shown, max_new_tokens=ANSWER_TOKENS).strip()
+            question = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
+            answer = model.answer(question, shown, max_new_tokens=ANSWER_TOKENS).strip()
             row["conversations"][1]["value"] = answer
         if number == 5:
             row["image"] = "broken.png"
@@ -136,16 +136,16 @@ def alone(trained: Path) -> Path:
 def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) -> None:
     entry = metrics_of(alone)["exact_match"]
     predictions = read_predictions(alone / "exact_match" / "predictions.jsonl")
-    right = sum(one.prediction == one.truth for one in predictions.values())
+    right = sum(row.prediction == row.truth for row in predictions.values())
     assert (entry["n"], len(predictions), entry["failed"].keys()) == (24, 23, {"sample-5"})
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 24)
     low, high = entry["metrics"]["accuracy"]["interval_95"]
     assert low <= 100 * right / 24 <= high
     assert {"kind/even", "kind/odd"} < set(entry["metrics"])
     scores = [json.loads(line) for line in (alone / "exact_match" / "scores.jsonl").read_text().splitlines()]
-    assert sum(one["score"] for one in scores) == right
+    assert sum(row["score"] for row in scores) == right
     assert 12 <= right < 20
-    assert len({one.prediction for one in predictions.values()}) > 2  # equal answers would prove nothing below
+    assert len({row.prediction for row in predictions.values()}) > 2  # equal answers would prove nothing below
 
 
 def test_the_same_questions_are_asked_about_others_pictures(
@@ -153,7 +153,7 @@ def test_the_same_questions_are_asked_about_others_pictures(
 ) -> None:
     entry = metrics_of(alone)["exact_match"]["baselines"]
     others = read_predictions(alone / "exact_match" / "exchanged" / "predictions.jsonl")
-    right = sum(one.prediction == one.truth for one in others.values())
+    right = sum(row.prediction == row.truth for row in others.values())
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert entry["commonest_answer"]["n"] == 24
     lines = evaluate(capsys, *on_test_file(trained, alone))  # asks nothing again
@@ -170,10 +170,10 @@ def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path:
     assert lines[1].split()[-2:] == ["24", "1"]
 
 
-def assert_same_answers(one: Path, other: Path) -> None:
-    assert metrics_of(one) == metrics_of(other)
+def assert_same_answers(first: Path, other: Path) -> None:
+    assert metrics_of(first) == metrics_of(other)
     file = "exact_match/predictions.jsonl"
-    assert (one / file).read_text() == (other / file).read_text()
+    assert (first / file).read_text() == (other / file).read_text()
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of all questions that are put to a model."""
     ids: list[str] = []
     predict = Assistant.predict
@@ -209,7 +209,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_stopped_run_goes_on_with_what_each_process_had(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any, asked: list[str]
+    trained: Path, alone: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
 ) -> None:
     folder = tmp_path / "exact_match"
     folder.mkdir()
@@ -220,17 +220,17 @@ def test_a_stopped_run_goes_on_with_what_each_process_had(
         (folder / f"predictions.part-{part}.jsonl").write_text(content)
         (folder / f"predictions.part-{part}.settings.json").write_text(settings)
     evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
-    assert len(asked) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
+    assert len(question_ids) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
     assert metrics_of(tmp_path) == metrics_of(alone)
 
 
 def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
-    trained: Path, tmp_path: Path, capsys: Any, asked: list[str]
+    trained: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
 ) -> None:
     def count(*more: object) -> int:
-        asked.clear()
+        question_ids.clear()
         evaluate(capsys, *on_test_file(trained, tmp_path / "to", "--limit", 4, "--no-exchange", *more))
-        return len(asked)
+        return len(question_ids)
 
     shutil.copytree(trained / "llava", tmp_path / "moved")
     shutil.copytree(trained / "llava", tmp_path / "other")
@@ -252,7 +252,7 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
 ) -> None:
     truth = tmp_path / "truth.jsonl"
     answered = read_predictions(alone / "exact_match" / "predictions.jsonl")
-    truth.write_text("".join(json.dumps({"id": one.id, "answer": one.truth}) + "\n" for one in answered.values()))
+    truth.write_text("".join(json.dumps({"id": row.id, "answer": row.truth}) + "\n" for row in answered.values()))
     lines = evaluate(capsys, *on_test_file(trained, alone, "--against", truth))
     assert "difference" in lines[0]
     difference = metrics_of(alone)["exact_match"]["difference"]["accuracy"]
@@ -294,13 +294,13 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
     write_examples(tmp_path / "how2qa.jsonl", [Example(id="q1", extra={"correct": 0}, **clip)])
     benchmarks = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("how2qa", "seed"))
     evaluate(capsys, *options_of(trained, tmp_path, "--benchmarks", benchmarks, "--max-new-tokens", 2))
-    found = metrics_of(tmp_path)
-    assert found["how2qa"]["failed"].keys() == {"q1"}
-    assert found["how2qa"]["metrics"]["accuracy"]["value"] == 0.0
+    metrics = metrics_of(tmp_path)
+    assert metrics["how2qa"]["failed"].keys() == {"q1"}
+    assert metrics["how2qa"]["metrics"]["accuracy"]["value"] == 0.0
     (answered,) = read_predictions(tmp_path / "seed" / "predictions.jsonl").values()
     assert (answered.id, answered.images) == ("there", [picture])
-    assert found["seed"]["failed"].keys() == {"gone"}
-    assert found["seed"]["bootstrap"]["units"] == 1  # two questions about one video
+    assert metrics["seed"]["failed"].keys() == {"gone"}
+    assert metrics["seed"]["bootstrap"]["units"] == 1  # two questions about one video
 
 
 # The test after training.
@@ -309,7 +309,7 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
 def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(tested: Tested) -> None:
     config, metrics = tested
     predictions = read_predictions(output(config) / "predictions.jsonl")
-    right = sum(one.prediction == one.truth for one in predictions.values())
+    right = sum(row.prediction == row.truth for row in predictions.values())
     assert (metrics["n"], len(predictions), metrics["unanswered"]) == (24, 23, 1)
     assert metrics["accuracy"] == pytest.approx(right / 24)
     assert list(metrics["failed_questions"]) == ["sample-5"]
@@ -330,14 +330,14 @@ def test_a_run_s_questions_are_asked_about_others_pictures(tested: Tested) -> No
     others = read_predictions(output(config) / "predictions_exchanged.jsonl")
     assert others.keys() == own.keys()
     assert all(others[name].images != own[name].images for name in own)
-    right = sum(one.prediction == one.truth for one in others.values())
+    right = sum(row.prediction == row.truth for row in others.values())
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "warning" in entry  # a few steps of a tiny model teach it nothing
     assert json.loads(json.dumps(DecoderPipeline(config).test({})["baselines"])) == entry
     without = dataclasses.replace(config.evaluation, exchange_pictures=False)
-    found = DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
-    assert found["baselines"].keys() == {"metric", "commonest_answer"}
-    assert found["accuracy"] == metrics["accuracy"]
+    result = DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
+    assert result["baselines"].keys() == {"metric", "commonest_answer"}
+    assert result["accuracy"] == metrics["accuracy"]
 
 
 def test_without_a_question_file_or_an_adapter_it_says_so(tested: Tested, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_a_file_of_predictions_is_scored_without_a_model(pope: Path, tmp_path: P
 
 
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
-    asked = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
+    examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
     assert (tmp_path / "vqav2" / "scores.jsonl").exists()
-    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", asked)
+    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
     answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
     options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]
     main(["evaluate", *map(str, options)])
@@ -141,8 +141,8 @@ def test_mistakes_are_refused(words: str, pope: Path, tmp_path: Path, monkeypatc
     strange = predictions_file(tmp_path / "strange.jsonl", {"a": "yes"})
     (tmp_path / "0.jpg").touch()
     model = write_tiny_language(tmp_path / "model") if "{model}" in words else ""
-    places = {"pope": pope, "strange": strange, "model": model, "folder": tmp_path}
-    refused(["--benchmarks", *words.format(**places).split()])
+    paths = {"pope": pope, "strange": strange, "model": model, "folder": tmp_path}
+    refused(["--benchmarks", *words.format(**paths).split()])
     assert not (tmp_path / "out").exists()
 
 
@@ -165,8 +165,8 @@ def sets(tmp_path: Path) -> list[EvaluationSet]:
 
 
 def test_what_cannot_be_scored_takes_no_other_score_with_it(sets: list[EvaluationSet], tmp_path: Path) -> None:
-    said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
-    answered = {name: Predictions(rows=[Prediction(id="1", prediction=one)]) for name, one in said.items()}
+    texts = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
+    answered = {name: Predictions(rows=[Prediction(id="1", prediction=text)]) for name, text in texts.items()}
     with pytest.raises(UserError):
         list(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
     assert {name: entry["n"] for name, entry in entries(tmp_path / "to").items()} == {"exact_match": 1, "how2qa": 1}
@@ -208,8 +208,8 @@ def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> N
 def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
     examples = [right("1", clip_id=5), right("2", "a dog", clip_id=5), right("3", clip_id=6)]
     write_examples(tmp_path / "tvc.jsonl", examples)
-    one = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
-    assert (list(one.not_scored), [example.id for example in one.scored]) == (["3"], ["1", "2"])
+    test_set = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
+    assert (list(test_set.not_scored), [example.id for example in test_set.scored]) == (["3"], ["1", "2"])
     write_examples(tmp_path / "kept.jsonl", [Example(id="1", choices=CHOICES)])
     assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
 
@@ -234,7 +234,7 @@ def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
     add(tmp_path, "gqa", 1.0)
     add(tmp_path, "pope", 2.0)
     content = add(tmp_path, "gqa", 3.0)
-    assert {name: one["metrics"]["accuracy"] for name, one in content["benchmarks"].items()} == {"gqa": 3, "pope": 2}
+    assert {name: row["metrics"]["accuracy"] for name, row in content["benchmarks"].items()} == {"gqa": 3, "pope": 2}
     assert content["asked_with"] == {"gqa": {"batch_size": 3.0}, "pope": {"batch_size": 2.0}}
     assert {name: content[name] for name in ORIGIN} == ORIGIN
     (tmp_path / "gqa.jsonl").write_text("{}")  # its numbers are of another file

@@ -61,9 +61,9 @@ def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = folders(tmp_path, "qwen2_5_vl", **WORDING, attn_implementation={"": "flash_attention_2"})
-    for there, found in ((True, {"": "flash_attention_2"}), (False, None)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert find_source(ModelRequest(adapter=adapter)).attention == found
+    for available, expected in ((True, {"": "flash_attention_2"}), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert find_source(ModelRequest(adapter=adapter)).attention == expected
 
 
 def test_the_name_of_a_vlbart_is_its_config_s() -> None:
@@ -81,8 +81,8 @@ def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsy
     recipe = {"task": "commonsense", "base": str(base), "revision": None, "template": "alpaca", "image_aspect": None}
     recipe |= {"base_sha256": content_hash(base), "dtype": "float32", "max_tokens": 512}
     save_adapter(backbone.model, tmp_path / "adapter", base_model=str(base), recipe=recipe)
-    asked = ["--adapter", str(tmp_path / "adapter"), "--question", "Which answer?", "--max-new-tokens", "4"]
-    image_qa.main([*asked, "--compare-base"])
+    options = ["--adapter", str(tmp_path / "adapter"), "--question", "Which answer?", "--max-new-tokens", "4"]
+    image_qa.main([*options, "--compare-base"])
     with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
     encoder = open_encoder(str(base), template="alpaca", max_tokens=512)
     ids = encoder.encode_prompt([Turn("user", "Which answer?")])["input_ids"]
@@ -90,5 +90,5 @@ def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsy
     assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
     assert with_adapter != without
     with pytest.raises(SystemExit) as stopped:  # it reads one question at a time
-        image_qa.main([*asked, "--question", "Another?", "--conversation"])
+        image_qa.main([*options, "--question", "Another?", "--conversation"])
     assert stopped.value.code == 2

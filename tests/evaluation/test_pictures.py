@@ -73,8 +73,8 @@ def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:
     shares = {row.id: float(int(row.id) < 900) for row in rows}
     fair, mistakes = chosen_for_sheet(rows, shares)
     assert (len(fair), len(mistakes)) == (SHEET_CELLS - COLUMNS, COLUMNS)
-    assert all(int(one.id) >= 900 for one in mistakes)
-    assert len({one.id for one in fair + mistakes}) == SHEET_CELLS
+    assert all(int(row.id) >= 900 for row in mistakes)
+    assert len({row.id for row in fair + mistakes}) == SHEET_CELLS
     assert chosen_for_sheet(rows[:2], {})[1] == []
 
 
@@ -94,9 +94,9 @@ def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Pat
         write_contact_sheet([], picture, tmp_path / "sheet.png", title="one", shares={})
 
 
-def drawn(path: Path, question: str = "what?", said: str = "") -> bytes:
+def drawn(path: Path, question: str = "what?", subtitle: str = "") -> bytes:
     row = Prediction(id="1", images=["1.png"], question=question, truth="red", prediction="red")
-    write_contact_sheet([row], white, path, title="one", shares={}, subtitles={"1": said})
+    write_contact_sheet([row], white, path, title="one", shares={}, subtitles={"1": subtitle})
     with Image.open(path) as sheet:
         return sheet.tobytes()
 
@@ -110,7 +110,7 @@ def white(_: Prediction) -> Image.Image:
     [
         ({"question": "is $a$ or b?"}, {"question": "is $a $ or b?"}),  # mathematics draws both alike
         ({"question": r"is \$a\$ or b?"}, {"question": "is $a$ or b?"}),  # and drops a backslash before a dollar
-        ({}, {"said": "anna: look at the red one. " * 9}),
+        ({}, {"subtitle": "anna: look at the red one. " * 9}),
     ],
 )
 def test_text_is_drawn_as_it_stands(tmp_path: Path, changes: tuple[dict[str, str], dict[str, str]]) -> None:
@@ -133,15 +133,15 @@ def test_any_label_can_be_drawn_over_a_decomposition(tmp_path: Path) -> None:
 # Of a test with several sets.
 
 
-def people(name: str, *said: str) -> Example:
-    extra = {"human_answers": [text for text in said for _ in range(10 // len(said))]}
-    return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=said[0]),), extra=extra)
+def people(name: str, *answers: str) -> Example:
+    extra = {"human_answers": [text for text in answers for _ in range(10 // len(answers))]}
+    return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=answers[0]),), extra=extra)
 
 
 def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> test.TestSet:
-    predictions = Predictions(rows=[Prediction(id=one, prediction=text) for one, text in answers.items()])
-    asked: Any = {"model": None, "questions": [], "decoding": None, "score": None, "path": Path()}
-    return test.TestSet(name=name, examples=examples, predictions=predictions, scored=scored, **asked)
+    predictions = Predictions(rows=[Prediction(id=sample_id, prediction=text) for sample_id, text in answers.items()])
+    options: Any = {"model": None, "questions": [], "decoding": None, "score": None, "path": Path()}
+    return test.TestSet(name=name, examples=examples, predictions=predictions, scored=scored, **options)
 
 
 def draw(folder: Path, *tasks: test.TestSet) -> None:
@@ -156,10 +156,10 @@ def of_sheet(folder: Path, *tasks: test.TestSet) -> tuple[Any, ...]:
 
 
 def test_the_title_and_the_marks_are_the_scores(tmp_path: Path) -> None:
-    said = {"first": "cat", "second": "the kitten", "third": "dog", "fourth": "Kitten"}
-    examples = [people(name, "cat", "kitten") for name in said]
-    scored = vqa.vqa_score(examples, said, version="before_2021")
-    rows, title, shares = of_sheet(tmp_path, task("vqav2", examples, said, scored))
+    predictions = {"first": "cat", "second": "the kitten", "third": "dog", "fourth": "Kitten"}
+    examples = [people(name, "cat", "kitten") for name in predictions]
+    scored = vqa.vqa_score(examples, predictions, version="before_2021")
+    rows, title, shares = of_sheet(tmp_path, task("vqav2", examples, predictions, scored))
     assert title.startswith("vqav2: 75.0% of 4 right")
     assert shares == {"vqav2/first": 1, "vqav2/second": 1, "vqav2/third": 0, "vqav2/fourth": 1}
     assert [row.id for row in rows] == list(shares)
@@ -171,16 +171,16 @@ def test_a_label_stands_in_its_words_and_other_scores_are_no_share(
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     choice = Example(id="1", images=("a.png",), choices=("red", "blue"), extra={"correct": 1})
     clips = [Example(id=n, images=("a.png",), answers=(Answer(text=f"a man {n} runs"),)) for n in ("one", "two")]
-    said = {"one": "a man one runs", "two": "a dog"}
+    predictions = {"one": "a man one runs", "two": "a dog"}
     rows, title, shares = of_sheet(
         tmp_path,
         task("tvqa", [choice], {"1": "a1"}, exact.video_score([choice], {"1": "a1"})),
-        task("coco_caption", clips, said, caption.score(clips, said)),
+        task("coco_caption", clips, predictions, caption.score(clips, predictions)),
     )
     assert (rows[0].prediction, rows[0].truth) == ("blue", "blue")
     assert "coco_caption: CIDEr " in title
     assert shares == {"tvqa/1": 1.0}
-    assert of_sheet(tmp_path, task("tvc", clips, said, None))[1] == "tvc: 2 answers, not scored"
+    assert of_sheet(tmp_path, task("tvc", clips, predictions, None))[1] == "tvc: 2 answers, not scored"
 
 
 @pytest.mark.parametrize("answer", ["the kitten", "dog", ""])

@@ -76,7 +76,7 @@ def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_a
     with pytest.raises(UserError):
         asked(tmp_path, questions, model := Echo())
     assert list(map(len, model.batches)) == [4, 4, 1]
-    predictions = asked(tmp_path, [one for one in questions if one.id != "q2"], again := Echo())
+    predictions = asked(tmp_path, [item for item in questions if item.id != "q2"], again := Echo())
     assert again.batches == []
     assert len(predictions.answers) == 8
     with pytest.raises(UserError):  # without any numbers it ends at the first batch
@@ -92,7 +92,7 @@ def test_the_longest_prompts_come_first(tmp_path: Path) -> None:
     rows = [row for batch in batches for row in batch]
     lengths = [len(row.question) for row in rows]
     assert lengths == sorted(lengths, reverse=True)
-    assert {row.id for row in rows} == {one.id for one in questions}
+    assert {row.id for row in rows} == {item.id for item in questions}
 
 
 # predictions.jsonl goes on after a crash, and never mixes answers of two adapters.

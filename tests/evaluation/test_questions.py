@@ -18,7 +18,7 @@ from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
 
 
 def record(name: object, *texts: str, **more: object) -> dict[str, object]:
-    turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return {"id": name, "conversations": turns, **more}
 
 
@@ -36,18 +36,18 @@ def test_the_last_round_is_the_question_and_the_rounds_before_it_are_its_context
         about_picture(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color"),
         about_picture("a", "<image>\nwhat?", "a cat"),
     ]
-    (asked, first), unreadable = read_questions(lines(tmp_path / "q.jsonl", rows))
+    (question, first), unreadable = read_questions(lines(tmp_path / "q.jsonl", rows))
     assert unreadable == {}
     turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?"))
-    assert asked == Question(id="7", images=("a.png",), turns=turns, truth="grey", kind="color")
-    assert asked.text == "which colour?"
+    assert question == Question(id="7", images=("a.png",), turns=turns, truth="grey", kind="color")
+    assert question.text == "which colour?"
     assert (first.text, first.kind) == ("what?", None)  # without its placeholder
 
 
 def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
-    held = {"id": "d", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}
+    embedded = {"id": "d", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}
     rows = [about_picture(name, text, "x") for name, text in (("a", "<image><image> two"), ("b", "<image> q"))]
-    path = lines(tmp_path / "q.jsonl", [*rows, held, about_picture("c", "<image>", "x")])
+    path = lines(tmp_path / "q.jsonl", [*rows, embedded, about_picture("c", "<image>", "x")])
     questions, unreadable = read_questions(path, limit=3)
     assert [question.id for question in questions] == ["b"]
     assert unreadable.keys() == {"a", "d"}
@@ -59,12 +59,12 @@ def test_other_formats_and_containers_are_questions_too(tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]},
         {"role": "assistant", "content": "red"},
     ]
-    (asked,), _ = read_questions(lines(tmp_path / "q.jsonl", [{"id": "a", "messages": messages}]))
-    assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
-    assert [turn.role for turn in asked.turns] == ["system", "user"]
+    (question,), _ = read_questions(lines(tmp_path / "q.jsonl", [{"id": "a", "messages": messages}]))
+    assert (question.images, question.text, question.truth) == (("a.png",), "Which?", "red")
+    assert [turn.role for turn in question.turns] == ["system", "user"]
     (tmp_path / "q.csv").write_text("id,image,question,answer\na,a.png,Which?,red\nb,b.png,Why?,\n")
-    (asked,), unreadable = read_questions(tmp_path / "q.csv")
-    assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
+    (question,), unreadable = read_questions(tmp_path / "q.csv")
+    assert (question.images, question.text, question.truth) == (("a.png",), "Which?", "red")
     assert unreadable.keys() == {"b"}
 
 
@@ -86,18 +86,18 @@ def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
         {"question_id": "x7", "text": f"Why?\nA. so\nB. no\n{LETTER}"},
     ]
     path = lines(tmp_path / "q.jsonl", rows)
-    one = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
-    first, second = one.examples
+    test_set = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
+    first, second = test_set.examples
     assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
-    assert prompt_turns(first, one.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
-    assert prompt_turns(second, one.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
-    assert one.scorer is None
+    assert prompt_turns(first, test_set.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
+    assert prompt_turns(second, test_set.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
+    assert test_set.scorer is None
     assert read_set(f"{name}={path}", tmp_path, mode=None, limit=1).examples == [first]
 
 
 def test_questions_of_one_id_are_numbered(tmp_path: Path) -> None:
     rows = [{"question_id": name, "text": f"{name}{n}?"} for name, n in (("a", 1), ("b", 1), ("a", 2), ("a", 3))]
-    names = [one.id for one in read_question_file(lines(tmp_path / "q.jsonl", rows))]
+    names = [question.id for question in read_question_file(lines(tmp_path / "q.jsonl", rows))]
     assert names == ["a#1", "b", "a#2", "a#3"]
 
 
@@ -127,13 +127,13 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     ]
     path = tmp_path / "llava_test_CQM-A.json"
     path.write_text(json.dumps(rows))
-    one = read_set(f"scienceqa={path}", tmp_path, mode=None, limit=None)
-    by_id = {example.id: example for example in one.examples}
+    test_set = read_set(f"scienceqa={path}", tmp_path, mode=None, limit=None)
+    by_id = {example.id: example for example in test_set.examples}
     assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
     assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
-    (asked,) = prompt_turns(by_id["4"], one.benchmark.prompt)
-    assert asked.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
-    assert (one.not_scored.keys(), one.unreadable.keys()) == ({"7"}, {"8"})
+    (turn,) = prompt_turns(by_id["4"], test_set.benchmark.prompt)
+    assert turn.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
+    assert (test_set.not_scored.keys(), test_set.unreadable.keys()) == ({"7"}, {"8"})
     answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}
     lines(tmp_path / "p.jsonl", [{"question_id": name, "text": text} for name, text in answers.items()])
     predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]

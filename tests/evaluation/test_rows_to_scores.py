@@ -46,7 +46,7 @@ def test_a_row_becomes_prompt_target_and_score(
     assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
     benchmark = row.get("benchmark", row["split"].partition("/")[0])
     questions = read_set(f"{benchmark}={file}", tmp_path, mode=None, limit=None)
-    (example,) = (one for one in questions.examples if one.id == row["id"])
+    (example,) = (item for item in questions.examples if item.id == row["id"])
     if "asked" in row:
         (turn,) = prompt_turns(example, questions.benchmark.prompt)
         assert turn.text == row["asked"]
@@ -61,13 +61,13 @@ def test_a_row_becomes_prompt_target_and_score(
             row["trained"]["answers"],
         )
     if "instruction" in row:
-        asked = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
-        assert (asked, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
+        prompt = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
+        assert (prompt, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
     assert bool(row["scores"]) == (questions.scorer is not None)  # a judge scores the others
-    for said, share in row["scores"].items():
+    for prediction, share in row["scores"].items():
         assert questions.scorer is not None
-        scored = questions.scorer(questions.examples, {example.id: said})
-        assert scored.per_item[example.id] == pytest.approx(share, rel=1e-9), said
+        scored = questions.scorer(questions.examples, {example.id: prediction})
+        assert scored.per_item[example.id] == pytest.approx(share, rel=1e-9), prediction
 
 
 def test_every_source_is_followed_to_its_score() -> None:
@@ -93,6 +93,6 @@ def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
 def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
     """A conversation under a template, and the parts of it that carry labels."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    (record,) = (one for one in rows if one["id"] == name)
+    (record,) = (row for row in rows if row["id"] == name)
     rendered = TEMPLATES[template].render(read_row(record).turns)
     return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

@@ -111,8 +111,8 @@ class Index(FeatureStore):
 def test_all_are_looked_up_and_some_are_read(tmp_path: Path) -> None:
     """1,000 records: the index is asked for each, the features of at most 64 are read, from first to last."""
     name = "n" * 90
-    asked = {"question": "what?", "answers": (Answer(text="red"),)}
-    examples = [Example(id=f"{name}{n}", images=(f"p{n}.png",), **asked) for n in range(1000)]
+    fields = {"question": "what?", "answers": (Answer(text="red"),)}
+    examples = [Example(id=f"{name}{n}", images=(f"p{n}.png",), **fields) for n in range(1000)]
     write_examples(tmp_path / f"{name}.jsonl", examples)
     gqa, file = all_subtasks()["gqa"], ExampleFile(tmp_path / f"{name}.jsonl")
     encoder, index = Seq2SeqEncoder(small_tokenizer(iter(["what? red"] * 4), vocabulary=300)), Index()
@@ -144,8 +144,8 @@ def test_each_score_is_written_at_once_and_missing_features_are_named(data: Path
         if answers:
             raise ArithmeticError
 
-    known = broken._subtasks
-    known["vqav2"] = dataclasses.replace(known["vqav2"], score=fail)  # type: ignore[arg-type]
+    subtasks = broken._subtasks
+    subtasks["vqav2"] = dataclasses.replace(subtasks["vqav2"], score=fail)  # type: ignore[arg-type]
     (data / "features" / "p5.npz").unlink()
     with pytest.raises(ArithmeticError):
         run(broken)
@@ -175,21 +175,21 @@ def break_row(number: int, patched: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_the_others_of_a_batch_have_their_answers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = vlbart(write_vlbart_data(tmp_path / "data"), (name,), trained=name)
-    run(made)
+    pipeline = vlbart(write_vlbart_data(tmp_path / "data"), (name,), trained=name)
+    run(pipeline)
     whole = answers_in(tmp_path, name)
     subtask = all_subtasks()[name]
     assert subtask.answer_by == TASKS[name]
     with monkeypatch.context() as patched:
         break_row(2, patched)
         with pytest.raises(UserError):
-            made.test({})
-    found = answers_in(tmp_path, name)
-    (broken,) = whole.keys() - found.keys()
+            pipeline.test({})
+    answers = answers_in(tmp_path, name)
+    (broken,) = whole.keys() - answers.keys()
     assert "-2" in broken
-    assert found == {one: text for one, text in whole.items() if one != broken}
+    assert answers == {key: text for key, text in whole.items() if key != broken}
 
 
 def answers_in(folder: Path, task: str) -> dict[str, str]:
     lines = (folder / "run" / "predictions" / f"{task}.jsonl").read_text().splitlines()
-    return {one["id"]: one["prediction"] for one in map(json.loads, lines)}
+    return {row["id"]: row["prediction"] for row in map(json.loads, lines)}

@@ -112,8 +112,8 @@ def flip(content: bytes, draw: Random) -> bytes:
 
 
 def _insert(content: bytes, draw: Random, piece: bytes) -> bytes:
-    place = draw.randrange(len(content) + 1)
-    return content[:place] + piece + content[place:]
+    position = draw.randrange(len(content) + 1)
+    return content[:position] + piece + content[position:]
 
 
 def _leave_out(content: bytes, draw: Random) -> bytes:

@@ -100,8 +100,8 @@ def prediction_targets(scratch: Path) -> list[Target]:
 
 
 def _evaluate(name: str, files: Mapping[str, bytes], *, questions: str = "", predictions: str = ANSWERS) -> Target:
-    asked = questions or f"{name.split()[0]}={{files}}/{RECORDS}"
-    words = ("evaluate", "--benchmarks", asked, "--predictions", f"{{files}}/{predictions}", "--to", "{out}")
+    benchmark = questions or f"{name.split()[0]}={{files}}/{RECORDS}"
+    words = ("evaluate", "--benchmarks", benchmark, "--predictions", f"{{files}}/{predictions}", "--to", "{out}")
     return Target(name, files, words)
 
 
@@ -113,10 +113,10 @@ def _llava(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -
     """LLaVA's answers, and its questions with them."""
     questions, lines = [], []
     for example in examples:
-        asked = {"question_id": example.id, "text": f"{example.question}\n{SHORT}"}
-        lines.append({**asked, "prompt": asked["text"], "text": answers[example.id], "metadata": {}})
+        row = {"question_id": example.id, "text": f"{example.question}\n{SHORT}"}
+        lines.append({**row, "prompt": row["text"], "text": answers[example.id], "metadata": {}})
         picture = {"image": example.images[0]} if example.images else {}
-        questions.append({**asked, **picture, "category": str(example.extra.get("category", "default"))})
+        questions.append({**row, **picture, "category": str(example.extra.get("category", "default"))})
     answered = {ANSWERS: _lines(lines), RECORDS: _lines(map(to_record, examples))}
     yield _evaluate(f"{name} LLaVA's answers", answered)
     asked_files = answered | {"questions.jsonl": _lines(questions)}

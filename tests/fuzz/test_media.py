@@ -125,9 +125,9 @@ def damaged(content: bytes, draw: Random) -> tuple[bytes, list[str]]:
         name = draw.choice((*CHANGES, "number", "number", "beginning"))
         changes.append(f"{name} changed")
         if name == "number":  # lengths and sizes are such
-            place, width = draw.randrange(max(1, min(len(content), 400))), draw.choice((1, 2, 4, 8))
+            offset, width = draw.randrange(max(1, min(len(content), 400))), draw.choice((1, 2, 4, 8))
             value = draw.choice((b"\xff" * 8, b"\x7f" + b"\xff" * 7, bytes(8), b"\x80" + bytes(7), b"\0\0\0\x01" * 2))
-            content = content[:place] + value[:width] + content[place + width :]
+            content = content[:offset] + value[:width] + content[offset + width :]
         elif name == "beginning":
             content = flip(content[:64], draw) + content[64:]
         else:
@@ -135,19 +135,19 @@ def damaged(content: bytes, draw: Random) -> tuple[bytes, list[str]]:
     return content, changes
 
 
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1_800)])])
-def test_hostile_inputs_do_no_harm(media: Media, every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1_800)])])
+def test_hostile_inputs_do_no_harm(media: Media, step: int, tmp_path: Path) -> None:
     cases = list(hostile_inputs(tmp_path))
     assert len(cases) == len({case.title for case in cases}) > 200
-    found = []
-    for number, case in enumerate([case for case in cases if every == 1 or case.must_fail][::every]):
+    findings = []
+    for number, case in enumerate([case for case in cases if step == 1 or case.must_fail][::step]):
         folder = tmp_path / f"hostile_{number}"
         folder.mkdir()
         case.put(folder / case.name)
         result = media.read(folder, case.name, video=case.video)
         if result.failure or (case.must_fail and result.pixels):
-            found.append(f"{case.title}: {result.failure or 'what is of no listed format is accepted'}")
-    assert found == []
+            findings.append(f"{case.title}: {result.failure or 'what is of no listed format is accepted'}")
+    assert findings == []
 
 
 def test_a_truncated_file_that_is_accepted_is_seen(

@@ -23,7 +23,7 @@ def test_true_or_false_reads_two_logits_alone() -> None:
 def test_the_answer_list_scores_each_answer_on_its_own() -> None:
     torch.manual_seed(0)
     head = AnswerHead(6, ("yes", "no", "two"))
-    assert [tuple(one.shape) for one in head.state_dict().values()] == [(12, 6), (12,), (12,), (12,), (3, 12), (3,)]
+    assert [tuple(value.shape) for value in head.state_dict().values()] == [(12, 6), (12,), (12,), (12,), (3, 12), (3,)]
     hidden = torch.randn(2, 6)
     scores = head(hidden)
     targets = head.targets([{"yes": 0.9, "two": 0.3}, {"elsewhere": 1.0}])

@@ -37,9 +37,9 @@ def test_losses_and_gradients_equal_those_of_all_scores_at_once(labels: int) -> 
         math.log(sum(map(math.exp, row))) - row[target] for row, target in zip(scores, targets.tolist(), strict=True)
     ]
     assert losses.tolist() == pytest.approx(by_hand, abs=1e-5)
-    (found,) = torch.autograd.grad((losses * weights).sum(), hidden)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), hidden)
     (expected,) = torch.autograd.grad((losses_of(head(hidden), targets) * weights).sum(), hidden)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_half_precision_scores_are_summed_in_float32() -> None:

@@ -53,8 +53,8 @@ class Measure(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == MEASURED + 1:
             self.live.__exit__(None, None, None)
-            found = {"before": self.before, "peak": self.live.peak, **self.batch}
-            Path(f"{self.out}.{args.process_index}").write_text(json.dumps(found))
+            result = {"before": self.before, "peak": self.live.peak, **self.batch}
+            Path(f"{self.out}.{args.process_index}").write_text(json.dumps(result))
 
 
 def measured(out: str, words: list[str]) -> None:

@@ -81,10 +81,10 @@ def measure(run_file: Path, out: Path, *settings: str, ranks: int) -> dict[str, 
                 command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
         )
-    said = [one.communicate(timeout=240)[1] for one in processes]
-    assert [one.returncode for one in processes] == [0] * ranks, said[0][-3000:]
-    found = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]
-    return max(found, key=lambda one: one["peak"])
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, errors[0][-3000:]
+    results = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]
+    return max(results, key=lambda result: result["peak"])
 
 
 def grouped_attention_is_fused() -> bool:
@@ -121,10 +121,10 @@ def test_it_is_within_a_tenth_of_what_a_run_allocates(
     monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)
     settings = [f"--training.gradient_checkpointing={str(checkpointing).lower()}"]
     settings += [] if engine == "none" else [f"--training.deepspeed={engine}"]
-    found = measure(runs[name], tmp_path / "measured", *settings, ranks=ranks)
+    measured = measure(runs[name], tmp_path / "measured", *settings, ranks=ranks)
     pipeline = DecoderPipeline(read_run_file(runs[name], *settings))
-    expected = imagine_run(pipeline, tokens=found["tokens"], labelled=found["labelled"]).on(ranks)
-    assert found["rows"] == SIZES[name].rows
+    expected = imagine_run(pipeline, tokens=measured["tokens"], labelled=measured["labelled"]).on(ranks)
+    assert measured["rows"] == SIZES[name].rows
     if name == "weights":  # in the other, batches that wait and the layers' norms are a fifth of what is held
-        assert abs(expected.held.between_steps(expected.engine) - found["before"]) < WITHIN * found["before"]
-    assert abs(expected.total - found["peak"]) < WITHIN * found["peak"]
+        assert abs(expected.held.between_steps(expected.engine) - measured["before"]) < WITHIN * measured["before"]
+    assert abs(expected.total - measured["peak"]) < WITHIN * measured["peak"]

@@ -20,22 +20,22 @@ LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-
 def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """7,063 million weights, of which CLIP's 303 million do not count as the model's name says."""
     main([*LLAVA, "--gpus", "8", "--json", str(tmp_path / "found.json"), "--training.deepspeed=zero3"])
-    said = capsys.readouterr().out
-    found = json.loads((tmp_path / "found.json").read_text())
+    output = capsys.readouterr().out
+    estimate = json.loads((tmp_path / "found.json").read_text())
     whole = 2 * 7_063_427_072
-    assert abs(found["held"]["weights"]["bfloat16"] / (whole / 8) - 1) < 0.01
-    assert found["held"]["optimizer"] == 2 * found["held"]["masters"]
-    assert "a GPU of 8 (ZeRO-3)" in said
-    assert "frozen weights, bfloat16" in said
+    assert abs(estimate["held"]["weights"]["bfloat16"] / (whole / 8) - 1) < 0.01
+    assert estimate["held"]["optimizer"] == 2 * estimate["held"]["masters"]
+    assert "a GPU of 8 (ZeRO-3)" in output
+    assert "frozen weights, bfloat16" in output
     # Each forward product is 2 FLOP a weight and token, each of input gradients as much, each recomputed one too.
-    tokens = found["samples"]["rows"] * 2048 * 4  # accumulated
-    assert 6 < found["flop"] / (tokens * 6.7e9) < 7
-    total = f"{found['total'] / 2**30:.2f}"
-    assert re.search(rf"at the fullest moment, recomputed \(gradient_checkpointing\) +{total}\n", said)
-    by_engine = re.search(r"by engine: zero0 ([\d.]+), zero2 ([\d.]+), zero3 ([\d.]+)", said)
+    tokens = estimate["samples"]["rows"] * 2048 * 4  # accumulated
+    assert 6 < estimate["flop"] / (tokens * 6.7e9) < 7
+    total = f"{estimate['total'] / 2**30:.2f}"
+    assert re.search(rf"at the fullest moment, recomputed \(gradient_checkpointing\) +{total}\n", output)
+    by_engine = re.search(r"by engine: zero0 ([\d.]+), zero2 ([\d.]+), zero3 ([\d.]+)", output)
     assert by_engine is not None
     assert float(by_engine[1]) > float(by_engine[2]) > float(by_engine[3]) == float(total)
-    assert found["other"]["kept"] > 10 * found["step"]["kept"]
+    assert estimate["other"]["kept"] > 10 * estimate["step"]["kept"]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_the_slowest_link_and_the_utilisation_make_the_time() -> None:
 
 def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> None:
     zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
-    found = engine_of({"zero_optimization": zero}, ranks=8, hidden_width=100)
-    assert (found.stage, found.bucket, found.prefetched) == (3, 10_000, 9_000)
-    assert found.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
+    engine = engine_of({"zero_optimization": zero}, ranks=8, hidden_width=100)
+    assert (engine.stage, engine.bucket, engine.prefetched) == (3, 10_000, 9_000)
+    assert engine.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
     offloaded = {**zero, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": "auto"}
-    found = engine_of({"zero_optimization": offloaded}, ranks=8, hidden_width=100)
-    assert (found.offloads_optimizer, found.offloads_weights, found.kept_whole) == (True, False, 1_000)
+    engine = engine_of({"zero_optimization": offloaded}, ranks=8, hidden_width=100)
+    assert (engine.offloads_optimizer, engine.offloads_weights, engine.kept_whole) == (True, False, 1_000)
     assert engine_of(None, ranks=2, hidden_width=100) == Engine(None, 2)

@@ -29,13 +29,13 @@ def one_thread() -> Any:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("made")
 
 
 @pytest.fixture(scope="session")
-def llava_settings(made: Path) -> Path:
-    base, records = write_tiny_llava(made / "base"), write_tiny_data(made / "data")
+def llava_settings(root: Path) -> Path:
+    base, records = write_tiny_llava(root / "base"), write_tiny_data(root / "data")
     evaluation = {"file": str(records), "batch_size": 16, "max_new_tokens": 3, "limit": 24}
     changes: dict[str, Any] = {
         "training": {"use_cpu": True, "eval_strategy": "steps", "eval_steps": 2, "optim": "sgd"},
@@ -43,7 +43,7 @@ def llava_settings(made: Path) -> Path:
         "adapter": {"method": "dora"},
         "evaluation": evaluation,
     }
-    return write_run(made / "first.yaml", base, records, **changes)
+    return write_run(root / "first.yaml", base, records, **changes)
 
 
 def trained(settings: Path, folder: Path, *overrides: str) -> Path:
@@ -52,25 +52,25 @@ def trained(settings: Path, folder: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llava_run(llava_settings: Path, made: Path) -> Path:
-    return trained(llava_settings, made / "first")
+def llava_run(llava_settings: Path, root: Path) -> Path:
+    return trained(llava_settings, root / "first")
 
 
 @pytest.fixture(scope="session")
-def other_run(llava_settings: Path, made: Path) -> Path:
-    return trained(llava_settings, made / "second", "--adapter.method=lora", "--training.learning_rate=0.2")
+def other_run(llava_settings: Path, root: Path) -> Path:
+    return trained(llava_settings, root / "second", "--adapter.method=lora", "--training.learning_rate=0.2")
 
 
 @pytest.fixture(scope="session")
-def vlbart_run(made: Path) -> Path:
-    data, tasks = write_vlbart_data(made / "vlbart"), ("vqav2", "tvqa")
+def vlbart_run(root: Path) -> Path:
+    data, tasks = write_vlbart_data(root / "vlbart"), ("vqav2", "tvqa")
     files = {task: str(data / "records" / f"{task}.jsonl") for task in tasks}
     settings = write_vlbart_run(
-        made / "bart.yaml", data, tasks, evaluation={"files": files}, training={"use_cpu": True}
+        root / "bart.yaml", data, tasks, evaluation={"files": files}, training={"use_cpu": True}
     )
     config = read_settings([f"--config={settings}"], VlBartRunConfig)
     assert run(VlBartPipeline(config, all_subtasks(), name="tiny")) is None
-    return made / "bart"
+    return root / "bart"
 
 
 @pytest.fixture

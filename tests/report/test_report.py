@@ -121,18 +121,18 @@ def test_two_runs_side_by_side(llava_run: Path, other_run: Path, tmp_path: Path)
     assert {"adapter.method", "training.learning_rate", "training.output_dir"} <= set(differing.split())
     assert "model.base" not in differing.split()
     assert "theirs: training, smoothed" in page.words
-    scores = [json.loads((one / "metrics.json").read_text())["accuracy"] for one in (other_run, llava_run)]
+    scores = [json.loads((folder / "metrics.json").read_text())["accuracy"] for folder in (other_run, llava_run)]
     assert f"{100 * (scores[0] - scores[1]):+.2f} (" in page.words
 
 
 def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path) -> None:
     predictions = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
     predictions[0] |= {"prediction": HOSTILE, "question": HOSTILE, "truth": f"not {HOSTILE}", "kind": HOSTILE}
-    (copied / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in predictions))
+    (copied / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
     answers = copied / "watched" / "answers.jsonl"
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     lines[0]["answers"] = dict.fromkeys(lines[0]["answers"], HOSTILE + " half a pair \ud83d")
-    answers.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    answers.write_text("".join(json.dumps(row) + "\n" for row in lines))
     settings = json.loads((copied / "settings.json").read_text())
     settings["model"]["base"] = HOSTILE
     (copied / "settings.json").write_text(json.dumps(settings))
@@ -144,7 +144,7 @@ def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path)
     assert len(page.all("script")) == 1
     assert asks_a_host(page) == []
     assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
-    policy = [one["content"] for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
     style = re.search(r"<style>(.*?)</style>", (tmp_path / "page.html").read_text(), re.DOTALL)
     assert style is not None
@@ -159,7 +159,7 @@ def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:
     shutil.rmtree(copied / "adapter")
     lines = [json.loads(line) for line in (copied / "log.jsonl").read_text().splitlines()]
     old = [{key: line[key] for key in ("step", "loss", "learning_rate") if key in line} for line in lines]
-    (copied / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in old))
+    (copied / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
     page = reported(copied, to=tmp_path / "page.html")
     for words in (
         "no predictions.jsonl",

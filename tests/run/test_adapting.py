@@ -53,7 +53,7 @@ def tiny() -> LlamaForCausalLM:
 
 
 def test_every_setting_reaches_the_core() -> None:
-    assert OTHER.keys() == {one.name for one in dataclasses.fields(AdapterSettings)}
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(AdapterSettings)}
     defaults = AdapterSettings()
     assert all(getattr(defaults, name) != value for name, value in OTHER.items())
     config = core_config(AdapterConfig(**OTHER), tiny(), targets=("*.q_proj",))
@@ -125,7 +125,7 @@ def test_each_part_has_its_rank_scale_and_name() -> None:
     assert len(names) == 4 + 3 + 2
     layers = {name: layer.adapter for name, layer in adapted_layers(model)}
     assert list(layers) == names
-    assert {(name.split(".")[-1], one.rank, one.scale) for name, one in layers.items()} == {
+    assert {(name.split(".")[-1], adapter.rank, adapter.scale) for name, adapter in layers.items()} == {
         ("q_proj", 6, 1.5), ("v_proj", 6, 1.5), ("v_proj", 3, 3.0), ("k_proj", 6, 1.5),
         ("gate_proj", 2, 4.0), ("up_proj", 2, 4.0), ("down_proj", 2, 4.0),
     }  # fmt: skip

@@ -20,10 +20,10 @@ from dora_vl.run.settings import LanguageModelConfig, ModelConfig
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
 def test_every_setting_reaches_the_loader(section, monkeypatch):
     tried = []
-    monkeypatch.setattr(run_base, "check_runs_here", lambda *given: tried.append(given))
+    monkeypatch.setattr(run_base, "check_runs_here", lambda *args: tried.append(args))
     model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8")
-    given: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
-    assert given == {
+    loaded: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
+    assert loaded == {
         "base": "folder",
         "revision": "abc",
         "dtype": torch.float16,
@@ -42,11 +42,11 @@ def test_flash_attention_without_a_card_is_refused_before_loading(monkeypatch):
 
 
 def test_a_base_is_made_once_and_only_by_the_settings_that_it_has(tmp_path: Path):
-    made: list[LanguageSource] = []
+    written: list[LanguageSource] = []
 
     def make(spec: LanguageSource, folder: Path) -> None:
         with written_base(folder, spec) as unfinished:
-            made.append(spec)
+            written.append(spec)
             (unfinished / "model.safetensors").write_bytes(b"1")
 
     arguments, base = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True), str(tmp_path / "new" / "base")
@@ -54,7 +54,7 @@ def test_a_base_is_made_once_and_only_by_the_settings_that_it_has(tmp_path: Path
     make_base(make, None, base, arguments)
     for _ in range(2):
         make_base(make, spec, base, arguments)
-    assert made == [spec]
+    assert written == [spec]
     other = LanguageSource(folder="here", gguf_file="b.gguf", dtype="bfloat16")
     with pytest.raises(UserError):
         make_base(make, other, base, arguments)

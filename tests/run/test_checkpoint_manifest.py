@@ -34,10 +34,10 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def changed(**sections: object) -> dict[str, object]:
     """The settings with some of a section's values replaced."""
-    there = json.loads(json.dumps(SETTINGS))
+    settings = json.loads(json.dumps(SETTINGS))
     for name, value in sections.items():
-        there[name] = {**there[name], **value} if isinstance(value, dict) else value
-    return there
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return settings
 
 
 @pytest.mark.parametrize(

@@ -26,15 +26,15 @@ SMALL_DISK_KIB = 1400
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of little more than one checkpoint."""
-    place = tmp_path / "small"
-    place.mkdir()
+    mount = tmp_path / "small"
+    mount.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_KIB}k", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_KIB}k", "tmpfs", str(mount)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system is not allowed here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
@@ -57,8 +57,8 @@ def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(
     )
     with pytest.raises(UserError, match=r"checkpoint-\d+") as error:
         train(DecoderPipeline(read_run_file(run_file)))
-    there = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
-    named = [name for name in there if f"{name} is the last whole" in str(error.value)]
+    checkpoints = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
+    named = [name for name in checkpoints if f"{name} is the last whole" in str(error.value)]
     assert len(named) == 1
     assert not (small_disk / "run" / "adapter").exists()
 

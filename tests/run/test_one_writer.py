@@ -30,8 +30,8 @@ def holder(folder: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
         [sys.executable, "-c", HOLD, str(folder), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    said, worker = process.stdout.readline().split()
-    assert said == "holds"
+    status, worker = process.stdout.readline().split()
+    assert status == "holds"
     return process, int(worker)
 
 

@@ -86,8 +86,8 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out 
 
 def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words() -> None:
     typed = [kind("ended") for kind in (DistBackendError, DistNetworkError, DistStoreError)]
-    assert all(is_communication(one) for one in (*typed, RuntimeError(GLOO)))
-    assert not any(is_communication(one) for one in (RuntimeError("shapes do not fit"), ValueError(GLOO)))
+    assert all(is_communication(error) for error in (*typed, RuntimeError(GLOO)))
+    assert not any(is_communication(error) for error in (RuntimeError("shapes do not fit"), ValueError(GLOO)))
     assert is_timeout(RuntimeError(GLOO))
     assert is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:529] Application timeout caused pair closure"))
     assert not is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123"))

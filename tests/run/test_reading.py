@@ -214,5 +214,5 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
-        folders += [one["training"]["output_dir"] for one in variants]
+        folders += [variant["training"]["output_dir"] for variant in variants]
     assert len(folders) == len(set(folders)) >= 45

@@ -39,36 +39,36 @@ def hosts() -> Iterator[Hosts]:
     if shutil.which("ip") is None:
         pytest.skip("two hosts need `ip` of iproute2")
     tag = os.getpid() % 100_000
-    made = Hosts((f"dora{tag}a", f"dora{tag}b"), (f"dv{tag}a", f"dv{tag}b"))
+    pair = Hosts((f"dora{tag}a", f"dora{tag}b"), (f"dv{tag}a", f"dv{tag}b"))
     try:
-        for name in made.names:
+        for name in pair.names:
             ip("netns", "add", name)
-        ip("link", "add", made.links[0], "netns", made.names[0], "type", "veth", "peer", made.links[1], "netns",
-           made.names[1])  # fmt: skip
-        for name, link, address in zip(made.names, made.links, made.addresses, strict=True):
+        ip("link", "add", pair.links[0], "netns", pair.names[0], "type", "veth", "peer", pair.links[1], "netns",
+           pair.names[1])  # fmt: skip
+        for name, link, address in zip(pair.names, pair.links, pair.addresses, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", link, "up")
-        ip("netns", "exec", made.names[0], "unshare", "--uts", "hostname", made.names[0])
+        ip("netns", "exec", pair.names[0], "unshare", "--uts", "hostname", pair.names[0])
     except (subprocess.CalledProcessError, OSError) as error:
-        remove(made)
+        remove(pair)
         pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', '') or error}")
-    yield made
-    remove(made)
+    yield pair
+    remove(pair)
 
 
-def remove(made: Hosts) -> None:
-    for name in made.names:
+def remove(pair: Hosts) -> None:
+    for name in pair.names:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(made: Hosts, how: str, run_file: Path, *settings: str) -> list[subprocess.Popen[str]]:
+def start(pair: Hosts, how: str, run_file: Path, *settings: str) -> list[subprocess.Popen[str]]:
     """A rank in each namespace, as two machines would start them."""
     started = []
-    for rank, (name, link) in enumerate(zip(made.names, made.links, strict=True)):
+    for rank, (name, link) in enumerate(zip(pair.names, pair.links, strict=True)):
         launch = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29500}
         environment = {**os.environ, **{name: str(value) for name, value in launch.items()}}
-        environment |= {"MASTER_ADDR": made.addresses[0], "GLOO_SOCKET_IFNAME": link, "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"MASTER_ADDR": pair.addresses[0], "GLOO_SOCKET_IFNAME": link, "CUDA_VISIBLE_DEVICES": ""}
         # A host name each: ranks of one machine leave the last word to the first of them.
         command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
         command += [sys.executable, "tests/run/faulty_rank.py", how, "--config", str(run_file), *settings]
@@ -87,7 +87,7 @@ def start(made: Hosts, how: str, run_file: Path, *settings: str) -> list[subproc
 
 def ended(ranks: list[subprocess.Popen[str]], *, within: float) -> list[str]:
     """What each rank said."""
-    return [one.communicate(timeout=within)[1] for one in ranks]
+    return [process.communicate(timeout=within)[1] for process in ranks]
 
 
 @pytest.mark.slow
@@ -105,29 +105,29 @@ def test_a_lost_link_ends_both_hosts_and_the_run_resumes_bitwise(
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     undisturbed = start(hosts, "none", run_file, f"--training.output_dir={whole}")
-    said = ended(undisturbed, within=150)
-    assert [one.returncode for one in undisturbed] == [0, 0], said[0][-3000:]
+    errors = ended(undisturbed, within=150)
+    assert [process.returncode for process in undisturbed] == [0, 0], errors[0][-3000:]
 
     ranks = start(hosts, f"link:{tmp_path}", run_file, f"--training.output_dir={cut}")
     until = time.monotonic() + 120
     while not (tmp_path / "here").exists():
         assert time.monotonic() < until
-        assert all(one.poll() is None for one in ranks)
+        assert all(process.poll() is None for process in ranks)
         time.sleep(0.2)
     ip("-n", hosts.names[1], "link", "set", hosts.links[1], "down")
     (tmp_path / "cut").touch()
     began = time.monotonic()
-    said = ended(ranks, within=LIMIT + 60)
+    errors = ended(ranks, within=LIMIT + 60)
     assert time.monotonic() - began < LIMIT + 45
-    assert [one.returncode for one in ranks] == [1, 1]
-    last = [text.strip().splitlines()[-1] for text in said]
+    assert [process.returncode for process in ranks] == [1, 1]
+    last = [text.strip().splitlines()[-1] for text in errors]
     assert re.match(rf"error: .*{LIMIT} s .*rank 1 \(process \d+ on \S+\) did not come \(no sign of life\)", last[0])
     assert re.match(rf"error: .*{LIMIT} s .*the first rank's machine does not answer", last[1])
-    assert not any("Traceback" in text for text in said), said
+    assert not any("Traceback" in text for text in errors), errors
 
     ip("-n", hosts.names[1], "link", "set", hosts.links[1], "up")
     resumed = start(hosts, "none", run_file, f"--training.output_dir={cut}", "--resume=last")
-    said = ended(resumed, within=150)
-    assert [one.returncode for one in resumed] == [0, 0], said[0][-3000:]
+    errors = ended(resumed, within=150)
+    assert [process.returncode for process in resumed] == [0, 0], errors[0][-3000:]
     assert logged_losses(cut) == logged_losses(whole)
     assert_same_weights(cut, whole)

@@ -22,11 +22,11 @@ CLIP = Clip(path="a.mp4")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip of two seconds, 25 frames a second, and one of three frames."""
-    made = tmp_path_factory.mktemp("clips")
-    write_video(made / "a.mp4")
-    write_video(made / "short.mp4", [0.0, 0.04, 0.08])
-    (made / "cut.mp4").write_bytes((made / "a.mp4").read_bytes()[:-300])
-    return made
+    root = tmp_path_factory.mktemp("clips")
+    write_video(root / "a.mp4")
+    write_video(root / "short.mp4", [0.0, 0.04, 0.08])
+    (root / "cut.mp4").write_bytes((root / "a.mp4").read_bytes()[:-300])
+    return root
 
 
 def settings(folder: Path, **more: object) -> DataConfig:
@@ -48,10 +48,10 @@ def test_settings_choose_the_frames(folder: Path) -> None:
 
 def test_a_part_is_read_as_one_and_knows_its_file(folder: Path) -> None:
     part = Clip(path="a.mp4", start_seconds=1.0, end_seconds=1.4)
-    (found,) = reading(folder, video_frames=2).read([part])
-    assert found.indices == (27, 32)
-    assert found.seconds == pytest.approx((1.08, 1.28))
-    assert (found.count, found.duration, found.span) == (50, pytest.approx(2.0), (1.0, 1.4))
+    (video,) = reading(folder, video_frames=2).read([part])
+    assert video.indices == (27, 32)
+    assert video.seconds == pytest.approx((1.08, 1.28))
+    assert (video.count, video.duration, video.span) == (50, pytest.approx(2.0), (1.0, 1.4))
 
 
 def test_short_videos_are_filled_up_where_all_must_have_one_length(folder: Path) -> None:

@@ -37,7 +37,7 @@ ROWS = [  # references, prediction
 
 def ten() -> tuple[list[Example], dict[str, str]]:
     examples = [
-        Example(id=str(n), answers=tuple(Answer(text=one) for one in references), extra={"image_id": 100 + n})
+        Example(id=str(n), answers=tuple(Answer(text=text) for text in references), extra={"image_id": 100 + n})
         for n, (references, _) in enumerate(ROWS)
     ]
     return examples, {str(n): prediction for n, (_, prediction) in enumerate(ROWS)}
@@ -58,8 +58,8 @@ def official(references: dict[str, list[str]], predictions: dict[str, list[str]]
 def test_captions_as_pycocoevalcap_scores_them() -> None:
     for examples, answers in (ten(), yc2c()):
         scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
-        references = {caption.clip_of(one): [words(answer.text) for answer in one.answers] for one in examples}
-        predictions = {caption.clip_of(one): [words(answers[one.id])] for one in examples}
+        references = {caption.clip_of(sample): [words(answer.text) for answer in sample.answers] for sample in examples}
+        predictions = {caption.clip_of(sample): [words(answers[sample.id])] for sample in examples}
         assert scored.metrics == pytest.approx(official(references, predictions), abs=1e-9)
         assert (next(iter(scored.metrics)), scored.n) == ("CIDEr", len(examples))
         assert "without Java" in scored.settings["tokenizer"]
@@ -84,7 +84,7 @@ def yc2c() -> tuple[list[Example], dict[str, str]]:
         answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in map(json.loads, file)}
     with shared("value/yc2c_val_release.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
-    captions = {str(row["clip_id"]): tuple(Answer(text=one["desc"]) for one in row["descs"]) for row in rows}
+    captions = {str(row["clip_id"]): tuple(Answer(text=entry["desc"]) for entry in row["descs"]) for row in rows}
     assert (len(rows), len(answers)) == (3492, 200)
     return [Example(id=clip, answers=captions[clip], extra={"clip_id": clip}) for clip in answers], answers
 

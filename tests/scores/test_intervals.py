@@ -38,7 +38,7 @@ def test_the_interval_is_as_wide_as_the_normal_approximation_says() -> None:
 def test_questions_about_one_picture_are_drawn_together() -> None:
     alone, together = questions([1, 1, 1, 1, 0, 0, 0, 0] * 25), questions([1, 1, 1, 1, 0, 0, 0, 0] * 25, per_unit=4)
     assert alone.metrics == together.metrics
-    narrow, wide = (np.diff(intervals(one)["accuracy"])[0] for one in (alone, together))
+    narrow, wide = (np.diff(intervals(scored)["accuracy"])[0] for scored in (alone, together))
     assert wide / narrow == pytest.approx(2.0, rel=0.15)  # four equal answers are one observation
 
 
@@ -108,7 +108,7 @@ def test_a_draw_without_one_part_is_no_draw_of_a_mean_or_a_sum() -> None:
     sums = {"right a": np.array([1.0, 0.0]), "asked a": np.array([2.0, 0.0]), "right b": np.array([1.0, 2.0])}
     sums["asked b"] = np.array([2.0, 2.0])
     whole = {name: column.sum(keepdims=True) for name, column in sums.items()}
-    parts = tuple(Ratio(f"right {one}", f"asked {one}") for one in "ab")
+    parts = tuple(Ratio(f"right {part}", f"asked {part}") for part in "ab")
     for formula, first in ((parts[0], 50.0), (Mean(parts), 50.0), (Total(parts), 100.0)):
         value = formula(sums, whole)
         assert value[0] == first
@@ -155,12 +155,12 @@ def test_the_limits_are_those_of_newcombe_s_table(right: int, of: int, low: floa
 
 
 def test_where_all_agree_a_share_has_wilson_s_limits() -> None:
-    found = intervals(agreeing([1] * 40))
+    limits = intervals(agreeing([1] * 40))
     low = pytest.approx(91.24, abs=5e-3)
-    assert found["accuracy"] == (low, 100.0)
-    assert found["mean"] == pytest.approx(found["accuracy"])
-    assert found["sum"] == pytest.approx((2 * found["accuracy"][0], 200.0))
-    assert found["odd"][0] < 100 * 40 / 30 < found["odd"][1]  # more than is below it is no share: drawn
+    assert limits["accuracy"] == (low, 100.0)
+    assert limits["mean"] == pytest.approx(limits["accuracy"])
+    assert limits["sum"] == pytest.approx((2 * limits["accuracy"][0], 200.0))
+    assert limits["odd"][0] < 100 * 40 / 30 < limits["odd"][1]  # more than is below it is no share: drawn
     assert intervals(agreeing([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.24, abs=5e-3))
     together = intervals(agreeing([1] * 40, per_unit=10))["accuracy"]  # questions of one picture count as one
     assert together[0] == pytest.approx(100 * wilson(1.0, 4)[0])

@@ -50,9 +50,9 @@ def test_nlvr2_reads_the_line_of_a_csv(answer: str) -> None:
 
 @given(st.text(), st.sampled_from(sorted(exact.PATTERNS)), st.sampled_from(["nvlabs", "llm_adapters"]))
 def test_what_is_extracted_is_in_the_text(text: str, task: str, rule: exact.Rule) -> None:
-    found = exact.extracted(text, task, rule)
-    assert found in text
-    assert not found or exact.PATTERNS[task].fullmatch(found)
+    answer = exact.extracted(text, task, rule)
+    assert answer in text
+    assert not answer or exact.PATTERNS[task].fullmatch(answer)
 
 
 def test_the_table_of_contractions_is_the_published_one_without_its_empty_entries() -> None:

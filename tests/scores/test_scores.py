@@ -174,8 +174,8 @@ def test_how2qa_and_tvqa_as_published() -> None:
         assert metrics == {"accuracy": pytest.approx(accuracy), "value_accuracy": value}
     shows = json.loads(shared("value/tvqa_val_solution.json").read_text())["solution"]
     answers = {name: correct for questions in shows.values() for name, correct in questions.items()}
-    asked = [example(name, choices="abcde", correct=correct) for name, correct in answers.items()]
-    scored = exact.video_score(asked, {name: f"a{correct}" for name, correct in answers.items()})
+    video_examples = [example(name, choices="abcde", correct=correct) for name, correct in answers.items()]
+    scored = exact.video_score(video_examples, {name: f"a{correct}" for name, correct in answers.items()})
     assert (scored.n, scored.metrics["accuracy"]) == (15253, 100.0)
 
 
@@ -209,8 +209,8 @@ def test_pope_as_published_by_hand_written_rules() -> None:
     scored = llava.pope_score(examples, answers)
     assert (scored.n, scored.settings["labels"]) == (9000, "current")
     for category in ("random", "popular", "adversarial"):
-        mine = [(row.answers[0].text, answers[row.id][:2] == "No") for row in examples if row.id.startswith(category)]
-        tp, yes = sum(label == "yes" and not no for label, no in mine), sum(not no for _, no in mine)
+        rows = [(row.answers[0].text, answers[row.id][:2] == "No") for row in examples if row.id.startswith(category)]
+        tp, yes = sum(label == "yes" and not no for label, no in rows), sum(not no for _, no in rows)
         assert scored.metrics[f"{category}/yes share"] == pytest.approx(100 * yes / 3000)
         assert scored.metrics[f"{category}/precision"] == pytest.approx(100 * tp / yes)
         assert scored.metrics[f"{category}/f1"] == pytest.approx(200 * tp / (yes + 1500))  # 1,500 are yes in each

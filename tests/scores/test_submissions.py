@@ -50,49 +50,49 @@ def percent(points: Sequence[float]) -> float:
 def nlvr2(examples: Sequence[Example], text: str) -> float:
     """metrics.py: `line.strip().split(",")`, the second field against the label, letter case aside."""
     lines = [line.strip().split(",") for line in text.splitlines()]
-    given = {fields[0]: fields[1] for fields in lines}
-    return percent([given[example.id].lower() == example.answers[0].text.lower() for example in examples])
+    texts = {fields[0]: fields[1] for fields in lines}
+    return percent([texts[example.id].lower() == example.answers[0].text.lower() for example in examples])
 
 
 def vqav2(version: str) -> Rule:
     def rule(examples: Sequence[Example], text: str) -> float:
-        given = {str(row["question_id"]): row["answer"] for row in json.loads(text)}
-        return percent([accuracy(given[example.id], example.extra["human_answers"], version) for example in examples])
+        texts = {str(row["question_id"]): row["answer"] for row in json.loads(text)}
+        return percent([accuracy(texts[example.id], example.extra["human_answers"], version) for example in examples])
 
     return rule
 
 
 def vizwiz(examples: Sequence[Example], text: str) -> float:
-    given = {row["image"]: normalise_evalai(row["answer"]) for row in json.loads(text)}
+    texts = {row["image"]: normalise_evalai(row["answer"]) for row in json.loads(text)}
     truth = [[normalise_evalai(answer) for answer in example.extra["human_answers"]] for example in examples]
-    return percent([leave_one_out(given[one.images[0]], people) for one, people in zip(examples, truth, strict=True)])
+    return percent([leave_one_out(texts[row.images[0]], people) for row, people in zip(examples, truth, strict=True)])
 
 
 def gqa(examples: Sequence[Example], text: str) -> float:
     """eval.py: letter by letter."""
-    given = {row["questionId"]: row["prediction"] for row in json.loads(text)}
-    return percent([given[example.id] == example.answers[0].text for example in examples])
+    texts = {row["questionId"]: row["prediction"] for row in json.loads(text)}
+    return percent([texts[example.id] == example.answers[0].text for example in examples])
 
 
 def mmbench(examples: Sequence[Example], text: str) -> float:
-    given = {row["index"]: row for row in csv.DictReader(io.StringIO(text), delimiter="\t")}
+    rows = {row["index"]: row for row in csv.DictReader(io.StringIO(text), delimiter="\t")}
     right = []
     for example in examples:
-        row = given[str(example.extra["index"])]
+        row = rows[str(example.extra["index"])]
         choices = {letter: row[letter] for letter in "ABCD" if row[letter]}
         right.append(chosen(row["prediction"], choices, "2025") == "ABCD"[example.extra["correct"]])
     return percent(right)
 
 
 def value_choice(examples: Sequence[Example], text: str) -> float:
-    given = {name: int(index) for name, index in json.loads(text).items()}
-    return round(percent([given[example.id] == example.extra["correct"] for example in examples]), 2)
+    choices = {name: int(index) for name, index in json.loads(text).items()}
+    return round(percent([choices[example.id] == example.extra["correct"] for example in examples]), 2)
 
 
 def captions(rows: Callable[[str], Mapping[str, str]], style: str) -> Rule:
     def rule(examples: Sequence[Example], text: str) -> float:
-        given = rows(text)
-        answers = {example.id: given[caption.clip_of(example)] for example in examples}
+        texts = rows(text)
+        answers = {example.id: texts[caption.clip_of(example)] for example in examples}
         return caption.score(examples, answers, style=style, tokenizer="fallback").metrics["CIDEr"]
 
     return rule
@@ -208,8 +208,8 @@ def test_value_files_have_the_published_form(name: str) -> None:
 
 def test_a_judges_request_holds_all_it_needs() -> None:
     extra = {"category": "conv", "context": "a cat"}
-    asked = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
-    (first,) = llava.judge_requests([asked], {"0": "mine"}, {"conv": "Rate them."})
+    example = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
+    (first,) = llava.judge_requests([example], {"0": "mine"}, {"conv": "Rate them."})
     assert first["category"] == "conv"
-    places = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
-    assert places == sorted(places)
+    positions = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
+    assert positions == sorted(positions)

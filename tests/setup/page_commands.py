@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def block(page: Path, mark: str) -> str:
     """The code behind a mark, `<!-- mark -->`."""
-    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return found
+    (code,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return code
 
 
 def programs(page: Path, mark: str = "commands") -> list[list[str]]:
@@ -24,7 +24,7 @@ def programs(page: Path, mark: str = "commands") -> list[list[str]]:
     own = {"dora-vl": [sys.executable, "-m", "dora_vl.cli"], "python": [sys.executable]}
     lines = [shlex.split(line) for line in block(page, mark).splitlines()]
     return [
-        [*own[words[0]], *(str(ROOT / one) if one.startswith("tasks/") else one for one in words[1:])]
+        [*own[words[0]], *(str(ROOT / word) if word.startswith("tasks/") else word for word in words[1:])]
         for words in lines
     ]
 

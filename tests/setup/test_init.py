@@ -139,20 +139,20 @@ INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside
 def test_every_container_gives_the_same_halves(
     tmp_path: Path, base: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, made = tmp_path / "my", items(16)
+    folder, samples = tmp_path / "my", items(16)
     folder.mkdir()
     if name not in HOLD_PICTURES:
-        write_pictures(folder, made)
-    WRITERS[name](folder, made)
+        write_pictures(folder, samples)
+    WRITERS[name](folder, samples)
     printed = told(capsys, "my", "--model", base, "--to", "out")
     assert "16 rows" in printed
     assert "left out, as check-data" not in printed
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
-    asked = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
-    assert asked == {(f"<image>\n{item.question}", item.answer) for item in made}
+    talks = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
+    assert talks == {(f"<image>\n{item.question}", item.answer) for item in samples}
     root = tmp_path / ("out" if name in HOLD_PICTURES else "my")
     assert read_run_file("out/run.yaml").data.image_folder == root.name
-    assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in made}
+    assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
 
 
@@ -165,7 +165,7 @@ def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytes
     assert "cache_features" not in plain["data"]
     assert plain["data"]["validation_share"] == 0.05
     assert plain["training"]["per_device_train_batch_size"] == 16
-    write_table(tmp_path / "my" / "answers.csv", [[name, asked, "a long answer " * 30] for name, asked, _ in rows])
+    write_table(tmp_path / "my" / "answers.csv", [[name, text, "a long answer " * 30] for name, text, _ in rows])
     told(capsys, "my", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--overwrite")
     large = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
     assert large["model"]["base"] == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -249,7 +249,7 @@ def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(base)
-    assert base_of(str(base)).parameters == sum(one.numel() for one in model.parameters())
+    assert base_of(str(base)).parameters == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -305,9 +305,9 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
 def test_shards_are_one_file_and_videos_are_named(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = items(16)
+    samples = items(16)
     (tmp_path / "my").mkdir()
-    for number, half in enumerate((made[:8], made[8:])):
+    for number, half in enumerate((samples[:8], samples[8:])):
         (tmp_path / str(number)).mkdir()
         WRITERS["parquet"](tmp_path / str(number), half).rename(tmp_path / "my" / f"{number}.parquet")
     assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)

@@ -20,10 +20,10 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     exec(compile(block(PAGE, "drawn"), "drawn", "exec"), {})
     base = write_tiny("smolvlm", tmp_path / "base")
-    told, checked, _, answered = run_commands(PAGE, tmp_path, more={0: ("--model", str(base)), 2: SHORT})
-    assert "clips/questions.csv: question/answer, 60 rows (video, question, answer), 60 usable" in told
-    assert "videos: 60 in clips, MP4 60" in told
-    assert "12 rows about 12 videos" in told
+    output, checked, _, answered = run_commands(PAGE, tmp_path, more={0: ("--model", str(base)), 2: SHORT})
+    assert "clips/questions.csv: question/answer, 60 rows (video, question, answer), 60 usable" in output
+    assert "videos: 60 in clips, MP4 60" in output
+    assert "12 rows about 12 videos" in output
     assert "nothing found" in checked
     assert "clips/001.mp4 (8 frames, 0.1 to 1.8 s, " in answered
     assert "which way does the ball roll?" in answered

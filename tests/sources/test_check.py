@@ -108,10 +108,10 @@ def test_every_kind_of_problem_of_a_llava_file_is_named(tmp_path: Path, media: P
     path.write_text(json.dumps(rows))
     lines, status = check(str(path), "--media", str(media), "--longest", "40")
     assert status == 1
-    found = {re.split("  +", line)[1]: line for line in lines[1:-1]}
+    problems = {re.split("  +", line)[1]: line for line in lines[1:-1]}
     kinds = {"duplicate id": "same", "empty answer": "silent", "placeholders differ from pictures": "three"}
     kinds |= {"missing media": "gone", "truncated media": "cut", "longer than 40 words": "long", "not a sample": "odd"}
-    assert {kind: kinds[kind] in line for kind, line in found.items()} == dict.fromkeys(kinds, True)
+    assert {kind: kinds[kind] in line for kind, line in problems.items()} == dict.fromkeys(kinds, True)
     assert lines[-1] == "1 files, 9 samples, 3 media files: 7 problems"
 
 
@@ -153,7 +153,7 @@ def test_what_stands_in_a_row_decides_no_kind(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines, _ = check(str(tmp_path / "rows.jsonl"))
     cells = [re.split(r"  +", line) for line in lines[1:-1]]
-    assert {(one[3], one[1]) for one in cells} == {
+    assert {(row[3], row[1]) for row in cells} == {
         ("asked", "no answer"),
         ("said", "not a sample"),
         ("web", "media on the web"),
@@ -193,14 +193,14 @@ def test_wrong_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_every_format_and_container_is_checked_alike(tmp_path: Path) -> None:
-    made = items(4)
-    broken = [dataclasses.replace(made[0], content=made[0].content[:-30]), dataclasses.replace(made[1], answer=" ")]
+    whole = items(4)
+    broken = [dataclasses.replace(whole[0], content=whole[0].content[:-30]), dataclasses.replace(whole[1], answer=" ")]
     for name, write in WRITERS.items():
         folder = tmp_path / name
         folder.mkdir()
         if name not in HOLD_PICTURES:
-            write_pictures(folder, [*broken, *made[2:]])
-        lines, status = check(str(write(folder, [*broken, *made[2:]])), "--media", str(folder), "--decode")
+            write_pictures(folder, [*broken, *whole[2:]])
+        lines, status = check(str(write(folder, [*broken, *whole[2:]])), "--media", str(folder), "--decode")
         assert status == 1, name
         assert any("truncated media" in line and "n0" in line for line in lines), (name, lines)
         assert any("empty answer" in line and "n1" in line for line in lines), (name, lines)
@@ -225,8 +225,8 @@ def test_videos_are_looked_for_in_their_own_folder(tmp_path: Path, media: Path) 
     (tmp_path / "train.json").write_text(json.dumps(rows))
     words = [str(tmp_path / "train.json"), "--media", str(media), "--videos", str(tmp_path / "videos")]
     lines, status = check(*words)
-    found = {kind: line for line in lines[1:-1] for kind in KINDS if f"  {kind}  " in line}
-    assert {kind: KINDS[kind] in line for kind, line in found.items()} == dict.fromkeys(KINDS, True)
+    problems = {kind: line for line in lines[1:-1] for kind in KINDS if f"  {kind}  " in line}
+    assert {kind: KINDS[kind] in line for kind, line in problems.items()} == dict.fromkeys(KINDS, True)
     assert lines[-1] == "1 files, 5 samples, 6 media files: 4 problems"
     assert status == 1
 

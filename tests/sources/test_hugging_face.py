@@ -81,17 +81,17 @@ def test_shards(tmp_path: Path, rows: datasets.Dataset, write: Callable[[dataset
 
 
 def test_a_set_of_the_hub_is_streamed(tmp_path: Path, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def load_dataset(**options: Any) -> Any:
-        asked.update(options)
+        request.update(options)
         return rows.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     columns = "question:query,extra:level"
     examples = prepare(tmp_path, tmp_path / "records", hub="owner/name", split="test", revision="v1", columns=columns)
     check(examples, tmp_path / "records" / "own")
-    assert asked == {"path": "owner/name", "name": None, "revision": "v1", "split": "test", "streaming": True}
+    assert request == {"path": "owner/name", "name": None, "revision": "v1", "split": "test", "streaming": True}
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ def test_only_the_split_that_was_asked_for_is_taken(tmp_path: Path, layout: str)
     assert example.question == "Of train?"
 
 
-@pytest.mark.parametrize("asked", ["testdev", "val", "other"])
-def test_a_split_that_is_not_there_or_could_be_two(tmp_path: Path, asked: str) -> None:
+@pytest.mark.parametrize("split", ["testdev", "val", "other"])
+def test_a_split_that_is_not_there_or_could_be_two(tmp_path: Path, split: str) -> None:
     folder = in_splits(tmp_path / "data", LAYOUTS[0])
     with pytest.raises(UserError):
-        prepare(folder, tmp_path / "records", split=asked)
+        prepare(folder, tmp_path / "records", split=split)
 
 
 def test_shards_of_one_split_may_be_called_something_else_but_not_another_split(tmp_path: Path) -> None:

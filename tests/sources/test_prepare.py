@@ -51,18 +51,18 @@ def left_over(folder: Path) -> list[str]:
 def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     no_answer = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": " "}]}
     file = published(tmp_path / "a.json", 9, r3=no_answer, r5={"id": "r1"}, r7=no_answer)
-    said = prepare(file, tmp_path / "records")
-    made = manifest(tmp_path / "records" / "llava", "a")
+    lines = prepare(file, tmp_path / "records")
+    content = manifest(tmp_path / "records" / "llava", "a")
     assert ids(tmp_path / "records" / "llava" / "a.jsonl") == ["r0", "r1", "r2", "r4", "r1#2", "r6", "r8"]
-    assert (made["rows"], made["written"], made["renamed_ids"], made["dropped"]) == (9, 7, 1, 2)
-    assert made["reasons"] == {"answer 1 of 1 is empty": 2}
-    assert made["dropped_rows"] == [
+    assert (content["rows"], content["written"], content["renamed_ids"], content["dropped"]) == (9, 7, 1, 2)
+    assert content["reasons"] == {"answer 1 of 1 is empty": 2}
+    assert content["dropped_rows"] == [
         {"row": 4, "id": "r3", "reason": "answer 1 of 1 is empty"},
         {"row": 8, "id": "r7", "reason": "answer 1 of 1 is empty"},
     ]
-    assert made["inputs"][0]["file"] == "a.json"
-    assert made["inputs"][0]["bytes"] == file.stat().st_size
-    assert said[0].endswith("7 records of 9 rows, written")
+    assert content["inputs"][0]["file"] == "a.json"
+    assert content["inputs"][0]["bytes"] == file.stat().st_size
+    assert lines[0].endswith("7 records of 9 rows, written")
 
 
 def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
@@ -81,13 +81,13 @@ def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) 
     file = published(tmp_path / "a.json", 5)
     records = tmp_path / "records"
     prepare(file, records)
-    made = records / "llava" / "a.jsonl"
-    before = made.stat().st_mtime_ns
-    assert prepare(file, records) == [f"{made}: 5 records of 5 rows, already there"]
+    path = records / "llava" / "a.jsonl"
+    before = path.stat().st_mtime_ns
+    assert prepare(file, records) == [f"{path}: 5 records of 5 rows, already there"]
     os.utime(file)  # another time, the same content
     assert "already there" in prepare(file, records)[0]
-    assert made.stat().st_mtime_ns == before
-    made.write_text(made.read_text()[:-10])
+    assert path.stat().st_mtime_ns == before
+    path.write_text(path.read_text()[:-10])
     assert prepare(file, records)[0].endswith("written")
     assert prepare(file, records, "--limit", "3")[0].endswith("3 records of 3 rows, written")
     published(file, 6)
@@ -117,8 +117,8 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes
         prepare(file, tmp_path / "records")
     assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
     monkeypatch.undo()
-    said = prepare(file, tmp_path / "records")
-    assert said[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
+    lines = prepare(file, tmp_path / "records")
+    assert lines[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
     assert ids(tmp_path / "records" / "llava" / "a.jsonl") == [f"r{number}" for number in range(2000)]
     assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
 

@@ -23,7 +23,7 @@ from tests.sources.published import prepared
     ],
 )
 def test_cues_are_read_in_any_spelling(content: str, cue: tuple[str, float | None, float | None]) -> None:
-    assert [tuple(found.values()) for found in parse_srt(content)] == [cue]
+    assert [tuple(entry.values()) for entry in parse_srt(content)] == [cue]
 
 
 @pytest.mark.parametrize(
@@ -49,22 +49,22 @@ def test_a_span_that_cannot_be_read_is_no_question_about_the_whole_video(value: 
 
 def test_subtitles_of_no_words_are_kept_and_entries_without_text_are_not() -> None:
     """VL-Adapter joins all of the file's texts by spaces, so an empty one is a second space in its prompt."""
-    said = [{"text": "well", "start": 1, "end": 2}, {"text": " "}, {"start": 3}, {"text": None}, {"text": " no "}]
-    found = subtitles_of(Row({"sub": said}))
-    assert [(line.text, line.start_seconds) for line in found] == [("well", 1.0), ("", None), ("no", None)]
+    cues = [{"text": "well", "start": 1, "end": 2}, {"text": " "}, {"start": 3}, {"text": None}, {"text": " no "}]
+    lines = subtitles_of(Row({"sub": cues}))
+    assert [(line.text, line.start_seconds) for line in lines] == [("well", 1.0), ("", None), ("no", None)]
 
 
 def test_a_caption_keeps_what_is_inside_it() -> None:
-    said = [{"raw": "\nA dog  runs.\nFast. "}, {"raw": " \n"}, {"raw": "A\tdog"}]
-    row = {"cocoid": 7, "split": "test", "filepath": "val2014", "filename": "7.jpg", "sentences": said}
+    sentences = [{"raw": "\nA dog  runs.\nFast. "}, {"raw": " \n"}, {"raw": "A\tdog"}]
+    row = {"cocoid": 7, "split": "test", "filepath": "val2014", "filename": "7.jpg", "sentences": sentences}
     assert [answer.text for answer in coco_caption_row(row).answers] == ["A dog  runs.\nFast.", "A\tdog"]
 
 
 def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "tvqa_subtitles").mkdir()
     (tmp_path / "tvqa_subtitles" / "a.srt").write_bytes("1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n".encode("latin-1"))
-    found = Subtitles(tmp_path, ["tv_subtitles.jsonl", "tvqa_subtitles"])
-    rows = list(found.joined([{"vid_name": "a"}, {"vid_name": "b"}], lambda _: None))
+    subtitles = Subtitles(tmp_path, ["tv_subtitles.jsonl", "tvqa_subtitles"])
+    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}], lambda _: None))
     assert [[subtitle.text for subtitle in subtitles_of(Row(row))] for row in rows] == [["caf\xe9"], []]
 
 

@@ -42,14 +42,14 @@ COUNTS = {
 @pytest.mark.parametrize(("source", "folder"), sorted(COUNTS))
 def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str) -> None:
     prepared(source, shared(folder), tmp_path)
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for path in tmp_path.glob("*/manifest.json"):
         for name, split in json.loads(path.read_text(encoding="utf-8"))["splits"].items():
-            found[f"{path.parent.name}/{name}"] = split["written"]
+            counts[f"{path.parent.name}/{name}"] = split["written"]
             assert split["dropped"] == 0, split["dropped_rows"][:3]
             assert split["published_rows"] in {None, split["rows"]}
             assert sum(1 for _ in iterate_examples(path.parent / split["file"])) == split["written"]
-    assert found == COUNTS[source, folder]
+    assert counts == COUNTS[source, folder]
 
 
 def test_every_picture_of_nlvr_is_there(tmp_path: Path) -> None:

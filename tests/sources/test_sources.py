@@ -32,8 +32,8 @@ def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_become_the_expected_records(tmp_path: Path, fixture: str) -> None:
     entries = [entry for entry in EXPECTED if entry["fixture"] == fixture]
     prepared(SOURCE_OF[fixture], FIXTURES / fixture, tmp_path)
-    made = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jsonl"))
-    assert made == sorted(f"{entry['task']}/{entry['split']}.jsonl" for entry in entries)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jsonl"))
+    assert files == sorted(f"{entry['task']}/{entry['split']}.jsonl" for entry in entries)
     for entry in entries:
         path = tmp_path / entry["task"] / f"{entry['split']}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -104,8 +104,8 @@ BEGINS_AS_PNG = "iVBORw0KGgo"
 
 def cut_picture(text: str) -> str:
     """A table that ends inside a picture, whose row goes on: base64 that ends well."""
-    place = text.rindex(BEGINS_AS_PNG) + 40
-    return text[:place] + text[text.index("\tsynthetic") :].partition("\n")[0]
+    position = text.rindex(BEGINS_AS_PNG) + 40
+    return text[:position] + text[text.index("\tsynthetic") :].partition("\n")[0]
 
 
 def damaged_picture(text: str) -> str:
@@ -117,7 +117,7 @@ def damaged_picture(text: str) -> str:
 
 
 def other_picture(cell: str) -> Callable[[str], str]:
-    return lambda text: text.replace(next(one for one in text.split("\t") if one.startswith(BEGINS_AS_PNG)), cell, 1)
+    return lambda text: text.replace(next(part for part in text.split("\t") if part.startswith(BEGINS_AS_PNG)), cell, 1)
 
 
 @pytest.mark.parametrize(
@@ -225,14 +225,14 @@ def test_karpathys_split_of_the_official_files_is_by_picture_and_limited_to_the_
 
 
 def test_published_ids_that_repeat_are_numbered_and_turns_stay_as_they_are(tmp_path: Path) -> None:
-    said = prepared("llava-mix665k", FIXTURES / "llava-mix665k", tmp_path)
+    output = prepared("llava-mix665k", FIXTURES / "llava-mix665k", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "llava_mix665k" / "train.jsonl").read_text().splitlines()]
     ids = ["000000033471", "000000033471#2", "wNBG8Gp_0", "2373417", "ocr/0001", "gpt_first", "text/0009"]
     assert [row["id"] for row in rows] == [*ids, "000000033471#3"]
     published = json.loads((FIXTURES / "llava-mix665k" / "llava_v1_5_mix665k.json").read_text(encoding="utf-8"))
     kept = [row for row in published if row["id"] not in {"empty_answer", "two_images_one_named"}]
     assert [row["conversations"] for row in rows] == [row["conversations"] for row in kept]
-    assert "  2 repeated ids were numbered" in said
+    assert "  2 repeated ids were numbered" in output
     rows = manifest(tmp_path / "llava_mix665k", "train")["dropped_rows"]
     assert [(row["row"], row["id"]) for row in rows] == [(7, "empty_answer"), (8, "two_images_one_named")]
 
@@ -245,8 +245,8 @@ def test_the_versions_of_popes_labels_are_told_apart(tmp_path: Path) -> None:
         lines = (json.dumps({"question_id": number, **row}) for number in range(1, count + 1))
         (folder / f"coco_pope_{category}.json").write_text("\n".join(lines))
     prepared("pope", folder, tmp_path)
-    made = manifest(tmp_path / "pope", "test")
-    assert (made["written"], made["notes"]["label_version"]) == (8910, "e3e3926 (LLaVA-1.5's)")
+    split = manifest(tmp_path / "pope", "test")
+    assert (split["written"], split["notes"]["label_version"]) == (8910, "e3e3926 (LLaVA-1.5's)")
 
 
 def test_records_without_answers_among_others_are_counted(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def generate(rows: int, *, seed: int) -> list[dict[str, str]]:
     for _ in range(rows):
         quality = drawn.choice(sorted(RANKED))
         things = drawn.sample(RANKED[quality], CHOICES)
-        right = max(range(CHOICES), key=lambda place: RANKED[quality].index(things[place])) + 1
+        right = max(range(CHOICES), key=lambda index: RANKED[quality].index(things[index])) + 1
         choices = " ".join(f"Answer{number}: {thing}" for number, thing in enumerate(things, start=1))
         names = "/".join(f"answer{number}" for number in range(1, CHOICES + 1))
         records.append(

@@ -40,10 +40,10 @@ def write_samples(folder: Path) -> Path:
     samples = []
     for number in range(24):
         colour = list(COLOURS)[number % 3]
-        asked = f"Is it {colour}?" if number % 4 == 0 else "<image>\nWhat is in the picture?"
-        turns = [asked, f"A {colour} circle", "Is it red?", "Yes, it is." if colour == "red" else "No, it is not."]
-        said = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
-        sample = {"id": f"sample-{number}", "conversations": said}
+        question = f"Is it {colour}?" if number % 4 == 0 else "<image>\nWhat is in the picture?"
+        turns = [question, f"A {colour} circle", "Is it red?", "Yes, it is." if colour == "red" else "No, it is not."]
+        talk = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
+        sample = {"id": f"sample-{number}", "conversations": talk}
         if number % 4:
             sample["image"] = f"{number}.png"
             Image.new("RGB", (30 + number, 41), COLOURS[colour]).save(folder / f"{number}.png")

@@ -112,8 +112,8 @@ def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> tor
             ids[None], torch.ones_like(ids)[None], reader.read(example.images[0])[None, None]
         )
         start = torch.tensor([[backbone.config.decoder_start_token_id]])
-        said = model.decoder(input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=mask)
-        rows.append(head(said.last_hidden_state[0, 0]))
+        decoded = model.decoder(input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=mask)
+        rows.append(head(decoded.last_hidden_state[0, 0]))
     return torch.stack(rows)
 
 
@@ -132,9 +132,9 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
     backbone = loaded(trained, run_file.parent / "data" / "base")
     for task, answers in LISTS.items():
         assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
-        said = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
         best = by_hand(config_of(run_file), backbone, task).argmax(1)
-        assert [one["prediction"] for one in said] == [answers[place] for place in best.tolist()]
+        assert [row["prediction"] for row in rows] == [answers[index] for index in best.tolist()]
     shutil.copytree(trained, trained.with_name("again"))
     (trained.with_name("again") / "metrics.json").unlink()
     again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
@@ -160,7 +160,7 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
     chance = by_hand(config, backbone, task).sigmoid().double()
     truth = torch.tensor(
         [
-            [sum(one.weight for one in example.answers if one.text == text) for text in LISTS[task]]
+            [sum(answer.weight for answer in example.answers if answer.text == text) for text in LISTS[task]]
             for example in ExampleFile(Path(str(config.data.train[task])))
         ],
         dtype=torch.float64,
@@ -174,10 +174,10 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
 
 def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
     config = config_of(run_file, "--data.closed_answers={}")
-    made = VlBartPipeline(config, all_subtasks(), name="tiny")
+    pipeline = VlBartPipeline(config, all_subtasks(), name="tiny")
     backbone = load_vlbart(config.model.base)
     loss = Seq2SeqLoss(backbone)
-    encoder, subtask = made.encoder, all_subtasks()["vqav2"]
+    encoder, subtask = pipeline.encoder, all_subtasks()["vqav2"]
     file = ExampleFile(Path(str(config.data.train["vqav2"])))
     reader = FeatureReader(open_features(Path(config.data.features["vqav2"])), FEATURE_TOKENS, FEATURE_WIDTH)
     collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))
@@ -187,11 +187,11 @@ def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_one
         batches[kind.answer_by] = collate([MixtureDataset(plan, [TaskSource(kind, file, reader, encoder)], seed=0)[0]])
     assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
     batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}
-    found = loss(**batch)["loss"]
+    actual = loss(**batch)["loss"]
     features = backbone(**{name: value for name, value in batch.items() if name != "sample_weights"})
     each = functional.cross_entropy(features.logits.float(), features.targets, reduction="none")
     weights = batch["sample_weights"] / features.rows.bincount(minlength=ITEMS)
-    assert torch.equal(found, (each * weights[features.rows]).sum())
+    assert torch.equal(actual, (each * weights[features.rows]).sum())
 
 
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, trained: Path) -> None:
@@ -205,9 +205,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, traine
         train(run_file, *options, "--resume=last", other)
     assert error.value.key == "resume"
     train(run_file, *options, "--resume=last", f"--data.closed_answers.gqa={folder}/checkpoint-4/adapter/recipe.json")
-    found, expected = load_file(folder / WEIGHTS), load_file(trained / WEIGHTS)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    resumed, expected = load_file(folder / WEIGHTS), load_file(trained / WEIGHTS)
+    assert resumed.keys() == expected.keys()
+    for name, tensor in resumed.items():
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_closed_is_refused(
 ) -> None:
     for name, text in {"twice.txt": "red\nblue\nred", "odd.json": '{"closed_answers": 3}', "other.txt": "a\nb"}.items():
         (tmp_path / name).write_text(text)
-    setting = {task: one if isinstance(one, int) else str(tmp_path / one) for task, one in setting.items()}
+    setting = {task: value if isinstance(value, int) else str(tmp_path / value) for task, value in setting.items()}
     data = {"closed_answers": setting}
     tasks = ("vqav2", "gqa", "nlvr2", "coco_caption")
     file = write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data)
@@ -319,7 +319,7 @@ def test_what_cannot_be_closed_is_refused(
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps on features that a tower made of pictures, so that pictures can be asked about."""
     import timm
     from PIL import Image
@@ -329,8 +329,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for colour in COLOURS:
         Image.new("RGB", (32, 32), colour).save(folder / "pictures" / f"{colour}.png")
     examples = [
-        Example(id=one, images=(f"{one}.png",), question="what color is it?", answers=(Answer(text=one),))
-        for one in COLOURS
+        Example(id=name, images=(f"{name}.png",), question="what color is it?", answers=(Answer(text=name),))
+        for name in COLOURS
     ]
     write_examples(folder / "gqa.jsonl", examples)
     torch.manual_seed(0)
@@ -358,20 +358,20 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(asked: Path, capsys: Any) -> None:
-    adapter, pictures = asked / "run" / "adapter", asked / "pictures"
-    said = [json.loads(line) for line in (asked / "run" / "predictions" / "gqa.jsonl").read_text().splitlines()]
+def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(gqa_folder: Path, capsys: Any) -> None:
+    adapter, pictures = gqa_folder / "run" / "adapter", gqa_folder / "pictures"
+    rows = [json.loads(line) for line in (gqa_folder / "run" / "predictions" / "gqa.jsonl").read_text().splitlines()]
     images = [part for colour in COLOURS for part in ("--image", str(pictures / f"{colour}.png"))]
     question = ["--question", "what color is it?", "--compare-base"]
     image_qa.main(["--adapter", str(adapter), *images, *question])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["prediction"] for one in said]
+    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [row["prediction"] for row in rows]
     base = open_model(ModelRequest(adapter=adapter, with_base=True)).base
     assert isinstance(base, VlBartAssistant)
-    assert [one.answer_by for one in base.subtasks] == ["text"]
-    options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={asked / 'gqa.jsonl'}"]
-    main([*options, "--images", str(pictures), "--to", str(asked / "evaluated")])
-    evaluated = json.loads((asked / "evaluated" / "metrics.json").read_text())
-    tested = json.loads((asked / "run" / "metrics.json").read_text())
-    found = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
-    assert found == tested["tasks"]["gqa"]["metrics"]["accuracy"]
+    assert [subtask.answer_by for subtask in base.subtasks] == ["text"]
+    options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={gqa_folder / 'gqa.jsonl'}"]
+    main([*options, "--images", str(pictures), "--to", str(gqa_folder / "evaluated")])
+    evaluated = json.loads((gqa_folder / "evaluated" / "metrics.json").read_text())
+    tested = json.loads((gqa_folder / "run" / "metrics.json").read_text())
+    accuracy = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
+    assert accuracy == tested["tasks"]["gqa"]["metrics"]["accuracy"]

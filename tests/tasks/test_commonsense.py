@@ -33,10 +33,10 @@ SMOKE = ROOT / "tests" / "tasks" / "commonsense_smoke.yaml"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("commonsense")
-    write_tiny_language(made / "base")
-    generated_commonsense.main(["--to", str(made / "data")])
-    return made
+    root = tmp_path_factory.mktemp("commonsense")
+    write_tiny_language(root / "base")
+    generated_commonsense.main(["--to", str(root / "data")])
+    return root
 
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
@@ -68,13 +68,13 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     metrics = json_of(run / "metrics.json")
     assert metrics["train_samples"] == 48
     for way in ("generation", "likelihood"):
-        found = metrics[way]
-        assert found["n"] == 40
-        assert set(found["accuracy"]) == {"average", "openbookqa"}
-        low, high = found["interval_95"]["openbookqa"]
-        assert low <= found["accuracy"]["openbookqa"] <= high
-        assert found["failed_questions"] == {}
-        assert way in found["settings"]["scoring"]
+        entry = metrics[way]
+        assert entry["n"] == 40
+        assert set(entry["accuracy"]) == {"average", "openbookqa"}
+        low, high = entry["interval_95"]["openbookqa"]
+        assert low <= entry["accuracy"]["openbookqa"] <= high
+        assert entry["failed_questions"] == {}
+        assert way in entry["settings"]["scoring"]
     assert metrics["generation"]["settings"]["extraction"] == "nvlabs"
     assert metrics["likelihood"]["no_answer_found"] == 0  # one of the four is always the likeliest
     lines = (run / "predictions.jsonl").read_text().splitlines()
@@ -129,8 +129,8 @@ def test_the_references_validation_split(folder: Path) -> None:
     expected = datasets.load_dataset("json", data_files=str(config.data.train[0]), cache_dir=str(folder / "cache"))
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None
-    for found, wanted in ((held_out, split["test"]), (rows, split["train"])):
-        assert [turns[0]["text"] for turns in found.rows["turns"]] == wanted["instruction"][:]
+    for ours, theirs in ((held_out, split["test"]), (rows, split["train"])):
+        assert [turns[0]["text"] for turns in ours.rows["turns"]] == theirs["instruction"][:]
 
 
 def test_any_format_of_several_files_streamed(folder: Path) -> None:
@@ -141,7 +141,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
         for number in range(12)
     ]
     longer = [*rows[0], {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "no"}]
-    chats.write_text("".join(json.dumps({"id": f"chat {len(one)}", "messages": one}) + "\n" for one in [*rows, longer]))
+    chats.write_text("".join(json.dumps({"id": f"chat {len(row)}", "messages": row}) + "\n" for row in [*rows, longer]))
     files: list[Any] = [{"path": str(folder / "data" / "train.json"), "weight": 0.25}, str(chats)]
     config = settings(
         folder,
@@ -160,10 +160,10 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    asked, unreadable = read_sets(CommonsenseEvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
-    assert [one.id for one in asked] == ["piqa/a", "piqa/record 1", "piqa/7"]
-    assert {(one.answer, one.kind, one.truth) for one in asked} == {("solution2", "piqa", row["output"])}
-    assert {(one.turns[0].instruction, one.turns[0].input, one.text) for one in asked} == {
+    questions, unreadable = read_sets(CommonsenseEvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
+    assert [item.id for item in questions] == ["piqa/a", "piqa/record 1", "piqa/7"]
+    assert {(item.answer, item.kind, item.truth) for item in questions} == {("solution2", "piqa", row["output"])}
+    assert {(item.turns[0].instruction, item.turns[0].input, item.text) for item in questions} == {
         ("Is it?", "a text", "Is it?\na text")
     }
     assert unreadable == {"piqa/record 2": "'output' is empty"}

@@ -100,33 +100,33 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
 
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         opened = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=with_base))
-        assistants = [one for one in (opened.adapted, opened.base) if isinstance(one, Assistant)]
-        found = [
-            one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-            for one in assistants
+        assistants = [assistant for assistant in (opened.adapted, opened.base) if isinstance(assistant, Assistant)]
+        scores = [
+            assistant.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
+            for assistant in assistants
         ]
-        return found[0], found[1] if with_base else None
+        return scores[0], scores[1] if with_base else None
 
     seen_logits = []
     for strength in (0.0, 0.4, 1.0, 1.7):
         with model.rows([model.entry("one")], [1], [strength]):
             expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-        found, _ = logits(strength)
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-        seen_logits.append(found)
-    assert all(not torch.allclose(one, other, atol=1e-2) for one, other in pairwise(seen_logits))
+        actual, _ = logits(strength)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+        seen_logits.append(actual)
+    assert all(not torch.allclose(first, other, atol=1e-2) for first, other in pairwise(seen_logits))
     beside, base = logits(1.7, with_base=True)
     assert torch.equal(beside, seen_logits[-1])
     assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
 
 
 def test_the_strength_changes_what_is_printed(adapter: Path, pictures: list[str], capsys: Any) -> None:
-    asked = ["--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour."]
-    ask(*asked, "--compare-base")
+    options = ["--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour."]
+    ask(*options, "--compare-base")
     base = capsys.readouterr().out.splitlines()[-1].split(":")[-1].strip()
-    ask(*asked, "--strength", "0")
+    ask(*options, "--strength", "0")
     assert capsys.readouterr().out.splitlines()[1].strip() == base
-    refused(*asked[:4], "--strength", "-1")
+    refused(*options[:4], "--strength", "-1")
     refused("--model", "x", "--image", pictures[0], "--strength", "0.5")
 
 
@@ -152,9 +152,9 @@ def test_typed_questions(adapter: Path, pictures: list[str], monkeypatch: Any, c
     typed = iter(["Say the colour.", ":image missing.png", f":image {pictures[1]}", "What colour is it?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     ask("--adapter", str(adapter), "--image", pictures[0])
-    told = capsys.readouterr()
-    assert len(told.out.splitlines()) == 3  # how to leave, and two answers
-    assert told.err.startswith("error: picture missing.png is missing")
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 3  # how to leave, and two answers
+    assert printed.err.startswith("error: picture missing.png is missing")
     assert list(typed) == []
 
 

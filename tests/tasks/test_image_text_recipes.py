@@ -48,10 +48,10 @@ def test_the_recipe_runs_with_every_method(tmp_path: Path, recipe: str, size: st
     needs = FAMILIES[family].needs
     if needs is not None:
         pytest.importorskip(needs)
-    methods = [one for one in METHODS if one != "qdora" or importlib.util.find_spec("bitsandbytes")]
+    methods = [name for name in METHODS if name != "qdora" or importlib.util.find_spec("bitsandbytes")]
     write_tiny(family, tmp_path / "base", width=64)
     write_tiny_data(tmp_path / "data", samples=8, text_only_blocks=4)
-    given: dict[str, object] = {
+    options: dict[str, object] = {
         "config": f"image_text/{recipe}",
         "model.base": tmp_path / "base",
         "data.train": tmp_path / "data" / "train.json",
@@ -62,8 +62,8 @@ def test_the_recipe_runs_with_every_method(tmp_path: Path, recipe: str, size: st
         "training.gradient_accumulation_steps": 1,
         "training.logging_steps": 1,
     }
-    own = {one: {"variant": f"{size}_{one}", "training.output_dir": tmp_path / one} for one in methods}
-    runs = [[f"--{name}={value}" for name, value in {**given, **changes}.items()] for changes in own.values()]
+    own = {name: {"variant": f"{size}_{name}", "training.output_dir": tmp_path / name} for name in methods}
+    runs = [[f"--{name}={value}" for name, value in {**options, **changes}.items()] for changes in own.values()]
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(runs)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

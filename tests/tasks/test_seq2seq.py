@@ -88,8 +88,8 @@ def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encod
 def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
     images = vlbart_tasks.image_subtasks()
     example = Example(id="1", images=("a.png",), question="is it red?", answers=(Answer(text="True"),))
-    said = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
-    assert said == {
+    texts = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
+    assert texts == {
         "vqav2": "vqa: is it red?",
         "gqa": "gpa: is it red?",
         "nlvr2": "nlvr: is it red?",
@@ -139,9 +139,9 @@ def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEnco
     row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
     write_examples(tmp_path / "tvc.jsonl", [clip_row(row, answered=True)])
     file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
-    said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
-    assert said == [" hello is it", "hello"]
-    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(said[0], max_tokens=20).tolist())[1]
+    targets = [task.target(file[index], file.answer_of(index), Random(0)).text for index in range(len(file))]
+    assert targets == [" hello is it", "hello"]
+    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(targets[0], max_tokens=20).tolist())[1]
     assert first == "\u0120hello"
 
 
@@ -150,9 +150,9 @@ def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
     example = Example(id="1", images=("a.png",), answers=answers)
     images = vlbart_tasks.image_subtasks()
     drawn = [images["vqav2"].target(example, None, Random(number)) for number in range(4000)]
-    share = Counter(one.text for one in drawn)["red"] / 4000
+    share = Counter(target.text for target in drawn)["red"] / 4000
     assert abs(share - 0.75) < 0.03
-    assert {(one.text, one.weight) for one in drawn} == {("red", 0.9), ("blue", 0.3)}
+    assert {(target.text, target.weight) for target in drawn} == {("red", 0.9), ("blue", 0.3)}
     assert {images["gqa"].target(example, None, Random(n)).weight for n in range(20)} == {1.0}
     with pytest.raises(BadSample) as error:
         images["vqav2"].target(Example(id="2", images=("a.png",)), None, Random(0))
@@ -176,8 +176,8 @@ def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path, {})
     writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
     writer.flush()
-    made = features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 12, 3))
-    assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
+    pooled = features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 12, 3))
+    assert torch.equal(pooled[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
     with pytest.raises(BadSample) as error:
         features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 10, 3))
     assert error.value.sample_id == "1"
@@ -208,12 +208,12 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
     write_examples(tmp_path / "c.jsonl", examples)
     captions = ExampleFile(tmp_path / "c.jsonl", each_answer=True)
     task = vlbart_tasks.image_subtasks()["coco_caption"]
-    said = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
-    assert said == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
+    targets = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
+    assert targets == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
     assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
     assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
     twice = ExampleFile((tmp_path / "c.jsonl", tmp_path / "c.jsonl"), each_answer=True)
-    assert [twice[place].id for place in (5, 6, 7)] == ["2", "1", "3"]
+    assert [twice[index].id for index in (5, 6, 7)] == ["2", "1", "3"]
 
 
 def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for row, ids, mask, labels in zip(
         view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
     ):
-        asked, said = row.lines
+        prompt, answer = row.lines
         assert [sum(piece.count for piece in line) for line in row.lines] == [len(ids), len(labels)]
-        assert counts(asked, "context") == int(mask.sum())
-        assert counts(asked, "padding") == int((mask == 0).sum())
-        assert counts(said, "trained") == int((labels != -100).sum())
+        assert counts(prompt, "context") == int(mask.sum())
+        assert counts(prompt, "padding") == int((mask == 0).sum())
+        assert counts(answer, "trained") == int((labels != -100).sum())
 
 
 def test_nothing_is_written_but_what_is_asked_for(
@@ -113,10 +113,10 @@ def test_nothing_is_written_but_what_is_asked_for(
         main(["show", "batch", str(run_file), "--to", str(tmp_path / name), "--data.rows", "plain", *samples])
     assert sorted(run_file.parent.rglob("*")) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.html", "batch.png"]
-    said = capsys.readouterr().out
-    assert "samples 3, positions 3 rows of" in said
-    assert "<<image> × 4>" in said
-    assert "\x1b[" not in said
+    output = capsys.readouterr().out
+    assert "samples 3, positions 3 rows of" in output
+    assert "<<image> × 4>" in output
+    assert "\x1b[" not in output
     page = Page((tmp_path / "batch.html").read_text())
     assert len(page.all("img")) == 3
     assert asks_a_host(page) == []
@@ -144,7 +144,7 @@ def test_signs_colours_and_foreign_text() -> None:
     assert "\x1b[31m" not in coloured
     page = Page(batch_page(view, title=hostile))
     assert len(page.all("script")) == 1
-    assert {one.get("class") for one in page.all("span")} >= {"context", "trained odd", "padding odd"}
+    assert {tag.get("class") for tag in page.all("span")} >= {"context", "trained odd", "padding odd"}
     assert batch_picture(view).startswith(b"\x89PNG")
 
 
@@ -178,15 +178,15 @@ def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
     base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
     file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512, "rows": "plain"})
     pipeline = DecoderPipeline(shown_settings(read_run_file(file), tmp_path / "none"))
-    places = {
+    marks = {
         row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
         for row in first_batch(pipeline).rows
     }
-    records_by_id = {one["id"]: one for one in json.loads(records.read_text())}
-    assert len(places) >= 4
-    for name, found in places.items():
+    records_by_id = {record["id"]: record for record in json.loads(records.read_text())}
+    assert len(marks) >= 4
+    for name, pieces in marks.items():
         with_picture = "image" in records_by_id.get(name, {"image": "of the row that stands in"})
-        assert [piece.count for piece in found] == ([4] if with_picture else [])
+        assert [piece.count for piece in pieces] == ([4] if with_picture else [])
 
 
 def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:

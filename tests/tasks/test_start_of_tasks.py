@@ -42,8 +42,8 @@ def in_a_process(*command: str) -> str:
 def test_image_qa_loads_nothing_of_a_vlbart(tmp_path: Path) -> None:
     base = write_tiny("internvl", tmp_path / "base")
     Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
-    asked = ["--model", str(base), "--image", str(tmp_path / "red.png"), "--question", "q", "--max-new-tokens", "2"]
-    loaded: list[str] = json.loads(in_a_process("-c", LOADED, *asked).splitlines()[-1])
+    options = ["--model", str(base), "--image", str(tmp_path / "red.png"), "--question", "q", "--max-new-tokens", "2"]
+    loaded: list[str] = json.loads(in_a_process("-c", LOADED, *options).splitlines()[-1])
     assert "dora_vl.evaluation.ask" in loaded
     others = ("vlbart", "subtask", "dora_vl.training")
     assert [name for name in loaded if any(part in name for part in others)] == []
@@ -74,16 +74,16 @@ except SystemExit as left:
 def test_train_starts_what_the_settings_are_of(
     recipe: str, variant: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def record(found: str, config: Any) -> None:
-        raise UserError(f"{found} with rank {config.adapter.rank}")
+    def record(name: str, config: Any) -> None:
+        raise UserError(f"{name} with rank {config.adapter.rank}")
 
-    monkeypatch.setattr(train_command, "pipeline_of", lambda found: partial(record, found))
+    monkeypatch.setattr(train_command, "pipeline_of", lambda name: partial(record, name))
     with pytest.raises(SystemExit):
         cli.main(["train", recipe, "--variant", variant, "--adapter.rank", "7"])
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {task} with rank 7"
 
 
-@pytest.mark.parametrize("task", [pytest.param(one, marks=pytest.mark.slow) for one in TASKS])
+@pytest.mark.parametrize("task", [pytest.param(name, marks=pytest.mark.slow) for name in TASKS])
 def test_help_comes_soon(task: str) -> None:
     """CPU seconds of the process and those that it starts, beside those of `import torch` in turns with it."""
     helped, torch_alone = (

@@ -40,9 +40,9 @@ def run_file(tmp_path: Path, base: Path, train_on: object, *, data: dict[str, ob
         data={**STREAMED, **data},
         training={"use_cpu": True, "max_steps": 4, **training},
     )
-    told = yaml.safe_load(path.read_text())
-    told["data"]["train"] = train_on if isinstance(train_on, list) else str(train_on)
-    path.write_text(yaml.safe_dump(told))
+    settings = yaml.safe_load(path.read_text())
+    settings["data"]["train"] = train_on if isinstance(train_on, list) else str(train_on)
+    path.write_text(yaml.safe_dump(settings))
     return path
 
 
@@ -53,15 +53,15 @@ def losses(path: Path, name: str, *overrides: str) -> list[float]:
 
 @pytest.mark.slow
 def test_every_container_and_any_number_of_workers_give_the_same_losses(tmp_path: Path, base: Path) -> None:
-    made, found = items(12), {}
-    write_pictures(tmp_path, made)
+    samples, curves = items(12), {}
+    write_pictures(tmp_path, samples)
     for name in ("messages", "csv", "parquet", "webdataset"):
-        path = run_file(tmp_path, base, WRITERS[name](tmp_path, made), data={})
+        path = run_file(tmp_path, base, WRITERS[name](tmp_path, samples), data={})
         for workers in (0, 2) if name in ("csv", "parquet") else (0,):
-            found[name, workers] = losses(path, f"{name}-{workers}", f"--data.workers={workers}")
-    losses_of_one = found["messages", 0]
+            curves[name, workers] = losses(path, f"{name}-{workers}", f"--data.workers={workers}")
+    losses_of_one = curves["messages", 0]
     assert len({*losses_of_one}) == 4
-    assert found == dict.fromkeys(found, losses_of_one)  # the fourth step is in the second epoch
+    assert curves == dict.fromkeys(curves, losses_of_one)  # the fourth step is in the second epoch
     plain = losses(path, "table", "--data.streaming=false")
     assert sorted(plain[:3]) != sorted(losses_of_one[:3])
 
@@ -71,9 +71,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
 ) -> None:
     """Three steps an epoch: in the second, and at its end."""
-    made = items(12)
-    write_pictures(tmp_path, made)
-    path = run_file(tmp_path, base, WRITERS[name](tmp_path, made), data={}, max_steps=8, **OFTEN)
+    samples = items(12)
+    write_pictures(tmp_path, samples)
+    path = run_file(tmp_path, base, WRITERS[name](tmp_path, samples), data={}, max_steps=8, **OFTEN)
     dropout = "--adapter.dropout=0.2"
     whole = losses(path, "whole", dropout)
     decoded: list[str] = []
@@ -89,22 +89,22 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     assert again == whole[step:]
     assert 4 * (8 - step) <= len(decoded) <= 4 * (9 - step)  # none of those that were skipped; one batch ahead
     metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "again")]
-    assert [one["train_samples"] for one in metrics] == [32, 32]
+    assert [entry["train_samples"] for entry in metrics] == [32, 32]
 
 
 def test_files_are_mixed_and_bad_rows_are_counted_and_named(tmp_path: Path, base: Path) -> None:
-    made = items(16)
-    write_pictures(tmp_path, made)
-    rows = [json.loads(line) for line in WRITERS["messages"](tmp_path, made[:8]).read_text().splitlines()]
+    samples = items(16)
+    write_pictures(tmp_path, samples)
+    rows = [json.loads(line) for line in WRITERS["messages"](tmp_path, samples[:8]).read_text().splitlines()]
     rows[3]["messages"][1]["content"][0]["text"] = ""
     files = [
         {"path": str(lines(tmp_path / "talks.jsonl", rows)), "weight": 2.0},
-        {"path": str(WRITERS["parquet"](tmp_path, made[8:]))},
+        {"path": str(WRITERS["parquet"](tmp_path, samples[8:]))},
     ]
     path = run_file(tmp_path, base, files, data={"max_bad_share": 0.2}, max_steps=6, logging_steps=6)
     assert len(losses(path, "run")) == 1
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert [one["id"] for one in skipped] == ["n3"]
+    assert [row["id"] for row in skipped] == ["n3"]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["train_samples"], metrics["skipped_samples"]) == (22, 2)
 
@@ -149,13 +149,13 @@ def test_a_weight_of_nothing_and_rows_of_two_formats_end_a_streamed_run(tmp_path
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["messages", "parquet"])
 def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base: Path, name: str) -> None:
-    made = items(20)
+    samples = items(20)
     if name not in HOLD_PICTURES:
-        write_pictures(tmp_path, made)
+        write_pictures(tmp_path, samples)
     path = run_file(
         tmp_path,
         base,
-        WRITERS[name](tmp_path, made),
+        WRITERS[name](tmp_path, samples),
         data={"workers": 1},
         max_steps=8,
         **OFTEN,
@@ -167,8 +167,8 @@ def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base
         return losses_of(tmp_path / folder)
 
     two = launched("two", 2, "--training.deepspeed=zero2")
-    one = launched("one", 1, "--training.deepspeed=zero0", "--training.gradient_accumulation_steps=2")
-    torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+    single = launched("one", 1, "--training.deepspeed=zero0", "--training.gradient_accumulation_steps=2")
+    torch.testing.assert_close(two, single, atol=1e-4, rtol=0)
     resume = f"--resume={tmp_path / 'two' / 'checkpoint-6'}"  # in the second epoch of five steps
     again = launched("again", 2, "--training.deepspeed=zero2", resume)
     assert torch.equal(again, two[6:])
@@ -177,4 +177,4 @@ def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base
     alone = launched("alone", 1, accumulated, resume)  # without DeepSpeed
     torch.testing.assert_close(alone, two[6:], atol=1e-4, rtol=0)
     resume = f"--resume={tmp_path / 'one' / 'checkpoint-2'}"
-    torch.testing.assert_close(launched("more", 2, "--training.deepspeed=zero3", resume), one[2:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(launched("more", 2, "--training.deepspeed=zero3", resume), single[2:], atol=1e-4, rtol=0)

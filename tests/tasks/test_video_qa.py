@@ -39,58 +39,58 @@ pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video")
     make(folder / "data", Settings(pretrain=1, adapt=2, test=1, seed=1), workers=1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def clip(place: Path) -> str:
-    return str(place / "data/clips/test-00000.mp4")
+def clip(root: Path) -> str:
+    return str(root / "data/clips/test-00000.mp4")
 
 
 @pytest.fixture(scope="module")
-def llava(place: Path) -> Path:
-    base, records = write_tiny_llava(place / "llava"), write_tiny_data(place / "pictures")
-    path = write_run(place / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
+def llava(root: Path) -> Path:
+    base, records = write_tiny_llava(root / "llava"), write_tiny_data(root / "pictures")
+    path = write_run(root / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
     run(DecoderPipeline(read_run_file(path)))
-    return place / "run" / "adapter"
+    return root / "run" / "adapter"
 
 
 @pytest.fixture(scope="module")
-def vlbart(place: Path) -> Path:
+def vlbart(root: Path) -> Path:
     """A VL-BART adapter that was trained for one step on features of real clips."""
     import timm
 
-    weights = place / "tower.pth"
+    weights = root / "tower.pth"
     torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), weights)
     tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
     kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--changes", "--frames", "3", "--workers", "0"]
-    features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
+    features.main(["--root", str(root / "data"), "--to", str(root / "features"), *tower, *kept])
     kept[kept.index("3")] = "2"
-    features.main(["--root", str(place / "data"), "--to", str(place / "caption_features"), *tower, *kept])
-    records = place / "data/records/moving_shapes/adapt.jsonl"
-    captions = place / "data/records/moving_shapes_caption"
+    features.main(["--root", str(root / "data"), "--to", str(root / "caption_features"), *tower, *kept])
+    records = root / "data/records/moving_shapes/adapt.jsonl"
+    captions = root / "data/records/moving_shapes_caption"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
     compose = {"small": {**small, "max_positions": 256}, "feature_width": 320, "pooled_side": None, "dropout": 0.0}
     tests = {"video_caption": captions / "test.jsonl", "video_words": records.with_name("test.jsonl")}
     path = write_vlbart_run(
-        place / "vlbart.yaml",
-        place,
+        root / "vlbart.yaml",
+        root,
         (),
-        model={"base": str(place / "base"), "compose": compose},
+        model={"base": str(root / "base"), "compose": compose},
         data={
             "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
-            "features": {"video_words": str(place / "features"), "video_caption": str(place / "caption_features")},
+            "features": {"video_words": str(root / "features"), "video_caption": str(root / "caption_features")},
             "feature_tokens": 3,
             "batch_size": 4,
         },
         training={"use_cpu": True, "max_steps": 1, "optim": "adamw_torch"},
-        evaluation={"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(place / "data")},
+        evaluation={"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(root / "data")},
     )
     run(pipeline_of("vlbart_video")(read_settings([f"--config={path}"], VlBartRunConfig)))
-    return place / "vlbart" / "adapter"
+    return root / "vlbart" / "adapter"
 
 
 def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) -> None:
@@ -118,7 +118,7 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     assert "(2 frames, 0.8 to 2.4 s, pyav)" in caption  # captions were trained on features of their own
 
 
-def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
+def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, root: Path) -> None:
     assistant = open_model(ModelRequest(adapter=vlbart)).adapted
     assert isinstance(assistant, VlBartAssistant)
     subtasks = {subtask.name: subtask for subtask in assistant.subtasks}
@@ -126,24 +126,24 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
         encoder = assistant.features[words.name]
-        made = encoder.frames(reader.read(place / "data", clip, encoder.settings.sampling).pictures)
+        tokens = encoder.frames(reader.read(root / "data", clip, encoder.settings.sampling).pictures)
         frames, caption_frames = (
-            reader.read(place / "data", clip, assistant.view(asked, frames=0).sampling).pictures
-            for asked in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))
+            reader.read(root / "data", clip, assistant.view(example, frames=0).sampling).pictures
+            for example in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))
         )
-    torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(tokens.half(), open_features(root / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
     question = as_question(Example(id="1", question="which?"))
 
     def features(model: VlBartAssistant, pictures: Any, subtask: Any) -> Any:
         return model.sample(Example(id="1", question="which?"), subtask, pictures).features[0]
 
     captions = features(assistant, caption_frames, caption)
-    stored = open_features(place / "caption_features").read("test-00000")  # of two frames, by settings of their own
+    stored = open_features(root / "caption_features").read("test-00000")  # of two frames, by settings of their own
     torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
     assert not captions[2].any()
-    torch.testing.assert_close(features(assistant, frames, words), made)  # what a question typed in gets
+    torch.testing.assert_close(features(assistant, frames, words), tokens)  # what a question typed in gets
     halves = features(replace(assistant, feature_tokens=2), frames, words)
-    torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
+    torch.testing.assert_close(halves, torch.stack([tokens[:2].amax(0), tokens[1:].amax(0)]))  # pooled over time
     labels_alone = replace(assistant, subtasks=(vlbart_tasks.video_subtasks()["tvqa"],))
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     for unable in (labels_alone, without):  # of a question without choices, and without features of its task
@@ -152,7 +152,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("task", "asked", "stated"),
+    ("task", "flags", "stated"),
     [
         ("tvqa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2)"),
         ("how2qa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2.0)"),
@@ -161,7 +161,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     ],
 )
 def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
-    vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
+    vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, flags: list[str], stated: str
 ) -> None:
     trained = open_model(ModelRequest(adapter=vlbart)).adapted
     assert isinstance(trained, VlBartAssistant)
@@ -170,11 +170,11 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     monkeypatch.setattr(
         trained.encoder, "encode", lambda prompt, **limits: (texts.append(prompt.text), encode(prompt, **limits))[1]
     )
-    one = replace(
+    assistant = replace(
         trained, subtasks=(vlbart_tasks.video_subtasks()[task],), features={task: trained.features["video_words"]}
     )
-    monkeypatch.setattr(ask_command, "opened_by", lambda options: Opened(adapted=one))
-    common = ["--adapter", str(vlbart), "--video", clip, *asked]
+    monkeypatch.setattr(ask_command, "opened_by", lambda options: Opened(adapted=assistant))
+    common = ["--adapter", str(vlbart), "--video", clip, *flags]
     video_qa.main([*common, "--start", "0.5", "--end", "2"])
     assert stated in texts[-1]
     seen = "0.7 to 1.7 s" if task == "video_choice" else "0.5 to 2.6 s"  # the part, or the whole
@@ -191,11 +191,11 @@ def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsy
     recipe = json.loads((adapter / "recipe.json").read_text())
     recipe["features"]["video_caption"]["sha256"] = "0123456789abcdef" * 4
     (adapter / "recipe.json").write_text(json.dumps(recipe))
-    asked = ["--adapter", str(adapter), "--video", clip, "--question", "", "--question", "what moves?"]
+    options = ["--adapter", str(adapter), "--video", clip, "--question", "", "--question", "what moves?"]
     with pytest.raises(SystemExit) as stopped:
-        video_qa.main(asked)
+        video_qa.main(options)
     assert stopped.value.code == 2
-    video_qa.main([*asked, "--any-base"])
+    video_qa.main([*options, "--any-base"])
     assert "(2 frames" in capsys.readouterr().out
 
 
@@ -210,26 +210,26 @@ def test_the_run_shows_its_clips(vlbart: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def own_benchmark(place: Path) -> Path:
+def own_benchmark(root: Path) -> Path:
     """A benchmark of one's own about clips, one of which is missing."""
-    records = place / "data/records/moving_shapes/test.jsonl"
+    records = root / "data/records/moving_shapes/test.jsonl"
     first = next(iterate_examples(records))
     missing = replace(first, id="gone", videos=(Clip(path="clips/gone.mp4"),))
-    write_examples(place / "own" / "clips.jsonl", [first, missing])
-    (place / "own" / "moving.yaml").write_text(
+    write_examples(root / "own" / "clips.jsonl", [first, missing])
+    (root / "own" / "moving.yaml").write_text(
         "name: moving\nscoring: choice\nfile: clips.jsonl\nprompt: video\nmax_new_tokens: 3\nframes: 3\n"
     )
-    return place / "own" / "moving.yaml"
+    return root / "own" / "moving.yaml"
 
 
-def evaluated(adapter: Path, benchmark: object, place: Path, to: Path, *more: object) -> dict[str, Any]:
-    options = ["--adapter", adapter, "--benchmarks", benchmark, "--images", place / "data", "--to", to, *more]
+def evaluated(adapter: Path, benchmark: object, root: Path, to: Path, *more: object) -> dict[str, Any]:
+    options = ["--adapter", adapter, "--benchmarks", benchmark, "--images", root / "data", "--to", to, *more]
     cli.main(["evaluate", *map(str, options)])
     return json.loads((to / "metrics.json").read_text())
 
 
 def test_a_llava_is_evaluated_on_frames(
-    llava: Path, own_benchmark: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[list[int]] = []
     pictures = ask.QuestionSamples.__getitem__
@@ -241,7 +241,7 @@ def test_a_llava_is_evaluated_on_frames(
         return sample
 
     monkeypatch.setattr(ask.QuestionSamples, "__getitem__", counted)
-    metrics = evaluated(llava, own_benchmark, place, tmp_path, "--batch-size", 2)
+    metrics = evaluated(llava, own_benchmark, root, tmp_path, "--batch-size", 2)
     entry = metrics["benchmarks"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
     assert "clips/gone.mp4 is missing" in entry["failed"]["gone"]
@@ -251,17 +251,17 @@ def test_a_llava_is_evaluated_on_frames(
     (line,) = read_predictions(tmp_path / "moving" / "predictions.jsonl").values()
     assert line.question.endswith("Answer with the option's letter from the given choices directly.")
     shown.clear()
-    evaluated(llava, own_benchmark, place, tmp_path, "--frames", 2)  # other frames: answers of before are not taken
+    evaluated(llava, own_benchmark, root, tmp_path, "--frames", 2)  # other frames: answers of before are not taken
     (two,) = shown
     assert two[0] == 2
     assert two[1] < three[1]  # a frame's tokens fewer
 
 
 def test_a_vlbart_is_evaluated_as_it_was_trained(
-    vlbart: Path, own_benchmark: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vlbart: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")  # without Java
-    entry = evaluated(vlbart, own_benchmark, place, tmp_path / "choice")["benchmarks"]["moving"]
+    entry = evaluated(vlbart, own_benchmark, root, tmp_path / "choice")["benchmarks"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
     (line,) = read_predictions(tmp_path / "choice" / "moving" / "predictions.jsonl").values()
     example = next(iterate_examples(own_benchmark.parent / "clips.jsonl"))
@@ -269,8 +269,8 @@ def test_a_vlbart_is_evaluated_as_it_was_trained(
     assert f"a{ord(line.prediction) - ord('A')}" == trained["prediction"]  # as the run's own test answered
     right = line.prediction == "ABCDEFGH"[example.extra["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == 50.0 * right
-    captions = place / "data/records/moving_shapes_caption/test.jsonl"
-    entry = evaluated(vlbart, f"yc2c={captions}", place, tmp_path / "caption")["benchmarks"]["yc2c"]
+    captions = root / "data/records/moving_shapes_caption/test.jsonl"
+    entry = evaluated(vlbart, f"yc2c={captions}", root, tmp_path / "caption")["benchmarks"]["yc2c"]
     (line,) = read_predictions(tmp_path / "caption" / "yc2c" / "predictions.jsonl").values()
     trained = json.loads((vlbart.parent / "predictions" / "video_caption.jsonl").read_text().splitlines()[0])
     assert line.prediction == trained["prediction"]

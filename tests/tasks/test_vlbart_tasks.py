@@ -47,8 +47,8 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         "batch_size": 21,
         "weight_decay_on": "matrices",
     }
-    said = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
-    assert {one["prediction"] for one in said} <= {"true", "false"}
+    rows = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
+    assert {row["prediction"] for row in rows} <= {"true", "false"}
     assert metrics["train_steps"] == 8
     assert metrics["skipped_samples"] > 0
     assert any("eval_loss" in line for line in read_log(folder / "log.jsonl"))

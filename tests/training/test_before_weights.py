@@ -71,8 +71,8 @@ RUNS: dict[str, tuple[Callable[[Path], Pipeline], type]] = {
 def without_last_label(encode: Callable[..., Any]) -> Callable[..., Any]:
     """The same, the token that closes the last answer not trained."""
 
-    def changed(*given: Any, **named: Any) -> Any:
-        encoded = encode(*given, **named)
+    def changed(*args: Any, **named: Any) -> Any:
+        encoded = encode(*args, **named)
         if not hasattr(encoded, "labels"):
             return encoded[:-1]
         labels = encoded.labels.clone()

@@ -93,12 +93,12 @@ def trained(
 def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *, merges: bool = True) -> None:
     """The adapted model, opened again, differs from the base and is what merging gives; it answers."""
     plain, adapted = open_backbone(str(base)), open_backbone(str(base))
-    asked = {**prompt, "keep_logits": True}
+    inputs = {**prompt, "keep_logits": True}
     load_adapter(adapted.model, adapter)
     with torch.no_grad():
-        before, ours = plain.eval()(**asked).logits, adapted.eval()(**asked).logits
+        before, ours = plain.eval()(**inputs).logits, adapted.eval()(**inputs).logits
         if merges:
-            theirs = open_backbone(str(merged(adapter, to))).eval()(**asked).logits
+            theirs = open_backbone(str(merged(adapter, to))).eval()(**inputs).logits
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         else:
             with pytest.raises(SystemExit):
@@ -124,9 +124,9 @@ def test_a_family_trains_resumes_opens_merges_and_answers(
     prompt = encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
     check_adapter(base, adapter, prompt, tmp_path / "merged", merges=row.merges)
     picture.save(tmp_path / "asked.png")
-    asked = ["--image", str(tmp_path / "asked.png"), "--question", "Say the colour.", "--max-new-tokens", "3"]
+    options = ["--image", str(tmp_path / "asked.png"), "--question", "Say the colour.", "--max-new-tokens", "3"]
     capsys.readouterr()
-    image_qa.main(["--adapter", str(adapter), *asked])
+    image_qa.main(["--adapter", str(adapter), *options])
     assert "Say the colour." in capsys.readouterr().out
 
 
@@ -156,7 +156,7 @@ def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
     turns = [Turn("user", "<image>\nSay the colour." if sees else "Say the colour.")]
     shown = Shown(pictures=(Image.open(tmp_path / "data" / "0-0.png").convert("RGB"),)) if sees else Shown()
     opened = [alone(base, adapter), alone(base, None)]
-    assert [attention_of(one.backbone.model) for one in opened] == [attention, attention]
+    assert [attention_of(assistant.backbone.model) for assistant in opened] == [attention, attention]
     expected = answer_alone(opened[0], turns, shown, tokens=8)
     named = ["--image", str(tmp_path / "data" / "0-0.png")] if sees else []
     capsys.readouterr()

@@ -44,9 +44,9 @@ def check_ranks_agree(folder: Path, base: Path, records: Path, *, steps: int, **
     training = {"max_steps": steps, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     shapes = {"group_by_modality_length": False, "max_tokens": 512, **changes.pop("data", {})}
     run = write_run(folder / "run.yaml", base, records, data=shapes, training=training, **changes)
-    one = (f"--training.output_dir={folder / 'one'}", "--training.deepspeed=zero0")
+    single = (f"--training.output_dir={folder / 'one'}", "--training.deepspeed=zero0")
     two = (f"--training.output_dir={folder / 'two'}", "--training.deepspeed=zero3")
-    launch(run, *one, "--training.gradient_accumulation_steps=2", ranks=1)
+    launch(run, *single, "--training.gradient_accumulation_steps=2", ranks=1)
     launch(run, *two, ranks=2)
     assert len(losses_of(folder / "one")) == steps
     torch.testing.assert_close(losses_of(folder / "two"), losses_of(folder / "one"), rtol=0, atol=1e-4)
@@ -81,7 +81,7 @@ def test_experts_of_two_ranks_that_get_other_rows(tmp_path: Path, family: str) -
     for name in experts:
         moved = weights[f"base_model.model.{name}.lora_B.weight"]
         assert len(moved) == 4
-        assert all(bool(one.any()) for one in moved)  # every expert was trained
+        assert all(bool(expert.any()) for expert in moved)  # every expert was trained
 
 
 MIXED = (0, 4, 2, 6, 1, 5, 3, 7, 2, 6, 1, 5, 8, 3, 9, 10)

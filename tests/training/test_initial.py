@@ -104,10 +104,10 @@ KEPT = replace(CONFIG, targets=("first",), alpha_pattern={}, also_keep=("table.w
 
 
 def with_table(seed: int) -> nn.Module:
-    made = model()
+    network = model()
     torch.manual_seed(seed)
-    made.add_module("table", nn.Embedding(7, 4))
-    return made
+    network.add_module("table", nn.Embedding(7, 4))
+    return network
 
 
 @pytest.mark.parametrize("trains", [False, True])

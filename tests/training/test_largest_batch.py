@@ -70,10 +70,10 @@ def test_a_run_is_the_same_to_the_bit_with_it_and_without(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     plain = trained(run_file, *SETTINGS, *more, name="without")
-    tried, asked = counted(monkeypatch), [*SETTINGS, *more, "--try_largest_batch=true"]
+    tried, options = counted(monkeypatch), [*SETTINGS, *more, "--try_largest_batch=true"]
     # a resumed run too: the optimizer's state is the checkpoint's afterwards, not a step older
     for resume in ([], [f"--resume={run_file.parent / 'with' / 'checkpoint-4'}"]):
-        folder = trained(run_file, *asked, *resume, name="with")
+        folder = trained(run_file, *options, *resume, name="with")
         assert logged_losses(folder) == logged_losses(plain)
         assert_same_weights(folder, plain)
         samples = [json_of(run / "metrics.json")["train_samples"] for run in (folder, plain)]
@@ -89,8 +89,8 @@ def test_the_longest_samples_make_it(run_file: Path, tmp_path: Path, monkeypatch
     path = data.with_name("long.json")
     path.write_text(json.dumps(records))
     tried = counted(monkeypatch)
-    asked = ("--try_largest_batch=true", "--training.max_steps=1", "--training.per_device_train_batch_size=2")
-    trained(run_file, *asked, f"--data.train={path}")
+    options = ("--try_largest_batch=true", "--training.max_steps=1", "--training.per_device_train_batch_size=2")
+    trained(run_file, *options, f"--data.train={path}")
     assert sorted(tried[0]["sample_ids"]) == ["sample-11", "sample-5"]
 
 
@@ -102,8 +102,8 @@ def test_under_zero_the_run_is_the_same_to_the_bit(tmp_path: Path, tiny_llava: P
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, data, adapter={"dropout": 0.1})
     settings = [f"--training.deepspeed={stage}", "--training.gradient_accumulation_steps=2"]
     settings += ["--training.per_device_train_batch_size=2", "--training.max_steps=4"]
-    for asked in ("false", "true"):
-        more = [f"--training.output_dir={tmp_path / asked}", f"--try_largest_batch={asked}"]
+    for flag in ("false", "true"):
+        more = [f"--training.output_dir={tmp_path / flag}", f"--try_largest_batch={flag}"]
         launch(run_file, *settings, *more, ranks=ranks)
     assert logged_losses(tmp_path / "true") == logged_losses(tmp_path / "false")
     assert_same_weights(tmp_path / "true", tmp_path / "false")
@@ -112,9 +112,9 @@ def test_under_zero_the_run_is_the_same_to_the_bit(tmp_path: Path, tiny_llava: P
 def test_vlbart_tries_the_longest_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_vlbart_data(tmp_path / "data")
     tried = counted(monkeypatch)
-    for asked in ("false", "true"):
-        path = write_vlbart_run(tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"optim": "adamw_torch"})
-        train(vlbart_run(path, f"--try_largest_batch={asked}"))
+    for flag in ("false", "true"):
+        path = write_vlbart_run(tmp_path / f"{flag}.yaml", data, ("vqav2", "tvc"), training={"optim": "adamw_torch"})
+        train(vlbart_run(path, f"--try_largest_batch={flag}"))
     assert len(tried) == 1
     assert logged_losses(tmp_path / "true") == logged_losses(tmp_path / "false")
     assert_same_weights(tmp_path / "true", tmp_path / "false")
@@ -222,7 +222,7 @@ def test_the_costliest_pool_gives_the_batch() -> None:
     pictures = [sample("a", 50, 2), sample("b", 70, 2), Skipped(3, "c", "broken"), sample("d", 60, 2)]
     words = [sample("e", 65, 60), sample("f", 65, 60)]
     few = cost_of(activations, vocabulary=1)
-    assert [one.id for one in largest([pictures, words], few, 2)] == ["b", "d"]
+    assert [item.id for item in largest([pictures, words], few, 2)] == ["b", "d"]
     many = cost_of(activations, vocabulary=10_000)  # then scores at labelled places are what takes the room
-    assert [one.id for one in largest([pictures, words], many, 2)] == ["e", "f"]
+    assert [item.id for item in largest([pictures, words], many, 2)] == ["e", "f"]
     assert largest([[Skipped(0, "x", "broken")]], few, 2) == []

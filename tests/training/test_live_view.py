@@ -97,8 +97,8 @@ def test_sparks_and_clock() -> None:
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([1.0, math.nan, 2.0, math.inf]) == "▁×█×"
     assert sparkline([math.nan]) == "×"
-    assert sparkline([float(one) for one in range(99)], most=8) == "▁▂▃▄▅▆▇█"
-    assert [clock(one) for one in (0.0, 65.4, 3723.0, 200_000.0)] == ["0:00", "1:05", "1:02:03", "2 d 7:33:20"]
+    assert sparkline([float(value) for value in range(99)], most=8) == "▁▂▃▄▅▆▇█"
+    assert [clock(seconds) for seconds in (0.0, 65.4, 3723.0, 200_000.0)] == ["0:00", "1:05", "1:02:03", "2 d 7:33:20"]
 
 
 def test_lines_go_above_the_view_and_the_last_state_stays(
@@ -117,7 +117,7 @@ def test_lines_go_above_the_view_and_the_last_state_stays(
             view.on_log(arguments, state, control, logs={**LINE, "loss": 1 / step})
             logger.warning("from a logger at %d", step)
             sys.stdout.write(f"\rhalf\rwritten at {step}\n")
-            (top,) = [place for place, line in enumerate(terminal.lines) if "runs/my" in line]
+            (top,) = [index for index, line in enumerate(terminal.lines) if "runs/my" in line]
             assert terminal.lines[top - 2 : top] == [f"from a logger at {step}", f"written at {step}"]
             assert sum("loss" in line for line in terminal.lines[top:]) == 1
         assert terminal.screen.cursor.hidden
@@ -193,10 +193,10 @@ def test_where_a_view_can_stand(terminal: Terminal, tmp_path: Path, monkeypatch:
 def test_a_forked_worker_writes_to_the_stream_itself() -> None:
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
-        told: list[str] = []
-        above = LinesAbove(stream, told.append)
+        drawn: list[str] = []
+        above = LinesAbove(stream, drawn.append)
         above._process += 1  # as if this were its child
         above.write("of a worker\n")
         above.flush()
-        assert told == []
+        assert drawn == []
     assert os.fdopen(read).read() == "of a worker\n"

@@ -33,21 +33,21 @@ def test_each_engine_splits_what_it_splits(
 ) -> None:
     deepspeed = {"zero_optimization": zero} if isinstance(zero, dict) else None
     engine = engine_of(deepspeed, ranks=2, hidden_width=8, fsdp=zero == "fsdp")
-    held = held_by(adapted(), engine)
+    memory = held_by(adapted(), engine)
     assert ("FSDP2" in str(engine)) is (zero == "fsdp")
     if zero == "fsdp":  # what stands in no layer is whole while the step runs: here all of it
-        assert held.gathered == FROZEN + 4 * TRAINED
-    assert sum(held.weights.values()) + held.trained == weights
-    assert (held.gradients, held.optimizer + held.masters) == (gradients, optimizer)
+        assert memory.gathered == FROZEN + 4 * TRAINED
+    assert sum(memory.weights.values()) + memory.trained == weights
+    assert (memory.gradients, memory.optimizer + memory.masters) == (gradients, optimizer)
 
 
 def test_offloading_moves_bytes_to_the_host_and_the_table_holds_the_activations() -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     zero |= {"stage3_param_persistence_threshold": 0}
     engine = engine_of({"zero_optimization": zero}, ranks=1, hidden_width=8)
-    held = held_by(adapted(), engine)
-    assert held.on_host == FROZEN + 4 * TRAINED + 12 * TRAINED
+    memory = held_by(adapted(), engine)
+    assert memory.on_host == FROZEN + 4 * TRAINED + 12 * TRAINED
     activations = Activations(tokens=2**22, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
-    rows = dict(rough_table(held, engine, activations).rows)
+    rows = dict(rough_table(memory, engine, activations).rows)
     assert activations.bytes == 2**22 * 8 * 2 * 2 * 17
     assert rows["activations (rough)"] == f"{activations.bytes / 2**30:.2f}"

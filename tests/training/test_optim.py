@@ -39,8 +39,8 @@ def test_each_part_has_its_rate_only_matrices_decay_and_each_parameter_has_one_g
         ("projector", 2e-5, 0.1): 1,
         ("projector", 2e-5, 0.0): 3,
     }
-    grouped = [id(one) for group in groups for one in group["params"]]
-    assert sorted(grouped) == sorted(id(one) for one in model.parameters() if one.requires_grad)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_the_more_exact_name_of_a_rate_counts_and_magnitudes_do_not_follow_bs_ratio() -> None:
@@ -96,15 +96,15 @@ def test_what_decays_in_a_vlbart_as_in_the_published_image_run(decayed: Decayed,
     model = tiny()
     trained = also_trained(model.settings, biases=True, norm_weights=True)
     apply_dora(model, DoRAConfig(targets=DORA_TARGETS, rank=2, also_train=trained, also_keep=KEPT_ROWS))
-    names = {id(one): name for name, one in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = with_decay(trained_parts(model), decayed)
     groups = parameter_groups(parts, LearningRates(1e-3, {"magnitude": 5e-4}), weight_decay=0.01)
-    found = {names[id(one)]: group["weight_decay"] for group in groups for one in group["params"]}
+    decays = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
     assert len(VECTORS) == 26
-    assert len(found) == 101 == sum(len(group["params"]) for group in groups)
-    assert {name for name, decay in found.items() if decay == 0.01} == expected
-    assert {decay for name, decay in found.items() if name not in expected} == {0.0}
-    rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
+    assert len(decays) == 101 == sum(len(group["params"]) for group in groups)
+    assert {name for name, decay in decays.items() if decay == 0.01} == expected
+    assert {decay for name, decay in decays.items() if name not in expected} == {0.0}
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
     assert {name for name, rate in rates.items() if rate == 5e-4} == {n for n in VECTORS if n.endswith("magnitude")}
 
 
@@ -139,22 +139,22 @@ def rows(table: str) -> dict[str, list[str]]:
 def test_a_line_for_each_part() -> None:
     model = with_tables()
     table = trained_table(model, trained_parts(model), LearningRates(1e-3, {"later": 2e-5}))
-    total = sum(one.numel() for one in model.parameters())
-    found = rows(str(table))
-    assert found["dora.A"] == ["1", "20", f"{20 / total:.3%}", "2", "0.001"]
-    assert found["later.B"] == ["1", "90", f"{90 / total:.3%}", "3", "2e-05"]
-    assert found["later.magnitude"] == ["1", "30", f"{30 / total:.3%}", "2e-05"]
-    assert found["norms"] == ["1", "20", f"{20 / total:.3%}", "0.001"]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    cells = rows(str(table))
+    assert cells["dora.A"] == ["1", "20", f"{20 / total:.3%}", "2", "0.001"]
+    assert cells["later.B"] == ["1", "90", f"{90 / total:.3%}", "3", "2e-05"]
+    assert cells["later.magnitude"] == ["1", "30", f"{30 / total:.3%}", "2e-05"]
+    assert cells["norms"] == ["1", "20", f"{20 / total:.3%}", "0.001"]
     trained = 20 + 40 + 20 + 60 + 90 + 30 + 20
-    assert found["trained"] == [f"{trained:,}", f"{trained / total:.3%}"]
-    assert found["all"] == [f"{total:,}", "100.000%"]
+    assert cells["trained"] == [f"{trained:,}", f"{trained / total:.3%}"]
+    assert cells["all"] == [f"{total:,}", "100.000%"]
 
 
 def test_what_is_not_adapted_is_named_with_its_share() -> None:
     table = frozen_table(with_tables())
-    found = rows(str(table))
-    assert found["experts that are one tensor"][-3:] == ["200", "9.479%", "experts.down_proj"]
-    assert found["embeddings, tied to the head"][-3:] == ["500", "23.697%", "tokens.weight"]
-    assert found["linear layers"][-3:] == ["300", "14.218%", "third.weight"]
+    cells = rows(str(table))
+    assert cells["experts that are one tensor"][-3:] == ["200", "9.479%", "experts.down_proj"]
+    assert cells["embeddings, tied to the head"][-3:] == ["500", "23.697%", "tokens.weight"]
+    assert cells["linear layers"][-3:] == ["300", "14.218%", "third.weight"]
     assert "first.weight" not in str(table)
     assert "second.weight" not in str(table)

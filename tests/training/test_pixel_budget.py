@@ -25,13 +25,13 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [64, 80], [96, 96]]
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """The tiny families, with room for pictures of several sizes; and a LLaVA-1.5."""
     folder = tmp_path_factory.mktemp("bases")
-    made = {name: write_tiny(name, folder / name) for name in FAMILIES}
+    tiny = {name: write_tiny(name, folder / name) for name in FAMILIES}
     changed(
-        made["qwen2_vl"] / "processor_config.json", "image_processor", size={"shortest_edge": 64, "longest_edge": 16384}
+        tiny["qwen2_vl"] / "processor_config.json", "image_processor", size={"shortest_edge": 64, "longest_edge": 16384}
     )
-    changed(made["llava_next"] / "processor_config.json", "image_processor", image_grid_pinpoints=PINPOINTS)
-    changed(made["llava_next"] / "config.json", None, image_grid_pinpoints=PINPOINTS)
-    return made | {"llava": write_tiny_llava(folder / "llava")}
+    changed(tiny["llava_next"] / "processor_config.json", "image_processor", image_grid_pinpoints=PINPOINTS)
+    changed(tiny["llava_next"] / "config.json", None, image_grid_pinpoints=PINPOINTS)
+    return tiny | {"llava": write_tiny_llava(folder / "llava")}
 
 
 def changed(path: Path, section: str | None, **values: object) -> None:
@@ -93,7 +93,7 @@ def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], 
     arguments = pipeline.arguments()
     data = pipeline.data(pipeline.skeleton(), arguments)
     pictured = data.pools()[0]
-    largest = max(pictured, key=lambda one: len(one.input_ids))
+    largest = max(pictured, key=lambda sample: len(sample.input_ids))
     assert int(largest.id[1:]) % 3 != 1  # all are named alike, so only their headers tell the small ones
     assert len(pictured) <= 3 * arguments.per_device_train_batch_size  # not every picture is decoded for it
 
@@ -111,7 +111,7 @@ def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:
     pictures = [Image.new("RGB", (400, 300)), Image.new("RGB", (200, 100))]
     video = grey_video((1, 2, 3), 100, frames=4)
     smaller, (clip,), lost = within_pixels(pictures, [video], 45_000)  # of 180,000, so each side halves
-    assert [one.size for one in smaller] == [(200, 150), (100, 50)]
+    assert [picture.size for picture in smaller] == [(200, 150), (100, 50)]
     assert {frame.size for frame in clip.pictures} == {(50, 50)}
     assert clip.seconds == video.seconds
     assert lost == 135_000
@@ -125,4 +125,4 @@ def test_never_above_the_share(most: int) -> None:
     for _ in range(50):
         sides = torch.randint(20, 900, (3, 2), generator=draws).tolist()
         smaller, _, _ = within_pixels([Image.new("RGB", (width, height)) for width, height in sides], [], most)
-        assert sum(one.width * one.height for one in smaller) <= most
+        assert sum(picture.width * picture.height for picture in smaller) <= most

@@ -40,7 +40,7 @@ TURNS = [Turn("user", "<image>\nSay the colour.")]
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny bases of two kinds, and data in which every second block of four samples has no picture."""
     folder = tmp_path_factory.mktemp("quantised")
     write_tiny("qwen2_5_vl", folder / "qwen2_5_vl", width=64)
@@ -50,17 +50,17 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(there: Path, base: str, name: str, **changes: Any) -> Path:
+def settings(root: Path, base: str, name: str, **changes: Any) -> Path:
     sections = {**changes, "training": {**CPU, **changes.get("training", {})}}
-    return write_run(there / f"{name}.yaml", there / base, there / "data" / "train.json", **sections)
+    return write_run(root / f"{name}.yaml", root / base, root / "data" / "train.json", **sections)
 
 
-def adapter_of(there: Path, kind: str) -> Path:
+def adapter_of(root: Path, kind: str) -> Path:
     """The adapter of a run, made once."""
     pytest.importorskip(SCHEMES[kind].package)
-    adapter = there / f"qwen2_5_vl-{kind}" / "adapter"
+    adapter = root / f"qwen2_5_vl-{kind}" / "adapter"
     if not adapter.is_dir():
-        trained(settings(there, "qwen2_5_vl", f"qwen2_5_vl-{kind}", model={"quantisation": kind}))
+        trained(settings(root, "qwen2_5_vl", f"qwen2_5_vl-{kind}", model={"quantisation": kind}))
     return adapter
 
 
@@ -71,8 +71,8 @@ def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_the_decoder_and_the_whole_projector(there: Path, kind: str) -> None:
-    adapter = adapter_of(there, kind)
+def test_it_trains_the_decoder_and_the_whole_projector(root: Path, kind: str) -> None:
+    adapter = adapter_of(root, kind)
     weights = read_weights(adapter)
     assert sum("lora_B" in name for name in weights) == 14
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
@@ -84,44 +84,44 @@ def test_it_trains_the_decoder_and_the_whole_projector(there: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_plain_model_is_the_trained_one(there: Path, tmp_path: Path, kind: str) -> None:
-    adapter = adapter_of(there, kind)
+def test_the_merged_plain_model_is_the_trained_one(root: Path, tmp_path: Path, kind: str) -> None:
+    adapter = adapter_of(root, kind)
     opened = open_model(ModelRequest(adapter=adapter, with_base=True))
     assert isinstance(opened.adapted, Assistant)
-    ours = logits_of(opened.adapted, there / "red.png")
+    ours = logits_of(opened.adapted, root / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     assert "quantization_config" not in json_of(tmp_path / "merged" / "config.json")
     assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.prompts)
     # LLM.int8 rounds inputs as well, which no plain model does.
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
-    torch.testing.assert_close(logits_of(assistant, there / "red.png"), ours, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits_of(assistant, root / "red.png"), ours, rtol=0, atol=tolerance)
     assert isinstance(opened.base, Assistant)
-    alone = open_backbone(str(there / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
-    untouched = logits_of(Assistant(alone.eval(), opened.adapted.prompts), there / "red.png")
-    torch.testing.assert_close(logits_of(opened.base, there / "red.png"), untouched, rtol=0, atol=1e-6)
+    alone = open_backbone(str(root / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
+    untouched = logits_of(Assistant(alone.eval(), opened.adapted.prompts), root / "red.png")
+    torch.testing.assert_close(logits_of(opened.base, root / "red.png"), untouched, rtol=0, atol=1e-6)
     assert float((untouched - ours).abs().max()) > 1e-2
     stored = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "b", "--base-values", "stored"))
     other = Assistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.prompts)
-    assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
+    assert float((logits_of(other, root / "red.png") - logits_of(assistant, root / "red.png")).abs().max()) > 1e-3
 
 
-def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
-    whole, path = adapter_of(there, "nf4").parent, settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
+def test_a_resumed_run_ends_where_a_whole_one_does(root: Path) -> None:
+    whole, path = adapter_of(root, "nf4").parent, settings(root, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
     folder = trained(path)
     trained(path, f"--resume={folder / 'checkpoint-2'}")
     assert_same_weights(folder, whole, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_zero_2_trains_what_one_process_trains(there: Path) -> None:
-    path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
+def test_zero_2_trains_what_one_process_trains(root: Path) -> None:
+    path = settings(root, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
     launch(path, ranks=1)
-    assert_same_weights(there / "zero2", adapter_of(there, "nf4").parent, atol=1e-5)
+    assert_same_weights(root / "zero2", adapter_of(root, "nf4").parent, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
-def test_zero_3_is_refused_before_weights_are_read(there: Path, base: str) -> None:
-    path = settings(there, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
+def test_zero_3_is_refused_before_weights_are_read(root: Path, base: str) -> None:
+    path = settings(root, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
     refused(decoder_run(path))
     with pytest.raises(UserError):
         read_run_file(path, "--model.quantisation=fp3")

@@ -39,8 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DROPOUT = "--adapter.dropout=0.2"
 
 
-def saving(every: int, steps: int) -> list[str]:
-    return ["--training.save_strategy=steps", f"--training.save_steps={every}", f"--training.max_steps={steps}"]
+def saving(save_steps: int, steps: int) -> list[str]:
+    return ["--training.save_strategy=steps", f"--training.save_steps={save_steps}", f"--training.max_steps={steps}"]
 
 
 def data_of(run_file: Path) -> str:
@@ -74,7 +74,7 @@ def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny
     assert len(load_adapter(open_backbone(str(tiny_llava)).model, folder / "adapter")) == 14
     base = open_backbone(str(tiny_llava)).model.state_dict()
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in weights_of(folder).items()}
-    magnitudes = {name: one for name, one in tensors.items() if name.endswith("lora_magnitude_vector")}
+    magnitudes = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector")}
     assert len(magnitudes) == 14  # seven linears in each of two layers
     for name, magnitude in magnitudes.items():
         assert not torch.equal(magnitude, base[name.replace("lora_magnitude_vector", "weight")].norm(dim=1))

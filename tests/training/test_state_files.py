@@ -33,9 +33,9 @@ Trained = dict[str, torch.nn.Parameter]
 
 
 def trained() -> Trained:
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = {"a.weight": (3, 4), "b.bias": (5,), "c.weight": (2, 2)}
-    return {name: torch.nn.Parameter(torch.randn(shape, generator=made)) for name, shape in shapes.items()}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
 def optimizer_of(tensors: list[torch.nn.Parameter], groups: int) -> torch.optim.Optimizer:
@@ -47,8 +47,8 @@ def optimizer_of(tensors: list[torch.nn.Parameter], groups: int) -> torch.optim.
 
 def step(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], times: int) -> None:
     for number in range(times):
-        for one in tensors:
-            one.grad = torch.sin(one.detach() * 3 + number)
+        for tensor in tensors:
+            tensor.grad = torch.sin(tensor.detach() * 3 + number)
         optimizer.step()
 
 
@@ -66,42 +66,42 @@ def flat_places(tensors: Trained) -> OptimizerPlaces:
     return OptimizerPlaces(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
 
 
-def saved(checkpoint: Path, places: OptimizerPlaces, **sizes: int) -> None:
-    write_state(checkpoint, whole_tensors(places), **sizes)
-    write_numbers(checkpoint, {"optimizer": optimizer_numbers(places)})
+def saved(checkpoint: Path, layout: OptimizerPlaces, **sizes: int) -> None:
+    write_state(checkpoint, whole_tensors(layout), **sizes)
+    write_numbers(checkpoint, {"optimizer": optimizer_numbers(layout)})
 
 
-def loaded(checkpoint: Path, places: OptimizerPlaces) -> None:
+def loaded(checkpoint: Path, layout: OptimizerPlaces) -> None:
     files = StateFiles(checkpoint)
-    load_values(places, files)
-    load_optimizer(places, files, files.number("optimizer", dict))
+    load_values(layout, files)
+    load_optimizer(layout, files, files.number("optimizer", dict))
 
 
 def test_flat_tensors_and_whole_ones_are_the_same_state(tmp_path: Path) -> None:
-    tensors, there, back = trained(), trained(), trained()
-    places = whole_places(tensors, steps=3)
-    saved(tmp_path / "whole", places, file_bytes=50)
+    tensors, flat_tensors, back = trained(), trained(), trained()
+    layout = whole_places(tensors, steps=3)
+    saved(tmp_path / "whole", layout, file_bytes=50)
     assert len(list((tmp_path / "whole" / "state").glob("*.safetensors"))) > 3
-    for one in (*there.values(), *back.values()):
-        one.data.zero_()
-    flat = flat_places(there)
+    for tensor in (*flat_tensors.values(), *back.values()):
+        tensor.data.zero_()
+    flat = flat_places(flat_tensors)
     loaded(tmp_path / "whole", flat)
     saved(tmp_path / "flat", flat)
     again = whole_places(back, steps=0)
     loaded(tmp_path / "flat", again)
     saved(tmp_path / "back", again)
-    for name, one in tensors.items():
-        assert torch.equal(there[name], one)
-        assert torch.equal(back[name], one)
-    first, last = (load_file(tmp_path / one / "state" / "tensors-00001.safetensors") for one in ("flat", "back"))
+    for name, tensor in tensors.items():
+        assert torch.equal(flat_tensors[name], tensor)
+        assert torch.equal(back[name], tensor)
+    first, last = (load_file(tmp_path / folder / "state" / "tensors-00001.safetensors") for folder in ("flat", "back"))
     assert first.keys() == last.keys()
     assert len(first) == 12  # value, exp_avg, exp_avg_sq and step of three
     assert all(torch.equal(first[name], last[name]) for name in first)
-    assert places.optimizer.param_groups[1]["lr"] == again.optimizer.param_groups[1]["lr"] == 0.01
+    assert layout.optimizer.param_groups[1]["lr"] == again.optimizer.param_groups[1]["lr"] == 0.01
     assert again.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    for one in (places, again):  # and what follows is the same too
-        step(one.optimizer, list((tensors if one is places else back).values()), 2)
-    assert all(torch.equal(back[name], one) for name, one in tensors.items())
+    for current in (layout, again):  # and what follows is the same too
+        step(current.optimizer, list((tensors if current is layout else back).values()), 2)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 class WholeSteps(DeepSpeedCPUAdam):
@@ -123,20 +123,20 @@ def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> N
 
 
 def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
-    whole, held = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
-    one = torch.nn.Parameter(torch.zeros(3, 4))
-    places = OptimizerPlaces(optimizer_of([held], 1), [held], {"a": one}, {"a": Piece(0, 0, 6, 5)}, CPU)
-    places.set_value("a", whole)
-    assert held.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
-    assert torch.equal(one, whole)
+    whole, flat = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    layout = OptimizerPlaces(optimizer_of([flat], 1), [flat], {"a": parameter}, {"a": Piece(0, 0, 6, 5)}, CPU)
+    layout.set_value("a", whole)
+    assert flat.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
+    assert torch.equal(parameter, whole)
 
 
 def test_tensors_that_took_fewer_steps_get_the_others_count_in_one_flat_tensor(tmp_path: Path) -> None:
     tensors = trained()
-    places = whole_places(tensors, steps=1)
+    layout = whole_places(tensors, steps=1)
     tensors["b.bias"].grad = None
-    places.optimizer.step()
-    saved(tmp_path, places)
+    layout.optimizer.step()
+    saved(tmp_path, layout)
     flat = flat_places(trained())
     loaded(tmp_path, flat)
     assert [float(flat.optimizer.state[tensor]["step"]) for tensor in flat.flats] == [2.0, 2.0]

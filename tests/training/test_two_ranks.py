@@ -47,10 +47,10 @@ def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, s
     folder = mixed_run.parent / stage
     sharding = "--training.fsdp=true" if stage == "fsdp" else f"--training.deepspeed={stage}"
     launch(mixed_run, f"--training.output_dir={folder}", sharding, ranks=2)
-    expected, found = losses_of(one_rank), losses_of(folder)
-    assert len(found) == STEPS
+    expected, losses = losses_of(one_rank), losses_of(folder)
+    assert len(losses) == STEPS
     assert expected[0] - expected[-1] > 0.3  # it does learn: equal losses are not losses that stand still
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
     assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.float32}
     assert_same_weights(folder, one_rank, atol=2e-3)
 
@@ -118,7 +118,7 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     assert watched is not None
     assert len(watched.questions) == 4
     assert list(watched.answers) == [0, 2, 3, 4, 5, 6]
-    assert watched.answers[6] == {one.id: predictions[one.id].prediction for one in watched.questions}
+    assert watched.answers[6] == {question.id: predictions[question.id].prediction for question in watched.questions}
 
     again = launch(run_file, ranks=2, succeeds=False)
     assert again.returncode == 2

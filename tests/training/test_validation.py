@@ -43,9 +43,9 @@ def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(run_file:
     train(vlbart_run(run_file))
     other = f"--data.validation_files.gqa={data / 'whole.jsonl'}"
     train(vlbart_run(run_file, f"--training.output_dir={folder / 'whole'}", other))
-    (found,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
-    assert (found["eval_samples"], found["eval_skipped"]) == (6, 1)
+    (result,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
+    assert result["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert (result["eval_samples"], result["eval_skipped"]) == (6, 1)
     assert expected["eval_skipped"] == 0
     lines = map(json.loads, (folder / "run" / "skipped.jsonl").read_text().splitlines())
     (line,) = [line for line in lines if line.get("of") == "validation"]
@@ -70,8 +70,8 @@ def llava_run(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
         (held_out.parent / "of" / source.name).parent.mkdir(exist_ok=True)
         (held_out.parent / "of" / source.name).write_bytes(source.read_bytes())
     records = json.loads(tiny_data.read_text())
-    for one in records:
-        one["image"] = f"of/{one['image']}"
+    for record in records:
+        record["image"] = f"of/{record['image']}"
     (held_out.parent / "records.json").write_text(json.dumps(records))
     return write_run(
         tmp_path / "run.yaml",
@@ -88,9 +88,9 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
     (whole := folder / "held" / "whole.json").write_text(json.dumps(records[2:]))
     trained(llava_run, "--training.use_cpu=true")
     trained(llava_run, "--training.use_cpu=true", f"--data.validation={whole}", name="whole")
-    (found,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
-    assert (found["eval_samples"], found["eval_skipped"]) == (5, 2)
+    (result,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
+    assert result["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
+    assert (result["eval_samples"], result["eval_skipped"]) == (5, 2)
     assert set(skipped_by(folder / "run")) == {"sample-0", "sample-1"}
     for picture in (folder / "held").glob("*.png"):
         picture.unlink()
@@ -102,13 +102,13 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
 @pytest.mark.timeout(600)
 def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
     """Seven samples are no whole number of steps of two ranks; none may count twice."""
-    found = []
+    entries = []
     for ranks in (1, 2):
         folder = llava_run.parent / f"ranks-{ranks}"
         settings = (f"--training.output_dir={folder}", "--training.deepspeed=zero2")
         launch(llava_run, *settings, f"--training.gradient_accumulation_steps={2 // ranks}", ranks=ranks)
         assert set(skipped_by(folder)) == {"sample-0", "sample-1"}
-        found += logged(folder, "eval_loss")
-    one, two = found
-    assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
+        entries += logged(folder, "eval_loss")
+    single, two = entries
+    assert two["eval_loss"] == pytest.approx(single["eval_loss"], abs=1e-5)
     assert (two["eval_samples"], two["eval_skipped"]) == (5, 2)

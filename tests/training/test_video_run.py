@@ -30,7 +30,7 @@ FRAMES: dict[str, object] = {"video_frames": 4, "max_tokens": 512, "max_bad_shar
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL, and data of every kind."""
     folder = tmp_path_factory.mktemp("videos")
     write_tiny_video("qwen2_5_vl", folder / "base")
@@ -38,20 +38,20 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(there: Path, name: str, base: Path | None = None, **changes: dict[str, object]) -> Path:
+def settings(root: Path, name: str, base: Path | None = None, **changes: dict[str, object]) -> Path:
     sections = {
         **changes,
         "training": {**CPU, **changes.get("training", {})},
         "data": {**FRAMES, **changes.get("data", {})},
     }
-    return write_run(there / f"{name}.yaml", base or there / "base", there / "data" / "train.json", **sections)
+    return write_run(root / f"{name}.yaml", base or root / "base", root / "data" / "train.json", **sections)
 
 
-def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = settings(there, "whole", data={"workers": 2})
+def test_three_steps_are_trained_saved_and_opened_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = settings(root, "whole", data={"workers": 2})
     monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(path)])
     llava_instruct.main()
-    run_folder = there / "whole"
+    run_folder = root / "whole"
     assert len(logged_losses(run_folder)) == 3
     assert not (run_folder / "skipped.jsonl").is_file() or not (run_folder / "skipped.jsonl").read_text()
     weights = read_weights(run_folder / "adapter")
@@ -59,7 +59,7 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     recipe = json.loads((run_folder / "adapter" / "recipe.json").read_text())
     assert (recipe["video_frames"], recipe["video_fps"]) == (4, None)
     opened = open_model(ModelRequest(adapter=run_folder / "adapter", with_base=True))
-    video = read_frames(there / "data", Clip(path="red.mp4"), Uniform(4))
+    video = read_frames(root / "data", Clip(path="red.mp4"), Uniform(4))
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):
         assert isinstance(assistant, Assistant)
@@ -73,9 +73,7 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     "family",
     ["smolvlm", "llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next_video", "idefics3"))],
 )
-def test_other_ways_that_videos_go_in(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
+def test_other_ways_that_videos_go_in(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Frames among the pictures, videos of one length, and frames as pictures, which is said."""
     if family == "smolvlm":
         pytest.importorskip("num2words")
@@ -83,21 +81,21 @@ def test_other_ways_that_videos_go_in(
     base = ways.get(family, write_tiny_video)(family, tmp_path / "base")
     messages: list[str] = []
     monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *words: messages.append(text % words))
-    run(DecoderPipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
-    assert len(logged_losses(there / family)) == 3
+    run(DecoderPipeline(read_run_file(settings(root, family, base, data={"video_frames": 8}))))
+    assert len(logged_losses(root / family)) == 3
     assert sum("as pictures" in message for message in messages) == (family in ways)
 
 
-def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
-    records = json.loads((there / "data" / "train.json").read_text())
+def test_a_broken_video_is_a_bad_sample_and_named(root: Path) -> None:
+    records = json.loads((root / "data" / "train.json").read_text())
     broken = {2: "none.mp4", 6: "../data/red.mp4", 11: "cut.mp4"}
-    (there / "data" / "cut.mp4").write_bytes((there / "data" / "white.mp4").read_bytes()[:-200])
+    (root / "data" / "cut.mp4").write_bytes((root / "data" / "white.mp4").read_bytes()[:-200])
     for index, name in broken.items():
         records[index]["video"] = name
-    (there / "data" / "broken.json").write_text(json.dumps(records))
-    data: dict[str, object] = {"train": str(there / "data" / "broken.json"), "max_bad_share": 0.5}
-    run(DecoderPipeline(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
-    lines = [json.loads(line) for line in (there / "broken" / "skipped.jsonl").read_text().splitlines()]
+    (root / "data" / "broken.json").write_text(json.dumps(records))
+    data: dict[str, object] = {"train": str(root / "data" / "broken.json"), "max_bad_share": 0.5}
+    run(DecoderPipeline(read_run_file(settings(root, "broken", data=data, training={"max_steps": 4}))))
+    lines = [json.loads(line) for line in (root / "broken" / "skipped.jsonl").read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
     assert "video none.mp4 is missing" in reasons["sample-2"]
     assert "must not leave" in reasons["sample-6"]
@@ -114,9 +112,9 @@ def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
     ],
 )
 def test_what_no_video_could_be_trained_with_ends_before_weights_are_read(
-    there: Path, tmp_path: Path, family: str, data: dict[str, object], key: str
+    root: Path, tmp_path: Path, family: str, data: dict[str, object], key: str
 ) -> None:
     base = write_tiny_video(family, tmp_path / "base")
-    error = refused(decoder_run(settings(there, "refused", base, data=data)))
+    error = refused(decoder_run(settings(root, "refused", base, data=data)))
     assert isinstance(error, SettingError)
     assert error.key == key

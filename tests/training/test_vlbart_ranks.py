@@ -92,14 +92,14 @@ def without_missing(data: Path, folder: Path) -> dict[str, str]:
     """Each task's records but those that need one of the missing pictures."""
     files = {}
     for task in FOUR_TASKS:
-        found = iterate_examples(data / "records" / f"{task}.jsonl")
+        examples = iterate_examples(data / "records" / f"{task}.jsonl")
         usable = [
-            one
-            for one in found
+            example
+            for example in examples
             if not any(
                 Path(path).stem == f"p{number}"
                 for number in MISSING
-                for path in (*one.images, *([one.video.path] if one.video else []))
+                for path in (*example.images, *([example.video.path] if example.video else []))
             )
         ]
         files[task] = str(folder / f"{task}.jsonl")
@@ -116,11 +116,11 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (data / "features" / f"p{number}.npz").unlink()
     left = without_missing(data, folder / "left")
     whole = {task: str(data / "records" / f"{task}.jsonl") for task in FOUR_TASKS}
-    made = []
+    paths = []
     for name, records in (("whole", whole), ("left", left)):
         settings = {"train": records, "validation_files": records, "batch_size": 60, "max_bad_share": 0.9}
-        made.append(write_vlbart_run(folder / f"{name}.yaml", data, FOUR_TASKS, data=settings))
-    return made[0], made[1]
+        paths.append(write_vlbart_run(folder / f"{name}.yaml", data, FOUR_TASKS, data=settings))
+    return paths[0], paths[1]
 
 
 def in_this_process(config: Path, *overrides: str) -> None:

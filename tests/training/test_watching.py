@@ -41,23 +41,23 @@ def validated(run_file: Path) -> list[str]:
 
 def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None:
     folder = trained(run_file, *validated(run_file))
-    found = read_watched(folder)
-    assert found is not None
-    assert sorted(found.answers) == [0, 3, 6]
-    assert len(found.questions) == 4
+    watched = read_watched(folder)
+    assert watched is not None
+    assert sorted(watched.answers) == [0, 3, 6]
+    assert len(watched.questions) == 4
     config = read_run_file(run_file)
     pipeline = DecoderPipeline(config)
     backbone, _ = with_adapter(pipeline.load(), folder / "adapter")
     assistant = Assistant(backbone, EncoderPrompts(pipeline.encoder))
-    by_id = {one.id: one for one in read_questions(Path(str(config.data.train)))[0]}
-    for one in found.questions:
-        question = by_id[one.id]
+    by_id = {row.id: row for row in read_questions(Path(str(config.data.train)))[0]}
+    for entry in watched.questions:
+        question = by_id[entry.id]
         picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
-        assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == found.answers[6][one.id]
-        assert (one.truth, one.question) == (question.truth, question.text)
-        with Image.open(folder / "watched" / one.picture) as kept:
+        assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == watched.answers[6][entry.id]
+        assert (entry.truth, entry.question) == (question.truth, question.text)
+        with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
-    assert found.answers[0] != found.answers[6]
+    assert watched.answers[0] != watched.answers[6]
 
 
 def test_watching_changes_no_loss(run_file: Path) -> None:
@@ -97,15 +97,15 @@ def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> No
 
 def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, tmp_path: Path) -> None:
     records = json.loads(Path(str(read_run_file(run_file).data.train)).read_text())[:3]
-    held_out = [{**one, "id": f"held-{number}"} for number, one in enumerate(records)]
+    held_out = [{**record, "id": f"held-{number}"} for number, record in enumerate(records)]
     held_out[1]["image"] = "nowhere.png"
     (tmp_path / "held_out.json").write_text(json.dumps(held_out))
     folder = trained(run_file, f"--data.validation={tmp_path / 'held_out.json'}", name="run")
-    found = read_watched(folder)
-    assert found is not None
-    assert [bool(one.picture) for one in found.questions] == [True, False, True]
-    assert "nowhere.png" in found.questions[1].why_no_picture
-    assert all(set(one) == {"held-0", "held-2"} for one in found.answers.values())
+    watched = read_watched(folder)
+    assert watched is not None
+    assert [bool(question.picture) for question in watched.questions] == [True, False, True]
+    assert "nowhere.png" in watched.questions[1].why_no_picture
+    assert all(set(answered) == {"held-0", "held-2"} for answered in watched.answers.values())
 
 
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
@@ -168,9 +168,9 @@ def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
     )
     callback = TensorBoardCallback.__new__(TensorBoardCallback)
     callback.tb_writer = writer
-    found = watched_in(tmp_path)
-    track_answers([callback], found, 0)
+    watched = watched_in(tmp_path)
+    track_answers([callback], watched, 0)
     assert sent[:2] == [("watched/0", "    what?\n\n    blue\n\n    red", 0), ("watched/0", (5, 6, 3), 0, "HWC")]
     sent.clear()
-    track_answers([callback], found, 4)
+    track_answers([callback], watched, 4)
     assert sent == [("watched/0", "    what?\n\n    red\n\n    red", 4)]

@@ -161,11 +161,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_weights(one: Path, other: Path, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+def assert_same_weights(first: Path, other: Path, *, atol: float = 0.0, rtol: float = 0.0) -> None:
     """The adapters of two runs, to the bit unless a tolerance is given."""
-    found, expected = weights_of(one), weights_of(other)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    weights, expected = weights_of(first), weights_of(other)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
         torch.testing.assert_close(
             tensor, expected[name], atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -23,15 +23,15 @@ def write_video_data(folder: Path, *, samples: int = 16) -> Path:
     records = []
     for index in range(samples):
         name, kind = names[index // 4 % 4], index % 4
-        asked = "Say the colour." + " Say" * (index % 5)
+        question = "Say the colour." + " Say" * (index % 5)
         record: dict[str, object] = {"id": f"sample-{index}"}
         if kind in (1, 3):
             record["image"] = f"{name}.png"
         if kind in (2, 3):
             part = {"path": f"{name}.mp4", "start_seconds": 0.2}
             record["video"] = part if index // 4 % 2 else f"{name}.mp4"
-        places = {0: "", 1: "<image>\n", 2: "<video>\n", 3: "<video> and <image>\n"}[kind]
-        talk = [{"from": "human", "value": places + asked}, {"from": "gpt", "value": name + " it" * (index % 3)}]
+        marks = {0: "", 1: "<image>\n", 2: "<video>\n", 3: "<video> and <image>\n"}[kind]
+        talk = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": name + " it" * (index % 3)}]
         records.append({**record, "conversations": talk})
     path = folder / "train.json"
     path.write_text(json.dumps(records))

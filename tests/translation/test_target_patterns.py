@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from dora_vl.start.rules import globs_of_endings, globs_of_expression
 
 NAMES = [
-    f"{place}.layers.{number}.{block}.{leaf}"
-    for place in ("model.language_model", "model.vision_tower.vision_model.encoder", "model.visual")
+    f"{prefix}.layers.{number}.{block}.{leaf}"
+    for prefix in ("model.language_model", "model.vision_tower.vision_model.encoder", "model.visual")
     for number in (0, 3, 17)
     for block, leaf in (
         ("self_attn", "q_proj"),

@@ -103,9 +103,9 @@ def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept
         spec = TowerSpec(library="transformers", name=str(tmp_path / folder), weights=weights)
         return FeatureEncoder(FeatureSettings(tower=spec, kept=kept)).pictures([picture()])
 
-    folders_own, given = made("clip", "pretrained"), made("clip", str(tmp_path / "other.pth"))
-    torch.testing.assert_close(given, made("other", "pretrained"))
-    assert not torch.allclose(given, folders_own, atol=1e-2)
+    folders_own, loaded = made("clip", "pretrained"), made("clip", str(tmp_path / "other.pth"))
+    torch.testing.assert_close(loaded, made("other", "pretrained"))
+    assert not torch.allclose(loaded, folders_own, atol=1e-2)
     assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
     with pytest.raises(UserError):
         made("clip", "openai")
@@ -154,6 +154,6 @@ def test_settings_travel_as_json() -> None:
 
 
 def test_other_weights_are_another_fingerprint() -> None:
-    one, other = (FeatureEncoder(FeatureSettings(tower=TIMM, kept="pooled")) for _ in range(2))
-    assert one.fingerprint() == one.fingerprint()
-    assert one.fingerprint() != other.fingerprint()  # random weights
+    first, other = (FeatureEncoder(FeatureSettings(tower=TIMM, kept="pooled")) for _ in range(2))
+    assert first.fingerprint() == first.fingerprint()
+    assert first.fingerprint() != other.fingerprint()  # random weights

@@ -118,9 +118,9 @@ def test_names_come_in_one_order_whoever_was_first(tmp_path: Path) -> None:
     for folder, order in (("one", (0, 1, 2)), ("other", (2, 0, 1))):
         for number in order:
             write(tmp_path / folder, rows(3)[number])
-    one, other = (list(open_features(tmp_path / folder).rows) for folder in ("one", "other"))
-    assert one == other
-    assert sorted(one) == ["v0", "v1", "v2"]
+    first, other = (list(open_features(tmp_path / folder).rows) for folder in ("one", "other"))
+    assert first == other
+    assert sorted(first) == ["v0", "v1", "v2"]
 
 
 TOKENS, WIDTH = 24, 5
@@ -220,8 +220,8 @@ def test_only_so_many_groups_stay_in_memory(tmp_path: Path) -> None:
         store = ParquetFeatures(tmp_path, cache_bytes=cache_bytes)
         for name in (*VALUES, *VALUES):
             assert torch.equal(store.read(name), VALUES[name])
-            held = sum(group.nbytes for group in store._groups.values())
-            assert held <= cache_bytes or len(store._groups) == 1
+            cached = sum(group.nbytes for group in store._groups.values())
+            assert cached <= cache_bytes or len(store._groups) == 1
 
 
 def test_what_is_no_folder_of_one_form_is_refused(tmp_path: Path) -> None:

@@ -78,4 +78,4 @@ def test_equal_to_the_fps_filter_of_ffmpeg(frames: int, rate: int) -> None:
     middle = min(len(shown), len(taken))
     assert middle >= 1
     assert abs(len(shown) - len(taken)) <= 1
-    assert max(abs(one - other) for one, other in zip(shown[:middle], taken[:middle], strict=True)) <= 1
+    assert max(abs(first - other) for first, other in zip(shown[:middle], taken[:middle], strict=True)) <= 1

@@ -56,9 +56,9 @@ def test_only_the_major_version_that_we_know(
 
     from dora_vl import backbones
 
-    found: set[str] = set()
+    imported: set[str] = set()
     real = backbones.import_module
     monkeypatch.setattr(transformers, "__version__", version)
-    monkeypatch.setattr(backbones, "import_module", lambda name: found.add(name) or real(name))
+    monkeypatch.setattr(backbones, "import_module", lambda name: imported.add(name) or real(name))
     backbones.register_with_transformers()
-    assert found == registered
+    assert imported == registered

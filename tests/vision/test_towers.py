@@ -146,7 +146,7 @@ class TestWeights:
 
     def test_other_names_in_the_same_order(self, tmp_path: Path) -> None:
         network = timm_weights("test_efficientnet", tmp_path / "w.safetensors")
-        other = {f"_{place}": value for place, value in enumerate(network.state_dict().values())}
+        other = {f"_{index}": value for index, value in enumerate(network.state_dict().values())}
         torch.save({"state_dict": other}, tmp_path / "other.pth")
         spec = TowerSpec(library="timm", name="test_efficientnet", weights=str(tmp_path / "other.pth"))
         with pytest.raises(UserError):

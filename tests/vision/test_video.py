@@ -76,16 +76,16 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
     path = write_video(tmp_path / f"a{suffix}", x264=OPEN_GOPS)
     whole = decoded_from_the_start(path)
     assert len(whole) == len(STEADY)
-    wanted = [[place] for place in range(len(STEADY))] + [[6, 18, 31, 43], [7, 8, 9, 30], list(range(len(STEADY)))]
+    groups = [[index] for index in range(len(STEADY))] + [[6, 18, 31, 43], [7, 8, 9, 30], list(range(len(STEADY)))]
     if (backend, suffix) == ("decord", ".ts"):  # it loses the first frames of a stream: refused, not wrong
         with pytest.raises(Unreadable), open_video(backend, str(path)):
             pass
         return
-    for places in wanted:
+    for indices in groups:
         with open_video(backend, str(path)) as video:
-            for place, (seconds, frame) in zip(places, video.frames(places), strict=True):
-                assert seconds == pytest.approx(STEADY[place], abs=1e-3)
-                assert np.abs(frame.astype(int) - whole[place]).mean() < 1, f"{place} of {places}"
+            for index, (seconds, frame) in zip(indices, video.frames(indices), strict=True):
+                assert seconds == pytest.approx(STEADY[index], abs=1e-3)
+                assert np.abs(frame.astype(int) - whole[index]).mean() < 1, f"{index} of {indices}"
 
 
 def test_no_library_that_cannot_seek_is_asked_first(tmp_path: Path) -> None:
@@ -124,19 +124,19 @@ def shown_by(matrix: tuple[int, int, int, int], flat: np.ndarray) -> np.ndarray:
     y, x = np.indices(flat.shape[:2])
     across, down = a * x + c * y, b * x + d * y
     across, down = across - across.min(), down - down.min()
-    found = np.zeros((down.max() + 1, across.max() + 1, 3), flat.dtype)
-    found[down, across] = flat
-    return found
+    upright = np.zeros((down.max() + 1, across.max() + 1, 3), flat.dtype)
+    upright[down, across] = flat
+    return upright
 
 
 @pytest.mark.parametrize("matrix", QUARTERS_AND_MIRRORS)
 def test_a_turned_or_mirrored_video_is_shown_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     turned(write_video(tmp_path / "flat.mp4"), tmp_path / "turned.mp4", matrix)
     flat = read_frames(tmp_path, Clip(path="flat.mp4"), AtSeconds((0.4,)), backends=("pyav",))
-    found = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,))))[0]
+    upright = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,))))[0]
     expected = shown_by(matrix, pixels(flat)[0])
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).mean() < 1
+    assert upright.shape == expected.shape
+    assert np.abs(upright - expected).mean() < 1
 
 
 BROKEN = ("missing", "empty", "noise", "text", "sound", "no_frame", "damaged", "cut", "cut_index_first", "pipe")
@@ -176,8 +176,8 @@ def test_a_file_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch:
     greedy = "class DECORDError(Exception): pass\nclass VideoReader:\n"
     greedy += "    def __init__(self, path, num_threads): self.held = [bytearray(2**28) for _ in range(32)]\n"
     broken_library(tmp_path, "decord", greedy)
-    said = pytest.raises(BadSample)
-    with reader_with(tmp_path, monkeypatch, backends=("decord",)) as reader, said:
+    raises = pytest.raises(BadSample)
+    with reader_with(tmp_path, monkeypatch, backends=("decord",)) as reader, raises:
         reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2))
 
 

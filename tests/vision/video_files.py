@@ -98,8 +98,8 @@ def turned(path: Path, to: Path, matrix: tuple[int, int, int, int] = (0, 1, -1, 
     """
     data = bytearray(path.read_bytes())
     start = data.find(b"tkhd") + 4 + 40
-    a, b, c, d = (one << 16 for one in matrix)
-    for place, value in enumerate((a, b, 0, c, d, 0, 48 << 16, 0, 1 << 30)):
-        data[start + 4 * place : start + 4 * place + 4] = value.to_bytes(4, "big", signed=True)
+    a, b, c, d = (entry << 16 for entry in matrix)
+    for index, value in enumerate((a, b, 0, c, d, 0, 48 << 16, 0, 1 << 30)):
+        data[start + 4 * index : start + 4 * index + 4] = value.to_bytes(4, "big", signed=True)
     to.write_bytes(data)
     return to

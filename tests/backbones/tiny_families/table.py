@@ -37,5 +37,5 @@ def param(family: str, *, is_slow: bool = False) -> object:
 families = pytest.mark.parametrize("family", [param(family) for family in FAMILIES])
 """A test of every family."""
 
-families_in_turn = pytest.mark.parametrize("family", [param(one, is_slow=one not in QUICK) for one in FAMILIES])
+families_in_turn = pytest.mark.parametrize("family", [param(name, is_slow=name not in QUICK) for name in FAMILIES])
 """A test of every family that takes a second for each: quick of a few, slow of the others."""

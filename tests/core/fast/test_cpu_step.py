@@ -74,17 +74,17 @@ def results(model: nn.Module, x: torch.Tensor, run=None) -> list[torch.Tensor]:
 
 def assert_as_good_as_python(monkeypatch, model: nn.Module, x: torch.Tensor, *, passes=None) -> None:
     """Beside the same pass in float64, the compiled one is no further off than Python's in the same dtype."""
-    found = results(model, x, passes and passes(model))
+    outputs = results(model, x, passes and passes(model))
     with monkeypatch.context() as patch:
         patch.setattr(cpu_step, "compiled_operations", lambda: None)
         python, exact = (
             results(twin, x.to(dtype), passes and passes(twin))
             for dtype, twin in ((x.dtype, copy.deepcopy(model)), (torch.float64, copy.deepcopy(model).double()))
         )
-    for one, eager, wide in zip(found, python, exact, strict=True):
+    for ours, eager, wide in zip(outputs, python, exact, strict=True):
         size = wide.detach().norm() + 1e-30
-        errors = [float((value.detach().double() - wide.detach()).norm() / size) for value in (one, eager)]
-        assert errors[0] <= 2 * errors[1] + FLOOR[x.dtype], (errors, one.shape)
+        errors = [float((value.detach().double() - wide.detach()).norm() / size) for value in (ours, eager)]
+        assert errors[0] <= 2 * errors[1] + FLOOR[x.dtype], (errors, ours.shape)
 
 
 @each_dtype
@@ -152,10 +152,10 @@ def test_rows_that_need_care_are_left_to_the_equation(monkeypatch, calls, damage
             model[0].bias[3] = 1e4
         else:
             model[0].lora_B[3, 1] = float("nan")
-    found = results(model, x)
+    outputs = results(model, x)
     assert calls == {"sound": 1, "unsound": 1}
     if damage == "nan":
-        assert found[0].isnan().any()
+        assert outputs[0].isnan().any()
         return
     assert_as_good_as_python(monkeypatch, model, x)
     assert calls["unsound"] == 1, "asked again only after a change"
@@ -239,14 +239,14 @@ def test_without_a_graph_outputs_are_those_of_the_equation(monkeypatch, dtype, r
     model = model_of(dtype, rank=rank, bias=bias).eval()
     x = torch.randn(*shape, 37).to(dtype)
     with torch.no_grad():
-        found = model(x)
+        output = model(x)
         assert model(torch.empty(0, 37, dtype=dtype)).shape == (0, 19)
         assert all(layer.recall("factors").compiled for layer in (model[0], model[2]))
         monkeypatch.setattr(cpu_step, "compiled_operations", lambda: None)
-        python, exact = (copy.deepcopy(model).to(one)(x.to(one)).double() for one in (dtype, torch.float64))
-    assert (found.shape, found.dtype) == (exact.shape, dtype)
+        python, exact = (copy.deepcopy(model).to(kind)(x.to(kind)).double() for kind in (dtype, torch.float64))
+    assert (output.shape, output.dtype) == (exact.shape, dtype)
     size = float(exact.norm())
-    assert float((found.double() - exact).norm()) / size <= 2 * float((python - exact).norm()) / size + FLOOR[dtype]
+    assert float((output.double() - exact).norm()) / size <= 2 * float((python - exact).norm()) / size + FLOOR[dtype]
 
 
 NO_BUILDER = """

@@ -45,10 +45,10 @@ def test_halves_are_the_product(monkeypatch, rows, with_bias, transposed):
     asked(monkeypatch, True)
     x, matrix, bias = operands(rows)
     matrix = matrix if transposed else matrix.contiguous()
-    found = frozen_product(x, matrix, bias if with_bias else None)
+    output = frozen_product(x, matrix, bias if with_bias else None)
     expected = x.double() @ matrix.double() + (bias.double() if with_bias else 0)
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-2)
-    assert found.is_contiguous()
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-2)
+    assert output.is_contiguous()
 
 
 def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
@@ -135,11 +135,11 @@ def in_parts(parts: int, backwards: bool = False):
 def test_another_order_of_sums_is_found(monkeypatch, inner, with_bias):
     """Two parts are the trap: terms that cancel between the parts would leave zero in any order within them."""
     x, matrix, bias = operands(100, inner, 90)
-    given = (torch.zeros_like(x), matrix, bias if with_bias else None)  # as a gradient may be: not what is compared
+    arguments = (torch.zeros_like(x), matrix, bias if with_bias else None)  # as a gradient may be: not what is compared
     for halves, equal in (in_parts(2), True), (in_parts(2, True), False), (in_parts(1), False), (in_parts(3), False):
         ways = {1: in_parts(2), 2: halves}
-        monkeypatch.setattr(products, "product_in_parts", lambda *given, ways=ways: ways[given[-1]](*given[:-1]))
-        assert halves_have_the_bits(*given) is equal
+        monkeypatch.setattr(products, "product_in_parts", lambda *args, ways=ways: ways[args[-1]](*args[:-1]))
+        assert halves_have_the_bits(*arguments) is equal
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(600, 576, 576), (515, 400, 391), (300, 192, 768)])
@@ -154,7 +154,7 @@ def test_what_was_found_equal_once_is_equal_for_other_numbers(rows, columns, inn
 
     claimed = halves_have_the_bits(*drawn())
     samples = [drawn() for _ in range(3)]
-    equal = all(torch.equal(*(product_in_parts(*given, parts) for parts in (1, 2))) for given in samples)
+    equal = all(torch.equal(*(product_in_parts(*sample, parts) for parts in (1, 2))) for sample in samples)
     assert equal or not claimed
 
 

@@ -49,10 +49,10 @@ def device():
     torch.set_default_device(None)
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", *, times: float = 1.0) -> None:
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", *, times: float = 1.0) -> None:
     size = expected.double().abs().max().clamp_min(1e-9)
-    error = float((found.double() - expected.double()).abs().max() / size)
-    assert found.shape == expected.shape
+    error = float((actual.double() - expected.double()).abs().max() / size)
+    assert actual.shape == expected.shape
     assert error <= times * TOLERANCE[dtype], (what, dtype, error)
 
 
@@ -127,7 +127,7 @@ def test_any_layout_of_any_operand(layout):
     backward = {"dy": torch.randn(rows, out), "kept": torch.randn(rows, out), "lora_B": b, "bias": bias}
 
     def changed(operands: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-        return {name: layout(one) if name in names else one.clone() for name, one in operands.items()}
+        return {name: layout(operand) if name in names else operand.clone() for name, operand in operands.items()}
 
     plain = kernels.adapted_output(**forward)
     straight = kernels.backward_pass(**backward, gain=gain, scale=0.7, with_bias_sum=True)
@@ -138,8 +138,8 @@ def test_any_layout_of_any_operand(layout):
         assert kernels.adapted_output(**operands, in_place=True) is operands["product"]
         assert torch.equal(operands["product"], plain), names
     for names in [*({name} for name in backward), set(backward)]:
-        found = kernels.backward_pass(**changed(backward, names), gain=strided, scale=0.7, with_bias_sum=True)
-        assert all(torch.equal(one, other) for one, other in zip(found, straight, strict=True)), names
+        results = kernels.backward_pass(**changed(backward, names), gain=strided, scale=0.7, with_bias_sum=True)
+        assert all(torch.equal(value, other) for value, other in zip(results, straight, strict=True)), names
 
 
 @pytest.mark.parametrize("with_kept", [True, False])
@@ -195,8 +195,8 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
         y = kernels.adapted_output(product, hidden, b, bias, gain.minus_one)
         results.append((y, *kernels.backward_pass(dy, product, b, bias, gain, 0.7, with_bias_sum=True)))
     for other in results[1:]:
-        for one, expected in zip(other, results[0], strict=True):
-            close(one, expected, torch.float32)
+        for value, expected in zip(other, results[0], strict=True):
+            close(value, expected, torch.float32)
 
 
 @pytest.mark.parametrize("which", ["OUTPUT", "BACKWARD"])
@@ -288,7 +288,7 @@ def launches(monkeypatch):
     """How often the kernel of the output ran."""
     calls: list[int] = []
     real = kernels.adapted_output
-    monkeypatch.setattr(kernels, "adapted_output", lambda *given, **named: calls.append(1) or real(*given, **named))
+    monkeypatch.setattr(kernels, "adapted_output", lambda *args, **named: calls.append(1) or real(*args, **named))
     return calls
 
 
@@ -309,12 +309,12 @@ def passed(layer: nn.Module, x: Tensor, upstream: Tensor, *, edit: bool) -> dict
     layer.zero_grad()
     x = x.detach().clone().requires_grad_()
     y = layer(x)
-    found = {"y": y.detach().clone()}
+    values = {"y": y.detach().clone()}
     if edit:
         y = y.relu_() if y.dtype == torch.float32 else y.relu()
     y.backward(upstream.to(y.dtype))
     return {
-        **found,
+        **values,
         "x": x.grad,
         **{name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None},
     }
@@ -355,13 +355,13 @@ def test_layers_equal_the_eager_ones(monkeypatch, launches, kind, changes):
     masks = {torch.float32: seed, torch.float64: positions}
     monkeypatch.setattr(SHARED_DROPOUT, "draw", lambda tensor, p, user: Dropped(p, masks[tensor.dtype]))
     eager = changes.get("method") == "lora" or (kind == "opaque" and not changes.get("detach_norm", True))
-    found = passed(narrow, x, upstream, edit=edit)
+    results = passed(narrow, x, upstream, edit=edit)
     assert len(launches) == (0 if eager else 1)
     expected = passed(wide, x.double(), upstream, edit=edit)
-    assert found.keys() == expected.keys()
-    for name, one in expected.items():
+    assert results.keys() == expected.keys()
+    for name, reference in expected.items():
         loose = "magnitude" in name and changes.get("through_zero", False)
-        close(found[name], one, torch.float32, name, times=30 if loose else 4)
+        close(results[name], reference, torch.float32, name, times=30 if loose else 4)
     with torch.no_grad():
         for _ in range(2):
             close(narrow.eval()(x), wide.eval()(x.double()), torch.float32, "eval", times=4)
@@ -401,11 +401,11 @@ def test_rows_of_several_adapters(monkeypatch, launches):
         alone[name] = copy.deepcopy(adapted).double()
     x = torch.randn(4, 9, 26)
     with batch.holding(("one", None, "two", "two")):
-        found = layer(x)
+        output = layer(x)
     assert launches == [1, 1]
-    assert torch.equal(found[1], linear(x)[1])
+    assert torch.equal(output[1], linear(x)[1])
     for number, name in ((0, "one"), (2, "two"), (3, "two")):
-        torch.testing.assert_close(found[number].double(), alone[name](x[number].double()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output[number].double(), alone[name](x[number].double()), rtol=1e-5, atol=1e-5)
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------
@@ -430,18 +430,18 @@ def dense_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def test_squared_norms_of_several_layers(dtype, rank):
     layers = [norm_operands(75, 40, rank, dtype) for _ in range(3)]
     frozen = torch.stack([weight.float().square().sum(1) for weight, _, _ in layers])
-    a, b = (torch.stack([layer[place] for layer in layers]).to(dtype) for place in (1, 2))
+    a, b = (torch.stack([layer[index] for layer in layers]).to(dtype) for index in (1, 2))
     weights = torch.stack([weight.float() for weight, _, _ in layers])
     on_A, gram = (weights @ a.float().mT).to(dtype), (a.float() @ a.float().mT).to(dtype)
     change = b.double() * (on_A.double() + SCALE / 2 * b.double() @ gram.double())
     expected = frozen.double() + 2 * SCALE * change.sum(-1)
-    found = kernels.norms_squared(frozen, b, on_A, gram, SCALE)
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.max()))
-    strided = [one.mT.contiguous().mT for one in (b, on_A, gram)]
-    assert torch.equal(kernels.norms_squared(frozen.t().contiguous().t(), *strided, SCALE), found)
-    for place in range(3):
-        alone = [one[place : place + 1] for one in (frozen, b, on_A, gram)]
-        assert torch.equal(kernels.norms_squared(*alone, SCALE)[0], found[place]), "each as it would be alone"
+    norms = kernels.norms_squared(frozen, b, on_A, gram, SCALE)
+    torch.testing.assert_close(norms.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.max()))
+    strided = [operand.mT.contiguous().mT for operand in (b, on_A, gram)]
+    assert torch.equal(kernels.norms_squared(frozen.t().contiguous().t(), *strided, SCALE), norms)
+    for number in range(3):
+        alone = [operand[number : number + 1] for operand in (frozen, b, on_A, gram)]
+        assert torch.equal(kernels.norms_squared(*alone, SCALE)[0], norms[number]), "each as it would be alone"
 
 
 @pytest.mark.slow
@@ -453,12 +453,12 @@ def test_rows_that_cancel_are_dense(dtype, rank, rows, transposed):
     cancel(weight, a, b, rows)
     weight = turned(weight) if transposed else weight
     frozen = functional.row_norms_squared(weight)
-    found, expected = kernels.norms(weight, frozen, a, b, SCALE), dense_norms(weight, a, b)
+    norms, expected = kernels.norms(weight, frozen, a, b, SCALE), dense_norms(weight, a, b)
     cancelled = expected.square() <= CANCELLATION * frozen
     assert int(cancelled.sum()) >= len(rows)
-    torch.testing.assert_close(found[cancelled].double(), expected[cancelled], rtol=1e-4, atol=0)
+    torch.testing.assert_close(norms[cancelled].double(), expected[cancelled], rtol=1e-4, atol=0)
     factored = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    torch.testing.assert_close(found[~cancelled].double(), expected[~cancelled], rtol=factored, atol=0)
+    torch.testing.assert_close(norms[~cancelled].double(), expected[~cancelled], rtol=factored, atol=0)
 
 
 def test_rows_without_length_and_a_change_of_nothing():
@@ -483,9 +483,9 @@ def test_the_host_asks_for_nothing():
     cancel(weight, a, b, [7])
     frozen = functional.row_norms_squared(weight)
     with Asked():  # a mode sees the operation from outside alone, hence its inside
-        found = functional.trusted_norms(weight, frozen, a, b, SCALE)
-    assert torch.equal(found, functional.safe_norms(weight, frozen, a, b, SCALE))
-    torch.testing.assert_close(found.double(), dense_norms(weight, a, b), rtol=1e-4, atol=0)
+        norms = functional.trusted_norms(weight, frozen, a, b, SCALE)
+    assert torch.equal(norms, functional.safe_norms(weight, frozen, a, b, SCALE))
+    torch.testing.assert_close(norms.double(), dense_norms(weight, a, b), rtol=1e-4, atol=0)
     with Asked(), pytest.raises(AssertionError):
         functional.direction_norms(frozen, frozen)
 
@@ -537,10 +537,10 @@ def test_the_copys_mask_is_philoxs(dtype, shape, probability):
         for row in range(rows)
     ]
     kept = torch.tensor(drawn) >= round(probability * 2**32)
-    found = kernels.masked_copy(x, torch.tensor(seed), probability)
-    assert found.dtype == dtype
-    assert torch.equal(found, torch.where(kept, x, 0.0).to(dtype))
-    assert torch.equal(kernels.masked_copy(every_other(x), torch.tensor(seed), probability), found)
+    output = kernels.masked_copy(x, torch.tensor(seed), probability)
+    assert output.dtype == dtype
+    assert torch.equal(output, torch.where(kept, x, 0.0).to(dtype))
+    assert torch.equal(kernels.masked_copy(every_other(x), torch.tensor(seed), probability), output)
 
 
 @pytest.mark.slow
@@ -551,17 +551,17 @@ def test_the_backward_pass_repeats_the_mask(dtype, rank):
     dx, dh, a = torch.randn(rows, columns).to(dtype), torch.randn(rows, rank).to(dtype), torch.randn(rank, columns)
     kept = kernels.masked_copy(torch.ones(rows, columns, dtype=dtype), seed, 0.3).double()
     expected = dx.double() + kept * (dh.double() @ a.to(dtype).double())
-    found = kernels.add_masked_product_(dx.clone(), dh, a, seed, 0.3)
-    close(found, expected, dtype)
-    assert torch.equal(found[kept == 0], dx[kept == 0]), "where x was dropped, nothing is added"
+    gradient = kernels.add_masked_product_(dx.clone(), dh, a, seed, 0.3)
+    close(gradient, expected, dtype)
+    assert torch.equal(gradient[kept == 0], dx[kept == 0]), "where x was dropped, nothing is added"
     strided = every_other(dx)
-    assert torch.equal(kernels.add_masked_product_(strided, turned(dh), turned(a), seed, 0.3), found)
-    assert torch.equal(strided, found)
+    assert torch.equal(kernels.add_masked_product_(strided, turned(dh), turned(a), seed, 0.3), gradient)
+    assert torch.equal(strided, gradient)
 
 
 def test_what_is_dropped_leaves_no_infinity():
-    found = kernels.masked_copy(torch.full((4, 30), float("inf")), torch.tensor(5), 0.5)
-    assert set(found.unique().tolist()) == {0.0, float("inf")}
+    output = kernels.masked_copy(torch.full((4, 30), float("inf")), torch.tensor(5), 0.5)
+    assert set(output.unique().tolist()) == {0.0, float("inf")}
 
 
 @pytest.mark.slow
@@ -648,7 +648,7 @@ def test_a_checkpoint_draws_the_same_and_keeps_no_seed(monkeypatch, reentrant):
         assert not checkpointed or [seed() is None for seed in seeds] == [True, False]
         y.square().sum().backward()
         results.append([y.detach(), inputs.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert all(torch.equal(value, other) for value, other in zip(*results, strict=True))
 
 
 def test_a_copy_has_the_masks_gradient():

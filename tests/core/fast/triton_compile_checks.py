@@ -41,8 +41,8 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], conf
     fixed = {**constants, **config.kwargs}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or (signature[name] == "i32" and name in ("out", "rank", "columns"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
@@ -164,5 +164,5 @@ def test_sizes_of_one_become_constants_in_a_launch(name):
     """Triton compiles an argument that is 1 into the kernel; rank 1 and a single row of decoding are such."""
     kernel, types, constants = case_of(name, torch.bfloat16, 1)
     tile, kernel = tiles_of(kernel, torch.bfloat16, constants, 1)[0], jit_of(kernel)
-    ones = {one: 1 for one in ("rows", "rank", "parts", "splits", "column_stride") if one in kernel.arg_names}
+    ones = {size: 1 for size in ("rows", "rank", "parts", "splits", "column_stride") if size in kernel.arg_names}
     assert compiled(kernel, types, {**constants, **ones}, tile, 90).asm["cubin"]

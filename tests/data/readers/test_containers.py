@@ -52,12 +52,12 @@ def test_each_container_gives_the_same_table_and_stream(tmp_path: Path, name: st
         row for row in StreamSource(TrainFile(path=path), limit=None, seed=0).rows() if isinstance(row, Example)
     ]
     assert [replace(row, image_bytes={}) for row in streamed] == list(table)
-    found = [(row.id, row.turns) for row in streamed]
-    assert found == [(row.id, row.turns) for row in expected if isinstance(row, Example)]
-    assert found[0][1][0].text == f"<image>\n{MADE[0].question}"
-    held = [table.stored[row.images[0]] if name in HOLD_PICTURES else None for row in streamed]
-    assert held == [item.content if name in HOLD_PICTURES else None for item in MADE]
-    assert [[*row.image_bytes.values()] for row in streamed] == [[content] if content else [] for content in held]
+    samples = [(row.id, row.turns) for row in streamed]
+    assert samples == [(row.id, row.turns) for row in expected if isinstance(row, Example)]
+    assert samples[0][1][0].text == f"<image>\n{MADE[0].question}"
+    contents = [table.stored[row.images[0]] if name in HOLD_PICTURES else None for row in streamed]
+    assert contents == [item.content if name in HOLD_PICTURES else None for item in MADE]
+    assert [[*row.image_bytes.values()] for row in streamed] == [[content] if content else [] for content in contents]
 
 
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, endi
 
 
 def test_the_endings_are_those_of_the_formats() -> None:
-    known = {ending[1:] for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")}
-    assert set(PICTURE_ENDINGS) == known | {"heic", "heif", "hif"}  # pillow-heif's
+    names = {ending[1:] for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")}
+    assert set(PICTURE_ENDINGS) == names | {"heic", "heif", "hif"}  # pillow-heif's
 
 
 def test_videos_of_an_archive_are_refused_unless_the_fields_name_their_files(tmp_path: Path) -> None:
@@ -241,11 +241,11 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
 def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
 
     def load_dataset(name: str, *, split: str, streaming: bool) -> datasets.Dataset:
         assert not streaming
-        asked.append((name, split))
+        calls.append((name, split))
         if name == "no/such":
             raise FileNotFoundError("no such set,\nand no network")
         as_dataset(MADE).save_to_disk(str(tmp_path / "fetched"))
@@ -256,7 +256,7 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError):
         find_files(Path("hub:no/such"))
-    assert asked == [("own/er", "validation"), ("no/such", "train")]
+    assert calls == [("own/er", "validation"), ("no/such", "train")]
 
 
 IDS = [item.id for item in MADE]
@@ -339,16 +339,16 @@ def test_splits_are_found_in_names_of_files_and_of_folders(tmp_path: Path) -> No
     names = ["data/train-00000-of-00001.parquet", "eval sets/x.parquet", "val/0.parquet", "val/test.parquet"]
     write(tmp_path, *names)
     splits = by_split(tmp_path, [tmp_path / name for name in names])
-    found = {split: [str(file.relative_to(tmp_path)) for file in files] for split, files in splits.items()}
-    assert found == {"train": names[:1], "eval": names[1:2], "val": names[2:3], "test": names[3:]}
+    relative = {split: [str(file.relative_to(tmp_path)) for file in files] for split, files in splits.items()}
+    assert relative == {"train": names[:1], "eval": names[1:2], "val": names[2:3], "test": names[3:]}
     write(tmp_path, "more.parquet")
     with pytest.raises(UserError):
         by_split(tmp_path, [tmp_path / name for name in (*names, "more.parquet")])
 
 
 def test_splits_that_datasets_saved_are_its_folders(tmp_path: Path) -> None:
-    one = as_dataset(MADE)
-    datasets.DatasetDict({"clean": one, "noisy": one}).save_to_disk(str(tmp_path / "both"))
+    dataset = as_dataset(MADE)
+    datasets.DatasetDict({"clean": dataset, "noisy": dataset}).save_to_disk(str(tmp_path / "both"))
     assert set(by_split(tmp_path / "both", sorted((tmp_path / "both").rglob("*.arrow")))) == {"clean", "noisy"}
 
 

@@ -33,18 +33,18 @@ def documented_rows(kind: str = "rows") -> list[str]:
 
 @pytest.mark.parametrize("line", [*documented_rows(), *documented_rows("video rows")])
 def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
-    found, videos = talk(json.loads(line)), line in documented_rows("video rows")
-    *system, asked, answer = found.turns
+    sample, videos = talk(json.loads(line)), line in documented_rows("video rows")
+    *system, question, answer = sample.turns
     assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
     assert answer == ASKED[1]
     words = "" if '"caption"' in line else "What is it?"
-    assert asked.text.replace("\n", "") == ("<video>" if videos else "<image>") + words
+    assert question.text.replace("\n", "") == ("<video>" if videos else "<image>") + words
     if videos:
-        assert [clip.path for clip in found.videos] == ["cat.mp4"]
+        assert [clip.path for clip in sample.videos] == ["cat.mp4"]
         assert read_row(json.loads(line)).video is not None  # what a test about one video reads
     else:
-        assert found.images == ("cat.jpg",)
-        assert not words or asked == ASKED[0]
+        assert sample.images == ("cat.jpg",)
+        assert not words or question == ASKED[0]
 
 
 def test_the_documentation_has_a_row_of_every_format() -> None:
@@ -61,10 +61,10 @@ def test_pictures_in_parts_and_beside_them_keep_their_order() -> None:
         {"type": "text", "text": "and <image>?"},
     ]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "so"}]
-    found = read_row({"messages": messages, "images": ["first.png", {"bytes": b"third", "path": None}]})
-    assert found.turns[0].text == "<image>and<image>and <image>?"
-    assert found.images[0] == "first.png"
-    assert [found.image_bytes[name] for name in found.images[1:]] == [b"pixels", b"third"]
+    sample = read_row({"messages": messages, "images": ["first.png", {"bytes": b"third", "path": None}]})
+    assert sample.turns[0].text == "<image>and<image>and <image>?"
+    assert sample.images[0] == "first.png"
+    assert [sample.image_bytes[name] for name in sample.images[1:]] == [b"pixels", b"third"]
 
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -76,19 +76,19 @@ ASKING = {"question": "Which is red?", "answer": "two"}
 
 def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
     scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
-    asked = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
-    first, second = talk(scored).turns[0], talk(asked).turns[0]
+    unscored = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
+    first, second = talk(scored).turns[0], talk(unscored).turns[0]
     assert (first.text, first.input) == ("Is it so?", "")
     assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
     assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
-    (tmp_path / "a.json").write_text(json.dumps([scored, {**asked, "id": "b"}, {"instruction": "q", "output": ""}]))
+    (tmp_path / "a.json").write_text(json.dumps([scored, {**unscored, "id": "b"}, {"instruction": "q", "output": ""}]))
     questions, skipped = read_questions(tmp_path / "a.json")
-    assert [(one.id, one.answer, one.truth) for one in questions] == [
+    assert [(question.id, question.answer, question.truth) for question in questions] == [
         ("record 0", "true", "the correct answer is true"),
         ("b", "", "it"),
     ]
     assert [*skipped] == ["record 2"]
-    assert [one.id for one in read_questions(tmp_path / "a.json", limit=1)[0]] == ["record 0"]
+    assert [question.id for question in read_questions(tmp_path / "a.json", limit=1)[0]] == ["record 0"]
     (tmp_path / "twice.json").write_text(json.dumps([{**scored, "id": "a"}] * 2))
     with pytest.raises(UserError):
         read_questions(tmp_path / "twice.json")
@@ -96,18 +96,18 @@ def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: 
 
 def test_pictures_in_base64_and_paths_of_windows() -> None:
     png = b"\x89PNG\r\n\x1a\n and more"
-    found = read_row({**ASKING, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
-    assert (found.image_bytes[found.images[0]], found.images[1:]) == (png, ("a/b.png", "/9j/a.png"))
+    sample = read_row({**ASKING, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
+    assert (sample.image_bytes[sample.images[0]], sample.images[1:]) == (png, ("a/b.png", "/9j/a.png"))
 
 
 @pytest.mark.parametrize(
-    "held",
+    "value",
     [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a"}, [None, b"x"], [{"bytes": b"x"}], "a.PNG"],
 )
 @pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
-def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], held: object) -> None:
+def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], value: object) -> None:
     with pytest.raises(UserError):
-        RowReader("a").read({**row, "thumb": held}, 0)
+        RowReader("a").read({**row, "thumb": value}, 0)
     for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.", [1.5]):
         assert read_row({**row, "thumb": nothing, "id": b"1"}).turns == read_row(row).turns
 
@@ -139,12 +139,12 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     longest = 0
     for row in (values, {**formed, **values}, {**values, **formed}):
         try:
-            found = talk(row)
+            sample = talk(row)
         except (BadSample, ColumnsError) as error:
             longest = len(str(error))
             continue
-        assert found.turns[-1].text.strip()
-        assert sum(turn.text.count("<image>") for turn in found.turns) == len(found.images)
+        assert sample.turns[-1].text.strip()
+        assert sum(turn.text.count("<image>") for turn in sample.turns) == len(sample.images)
     assert longest < 500
 
 
@@ -153,10 +153,10 @@ def test_numbers_of_thousands_of_digits_are_bad_samples(line: str) -> None:
     for name in json.loads(line):
         for huge in (10**5000, [10**5000], {"text": 10**5000}):
             try:
-                found = talk({**json.loads(line), name: huge})
+                sample = talk({**json.loads(line), name: huge})
             except (BadSample, ColumnsError):
                 continue
-            assert name in ("id", "system", "caption"), found
+            assert name in ("id", "system", "caption"), sample
 
 
 FREE_TEXT = st.text().filter(lambda text: "<image" not in text)
@@ -189,15 +189,15 @@ def test_one_picture_is_normalised_as_published(rounds: list[tuple[str, str]], t
 @given(st.lists(st.lists(FREE_TEXT, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 12))
 def test_several_placeholders_are_all_kept_or_refused(questions: list[list[str]], pictures: int) -> None:
     """Each question is pieces joined by placeholders; with any other number of pictures it is a bad sample."""
-    asked = ["<image>".join(pieces) for pieces in questions]
-    placeholders = sum(text.count("<image>") for text in asked)
+    prompts = ["<image>".join(pieces) for pieces in questions]
+    placeholders = sum(text.count("<image>") for text in prompts)
     names = [f"{number}.png" for number in range(pictures)]
-    texts = [text for question in asked for text in (question, "yes")]
+    texts = [text for question in prompts for text in (question, "yes")]
     if placeholders == 0 and pictures:
-        first = "<image>\n" * pictures + asked[0] if pictures > 1 else f"<image>\n{asked[0].strip()}".strip()
-        assert texts_of(*texts, image=names)[::2] == [first, *asked[1:]]
+        first = "<image>\n" * pictures + prompts[0] if pictures > 1 else f"<image>\n{prompts[0].strip()}".strip()
+        assert texts_of(*texts, image=names)[::2] == [first, *prompts[1:]]
     elif placeholders != pictures:
         with pytest.raises(BadSample):
             texts_of(*texts, image=names)
     elif pictures > 1:
-        assert texts_of(*texts, image=names)[::2] == asked
+        assert texts_of(*texts, image=names)[::2] == prompts

@@ -80,8 +80,8 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
             table = load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
             (question,), _ = read_questions(path, columns=columns)
             assert parts(table[0]) == parts(stream.first_rows[0]) == expected
-            *asked, answer = expected["turns"]
-            assert ([[turn.role, turn.text] for turn in question.turns], question.truth) == (asked, answer[1])
+            *turns, answer = expected["turns"]
+            assert ([[turn.role, turn.text] for turn in question.turns], question.truth) == (turns, answer[1])
             continue
         with pytest.raises(UserError):
             load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
@@ -102,8 +102,8 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
         "  image_1: used as images",
         "  image_2: used as images",
     ]
-    found = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert found == [
+    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert summary == [
         "rows.jsonl: question/answer, 3 rows",
         *lines,
         "  pictures: none in 1 rows, 1 in 1 rows, 2 in 1 rows",
@@ -111,8 +111,8 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
     assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
     plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "model": "m"}
     WRITERS["jsonl"](path, [plain, {**plain, "image": "a.png"}])
-    told = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(told)
+    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(summary)
     WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
     with pytest.raises(UserError):
         load_rows(str(path), cache_folder=tmp_path / "cache")
@@ -122,9 +122,9 @@ def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
     features = datasets.Features(
         {"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
     )
-    made = datasets.Dataset.from_dict({"question": ["q", "r"], "label": [1, 0]}, features=features)
-    made.to_parquet(tmp_path / "a.parquet")
-    made.save_to_disk(str(tmp_path / "saved"))
+    dataset = datasets.Dataset.from_dict({"question": ["q", "r"], "label": [1, 0]}, features=features)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(str(tmp_path / "saved"))
     for name in ("a.parquet", "saved"):
         rows = load_rows(str(tmp_path / name), cache_folder=tmp_path / "cache").rows
         assert [talk[-1]["text"] for talk in rows["turns"]] == ["dog", "cat"]
