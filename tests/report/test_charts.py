@@ -57,7 +57,13 @@ def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
 
 def item(name: str, truth: str, prediction: str, kind: str = "", share: float | None = None) -> Item:
     right = float(truth == prediction) if share is None else share
-    words = {"truth": truth, "prediction": prediction, "whole": prediction, "label": truth, "prediction_label": prediction}
+    words = {
+        "truth": truth,
+        "prediction": prediction,
+        "whole": prediction,
+        "label": truth,
+        "prediction_label": prediction,
+    }
     return Item(id=name, question="q", kind=kind, share=right, **words)
 
 
