@@ -253,6 +253,7 @@ class Result:
         losses: validation loss by rate; None where the run failed.
         score: mean over seeds and items; `spread` is the standard deviation of the seeds' means.
         difference: to the first contender of its rank, of one without to the first method's last, paired over items.
+        gain: as `difference`, to the untrained model, where that is tested.
     """
 
     name: str
@@ -267,6 +268,7 @@ class Result:
     items: int
     against: str = ""
     difference: tuple[float, float, float] | None = None
+    gain: tuple[float, float, float] | None = None
     metrics: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
 
@@ -353,10 +355,7 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
     if contender.rank is None:  # beside the most that the first method was given
         others = [other for other in comparison.contenders if other.method == comparison.contenders[0].method][-1:]
     against = others[0]
-    difference = None
-    if against != contender:
-        other = shares[str(against)]
-        difference = float(PERCENT * (own.mean() - other.mean())), *_interval(own, other)
+    difference = None if against == contender else _difference(own, shares[str(against)])
     return _scored(
         str(contender),
         own,
@@ -366,8 +365,14 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
         losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
         against="" if difference is None else str(against),
         difference=difference,
+        gain=_difference(own, shares[UNTRAINED]) if UNTRAINED in shares else None,
         metrics=tuple(cell.metrics for cell in cells),
     )
+
+
+def _difference(shares: Shares, others: Shares) -> tuple[float, float, float]:
+    """In percent, and its interval."""
+    return float(PERCENT * (shares.mean() - others.mean())), *_interval(shares, others)
 
 
 def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[str, float]]:
@@ -380,9 +385,10 @@ def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[
 
 
 def _table(results: Sequence[Result]) -> Iterator[str]:
-    rows = [("", "rate", "score", "95 % interval", "seeds +-", "difference", "95 % interval")]
+    heads = ("", "rate", "score", "95 % interval", "seeds +-", "difference", "95 % interval", "to untrained")
+    rows = [(*heads, "95 % interval")]
     for result in results:
-        apart = result.difference
+        apart, gain = result.difference, result.gain
         rows.append(
             (
                 result.name,
@@ -391,11 +397,14 @@ def _table(results: Sequence[Result]) -> Iterator[str]:
                 "{:.2f} to {:.2f}".format(*result.interval),
                 f"{result.spread:.2f}",
                 "" if apart is None else f"{apart[0]:+.2f} to {result.against}",
-                "" if apart is None else f"{apart[1]:+.2f} to {apart[2]:+.2f}",
+                "" if apart is None else "{:+.2f} to {:+.2f}".format(*apart[1:]),
+                "" if gain is None else f"{gain[0]:+.2f}",
+                "" if gain is None else "{:+.2f} to {:+.2f}".format(*gain[1:]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 

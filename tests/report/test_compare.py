@@ -85,6 +85,10 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     difference, low, high = results["lora r8"]["difference"]
     assert (results["lora r8"]["against"], difference) == ("dora r8", -25.0)
     assert -45 < low < -25 < high < -5
+    gain, low, high = results["lora r4"]["gain"]
+    assert gain == 50
+    assert 30 < low < 50 < high < 70
+    assert results["untrained"]["gain"] is None
     assert results["dora r4"]["losses"]["0.032"] is None  # this rate failed, and says so
     assert (tmp_path / "out" / "dora_r4" / "rate_0.032_seed_5" / "failed.txt").is_file()
     for picture in ("score_by_rank.png", "loss_by_rate.png"):
