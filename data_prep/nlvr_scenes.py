@@ -6,9 +6,9 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
 writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`; of other scenes `validation.jsonl`) and
-`questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and how many there are of
-something. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a number means "exactly", as
-NLVR's validators took it.
+`questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and how many of something
+are in each. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a number means "exactly",
+as NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -202,11 +202,12 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
     for side, box in zip(("left", "middle", "right"), scene, strict=True):
         blocks, shapes = [item.colour for item in box], sorted(f"{item.colour} {item.shape}" for item in box)
         questions.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
-    for index in range(count // 2):
+    while len(questions) < BOXES + count // 2:
         words, count_in = towers(order) if noun and order.random() < 0.7 else things(order, noun)
-        total = sum(map(count_in, scene))
-        answer = NUMBERS[total] if total < len(NUMBERS) else "many"
-        questions.append(example(f"count-{index}", f"How many {words.format(s='s')} are there?", answer))
+        counts = [count_in(box) for box in scene]
+        if any(counts) or order.random() < 1 / 4:
+            text = f"How many {words.format(s='s')} are in each box?"
+            questions.append(example(f"count-{len(questions)}", text, ", ".join(NUMBERS[number] for number in counts)))
     return scene, sentences, questions
 
 

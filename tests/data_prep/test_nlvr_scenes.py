@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep import nlvr_scenes
-from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
+from data_prep.nlvr_scenes import BOX, COLOURS, GAP, NUMBERS, Item, claim, draw, examples_of
 from dora_vl.data.example import iterate_examples
 
 
@@ -101,3 +102,24 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     scene = examples_of(0, 3, seed=0)[0]
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
+
+
+def test_counts_of_each_box() -> None:
+    checked = 0
+    for number in range(100):
+        scene, _, questions = examples_of(number, 8, seed=0)
+        for row in questions:
+            match = re.fullmatch(
+                r"How many (yellow|black|blue) (block|square|circle|triangle|item|object)s are in each box\?",
+                row.question,
+            )
+            if match is None:
+                continue
+            colour, shape = match.groups()
+            counts = [
+                sum(item.colour == colour and shape in (item.shape, "block", "item", "object") for item in box)
+                for box in scene
+            ]
+            assert row.answers[0].text == ", ".join(NUMBERS[count] for count in counts)
+            checked += 1
+    assert checked > 50

@@ -190,6 +190,7 @@ def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_no_partial
         ["pope", "--from", "nowhere"],
         ["pope", "--from", ".", "--set", "seed=1"],
         ["nlvr", "--from", ".", "--set", "share=1"],
+        ["nlvr", "--from", str(FIXTURES / "nlvr"), "--set", "orders=12"],
         ["pope", "--from", ".", "--limit", "0"],
         ["pope", "--from", ".", "--workers", "-1"],
         ["llava-json", "--from", "a.json", "--splits", "a,test"],

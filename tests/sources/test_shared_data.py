@@ -73,6 +73,13 @@ def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
     assert not sentences["validation"] & sentences["test"]
 
 
+def test_one_order_of_nlvrs_boxes(tmp_path: Path) -> None:
+    prepared("nlvr", shared("nlvr"), tmp_path, "--set", "orders=1")
+    examples = list(iterate_examples(tmp_path / "nlvr" / "validation.jsonl"))
+    assert len(examples) == 989
+    assert {example.id.rpartition("-")[2] for example in examples} == {"0"}
+
+
 def test_commonsense_options_are_all_spelled_out(tmp_path: Path) -> None:
     prepared("commonsense", shared("commonsense"), tmp_path)
     for path in tmp_path.glob("*/*.jsonl"):

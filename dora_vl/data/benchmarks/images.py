@@ -157,7 +157,8 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     Files, from github.com/lil-lab/nlvr (folder `nlvr`): `{train,dev,test}/{split}.json`, JSON lines of {sentence,
     label, identifier, directory, evals, structured_rep}; pictures
     `{split}/images/<directory>/<split>-<identifier>-<order>.png`, order 0 to 5. Licence: CC BY 4.0. Each row becomes
-    six examples, id "<identifier>-<order>". With `shares` the rows of all files are divided anew, by sentence.
+    six examples, id "<identifier>-<order>", or so many as `orders` says. With `shares` the rows of all files are
+    divided anew, by sentence.
 
     Quirks: one sentence stands with up to four pictures ("1572-0" ... "1572-3"), and sentences repeat under other
     numbers. So `shares` divides by the sentence's words: the six orders, the four pictures and the repeated sentences
@@ -166,8 +167,10 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     """
     paths = present(folder, [name for part in NLVR_FILES for name in (f"{part}/{part}.json", f"{part}.json")])
     files = {path.stem: (path, f"{path.stem}/images" if "/" in name else "images") for name, path in paths.items()}
-    notes = {"records": f"{ORDERS} a row, one for each order of the boxes"}
-    split = partial(Split, "nlvr", convert=nlvr_row, notes=notes)
+    if (orders := options.get("orders", str(ORDERS))) not in [*"123456"]:
+        raise UserError(f"--set orders={shown_text(orders, 100)}: must be 1 to {ORDERS}")
+    notes = {"records": f"{orders} a row, one for each order of the boxes"}
+    split = partial(Split, "nlvr", convert=partial(nlvr_row, orders=int(orders)), notes=notes)
     if "shares" not in options:
         for part, (path, pictures) in files.items():
             name, size = NLVR_FILES[part]
@@ -239,8 +242,8 @@ def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Ite
             yield {**row, "part": part, "pictures": pictures}
 
 
-def nlvr_row(raw: Raw) -> list[Example]:
-    """The six examples of one row."""
+def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
+    """The examples of one row, one for each order of the boxes."""
     row = Row(raw, "identifier")
     label = row.one_of("label", ("true", "false"))
     sentence, directory, part = row.filled("sentence"), row.identifier("directory"), row.text("part")
@@ -252,7 +255,7 @@ def nlvr_row(raw: Raw) -> list[Example]:
             answers=(Answer(text=label),),
             extra={"identifier": row.id, "order": order, "part": part},
         )
-        for order in range(ORDERS)
+        for order in range(orders)
     ]
 
 

@@ -47,6 +47,7 @@ SOURCES: dict[str, Source] = {
         {
             "shares": "divide by sentence, such as train:0.8,validation:0.1,test:0.1",
             "seed": "of that division; default 0",
+            "orders": "of the boxes, 1 to 6; all are one sentence, so 1 for a test with an interval",
         },
     ),
     "nlvr2": Source(images.nlvr2, "NLVR2, two photographs a sentence; also VL-T5's files"),
