@@ -385,8 +385,10 @@ def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[
 
 
 def _table(results: Sequence[Result]) -> Iterator[str]:
-    heads = ("", "rate", "score", "95 % interval", "seeds +-", "difference", "95 % interval", "to untrained")
-    rows = [(*heads, "95 % interval")]
+    within = "95 % interval"
+    rows: list[tuple[str, ...]] = [
+        ("", "rate", "score", within, "seeds +-", "difference", within, "to untrained", within)
+    ]
     for result in results:
         apart, gain = result.difference, result.gain
         rows.append(
