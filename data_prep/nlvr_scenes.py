@@ -31,10 +31,15 @@ COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 SHAPES = ("square", "circle", "triangle")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 SIDES = ("left", "right", "top", "bottom")
-WALLS = {"edge": SIDES, "wall": SIDES, "base": ("bottom",), "bottom": ("bottom",), "top": ("top",)} | {
+WALLS = {"edge": SIDES, "wall": SIDES, "side": SIDES, "base": ("bottom",), "bottom": ("bottom",), "top": ("top",)} | {
     f"{side} wall": (side,) for side in ("left", "right")
 }
 """What a shape can touch, and at which sides of its box."""
+TOUCHING = {"touching the": True, "closely touching the": True, "not touching any": False}
+OVER = ("over", "above", "on")
+ENDS = {"base": 0, "top": -1}
+FORMS = {"block": "all box towers towers stacked base", "": "all box both boxes boxes colours"}
+SUBJECTS = {"Each box contains": 3, "One box contains": 1, "One of the grey squares has": 1, "Two boxes contain": 2}
 OTHERS = 20
 """Scenes that a sentence may be false of where it is true of the one it is said of, or the other way round."""
 SHARP = 4
@@ -121,18 +126,29 @@ def things(order: random.Random, noun: str) -> Phrase:
     """ "yellow square", perhaps "touching the wall"; of some colour and shape, or any."""
     colour = order.choice(("", *COLOURS, *COLOURS))
     shape = noun or order.choice(("item", "object", *SHAPES, *SHAPES))
-    wall = order.choice([*WALLS]) if not noun and order.random() < 0.4 else ""
-    words = " ".join(filter(None, (colour, shape + "{s}", f"touching the {wall}" if wall else "")))
+    touching, near = order.choice([*TOUCHING.items()])
+    wall = order.choice([*WALLS] if near else ("edge", "wall", "side")) if not noun and order.random() < 0.4 else ""
+    words = " ".join(filter(None, (colour, shape + "{s}", f"{touching} {wall}" if wall else "")))
 
     def count(box: Box) -> int:
         return sum(
             (not colour or item.colour == colour)
             and (shape not in SHAPES or item.shape == shape)
-            and (not wall or item.touches(wall))
+            and (not wall or item.touches(wall) == near)
             for item in box
         )
 
     return words, count
+
+
+def stacked(order: random.Random) -> Phrase:
+    """ "blue block on a black block", "blue block as the base of a tower"."""
+    colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
+    if order.random() < 0.5:
+        end, level = order.choice([*ENDS.items()])
+        return f"{colour} block{{s}} as the {end} of a tower", lambda box: box[level].colour == colour
+    words = f"{colour} block{{s}} {order.choice(OVER)} a {other} block"
+    return words, lambda box: [*pairwise(item.colour for item in box)].count((other, colour))
 
 
 def towers(order: random.Random) -> Phrase:
@@ -152,16 +168,19 @@ def towers(order: random.Random) -> Phrase:
         "blocks of the same color": lambda box: len({item.colour for item in box}) == 1,
     }
     words, is_so = order.choice([*forms.items()])
-    return f"tower{{s}} with {words}", lambda box: int(is_so(box))
+    return (
+        f"tower{{s}} {order.choice(('with', 'having'))} {words.replace('over', order.choice(OVER))}",
+        lambda box: int(is_so(box)),
+    )
 
 
 def claim(order: random.Random, noun: str) -> Claim:
     """A sentence and when it is true; `noun` is "block" for towers."""
     some, plural, holds = quantity(order)
-    form = order.choice(("all", "box", "towers", "towers", "base") if noun else ("all", "box", "both", "boxes"))
-    words, count = towers(order) if form == "towers" else things(order, noun)
+    form = order.choice(FORMS[noun].split())
+    words, count = {"towers": towers, "stacked": stacked}.get(form, lambda order: things(order, noun))(order)
     first = f"{some} {words.format(s=plural)}"
-    if form in ("all", "towers"):
+    if form in ("all", "towers", "stacked"):
         return f"There {'are' if plural else 'is'} {first}", lambda scene: holds(sum(map(count, scene)))
     if form == "box":
         return f"There is a box with {first}", lambda scene: any(holds(count(box)) for box in scene)
@@ -171,11 +190,14 @@ def claim(order: random.Random, noun: str) -> Claim:
         text = f"There is a box with {first} and {more} {words.format(s=ending)}"
         return text, lambda scene: any(holds(count(box)) and also(other(box)) for box in scene)
     if form == "base":
-        colour, end = order.choice([*COLOURS]), order.choice(("base", "top"))
-        level = 0 if end == "base" else -1
+        colour, (end, level) = order.choice([*COLOURS]), order.choice([*ENDS.items()])
         text = f"There is a {colour} block as the {end} of a tower with {some} block{plural}"
         return text, lambda scene: any(holds(len(box)) and box[level].colour == colour for box in scene)
-    subject, boxes = order.choice((("Each box contains", 3), ("One box contains", 1), ("Two boxes contain", 2)))
+    if form == "colours":
+        pair = set(order.sample([*COLOURS], order.randint(1, 2)))
+        text = f"There is a box with only {' and '.join(sorted(pair))} {order.choice(('items', 'objects'))}"
+        return text, lambda scene: any({item.colour for item in box} == pair for box in scene)
+    subject, boxes = order.choice([*SUBJECTS.items()])
     return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
 
 
@@ -197,6 +219,7 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
     while len(sentences) < count:
         text, is_true = claim(order, noun)
         if is_true(scene) != is_true(order.choice(others)):
+            text = order.choice((text, f"{text}.", text[0].lower() + text[1:]))
             sentences.append(example(len(sentences), text, str(is_true(scene)).lower()))
     questions: list[Example] = []
     for side, box in zip(("left", "middle", "right"), scene, strict=True):
