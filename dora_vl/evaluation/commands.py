@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -459,5 +458,4 @@ def _write(
             f"score, first {shown(bare[0])}; metrics.json names all"
         )
     with whole_file(folder / SCORES) as stream:
-        for name, share in scored.per_item.items():
-            stream.write(json.dumps({"id": name, "score": share}, ensure_ascii=False) + "\n")
+        stream.writelines(scored.lines())

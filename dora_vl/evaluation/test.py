@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -171,9 +170,8 @@ def write_scores(answered: Sequence[TestSet], path: Path) -> None:
     """Each item's share of its set's headline, with the set's name before its id where there are several."""
     with whole_file(path) as stream:
         for test in answered:
-            before = f"{test.name}/" if len(answered) > 1 else ""
-            for name, share in ({} if test.scored is None else test.scored.per_item).items():
-                stream.write(json.dumps({"id": before + name, "score": share}, ensure_ascii=False) + "\n")
+            if test.scored is not None:
+                stream.writelines(test.scored.lines(f"{test.name}/" if len(answered) > 1 else ""))
 
 
 def _add_baselines(test: TestSet, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,15 @@ class CellRun:
         return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
 
     @property
-    def scores(self) -> dict[str, float]:
-        """Each test item's share, by its id."""
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Unit -> item's id -> share."""
         if not (self.folder / SCORES).is_file():
             reason = (self.folder / FAILED).read_text(encoding="utf-8") if (self.folder / FAILED).is_file() else ""
             raise UserError(f"{self.folder} has no {SCORES}: {one_line(reason) or 'its test did not end'}")
-        return {str(row["id"]): float(str(row["score"])) for _, row in json_lines(self.folder / SCORES, "scores")}
+        scores: dict[str, dict[str, float]] = {}
+        for _, row in json_lines(self.folder / SCORES, "scores"):
+            scores.setdefault(str(row["unit"]), {})[str(row["id"])] = float(str(row["score"]))
+        return scores
 
     def start(self) -> None:
         """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder."""
@@ -252,7 +256,7 @@ class Result:
     Attributes:
         losses: validation loss by rate; None where the run failed.
         score: mean over seeds and items; `spread` is the standard deviation of the seeds' means.
-        difference: to the first contender of its rank, of one without to the first method's last, paired over items.
+        difference: to the first contender of its rank, of one without to the first method's last, paired over units.
         gain: as `difference`, to the untrained model, where that is tested.
     """
 
@@ -278,8 +282,10 @@ def written(comparison: Comparison) -> Iterator[str]:
     if comparison.untrained:
         cells[UNTRAINED] = [comparison.untrained_run]
     scores = {name: [cell.scores for cell in runs] for name, runs in cells.items()}
-    ids = list(dict.fromkeys(name for rows in scores.values() for row in rows for name in row))
-    shares = {name: np.array([[row.get(item, 0.0) for item in ids] for row in rows]) for name, rows in scores.items()}
+    items: dict[str, dict[str, float]] = {}
+    for unit, own in (pair for rows in scores.values() for row in rows for pair in row.items()):
+        items.setdefault(unit, {}).update(own)
+    shares = {name: np.array([_shares(row, items) for row in rows]) for name, rows in scores.items()}
     results = [_result(comparison, contender, shares) for contender in comparison.contenders]
     if comparison.untrained:
         results.append(_scored(UNTRAINED, shares[UNTRAINED]))
@@ -288,12 +294,12 @@ def written(comparison: Comparison) -> Iterator[str]:
         "rates": list(comparison.rates),
         "seeds": comparison.seeds,
         "results": [asdict(result) for result in results],
-        "by_set": _by_set(ids, shares),
+        "by_set": _by_set([next(iter(unit)) for unit in items.values()], shares),
     }
     if comparison.strengths:
         rows = []
         for strength, cell in comparison.by_strength().items():
-            score, metrics = _scored("", np.array([list(cell.scores.values())])), cell.metrics
+            score, metrics = _scored("", _shares(cell.scores, cell.scores)[None]), cell.metrics
             lost = metrics.get("forgetting", {}).get("perplexity", {})
             rows.append({"strength": strength, "score": score.score, "interval": score.interval, **lost})
         record["by_strength"] = rows
@@ -316,11 +322,16 @@ def written(comparison: Comparison) -> Iterator[str]:
 
 
 Shares = NDArray[np.float64]
+"""`[seeds, units, items of a unit]`, NaN where a unit has fewer."""
+
+
+def _shares(row: Mapping[str, Mapping[str, float]], items: Mapping[str, Mapping[str, float]]) -> Shares:
+    rows = [[row.get(unit, {}).get(name, 0.0) for name in names] for unit, names in items.items()]
+    return np.array([*zip_longest(*rows, fillvalue=math.nan)]).T
 
 
 def _scored(name: str, shares: Shares, **more: Any) -> Result:
-    """The score of `[seeds, items]`."""
-    means = PERCENT * shares.mean(1)
+    means = PERCENT * np.nanmean(shares, (1, 2))
     defaults: dict[str, Any] = {"method": name, "rank": None, "rate": None, "losses": {}}
     return Result(
         name=name,
@@ -328,22 +339,22 @@ def _scored(name: str, shares: Shares, **more: Any) -> Result:
         interval=_interval(shares),
         by_seed=tuple(means.tolist()),
         spread=float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-        items=shares.shape[1],
+        items=int(np.isfinite(shares[0]).sum()),
         **{**defaults, **more},
     )
 
 
 def _interval(shares: Shares, others: Shares | None = None) -> tuple[float, float]:
-    """Of the mean in percent, or of that less the others'. Items are drawn again, for both alike, and seeds of each."""
+    """Of the mean in percent, or of that less the others'. Units are drawn again, for both alike, and seeds of each."""
     chance = np.random.default_rng(0)
 
-    def drawn(rows: Shares, items: NDArray[np.int64]) -> float:
-        return float(rows[chance.integers(0, len(rows), len(rows))][:, items].mean())
+    def drawn(rows: Shares, units: NDArray[np.int64]) -> float:
+        return float(np.nanmean(rows[chance.integers(0, len(rows), len(rows))][:, units]))
 
     draws: list[float] = []
     for _ in range(RESAMPLES):
-        items = chance.integers(0, shares.shape[1], shares.shape[1])
-        draws.append(drawn(shares, items) - (0.0 if others is None else drawn(others, items)))
+        units = chance.integers(0, shares.shape[1], shares.shape[1])
+        draws.append(drawn(shares, units) - (0.0 if others is None else drawn(others, units)))
     low, high = np.percentile(draws, PERCENTILES) * PERCENT
     return float(low), float(high)
 
@@ -372,7 +383,7 @@ def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, S
 
 def _difference(shares: Shares, others: Shares) -> tuple[float, float, float]:
     """In percent, and its interval."""
-    return float(PERCENT * (shares.mean() - others.mean())), *_interval(shares, others)
+    return float(PERCENT * (np.nanmean(shares) - np.nanmean(others))), *_interval(shares, others)
 
 
 def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[str, float]]:
@@ -380,7 +391,8 @@ def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[
     sets = np.array([item.partition("/")[0] if "/" in item else "" for item in ids])
     names = [name for name in dict.fromkeys(sets.tolist()) if name]
     return {
-        name: {who: float(PERCENT * rows[:, sets == name].mean()) for who, rows in shares.items()} for name in names
+        name: {who: float(PERCENT * np.nanmean(rows[:, sets == name])) for who, rows in shares.items()}
+        for name in names
     }
 
 

@@ -98,8 +98,9 @@ def test_a_file_of_predictions_is_scored_without_a_model(pope: Path, tmp_path: P
 
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
-    evaluated("vqav2", [right("0", human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
-    assert (tmp_path / "vqav2" / "scores.jsonl").exists()
+    evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
+    score = json.loads((tmp_path / "vqav2" / "scores.jsonl").read_text())
+    assert (score["id"], score["unit"]) == ("0", "0.jpg")
     write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
     answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
     options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]

@@ -35,9 +35,11 @@ def recipe(folder: Path, **data: Any) -> Path:
 class Trainings:
     """Stands for `dora-vl train`: the loss is least at a rate that the method has, and the score falls with it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None, of_a_picture: int = 1
+    ) -> None:
         self.started: list[dict[str, str]] = []
-        self.stop_after = stop_after
+        self.stop_after, self.of_a_picture = stop_after, of_a_picture
         monkeypatch.setattr(compare.subprocess, "run", self)
 
     def __call__(self, command: list[str], **_: Any) -> SimpleNamespace:
@@ -54,7 +56,10 @@ class Trainings:
         (folder / "metrics.json").write_text(json.dumps({"train_steps": 3}))
         if words.get("evaluation.files") != "{}":
             right = ITEMS * (0 if rate == 0 else 3 if words["adapter.method"] == "dora" else 2) // 4
-            rows = [{"id": f"q{number}", "score": float(number < right)} for number in range(ITEMS)]
+            rows = [
+                {"id": f"q{number}", "unit": f"p{number // self.of_a_picture}", "score": float(number < right)}
+                for number in range(ITEMS)
+            ]
             (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return SimpleNamespace(returncode=0)
 
@@ -94,6 +99,21 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     for picture in ("score_by_rank.png", "loss_by_rate.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     assert "-25.00 to dora r4" in capsys.readouterr().out
+
+
+def test_items_of_one_picture_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    intervals = {}
+    for count in (1, 10):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        Trainings(monkeypatch, of_a_picture=count)
+        compared(folder)
+        result = json_of(folder / "out" / "compare.json")["results"][0]
+        assert (result["name"], result["score"], result["items"]) == ("dora r4", 75, ITEMS)
+        intervals[count] = result["interval"]
+    low, high = intervals[1]
+    assert 55 < low < 65 < 85 < high < 95
+    assert intervals[10] == [25, 100]  # of four pictures, of which three are right
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

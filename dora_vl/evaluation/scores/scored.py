@@ -7,6 +7,7 @@ applies the same formula.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ class Scored:
         per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
         settings: the mode and whatever else decides the numbers.
         units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
+        item_units: each item's.
         columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
     """
 
     metrics: dict[str, float]
     per_item: dict[str, float]
+    item_units: dict[str, str]
     n: int
     settings: dict[str, str]
     failed: tuple[str, ...]
@@ -105,6 +108,12 @@ class Scored:
             return self.n
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
 
+    def lines(self, before: str = "") -> Iterator[str]:
+        """Each item's share and unit as JSON, with `before` in front of their names."""
+        for item, share in self.per_item.items():
+            row = {"id": before + item, "unit": before + self.item_units[item], "score": share}
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
 
 class Tally:
     """Collects items while a scorer goes through them."""
@@ -112,13 +121,15 @@ class Tally:
     def __init__(self) -> None:
         self._columns: dict[str, defaultdict[str, float]] = {}
         self._items: dict[str, float] = {}
+        self._units: dict[str, str] = {}
         self._failed: list[str] = []
 
     def add(
         self, item: str, share: float, columns: Mapping[str, float], *, unit: str = "", failed: bool = False
     ) -> None:
         """Adds one item's columns to its unit, by default one of its own."""
-        sums = self._columns.setdefault(unit or f"item {item}", defaultdict(float))
+        self._units[item] = unit or f"item {item}"
+        sums = self._columns.setdefault(self._units[item], defaultdict(float))
         for name, value in columns.items():
             sums[name] += value
         self._items[item] = share
@@ -135,6 +146,7 @@ class Tally:
         return Scored(
             metrics={name: float(formula(whole)[0]) for name, formula in formulas.items()},
             per_item=dict(self._items),
+            item_units=dict(self._units),
             n=len(self._items),
             settings=dict(settings or {}),
             failed=tuple(self._failed),
