@@ -5,10 +5,10 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
-writes `pictures/`, records like those of `dora-vl prepare nlvr` (`train.jsonl`; of other scenes `validation.jsonl`) and
-`questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and how many of something
-are in each. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a number means "exactly",
-as NLVR's validators took it.
+writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`, `scattered.jsonl`; of other scenes
+`validation.jsonl`) and `questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and
+how many of something are in each. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a
+number means "exactly", as NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -213,7 +213,8 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
 
     def example(name: object, question: str, answer: str) -> Example:
         pictures = (f"pictures/{number:05d}.png",)
-        return Example(id=f"{number}-{name}", images=pictures, question=question, answers=(Answer(text=answer),))
+        answers, kind = (Answer(text=answer),), "towers" if noun else "scattered"
+        return Example(id=f"{number}-{name}", images=pictures, question=question, answers=answers, extra={"kind": kind})
 
     sentences: list[Example] = []
     while len(sentences) < count:
@@ -245,11 +246,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Example]] = {"train": [], "validation": [], "questions": []}
+    parts: dict[str, list[Example]] = {"towers": [], "scattered": [], "validation": [], "questions": []}
     for number in range(options.scenes + options.validation):
         scene, sentences, questions = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
-        parts["train" if number < options.scenes else "validation"] += sentences
+        parts[str(sentences[0].extra["kind"]) if number < options.scenes else "validation"] += sentences
         parts["questions"] += questions if number < options.scenes else []
     for part, examples in parts.items():
         write_examples(options.to / f"{part}.jsonl", examples)

@@ -92,12 +92,16 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     words = ["--to", str(tmp_path), "--scenes", "5", "--validation", "2", "--questions", "3"]
     monkeypatch.setattr(sys, "argv", ["nlvr_scenes", *words])
     nlvr_scenes.main()
-    rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in ("train", "validation", "questions")}
-    assert {name: len(examples) for name, examples in rows.items()} == {"train": 15, "validation": 6, "questions": 20}
+    names = ("towers", "scattered", "validation", "questions")
+    rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in names}
+    assert [len(rows[name]) for name in names] == [6, 9, 6, 20]
+    assert not any(re.search("tower|block", row.question) for row in rows["scattered"])
     pictures = {name: {example.images[0] for example in examples} for name, examples in rows.items()}
-    assert not pictures["train"] & pictures["validation"]
-    assert pictures["train"] == pictures["questions"]
-    for name in pictures["train"] | pictures["validation"]:
+    trained = pictures["towers"] | pictures["scattered"]
+    assert len(trained) == len(pictures["towers"]) + len(pictures["scattered"])
+    assert not trained & pictures["validation"]
+    assert trained == pictures["questions"]
+    for name in trained | pictures["validation"]:
         assert Image.open(tmp_path / name).size == (400, 100)
     scene = examples_of(0, 3, seed=0)[0]
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
