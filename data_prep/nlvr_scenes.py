@@ -164,14 +164,14 @@ def towers(order: random.Random) -> Phrase:
         f"a {colour} block at the base": lambda box: box[0].colour == colour,
         f"a {colour} base": lambda box: box[0].colour == colour,
         f"a {colour} block at the top": lambda box: box[-1].colour == colour,
-        f"a {colour} block over a {other} block": lambda box: (other, colour) in pairwise(item.colour for item in box),
+        f"a {colour} block {{over}} a {other} block": lambda box: (
+            (other, colour) in pairwise(item.colour for item in box)
+        ),
         "blocks of the same color": lambda box: len({item.colour for item in box}) == 1,
     }
     words, is_so = order.choice([*forms.items()])
-    return (
-        f"tower{{s}} {order.choice(('with', 'having'))} {words.replace('over', order.choice(OVER))}",
-        lambda box: int(is_so(box)),
-    )
+    first = f"tower{{s}} {order.choice(('with', 'having'))} {words.format(over=order.choice(OVER))}"
+    return first, lambda box: int(is_so(box))
 
 
 def claim(order: random.Random, noun: str) -> Claim:
