@@ -5,10 +5,10 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
     python -m data_prep.nlvr_scenes --to runs/nlvr/scenes --scenes 6000
 
-writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`, `scattered.jsonl`; of other scenes
-`validation.jsonl`) and `questions.jsonl`: what each box of the training scenes holds, of a tower from its base on, and
-how many of something are in each. Seeing and counting are learned sooner from them. No sentence of NLVR's is used; a
-number means "exactly", as NLVR's validators took it.
+writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`: sentences that say "tower",
+`boxes.jsonl`: the others; `validation.jsonl`: of other scenes) and `questions.jsonl`: what each box holds, of a tower
+from its base on, and how many of something, from which seeing and counting are learned sooner. No sentence of NLVR's is
+used; a number means "exactly", as NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -204,8 +204,7 @@ def claim(order: random.Random, noun: str) -> Claim:
 def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
     """A scene, what is said and what is asked about it, the same whenever it is asked for.
 
-    A sentence is taken if another scene, drawn for it, makes it true where this one makes it false, or the other way
-    round: so each sentence is true as often as false, and words alone tell nothing.
+    A sentence is taken if it is true of this scene or of another, drawn for it, and not of both: words tell nothing.
     """
     order = random.Random(f"{seed}/{number}")
     noun = order.choice(("block", "block", ""))
@@ -213,8 +212,7 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
 
     def example(name: object, question: str, answer: str) -> Example:
         pictures = (f"pictures/{number:05d}.png",)
-        answers, kind = (Answer(text=answer),), "towers" if noun else "scattered"
-        return Example(id=f"{number}-{name}", images=pictures, question=question, answers=answers, extra={"kind": kind})
+        return Example(id=f"{number}-{name}", images=pictures, question=question, answers=(Answer(text=answer),))
 
     sentences: list[Example] = []
     while len(sentences) < count:
@@ -246,12 +244,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Example]] = {"towers": [], "scattered": [], "validation": [], "questions": []}
+    parts: dict[str, list[Example]] = {"towers": [], "boxes": [], "validation": [], "questions": []}
     for number in range(options.scenes + options.validation):
         scene, sentences, questions = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
-        parts[str(sentences[0].extra["kind"]) if number < options.scenes else "validation"] += sentences
         parts["questions"] += questions if number < options.scenes else []
+        for row in sentences:
+            part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
+            parts[part].append(row)
     for part, examples in parts.items():
         write_examples(options.to / f"{part}.jsonl", examples)
         print(f"{options.to / part}.jsonl: {len(examples):,} records")

@@ -92,13 +92,14 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     words = ["--to", str(tmp_path), "--scenes", "5", "--validation", "2", "--questions", "3"]
     monkeypatch.setattr(sys, "argv", ["nlvr_scenes", *words])
     nlvr_scenes.main()
-    names = ("towers", "scattered", "validation", "questions")
+    names = ("towers", "boxes", "validation", "questions")
     rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in names}
-    assert [len(rows[name]) for name in names] == [6, 9, 6, 20]
-    assert not any(re.search("tower|block", row.question) for row in rows["scattered"])
+    assert len(rows["towers"]) + len(rows["boxes"]) == 15
+    assert [len(rows[name]) for name in ("validation", "questions")] == [6, 20]
+    assert all("tower" in row.question for row in rows["towers"])
+    assert not any("tower" in row.question for row in rows["boxes"])
     pictures = {name: {example.images[0] for example in examples} for name, examples in rows.items()}
-    trained = pictures["towers"] | pictures["scattered"]
-    assert len(trained) == len(pictures["towers"]) + len(pictures["scattered"])
+    trained = pictures["towers"] | pictures["boxes"]
     assert not trained & pictures["validation"]
     assert trained == pictures["questions"]
     for name in trained | pictures["validation"]:
