@@ -204,7 +204,7 @@ def claim(order: random.Random, noun: str) -> Claim:
 def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
     """A scene, what is said and what is asked about it, the same whenever it is asked for.
 
-    A sentence is taken if it is true of this scene or of another, drawn for it, and not of both: words tell nothing.
+    A sentence is taken if it is true of just one of this scene and another, drawn for it: words alone tell nothing.
     """
     order = random.Random(f"{seed}/{number}")
     noun = order.choice(("block", "block", ""))
