@@ -169,11 +169,8 @@ def _file(folder: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def load_language_model(
-    folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
-) -> LanguageModel:
-    """A causal language model with `<image>` in its vocabulary, ready for a LLaVA; see `read_language_model`."""
-    language = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
+def with_image_token(language: LanguageModel) -> LanguageModel:
+    """The same with `<image>` in its vocabulary, ready for a LLaVA."""
     add_image_token(language.tokenizer)
     size, weights = len(language.tokenizer), language.weights
     if size > language.config.vocab_size:

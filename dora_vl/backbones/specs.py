@@ -48,10 +48,12 @@ class ComposeSpec:
     """Where the vision tower comes from."""
     vision_name: str
     """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
-    language_model: str
+    language_model: str | None = None
     """Folder or hub id of a causal language model; with `gguf_file`, the folder that file lies in."""
     gguf_file: str | None = None
     """A GGUF file in `language_model`; it is dequantised."""
+    small: SmallLanguageModel | None = None
+    """Makes a small Llama with random weights instead, and its vocabulary from texts."""
     vision_weights: str = "pretrained"
     """`pretrained` (the library's own download), `random`, an open_clip tag, or a .pth / .safetensors file."""
     vision_weights_in_order: bool = False
@@ -66,8 +68,11 @@ class ComposeSpec:
     """Colour mean, 0 to 1; None takes the tower's published value."""
     image_std: tuple[float, float, float] | None = None
     """Colour deviation, 0 to 1; None takes the tower's published value."""
+    standardise: str | None = None
+    """Folder of this tower's features (`data_prep.features`): the projector begins as if each number had mean 0 and
+    spread 1."""
     projector_seed: int = 0
-    """Seed of the projector's initial weights."""
+    """Seed of the projector's initial weights, and of a small Llama's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
 
@@ -100,8 +105,8 @@ Boxes = Literal["zeros", "grid", "strip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallBart:
-    """A BART to be pretrained here, for data too small or too special for a published one."""
+class SmallLanguageModel:
+    """A BART or Llama to be pretrained here, for data too small or too special for a published one."""
 
     texts: tuple[str, ...]
     """Records files whose texts its vocabulary is made from."""
@@ -112,7 +117,7 @@ class SmallBart:
     """Tokens before the added ones, at most."""
     width: int = 256
     layers: int = 3
-    """Of the encoder, and of the decoder."""
+    """Of a BART's encoder, and of its decoder."""
     heads: int = 4
     feedforward: int = 1024
     max_positions: int = 256
@@ -128,7 +133,7 @@ class VlBartSpec:
 
     bart: str = "facebook/bart-base"
     """Folder or hub id of a BART; its tokenizer and weights are taken."""
-    small: SmallBart | None = None
+    small: SmallLanguageModel | None = None
     """Makes a small BART with random weights instead, and its vocabulary from texts."""
     checkpoint: str | None = None
     """A file of VL-T5 or VL-Adapter (`Epoch30.pth`, `LAST.pth`) whose weights the model starts from."""

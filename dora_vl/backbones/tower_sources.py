@@ -28,10 +28,11 @@ from dora_vl.backbones.loading import (
     LanguageModel,
     add_image_token,
     filled,
-    load_language_model,
     read_language_model,
+    with_image_token,
     written_base,
 )
+from dora_vl.backbones.random_start import measured, small_llama, standardise
 from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, TowerSpec
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
@@ -42,7 +43,7 @@ from dora_vl.backbones.towers import (
     network_output,
     stated_preparation,
 )
-from dora_vl.errors import UserError, one_line
+from dora_vl.errors import SettingError, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
@@ -264,13 +265,24 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
     """
     with written_base(Path(folder), spec) as unfinished:
         tower = load_tower(spec.tower())
-        dtype = getattr(torch, spec.dtype) if spec.dtype else None
-        language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
+        language = with_image_token(_language(spec))
         model = join(tower, language, seed=spec.projector_seed)
+        if spec.standardise is not None:
+            standardise(model.model.multi_modal_projector.linear_1, *measured(Path(spec.standardise)))
         save_under_hub_names(model)
         model.save_pretrained(unfinished)
         processor(tower, language).save_pretrained(unfinished)
-    log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, spec.language_model, tower.tokens)
+    named = spec.language_model or "a small Llama"
+    log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, named, tower.tokens)
+
+
+def _language(spec: ComposeSpec) -> LanguageModel:
+    if (spec.small is None) == (spec.language_model is None):
+        raise SettingError("model.compose", ": give language_model or small, one of the two")
+    dtype = getattr(torch, spec.dtype) if spec.dtype else None
+    if spec.small is not None:
+        return small_llama(spec.small, seed=spec.projector_seed, dtype=dtype or torch.float32)
+    return read_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
 
 
 def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForConditionalGeneration:

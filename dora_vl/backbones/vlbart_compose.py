@@ -7,26 +7,23 @@ visual embedding drawn at random.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING
 from dora_vl.backbones.loading import written_base
+from dora_vl.backbones.random_start import measured, small_tokenizer, standardise, texts_of
 from dora_vl.backbones.specs import VlBartSpec
-from dora_vl.backbones.vision_store import open_features
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
-from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
@@ -78,27 +75,6 @@ def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -
             f"{one_line(f'{state.source} does not fit: {error}', 400)}; is feature_width {state.feature_width}, "
             f"visual_norm {state.visual_norm}?"
         ) from error
-
-
-MOST_FILES = 2000
-LEAST_SPREAD = 0.1
-"""Of all numbers' own spread: what hardly ever varies is not blown up into noise."""
-
-
-def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """Mean and spread of each number of a token, over the tokens of the folder's first files."""
-    source = open_features(folder)
-    tokens = torch.cat([source.read(name).double() for name in islice(source.rows, MOST_FILES)])
-    spread = tokens.std(dim=0, correction=0)
-    least = LEAST_SPREAD * float(tokens.std(correction=0))
-    return tokens.mean(dim=0).float(), spread.clamp_min(least).float()
-
-
-@torch.no_grad()
-def standardise(linear: nn.Linear, mean: Float[Tensor, " channels"], spread: Float[Tensor, " channels"]) -> None:
-    """Changes a layer so that it does with raw numbers what it did with standardised ones."""
-    linear.weight.div_(spread)
-    linear.bias.sub_(linear.weight @ mean)
 
 
 log = logging.getLogger(__name__)
@@ -161,9 +137,7 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     """Tokenizer, config fields and weights (none for a small one) of the language part."""
     if spec.small is not None:
         small = spec.small
-        examples = (example for file in small.texts for example in iterate_examples(Path(file)))
-        texts = chain((text for example in examples for text in texts_of(example)), small.words)
-        tokenizer = small_tokenizer(texts, vocabulary=small.vocabulary, leading_space=True)
+        tokenizer = small_tokenizer(texts_of(small), vocabulary=small.vocabulary, leading_space=True)
         shape = {
             "d_model": small.width,
             "max_position_embeddings": small.max_positions,
@@ -181,37 +155,3 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     shape.pop("activation_dropout", None)
     shape.pop("vocab_size")
     return loaded, shape, dict(bart.state_dict())
-
-
-def small_tokenizer(texts: Iterator[str], *, vocabulary: int, leading_space: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of these texts with BART's special tokens at BART's ids: no text is unknown to it.
-
-    Args:
-        leading_space: a text begins with a space, so that an answer's first word is the token that it is inside a
-            question; BART's own does not.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=leading_space)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", special.index("<s>")), ("</s>", special.index("</s>"))]
-    )
-    named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **{f"{name}_token": token for name, token in named.items()})
-
-
-def texts_of(example: Example) -> Iterator[str]:
-    """Everything that is said in an example."""
-    if example.question:
-        yield example.question
-    yield from example.choices
-    yield from (answer.text for answer in example.answers)
-    yield from (subtitle.text for subtitle in example.subtitles)

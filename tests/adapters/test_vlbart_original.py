@@ -16,7 +16,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.exports import original_dictionary
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
-from dora_vl.backbones.specs import SmallBart, VlBartSpec
+from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.cli import main
@@ -155,7 +155,7 @@ class Start:
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Start:
     folder, width = tmp_path_factory.mktemp(request.param), WIDTHS[request.param]
     data = write_vlbart_data(folder / "data")
-    small = SmallBart(
+    small = SmallLanguageModel(
         texts=tuple(str(file) for file in sorted((data / "records").glob("*.jsonl"))),
         vocabulary=300,
         width=WIDTH,

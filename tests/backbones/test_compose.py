@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.loading import load_language_model, load_tokenizer
+from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
@@ -159,6 +159,6 @@ def test_vocabulary_with_room_is_not_resized(language_folder: Path, tmp_path: Pa
     model.resize_token_embeddings(len(tokenizer) + 5)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    language = load_language_model(str(tmp_path))
+    language = with_image_token(read_language_model(str(tmp_path)))
     assert language.config.vocab_size == len(tokenizer) + 5
     assert language.tokenizer.convert_tokens_to_ids("<image>") == len(tokenizer)

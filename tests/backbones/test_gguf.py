@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_vl.backbones.loading import load_language_model, read_language_model
+from dora_vl.backbones.loading import read_language_model, with_image_token
 from dora_vl.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[demo]'")
@@ -106,7 +106,7 @@ def test_float_weights_come_back_bit_by_bit(tmp_path):
 def test_quantised_weights_are_unpacked_and_the_model_computes_with_them(tmp_path):
     model = tiny_llama()
     write_gguf(model, tmp_path / "tiny.gguf", quantised=True)
-    language = load_language_model(str(tmp_path), gguf_file="tiny.gguf", dtype=torch.bfloat16)
+    language = with_image_token(read_language_model(str(tmp_path), gguf_file="tiny.gguf", dtype=torch.bfloat16))
     assert language.tokenizer.convert_tokens_to_ids("<image>") == len(TOKENS)
     assert all(value.dtype == torch.bfloat16 for value in language.weights.values())
     rows = len(language.weights["model.embed_tokens.weight"])

@@ -13,17 +13,11 @@ from torch import Tensor
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.specs import SmallBart, VlBartSpec
+from dora_vl.backbones.random_start import measured, small_tokenizer
+from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
 from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
-from dora_vl.backbones.vlbart_compose import (
-    add_picture_tokens,
-    as_original,
-    compose_vlbart,
-    load_original,
-    measured,
-    small_tokenizer,
-)
+from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, compose_vlbart, load_original
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
@@ -268,7 +262,7 @@ def features(tmp_path: Path) -> Path:
 
 def spec_of(tmp_path: Path, standardise: str | None = None) -> VlBartSpec:
     write_examples(tmp_path / "texts.jsonl", [Example(id="1", question=TEXTS[0], answers=(Answer(text=TEXTS[1]),))])
-    small = SmallBart(
+    small = SmallLanguageModel(
         texts=(str(tmp_path / "texts.jsonl"),), vocabulary=300, width=16, layers=1, heads=2, feedforward=8
     )
     return VlBartSpec(small=small, feature_width=4, pooled_side=None, seed=3, standardise=standardise)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.random_start import small_tokenizer
 from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
-from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_assistant

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.random_start import small_tokenizer
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
@@ -21,7 +22,6 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
     open_features,
 )
-from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.batches import over_step
 from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
