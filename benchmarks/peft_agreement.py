@@ -20,7 +20,7 @@ from report import table, write_json
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from dora_vl.adapters.files import RECIPE_FILE, read_json
+from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import merge_dora
@@ -29,6 +29,7 @@ from dora_vl.errors import UserError, exit_on_user_error, positive
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.files import read_json
 
 Inputs = tuple[Tensor, Tensor]
 """Ids and pixels of one question, each with a batch of one in front."""

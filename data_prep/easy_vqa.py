@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions, shows
-from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError, exit_on_user_error, positive
+from dora_vl.files import whole_file, write_json
 
 Record = dict[str, object]
 
@@ -198,8 +198,7 @@ def convert(source: Path, to: Path, settings: Settings) -> Record:
         "left_out_undescribed": left_out,
         "splits": splits,
     }
-    with whole_file(to / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
+    write_json(to / "manifest.json", manifest)
     return manifest
 
 

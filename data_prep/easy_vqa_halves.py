@@ -22,8 +22,9 @@ from pathlib import Path
 
 from data_prep.easy_vqa import balanced, reasoned, seen_in_pictures
 from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions
-from dora_vl.data.example import Answer, Example, whole_file, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.files import write_json
 
 
 def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:
@@ -65,8 +66,7 @@ def convert(source: Path, to: Path, *, validation: int, seed: int) -> dict[str, 
         write_examples(to / f"{name}.jsonl", examples(subset, split=split, seed=seed))
         kinds = Counter(kind_of(question) for question in subset)
         manifest[name] = {"questions": len(subset), "by_kind": dict(sorted(kinds.items()))}
-    with whole_file(to / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
+    write_json(to / "manifest.json", manifest)
     return manifest
 
 

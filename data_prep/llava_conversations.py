@@ -17,11 +17,12 @@ import json
 import random
 from pathlib import Path
 
-from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
+from dora_vl.data.example import JSON, Example, iterate_examples
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, prompt_turns
+from dora_vl.files import whole_file
 
 NAMED = 5
 """How many of the records that were left out are named in the summary."""

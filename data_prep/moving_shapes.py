@@ -32,8 +32,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from data_prep.moving_shapes_drawing import CLIP_SECONDS, COLORS, DIRECTIONS, SHAPES, Mover, write_clip
-from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
+from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, write_examples
 from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.files import write_json
 
 QUESTIONS, CAPTIONS = "moving_shapes", "moving_shapes_caption"
 CAPTION = "caption"
@@ -198,8 +199,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
             print(f"\rdrew {drawn:,} of {len(numbered):,} clips, {seconds:.0f} s left ", end="", flush=True)
     print()
     manifest = {"settings": asdict(settings), "splits": write_records(to, settings)}
-    with whole_file(manifest_path) as file:
-        json.dump(manifest, file, indent=1)
+    write_json(manifest_path, manifest)
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Files that a person names: opened only if they are regular ones; a model's weights that are whole; YAML."""
+"""Files that a person names: opened only if they are regular ones; a model's weights that are whole; YAML, and JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+from uuid import uuid4
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -51,6 +52,51 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
+
+    Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason}); nothing half-written was left") from error
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON object, indented, as a whole file."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object."""
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
+    except NoRegularFile as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:  # no JSON, nested endlessly, or a number of thousands of digits
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:

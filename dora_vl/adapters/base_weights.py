@@ -23,13 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import own_name, tied_names
-from dora_vl.adapters.files import read_json
 from dora_vl.adapters.folder import read_weights
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import check_whole
+from dora_vl.files import check_whole, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")
 """How the weight files of a folder begin: transformers' and diffusers' names."""

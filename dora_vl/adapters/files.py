@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 
 from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
 from dora_vl.errors import UserError, shown
-from dora_vl.files import NoRegularFile, check_whole, open_regular
+from dora_vl.files import check_whole, read_json
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -224,27 +224,6 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
         first = error.errors(include_url=False)[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"]
         raise UserError(f"{path}: {key} is {shown(first['input'])}; {message[:1].lower()}{message[1:]}") from None
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """One JSON object, indented."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of an adapter folder."""
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read().decode("utf-8"))
-    except NoRegularFile as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; an adapter folder holds it beside its tensors") from None
-    except (ValueError, RecursionError) as error:  # no JSON, nested endlessly, or a number of thousands of digits
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
     return content
 
 

@@ -38,7 +38,6 @@ from dora_vl.adapters.files import (
     read_tensors,
     refuse_not_finite,
     refuse_to_replace_adapter,
-    write_json,
     written_whole,
 )
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
@@ -48,6 +47,7 @@ from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import Gather, adapted_layers, is_adapted, kept_rows, kept_tensors, no_gather, trained_parts
 from dora_vl.errors import UserError, shown_names
+from dora_vl.files import write_json
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 INNER = "adapter"

@@ -17,17 +17,10 @@ from tqdm import tqdm
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
-from dora_vl.adapters.files import (
-    DTYPES,
-    byte_size,
-    read_json,
-    refuse_to_replace,
-    write_json,
-    write_safetensors,
-    written_whole,
-)
+from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors, written_whole
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError, shown_names
+from dora_vl.files import read_json, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Of one output file; transformers' own default."""

@@ -20,7 +20,6 @@ from dora_vl.adapters.files import (
     TRAINED_IN,
     WEIGHTS_FILE,
     not_trained_in,
-    read_json,
     read_peft_config,
     read_tensors,
     refuse_not_finite,
@@ -39,6 +38,7 @@ from dora_vl.adapters.foreign import (
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
+from dora_vl.files import read_json
 
 WEIGHT_FILES = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
 """What tools call their files; all that a folder has are read together."""

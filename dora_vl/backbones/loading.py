@@ -36,7 +36,7 @@ from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, why_not_read
+from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, why_not_read, write_json
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -321,7 +321,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with written_whole(folder) as unfinished:
         yield unfinished
-        (unfinished / SETTINGS_FILE).write_text(json.dumps(_digests(spec), indent=2) + "\n", encoding="utf-8")
+        write_json(unfinished / SETTINGS_FILE, _digests(spec))
 
 
 def check_made_from(folder: Path, spec: Any) -> None:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError
+from dora_vl.files import write_json
 
 SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
@@ -130,8 +130,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(dict(settings)))
     before = read_settings(folder)
     if before is None:
-        with whole_file(folder / SETTINGS_FILE) as file:
-            json.dump(plain, file, indent=1)
+        write_json(folder / SETTINGS_FILE, plain)
     elif (name := first_difference(plain, before)) is not None:
         raise UserError(
             f"{folder} was filled with {name} {before.get(name)!r}, and {plain.get(name)!r} is asked for; "

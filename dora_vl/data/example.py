@@ -9,7 +9,6 @@ import ast
 import codecs
 import contextlib
 import json
-import os
 import re
 import warnings
 from array import array
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import IO, Any, Literal, TypeAlias
-from uuid import uuid4
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -26,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from dora_vl.data.text_file import json_lines, json_of, text_of
 from dora_vl.data.turns import Clip, Number, Turn
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
+from dora_vl.files import whole_file
 
 JSON: TypeAlias = Any
 """What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
@@ -172,29 +171,6 @@ def json_line(record: Mapping[str, JSON], where: str) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise UserError(f"{where}: cannot be written as JSON in UTF-8: {error}") from None
     return text
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
-
-    Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
-    """
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be written ({reason}); nothing half-written was left") from error
-        raise
 
 
 class ExampleFile:

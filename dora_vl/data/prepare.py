@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
-from dora_vl.data.example import JSON, Example, json_line, to_record, whole_file
+from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
-from dora_vl.files import file_sha256
+from dora_vl.files import file_sha256, write_json
 
 FORMAT = 2
 """Raised when records change their meaning, so that files of an earlier form are made again."""
@@ -204,10 +204,7 @@ def prepare_split(
     for package in ("dora-vl", "datasets", "pyarrow"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    with whole_file(manifest) as file:
-        splits = {**others, split.name: {"source": source, **entry}}
-        json.dump({"versions": versions, "splits": splits}, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+    write_json(manifest, {"versions": versions, "splits": {**others, split.name: {"source": source, **entry}}})
     return Prepared(path=path, entry=entry, already_there=False, resumed_after=resumed_after)
 
 
@@ -321,8 +318,7 @@ class Partial:
             if time.monotonic() - self._noted_at >= SECONDS_BETWEEN_NOTES:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                with whole_file(self._note) as file:
-                    json.dump({"key": self._key, "bytes": self._bytes, "counts": vars(self.counts)}, file)
+                write_json(self._note, {"key": self._key, "bytes": self._bytes, "counts": vars(self.counts)})
                 self._noted_at = time.monotonic()
 
     def finish(self) -> tuple[str, int]:

@@ -18,11 +18,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.data.example import Example, whole_file
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError, one_line, shown_text
+from dora_vl.files import whole_file
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
 """Names in a batch of what is counted and told; all else goes to the model."""

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         refuse_saved_on_another_base,
         saved_in,
     )
-    from dora_vl.adapters.files import write_json
+    from dora_vl.files import write_json
 
     paths, labels = arguments.tuned, arguments.label
     if labels is not None and len(labels) != len(paths):

@@ -26,8 +26,9 @@ from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
+from dora_vl.files import write_json
 from dora_vl.run.base import VLBART
-from dora_vl.run.folder import SETTINGS, write_json
+from dora_vl.run.folder import SETTINGS
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.data.example import Example, whole_file
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, one_line, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
@@ -24,7 +24,7 @@ from dora_vl.evaluation.scores.benchmark import Scorer, correct_index, join
 from dora_vl.evaluation.scores.exact import CLOZE, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import RESAMPLES, Scored, intervals, paired_differences
-from dora_vl.files import file_sha256
+from dora_vl.files import file_sha256, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asker, By

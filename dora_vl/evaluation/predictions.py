@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from dora_vl.data.example import JSON, whole_file
+from dora_vl.data.example import JSON
 from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
-from dora_vl.files import file_sha256
+from dora_vl.files import file_sha256, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
                 log.info("%s was made with another adapter, questions or settings: started anew", path)
             path.unlink(missing_ok=True)  # before the settings change, so that the two never disagree
             if settings is not None:
-                with whole_file(settings_file(path)) as stream:
-                    stream.write(json.dumps(dict(settings), indent=1) + "\n")
+                write_json(settings_file(path), settings)
         self._stream = path.open("a", encoding="utf-8")
 
     def add(self, prediction: Prediction) -> None:
@@ -315,9 +314,7 @@ def write_metrics(
     if benchmarks:
         made_with = {name: value for name, value in options_before.items() if name in still_true}
         made_with |= {name: value for name, value in options.items() if name in entries}
-        with whole_file(path) as stream:
-            json.dump({**header, OPTIONS: made_with, ENTRIES: benchmarks}, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
+        write_json(path, {**header, OPTIONS: made_with, ENTRIES: benchmarks})
     else:
         path.unlink(missing_ok=True)
     lines = []

@@ -20,7 +20,7 @@ from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.example import Answer, Example, iterate_examples, whole_file
+from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
@@ -53,9 +53,9 @@ from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
-from dora_vl.files import file_sha256
+from dora_vl.files import file_sha256, whole_file, write_json
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
 from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 

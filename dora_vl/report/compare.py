@@ -21,12 +21,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from dora_vl.data.example import whole_file
 from dora_vl.data.text_file import json_lines
 from dora_vl.errors import UserError, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
+from dora_vl.files import whole_file, write_json
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log, settings_of
 
 log = logging.getLogger(__name__)
@@ -308,8 +308,7 @@ def written(comparison: Comparison) -> Iterator[str]:
             f"strength {row['strength']:g}: {row['score']:.2f}, perplexity {row.get('adapted', math.nan):.2f}"
             for row in rows
         )
-    with whole_file(comparison.to / "compare.json") as stream:
-        json.dump(record, stream, indent=1)
+    write_json(comparison.to / "compare.json", record)
     draw_scores(results, comparison.to / "score_by_rank.png")
     draw_losses(results, comparison.to / "loss_by_rate.png")
     yield from _table(results)

@@ -14,10 +14,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from dora_vl import __version__
-from dora_vl.data.example import Clip, whole_file
+from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
+from dora_vl.files import whole_file
 from dora_vl.run.watched import EXACT_PX, JPEG_QUALITY, SIDE, small_picture, tiled
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
-from dora_vl.files import shipped_folder
+from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.run.settings import SamplesConfig, VlBartDataConfig
@@ -245,13 +244,7 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise SettingError("training.deepspeed", f": {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a DeepSpeed config is a JSON object, this is a {type(content).__name__}")
-    return content
+    return read_json(path)
 
 
 def zero_stage(config: Mapping[str, Any] | None) -> int:

@@ -25,6 +25,7 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
+from dora_vl.files import whole_file, write_json
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -161,23 +162,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 def write_settings(folder: Path, config: Any) -> None:
     """Writes a run's settings, defaults and the variant included, as a file that --config takes."""
     settings = dataclasses.asdict(config)
-    write_json(folder / SETTINGS, {name: settings[name] for name in settings.keys() - HOW_IT_STARTS})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a file by a JSON object."""
-    replace_file(path, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes under a temporary name, then renames: a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_json(folder / SETTINGS, {name: settings[name] for name in sorted(settings.keys() - HOW_IT_STARTS)})
 
 
 def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -200,7 +185,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
     """Replaces a loss log."""
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with whole_file(path) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 LOCK = ".writing.lock"

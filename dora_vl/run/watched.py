@@ -11,7 +11,8 @@ from typing import TypeVar
 from PIL import Image, ImageOps
 
 from dora_vl.errors import BadSample
-from dora_vl.run.folder import WATCHED, read_log, write_json, write_log
+from dora_vl.files import write_json
+from dora_vl.run.folder import WATCHED, read_log, write_log
 
 QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
 SMALL_PX = 224

@@ -13,6 +13,7 @@ import yaml
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown_names
+from dora_vl.files import read_json
 from dora_vl.run.arguments import OWNED, RENAMED, check_training_section, training_fields
 from dora_vl.start import tool_rules as shared
 from dora_vl.start.rules import (
@@ -132,15 +133,7 @@ def _read_info(setting: Setting) -> Mapping[str, Any] | None:
     beside = (setting.file.parent, *setting.file.resolve().parents[:4])
     paths = [folder / INFO, *(parent / folder / INFO for parent in beside)]
     path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: no object of data sets")
-    return content
+    return None if path is None else read_json(path)
 
 
 def _data_set(entry: Any, folder: str) -> DataSet:

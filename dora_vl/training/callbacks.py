@@ -24,7 +24,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.pictures import PICTURE_FORMATS
 from dora_vl.errors import UserError
-from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log, write_json, write_log
+from dora_vl.files import write_json
+from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log, write_log
 from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
 from dora_vl.training.live_view import Asked
 from dora_vl.training.memory import memory_gib

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.adapters.adapter import file_hash, versions
-from dora_vl.adapters.files import RECIPE_FILE, read_json
+from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import SettingError, UserError, shown
+from dora_vl.files import read_json, write_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch
 
@@ -59,7 +60,7 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
         "versions": versions(),
         "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()},
     }
-    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(checkpoint / MANIFEST, content)
 
 
 def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:

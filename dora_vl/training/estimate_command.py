@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, positive
+from dora_vl.files import write_json
 
 if TYPE_CHECKING:
     from dora_vl.training.estimate import Cluster, Estimate
@@ -82,10 +82,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
     yield from step_lines(estimate, Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network))
     if arguments.json is not None:
-        try:
-            arguments.json.write_text(json.dumps(estimate.as_record(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
+        write_json(arguments.json, estimate.as_record())
         yield f"{arguments.json}"
 
 

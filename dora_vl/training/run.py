@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dora_vl.adapters.files import WEIGHTS_FILE, read_json
+from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.data.samples import check_labels, write_skipped
 from dora_vl.errors import SettingError, UserError
+from dora_vl.files import read_json
 from dora_vl.run.arguments import launch_of
 from dora_vl.run.folder import (
     ADAPTER,

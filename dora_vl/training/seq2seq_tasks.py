@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
-from dora_vl.adapters.files import read_json
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.shards import first_difference, read_settings
@@ -41,6 +39,7 @@ from dora_vl.evaluation.vlbart_tasks import (
     soft_scores,
     with_input_tokens,
 )
+from dora_vl.files import read_json, write_json
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
 from dora_vl.training.pipeline import LossModel
@@ -314,9 +313,7 @@ def make_lists(
                 *(key, len(left_out), len(scores), len(answers), shown_names(left_out)),
             )
         lists[task], outside[task] = answers, left_out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {CLOSED_ANSWERS: lists, OUTSIDE: outside}
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, {CLOSED_ANSWERS: lists, OUTSIDE: outside})
 
 
 def lists_in(path: Path) -> dict[str, list[str]]:

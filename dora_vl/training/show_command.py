@@ -54,7 +54,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     words = [f"--config={arguments.config}", *settings]
     from dora_vl.report.batch import batch_page, batch_picture, terminal_lines
     from dora_vl.report.page import write_page
-    from dora_vl.run.folder import replace_file
 
     config, task = settings_and_task(words, options.task, program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
         if options.to is not None and options.to.suffix == ".png":
             try:
-                replace_file(options.to, batch_picture(view))
+                options.to.write_bytes(batch_picture(view))
             except OSError as error:
                 raise UserError(f"{options.to}: cannot be written ({error.strerror})") from error
         elif options.to is not None:

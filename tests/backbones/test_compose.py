@@ -22,11 +22,14 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.specs import ComposeSpec
+from dora_vl.backbones.random_start import measured
+from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
 from dora_vl.backbones.tower_sources import compose_llava
-from dora_vl.errors import UserError
+from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.errors import SettingError, UserError
 from tests.backbones.conftest import VISION
 from tests.backbones.tiny_language import SIZES
+from tests.backbones.tiny_vlbart import write_features
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -162,3 +165,64 @@ def test_vocabulary_with_room_is_not_resized(language_folder: Path, tmp_path: Pa
     language = with_image_token(read_language_model(str(tmp_path)))
     assert language.config.vocab_size == len(tokenizer) + 5
     assert language.tokenizer.convert_tokens_to_ids("<image>") == len(tokenizer)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallLanguageModel:
+    file = tmp_path / "texts.jsonl"
+    write_examples(file, [Example(id="1", question="what color is it?", answers=(Answer(text="light blue"),))])
+    return SmallLanguageModel(
+        texts=(str(file),),
+        words=("[INST]",) * 2,
+        vocabulary=290,
+        width=16,
+        layers=2,
+        heads=2,
+        feedforward=8,
+        init_std=0.2,
+    )
+
+
+def test_a_small_llama_is_made_with_its_vocabulary(
+    make_spec: Callable[..., ComposeSpec], small: SmallLanguageModel, tmp_path: Path
+) -> None:
+    for name, seed in {"first": 3, "again": 3, "other": 4}.items():
+        compose_llava(make_spec(language_model=None, small=small, projector_seed=seed), tmp_path / name)
+    first, again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    drawn = "language_model.model.layers.1.mlp.up_proj.weight"
+    assert first[drawn].shape == (8, 16)
+    assert first[drawn].std() == pytest.approx(0.2, rel=0.25)
+    assert not torch.equal(first[drawn], other[drawn])
+    tokenizer = load_tokenizer(str(tmp_path / "first"))
+    assert tokenizer("light blue").input_ids[0] == tokenizer.bos_token_id
+    assert tokenizer("light blue").input_ids[-1] != tokenizer.eos_token_id
+    assert tokenizer.tokenize("[INST]<image>") == ["[", "INST", "]", "<image>"]
+    backbone = open_backbone(str(tmp_path / "first"))
+    image = backbone.config.image_token_id
+    ids = torch.tensor([[0, image, image, image, image, 270]])
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    assert backbone.generate(ids, torch.ones_like(ids), pixel_values=pixels, max_new_tokens=3).shape[0] == 1
+
+
+def test_one_language_model_is_named(
+    make_spec: Callable[..., ComposeSpec], small: SmallLanguageModel, tmp_path: Path
+) -> None:
+    for changes in ({"small": small}, {"language_model": None}):
+        with pytest.raises(SettingError) as raised:
+            compose_llava(make_spec(**changes), tmp_path / "llava")
+        assert raised.value.key == "model.compose"
+    assert not (tmp_path / "llava").exists()
+
+
+def test_a_projector_begins_with_standardised_features(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    numbers = torch.randn(50, 2, VISION["hidden_size"], generator=torch.Generator().manual_seed(0)) * 7 + 40
+    features = write_features(tmp_path / "features", numbers)
+    compose_llava(make_spec(), tmp_path / "plain")
+    compose_llava(make_spec(standardise=str(features)), tmp_path / "standardised")
+    plain, changed = (
+        open_backbone(str(tmp_path / name)).model.model.multi_modal_projector for name in ("plain", "standardised")
+    )
+    mean, spread = measured(features)
+    assert torch.allclose(changed(numbers[:5]), plain((numbers[:5] - mean) / spread), atol=1e-5)
+    assert not torch.allclose(changed(numbers[:5]), plain(numbers[:5]), atol=0.05)

@@ -15,14 +15,13 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.random_start import measured, small_tokenizer
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
-from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, compose_vlbart, load_original
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny
+from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny, write_features
 
 
 @pytest.mark.parametrize(
@@ -244,13 +243,6 @@ def test_token_ids_are_those_of_the_original() -> None:
 TEXTS = ("what color is the circle?", "blue", "circle")
 SCALES = torch.tensor([1.0, 5.0, 0.5, 3.0])
 CENTRES = torch.tensor([10.0, -2.0, 0.0, 7.0])
-
-
-def write_features(folder: Path, numbers: Tensor) -> Path:
-    with FeatureWriter(folder, {"made": "here"}) as writer:
-        for number, row in enumerate(numbers):
-            writer.add(FeatureRow(f"picture-{number}", row, "pillow"))
-    return folder
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 
 BART_BASE: dict[str, Any] = {
@@ -55,3 +57,11 @@ def batch(rows: int = 3, images: int = 1, tokens: int = 49, seed: int = 1) -> di
     labels[0, 2:] = -100
     features = torch.randn(rows, images, tokens, 8, generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "features": features}
+
+
+def write_features(folder: Path, numbers: Tensor) -> Path:
+    """A folder of features, a picture a row `[tokens, channels]`."""
+    with FeatureWriter(folder, {"made": "here"}) as writer:
+        for number, row in enumerate(numbers):
+            writer.add(FeatureRow(f"picture-{number}", row, "pillow"))
+    return folder

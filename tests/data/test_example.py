@@ -20,11 +20,11 @@ from dora_vl.data.example import (
     from_record,
     iterate_examples,
     to_record,
-    whole_file,
     write_examples,
 )
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.files import whole_file
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SECONDS = st.none() | st.floats(0, 1e6)

@@ -12,8 +12,8 @@ import json
 import random
 from pathlib import Path
 
-from dora_vl.data.example import whole_file
 from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.files import whole_file
 
 RANKED = {
     "largest": ("an ant", "a mouse", "a cat", "a sheep", "a horse", "an elephant", "a blue whale"),
