@@ -88,6 +88,8 @@ class GridTower(PreTrainedModel):
         for module in self.network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+                if module.affine:  # DeepSpeed casts weights and leaves the statistics in float32
+                    module.to(module.weight.dtype)
         return self
 
     def forward(

@@ -141,6 +141,18 @@ def test_batch_norms_never_move() -> None:
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
+def test_weights_cast_without_the_statistics_still_see(tmp_path: Path) -> None:
+    timm_weights("test_efficientnet", tmp_path / "w.safetensors")
+    spec = TowerSpec(library="timm", name="test_efficientnet", weights=str(tmp_path / "w.safetensors"))
+    tower, expected = load_tower(spec).model, load_tower(spec).model.to(torch.bfloat16)
+    for weight in tower.parameters():  # as DeepSpeed does
+        weight.data = weight.data.to(torch.bfloat16)
+    pixels = picture(160).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(tower.eval()(pixels).last_hidden_state, expected.eval()(pixels).last_hidden_state)
+
+
+
 class TestWeights:
     """A weights file fits exactly or is refused with what does not fit."""
 
