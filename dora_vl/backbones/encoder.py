@@ -18,7 +18,7 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
-from dora_vl.backbones.pieces import PieceProcessor, from_offsets
+from dora_vl.backbones.pieces import STAND_IN, PieceProcessor, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
@@ -47,6 +47,13 @@ LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
 GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
+
+
+def stand_in(size: tuple[int, int]) -> Image.Image:
+    """A picture for one whose outputs are stored."""
+    picture = Image.new("RGB", size, GREY)
+    picture.info[STAND_IN] = True
+    return picture
 
 
 class _Processed(NamedTuple):

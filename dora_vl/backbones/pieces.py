@@ -18,6 +18,9 @@ from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
 
+STAND_IN = "stand-in"
+"""In the `info` of a picture whose outputs are stored: its size counts, its pixels are read by nothing."""
+
 Move = tuple[Span, Span]
 
 
@@ -103,6 +106,7 @@ class PieceProcessor:
             )
         self.tokenizer = tokenizer
         self.pixels = pixels
+        self._blank: Tensor | None = None
         self.tokens_per_image = tokens_per_image
         self.image_token_id = image_token_id
         self.preparation = preparation
@@ -195,8 +199,14 @@ class PieceProcessor:
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
         batch["text_replacement_offsets"] = [replacements]
         if self.pixels is not None and pictures:
-            batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
+            batch["pixel_values"] = torch.stack([self._pixels_of(picture) for picture in pictures])
         return batch
+
+    def _pixels_of(self, picture: Image.Image) -> Tensor:
+        if STAND_IN not in picture.info:
+            return self.pixels(picture)
+        self._blank = self.pixels(picture) if self._blank is None else self._blank
+        return self._blank
 
 
 class Seq2SeqEncoder:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments
 
-from dora_vl.backbones.encoder import GREY, Encoder
+from dora_vl.backbones.encoder import Encoder, stand_in
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.video_inputs import within_pixels
@@ -94,7 +94,7 @@ class RowEncoder:
         if self.outputs is not None and row.images:
             reader = PictureReader(encoder=self.encoder, folder=self.folder, stored=stored)
             outputs = self.outputs.read(reader, row.images)
-            pictures = [Image.new("RGB", size, GREY) for size in outputs.sizes]
+            pictures = [stand_in(size) for size in outputs.sizes]
         else:
             pictures = [open_image(self.folder, name, stored) for name in row.images]
         if self.most_pixels is not None:

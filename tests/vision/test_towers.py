@@ -152,7 +152,6 @@ def test_weights_cast_without_the_statistics_still_see(tmp_path: Path) -> None:
         assert torch.equal(tower.eval()(pixels).last_hidden_state, expected.eval()(pixels).last_hidden_state)
 
 
-
 class TestWeights:
     """A weights file fits exactly or is refused with what does not fit."""
 
