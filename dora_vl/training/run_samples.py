@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import TrainingArguments
 
 from dora_vl.backbones.encoder import Encoder, stand_in
