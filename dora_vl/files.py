@@ -99,6 +99,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def json_or_nothing(path: Path) -> dict[str, Any]:
+    """A file's object; nothing where there is none, or none that can be read."""
+    try:
+        return read_json(path)
+    except (UserError, OSError):
+        return {}
+
+
 def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
     """The file's SHA-256 in hexadecimal, read in pieces."""
     digest = hashlib.sha256()

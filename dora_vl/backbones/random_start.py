@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -70,22 +71,14 @@ def small_tokenizer(
             question; BART's own does not.
         form: what stands around a text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=leading_space)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=form, special_tokens=[(token, special.index(token)) for token in ("<s>", "</s>")]
-    )
     named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **{f"{name}_token": token for name, token in named.items()})
+    special = list(named.values())
+    bpe = ByteLevelBPETokenizer(add_prefix_space=leading_space)
+    bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=special)
+    whole = Tokenizer.from_str(bpe.to_str())
+    ends = [(token, special.index(token)) for token in ("<s>", "</s>")]
+    whole.post_processor = processors.TemplateProcessing(single=form, special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **{f"{name}_token": token for name, token in named.items()})
 
 
 def texts_of(spec: SmallLanguageModel) -> Iterator[str]:

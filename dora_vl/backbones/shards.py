@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dora_vl.errors import UserError
-from dora_vl.files import write_json
+from dora_vl.files import read_json, write_json
 
 SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
@@ -141,10 +141,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """What a folder was filled with; None where nothing says it."""
     path = folder / SETTINGS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); python -m data_prep.features writes it") from None
+    return read_json(path) if path.is_file() else None
 
 
 def first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:

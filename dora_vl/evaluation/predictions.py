@@ -14,7 +14,7 @@ from pathlib import Path
 from dora_vl.data.example import JSON
 from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
-from dora_vl.files import file_sha256, whole_file, write_json
+from dora_vl.files import file_sha256, json_or_nothing, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -119,15 +119,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
 
 def same_settings(path: Path, settings: Mapping[str, object]) -> bool:
     """Whether a predictions file is there and was made with these settings."""
-    return path.exists() and _json_in(settings_file(path)) == json.loads(json.dumps(dict(settings)))
-
-
-def _json_in(path: Path) -> object:
-    """What a file of ours holds; None where there is none, or none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    return path.exists() and json_or_nothing(settings_file(path)) == json.loads(json.dumps(dict(settings)))
 
 
 def _line(prediction: Prediction) -> str:
@@ -280,7 +272,7 @@ ENTRIES, OPTIONS = "benchmarks", "asked_with"
 
 def refuse_anothers(path: Path) -> None:
     """Keeps a training run's own metrics file, which was not written here, from being replaced."""
-    if (content := _mapping_in(path)) and not isinstance(content.get(ENTRIES), Mapping):
+    if (content := json_or_nothing(path)) and not isinstance(content.get(ENTRIES), Mapping):
         raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
 
 
@@ -299,7 +291,7 @@ def write_metrics(
         evaluated: every benchmark of the command; of these no entry of before stays.
         options: of the answers, by benchmark.
     """
-    content = _mapping_in(path)
+    content = json_or_nothing(path)
     before, options_before = (
         value if isinstance(value := content.get(name), Mapping) else {} for name in (ENTRIES, OPTIONS)
     )
@@ -324,8 +316,3 @@ def write_metrics(
         stayed = f", those of {', '.join(still_true)} from before" if still_true else ""
         lines.append(f"{path}: all numbers{stayed}")
     return lines
-
-
-def _mapping_in(path: Path) -> Mapping[str, JSON]:
-    content = _json_in(path)
-    return content if isinstance(content, Mapping) else {}

@@ -26,7 +26,7 @@ from dora_vl.errors import UserError, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
-from dora_vl.files import whole_file, write_json
+from dora_vl.files import read_json, write_json
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log, settings_of
 
 log = logging.getLogger(__name__)
@@ -149,11 +149,10 @@ class Comparison:
             raise UserError("--strengths is for decoders; leave it out")
         if evaluation.file is None:
             raise UserError("nothing is tested: set the recipe's evaluation file")
-        same, file = json.dumps(settings_of(self.config)), self.to / SETTINGS
-        if file.is_file() and file.read_text(encoding="utf-8") != same:
+        same, file = settings_of(self.config), self.to / SETTINGS
+        if file.is_file() and read_json(file) != same:
             raise UserError(f"{self.to} holds runs of other settings; name another folder with --to")
-        with whole_file(file) as stream:
-            stream.write(same)
+        write_json(file, same)
 
     def _cells(self) -> list[CellRun]:
         """All runs that can be known by now: those at the chosen rate once the rate is."""

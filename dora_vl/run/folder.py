@@ -25,7 +25,7 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
-from dora_vl.files import whole_file, write_json
+from dora_vl.files import json_or_nothing, whole_file, write_json
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def finished_already(config: RunSettings) -> bool:
     folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
-    then, now = _json_of(folder / SETTINGS), settings_of(config)
+    then, now = json_or_nothing(folder / SETTINGS), settings_of(config)
     names = sorted((now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN)
     if changed := [name for name in names if now.get(name) != then.get(name)]:
         raise SettingError(
@@ -103,20 +103,11 @@ def finished_already(config: RunSettings) -> bool:
 
 def _is_finished(folder: Path, config: RunSettings) -> bool:
     """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
-    metrics, checkpoints = _json_of(folder / METRICS), complete_checkpoints(folder)
+    metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
     tested = config.evaluation.file is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is none, or half a one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
