@@ -7,7 +7,8 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 
 writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`: sentences that say "tower",
 `boxes.jsonl`: the others; `validation.jsonl`: of other scenes) and `questions.jsonl`: what each box holds, of a tower
-from its base on, and how many of something, from which seeing and counting are learned sooner. No sentence of NLVR's is
+from its base on, and how many of something, from which seeing and counting are learned sooner. `talks.jsonl` has all
+questions and all sentences but towers' about a scene as one conversation, for a LLaVA, which sees it once for them. No sentence of NLVR's is
 used; a number means "exactly", as NLVR's validators took it.
 """
 
@@ -23,7 +24,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.evaluation.benchmarks import BENCHMARKS
 
 BOX, GAP, BOXES = 100, 50, 3
 LIGHT, DARK = (211, 211, 211), (128, 128, 128)
@@ -233,6 +236,16 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
     return scene, sentences, questions
 
 
+def talk(rows: Sequence[Example], seed: int) -> Example:
+    """What is asked and said about a scene as one conversation, in an order of the seed's."""
+    turns: list[Turn] = []
+    for row in random.Random(seed).sample(rows, len(rows)):
+        answer = row.answers[0].text
+        question = BENCHMARKS["nlvr"].prompt(row) if answer in ("true", "false") else row.question
+        turns += [Turn("user", question if turns else f"{IMAGE_PLACEHOLDER}\n{question}"), Turn("assistant", answer)]
+    return Example(id=f"{seed}", images=rows[0].images, turns=tuple(turns))
+
+
 @exit_on_user_error
 def main() -> None:
     """Draws the scenes and writes the records."""
@@ -244,11 +257,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    parts: dict[str, list[Example]] = {"towers": [], "boxes": [], "validation": [], "questions": []}
+    parts: dict[str, list[Example]] = {"towers": [], "boxes": [], "validation": [], "questions": [], "talks": []}
     for number in range(options.scenes + options.validation):
         scene, sentences, questions = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
-        parts["questions"] += questions if number < options.scenes else []
+        if number < options.scenes:
+            parts["questions"] += questions
+            parts["talks"].append(
+                talk([*questions, *(row for row in sentences if "tower" not in row.question)], number)
+            )
         for row in sentences:
             part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
             parts[part].append(row)
