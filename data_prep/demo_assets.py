@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.files import file_sha256
+from dora_vl.files import file_sha256, json_or_nothing
 
 RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
 MEBIBYTE = 1 << 20
@@ -80,17 +80,10 @@ ASSETS = (
 
 def is_complete(asset: Asset, folder: Path) -> bool:
     """Whether `folder` holds this very asset, every file at its recorded size."""
-    receipt = folder / RECEIPT
-    if not receipt.is_file():
-        return False
-    try:
-        record = json.loads(receipt.read_text(encoding="utf-8"))
-        sizes: dict[str, int] = record["bytes"]
-        same_wheel = record["sha256"] == asset.sha256
-    except (ValueError, KeyError, TypeError):
-        return False
-    files = {name: folder / name for name in sizes}
-    return same_wheel and all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
+    record = json_or_nothing(folder / RECEIPT)
+    files = {folder / name: size for name, size in record.get("bytes", {}).items()}
+    same_wheel = record.get("sha256") == asset.sha256
+    return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
 def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:

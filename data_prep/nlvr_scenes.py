@@ -8,8 +8,8 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`: sentences that say "tower",
 `boxes.jsonl`: the others; `validation.jsonl`: of other scenes) and `questions.jsonl`: what each box holds, of a tower
 from its base on, and how many of something, from which seeing and counting are learned sooner. `talks.jsonl` has all
-questions and all sentences but towers' about a scene as one conversation, for a LLaVA, which sees it once for them. No sentence of NLVR's is
-used; a number means "exactly", as NLVR's validators took it.
+questions and all sentences but towers' about a scene as one conversation, for a LLaVA, which sees it once for them. No
+sentence of NLVR's is used; a number means "exactly", as NLVR's validators took it.
 """
 
 from __future__ import annotations
@@ -263,9 +263,8 @@ def main() -> None:
         draw(scene).save(options.to / sentences[0].images[0])
         if number < options.scenes:
             parts["questions"] += questions
-            parts["talks"].append(
-                talk([*questions, *(row for row in sentences if "tower" not in row.question)], number)
-            )
+            others = [row for row in sentences if "tower" not in row.question]
+            parts["talks"].append(talk([*questions, *others], number))
         for row in sentences:
             part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
             parts[part].append(row)

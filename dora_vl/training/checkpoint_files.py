@@ -251,16 +251,10 @@ class StateFiles:
 
     def json(self, file: str) -> dict[str, Any]:
         """One of the JSON files below `state/`."""
-        path = self._folder / file
-        if not path.exists():
-            raise SettingError("resume", f": {path} is missing; {NEXT_STEP}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise SettingError("resume", f": {path} is damaged; {NEXT_STEP}")
-        return content
+            return read_json(self._folder / file)
+        except (UserError, OSError) as error:
+            raise SettingError("resume", f": {error}; {NEXT_STEP}") from None
 
     def number(self, name: str, kind: type) -> Any:
         """An entry of the numbers, of this type."""
