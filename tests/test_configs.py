@@ -84,6 +84,7 @@ LANGUAGE_SHAPES = {
     "llava-hf/llava-1.5-7b-hf": LLAMA_7B,
     "llava-hf/llava-1.5-13b-hf": LLAMA_13B,
     "runs/demo/assets/smollm2": SMOLLM2_135M,
+    "runs/nlvr_llava/start": SMOLLM2_135M,  # nearly: it is composed as a small one
     "runs/nlvr_llava/base": SMOLLM2_135M,
     "yahma/llama-7b-hf": LLAMA_7B,
     "yahma/llama-13b-hf": LLAMA_13B,
@@ -124,7 +125,8 @@ def vision_config(model: ModelConfig) -> Any:
 
 
 def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
-    text = LlamaConfig(**LANGUAGE_SHAPES[model.base if model.compose is None else model.compose.language_model])
+    source = None if model.compose is None else model.compose.language_model
+    text = LlamaConfig(**LANGUAGE_SHAPES[source or model.base])
     tied = text.tie_word_embeddings
     config = LlavaConfig(vision_config=vision_config(model), text_config=text, tie_word_embeddings=tied)
     with torch.device("meta"):
