@@ -199,14 +199,12 @@ class PieceProcessor:
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "offset_mapping": [offsets]}
         batch["text_replacement_offsets"] = [replacements]
         if self.pixels is not None and pictures:
-            batch["pixel_values"] = torch.stack([self._pixels_of(picture) for picture in pictures])
+            if STAND_IN in pictures[0].info:  # then all are
+                blank = self._blank = self.pixels(pictures[0]) if self._blank is None else self._blank
+                batch["pixel_values"] = blank.expand(len(pictures), *blank.shape)
+            else:
+                batch["pixel_values"] = torch.stack([self.pixels(picture) for picture in pictures])
         return batch
-
-    def _pixels_of(self, picture: Image.Image) -> Tensor:
-        if STAND_IN not in picture.info:
-            return self.pixels(picture)
-        self._blank = self.pixels(picture) if self._blank is None else self._blank
-        return self._blank
 
 
 class Seq2SeqEncoder:

@@ -56,8 +56,8 @@ def small_llama(spec: SmallLanguageModel, *, seed: int, dtype: torch.dtype) -> L
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        weights = LlamaForCausalLM(config).to(dtype).state_dict()
-    del weights["lm_head.weight"]  # the embedding's
+        drawn = LlamaForCausalLM(config).state_dict()
+    weights = {name: value.to(dtype) for name, value in drawn.items() if name != "lm_head.weight"}  # the embedding's
     return LanguageModel(config=config, weights=weights, generation=None, tokenizer=tokenizer)
 
 

@@ -277,11 +277,11 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
 
 
 def _language(spec: ComposeSpec) -> LanguageModel:
-    if (spec.small is None) == (spec.language_model is None):
-        raise SettingError("model.compose", ": give language_model or small, one of the two")
     dtype = getattr(torch, spec.dtype) if spec.dtype else None
-    if spec.small is not None:
+    if spec.small is not None and spec.language_model is None:
         return small_llama(spec.small, seed=spec.projector_seed, dtype=dtype or torch.float32)
+    if spec.small is not None or spec.language_model is None:
+        raise SettingError("model.compose", ": give language_model or small, one of the two")
     return read_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
 
 
