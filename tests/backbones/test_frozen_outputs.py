@@ -312,9 +312,8 @@ def test_a_picture_with_stored_outputs_is_not_prepared_again() -> None:
     tokenizer = byte_tokenizer()
     processor = PieceProcessor(tokenizer, pixels=pixels, tokens_per_image=2, image_token_id=7)
     text = ["<image><image>"]
-    for _ in range(3):
-        hollow = processor(text=text, images=[[stand_in((40, 20)), stand_in((20, 40))]])
-    assert hollow["pixel_values"].shape == (2, 3, 8, 8)
+    hollow = [processor(text=text, images=[[stand_in((40, 20)), stand_in((20, 40))]]) for _ in range(3)]
+    assert hollow[-1]["pixel_values"].shape == (2, 3, 8, 8)
     assert len(prepared) == 1
     real = processor(text=text, images=[[Image.new("RGB", (5, 5)), Image.new("RGB", (6, 6))]])
     assert real["pixel_values"][:, 0, 0, 0].tolist() == [5, 6]
