@@ -80,7 +80,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """One JSON object, indented, as a whole file."""
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        file.write(json.dumps(dict(content), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

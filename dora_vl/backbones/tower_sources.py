@@ -264,8 +264,8 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
     `import dora_vl`. The folder appears under its name only when it is whole.
     """
     with written_base(Path(folder), spec) as unfinished:
-        tower = load_tower(spec.tower())
         language = with_image_token(_language(spec))
+        tower = load_tower(spec.tower())
         model = join(tower, language, seed=spec.projector_seed)
         if spec.standardise is not None:
             standardise(model.model.multi_modal_projector.linear_1, *measured(Path(spec.standardise)))

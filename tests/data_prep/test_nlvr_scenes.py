@@ -105,15 +105,15 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     for name in trained | pictures["validation"]:
         assert Image.open(tmp_path / name).size == (400, 100)
     assert pictures["talks"] == trained
-    asked = [row for name in ("boxes", "questions") for row in rows[name] if row.images == rows["talks"][0].images]
+    expected = [row for name in ("boxes", "questions") for row in rows[name] if row.images == rows["talks"][0].images]
     turns = rows["talks"][0].turns
-    assert [turn.role for turn in turns] == ["user", "assistant"] * len(asked)
+    assert [turn.role for turn in turns] == ["user", "assistant"] * len(expected)
     assert [turn.text.count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-    told = {
+    answers = {
         turns[place].text.removeprefix("<image>\n").partition("\n")[0]: turns[place + 1].text
         for place in range(0, len(turns), 2)
     }
-    assert told == {row.question: row.answers[0].text for row in asked}
+    assert answers == {row.question: row.answers[0].text for row in expected}
     scene = examples_of(0, 3, seed=0)[0]
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
