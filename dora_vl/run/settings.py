@@ -59,8 +59,9 @@ class ModelConfig(LoadedModelConfig):
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
     own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
     their processor's chat template, or where it has none `question_answer` or `paligemma`."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
+    image_aspect: Literal["pad", "square", "squash"] = "pad"
+    """How a picture becomes a square: `pad` fills it up (LLaVA-1.5), `square` keeps its middle, `squash` resizes both
+    sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
