@@ -13,7 +13,10 @@ from PIL import Image
 
 from data_prep import nlvr_scenes
 from data_prep.nlvr_scenes import BOX, COLOURS, GAP, NUMBERS, Item, claim, draw, examples_of
+from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import iterate_examples
+from dora_vl.run.reading import read_settings
+from dora_vl.run.settings import RunConfig
 
 
 def block(colour: str, level: int) -> Item:
@@ -138,3 +141,15 @@ def test_counts_of_each_box() -> None:
             assert row.answers[0].text == ", ".join(NUMBERS[count] for count in counts)
             checked += 1
     assert checked > 50
+
+
+@pytest.mark.parametrize("variant", ["pretrain", "adapt"])
+def test_the_llava_of_the_recipe_sees_every_box(variant: str) -> None:
+    recipe = Path(__file__).parents[2] / "configs/llava/nlvr_small.yaml"
+    aspect = read_settings([f"--config={recipe}", f"--variant={variant}"], RunConfig).model.image_aspect
+    preparation = ImagePreparation(Preparation(image_size=448, mean=(0.5,) * 3, std=(0.5,) * 3), aspect=aspect)
+    pixels = preparation.prepare(draw(SHAPES))
+    for number in range(3):
+        others = [*SHAPES]
+        others[number] = [Item("triangle", "black", 50, 70, 10)]
+        assert not preparation.prepare(draw(others)).equal(pixels)
