@@ -13,7 +13,6 @@ choices: do not say which is right), or a video, are counted and named at the en
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, prompt_turns
-from dora_vl.files import whole_file
+from dora_vl.files import write_json_lines
 
 NAMED = 5
 """How many of the records that were left out are named in the summary."""
@@ -78,8 +77,7 @@ def main() -> None:
     random.Random(options.seed).shuffle(conversations)
     if not conversations:
         raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
-    with whole_file(options.to) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in conversations)
+    write_json_lines(options.to, conversations)
     print(f"{options.to}: {len(conversations):,} conversations, {len(dropped):,} records left out")
     for problem in dropped[:NAMED]:
         print(f"  left out: {problem}")

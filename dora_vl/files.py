@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +81,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """One JSON object, indented, as a whole file."""
     with whole_file(path) as file:
         file.write(json.dumps(dict(content), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON object a line, as a whole file."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_json(path: Path) -> dict[str, Any]:

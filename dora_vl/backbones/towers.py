@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.data.pictures import READING
 from dora_vl.files import opening
+
+logger = logging.getLogger(__name__)
 
 Aspect = Literal["pad", "square", "squash"]
 PADDED_SIDE = 4_096
@@ -198,6 +201,7 @@ class ImagePreparation:
         self.preparation = preparation
         self.aspect: Aspect = aspect
         self._processor = image_processor(preparation, aspect=aspect)
+        self._warned = False
 
     @classmethod
     def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
@@ -210,6 +214,9 @@ class ImagePreparation:
         """Normalised pixels of one RGB picture."""
         if self.aspect == "pad" and max(picture.size) > PADDED_SIDE:
             picture = self._padded_by_rows(picture)
+        if self.aspect == "square" and not self._warned and max(picture.size) > 2 * min(picture.size):
+            self._warned = True
+            logger.warning("square keeps the middle alone of a picture of %d x %d; squash keeps all", *picture.size)
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         return pixels[0]
 

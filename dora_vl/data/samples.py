@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -23,7 +22,7 @@ from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError, one_line, shown_text
-from dora_vl.files import whole_file
+from dora_vl.files import write_json_lines
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
 """Names in a batch of what is counted and told; all else goes to the model."""
@@ -195,8 +194,7 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     """One JSON line with id and reason for each bad sample; whole or not at all. Validation's say so (`of`)."""
     lines = [{"id": key, "reason": reason} for key, reason in reasons.items()]
     lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
-    with whole_file(path) as file:
-        file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    write_json_lines(path, lines)
 
 
 MOST = 20_000

@@ -24,7 +24,7 @@ from dora_vl.evaluation.scores.benchmark import Scorer, correct_index, join
 from dora_vl.evaluation.scores.exact import CLOZE, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import RESAMPLES, Scored, intervals, paired_differences
-from dora_vl.files import file_sha256, whole_file
+from dora_vl.files import file_sha256, whole_file, write_json_lines
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asker, By
@@ -457,5 +457,4 @@ def _write(
             f"{dataset.name}: {len(bare)} of {len(dataset.examples)} records hold no right answer and are in no "
             f"score, first {shown(bare[0])}; metrics.json names all"
         )
-    with whole_file(folder / SCORES) as stream:
-        stream.writelines(scored.lines())
+    write_json_lines(folder / SCORES, scored.rows())

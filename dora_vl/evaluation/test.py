@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,7 +53,7 @@ from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
-from dora_vl.files import file_sha256, whole_file, write_json
+from dora_vl.files import file_sha256, write_json, write_json_lines
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of
 from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
@@ -168,10 +168,9 @@ def evaluate_sets(
 
 def write_scores(answered: Sequence[TestSet], path: Path) -> None:
     """Each item's share of its set's headline, with the set's name before its id where there are several."""
-    with whole_file(path) as stream:
-        for test in answered:
-            if test.scored is not None:
-                stream.writelines(test.scored.lines(f"{test.name}/" if len(answered) > 1 else ""))
+    several = len(answered) > 1
+    rows = (test.scored.rows(f"{test.name}/" if several else "") for test in answered if test.scored is not None)
+    write_json_lines(path, chain.from_iterable(rows))
 
 
 def _add_baselines(test: TestSet, media: MediaReader, path: Path, *, exchange: bool) -> list[str]:

@@ -25,7 +25,7 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
-from dora_vl.files import json_or_nothing, whole_file, write_json
+from dora_vl.files import json_or_nothing, write_json
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -172,12 +172,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
             break
     return lines
-
-
-def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Replaces a loss log."""
-    with whole_file(path) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 LOCK = ".writing.lock"

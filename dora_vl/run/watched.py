@@ -11,8 +11,8 @@ from typing import TypeVar
 from PIL import Image, ImageOps
 
 from dora_vl.errors import BadSample
-from dora_vl.files import write_json
-from dora_vl.run.folder import WATCHED, read_log, write_log
+from dora_vl.files import write_json, write_json_lines
+from dora_vl.run.folder import WATCHED, read_log
 
 QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
 SMALL_PX = 224
@@ -88,7 +88,7 @@ def begin(run_folder: Path, watch: Watch, *, step: int) -> None:
                 question = replace(question, picture=name)
         questions.append(asdict(question))
     write_json(folder / QUESTIONS, {"source": watch.source, "questions": questions})
-    write_log(folder / ANSWERS, earlier)
+    write_json_lines(folder / ANSWERS, earlier)
 
 
 def read_watched(run_folder: Path) -> Watched | None:

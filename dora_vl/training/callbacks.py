@@ -24,8 +24,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.pictures import PICTURE_FORMATS
 from dora_vl.errors import UserError
-from dora_vl.files import write_json
-from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log, write_log
+from dora_vl.files import write_json, write_json_lines
+from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log
 from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
 from dora_vl.training.live_view import Asked
 from dora_vl.training.memory import memory_gib
@@ -100,7 +100,7 @@ class LossLog(TrainerCallback):
             step, again = state.global_step, validation_owed(state, args)
             lines = read_log(self._folder / LOSS_LOG)
             kept = [line for line in lines if line["step"] < step + (not again or "eval_loss" not in line)]
-            write_log(self._folder / LOSS_LOG, kept)
+            write_json_lines(self._folder / LOSS_LOG, kept)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """One line; every rank takes part in the sums."""

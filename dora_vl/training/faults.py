@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError, shown_names
-from dora_vl.run.folder import read_log, write_log
+from dora_vl.files import write_json_lines
+from dora_vl.run.folder import read_log
 from dora_vl.run.launch import gathered
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class StepFaults(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cuts lines that a resumed run may write again."""
         if state.is_world_process_zero and self._file.is_file():
-            write_log(self._file, [line for line in read_log(self._file) if line["step"] <= state.global_step])
+            write_json_lines(self._file, [line for line in read_log(self._file) if line["step"] <= state.global_step])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """All ranks agree on whether the step counts."""

@@ -95,7 +95,7 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     words = ["--to", str(tmp_path), "--scenes", "5", "--validation", "2", "--questions", "3"]
     monkeypatch.setattr(sys, "argv", ["nlvr_scenes", *words])
     nlvr_scenes.main()
-    names = ("towers", "boxes", "validation", "questions", "talks")
+    names = ("towers", "boxes", "validation", "questions", "question_talks", "sentence_talks")
     rows = {name: list(iterate_examples(tmp_path / f"{name}.jsonl")) for name in names}
     assert len(rows["towers"]) + len(rows["boxes"]) == 15
     assert [len(rows[name]) for name in ("validation", "questions")] == [6, 20]
@@ -107,17 +107,19 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     assert trained == pictures["questions"]
     for name in trained | pictures["validation"]:
         assert Image.open(tmp_path / name).size == (400, 100)
-    assert pictures["talks"] == trained
-    expected = [row for name in ("boxes", "questions") for row in rows[name] if row.images == rows["talks"][0].images]
-    turns = rows["talks"][0].turns
-    assert [turn.role for turn in turns] == ["user", "assistant"] * len(expected)
-    assert [turn.text.count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-    answers = {
-        turns[place].text.removeprefix("<image>\n").partition("\n")[0]: turns[place + 1].text
-        for place in range(0, len(turns), 2)
+    scene, more, _ = examples_of(0, 6, seed=0)
+    expected = {
+        "question_talks": [row for row in rows["questions"] if row.images == ("pictures/00000.png",)],
+        "sentence_talks": [row for row in more if "tower" not in row.question],
     }
-    assert answers == {row.question: row.answers[0].text for row in expected}
-    scene = examples_of(0, 3, seed=0)[0]
+    for name, about in expected.items():
+        assert pictures[name] == trained
+        turns = rows[name][0].turns
+        assert [turn.role for turn in turns] == ["user", "assistant"] * len(about)
+        assert [turn.text.count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
+        asked = [turn.text.removeprefix("<image>\n").partition("\n")[0] for turn in turns[::2]]
+        answers = dict(zip(asked, (turn.text for turn in turns[1::2]), strict=True))
+        assert answers == {row.question: row.answers[0].text for row in about}
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
 

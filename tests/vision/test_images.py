@@ -50,6 +50,16 @@ def clip_pixels(image: Image.Image) -> np.ndarray:
     return ((values - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
 
 
+@pytest.mark.parametrize(("aspect", "warnings"), [("square", 1), ("pad", 0), ("squash", 0)])
+def test_a_picture_that_loses_most_is_warned_of_once(
+    aspect: Any, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    preparation = ImagePreparation(CLIP, aspect=aspect)
+    for shape in ((20, 40), (40, 100), (100, 40)):
+        preparation.prepare(picture(*shape))
+    assert len(caplog.records) == warnings
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_pixels_are_bit_exact(shape: tuple[int, int], aspect: Any) -> None:

@@ -7,7 +7,6 @@ applies the same formula.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,11 +107,10 @@ class Scored:
             return self.n
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
 
-    def lines(self, before: str = "") -> Iterator[str]:
-        """Each item's share and unit as JSON, with `before` in front of their names."""
+    def rows(self, before: str = "") -> Iterator[dict[str, Any]]:
+        """Each item's share and unit, with `before` in front of their names."""
         for item, share in self.per_item.items():
-            row = {"id": before + item, "unit": before + self.item_units[item], "score": share}
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+            yield {"id": before + item, "unit": before + self.item_units[item], "score": share}
 
 
 class Tally:
