@@ -8,15 +8,16 @@ pictures to learn that from: three grey boxes, towers of blocks or scattered sha
 writes `pictures/`, records like those of `dora-vl prepare nlvr` (`towers.jsonl`: sentences that say "tower",
 `boxes.jsonl`: the others; `validation.jsonl`: of other scenes) and `questions.jsonl`: what each box holds, of a tower
 from its base on, and how many of something, from which seeing and counting are learned sooner. `question_talks.jsonl`
-and `sentence_talks.jsonl` have a scene's questions, and twice as many sentences but no tower's, as one conversation
-each, for a LLaVA, which sees it once for them. No sentence of NLVR's is used; a number means "exactly", as NLVR's
-validators took it.
+and `sentence_talks.jsonl` have a scene's questions, and as many sentences but no tower's, as one conversation each, for
+a LLaVA, which sees it once for them. No sentence of NLVR's is used; a number means "exactly", as NLVR's validators
+took it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -258,8 +259,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)
-    names = ("towers", "boxes", "validation", "questions", "question_talks", "sentence_talks")
-    parts: dict[str, list[Example]] = {name: [] for name in names}
+    parts = defaultdict[str, list[Example]](list)
     for number in range(options.scenes + options.validation):
         scene, sentences, questions = examples_of(number, options.questions, options.seed)
         draw(scene).save(options.to / sentences[0].images[0])
@@ -268,7 +268,7 @@ def main() -> None:
             parts["question_talks"].append(talk(questions, number))
             more = examples_of(number, 2 * options.questions, options.seed)[1]  # of the same scene
             if others := [row for row in more if "tower" not in row.question]:
-                parts["sentence_talks"].append(talk(others, number))
+                parts["sentence_talks"].append(talk(others[: options.questions], number))
         for row in sentences:
             part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
             parts[part].append(row)

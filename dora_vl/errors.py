@@ -113,6 +113,14 @@ NO_SAMPLE, EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB = "not a sample", "empty answer",
 """Kinds of bad samples, beside those that name what they are about."""
 
 
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """A table's lines: the cells of its first `left` columns begin below each other, those of the others end so."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.ljust if column < left else str.rjust for column in range(len(widths))]
+    padded = ([pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
 class UserError(Exception):
     """Something in the input is wrong; the message names the file, key or id, the numbers and the next step.
 

@@ -19,7 +19,7 @@ from dora_vl.data.pictures import BROKEN, TRUNCATED, VIDEO_ENDINGS, MediaFolder,
 from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, positive, shown_names, shown_text
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
@@ -345,7 +345,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def table(findings: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
+def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
     """One line for each kind of problem in each file, the most frequent first."""
     rows = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
@@ -353,10 +353,7 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
         problem, example = shown_text(finding.problem, 120), shown_text(finding.example, 100)
         rows.append((file, problem, f"{finding.count:,}", ids, example))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
-        yield "  ".join([*cells, row[4]]).rstrip()
+    return aligned(rows, left=len(rows[0]))
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.errors import UserError, one_line, positive, shown
+from dora_vl.errors import UserError, aligned, one_line, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
@@ -421,14 +421,7 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
                 row += [f"{apart['value']:+.2f}", f"{apart['low']:+.2f} to {apart['high']:+.2f}"]
             rows.append(row + [""] * (len(rows[0]) - len(row)))
             of_set = ["", "", ""]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, left=2)
 
 
 def _write(

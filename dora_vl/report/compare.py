@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from dora_vl.data.text_file import json_lines
-from dora_vl.errors import UserError, one_line
+from dora_vl.errors import UserError, aligned, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
@@ -394,30 +394,22 @@ def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[
     }
 
 
-def _table(results: Sequence[Result]) -> Iterator[str]:
+def _table(results: Sequence[Result]) -> list[str]:
     within = "95 % interval"
     rows: list[tuple[str, ...]] = [
         ("", "rate", "score", within, "seeds +-", "difference", within, "to untrained", within)
     ]
+
+    def cells(difference: tuple[float, float, float] | None, against: str = "") -> tuple[str, str]:
+        apart, *limits = difference or (math.nan,)
+        return (f"{apart:+.2f}{against}", "{:+.2f} to {:+.2f}".format(*limits)) if limits else ("", "")
+
     for result in results:
-        apart, gain = result.difference, result.gain
-        rows.append(
-            (
-                result.name,
-                "" if result.rate is None else f"{result.rate:g}",
-                f"{result.score:.2f}",
-                "{:.2f} to {:.2f}".format(*result.interval),
-                f"{result.spread:.2f}",
-                "" if apart is None else f"{apart[0]:+.2f} to {result.against}",
-                "" if apart is None else "{:+.2f} to {:+.2f}".format(*apart[1:]),
-                "" if gain is None else f"{gain[0]:+.2f}",
-                "" if gain is None else "{:+.2f} to {:+.2f}".format(*gain[1:]),
-            )
-        )
+        rate, interval = "" if result.rate is None else f"{result.rate:g}", "{:.2f} to {:.2f}".format(*result.interval)
+        own = (result.name, rate, f"{result.score:.2f}", interval, f"{result.spread:.2f}")
+        rows.append((*own, *cells(result.difference, f" to {result.against}"), *cells(result.gain)))
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for row in zip(*columns, strict=True):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return aligned([*zip(*columns, strict=True)], left=len(columns))
 
 
 def _chart(across: str, up: str) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dora_vl.core.quantised import is_quantised
+from dora_vl.errors import aligned
 from dora_vl.run.sharding import blocks_of
 
 FLOAT32_BYTES, GIB = 4, 2**30
@@ -43,9 +44,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+        return "\n".join(aligned([self.header, *self.rows], left=1))
 
 
 def parameter_count(parameter: nn.Parameter) -> int:

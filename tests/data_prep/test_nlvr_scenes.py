@@ -110,7 +110,7 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     scene, more, _ = examples_of(0, 6, seed=0)
     expected = {
         "question_talks": [row for row in rows["questions"] if row.images == ("pictures/00000.png",)],
-        "sentence_talks": [row for row in more if "tower" not in row.question],
+        "sentence_talks": [row for row in more if "tower" not in row.question][:3],
     }
     for name, about in expected.items():
         assert pictures[name] == trained

@@ -59,12 +59,12 @@ class Subtitles:
         """The file's rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
         rows = stream_records(file, progress)
         if solution:
-            rows = ({"answer_idx": solution.get(key(row, "qid")), **_given(row)} for row in rows)
+            rows = (
+                {"answer_idx": solution.get(key(row, "qid"))}
+                | {name: row[name] for name in row if row[name] is not None}
+                for row in rows
+            )
         return self.joined(rows, progress)
-
-
-def _given(row: Raw) -> Raw:
-    return {name: value for name, value in row.items() if value is not None}
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:
