@@ -401,8 +401,9 @@ def _table(results: Sequence[Result]) -> list[str]:
     ]
 
     def cells(difference: tuple[float, float, float] | None, against: str = "") -> tuple[str, str]:
-        apart, *limits = difference or (math.nan,)
-        return (f"{apart:+.2f}{against}", "{:+.2f} to {:+.2f}".format(*limits)) if limits else ("", "")
+        if difference is None:
+            return "", ""
+        return f"{difference[0]:+.2f}{against}", "{:+.2f} to {:+.2f}".format(*difference[1:])
 
     for result in results:
         rate, interval = "" if result.rate is None else f"{result.rate:g}", "{:.2f} to {:.2f}".format(*result.interval)
