@@ -420,9 +420,7 @@ def _chart(across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _with_intervals(
-    axes: Any, across: Sequence[float], rows: Sequence[tuple[float, Sequence[float]]], **look: Any
-) -> None:
+def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, Sequence[float]]], **look: Any) -> None:
     scores = np.array([score for score, _ in rows])
     limits = np.abs(np.array([interval for _, interval in rows]).T - scores)
     axes.errorbar(across, scores, yerr=limits, marker="o", capsize=3, **look)
@@ -441,7 +439,7 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
             axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
-        _with_intervals(axes, ranks, [(row.score, row.interval) for row in rows], color=colour, label=method)
+        _points(axes, ranks, [(row.score, row.interval) for row in rows], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 
@@ -450,7 +448,7 @@ def draw_strengths(rows: Sequence[Mapping[str, Any]], to: Path) -> None:
     """Score and perplexity of other text against the adapter's strength."""
     figure, axes = _chart("strength of the adapter", SCORE)
     strengths = [row["strength"] for row in rows]
-    _with_intervals(axes, strengths, [(row["score"], row["interval"]) for row in rows], color=COLOURS[0], label="score")
+    _points(axes, strengths, [(row["score"], row["interval"]) for row in rows], color=COLOURS[0], label="score")
     other, perplexities = axes.twinx(), [row.get("adapted", math.nan) for row in rows]
     other.plot(strengths, perplexities, color=COLOURS[1], marker="s", label="perplexity")
     other.set_ylabel("perplexity of other text")
