@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -23,7 +23,7 @@ from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts, shared_beginning
-from dora_vl.backbones.towers import ImagePreparation
+from dora_vl.backbones.towers import Aspect, ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
@@ -72,7 +72,7 @@ def open_encoder(
     *,
     template: str | None = None,
     train_on: TrainOn = "all",
-    aspect: Literal["pad", "square"] = "pad",
+    aspect: Aspect = "pad",
     max_tokens: int,
     revision: str | None = None,
 ) -> Encoder:
@@ -91,7 +91,7 @@ def open_encoder(
     return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions)
 
 
-def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revision: str | None = None) -> Any:
+def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = None) -> Any:
     """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer."""
     if not sees_pictures(base, revision):
         return PieceProcessor(load_tokenizer(base, revision=revision))
