@@ -82,7 +82,7 @@ def is_complete(asset: Asset, folder: Path) -> bool:
     """Whether `folder` holds this very asset, every file at its recorded size."""
     record = json_or_nothing(folder / RECEIPT)
     files = {folder / name: size for name, size in record.get("bytes", {}).items()}
-    same_wheel = record.get("sha256") == asset.sha256
+    same_wheel = bool(files) and record.get("sha256") == asset.sha256
     return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 

@@ -238,13 +238,12 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
     return scene, sentences, questions
 
 
-def talk(rows: Sequence[Example], seed: int) -> Example:
-    """What is asked and said about a scene as one conversation, in an order of the seed's."""
+def talk(rows: Sequence[Example], seed: int, prompt: Callable[[Example], str]) -> Example:
+    """Rows about a scene as one conversation, in an order of the seed's."""
     turns: list[Turn] = []
     for row in random.Random(seed).sample(rows, len(rows)):
-        answer = row.answers[0].text
-        question = BENCHMARKS["nlvr"].prompt(row) if answer in ("true", "false") else row.question
-        turns += [Turn("user", question if turns else f"{IMAGE_PLACEHOLDER}\n{question}"), Turn("assistant", answer)]
+        question = prompt(row) if turns else f"{IMAGE_PLACEHOLDER}\n{prompt(row)}"
+        turns += [Turn("user", question), Turn("assistant", row.answers[0].text)]
     return Example(id=f"{seed}", images=rows[0].images, turns=tuple(turns))
 
 
@@ -265,10 +264,10 @@ def main() -> None:
         draw(scene).save(options.to / sentences[0].images[0])
         if number < options.scenes:
             parts["questions"] += questions
-            parts["question_talks"].append(talk(questions, number))
+            parts["question_talks"].append(talk(questions, number, lambda row: row.question))
             more = examples_of(number, 2 * options.questions, options.seed)[1]  # of the same scene
-            if others := [row for row in more if "tower" not in row.question]:
-                parts["sentence_talks"].append(talk(others[: options.questions], number))
+            if others := [row for row in more if "tower" not in row.question][: options.questions]:
+                parts["sentence_talks"].append(talk(others, number, BENCHMARKS["nlvr"].prompt))
         for row in sentences:
             part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
             parts[part].append(row)
