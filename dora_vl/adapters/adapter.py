@@ -133,6 +133,9 @@ class Factors:
 CLOSED_ANSWERS = "closed_answers"
 """Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
 
+IMAGE_ASPECT = "image_aspect"
+"""How pictures become squares, in `recipe.json`, and in the `config.json` of a LLaVA merged from a run."""
+
 SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
 """Names of the random matrices that all layers of a DVoRA adapter share."""
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter, Factors
+from dora_vl.adapters.adapter import IMAGE_ASPECT, Adapter, Factors
 from dora_vl.adapters.agreement import PEFT_PREFIX
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.exports import truncated
@@ -144,4 +144,5 @@ def _as_adapter(results: Mapping[str, Factors], extras: Mapping[str, Tensor], ad
     )
     kept = {name for adapter in adapters for name in adapter.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
     recipe = own_recipe(config, extras, kept, results.keys() - adapted.keys())
+    recipe[IMAGE_ASPECT] = adapters[0].recipe.get(IMAGE_ASPECT)
     return Adapter(tensors, config, recipe, source="combination")

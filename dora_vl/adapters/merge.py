@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
 from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors, written_whole
@@ -178,9 +179,9 @@ def merge_to_folder(
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
     Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
-    and processor files are copied; heads of closed answer lists that the base has not are added, and their lists to
-    the configuration. Tensors have the names of published folders, whatever the base's files call them (`hub_names`).
-    The folder appears under its name when it is whole.
+    and processor files are copied; heads of closed answer lists that the base has not are added. The configuration
+    says their lists, and how pictures become squares. Tensors have the names of published folders, whatever the
+    base's files call them (`hub_names`). The folder appears under its name when it is whole.
 
     Args:
         dtype: of the result; None keeps each tensor's own.
@@ -190,7 +191,7 @@ def merge_to_folder(
     with open_base(base_folder) as base:
         weights = MergedWeights(base, adapter)
         with written_whole(target) as staging:
-            _copy_other_files(base_folder, staging, dtype, adapter.recipe.get(CLOSED_ANSWERS))
+            _copy_other_files(base_folder, staging, dtype, adapter.recipe)
             shards = _plan(weights, dtype, shard_bytes)
             total = sum(byte_size(t.shape, kind) for entries in shards.values() for t, kind in entries.values())
             with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as progress:
@@ -221,19 +222,19 @@ def refuse_target(target: Path, base_folder: Path) -> None:
     refuse_to_replace(target, written)
 
 
-def _copy_other_files(
-    base_folder: Path, staging: Path, dtype: torch.dtype | None, closed_answers: Mapping[str, list[str]] | None
-) -> None:
+def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | None, recipe: Mapping[str, Any]) -> None:
     for path in sorted(base_folder.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, staging / path.name)
-    config = staging / "config.json"
-    if (dtype is not None or closed_answers) and config.is_file():
+    config, closed_answers, aspect = staging / "config.json", recipe.get(CLOSED_ANSWERS), recipe.get(IMAGE_ASPECT)
+    if (dtype is not None or closed_answers or aspect) and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         if dtype is not None:
             _state_dtype(content, str(dtype).removeprefix("torch."))
         if closed_answers:
             content[CLOSED_ANSWERS] = {**content.get(CLOSED_ANSWERS, {}), **closed_answers}
+        if aspect not in (None, content.get(IMAGE_ASPECT, "pad")):
+            content[IMAGE_ASPECT] = aspect
         write_json(config, content)
 
 

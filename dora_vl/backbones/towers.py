@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.data.pictures import READING
+from dora_vl.errors import UserError, shown
 from dora_vl.files import opening
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,8 @@ class ImagePreparation:
     """
 
     def __init__(self, preparation: Preparation, *, aspect: Aspect) -> None:
+        if aspect not in get_args(Aspect):
+            raise UserError(f"image_aspect {shown(aspect)}: there are {', '.join(get_args(Aspect))}")
         self.preparation = preparation
         self.aspect: Aspect = aspect
         self._processor = image_processor(preparation, aspect=aspect)

@@ -397,7 +397,7 @@ def _result(
         "without_answer": len(scored.failed),
         "failed": {name: answered.failed.get(name, "the predictions hold no answer") for name in scored.failed},
         **({"not_scored": dict(dataset.not_scored)} if dataset.not_scored else {}),
-        "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
+        "bootstrap": {"resamples": RESAMPLES, "units": len(scored.columns)},
         **({"difference": differences} if differences else {}),
         "baselines": baselines,
     }

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, local_folder
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, content_hash, local_folder
 from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
@@ -286,10 +286,11 @@ def _model_config(source: ModelSource) -> ModelConfig:
     recipe = source.recipe
     dtype: Any = source.dtype
     attention: Any = source.attention
+    merged = PreTrainedConfig.get_config_dict(source.base, revision=source.revision or "main")[0].get(IMAGE_ASPECT)
     return ModelConfig(
         base=source.base,
         revision=source.revision,
-        image_aspect=recipe.get("image_aspect") or "pad",
+        image_aspect=recipe.get(IMAGE_ASPECT) or merged or "pad",
         dtype=dtype,
         attn_implementation=attention,
         quantisation=recipe.get("quantisation"),

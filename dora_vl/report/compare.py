@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -75,7 +74,7 @@ class CellRun:
     @property
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
-        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        return read_json(self.folder / METRICS)
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:

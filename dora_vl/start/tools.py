@@ -160,11 +160,6 @@ def _data_set(entry: Any, folder: str) -> DataSet:
     return path, {column: role for column, role in roles.items() if column != role}, trouble
 
 
-def _factory_method(settings: Mapping[str, Any]) -> Method:
-    """What a file trains."""
-    return "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings)
-
-
 @computed
 def _factory_media(setting: Setting) -> Counterpart:
     """Where the pictures are: with the sets, unless it is said."""
@@ -348,11 +343,6 @@ HUB_NAMES = {f"llava-v1.5-{size}": f"llava-hf/llava-1.5-{size}-hf" for size in (
 PROJECTOR_ALONE = ("model.multi_modal_projector*",)
 
 
-def _llava_method(settings: Mapping[str, Any]) -> Method:
-    """An adapter where `lora_enable` is set; NVlabs' program sets `use_dora`."""
-    return shared.lora_or_dora(settings) if is_on(settings.get("lora_enable")) else "full"
-
-
 @computed
 def _llava_what_trains(setting: Setting) -> Counterpart:
     if setting.method != "full":
@@ -456,7 +446,10 @@ DECAY = Counterpart({"optim.weight_decay_on": "all_but_biases"}, "magnitudes dec
 LLAVA_NEEDS = {"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json"}
 TOOLS: Mapping[str, Tool] = {
     "llama-factory": _tool(
-        "llama-factory", "LLaMA-Factory", _factory_method, always={"(loss)": MICRO_BATCH, "(decay)": DECAY}
+        "llama-factory",
+        "LLaMA-Factory",
+        lambda settings: "full" if settings["finetuning_type"] == "full" else shared.lora_or_dora(settings),
+        always={"(loss)": MICRO_BATCH, "(decay)": DECAY},
     ),
     "trl": _tool(
         "trl",
@@ -468,7 +461,7 @@ TOOLS: Mapping[str, Tool] = {
     "llava": _tool(
         "llava",
         "LLaVA",
-        _llava_method,
+        lambda settings: shared.lora_or_dora(settings) if is_on(settings.get("lora_enable")) else "full",
         always={"(loss)": MICRO_BATCH},
         needed={**LLAVA_NEEDS, "training.output_dir": "runs/llava"},
     ),

@@ -6,21 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.adapter import content_hash
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.combine import combine
+from dora_vl.adapters.merge import merge_to_folder
+from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.open_model import ModelRequest, find_source
+from dora_vl.evaluation.open_model import ModelRequest, find_source, prompts_of
 from dora_vl.run.base import DECODER, VLBART
 from tasks import image_qa
+from tests.app.tiny_served import write_adapter
 from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import write_tiny_llava
 
 WORDING = {"template": "tokenizer", "image_aspect": "pad"}
 
@@ -68,6 +76,36 @@ def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
 
 def test_the_name_of_a_vlbart_is_its_config_s() -> None:
     assert VlBartConfig.model_type == VLBART
+
+
+def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> None:
+    """Its base states no way, which means padded; merged once more, the later run's way holds."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 40, 3), np.uint8))
+    folder = write_tiny_llava(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+
+    def pixels(request: ModelRequest) -> torch.Tensor:
+        return prompts_of(find_source(request)).encoder.processor.pixels(picture)
+
+    seen = [pixels(ModelRequest(model=str(folder), template="vicuna_v1"))]
+    for aspect in ("squash", "square", "pad"):
+        adapter = write_adapter(folder, tmp_path / f"{aspect}-adapter", seed=1, targets=("*.q_proj",), rank=2)
+        recipe = {"base": str(folder), "revision": None, "base_sha256": content_hash(folder), "template": "vicuna_v1"}
+        stated = json.dumps({**recipe, "image_aspect": aspect, "dtype": "float32", "max_tokens": 64})
+        (adapter / "recipe.json").write_text(stated)
+        folder = tmp_path / aspect
+        merge_to_folder(read_adapter(adapter), Path(recipe["base"]), folder)
+        with BaseWeights(Path(recipe["base"])) as opened:
+            twice = combine(dict.fromkeys("ab", read_adapter(adapter)), {"a": 0.5, "b": 0.25}, opened).adapter
+        assert twice.recipe["image_aspect"] == aspect
+        seen.append(pixels(ModelRequest(adapter=adapter)))
+        assert torch.equal(pixels(ModelRequest(model=str(folder), template="vicuna_v1")), seen[-1])
+    assert torch.equal(seen[0], seen[-1])
+    assert not any(torch.equal(seen[0], other) for other in seen[1:3])
+    assert {**json.loads((folder / "config.json").read_text()), "image_aspect": 0} == {**config, "image_aspect": 0}
+    (folder / "config.json").write_text(json.dumps({**config, "image_aspect": "anyres"}))
+    with pytest.raises(UserError):
+        pixels(ModelRequest(model=str(folder), template="vicuna_v1"))
 
 
 def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsys: Any) -> None:

@@ -48,7 +48,7 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     if "only" in row:
         assert next(iter(metrics)) == next(iter(row["metrics"]))
     assert scored.settings == row.get("settings", scored.settings)
-    assert len(scored.units) == row.get("units", len(scored.units))
+    assert len(scored.columns) == row.get("units", len(scored.columns))
     assert {name: scored.items_of(name) for name in row.get("items", {})} == row.get("items", {})
     for name, (low, high) in intervals(scored, resamples=200).items():
         assert low - 1e-9 <= scored.metrics[name] <= high + 1e-9, name
@@ -195,7 +195,7 @@ def test_nlvr2_and_nlvr_as_published() -> None:
     boxes = [example(row["identifier"], row["label"]) for row in rows]
     scored = vqa.score_nlvr(boxes, {row["identifier"]: row["label"] for row in rows})
     assert (scored.n, scored.metrics) == (989, {"accuracy": 100.0, "consistency": 100.0})
-    assert len(scored.units) == len({row["identifier"].split("-")[0] for row in rows})
+    assert len(scored.columns) == len({row["identifier"].split("-")[0] for row in rows})
 
 
 def test_pope_as_published_by_hand_written_rules() -> None:

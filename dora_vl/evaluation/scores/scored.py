@@ -83,18 +83,16 @@ class Scored:
         metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
         per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
         settings: the mode and whatever else decides the numbers.
-        units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
-        item_units: each item's.
+        units: each item's picture, sentence or clip, which a bootstrap draws with all that is asked about it.
         columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
     """
 
     metrics: dict[str, float]
     per_item: dict[str, float]
-    item_units: dict[str, str]
+    units: dict[str, str]
     n: int
     settings: dict[str, str]
     failed: tuple[str, ...]
-    units: tuple[str, ...]
     names: tuple[str, ...]
     columns: Numbers
     formulas: Mapping[str, Formula]
@@ -110,7 +108,7 @@ class Scored:
     def rows(self, before: str = "") -> Iterator[dict[str, Any]]:
         """Each item's share and unit, with `before` in front of their names."""
         for item, share in self.per_item.items():
-            yield {"id": before + item, "unit": before + self.item_units[item], "score": share}
+            yield {"id": before + item, "unit": before + self.units[item], "score": share}
 
 
 class Tally:
@@ -144,11 +142,10 @@ class Tally:
         return Scored(
             metrics={name: float(formula(whole)[0]) for name, formula in formulas.items()},
             per_item=dict(self._items),
-            item_units=dict(self._units),
+            units=dict(self._units),
             n=len(self._items),
             settings=dict(settings or {}),
             failed=tuple(self._failed),
-            units=tuple(self._columns),
             names=names,
             columns=columns,
             formulas=dict(formulas),
@@ -251,7 +248,7 @@ def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
     """The difference of each metric that has an interval, both scored on the same draws of units."""
-    if set(ours.per_item) != set(theirs.per_item) or ours.units != theirs.units:
+    if [*ours.units.items()] != [*theirs.units.items()]:
         alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
         raise UserError(
             f"a paired difference needs the same items: {len(ours.per_item)} against {len(theirs.per_item)}, "
@@ -279,7 +276,7 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
 def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
     """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
-    for counts in draws(len(several[0].units), seed, resamples):
+    for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
             sums, whole = (_sums(scored.names, scored.columns, drawn) for drawn in (counts, np.ones_like(counts[:1])))
             part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
