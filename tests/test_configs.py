@@ -86,6 +86,7 @@ LANGUAGE_SHAPES = {
     "runs/demo/assets/smollm2": SMOLLM2_135M,
     "runs/nlvr_llava/start": SMOLLM2_135M,  # nearly: it is composed as a small one
     "runs/nlvr_llava/seen": SMOLLM2_135M,
+    "runs/nlvr_llava/pretrained": SMOLLM2_135M,
     "runs/nlvr_llava/base": SMOLLM2_135M,
     "yahma/llama-7b-hf": LLAMA_7B,
     "yahma/llama-13b-hf": LLAMA_13B,

@@ -23,6 +23,7 @@ from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 
 NEW_TOKENS = 64
+REQUEST = ("model", "base", "any_base", "template", "strength")
 MODEL = ModelManifest(model_id="dora_vl", chat_class_path=f"{__name__}.AdaptedModel")
 """The entry point."""
 
@@ -38,23 +39,10 @@ class AdaptedModel(lmms):
 
     is_simple = False
 
-    def __init__(  # noqa: PLR0913 - lmms-eval gives each as an argument
-        self,
-        adapter: str | None = None,
-        model: str | None = None,
-        base: str | None = None,
-        any_base: bool = False,
-        template: str | None = None,
-        strength: float = 1.0,
-        frames: int = 8,
-        batch_size: int | str = 1,
-        **_: Any,
-    ) -> None:
+    def __init__(self, adapter: str | None = None, frames: int = 8, batch_size: int | str = 1, **options: Any) -> None:
         super().__init__()
-        folder = None if adapter is None else Path(adapter)
-        request = ModelRequest(
-            adapter=folder, model=model, base=base, any_base=any_base, template=template, strength=strength
-        )
+        stated = {name: options[name] for name in REQUEST if name in options}  # lmms-eval adds options of its own
+        request = ModelRequest(adapter=None if adapter is None else Path(adapter), **stated)
         assistant: Any = open_model(request).adapted
         self.assistant: Assistant = assistant
         self.batch_size, self._sampling, self._reader = int(batch_size), Uniform(frames), VideoReader()
