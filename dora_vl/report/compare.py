@@ -429,7 +429,9 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
     """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
     figure, axes = _chart("rank", SCORE)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row.rank for row in results if row.rank}))
+    if every := sorted({row.rank for row in results if row.rank}):
+        axes.set_xticks(every)
+        axes.set_xlim(every[0] / 1.5, every[-1] * 1.5)  # a single rank has no width of its own
     axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(result.method for result in results))
     for number, method in enumerate(methods):
