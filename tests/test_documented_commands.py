@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 FOREIGN = ("git", "vllm", "llama-mtmd-cli", "curl", "tensorboard", "trackio", "docker", "accelerate", "trl", "swift",
-           "llamafactory-cli", "xdg-open", "mkdir", "cp", "ls", "grep", "llamafactory", "zensical", "mkdocs")  # fmt: skip
+           "llamafactory-cli", "xdg-open", "mkdir", "cp", "ls", "grep", "llamafactory", "zensical",
+           "mkdocs")  # fmt: skip
 FOREIGN_MODULES = ("lmms_eval", "dora_vl.evaluation.harnesses.lm_eval_model")
 """Programs of others, of whose options nothing is known here; the second is lm-eval's, which needs it installed."""
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
