@@ -51,7 +51,6 @@ COMMANDS = {
     ),
     "show": Command("dora_vl.training.show_command", "the first batch of a run, its tokens by label"),
     "train": Command("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
-    "translate": Command("dora_vl.start.translate", "other tools' settings as a run's YAML"),
 }
 
 

@@ -169,7 +169,7 @@ def test_what_a_model_or_a_file_has_wrong_is_named(person: Person, options: str,
     [
         (
             yaml.safe_dump(LLAMA_FACTORY),
-            ["settings of llama-factory", "model_name_or_path is model.base", "dora-vl translate"],
+            ["settings of llama-factory", "model_name_or_path is model.base", "dora-vl init"],
         ),
         (
             yaml.safe_dump(AXOLOTL),

@@ -248,28 +248,22 @@ TELLING: Mapping[str, frozenset[str]] = {
     }.items()
 }
 """Names that tell whose file it is."""
-UNTRANSLATED = ("Axolotl", "another tool")
-"""Whose settings `dora-vl translate` has no table of."""
 LEAST, MOST_NAMED = 2, 6
 """Of other tools' names, so many make a file another tool's, and so many are named."""
 
 
-def refuse_other_tools(path: Path, settings: Mapping[str, object], *, untranslated: bool = False) -> None:
-    """Refuses a settings file that has names of another tool at its top level, with what they are called here.
-
-    With `untranslated` only that of a tool that is known, but has no table.
-    """
+def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
+    """Refuses a settings file that has names of another tool at its top level, with what they are called here."""
     theirs = [name for name in settings if name in NAMES]
+    if len(theirs) < LEAST:
+        return
     likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
     tool = likely if TELLING[likely] & settings.keys() else "another tool"
-    if len(theirs) < LEAST or (untranslated and tool not in UNTRANSLATED):
-        return
     names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:MOST_NAMED])
     more = f" and {len(theirs) - MOST_NAMED} more" if len(theirs) > MOST_NAMED else ""
-    write = "`dora-vl init FOLDER` writes a file for your pictures"
     raise UserError(
-        f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections model, adapter, "
-        f"data, training; {write if tool in UNTRANSLATED else f'`dora-vl translate {path}`'}"
+        f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections are model, adapter, "
+        "data, training; `dora-vl init FOLDER` writes a file for your pictures, docs/other_tools.md has all names"
     )
 
 
