@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -461,12 +460,6 @@ class ExportedGguf:
     """What the files cannot keep of the model, and what is known to read them wrongly."""
 
 
-def check_package() -> None:
-    """Raises a `UserError` where the package that writes the format is not installed."""
-    if find_spec("gguf") is None:
-        raise UserError("GGUF is written by the package gguf: pip install gguf (or 'dora-vl[gguf]')")
-
-
 def refuse_gguf_target(target: Path) -> None:
     """Raises a `UserError` where something is there already that is no earlier export."""
     refuse_to_replace(target, (MODEL_FILE, VISION_FILE, *CERTIFICATES))
@@ -487,7 +480,6 @@ def export_gguf(
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> ExportedGguf:
     """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once."""
-    check_package()
     refuse_gguf_target(target)
     with open_base(base_folder) as base:
         config, language, architecture = _forms(base.config, base_folder)

@@ -23,7 +23,7 @@ from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unse
 from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.foreign import GGUF_KINDS
-from dora_vl.adapters.gguf import check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
+from dora_vl.adapters.gguf import export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
@@ -210,8 +210,6 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError("one adapter is exported at a time; dora-vl merge folds several into one base")
     if arguments.gguf is not None and arguments.dtype is not None:
         raise UserError(f"--dtype is of --for vllm; --gguf takes its own number type: {', '.join(GGUF_KINDS)}")
-    if arguments.gguf is not None:
-        check_package()
     check = planned_check(arguments, arguments.adapter[0])
     plan = plan_merge(arguments, partial(_refuse, gguf=arguments.gguf is not None))
     write = _write_for_vllm if arguments.gguf is None else _write_gguf

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from data_prep.easy_vqa import PLACEHOLDER, Settings, balanced, convert, main
-from data_prep.easy_vqa_halves import main as halve
 from data_prep.easy_vqa_package import Question, shows
+
+from data_prep.easy_vqa_halves import main as halve
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
 

@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from data_prep.demo_assets import ASSETS, Asset, fetch, is_complete, main, place_of
 
 from data_prep import demo_assets
-from data_prep.demo_assets import ASSETS, Asset, fetch, is_complete, main, place_of
 from dora_vl.errors import UserError
 
 FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
