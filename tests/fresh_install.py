@@ -33,7 +33,7 @@ IMPORT = re.compile(r"^[+-]\s*(?:from (\w+)[\w.]* import|import (\w+)|.*\b(?:imp
 
 
 def is_needed(root: Path = ROOT) -> bool:
-    """Whether what is declared or imported differs from main's, or the commit before; where git cannot tell, it does."""
+    """Whether what is declared or imported differs from main, or the commit before; where git cannot tell, it does."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Every Python block of the pages runs as it is printed, one after the other in a folder with what the page asks for."""
+"""Every Python block of the pages runs as it is printed, in a folder that holds what the page asks for."""
 
 from __future__ import annotations
 
