@@ -26,7 +26,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def train(words: Sequence[str], task: str, **_: str) -> None:
         steps.append(f"train {task} {' '.join(words)}")
         if not ADAPTER.is_file():
-            ADAPTER.parent.mkdir(parents=True)
+            ADAPTER.parent.mkdir(parents=True, exist_ok=True)
             ADAPTER.touch()
 
     def merge(options: object) -> list[str]:
