@@ -224,7 +224,7 @@ NCCL's are plain RuntimeErrors."""
 
 
 def install_command(*packages: str) -> str:
-    """What installs packages in the versions that ours declares; of their own names, since no index has `dora-vl`."""
+    """The command that installs packages, in the versions that our metadata declares. No index has our extras."""
     try:
         declared = {
             re.split(r"[^\w.\-]", line, maxsplit=1)[0]: line.partition(";")[0] for line in requires("dora-vl") or ()
