@@ -69,7 +69,7 @@ class Person:
         program = [str(self.programs / command[0]), *command[1:]]
         environment = {**self.variables, **variables}
         done = subprocess.run(program, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        say(f"{time.monotonic() - started:6.1f} s  {shlex.join(command)[:100]}")
+        say(f"{time.monotonic() - started:6.1f} s  {shlex.join(command).splitlines()[0][:100]}")
         if done.returncode:
             sys.exit(f"status {done.returncode} of {shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
         return done.stdout
@@ -136,7 +136,8 @@ def main() -> None:
     published.types("python", ROOT / "tests" / "tasks" / "published_recipe.py", ".", PYTHONPATH=str(ROOT))
     published.types("dora-vl", "train", *RECIPE_IN_LITTLE.split())
     published.has(f"run/{ADAPTER}")
-    say(f"{(time.monotonic() - started) / 60:.1f} minutes, {megabytes(to)} MB with the demo's packages and runs")
+    minutes, computing = (time.monotonic() - started) / 60, sum(os.times()[2:4]) / 60
+    say(f"{minutes:.1f} minutes ({computing:.1f} of CPU), {megabytes(to)} MB with the demo's packages and runs")
 
 
 if __name__ == "__main__":
