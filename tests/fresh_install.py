@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LITTLE = "--training.max_steps 2 --training.save_steps 2 --training.eval_strategy no --evaluation.limit 4"
-BASE_IN_LITTLE = f"{LITTLE} --data.validation null --data.validation_limit null --data.cache_features false"
+BASE_IN_LITTLE = (
+    f"{LITTLE} --evaluation.file null --data.validation null --data.validation_limit null --data.cache_features false"
+)
 RECIPE_IN_LITTLE = (
     "llava/llava15 --variant 7b_dora --model.base base --model.compose.vision_name clip "
     "--model.compose.language_model vicuna --data.train data/mix.json --data.image_folder data --data.workers 0 "
