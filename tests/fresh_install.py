@@ -28,7 +28,7 @@ RECIPE_IN_LITTLE = (
     "llava/llava15 --variant 7b_dora --model.base base --model.compose.vision_name clip "
     "--model.compose.language_model vicuna --data.train data/mix.json --data.image_folder data --data.workers 0 "
     "--training.tf32 false --training.per_device_train_batch_size 4 --training.gradient_accumulation_steps 1 "
-    "--training.max_steps 1 --training.output_dir run"
+    "--training.max_steps 1 --training.output_dir run --adapter.initial null"
 )
 ADAPTER = "adapter/adapter_model.safetensors"
 IMPORT = re.compile(r"^[+-]\s*(?:from (\w+)[\w.]* import|import (\w+)|.*\b(?:import_module|find_spec)\(\"(\w+))")
