@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo,video,docs,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,docs,dev]'
 	touch $@
 
 # One process of the launcher, which tells of errors alone; without a GPU it need not look for one.
@@ -18,26 +18,15 @@ DEMO := runs/demo
 
 # A demo that was stopped goes on, and a finished one stays as it is: `make clean` makes room for another.
 demo: $(INSTALLED)
-	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
-	$(BIN)/python -m data_prep.easy_vqa --from $(DEMO)/assets/easy_vqa --to $(DEMO)/data
-	$(DEEPSPEED) tasks/llava_instruct.py \
-		--config configs/llava/easyvqa_smollm2_dora.yaml --resume if_stopped
-	@test $(DEMO)/tuned/model.safetensors -nt $(DEMO)/adapter/adapter_model.safetensors || rm -rf $(DEMO)/tuned
-	test -e $(DEMO)/tuned || $(BIN)/dora-vl merge --adapter $(DEMO)/adapter --to $(DEMO)/tuned
-	@echo
-	@echo "The adapter is in $(DEMO)/adapter, its scores in $(DEMO)/metrics.json, pictures of the run in"
-	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. All of it on one page: $(BIN)/dora-vl report $(DEMO)"
-	@echo "What it learned is the base of your own pictures: $(DEMO)/tuned (docs/your_pictures.md)."
-	@echo "Ask about a picture of your own, a coloured shape:"
-	@echo
-	@echo "  $(BIN)/dora-vl ask --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
+	$(BIN)/dora-vl quickstart
+	@echo "(here: $(BIN)/dora-vl, or first: source $(BIN)/activate)"
 
 VLDEMO := runs/demo-vlbart
 LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --image-size 128 --grid-pool 2 --workers 0 \
 	--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth
 
 demo-vlbart: $(INSTALLED)
-	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
+	$(BIN)/dora-vl quickstart --fetch-only
 	$(BIN)/python -m data_prep.easy_vqa_halves --from $(DEMO)/assets/easy_vqa --to $(VLDEMO)/records
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/train $(LITE0) \
 		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
@@ -51,7 +40,7 @@ demo-vlbart: $(INSTALLED)
 VIDEO := runs/demo-video
 
 demo-video: $(INSTALLED)
-	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
+	$(BIN)/dora-vl quickstart --fetch-only
 	$(BIN)/python -m data_prep.moving_shapes --to $(VIDEO)/data --seed 1
 	$(BIN)/python -m data_prep.features --root $(VIDEO)/data --to $(VIDEO)/features --library timm \
 		--name tf_efficientnet_lite0 --weights-in-order \
@@ -65,6 +54,7 @@ demo-video: $(INSTALLED)
 lint: $(INSTALLED) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/deptry dora_vl tasks data_prep
 	$(BIN)/pyright
 
 # The pages as a site, strictly: a broken link or a docstring that is not there ends it. Nothing is fetched to read it.
@@ -77,14 +67,12 @@ docs: $(INSTALLED)
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# The package as `pip install dora-vl` brings it, no extra: the published 7B recipes on a stand-in of Vicuna, and the merge.
+# What the wheel's own dependencies are enough for, from an empty folder: the demo in little, a person's own pictures.
 FRESH := runs/fresh-install
 
 fresh-install:
 	rm -rf $(FRESH)
-	$(PYTHON) -m venv $(FRESH)/venv
-	$(FRESH)/venv/bin/python -m pip install --quiet .
-	PYTHONPATH=. $(FRESH)/venv/bin/python tests/tasks/published_recipe.py --to $(FRESH)/run
+	$(PYTHON) tests/fresh_install.py --to $(FRESH)
 
 # Every dependency at the lower bound that pyproject.toml gives it, in an environment of its own; TESTS is what runs there.
 LOWER := runs/lower-bounds
@@ -100,7 +88,7 @@ $(LOWER)/.installed: pyproject.toml
 	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --no-deps --editable .
 	$(LOWER)/venv/bin/python tests/lower_bounds.py > $(LOWER)/constraints.txt
 	$(LOWER)/venv/bin/uv pip install --quiet --compile-bytecode --python $(LOWER)/venv/bin/python \
-		--constraint $(LOWER)/constraints.txt --editable '.[demo,video,dev]'
+		--constraint $(LOWER)/constraints.txt --editable '.[video,dev]'
 	touch $@
 
 # Slow tests too, and every annotated shape and type checked at each call, which costs the fast ones a quarter.

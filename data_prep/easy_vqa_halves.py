@@ -20,11 +20,20 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.easy_vqa import balanced, reasoned, seen_in_pictures
-from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import exit_on_user_error, positive
 from dora_vl.files import write_json
+from dora_vl.start.easy_vqa import (
+    YES_NO,
+    Question,
+    balanced,
+    kind_of,
+    picture_path,
+    read_answers,
+    read_questions,
+    reasoned,
+    seen_in_pictures,
+)
 
 
 def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +44,7 @@ COMMANDS = {
     "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
     "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
     "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
+    "quickstart": Command("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
     "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
@@ -116,8 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields a script with which a shell completes verbs and options, without a lookup at each Tab."""
-    if find_spec("shtab") is None:
-        raise UserError("completion needs the package shtab; pip install shtab (or 'dora-vl[shell]')")
     import shtab
 
     whole = argparse.ArgumentParser(prog="dora-vl")

@@ -13,9 +13,11 @@ import os
 import re
 import reprlib
 import select
+import shlex
 import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, requires
 from typing import ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -219,6 +221,17 @@ whose AcceleratorError is one for all that can go wrong there."""
 _COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
 """Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
 NCCL's are plain RuntimeErrors."""
+
+
+def install_command(*packages: str) -> str:
+    """The command that installs packages, in the versions that our metadata declares. No index has our extras."""
+    try:
+        declared = {
+            re.split(r"[^\w.\-]", line, maxsplit=1)[0]: line.partition(";")[0] for line in requires("dora-vl") or ()
+        }
+    except PackageNotFoundError:  # a checkout that is not installed
+        declared = {}
+    return f"pip install {shlex.join(declared.get(package, package).strip() for package in packages)}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

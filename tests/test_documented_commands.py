@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import importlib.util
 import os
@@ -34,9 +33,11 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/READM
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 FOREIGN = ("git", "vllm", "llama-mtmd-cli", "curl", "tensorboard", "trackio", "docker", "accelerate", "trl", "swift",
            "llamafactory-cli", "xdg-open", "mkdir", "cp", "ls", "grep", "llamafactory", "zensical",
-           "mkdocs")  # fmt: skip
+           "mkdocs", "source")  # fmt: skip
 FOREIGN_MODULES = ("lmms_eval", "dora_vl.evaluation.harnesses.lm_eval_model")
 """Programs of others, of whose options nothing is known here; the second is lm-eval's, which needs it installed."""
+OTHER_PACKAGES = {"tensorboard", "trackio", "wandb"}
+"""Of others, which we never import ourselves."""
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
 """A recipe that the reader has: a file, and none of the shipped ones; or a word in capitals that stands for one."""
 FENCE = re.compile(r"^( *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -214,12 +215,16 @@ def check_make(words: Sequence[str], is_whole: bool) -> None:
 
 
 def check_pip(words: Sequence[str], is_whole: bool) -> None:
-    """`pip install 'dora-vl[extra]'`: the extra is there."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
-    extras = set(re.findall(r"^([a-z]+) = \[", text.split("\n[")[0], re.MULTILINE))
+    """`pip install PACKAGE ...`, of packages that are declared; a checkout is `.`, its extras are there."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.")[0]
+    extras = set(re.findall(r"^([a-z]+) = \[", text.split("[project.optional-dependencies]")[1], re.MULTILINE))
+    packages = {re.split(r"[^\w.\-]", line, maxsplit=1)[0] for line in re.findall(r'"([^"]+)"', text)}
     assert words[0] == "install"
-    for names in re.findall(r"(?:dora-vl|\.)\[([\w,\-]+)\]", " ".join(words)):
-        assert set(names.split(",")) <= extras
+    for word in words[1:]:
+        if names := re.fullmatch(r"\.\[([\w,\-]+)\]", word):
+            assert set(names[1].split(",")) <= extras
+        elif not word.startswith("--") and word != ".":
+            assert re.split("[<>=]", word)[0] in (packages | OTHER_PACKAGES) - {"dora-vl"}
 
 
 CHECKS: Mapping[str, Callable[[Sequence[str], bool], None]] = {
@@ -286,7 +291,9 @@ def test_the_program_takes_it(command: Command) -> None:
         "python -m data_prep.no_such",
         "python benchmarks/dora_step.py --dype float32",
         "make demos",
-        "pip install 'dora-vl[vidio]'",
+        "pip install 'dora-vl[video]'",
+        "pip install '.[vidio]'",
+        "pip install gradoi",
         "dore-vl init my",
     ],
 )
@@ -296,6 +303,12 @@ def test_a_wrong_one_is_found(line: str, tmp_path: Path) -> None:
     (command,) = commands_of(page)
     with pytest.raises((AssertionError, UserError)):
         check(command)
+
+
+def test_nothing_names_a_package_that_no_index_has() -> None:
+    """Messages and recipes are read without a checkout too: there is no `pip install 'dora-vl[extra]'`."""
+    files = [*PAGES, *(ROOT / "dora_vl").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    assert [path for path in files if re.search(r"dora[-_]vl\[", path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_script_that_trains_has_its_settings() -> None:
@@ -319,13 +332,8 @@ def unknown_settings(content: Mapping[str, Any], settings: Iterable[str], before
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_its_yaml_holds_settings_and_its_python_imports_what_is_there(page: Path) -> None:
+def test_its_yaml_holds_settings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     settings = {name.removesuffix(".help") for kind in TASKS.values() for name in setting_names(kind)}
     for block in blocks(text, "yaml"):
         assert list(unknown_settings(yaml.safe_load(block), settings)) == []
-    for block in blocks(text, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("dora_vl", "data_prep", "tasks"):
-                module = importlib.import_module(str(node.module))
-                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], node.module

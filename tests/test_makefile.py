@@ -71,25 +71,10 @@ def test_a_stopped_demo_goes_on_and_a_whole_one_loses_nothing(checkout: Path, ta
         assert (folder / name).exists()
 
 
-def test_the_demo_merges_what_it_trained_once(checkout: Path) -> None:
-    adapter = checkout / "runs" / "demo" / "adapter" / "adapter_model.safetensors"
-    tuned = checkout / "runs" / "demo" / "tuned" / "model.safetensors"
-    for path in (adapter, tuned):
-        path.parent.mkdir(parents=True)
-        path.touch()
-    for times, merged in (((1, 2), False), ((3, 2), True)):  # of the adapter and of what was merged
-        for path, time in zip((adapter, tuned), times, strict=True):
-            os.utime(path, (time, time))
-        started(checkout, "demo")
-        lines = (checkout / "calls").read_text().splitlines()
-        assert ("dora-vl merge --adapter runs/demo/adapter --to runs/demo/tuned" in lines) is merged
-        assert tuned.exists() is not merged  # nothing that was merged from another adapter stays
-
-
 def test_what_was_stopped_is_resumed() -> None:
     lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
     trainings = [line for line in lines if "$(DEEPSPEED) tasks/" in line]
-    assert len(trainings) == 5
+    assert len(trainings) == 4
     assert all("--resume if_stopped" in line for line in trainings)
 
 

@@ -27,7 +27,7 @@ PEFT, transformers and dora_vl load. The format is known by the file's keys; --f
 With --as lora the result is a plain LoRA for tools that cannot serve magnitudes: the truncated SVD of each layer's
 change. Its relative error is printed layer by layer, and nothing is written above --max-error.
 
-  dora-vl convert adapter --as lora --base BASE --rank 64 --max-error 0.1 --to adapter-lora
+  dora-vl convert runs/demo/adapter --as lora --base runs/demo/base --rank 128 --max-error 0.2 --to adapter-lora
 
 With --as nvlabs-vlbart (a DoRA) or vl-adapter (a LoRA) a VL-BART's adapter becomes the whole dictionary that the
 original saves, the base's weights included.

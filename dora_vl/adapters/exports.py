@@ -177,7 +177,8 @@ def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
     if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
         raise UserError(
             f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}), which vLLM has "
-            f"no class for: its LLaVA takes CLIP, SigLIP and Pixtral; {WHOLE}"
+            "no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge --to FOLDER writes plain weights, "
+            "which dora-vl serve --model FOLDER serves in the same protocol"
         )
 
 

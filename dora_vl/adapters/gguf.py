@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,10 @@ from dora_vl.errors import UserError, shown
 
 MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 LLAVA, LANGUAGE_PREFIX = "llava", "model.language_model."
+NO_SUCH_TOWER = (
+    "--text-only writes its language model, which then sees no pictures; with them dora-vl merge --to FOLDER and "
+    "dora-vl serve --model FOLDER answer"
+)
 WRITE_PLAIN = "dora-vl merge writes a plain folder, of which llama.cpp's own convert_hf_to_gguf.py may know more"
 LOCAL_BASE = 10_000.0
 """Base of the rotary positions of Gemma 3's sliding layers, which llama.cpp has in its code."""
@@ -356,7 +359,7 @@ def check_vision(config: Any, folder: Path) -> None:
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
     reason = None
     if tower.model_type not in SELECTED:
-        reason = f"its tower is a {shown(tower.model_type)}; an mmproj file holds CLIP and SigLIP. {WRITE_PLAIN}"
+        reason = f"its tower is a {shown(tower.model_type)}; an mmproj file holds CLIP and SigLIP. {NO_SUCH_TOWER}"
     elif strategy != SELECTED[tower.model_type]:
         reason = f"its tower's tokens are selected by {strategy!r}, llama.cpp's by {SELECTED[tower.model_type]!r}"
     elif tower.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
@@ -461,20 +464,14 @@ class ExportedGguf:
     """What the files cannot keep of the model, and what is known to read them wrongly."""
 
 
-def check_package() -> None:
-    """Raises a `UserError` where the package that writes the format is not installed."""
-    if find_spec("gguf") is None:
-        raise UserError("GGUF is written by the package gguf: pip install gguf (or 'dora-vl[gguf]')")
-
-
 def refuse_gguf_target(target: Path) -> None:
     """Raises a `UserError` where something is there already that is no earlier export."""
     refuse_to_replace(target, (MODEL_FILE, VISION_FILE, *CERTIFICATES))
 
 
-def refuse_gguf_base(base_folder: Path) -> None:
+def refuse_gguf_base(base_folder: Path, *, text_only: bool = False) -> None:
     """Raises a `UserError` where a base's configuration is of no form that is written, before its weights are read."""
-    _forms(config_in(base_folder), base_folder)
+    _forms(config_in(base_folder), base_folder, text_only)
 
 
 def export_gguf(
@@ -484,13 +481,16 @@ def export_gguf(
     tokenizer: Any,
     *,
     kind: str,
+    text_only: bool = False,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> ExportedGguf:
-    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once."""
-    check_package()
+    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf` unless `text_only` leaves its tower out.
+
+    Every product is computed in float32 and rounded once.
+    """
     refuse_gguf_target(target)
     with open_base(base_folder) as base:
-        config, language, architecture = _forms(base.config, base_folder)
+        config, language, architecture = _forms(base.config, base_folder, text_only)
         warnings: list[str] = []
         vocabulary = vocabulary_of(tokenizer, language.vocab_size, str(base_folder))
         weights = MergedWeights(base, adapter)
@@ -503,7 +503,7 @@ def export_gguf(
         with written_whole(target) as folder:
             tensors = list(_language_tensors(weights, config, architecture, kind))
             files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, architecture.name, kind, tensors, add_language)}
-            if config.model_type == LLAVA:
+            if config.model_type == LLAVA and not text_only:
                 add_fields = partial(add_vision, config=config, folder=base_folder)
                 tensors = list(_vision_tensors(weights, config, kind))
                 files[VISION_FILE] = write_gguf(folder / VISION_FILE, "clip", kind, tensors, add_fields)
@@ -512,7 +512,7 @@ def export_gguf(
     return ExportedGguf(architecture.name, files, tuple(warnings))
 
 
-def _forms(stated: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Architecture]:
+def _forms(stated: Mapping[str, Any], folder: Path, text_only: bool) -> tuple[Any, Any, Architecture]:
     """A base's configuration as transformers completes it, its language model's, and llama.cpp's form of that."""
     model = skeleton(stated)
     if model is None:
@@ -524,7 +524,7 @@ def _forms(stated: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Architect
         )
     language = config.text_config if config.model_type == LLAVA else config
     architecture = architecture_of(language, str(folder))
-    if config.model_type == LLAVA:
+    if config.model_type == LLAVA and not text_only:
         check_vision(config, folder)
     return config, language, architecture
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
-from dora_vl.errors import UserError, one_line, shown
+from dora_vl.errors import UserError, install_command, one_line, shown
 
 HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
@@ -97,8 +97,7 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
     scheme = SCHEMES[kind]
     if find_spec(scheme.package) is None:
         raise UserError(
-            f"model.quantisation: {kind} needs the package {scheme.package}: pip install {scheme.package} "
-            "(or 'dora-vl[quantised]')"
+            f"model.quantisation: {kind} needs the package {scheme.package}: {install_command(scheme.package)}"
         )
     try:
         layer = scheme.layer(nn.Linear(TRIAL_WIDTH, TRIAL_WIDTH, bias=False), dtype, here())

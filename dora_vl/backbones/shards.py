@@ -67,7 +67,7 @@ class ShardStore:
             except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 raise UserError(
                     f"{path} holds nothing that can be read ({type(error).__name__}: {error}); it is a cache: delete "
-                    "this file, and what it held is computed anew by the next run, or by python -m data_prep.features"
+                    "this file, and the next run computes what it held anew"
                 ) from error
             for key, entry in entries.items():
                 if key not in self.entries or self.entries[key].written <= entry.written:

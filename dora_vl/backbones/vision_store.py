@@ -77,7 +77,7 @@ class FeatureStore:
 
     def _taken(self, name: str, take: Callable[[str], Taken]) -> Taken:
         if name not in self.rows:
-            reason = f"{self.folder} holds no features of {name}; python -m data_prep.features computes them"
+            reason = f"{self.folder} holds no features of {name}; in a checkout python -m data_prep.features makes them"
             raise BadSample(name, reason)
         try:
             return take(name)
@@ -93,7 +93,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 def open_features(folder: Path) -> FeatureStore:
     """The features in a folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
+        raise UserError(f"{folder}: no such folder of features; in a checkout python -m data_prep.features makes one")
     forms = {SHARD_GLOB: OwnFeatures, "*.parquet": ParquetFeatures, "*.h5": FileFeatures, "*.npz": FileFeatures}
     patterns = [pattern for pattern in forms if next(folder.glob(pattern), None) is not None]
     if not patterns:
@@ -367,7 +367,7 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
             raise BadSample(
                 example.id,
                 f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(part)}; compute "
-                "them with python -m data_prep.features --records, in a folder of their own",
+                "them with python -m data_prep.features --records of a checkout, in a folder of their own",
             )
     try:
         frames = []

@@ -35,7 +35,7 @@ from dora_vl.data.video_backends import (
     refuse_size,
 )
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, install_command
 
 VALUE_PERIOD_SECONDS = 1.5
 """The VALUE benchmark's video features: ffmpeg's `fps=1/1.5`."""
@@ -224,7 +224,7 @@ def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
     listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
         return UserError(
-            f"no library that decodes videos can be used: {listed}. Install one: pip install 'dora-vl[video]'"
+            f"no library that decodes videos can be used: {listed}. Install one: {install_command('av', 'decord2')}"
         )
     return BadSample(clip.path, f"video {clip.path} cannot be read: {listed}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,8 +102,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Measures, draws and writes; yields the lines to print."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib: pip install 'dora-vl[demo]'")
     from tqdm import tqdm
 
     from dora_vl.adapters.base_weights import BaseWeights  # seconds, so not for --help

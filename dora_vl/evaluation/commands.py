@@ -202,7 +202,7 @@ def _ask(
     if source.kind != VLBART and not sees_pictures(source.base, source.revision) and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {adapter or source.base} is a language model, which takes "
-            "none; a run of tasks/commonsense.py is tested by itself, with --test_only true"
+            "none; a run on commonsense sets is tested by dora-vl train RUN.yaml --test_only true"
         )
     if options.answer_by != "generation" and source.kind == VLBART:
         raise UserError(f"{adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")

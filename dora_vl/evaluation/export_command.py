@@ -22,7 +22,9 @@ was adapted in the vision tower, are folded into served/base; served/adapter hol
   dora-vl export --gguf q8_0 --adapter runs/llava/adapter --to gguf       8 bits a weight
 
 Merges into gguf/model.gguf, with tokenizer and chat template, and of a LLaVA with a CLIP or SigLIP tower into
-gguf/mmproj.gguf too: what llama.cpp and its kin run.
+gguf/mmproj.gguf too: what llama.cpp and its kin run. They have no other towers, such as the demo's:
+
+  dora-vl export --gguf --text-only --adapter runs/demo/adapter --to gguf  its language model, which sees no pictures
 
 {CHECK_HELP}
 GGUF is read back by transformers for it.
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--gguf", nargs="?", const=GGUF_KINDS[0], choices=GGUF_KINDS, help=f"GGUF files (default: {GGUF_KINDS[0]})"
     )
+    parser.add_argument("--text-only", action="store_true", help="--gguf: a LLaVA's language model alone")
     parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")

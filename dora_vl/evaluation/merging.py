@@ -23,7 +23,7 @@ from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unse
 from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.foreign import GGUF_KINDS
-from dora_vl.adapters.gguf import check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
+from dora_vl.adapters.gguf import export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
@@ -210,10 +210,10 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError("one adapter is exported at a time; dora-vl merge folds several into one base")
     if arguments.gguf is not None and arguments.dtype is not None:
         raise UserError(f"--dtype is of --for vllm; --gguf takes its own number type: {', '.join(GGUF_KINDS)}")
-    if arguments.gguf is not None:
-        check_package()
+    if arguments.text_only and (arguments.gguf is None or arguments.check is not None):
+        raise UserError("--text-only is of --gguf, without --check: questions about pictures are not asked of it")
     check = planned_check(arguments, arguments.adapter[0])
-    plan = plan_merge(arguments, partial(_refuse, gguf=arguments.gguf is not None))
+    plan = plan_merge(arguments, partial(_refuse, arguments))
     write = _write_for_vllm if arguments.gguf is None else _write_gguf
     if check is None:
         yield from write(plan, arguments)
@@ -240,11 +240,11 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
             )
 
 
-def _refuse(target: Path, base: Path, *, gguf: bool) -> None:
+def _refuse(arguments: argparse.Namespace, target: Path, base: Path) -> None:
     """Refuses a target that may not be replaced, and a base that cannot be exported."""
-    if gguf:
+    if arguments.gguf is not None:
         refuse_gguf_target(target)
-        refuse_gguf_base(base)
+        refuse_gguf_base(base, text_only=arguments.text_only)
     else:
         refuse_to_replace(target, ())
         refuse_unserved_base(config_in(base), base)
@@ -282,9 +282,8 @@ def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
 
 def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     tokenizer = load_tokenizer(str(plan.base))
-    exported = export_gguf(
-        plan.adapter, plan.base, arguments.to, tokenizer, kind=arguments.gguf, open_base=plan.open_base
-    )
+    options = {"kind": arguments.gguf, "text_only": arguments.text_only, "open_base": plan.open_base}
+    exported = export_gguf(plan.adapter, plan.base, arguments.to, tokenizer, **options)
     for name, size in exported.files.items():
         yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
     for line in exported.warnings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -404,10 +403,7 @@ def evaluate_commonsense(
 
 
 def draw(answered: Sequence[TestSet], *, run_folder: Path, media: MediaReader | None) -> None:
-    """Writes the loss curve, and where `media` shows the pictures the contact sheet, if matplotlib is there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
-        return
+    """Writes the loss curve, and where `media` shows the pictures the contact sheet."""
     entries = read_log(run_folder / LOSS_LOG)
     if any("loss" in entry for entry in entries):
         write_loss_curve(entries, run_folder / LOSS_CURVE)

@@ -264,7 +264,7 @@ class VlBartAssistant:
 def _no_span(subtask: Subtask) -> UserError:
     return UserError(
         f"{subtask.name} was trained with the part of the video that is meant in its text; name it with --start and "
-        "--end, in seconds (tasks/video_qa.py)"
+        "--end, in seconds"
     )
 
 

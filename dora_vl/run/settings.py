@@ -368,7 +368,7 @@ class VlBartDataConfig:
     """Records file of each task whose loss is measured while training."""
     features: Mapping[str, str]
     """Folder of each task's picture or video features, by file name without its ending: what `python -m
-    data_prep.features` writes, VL-Adapter's Parquet or HDF5, or VALUE's .npz."""
+    data_prep.features` of a checkout writes, VL-Adapter's Parquet or HDF5, or VALUE's .npz."""
     feature_tokens: int = 49
     """Tokens of a picture (49 for a 7x7 grid), or frames of a video: fewer are followed by zeros, more are max-pooled
     (64 in the published runs)."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, install_command
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.serving.options import (
     ANSWERS,
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     adapters = adapters_by_name(options.adapter)
     missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UserError(f"the page needs {' and '.join(missing)}: pip install 'dora-vl[web]'")
+        raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
     with (
         contextlib.suppress(KeyboardInterrupt),
         contextlib.ExitStack() as at_end,

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, install_command
 from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.serving.door import http_config
         from dora_vl.serving.server import Server, build_app
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
+        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
     admitted = admission(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import GgufConfig
 
 from dora_vl.adapters.adapter import Adapter, read_adapter
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.gguf import MODEL_FILE, VISION_FILE, export_gguf, refuse_gguf_base
+from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import folder_of_gguf
 from tests.adapters.gguf_models import MODELS, byte_level, dora_on, language
@@ -25,8 +28,6 @@ from tests.adapters.test_hub_names import adapter_on, logits
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import byte_tokenizer, tiny_language
 from tests.training.tiny_run import write_tiny_llava
-
-gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
 
 
 def read_back(folder: Path) -> Any:
@@ -114,6 +115,28 @@ def test_a_llava_comes_back_from_both_files(tmp_path: Path) -> None:
     expected, written = (logits(*args) for args in ((base, adapter), (folder, None)))
     assert float((written - expected).abs().max()) < 3e-3 * float(expected.abs().max())
     assert float((logits(base) - expected).abs().max()) > 0.05 * float(expected.abs().max())
+
+
+def test_of_a_llava_that_llama_cpp_has_no_tower_of_the_language_model_goes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_tiny_llava(tmp_path / "base", width=64)
+    adapter = adapter_on(base, tmp_path / "adapter")
+    changed(base, vision_feature_select_strategy="full")
+    words = ["export", "--gguf", "f32", "--any-base", "--adapter", str(adapter), "--to", str(tmp_path / "to")]
+    for more in ([], ["--text-only", "--check"]):
+        with pytest.raises(SystemExit) as refused:
+            main([*words, *more])
+        assert refused.value.code == 2
+        assert not (tmp_path / "to").exists()
+    main([*words, "--text-only"])
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [MODEL_FILE]
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    load_adapter(model, adapter)
+    ids = torch.arange(4, 11).unsqueeze(0)
+    with torch.no_grad():
+        expected, written = model(input_ids=ids).logits, read_back(tmp_path / "to")(ids).logits
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_an_mmproj_file_says(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import spread
 from tests.training.tiny_run import write_tiny_llava
 
-pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
 pytest.importorskip("xllamacpp", reason="llama.cpp as a wheel: pip install xllamacpp")
 
 ROPE = {"rope_theta": 10_000.0, "factor": 8.0}

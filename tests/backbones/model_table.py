@@ -17,7 +17,7 @@ HEAD = """\
 
 <!-- Written by `python -m tests.backbones.model_table` from tests/backbones/tiny_families/; change it there. -->
 
-`tasks/llava_instruct.py` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested
+`dora-vl train` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested
 with a tiny random model: ids equal to the processor's, the loss equal to transformers' within 1e-5 (float32),
 conversations with no picture, with one and with two, three training steps, the adapter opened again, merged and asked.
 By default every linear layer of the language model is adapted and the projector trains whole. Prompts are the base's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_vl.backbones.loading import read_language_model, with_image_token
 from dora_vl.errors import UserError
-
-gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[demo]'")
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(code) for code in range(33, 126)), "Ġ", "Ċ", "th", "he"]
 LAYER_NAMES = {

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_prep.easy_vqa import PLACEHOLDER, Settings, balanced, convert, main
 from data_prep.easy_vqa_halves import main as halve
-from data_prep.easy_vqa_package import Question, shows
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
+from dora_vl.start.easy_vqa import PLACEHOLDER, Question, balanced, convert, shows
 
 ROUNDS_OF_A_PICTURE = [
     ("what color is the shape?", "{color}"),
@@ -52,44 +50,36 @@ def read(folder: Path, split: str) -> list[dict]:
     return json.loads((folder / f"{split}.json").read_text())
 
 
-def pairs(record: dict) -> list[tuple[str, str, str]]:
-    turns = record["conversations"]
-    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-    texts = [turn["value"].removeprefix(f"{PLACEHOLDER}\n") for turn in turns]
-    return [(record["image"], question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+def question_in(record: dict) -> tuple[str, str]:
+    """A record's question without the picture's placeholder, and its answer without what it says it sees first."""
+    asked, answered = record["conversations"]
+    assert (asked["from"], answered["from"]) == ("human", "gpt")
+    assert asked["value"].count(PLACEHOLDER) == 1
+    return asked["value"].removeprefix(f"{PLACEHOLDER}\n"), answered["value"].rpartition(", so ")[2]
 
 
-def test_every_question_appears_once_in_conversations_of_equal_parts(package: Path, tmp_path: Path) -> None:
-    plain = Settings(validation_pictures=2, rounds=3, reasons=False, balanced=False, seed=5)
-    convert(package, tmp_path / "data", plain)
+def test_every_question_is_asked_once_about_its_own_picture(package: Path, tmp_path: Path) -> None:
+    convert(package, tmp_path / "data", held_out=2, seed=5)
     train, validation = read(tmp_path / "data", "train"), read(tmp_path / "data", "validation")
     assert {r["image"] for r in train}.isdisjoint({r["image"] for r in validation})
     assert len({r["image"] for r in validation}) == 2
     rows = json.loads((package / "train/questions.json").read_text())
-    written = Counter(pair for record in train + validation for pair in pairs(record))
-    assert written == Counter((f"train/images/{number}.png", text, answer) for text, answer, number in rows)
+    published = Counter((f"train/images/{number}.png", text, answer) for text, answer, number in rows)
+    written = Counter((record["image"], *question_in(record)) for record in train + validation)
+    assert written == published  # as many ask for what is shown as for what is not: balance leaves none out
     assert len({r["id"] for r in train + validation}) == len(train + validation)
-    assert Counter(len(pairs(record)) for record in train) == {3: 6, 2: 12}  # 7 rounds: 3 + 2 + 2
-    for record in train:
-        values = [turn["value"] for turn in record["conversations"]]
-        assert values[0].startswith(f"{PLACEHOLDER}\n")
-        assert sum(value.count(PLACEHOLDER) for value in values) == 1
     test = read(tmp_path / "data", "test")  # the package's own, in another order
     rows = json.loads((package / "test/questions.json").read_text())
     for record in test:
         text, answer, number = rows[int(record["id"].rsplit("-", 1)[1])]
-        assert pairs(record) == [(f"test/images/{number}.png", text, answer)]
+        assert (record["image"], *question_in(record)) == (f"test/images/{number}.png", text, answer)
     assert [record["id"] for record in test] != sorted(record["id"] for record in test)
     assert Counter(record["kind"] for record in test) == {"color": 3, "shape": 3, "yes/no": 9, "yes/no negated": 6}
-    convert(package, tmp_path / "single", replace(plain, validation_pictures=1, rounds=1))
-    assert [len(pairs(record)) for record in read(tmp_path / "single", "train")] == [1] * 49
 
 
 def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(package: Path, tmp_path: Path) -> None:
-    options = {"validation_pictures": 2, "rounds": 3}
     manifests = [
-        convert(package, tmp_path / name, Settings(**options, seed=seed))
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        convert(package, tmp_path / name, held_out=2, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert manifests[0] == manifests[1] != manifests[2]
     assert json.loads((tmp_path / "a/manifest.json").read_text()) == manifests[0]
@@ -115,20 +105,11 @@ def test_broken_packages_are_refused(package: Path, tmp_path: Path, questions: s
     else:
         (package / "train/questions.json").write_text(questions)
     with pytest.raises(UserError):
-        convert(package, tmp_path / "data", Settings(validation_pictures=1))
+        convert(package, tmp_path / "data", held_out=1)
     (package / "answers.txt").unlink()
     with pytest.raises(UserError):
-        convert(package, tmp_path / "data", Settings(validation_pictures=1))
+        convert(package, tmp_path / "data", held_out=1)
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"), [("--rounds", "0"), ("--validation-pictures", "8"), ("--train-pictures", "0")]
-)
-def test_settings_out_of_range_end_with_status_2(package: Path, tmp_path: Path, setting: str, value: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--from", str(package), "--to", str(tmp_path / "data"), setting, value])
-    assert stopped.value.code == 2
 
 
 def test_balance_leaves_out_absent_things_only() -> None:
@@ -151,7 +132,7 @@ def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:
     rows = json.loads((package / "train/questions.json").read_text())
     undescribed = [row for row in rows if row[2] != 5 or row[1] in {"yes", "no"}]
     (package / "train/questions.json").write_text(json.dumps(undescribed))
-    manifest = convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=2))
+    manifest = convert(package, tmp_path / "data", held_out=2)
     splits = {split: read(tmp_path / "data", split) for split in ("train", "validation", "test")}
     assert splits == json.loads(Path(__file__).with_name("easy_vqa_splits.json").read_text(encoding="utf-8"))
     assert manifest["left_out_undescribed"] == 5

@@ -235,7 +235,6 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
 
 @pytest.mark.parametrize("kind", [[], pytest.param(["q8_0"], marks=pytest.mark.slow)])
 def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -> None:
-    pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
     export = ("export", "--adapter", projected, "--to", tmp_path / "files", "--gguf", *kind, *asking(folders))
     result = certified(*export, "--check", 4, "--most-different", 1)
     assert (result["passed"], result["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
@@ -247,7 +246,6 @@ def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -
 
 
 def test_a_language_model_as_gguf(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
     base = write_model("language", tmp_path / "base")
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
     rows = [{"id": str(n), "question": f"What is {n} and {n}?", "answer": str(2 * n)} for n in range(5)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_vl import errors
 from dora_vl.cli import main
 from dora_vl.start import doctor
 from dora_vl.start.doctor import declared, why_not_writable
@@ -39,7 +40,8 @@ def test_the_declared_packages_and_extras() -> None:
 def test_a_machine_that_has_all_and_one_that_misses_something(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "requires", lambda name: LINES)
+    for module in (doctor, errors):
+        monkeypatch.setattr(module, "requires", lambda name: LINES)
     monkeypatch.setattr(doctor, "_installed", lambda name: "1.2.3")
     monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
     lines, status = told(capsys)
@@ -50,8 +52,8 @@ def test_a_machine_that_has_all_and_one_that_misses_something(
     monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
     lines, status = told(capsys)
     assert status == 1
-    assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines
-    assert lines[-1] == "missing, and needed by every run: torch; pip install torch"
+    assert "extra video: missing h5py: pip install 'h5py>=3.10'" in lines
+    assert lines[-1] == "missing, and needed by every run: torch; pip install 'torch>=2.6'"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

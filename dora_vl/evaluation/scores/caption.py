@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dora_vl.data.example import Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, install_command
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
     ByKey,
@@ -91,7 +91,7 @@ def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     try:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
     except ModuleNotFoundError as error:
-        raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+        raise UserError(f"caption metrics need pycocoevalcap: {install_command('pycocoevalcap')}") from error
     if shutil.which("java") is None:
         raise UserError("the official caption tokenizer needs Java (8 or later); the fallback tokenizer needs none")
     # Its own tokenizer loses a caption that is empty, and with it the count of lines: keep a word in its place.
@@ -259,7 +259,7 @@ def _scorers() -> tuple[Any, Any]:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ModuleNotFoundError as error:
-        raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+        raise UserError(f"caption metrics need pycocoevalcap: {install_command('pycocoevalcap')}") from error
     return Cider(), Rouge()
 
 

