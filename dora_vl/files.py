@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal, get_args
 from uuid import uuid4
 
 import yaml
 from safetensors import SafetensorError, safe_open
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
-from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown_text
+from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -152,6 +152,12 @@ ZIP_START = b"PK"
 """How torch's own files begin since 1.6; their table is at the end."""
 
 
+Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
+ATTENTION_KEY = "attn_implementation"
+"""What a config's keys of attention kernels end in."""
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
@@ -201,14 +207,38 @@ def check_place(folder_or_id: str | Path) -> None:
         )
 
 
-def check_model_folder(folder_or_id: str | Path) -> None:
-    """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
-    own cache.
+def check_model_folder(folder_or_id: str | Path, revision: str | None = None) -> None:
+    """Refuses what is no folder and no hub id, a folder one of whose weights files was cut, and strange attention.
+
+    A hub id's weights are left to its own cache.
     """
     check_place(folder_or_id)
+    config = Path(folder_or_id, "config.json")
     if Path(folder_or_id).is_dir():
         for path in weight_files(Path(folder_or_id)):
             check_whole(path)
+    else:
+        from transformers.utils.hub import cached_file
+
+        with suppress(OSError, ValueError):  # who opens the model says what is wrong
+            config = Path(cached_file(str(folder_or_id), "config.json", revision=revision or "main") or "")
+    check_attention(folder_or_id, json_or_nothing(config))
+
+
+def check_attention(where: str | Path, config: object) -> None:
+    """Refuses a config, or a recipe, that names an attention kernel which is none of `KERNELS`, at any depth.
+
+    transformers runs code from the hub by such a name, `owner/kernel`.
+    """
+    todo = [("", config)]
+    while todo:
+        key, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(key if ATTENTION_KEY in key else str(inner), entry) for inner, entry in value.items()]
+        elif isinstance(value, list):
+            todo += [(key, entry) for entry in value]
+        elif ATTENTION_KEY in key and value is not None and value not in KERNELS:
+            raise UserError(f"{where}: {key} is {shown(value)}; there are {', '.join(KERNELS)}")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

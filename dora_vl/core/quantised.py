@@ -277,6 +277,7 @@ class QuantisedLinear(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
+        self.refuse_what_would_not_train()
         output, (a, b) = self.base(input), self.factors() or (None, None)
         probability = self.adapter.dropout if self.training and a is not None else 0.0
         whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change"

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -155,6 +156,11 @@ def _flop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     return 0 if counted is None else counted(*args, **kwargs, out_val=result)
 
 
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As GPUs do it: a byte a number is kept for the backward pass."""
+    return torch.native_dropout(input, p, training)[0] if training else input
+
+
 def _attention(  # noqa: PLR0913 - torch's own signature
     query: Tensor,
     key: Tensor,
@@ -173,24 +179,17 @@ def _attention(  # noqa: PLR0913 - torch's own signature
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-@contextlib.contextmanager
-def _meta_device_understood() -> Iterator[None]:
-    """torch has no autocast of the meta device, where asking raises, and no fused attention there."""
-    enabled, autocast = torch.is_autocast_enabled, torch.autocast
+FUSED = {functional.scaled_dot_product_attention: _attention, functional.dropout: _dropout}
+"""What torch has no kernel of on the meta device -> what a GPU's kernel keeps and computes."""
 
-    def imagined_autocast(kind: str, *options: Any, **named: Any) -> Any:
-        return contextlib.nullcontext() if kind == "meta" else autocast(kind, *options, **named)
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and enabled(*kind)),
-        (torch, "autocast", imagined_autocast),
-        (functional, "scaled_dot_product_attention", _attention),
-    ]
-    with contextlib.ExitStack() as stack:
-        for module, name, function in replaced:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, function)
-        yield
+class FusedOperations(TorchFunctionMode):
+    """Gives the calls inside the block to `FUSED`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return FUSED.get(func, func)(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         live.peak = live.now
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_meta_device_understood())
+        stack.enter_context(FusedOperations())
         live = stack.enter_context(ImaginedOperations())
         stack.callback(head.register_forward_pre_hook(lambda *_: at_head.append(live.made)).remove)
         for parameter in loss.parameters():
@@ -349,8 +348,7 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
         raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
     backbone = pipeline.skeleton()
     backbone.model.to(getattr(torch, settings.model.dtype))
-    # Dropout keeps nothing on a GPU: its mask is drawn again from a seed.
-    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming", dropout=0.0))
+    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
     width = int(backbone.model.config.get_text_config().hidden_size)
     _engine(section.get("deepspeed"), 1, width)  # its file may be wrong, which shows at once
 

@@ -34,8 +34,9 @@ SMALLEST_WEIGHT = 2**18
 """The same for a pass without a graph, whose gain is in its calls and not in its rows."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
-FINISHED = "finished.so"
-"""The library's name in its folder once it is whole: another process may be half through the one beside it."""
+FINISHED = "finished-{}.so"
+"""The library's name in its folder, with its content's hash, once it is whole: another process may be half through the
+one beside it."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers."""
 
@@ -71,13 +72,16 @@ def _compile() -> None:
     parts = "\0".join((SOURCE.read_text(), *FLAGS, torch.__version__, processor))
     name = f"dora_vl_cpu_{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
-    finished = folder / FINISHED
-    if finished.exists():
-        if not hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
-            torch.ops.load_library(str(finished))
+    if hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
         return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_if_shared(folder)
+    for finished in folder.glob(FINISHED.format("*")):
+        _refuse_if_shared(finished)
+        if finished.name == FINISHED.format(_digest(finished.read_bytes())):
+            torch.ops.load_library(str(finished))
+            return
     log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
-    folder.mkdir(parents=True, exist_ok=True)
     path = os.environ.get("PATH", "")
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
@@ -86,5 +90,16 @@ def _compile() -> None:
     finally:
         os.environ["PATH"] = path
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
-        copy.write((folder / f"{name}.so").read_bytes())
-    Path(copy.name).replace(finished)
+        copy.write(built := (folder / f"{name}.so").read_bytes())
+    Path(copy.name).replace(folder / FINISHED.format(_digest(built)))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _refuse_if_shared(path: Path) -> None:
+    """Raises a `PermissionError` for what others than this user and root may have written."""
+    state = path.stat()
+    if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
+        raise PermissionError(f"{path} may have been written by others; remove it")
