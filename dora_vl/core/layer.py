@@ -340,7 +340,7 @@ class AdaptedLayer(nn.Module):
         self.forget_norms()
 
     def refuse_what_would_not_train(self) -> None:
-        """Raises a `RuntimeError` where a merged adapter or the frozen weight should train: neither would, in silence."""
+        """Raises a `RuntimeError` where a merged adapter or the frozen weight should train and would not."""
         if not torch.is_grad_enabled():
             return
         if self.merged and self.training:

@@ -152,7 +152,7 @@ def _flop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     if packet in ATTENTION_PRODUCTS:
         query, key = (args[1], args[2]) if packet is not ATTENTION else (args[0], args[1])
         return ATTENTION_PRODUCTS[packet] * query.numel() * key.shape[-2]
-    counted = flop_registry.get(packet)
+    counted = flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), packet))  # in place or not
     return 0 if counted is None else counted(*args, **kwargs, out_val=result)
 
 
