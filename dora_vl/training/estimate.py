@@ -192,6 +192,13 @@ class FusedOperations(TorchFunctionMode):
         return FUSED.get(func, func)(*args, **(kwargs or {}))
 
 
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()`, which would leave `FusedOperations` for what a checkpoint computes again."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes of one micro-batch, what was there before it not counted, and its products.
@@ -238,7 +245,7 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         for parameter in loss.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(gradient_came).remove)
-        forward(**batch)["loss"].backward()
+        _backward(forward(**batch)["loss"])
         before, flop = live.restart_peak(), live.flop
         at_head.clear()
         phases.clear()
@@ -246,7 +253,7 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         result = forward(**batch)["loss"]
         logits = live.alive_since(at_head[0])
         kept = live.now - before - logits
-        result.backward()
+        _backward(result)
         phases.append(Phase(came, live.peak - before))
         return StepBytes(kept, logits, tuple(phases), live.flop - flop)
 

@@ -140,7 +140,12 @@ def test_it_is_within_a_tenth_of_what_a_run_allocates(
 class SquaredLogits(nn.Module):
     def __init__(self, device: str, **changes: Any) -> None:
         super().__init__()
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+        sizes: dict[str, Any] = {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
         with torch.device(device):
             self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=64))
         apply_dora(self.model, DoRAConfig(targets=("*proj",), rank=8, **changes))
@@ -174,7 +179,7 @@ def test_the_imagined_step_has_the_dropout_of_the_real_one(mode: str, monkeypatc
     monkeypatch.setattr(cpu_step, "SMALLEST_OUTPUT", 2**60)
     ids = torch.randint(64, (4, 48))
     loss = SquaredLogits("meta", dropout=0.05, dropout_mode=mode).train()
-    imagined = imagine_step(loss, loss.model.get_output_embeddings(), {"input_ids": ids})
+    imagined = imagine_step(loss, loss.model.lm_head, {"input_ids": ids})
     flop, kept = real_step(ids, dropout=0.05, dropout_mode=mode)
     if mode == "low_rank":
         kept = real_step(ids, dropout=0.0)[1]
@@ -186,7 +191,11 @@ def test_a_run_is_imagined_with_its_dropout(runs: dict[str, Path]) -> None:
     """The second frozen product of dropout on the whole change."""
     modes = ("low_rank", "whole_change")
     once, twice = (
-        imagine_run(DecoderPipeline(read_run_file(runs["activations"], f"--adapter.dropout_mode={mode}"))).plain
+        imagine_run(
+            DecoderPipeline(
+                read_run_file(runs["activations"], "--adapter.dropout=0.1", f"--adapter.dropout_mode={mode}")
+            )
+        ).plain
         for mode in modes
     )
     assert twice.flop > 1.3 * once.flop
@@ -194,7 +203,10 @@ def test_a_run_is_imagined_with_its_dropout(runs: dict[str, Path]) -> None:
 
 
 def test_nothing_of_torch_is_replaced_while_a_step_is_imagined() -> None:
-    names = {functional: ("scaled_dot_product_attention", "dropout"), torch: ("autocast", "is_autocast_enabled")}
+    names: dict[Any, tuple[str, ...]] = {
+        functional: ("scaled_dot_product_attention", "dropout"),
+        torch: ("autocast", "is_autocast_enabled"),
+    }
     before = [getattr(module, name) for module, leaves in names.items() for name in leaves]
     seen: list[Any] = []
     loss = SquaredLogits("meta").train()
@@ -203,5 +215,5 @@ def test_nothing_of_torch_is_replaced_while_a_step_is_imagined() -> None:
         seen.extend(getattr(module, name) for module, leaves in names.items() for name in leaves)
 
     loss.model.model.layers[0].register_forward_hook(look)
-    imagine_step(loss, loss.model.get_output_embeddings(), {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
+    imagine_step(loss, loss.model.lm_head, {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
     assert seen == 2 * before
