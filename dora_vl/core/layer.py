@@ -345,7 +345,9 @@ class AdaptedLayer(nn.Module):
             return
         if self.merged and self.training:
             raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
-        if not self.merged and any(tensor is not None and tensor.requires_grad for tensor in self.frozen_tensors()):
+        if self.merged or torch._C._are_functorch_transforms_active():  # these ask for every gradient
+            return
+        if any(tensor is not None and tensor.requires_grad for tensor in self.frozen_tensors()):
             layer = f"a {type(self).__name__} with a weight of {list(self.matrix_shape())}"
             raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
 

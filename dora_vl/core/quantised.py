@@ -317,8 +317,9 @@ class QuantisedLinear(AdaptedLayer):
         A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
         it in place, and that is not seen.
         """
-        tensors, bias = (*self.base.parameters(), *self.base.buffers()), self.bias
-        return [*(tensor for tensor in tensors if tensor is not bias), *self.kind.loose_tensors(self.base)]
+        tensors = *self.base.parameters(), *self.base.buffers(), *self.kind.loose_tensors(self.base)
+        bias = self.bias
+        return [tensor for tensor in tensors if tensor is not bias]
 
     def tensors(self) -> list[Tensor | None]:
         """The adapter's own, and those of the layer inside."""
