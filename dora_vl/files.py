@@ -154,8 +154,6 @@ ZIP_START = b"PK"
 
 Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
-ATTENTION_KEY = "attn_implementation"
-"""What a config's keys of attention kernels end in."""
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -213,16 +211,15 @@ def check_model_folder(folder_or_id: str | Path, revision: str | None = None) ->
     A hub id's weights are left to its own cache.
     """
     check_place(folder_or_id)
-    config = Path(folder_or_id, "config.json")
     if Path(folder_or_id).is_dir():
         for path in weight_files(Path(folder_or_id)):
             check_whole(path)
-    else:
-        from transformers.utils.hub import cached_file
+    from transformers.configuration_utils import PreTrainedConfig
 
-        with suppress(OSError, ValueError):  # who opens the model says what is wrong
-            config = Path(cached_file(str(folder_or_id), "config.json", revision=revision or "main") or "")
-    check_attention(folder_or_id, json_or_nothing(config))
+    config = None
+    with suppress(Exception):  # who opens the model says what is wrong
+        config = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
+    check_attention(folder_or_id, config)
 
 
 def check_attention(where: str | Path, config: object) -> None:
@@ -230,14 +227,13 @@ def check_attention(where: str | Path, config: object) -> None:
 
     transformers runs code from the hub by such a name, `owner/kernel`.
     """
-    todo = [("", config)]
-    while todo:
-        key, value = todo.pop()
-        if isinstance(value, Mapping):
-            todo += [(key if ATTENTION_KEY in key else str(inner), entry) for inner, entry in value.items()]
-        elif isinstance(value, list):
-            todo += [(key, entry) for entry in value]
-        elif ATTENTION_KEY in key and value is not None and value not in KERNELS:
+    entries: list[tuple[str, Any]] = [("", config)]
+    for key, value in entries:  # which grows
+        names_kernels = "attn_implementation" in key
+        if isinstance(value, Mapping | list):
+            inner = value.items() if isinstance(value, Mapping) else ((key, entry) for entry in value)
+            entries += [(key if names_kernels else str(name), entry) for name, entry in inner]
+        elif names_kernels and value not in (None, *KERNELS):
             raise UserError(f"{where}: {key} is {shown(value)}; there are {', '.join(KERNELS)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -30,12 +30,8 @@ RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
-NUMBERS: Mapping[Any, type] = {int: Integral, float: Real}
-"""What counts as a whole number and as a number; numpy's do, true and false do not."""
-
-
 def is_of_type(value: Any, kind: Any) -> bool:
-    """Whether a setting's value is what its annotation says.
+    """Whether a setting's value is what its annotation says; numpy's numbers are numbers, true and false are none.
 
     A text is a sequence too, but no tuple: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
     """
@@ -45,11 +41,10 @@ def is_of_type(value: Any, kind: Any) -> bool:
     if origin is UnionType:
         return any(is_of_type(value, option) for option in inner)
     if origin is tuple:
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-        return is_sequence and all(is_of_type(item, inner[0]) for item in value)
+        return isinstance(value, tuple | list) and all(is_of_type(item, inner[0]) for item in value)
     if origin is abc.Mapping:
         return isinstance(value, Mapping) and all(is_of_type(item, inner[1]) for item in value.values())
-    return isinstance(value, NUMBERS.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
 
 
 def check_types(settings: Any) -> None:

@@ -25,12 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.products import frozen_product, scaled_product, triton_kernels
-from dora_vl.core.gain import CANCELLATION, Gain, apply_gain, norm_dtype
+from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
 NORM_CHUNK_NUMBERS = 2**18
 """Numbers of B turned to float32 at a time: 1 MiB, which stays in a core's cache."""
+NORM_RANGE = torch.bfloat16
+"""Whose range the products of a norm need: A A^T leaves float16's where a row of A is longer than 255."""
 NARROW = 64
 """Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
 
@@ -81,7 +83,7 @@ def factored_norms_squared(
     The products take A and B as the forward pass does, in the frozen layer's dtype, so n belongs to the direction that
     is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
     """
-    dtype = norm_dtype(weight_on_A.dtype)
+    dtype = torch.promote_types(weight_on_A.dtype, NORM_RANGE)
     a, b = (factor.to(weight_on_A.dtype).to(dtype) for factor in (lora_A, lora_B))
     on_A = weight_on_A.t().to(dtype, copy=True)  # it is the caller's, and would be overwritten
     (squared,) = with_growth(weight_norms_squared[None], b[None], on_A[None], (a @ a.t())[None], scale)

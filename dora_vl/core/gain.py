@@ -121,11 +121,6 @@ LARGE_BIAS = 8.0
 """Above this multiple of the magnitude, which is the product's size for inputs near one, a bias hides its digits."""
 
 
-def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the norm's products: A A^T leaves float16 where a row of A is longer than 255."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class Fragile(NamedTuple):
     """Some output rows, and one over the norm of each."""
 

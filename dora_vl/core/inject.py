@@ -224,10 +224,8 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
 def _leave_fused_encoders(model: nn.Module) -> None:
     """Makes torch's encoders call adapted layers; in eval their fused pass reads the weights alone."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(adapted_layers(module)):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(adapted_layers(module)):
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(adapted_layers(module)):
+            vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # a layer's, and an encoder's
 
 
 def _has_values(layer: AdaptedLayer) -> bool:

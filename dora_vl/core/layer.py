@@ -80,9 +80,7 @@ class AdaptedLayer(nn.Module):
         self.training = base.training
         self._base_weight: Tensor | None = None
         self._kept: dict[str, tuple[Any, Snapshot]] = {}
-        for tensor in self.frozen_tensors():
-            if tensor is not None:
-                tensor.requires_grad_(False)
+        self.weight.requires_grad_(False)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None

@@ -186,9 +186,7 @@ FUSED = {functional.scaled_dot_product_attention: _attention, functional.dropout
 class FusedOperations(TorchFunctionMode):
     """Gives the calls inside the block to `FUSED`."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return FUSED.get(func, func)(*args, **(kwargs or {}))
 
 

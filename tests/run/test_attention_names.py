@@ -82,11 +82,11 @@ def test_a_hub_id_that_names_one_is_refused(base: Path, tmp_path: Path, monkeypa
     folder = state(base, STATED["nested"], tmp_path / "evil")
     revisions: list[str] = []
 
-    def cached(name: str, file: str, *, revision: str) -> str:
+    def cached(name: str, file: str, *, revision: str, **_: Any) -> str:
         revisions.append(revision)
         return str(folder / file)
 
-    monkeypatch.setattr("transformers.utils.hub.cached_file", cached)
+    monkeypatch.setattr("transformers.configuration_utils.cached_file", cached)
     with pytest.raises(UserError, match=EVIL):
         check_model_folder("owner/model", "abc")
     assert revisions == ["abc"]

@@ -35,8 +35,7 @@ SMALLEST_WEIGHT = 2**18
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
 FINISHED = "finished-{}.so"
-"""The library's name in its folder, with its content's hash, once it is whole: another process may be half through the
-one beside it."""
+"""The library's name with its content's hash, once it is whole: another process may be half through the one beside."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers."""
 
@@ -75,11 +74,13 @@ def _compile() -> None:
     if hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_if_shared(folder)
-    for finished in folder.glob(FINISHED.format("*")):
-        _refuse_if_shared(finished)
-        if finished.name == FINISHED.format(_digest(finished.read_bytes())):
-            torch.ops.load_library(str(finished))
+    finished = list(folder.glob(FINISHED.format("*")))
+    for path in (folder, *finished):
+        if path.stat().st_uid not in (0, os.getuid()) or path.stat().st_mode & 0o022:
+            raise PermissionError(f"{path} may have been written by others; remove it")
+    for library in finished:
+        if library.name == FINISHED.format(hashlib.sha256(library.read_bytes()).hexdigest()):
+            torch.ops.load_library(str(library))
             return
     log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
     path = os.environ.get("PATH", "")
@@ -91,15 +92,4 @@ def _compile() -> None:
         os.environ["PATH"] = path
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
         copy.write(built := (folder / f"{name}.so").read_bytes())
-    Path(copy.name).replace(folder / FINISHED.format(_digest(built)))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
-def _refuse_if_shared(path: Path) -> None:
-    """Raises a `PermissionError` for what others than this user and root may have written."""
-    state = path.stat()
-    if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
-        raise PermissionError(f"{path} may have been written by others; remove it")
+    Path(copy.name).replace(folder / FINISHED.format(hashlib.sha256(built).hexdigest()))

@@ -95,9 +95,9 @@ class MaskedCopy(torch.autograd.Function):
         ctx.save_for_backward(seed)
         ctx.probability = probability
         kernels = triton_kernels(tensor)
-        if kernels is None:  # on the meta device
-            return torch.empty_like(tensor)
-        return kernels.masked_copy(tensor.reshape(-1, tensor.shape[-1]), seed, probability).view(tensor.shape)
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        copy = torch.empty_like(rows) if kernels is None else kernels.masked_copy(rows, seed, probability)
+        return copy.view(tensor.shape)
 
     @staticmethod
     @once_differentiable
@@ -109,10 +109,7 @@ class MaskedCopy(torch.autograd.Function):
 
 
 def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
-    """Draws dropout for a tensor's shape from the global generator, which checkpointing saves and restores.
-
-    On the meta device nothing is drawn, as if by a GPU.
-    """
+    """Draws dropout for a tensor's shape from the global generator, which checkpointing saves; on meta like a GPU."""
     if tensor.is_meta or triton_kernels(tensor) is not None:
         return Dropped(probability, torch.randint(2**62, (), device=tensor.device))  # no number comes to the host
     mean = -tensor.numel() * math.log1p(-probability)
