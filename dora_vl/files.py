@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal, get_args
 from uuid import uuid4
 
 import yaml
 from safetensors import SafetensorError, safe_open
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
-from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown_text
+from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -152,6 +152,10 @@ ZIP_START = b"PK"
 """How torch's own files begin since 1.6; their table is at the end."""
 
 
+Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
@@ -201,14 +205,36 @@ def check_place(folder_or_id: str | Path) -> None:
         )
 
 
-def check_model_folder(folder_or_id: str | Path) -> None:
-    """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
-    own cache.
+def check_model_folder(folder_or_id: str | Path, revision: str | None = None) -> None:
+    """Refuses what is no folder and no hub id, a folder one of whose weights files was cut, and strange attention.
+
+    A hub id's weights are left to its own cache.
     """
     check_place(folder_or_id)
     if Path(folder_or_id).is_dir():
         for path in weight_files(Path(folder_or_id)):
             check_whole(path)
+    from transformers.configuration_utils import PreTrainedConfig
+
+    config = None
+    with suppress(Exception):  # who opens the model says what is wrong
+        config = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
+    check_attention(folder_or_id, config)
+
+
+def check_attention(where: str | Path, config: object) -> None:
+    """Refuses a config, or a recipe, that names an attention kernel which is none of `KERNELS`, at any depth.
+
+    transformers runs code from the hub by such a name, `owner/kernel`.
+    """
+    entries: list[tuple[str, Any]] = [("", config)]
+    for key, value in entries:  # which grows
+        names_kernels = "attn_implementation" in key
+        if isinstance(value, Mapping | list):
+            inner = value.items() if isinstance(value, Mapping) else ((key, entry) for entry in value)
+            entries += [(key if names_kernels else str(name), entry) for name, entry in inner]
+        elif names_kernels and value not in (None, *KERNELS):
+            raise UserError(f"{where}: {key} is {shown(value)}; there are {', '.join(KERNELS)}")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

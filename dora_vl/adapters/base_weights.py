@@ -28,7 +28,7 @@ from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import check_whole, read_json
+from dora_vl.files import check_attention, check_whole, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")
 """How the weight files of a folder begin: transformers' and diffusers' names."""
@@ -256,6 +256,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     """The folder's model class on the meta device, or None where transformers has no such class."""
     import transformers
 
+    check_attention("config.json", config)
     import_module("transformers.models.auto.modeling_auto")  # with it `dora_vl` registers our towers
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):

@@ -45,11 +45,11 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
     """
     if spec.library == "transformers":
         with opening(f"transformers could not load {spec.name!r}"):
+            check_model_folder(spec.name)
             whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
             if "vision_config" not in whole.sub_configs:
                 raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
-            if own := spec.weights == PRETRAINED:
-                check_model_folder(spec.name)
+            own = spec.weights == PRETRAINED
             model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(whole)
         load_from_file(model, spec)
         return PictureEmbedding(model), transformers_preparation(spec, whole.vision_config)

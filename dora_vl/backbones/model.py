@@ -282,7 +282,7 @@ def open_backbone(
 
     With `quantisation` the linear layers of its language model are quantised.
     """
-    check_model_folder(base)
+    check_model_folder(base, revision)
     config_of(base, revision)
     if is_deepspeed_zero3_enabled():
         refuse_turned_experts(base, revision=revision)
@@ -306,6 +306,7 @@ def open_backbone(
 
 def skeleton_of(base: str, *, revision: str | None = None) -> DecoderBackbone:
     """The same with nothing in its weights: on the meta device, made from its config alone."""
+    check_model_folder(base, revision)
     config = config_of(base, revision)
     with opening(f"model.base {base!r} cannot be opened as its config.json says"), torch.device("meta"):
         return DecoderBackbone(_auto_class(base, revision).from_config(config))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dora_vl.errors import UserError, shown
@@ -27,23 +30,33 @@ RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
-def check_choices(settings: Any) -> None:
-    """Raises a `UserError` where a setting is none of its choices, or is a text where several are named.
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Whether a setting's value is what its annotation says; numpy's numbers are numbers, true and false are none.
 
-    A text is a sequence too: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
+    A text is a sequence too, but no tuple: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
     """
-    for name, kind in get_type_hints(type(settings)).items():
-        value, choices = getattr(settings, name), get_args(kind)
-        if get_origin(kind) is tuple and isinstance(value, str):
-            raise UserError(f"adapter: {name} is {shown(value)}; it must be a tuple, such as ({shown(value)},)")
-        if get_origin(kind) is tuple and get_origin(choices[0]) is Literal:
-            choices = get_args(choices[0])
-            value = next((choice for choice in value if choice not in choices), None)
-        elif get_origin(kind) is not Literal:
-            continue
-        if value is not None and value not in choices:
-            nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
-            raise UserError(f"adapter: {name} is {shown(value)}; it must be one of {choices} (nearest: {nearest})")
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is UnionType:
+        return any(is_of_type(value, option) for option in inner)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(is_of_type(item, inner[0]) for item in value)
+    if origin is abc.Mapping:
+        return isinstance(value, Mapping) and all(is_of_type(item, inner[1]) for item in value.values())
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
+
+
+def check_types(settings: Any) -> None:
+    """Raises a `UserError` where a setting is not of its type, or none of its choices."""
+    kinds = get_type_hints(type(settings))
+    for setting in fields(settings):
+        value, kind = getattr(settings, setting.name), kinds[setting.name]
+        if not is_of_type(value, kind):
+            choices = next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
+            nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)
+            expected = f"there are {choices} (nearest: {nearest[0]})" if nearest else f"it must be {setting.type}"
+            raise UserError(f"adapter: {setting.name} is {shown(value)}; {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +71,7 @@ class AdaptedPart:
     """Numerator of the scale; null: the adapter's."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +121,7 @@ class AdapterSettings:
     at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         ranks = [self.rank, *self.rank_pattern.values(), *(part.rank for part in self.parts.values() if part.rank)]
         reserved = [name for name in (*self.parts, *self.also_train) if name in RESERVED or not name or "." in name]
         in_both = sorted(set(self.parts) & set(self.also_train))

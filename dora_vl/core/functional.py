@@ -15,6 +15,7 @@ The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
 NORM_CHUNK_NUMBERS = 2**18
 """Numbers of B turned to float32 at a time: 1 MiB, which stays in a core's cache."""
+NORM_RANGE = torch.bfloat16
+"""Whose range the products of a norm need: A A^T leaves float16's where a row of A is longer than 255."""
 NARROW = 64
 """Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
 
@@ -37,6 +40,17 @@ NARROW = 64
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms and gains: float32, or float64 for float64 weights."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for; None where it is off, or unknown to the device (meta)."""
+    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves autocast, where it is on."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def row_norms_squared(weight: Float[Tensor, "out in_"]) -> Float[Tensor, " out"]:
@@ -69,8 +83,9 @@ def factored_norms_squared(
     The products take A and B as the forward pass does, in the frozen layer's dtype, so n belongs to the direction that
     is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
     """
-    a, b = lora_A.to(weight_on_A.dtype), lora_B.to(weight_on_A.dtype)
-    on_A = weight_on_A.t().clone()  # it is the caller's, and would be overwritten
+    dtype = torch.promote_types(weight_on_A.dtype, NORM_RANGE)
+    a, b = (factor.to(weight_on_A.dtype).to(dtype) for factor in (lora_A, lora_B))
+    on_A = weight_on_A.t().to(dtype, copy=True)  # it is the caller's, and would be overwritten
     (squared,) = with_growth(weight_norms_squared[None], b[None], on_A[None], (a @ a.t())[None], scale)
     return squared
 
@@ -200,7 +215,7 @@ class AdaptedProduct(torch.autograd.Function):
             whole_rows = rows if dropped is None else dropped.restored(rows, taken)
             z = some_of_product(whole_rows, hidden, weight, lora_B)
             dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
-        elif gain is not None and dm is not None and fragile_z is not None:
+        if gain is not None and dm is not None and fragile_z is not None:
             dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
         dx = frozen_product(dz, weight) if needs[0] else None
         dA = dB = None

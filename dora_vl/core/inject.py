@@ -194,6 +194,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
             model.add_module(SHARED_NAME, shared)
         for name, layer_config in layers.items():
             _adapt(model, name, layer_config, gather)
+        _leave_fused_encoders(model)
         adapted = dict(adapted_layers(model))
         pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}
         for name, layer in pissa.items():
@@ -218,6 +219,13 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
             if layer.magnitude is not None:  # the norm of what is left and what was taken
                 layer.magnitude.copy_(layer.live_norms())
     return names
+
+
+def _leave_fused_encoders(model: nn.Module) -> None:
+    """Makes torch's encoders call adapted layers; in eval their fused pass reads the weights alone."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(adapted_layers(module)):
+            vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # a layer's, and an encoder's
 
 
 def _has_values(layer: AdaptedLayer) -> bool:
@@ -351,6 +359,8 @@ def _put_plain_layers_back(model: nn.Module) -> None:
 def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> None:
     experts = _experts_of(model, name)
     base = experts or model.get_submodule(name)
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UserError(f"{name}: torch's attention reads this layer's weight and never calls it; take it out")
     with gather(list(base.parameters(recurse=False))):
         if experts is not None:
             adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)

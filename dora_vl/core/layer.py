@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -81,6 +80,7 @@ class AdaptedLayer(nn.Module):
         self.training = base.training
         self._base_weight: Tensor | None = None
         self._kept: dict[str, tuple[Any, Snapshot]] = {}
+        self.weight.requires_grad_(False)
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
@@ -250,7 +250,7 @@ class AdaptedLayer(nn.Module):
         frozen, factors = self.weight_norms_squared(), self.factors()
         norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
         if factors is not None and cancelled.numel():
-            with torch.autocast(self.weight.device.type, enabled=False):
+            with functional.without_autocast(self.weight.device):
                 dense = self._dense_rows(cancelled, *factors)
             norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
         return norms.view_as(frozen)
@@ -264,9 +264,7 @@ class AdaptedLayer(nn.Module):
         a, b = self.factors() or (None, None)
         if a is None or b is None:
             return self.weight_norms_squared()
-        device = self.weight.device.type
-        leave_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with leave_autocast:
+        with functional.without_autocast(self.weight.device):
             on_A = self.frozen_on_rows(a)
             return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.adapter.scale)
 
@@ -290,7 +288,7 @@ class AdaptedLayer(nn.Module):
         if factors is None:
             return functional.root(squared)
         a, b = factors
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with functional.without_autocast(self.weight.device):
             live = None
             if not (self.weight_is_readable and detached):
                 on_A = self.frozen_on_rows(a)
@@ -339,10 +337,17 @@ class AdaptedLayer(nn.Module):
         self._base_weight, self.merged = None, False
         self.forget_norms()
 
-    def refuse_training_while_merged(self) -> None:
-        """Raises a `RuntimeError` in a pass that would train: a merged layer trains nothing, in silence."""
-        if self.training and torch.is_grad_enabled():
+    def refuse_what_would_not_train(self) -> None:
+        """Raises a `RuntimeError` where a merged adapter or the frozen weight should train and would not."""
+        if not torch.is_grad_enabled():
+            return
+        if self.merged and self.training:
             raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
+        if self.merged or torch._C._are_functorch_transforms_active():  # these ask for every gradient
+            return
+        if any(tensor is not None and tensor.requires_grad for tensor in self.frozen_tensors()):
+            layer = f"a {type(self).__name__} with a weight of {list(self.matrix_shape())}"
+            raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
 
     def plain(self) -> nn.Module:
         """The layer that was here before, with the weights as they are now, merged or not."""

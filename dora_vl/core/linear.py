@@ -45,15 +45,14 @@ class ProductLayer(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
+        self.refuse_what_would_not_train()
         if not self.merged and is_traced():
             return self._traced_forward(input)
         x, weight, bias = input, self.as_matrix(self.weight), self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype := functional.autocast_dtype(x.device):
             x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(weight.dtype)
         if self.merged:
-            self.refuse_training_while_merged()
             return F.linear(x, weight, bias)
         a, b = self.factors() or (None, None)
         # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
@@ -277,14 +276,16 @@ def norms_squared_of(
     weights = [layer.as_matrix(layer.weight) for layer in layers]
     (rows, columns), rank, count = weights[0].shape, layers[0].adapter.rank, len(layers)
     a, b = weights[0].new_empty(count, rank, columns), weights[0].new_empty(count, rows, rank)
-    weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank)
-    with torch.autocast(weights[0].device.type, enabled=False):
+    dtype = torch.promote_types(b.dtype, functional.NORM_RANGE)
+    weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank, dtype=dtype)
+    with functional.without_autocast(b.device):
         for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
             # Stacked and cast in one copy; at rank 128 a stack first and a cast after it took a tenth longer.
             for stack, factor in zip((a, b), layer.factors() or (), strict=True):
                 stack[number].copy_(factor)
             torch.mm(weight, a[number].t(), out=weight_on_A[number])
-            torch.mm(a[number], a[number].t(), out=gram[number])
+            wide = a[number].to(dtype)
+            torch.mm(wide, wide.t(), out=gram[number])
         kernels = triton_kernels(b)
         squared = functional.with_growth if kernels is None else kernels.norms_squared
-        return squared(frozen, b, weight_on_A, gram, layers[0].adapter.scale)
+        return squared(frozen, b.to(dtype), weight_on_A.to(dtype), gram, layers[0].adapter.scale)

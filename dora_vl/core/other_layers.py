@@ -83,10 +83,10 @@ class ConvLayer(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """y = g (W * x + s B A * x) + b."""
+        self.refuse_what_would_not_train()
         weight, bias = self.weight, None if self.bias is None else self.bias.to(self.weight.dtype)
         output = self.convolve(input, weight, bias)
         if self.merged:
-            self.refuse_training_while_merged()
             return output
         a, b, gain = self.lora_A, self.lora_B, self.gain()
         probability = self.adapter.dropout if self.training and a is not None else 0.0
@@ -164,10 +164,9 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         """y = g (W[id] + s B A[id]), times the model's own factor where the embedding has one."""
+        self.refuse_what_would_not_train()
         rows = F.embedding(input, self.weight, self.padding_idx)
-        if self.merged:
-            self.refuse_training_while_merged()
-        else:
+        if not self.merged:
             low_rank = None
             if self.lora_A is not None and self.lora_B is not None:
                 hidden = F.embedding(input, self.lora_A.t(), self.padding_idx)
@@ -244,9 +243,11 @@ class ExpertsProjection(AdaptedLayer):
         if factors is None:
             return self.weight_norms_squared()
         weight = self.frozen_matrix()
-        with torch.autocast(weight.device.type, enabled=False):
+        dtype = torch.promote_types(weight.dtype, functional.NORM_RANGE)
+        with functional.without_autocast(weight.device):
             a, b = (factor.to(weight.dtype) for factor in factors)
-            on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
+            on_A, a, b = torch.bmm(weight, a.mT).to(dtype), a.to(dtype), b.to(dtype)
+            gram = torch.bmm(a, a.mT)
             return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
@@ -272,10 +273,9 @@ class ExpertsProjection(AdaptedLayer):
         self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
     ) -> Float[Tensor, "rows out"]:
         """y = g_e (W_e x + s B_e A_e x) + b_e of rows that stand in their experts' order, `counts` of each."""
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        self.refuse_what_would_not_train()
+        rows = rows.to(functional.autocast_dtype(rows.device) or rows.dtype)
         if self.merged:
-            self.refuse_training_while_merged()
             return products(rows, counts, self.as_matrix(self.weight), bias)
         if not len(rows):
             return rows.new_zeros(0, self.out_features)

@@ -277,6 +277,7 @@ class QuantisedLinear(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
+        self.refuse_what_would_not_train()
         output, (a, b) = self.base(input), self.factors() or (None, None)
         probability = self.adapter.dropout if self.training and a is not None else 0.0
         whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change"
@@ -316,8 +317,9 @@ class QuantisedLinear(AdaptedLayer):
         A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
         it in place, and that is not seen.
         """
-        tensors, bias = (*self.base.parameters(), *self.base.buffers()), self.bias
-        return [*(tensor for tensor in tensors if tensor is not bias), *self.kind.loose_tensors(self.base)]
+        tensors = *self.base.parameters(), *self.base.buffers(), *self.kind.loose_tensors(self.base)
+        bias = self.bias
+        return [tensor for tensor in tensors if tensor is not bias]
 
     def tensors(self) -> list[Tensor | None]:
         """The adapter's own, and those of the layer inside."""

@@ -38,7 +38,7 @@ from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Asker, Assistant, EncoderPrompts
-from dora_vl.files import HUB_ID, file_sha256
+from dora_vl.files import HUB_ID, check_attention, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
 
@@ -83,8 +83,6 @@ OWN_TEMPLATE = "tokenizer"
 """The name of a language model's own chat template."""
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
-KERNELS = ("sdpa", "eager", FLASH)
-"""Of attention; transformers fetches others from the hub and runs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,20 +156,14 @@ def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any
         raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by a training run")
     if not request.any_base:
         check_base(recipe, base, adapter)
-    if not all(kernel in KERNELS for kernel in _kernels(recipe)):
-        stated = shown(recipe["attn_implementation"])
-        raise UserError(f"{path}: attn_implementation is {stated}; there are {', '.join(KERNELS)}")
-
-
-def _kernels(recipe: Mapping[str, Any]) -> list[Any]:
-    attention = recipe.get("attn_implementation")
-    return [*attention.values()] if isinstance(attention, dict) else [] if attention is None else [attention]
+    check_attention(path, {"attn_implementation": recipe.get("attn_implementation")})
 
 
 def _attention(recipe: Mapping[str, Any]) -> Any:
     """As the adapter was trained with it; what only another machine has is left to transformers."""
-    missing = FLASH in _kernels(recipe) and not torch.cuda.is_available()
-    return None if missing else recipe.get("attn_implementation")
+    stated = recipe.get("attn_implementation")
+    missing = FLASH in (stated.values() if isinstance(stated, dict) else [stated]) and not torch.cuda.is_available()
+    return None if missing else stated
 
 
 def kind_of_base(base: str, revision: str | None = None) -> str:

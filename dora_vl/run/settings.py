@@ -20,8 +20,8 @@ from dora_vl.backbones.specs import (
 )
 from dora_vl.core.config import AdapterSettings, Quantisation
 from dora_vl.data.columns import Columns, Mixing, RowKind, TrainFile, train_name
+from dora_vl.files import Kernel
 
-Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
 """Of attention."""
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""

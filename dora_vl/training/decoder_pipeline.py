@@ -317,7 +317,7 @@ class CommonsensePipeline(DecoderPipeline):
         samples.describe()
         samples.look_ahead()
         make_base(write_language_model, config.model.source, config.model.base, arguments)
-        check_model_folder(config.model.base)
+        check_model_folder(config.model.base, config.model.revision)
 
     def load(self) -> DecoderBackbone:
         """The language model, which will search its answers with `evaluation.beams`."""

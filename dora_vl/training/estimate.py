@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -151,8 +152,13 @@ def _flop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     if packet in ATTENTION_PRODUCTS:
         query, key = (args[1], args[2]) if packet is not ATTENTION else (args[0], args[1])
         return ATTENTION_PRODUCTS[packet] * query.numel() * key.shape[-2]
-    counted = flop_registry.get(packet)
+    counted = flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), packet))  # in place or not
     return 0 if counted is None else counted(*args, **kwargs, out_val=result)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As GPUs do it: a byte a number is kept for the backward pass."""
+    return torch.native_dropout(input, p, training)[0] if training else input
 
 
 def _attention(  # noqa: PLR0913 - torch's own signature
@@ -173,24 +179,22 @@ def _attention(  # noqa: PLR0913 - torch's own signature
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-@contextlib.contextmanager
-def _meta_device_understood() -> Iterator[None]:
-    """torch has no autocast of the meta device, where asking raises, and no fused attention there."""
-    enabled, autocast = torch.is_autocast_enabled, torch.autocast
+FUSED = {functional.scaled_dot_product_attention: _attention, functional.dropout: _dropout}
+"""What torch has no kernel of on the meta device -> what a GPU's kernel keeps and computes."""
 
-    def imagined_autocast(kind: str, *options: Any, **named: Any) -> Any:
-        return contextlib.nullcontext() if kind == "meta" else autocast(kind, *options, **named)
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and enabled(*kind)),
-        (torch, "autocast", imagined_autocast),
-        (functional, "scaled_dot_product_attention", _attention),
-    ]
-    with contextlib.ExitStack() as stack:
-        for module, name, function in replaced:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, function)
-        yield
+class FusedOperations(TorchFunctionMode):
+    """Gives the calls inside the block to `FUSED`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return FUSED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()`, which would leave `FusedOperations` for what a checkpoint computes again."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 @dataclass(frozen=True)
@@ -233,13 +237,13 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         live.peak = live.now
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_meta_device_understood())
+        stack.enter_context(FusedOperations())
         live = stack.enter_context(ImaginedOperations())
         stack.callback(head.register_forward_pre_hook(lambda *_: at_head.append(live.made)).remove)
         for parameter in loss.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(gradient_came).remove)
-        forward(**batch)["loss"].backward()
+        _backward(forward(**batch)["loss"])
         before, flop = live.restart_peak(), live.flop
         at_head.clear()
         phases.clear()
@@ -247,7 +251,7 @@ def imagine_step(loss: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) 
         result = forward(**batch)["loss"]
         logits = live.alive_since(at_head[0])
         kept = live.now - before - logits
-        result.backward()
+        _backward(result)
         phases.append(Phase(came, live.peak - before))
         return StepBytes(kept, logits, tuple(phases), live.flop - flop)
 
@@ -349,8 +353,7 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
         raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
     backbone = pipeline.skeleton()
     backbone.model.to(getattr(torch, settings.model.dtype))
-    # Dropout keeps nothing on a GPU: its mask is drawn again from a seed.
-    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming", dropout=0.0))
+    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
     width = int(backbone.model.config.get_text_config().hidden_size)
     _engine(section.get("deepspeed"), 1, width)  # its file may be wrong, which shows at once
 

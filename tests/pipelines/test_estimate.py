@@ -9,16 +9,23 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core.fast import cpu_step
 from dora_vl.heads import next_token
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.estimate import imagine_run
+from dora_vl.training.estimate import FusedOperations, LiveBytes, imagine_run, imagine_step
 from tests.training.tiny_run import write_run, write_tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +135,85 @@ def test_it_is_within_a_tenth_of_what_a_run_allocates(
     if name == "weights":  # in the other, batches that wait and the layers' norms are a fifth of what is held
         assert abs(expected.held.between_steps(expected.engine) - measured["before"]) < WITHIN * measured["before"]
     assert abs(expected.total - measured["peak"]) < WITHIN * measured["peak"]
+
+
+class SquaredLogits(nn.Module):
+    def __init__(self, device: str, **changes: Any) -> None:
+        super().__init__()
+        sizes: dict[str, Any] = {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
+        with torch.device(device):
+            self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=64))
+        apply_dora(self.model, DoRAConfig(targets=("*proj",), rank=8, **changes))
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.model(input_ids=input_ids).logits.float().square().mean()}
+
+
+def added_in_place(total: Any, rows: Any, matrix: Any, **_: Any) -> int:
+    return 2 * rows[0] * rows[1] * matrix[1]
+
+
+def real_step(ids: Tensor, **changes: Any) -> tuple[int, int]:
+    """Products and kept bytes of a second micro-batch that computes; torch counts its attention on a CPU as nothing."""
+    loss, custom = SquaredLogits("cpu", **changes).train(), {torch.ops.aten.addmm_: added_in_place}
+    with FusedOperations(), LiveBytes() as live:
+        loss(ids)["loss"].backward()
+        loss.zero_grad()
+        before = live.restart_peak()
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+            result = loss(ids)["loss"]
+            kept = live.now - before
+            result.backward()
+    attention = 4 * (4 + 10) * ids.numel() * 128 * ids.shape[1]
+    return counter.get_total_flops() + attention, kept
+
+
+@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
+def test_the_imagined_step_has_the_dropout_of_the_real_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU keeps of dropout on the low-rank path a seed alone: what a step without dropout keeps."""
+    monkeypatch.setattr(cpu_step, "SMALLEST_OUTPUT", 2**60)
+    ids = torch.randint(64, (4, 48))
+    loss = SquaredLogits("meta", dropout=0.05, dropout_mode=mode).train()
+    imagined = imagine_step(loss, loss.model.lm_head, {"input_ids": ids})
+    flop, kept = real_step(ids, dropout=0.05, dropout_mode=mode)
+    if mode == "low_rank":
+        kept = real_step(ids, dropout=0.0)[1]
+    assert imagined.flop == flop
+    assert abs(imagined.kept + imagined.logits - kept) < 0.001 * kept
+
+
+def test_a_run_is_imagined_with_its_dropout(runs: dict[str, Path]) -> None:
+    """The second frozen product of dropout on the whole change."""
+    modes = ("low_rank", "whole_change")
+    once, twice = (
+        imagine_run(
+            DecoderPipeline(
+                read_run_file(runs["activations"], "--adapter.dropout=0.1", f"--adapter.dropout_mode={mode}")
+            )
+        ).plain
+        for mode in modes
+    )
+    assert twice.flop > 1.3 * once.flop
+    assert twice.kept > 1.2 * once.kept
+
+
+def test_nothing_of_torch_is_replaced_while_a_step_is_imagined() -> None:
+    names: dict[Any, tuple[str, ...]] = {
+        functional: ("scaled_dot_product_attention", "dropout"),
+        torch: ("autocast", "is_autocast_enabled"),
+    }
+    before = [getattr(module, name) for module, leaves in names.items() for name in leaves]
+    seen: list[Any] = []
+    loss = SquaredLogits("meta").train()
+
+    def look(*_: Any) -> None:
+        seen.extend(getattr(module, name) for module, leaves in names.items() for name in leaves)
+
+    loss.model.model.layers[0].register_forward_hook(look)
+    imagine_step(loss, loss.model.lm_head, {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
+    assert seen == 2 * before

@@ -34,8 +34,8 @@ SMALLEST_WEIGHT = 2**18
 """The same for a pass without a graph, whose gain is in its calls and not in its rows."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
-FINISHED = "finished.so"
-"""The library's name in its folder once it is whole: another process may be half through the one beside it."""
+FINISHED = "finished-{}.so"
+"""The library's name with its content's hash, once it is whole: another process may be half through the one beside."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers."""
 
@@ -71,13 +71,18 @@ def _compile() -> None:
     parts = "\0".join((SOURCE.read_text(), *FLAGS, torch.__version__, processor))
     name = f"dora_vl_cpu_{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
-    finished = folder / FINISHED
-    if finished.exists():
-        if not hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
-            torch.ops.load_library(str(finished))
+    if hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
         return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    finished = list(folder.glob(FINISHED.format("*")))
+    for path in (folder, *finished):
+        if path.stat().st_uid not in (0, os.getuid()) or path.stat().st_mode & 0o022:
+            raise PermissionError(f"{path} may have been written by others; remove it")
+    for library in finished:
+        if library.name == FINISHED.format(hashlib.sha256(library.read_bytes()).hexdigest()):
+            torch.ops.load_library(str(library))
+            return
     log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
-    folder.mkdir(parents=True, exist_ok=True)
     path = os.environ.get("PATH", "")
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
@@ -86,5 +91,5 @@ def _compile() -> None:
     finally:
         os.environ["PATH"] = path
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
-        copy.write((folder / f"{name}.so").read_bytes())
-    Path(copy.name).replace(finished)
+        copy.write(built := (folder / f"{name}.so").read_bytes())
+    Path(copy.name).replace(folder / FINISHED.format(hashlib.sha256(built).hexdigest()))

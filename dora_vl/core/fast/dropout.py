@@ -78,7 +78,8 @@ class Dropped:
         """Adds `rows @ matrix`, dropped elements zero, to a matrix of the shape of this draw, in place."""
         if self.is_seed:
             kernels = triton_kernels(total)
-            assert kernels is not None
+            if kernels is None:  # on the meta device
+                return total.addmm_(rows, matrix)
             return kernels.add_masked_product_(total, rows, matrix, self.positions, self.probability)
         product = rows @ matrix
         product.view(-1).index_fill_(0, self.positions, 0)
@@ -94,8 +95,9 @@ class MaskedCopy(torch.autograd.Function):
         ctx.save_for_backward(seed)
         ctx.probability = probability
         kernels = triton_kernels(tensor)
-        assert kernels is not None
-        return kernels.masked_copy(tensor.reshape(-1, tensor.shape[-1]), seed, probability).view(tensor.shape)
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        copy = torch.empty_like(rows) if kernels is None else kernels.masked_copy(rows, seed, probability)
+        return copy.view(tensor.shape)
 
     @staticmethod
     @once_differentiable
@@ -107,8 +109,8 @@ class MaskedCopy(torch.autograd.Function):
 
 
 def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
-    """Draws dropout for a tensor's shape from the global generator, which checkpointing saves and restores."""
-    if triton_kernels(tensor) is not None:
+    """Draws dropout for a tensor's shape from the global generator, which checkpointing saves; on meta like a GPU."""
+    if tensor.is_meta or triton_kernels(tensor) is not None:
         return Dropped(probability, torch.randint(2**62, (), device=tensor.device))  # no number comes to the host
     mean = -tensor.numel() * math.log1p(-probability)
     count = int(torch.poisson(torch.tensor(mean, dtype=torch.float64, device="cpu")).item())

@@ -601,9 +601,10 @@ def norms(
     factored form, in float32 for rows that cancel.
     """
     a, b = (factor.detach().contiguous() for factor in (lora_A, lora_B))
-    cast_a, cast_b = a.to(weight.dtype), b.to(weight.dtype)
-    frozen = weight_norms_squared.contiguous()
-    squared = norms_squared(frozen[None], cast_b[None], (weight @ cast_a.t())[None], (cast_a @ cast_a.t())[None], scale)
+    dtype, frozen = torch.promote_types(weight.dtype, torch.bfloat16), weight_norms_squared.contiguous()
+    on_A = (weight @ a.to(weight.dtype).t()).to(dtype)
+    wide_a, wide_b = (factor.to(weight.dtype).to(dtype) for factor in (a, b))
+    squared = norms_squared(frozen[None], wide_b[None], on_A[None], (wide_a @ wide_a.t())[None], scale)
     trusted, rank = torch.empty_like(frozen), a.shape[0]
     sizes = (*weight.shape, rank, *weight.stride())
     tile = {"BLOCK_ROWS": CAREFUL_ROWS, "BLOCK_COLUMNS": CAREFUL_COLUMNS, "BLOCK_RANK": min(padded(rank), RANK_BLOCK)}

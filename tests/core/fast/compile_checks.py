@@ -85,6 +85,13 @@ def test_one_graph_equals_eager(changes):
     assert_equal_to_eager(model, in_one_graph(model))
 
 
+def test_an_unfrozen_weight_is_refused_in_a_graph_too():
+    model = adapted().train()
+    model.q.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError):
+        torch.compile(model, backend="aot_eager")(ids())
+
+
 def test_norms_are_fresh_after_steps_edits_and_in_eval():
     model = adapted().train()
     compiled = in_one_graph(model)

@@ -15,7 +15,7 @@ CORE, PEFT = "tests/core/fast/compile_checks.py", "tests/adapters/peft_compile_c
 @pytest.mark.parametrize(
     "words",
     [
-        (CORE, "-k", "one_graph_equals_eager and (dora or live)"),
+        (CORE, "-k", "(one_graph_equals_eager and (dora or live)) or unfrozen"),
         pytest.param((CORE,), marks=pytest.mark.slow),
         pytest.param((PEFT,), marks=pytest.mark.slow),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from subprocess import run
 from types import SimpleNamespace
 from typing import Any
@@ -262,3 +263,34 @@ def test_a_finished_library_is_loaded_without_the_builder():
     """The builder compiles anew for each checkout that shares the cache, since it compares paths and times."""
     assert cpu_step.compiled_operations() is not None
     run([sys.executable, "-c", NO_BUILDER], check=True)
+
+
+def test_a_library_that_others_may_have_written_is_not_loaded(monkeypatch, tmp_path) -> None:
+    """Nor one whose bytes are not those that were built."""
+    built: list[str] = []
+    loaded: list[Path] = []
+
+    def build(name: str, sources: list[str], *, build_directory: str, **_: Any) -> None:
+        built.append(name)
+        Path(build_directory, f"{name}.so").write_bytes(b"library")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", build)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(dora_vl_cpu=SimpleNamespace(), load_library=loaded.append))
+    for _ in range(2):
+        cpu_step._compile()
+    (library,) = tmp_path.glob("*/finished-*.so")
+    assert len(built) == 1
+    assert [Path(path) for path in loaded] == [library]
+    assert library.parent.stat().st_mode & 0o077 == 0
+    for path, mode in ((library, 0o666), (library.parent, 0o777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        with pytest.raises(PermissionError):
+            cpu_step._compile()
+        path.chmod(before)
+    library.write_bytes(b"another")
+    cpu_step._compile()
+    assert len(built) == 2
+    assert len(loaded) == 1
+    assert library.read_bytes() == b"library"

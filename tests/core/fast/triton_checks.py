@@ -470,6 +470,40 @@ def test_rows_without_length_and_a_change_of_nothing():
     assert torch.equal(unchanged, functional.root(frozen)), "a gain of 1 to the last bit"
 
 
+def test_rows_of_A_that_are_long_in_float16():
+    """||A_k||^2 is above what float16 holds; one layer's norms, and a family's."""
+    weight, a, b = norm_operands(40, 30, 4, torch.float16)
+    a, b = (400 * torch.nn.functional.normalize(a)).half().float(), (0.01 * b).half().float()
+    frozen, expected = functional.row_norms_squared(weight), dense_norms(weight, a, b)
+    torch.testing.assert_close(kernels.norms(weight, frozen, a, b, SCALE).double(), expected, rtol=2e-3, atol=0)
+    model = nn.ModuleList(nn.Linear(30, 40) for _ in range(2)).half()
+    apply_dora(model, config(rank=4, alpha=4 * SCALE))
+    with torch.no_grad():
+        for layer in model:
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+    for layer in model:
+        layer(torch.randn(2, 30).half())
+        expected = layer.magnitude.detach().double() / dense_norms(layer.weight.detach(), a, b)
+        torch.testing.assert_close(layer.recall("gain").full.double(), expected, rtol=2e-3, atol=0)
+
+
+def test_a_zero_row_whose_output_is_edited_in_place():
+    layer = adapted_layer("linear")
+    with torch.no_grad():
+        layer.weight[3] = 0
+        layer.magnitude[3] = 0
+    wide, x, upstream = copy.deepcopy(layer).double(), torch.randn(6, 33), torch.randn(6, 70)
+    values = passed(layer, x, upstream, edit=True)
+    for name, expected in passed(wide, x.double(), upstream.double(), edit=False).items():
+        if name == "magnitude":
+            gradient = upstream.double() * (wide(x.double()) > 0)
+            direction = wide.weight + wide.adapter.scale * wide.lora_B @ wide.lora_A
+            expected = (gradient * (x.double() @ direction.t())).sum(0) / direction.norm(dim=1)
+            close(values[name], expected.detach(), torch.float32, name, times=10)
+            assert float(expected[3].detach().abs()) > 0
+
+
 class Asked(TorchDispatchMode):
     """Fails on whatever makes the host wait for a number of the device."""
 
