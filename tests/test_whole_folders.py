@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dora_vl import files
+from dora_vl.errors import UserError
 from dora_vl.files import clear_leftovers, unfinished, whole_file, whole_folder
 
 
@@ -61,8 +62,8 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path: Path, killed_in: 
     assert write(target, "new", killed_in=killed_in) == signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 1 or not target.exists()  # something was left behind
     if cleared_by == "the same":
-        with pytest.raises(ValueError), whole_folder(target):
-            raise ValueError
+        with pytest.raises(UserError), whole_folder(target):
+            raise UserError("ends badly")
     else:
         clear_leftovers(tmp_path)
     assert texts(target) == ["old", "old"]
