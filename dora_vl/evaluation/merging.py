@@ -26,6 +26,7 @@ from dora_vl.adapters.gguf import check_package, export_gguf, refuse_gguf_base, 
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
+from dora_vl.backbones.base import head_of
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.places import resolved_layers
 from dora_vl.errors import UserError, one_line
@@ -254,7 +255,7 @@ def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(
             f"{plan.base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
         )
-    head = model.get_output_embeddings()
+    head = head_of(model)
     exported = export_for_vllm(
         plan.adapter,
         plan.base,
