@@ -1,4 +1,4 @@
-"""The errors a person can act on, what their messages quote, and how a program ends with one. No library of ours below.
+"""The errors a person can act on, what they quote, and how a program begins and ends. No library of ours below.
 
 Also the errors of Pillow, torch and the disk that mean such a thing.
 """
@@ -36,6 +36,20 @@ def leave_out_foreign_lines() -> None:
         logging.getLogger(name).addFilter(
             lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
         )
+
+
+SPINS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""How long threads of GNU's and Intel's OpenMP look for work before they sleep: tens of microseconds; a millisecond."""
+
+
+def wait_without_spinning() -> None:
+    """Bounds how long the threads of this program's products wait on the core; to be called before torch is imported.
+
+    Left alone, a thread that is done burns its core for milliseconds, which others on the machine need, among them
+    the thread that it waits for. What the user set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.update({**SPINS, **os.environ})
 
 
 Inputs = ParamSpec("Inputs")
@@ -188,6 +202,7 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
         leave_out_foreign_lines()
+        wait_without_spinning()
         try:
             try:
                 return main(*arguments, **options)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
-from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors, written_whole
+from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError, shown_names
-from dora_vl.files import read_json, write_json
+from dora_vl.files import read_json, whole_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Of one output file; transformers' own default."""
@@ -184,13 +184,17 @@ def merge_to_folder(
     base's files call them (`hub_names`). The folder appears under its name when it is whole.
 
     Args:
-        dtype: of the result; None keeps each tensor's own.
+        dtype: of the result; None keeps each tensor's own, or takes the recipe's where a base of float32 was trained
+            in another: the model then answers as it was trained.
         open_base: gives the values to merge into, where they are not the stored ones.
     """
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
         weights = MergedWeights(base, adapter)
-        with written_whole(target) as staging:
+        stored = {DTYPES[tensor.dtype] for tensor in base.tensors.values() if tensor.dtype in DTYPES}
+        if dtype is None and {each for each in stored if each.is_floating_point} == {torch.float32}:
+            dtype = getattr(torch, adapter.recipe.get("dtype", "float32"))
+        with whole_folder(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe)
             shards = _plan(weights, dtype, shard_bytes)
             total = sum(byte_size(t.shape, kind) for entries in shards.values() for t, kind in entries.values())
@@ -230,6 +234,7 @@ def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | Non
     if (dtype is not None or closed_answers or aspect) and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         if dtype is not None:
+            content.setdefault("dtype", content.get("torch_dtype", ""))
             _state_dtype(content, str(dtype).removeprefix("torch."))
         if closed_answers:
             content[CLOSED_ANSWERS] = {**content.get(CLOSED_ANSWERS, {}), **closed_answers}

@@ -46,6 +46,21 @@ def attention_of(model: PreTrainedModel) -> Attention:
     return kernels if len({*kernels.values()}) > 1 else kernels[""]
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The language model's layers without its output head; the model itself where it has none of its own."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is None:
+        return decoder
+    inner: nn.Module = decoder.get_decoder()  # of a whole causal model
+    return getattr(decoder, "model", decoder) if inner is decoder else inner
+
+
+def head_of(model: PreTrainedModel) -> Any:
+    """The output head, which may be that of a causal language model inside the model; None: there is none."""
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
+
+
 def max_positions(config: Any) -> int | None:
     """How many tokens of text, pictures among them, a model of this config takes; None where it states no number.
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.shards import HASH, SHARD_BYTES, ShardStore, keep_settings, store_key
 from dora_vl.backbones.video_inputs import within_pixels
@@ -321,7 +322,7 @@ def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] 
         reached.extend(pytree.tree_leaves((args, kwargs)))
         raise _DecoderReached
 
-    handles = [*hooks, model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)]
+    handles = [*hooks, decoder_of(model).register_forward_pre_hook(stop, with_kwargs=True)]
     try:
         with contextlib.suppress(_DecoderReached):
             model(**inputs, use_cache=False)
@@ -380,7 +381,7 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
 
 def _frozen_modules(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Outermost modules with weights, none of which trains, called with something made of pixels before the decoder."""
-    decoder = set(model.get_decoder().modules())
+    decoder = set(decoder_of(model).modules())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     ids = {id(weight) for weight in trained}
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.backbones.base import Attention, Backbone, Features
+from dora_vl.backbones.base import Attention, Backbone, Features, decoder_of, head_of
 from dora_vl.backbones.families import (
     BYPASSED,
     CROSSING,
@@ -68,7 +68,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
-        self.follower = RowFollower(model.get_decoder())
+        self.follower = RowFollower(decoder_of(model))
         self._head_is_last: bool | None = None
         """Whether the model gives its output layer's scores as they are; it may scale or cap them. Seen once."""
         self.train(model.training)
@@ -81,7 +81,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
     def train(self, mode: bool = True) -> DecoderBackbone:
         """Sets the mode; a frozen vision part stays in eval, so that its features never change."""
         super().train(mode)
-        decoder = set(self.model.get_decoder().modules())
+        decoder = set(decoder_of(self.model).modules())
         for module in self.model.modules():
             holds_decoder = not decoder.isdisjoint(module.modules())
             if not holds_decoder and not any(weight.requires_grad for weight in module.parameters()):
@@ -108,7 +108,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             inputs: what else the processor gave, by its own names.
         """
         rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
-        head: Any = self.model.get_output_embeddings()
+        head: Any = head_of(self.model)
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
         # Before it is known, both ways: the loss then goes back as it will in later steps (ZeRO-3 records the first).
@@ -168,7 +168,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         generating: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
         # A view with gaps, as each row's last position is, torch multiplies by a frozen matrix row by row: on a CPU it
         # took 8 s instead of 0.01 for 64 rows.
-        head: Any = self.model.get_output_embeddings()
+        head: Any = head_of(self.model)
         together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         with torch.no_grad(), together:
             tokens = generating.generate(
@@ -224,19 +224,19 @@ def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str,
     return output if sees is None else torch.where(sees.flatten(1).any(1)[:, None, None], output, inputs[0])
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The language model's layers."""
-    decoder: nn.Module = model.get_decoder()
-    if decoder is model or model.get_output_embeddings() is None:
+def adapted_decoder(model: PreTrainedModel) -> nn.Module:
+    """The language model's layers; refuses a model of which they cannot be told from the rest."""
+    decoder = decoder_of(model)
+    if decoder is model or head_of(model) is None:
         raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
     return decoder
 
 
 def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """Full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
-    decoder = decoder_of(model)
+    decoder = adapted_decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     patterns: dict[str, None] = {}
     for name, module in decoder.named_modules(prefix=prefix):
         if is_adaptable_linear(name, module) and module is not head:
@@ -259,7 +259,7 @@ def is_adaptable_linear(name: str, module: nn.Module) -> bool:
 
 def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
     """Full-name patterns of what stands between vision and language; nothing where no such name is known."""
-    decoder = set(decoder_of(model).modules())
+    decoder = set(adapted_decoder(model).modules())
     names = [
         name
         for name, module in model.named_modules()

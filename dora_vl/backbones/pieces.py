@@ -128,8 +128,12 @@ class PieceProcessor:
         }
         # What the tokenizer puts before any text by itself: the begin token, or nothing.
         bare, around = (self._words.encode("a", add_special_tokens=added).ids for added in (False, True))
-        begin = next(index for index in range(len(around)) if around[index : index + len(bare)] == bare)
-        self._start_ids: list[int] = around[:begin]
+        starts = [index for index in range(len(around)) if around[index : index + len(bare)] == bare]
+        if not bare or not starts:
+            raise UserError(
+                f"{tokenizer.name_or_path}: its tokenizer makes no token of a plain letter; take another base"
+            )
+        self._start_ids: list[int] = around[: starts[0]]
 
     @property
     def begin_text(self) -> str:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from torch import nn
 from transformers import PreTrainedModel
 
+from dora_vl.backbones.base import decoder_of, head_of
 from dora_vl.backbones.model import is_adaptable_linear, projector_patterns
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import is_quantised
@@ -140,9 +141,9 @@ def _parameters_in(model: PreTrainedModel, preset: str) -> list[str]:
 
 def _language(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder's layers, of an encoder-decoder the encoder's too; never the output head."""
-    parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else ())]
+    parts = [decoder_of(model), *([model.get_encoder()] if model.config.is_encoder_decoder else ())]
     inside = {id(module) for part in parts for module in part.modules()}
-    head, beside = model.get_output_embeddings(), {*_vision(model), *_projector(model)}
+    head, beside = head_of(model), {*_vision(model), *_projector(model)}
     return {n: m for n, m in model.named_modules() if id(m) in inside and m is not head and n not in beside}
 
 
@@ -159,7 +160,7 @@ def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What stands between vision and language."""
-    if model.get_decoder() is model:
+    if decoder_of(model) is model:
         return {}
     patterns = projector_patterns(model)
     outer = {pattern.removesuffix(".*") for pattern in patterns}
@@ -178,7 +179,7 @@ def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear layer but the output heads, and experts that are one tensor."""
     closed = dict(model.named_children()).get("answer_heads", nn.Module())  # a VL-BART's
-    heads = {model.get_output_embeddings(), *closed.modules()}
+    heads = {head_of(model), *closed.modules()}
     linears = {name: module for name, module in model.named_modules() if _is_linear(module) and module not in heads}
     return {**linears, **_experts(model)}
 

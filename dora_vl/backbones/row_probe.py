@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.rows import MASKED
@@ -43,7 +44,8 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, requested: RowKin
     if requested == "plain":
         return "plain", None
     encoder.take_positions_of(backbone.model)
-    kernel = str(backbone.model.get_decoder().config._attn_implementation)
+    decoder: Any = decoder_of(backbone.model)
+    kernel = str(decoder.config._attn_implementation)
     if kernel not in MASKED:
         return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
     was_training, reason = backbone.training, None

@@ -150,7 +150,7 @@ NUMBERS = (
     ("samples_per_second", "throughput", "samples a second"),
     ("tokens_per_second", "throughput", "tokens a second"),
     ("padding_share", "padding", "share of positions"),
-    ("memory_gib", "memory", "GiB of the fullest rank"),
+    ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )
 """Field of a log line, what its chart is called, and the unit."""
 

@@ -236,15 +236,20 @@ def order_seed(arguments: TrainingArguments) -> int:
 
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
+    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping.
+
+    What it does not say of batches and clipping is the section's: DeepSpeed fails without the one, and does not clip
+    without the other.
+    """
+    from_section = dict.fromkeys(FROM_SECTION, "auto")
     if isinstance(value, Mapping):
-        return dict(value)
+        return {**from_section, **value}
     shipped = shipped_folder()
     paths = [shipped / "deepspeed" / f"{value}.json"] if value in SHORT_NAMES else [Path(value), shipped.parent / value]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise SettingError("training.deepspeed", f": {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
-    return read_json(path)
+    return {**from_section, **read_json(path)}
 
 
 def zero_stage(config: Mapping[str, Any] | None) -> int:

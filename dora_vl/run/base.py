@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.quantised_base import check_runs_here
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.families import LLAVA, check_trained, model_type_of, sees_pictures
+from dora_vl.backbones.families import LLAVA, check_trained, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, Video, repeated
 from dora_vl.data.pictures import MediaFolder
@@ -92,6 +93,19 @@ def check_base(model: ModelConfig, data: DataConfig) -> None:
             "model.image_aspect",
             f" is for a LLaVA-1.5 alone, and {model.base} is none: its own processor prepares pictures; leave it out",
         )
+
+
+def check_window(base: str, encoder: Encoder, revision: str | None = None) -> None:
+    """Refuses samples of which a long one would change the positions of all that share its batch (longrope)."""
+    stated: Any = getattr(config_of(base, revision).get_text_config(), "rope_parameters", None) or {}
+    for rope in [stated] if "rope_type" in stated else stated.values():
+        window = rope["original_max_position_embeddings"] if rope and rope["rope_type"] == "longrope" else math.inf
+        if encoder.max_tokens > window:
+            raise SettingError(
+                "data.max_tokens",
+                f" is {encoder.max_tokens}: above {window} tokens {base} turns the positions of a whole batch another "
+                f"way; set it to {window}",
+            )
 
 
 def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:

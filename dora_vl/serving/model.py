@@ -15,9 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
-from dora_vl.backbones.base import Backbone, max_positions
+from dora_vl.backbones.base import Backbone, decoder_of, max_positions
 from dora_vl.backbones.families import LLAVA
-from dora_vl.backbones.model import decoder_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown

@@ -50,6 +50,7 @@ from dora_vl.run.base import (
     check_pixels,
     check_quantisation,
     check_videos,
+    check_window,
     image_folder,
     load_base,
     make_base,
@@ -114,6 +115,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
+        check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if samples.has_videos:
             check_base_takes_videos(config.model.base, self.encoder, config.data, pictures=samples.has_pictures)
@@ -318,6 +320,7 @@ class CommonsensePipeline(DecoderPipeline):
         samples.look_ahead()
         make_base(write_language_model, config.model.source, config.model.base, arguments)
         check_model_folder(config.model.base, config.model.revision)
+        check_window(config.model.base, self.encoder, config.model.revision)
 
     def load(self) -> DecoderBackbone:
         """The language model, which will search its answers with `evaluation.beams`."""

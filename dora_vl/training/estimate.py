@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.base import Backbone, head_of
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.frozen_outputs import find_parts
 from dora_vl.backbones.model import DecoderBackbone
@@ -366,7 +366,7 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
     samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
 
     loss = pipeline.loss(backbone).train()
-    head: nn.Module = backbone.model.get_output_embeddings()
+    head: nn.Module = head_of(backbone.model)
     batch = _batch(backbone, samples, cached=settings.data.cache_features)
     plain = imagine_step(loss, head, batch)
     options = section.get("gradient_checkpointing_kwargs") or section.get("activation_checkpointing_kwargs")

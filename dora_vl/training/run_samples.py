@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import decoder_of, head_of
 from dora_vl.backbones.encoder import Encoder, stand_in
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone
@@ -407,7 +408,7 @@ def stored_outputs(
     """
     model = backbone.model
     cache = Path(config.data.feature_cache or run_folder_of(config.training) / "features")
-    language: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
+    language: list[Any] = [decoder_of(model), head_of(model)]
     unused = {id(weight) for part in language for weight in part.parameters()}
     unused -= {id(weight) for weight in model.get_input_embeddings().parameters()}
     used = [weight for weight in model.parameters() if id(weight) not in unused]

@@ -22,6 +22,7 @@ from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.errors import UserError
+from dora_vl.evaluation.open_model import ModelRequest, find_source
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.adapters.test_hub_names import adapter_on, published_llava
@@ -42,6 +43,20 @@ def test_half_precision_rounds_once(tmp_path):
         assert (tensor.dtype, wide[key].dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(tensor, wide[key].to(torch.bfloat16)), key
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype="auto").dtype == torch.float32
+
+
+def test_a_float32_base_is_merged_in_what_the_adapter_was_trained_in(tmp_path):
+    base = saved(tiny_llama(), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    apply_dora(model, DoRAConfig(rank=2, alpha=3.0, targets=("*.q_proj",)))
+    move_trained(model)
+    save_adapter(model, tmp_path / "adapter", recipe={"base": str(base), "dtype": "bfloat16"})
+    merge_to_folder(read_adapter(tmp_path / "adapter"), base, tmp_path / "merged")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+    assert find_source(ModelRequest(model=str(tmp_path / "merged"))).dtype == "bfloat16"  # asked as it was trained
 
 
 def test_transposed_layers_and_embeddings(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 from transformers.generation.streamers import BaseStreamer
 
+from dora_vl.backbones.base import decoder_of, head_of
 from dora_vl.backbones.families import config_of
 from dora_vl.backbones.frozen_outputs import find_parts, hollowed, inputs_of, model_inputs
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
@@ -306,3 +308,31 @@ def test_a_broken_folder_is_one_line(backbone: DecoderBackbone, tmp_path: Path, 
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="weights are missing" if missing == "weights" else r"model\.base"):
         open_backbone(str(tmp_path))
+
+
+def test_the_layers_and_head_of_a_causal_model_inside_a_model_are_found() -> None:
+    config = Llama4TextConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    assert decoder_of(model) is model.model  # transformers' own answer is the model
+    assert language_targets(model)[0] == "model.layers.*.self_attn.q_proj"
+    ids = torch.randint(1, 40, (2, 7))
+    losses = DecoderBackbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).losses
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(losses.mean(), expected)
+
+    outer = copy.deepcopy(model.model)
+    outer.language_model = model  # as Nemotron's omni model holds a whole causal model
+    outer.get_decoder = lambda: model
+    assert (decoder_of(outer), head_of(outer)) == (model.model, model.lm_head)

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
+from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.model import decoder_of, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from dora_vl.data.batches import Collator, stacked
 from dora_vl.data.samples import IGNORED_LABEL
 from tests.backbones.image_text_talks import (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import PieceProcessor
@@ -13,7 +14,7 @@ from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 from tests.backbones.tiny_language import byte_tokenizer
 
 QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
@@ -63,6 +64,17 @@ def encoder(prompt: str = "nvlabs", train_on: Any = "answer", max_tokens: int = 
     processor = PieceProcessor(byte_tokenizer())
     prompts = prompts_of(processor, "test", prompt, pictures=False, train_on=train_on)
     return Encoder(processor, prompts, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("left", ["", "b"])
+def test_a_tokenizer_that_drops_or_rewrites_letters_is_refused_or_read(left: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", left)
+    if left:
+        assert PieceProcessor(tokenizer).begin_text == tokenizer.bos_token
+        return
+    with pytest.raises(UserError):
+        PieceProcessor(tokenizer)
 
 
 def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:

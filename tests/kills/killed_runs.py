@@ -27,6 +27,8 @@ import datasets  # noqa: F401 - once for every run
 import deepspeed  # noqa: F401
 from safetensors.numpy import load_file
 
+from dora_vl.adapters.files import REMOVING, WRITING
+from dora_vl.files import PREVIOUS, UNFINISHED
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import log_to_stderr
 from dora_vl.run.reading import read_run, read_settings
@@ -48,6 +50,7 @@ LATER = 0.03
 """Seconds after a file operation within which a kill may come."""
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.move")
 REMOVES = ("os.remove", "os.rmdir", "shutil.rmtree")
+LEFTOVERS = (UNFINISHED, PREVIOUS, WRITING, REMOVING)
 OF_TIME = ("train_seconds", "samples_per_second")
 
 
@@ -124,7 +127,7 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
         log = os.open(notes / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        _watch_operations(
+        watch_operations(
             settings.with_suffix(""), notes / f"operations-{rank}", kill if kill and kill.rank == rank else None
         )
         if case.ranks > 1:
@@ -139,7 +142,7 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
         else:
             run(DecoderPipeline(read_run(options)))
 
-    statuses = _statuses([_fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
+    statuses = _statuses([fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
     killed = kill is not None and statuses[kill.rank] == signal.SIGKILL and time.monotonic() - begun < SECONDS
     saves = [
         (rank, number)
@@ -153,7 +156,8 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
     return Ended(killed, error, time.monotonic() - begun, saves)
 
 
-def _fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], None]) -> int:
+    """A process that does it and ends, with status 1 where it fails."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -185,7 +189,7 @@ def _statuses(processes: Sequence[int]) -> list[int]:
     return [statuses[process] for process in processes]
 
 
-def _watch_operations(run_folder: Path, record: Path, kill: Kill | None) -> None:
+def watch_operations(run_folder: Path, record: Path, kill: Kill | None) -> None:
     """Notes the phase of each file operation in the run's folder, and kills this process in one of them."""
     count, file = 0, os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
@@ -204,7 +208,7 @@ def _watch_operations(run_folder: Path, record: Path, kill: Kill | None) -> None
         in_a_tree = event in REMOVES and "/" not in path  # by rmtree, which names what is in a folder it has open
         if not path.startswith(str(run_folder)) and not in_a_tree:
             return
-        saves = event in REMOVES or any(part in path for part in ("checkpoint-", ".writing", "adapter"))
+        saves = event in REMOVES or any(part in path for part in ("checkpoint-", UNFINISHED, "adapter"))
         os.write(file, b"save\n" if saves else b"steps\n")
         count += 1
         if kill is not None and kill.number == count - 1:
@@ -227,7 +231,7 @@ def exactly(reference: Path, folder: Path) -> str:
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (reference, folder))
     if ours.keys() != theirs.keys() or any(ours[name].tobytes() != theirs[name].tobytes() for name in ours):
         return "the adapters differ"
-    left = [path.name for path in folder.iterdir() if "writing" in path.name or "old" in path.name]
+    left = [path.name for path in folder.iterdir() if any(mark in path.name for mark in LEFTOVERS)]
     return f"left behind: {', '.join(left)}" if left else ""
 
 
@@ -275,7 +279,7 @@ class Killer:
         self._folder, self._changes = folder, changes
         self._whole: dict[Case, Ended] = {}
         # In a process of its own, so that this one computes nothing.
-        assert os.waitpid(_fork(lambda: write_material(folder / "material")), 0)[1] == 0
+        assert os.waitpid(fork(lambda: write_material(folder / "material")), 0)[1] == 0
 
     def kill(self, case: Case, draws: Random, *, in_files: bool) -> str:
         """One kill, the resume and the comparison: "" where the run ended as the one that was never killed."""

@@ -44,8 +44,8 @@ def test_the_comparison_sees_the_last_bit_and_what_is_left_behind(tmp_path: Path
     assert exactly(whole, run_folder(tmp_path / "same")) == ""
     assert "log.jsonl" in exactly(whole, run_folder(tmp_path / "loss", loss=1.5000001))
     assert "adapters" in exactly(whole, run_folder(tmp_path / "weight", weight=1.0000001))
-    (tmp_path / "same" / ".writing").mkdir()
-    assert ".writing" in exactly(whole, tmp_path / "same")
+    (tmp_path / "same" / ".a.unfinished-1-b").mkdir()
+    assert ".a.unfinished-1-b" in exactly(whole, tmp_path / "same")
     assert closely(whole, run_folder(tmp_path / "near", loss=1.50005)) == ""
     assert closely(whole, run_folder(tmp_path / "far", loss=1.5002)) != ""
 

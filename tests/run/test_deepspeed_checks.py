@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.files import shipped_folder
@@ -90,3 +93,21 @@ def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError) as error:
         DecoderPipeline(dataclasses.replace(config, training=training)).arguments()
     assert error.value.key == "training.output_dir"
+
+
+def test_what_a_config_does_not_say_of_batches_and_clipping_is_the_sections(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 6}))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.4,
+    )
+    config = HfTrainerDeepSpeedConfig(read_deepspeed(str(own)))
+    config.trainer_config_process(arguments)
+    assert not config.mismatches
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+    assert [config.config[name] for name in names] == [3, 2, 6, 0.4]
+    DeepSpeedConfig(config.config)  # which asserts that a batch is stated

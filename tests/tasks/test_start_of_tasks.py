@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dora_vl import cli
-from dora_vl.errors import UserError
+from dora_vl.errors import SPINS, UserError
 from dora_vl.training import train_command
 from tests.backbones.tiny_image_text import write_tiny
 
@@ -101,3 +101,36 @@ def cpu_seconds(*command: str) -> float:
     in_a_process(*command)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_threads_do_not_spin_but_as_the_user_says() -> None:
+    """OpenMP's library reads it when torch loads it, so no entry may import torch before."""
+    modules = ("dora_vl.cli", *(f"tasks.{name}" for name in TASKS))
+    code = f"""
+import importlib, os, sys
+before = dict(os.environ)
+import dora_vl
+for name in {modules}:
+    importlib.import_module(name)
+assert dict(os.environ) == before and "torch" not in sys.modules
+sys.modules["dora_vl.cli"].main(["--version"])
+print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("KMP_BLOCKTIME"), "torch" in sys.modules)
+"""
+    spins = (SPINS["GOMP_SPINCOUNT"], SPINS["KMP_BLOCKTIME"])
+    for stated, expected in (
+        ({}, spins),
+        ({"GOMP_SPINCOUNT": "7"}, ("7", spins[1])),
+        ({"OMP_WAIT_POLICY": "active"}, (None, None)),
+    ):
+        environment = {name: value for name, value in os.environ.items() if name not in SPINS} | {
+            "PYTHONPATH": str(ROOT)
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | stated,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.splitlines()[-1:] == [f"{expected[0]} {expected[1]} False"], done.stderr
