@@ -9,58 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import filterfalse
 from typing import Literal
 
 from dora_vl.data.example import FIELDS
-from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
-from dora_vl.data.text_file import json_of
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.data.names import (
+    ASKED,
+    CHOICES,
+    JOINED,
+    KNOWN,
+    LABEL,
+    MEDIUM,
+    RATING,
+    ROLES,
+    TEXT,
+    holds_media,
+    is_known,
+    is_nothing,
+    kind_of,
+    losing,
+    nearest_role,
+    parsed,
+    plain_name,
+)
+from dora_vl.errors import UserError, shown, shown_names, shown_text
 
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
 RowKind = Literal["trees", "packed", "plain"]
 """How samples stand in a batch's rows; see `data.rows`."""
-
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "id": ("id", "question_id", "qid", "__key__"),
-    "images": (
-        *("images", "image", "image_path", "img", "picture", "file_name", "filename", "img_path", "image_file"),
-        *("image_url", "photo", *PICTURE_ENDINGS),
-    ),
-    "videos": ("videos", "video"),
-    "system": ("system", "system_prompt"),
-    "question": ("question", "query", "prompt"),
-    "answer": ("answer", "answers", "response", "label", "output"),
-    "choices": ("choices", "options"),
-    "hint": ("hint", "context", "input"),
-    "caption": ("caption", "captions", "text", "txt"),
-    "conversations": ("conversations", "conversation"),
-    "messages": ("messages",),
-    "texts": ("texts",),
-    "prompt": ("prompt",),
-    "completion": ("completion",),
-    "instruction": ("instruction",),
-    "input": ("input", "context"),
-    "output": ("output", "response", "answer"),
-    "scored": ("answer",),
-    "history": ("history",),
-    "turns": ("turns",),
-    "answers": ("answers",),
-    "subtitles": ("subtitles",),
-    "extra": ("extra",),
-}
-"""What a column can be, and the names under which it is known, the first of them before the others."""
-_KNOWN = frozenset(name for names in ROLES.values() for name in names)
-_JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
-    "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
-    "choices": (re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"), re.compile(r"([a-h])")),
-}
-"""Roles that several columns may have together, and how those are called; the group tells their order."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +94,7 @@ class ColumnsError(UserError):
     """
 
     def __init__(self, problem: str, remedy: Columns, otherwise: str = "") -> None:
-        super().__init__(f"{problem}; {remedy.as_settings()}{otherwise}")
+        super().__init__(f"{problem} {remedy.as_settings()} settles it{otherwise}")
         self.remedy = remedy
 
 
@@ -159,8 +139,8 @@ class Columns:
 
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
-            if role not in ROLES and role not in _KNOWN:
-                near = get_close_matches(role, _KNOWN, n=1)
+            if role not in ROLES and role not in KNOWN:
+                near = get_close_matches(role, KNOWN, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(
                     f"data.columns: {shown(column)} cannot be {shown(role)}{hint}; there are {', '.join(ROLES)}"
@@ -224,25 +204,26 @@ class Columns:
     def _is_settled(self, name: str) -> bool:
         """Whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        is_preferred = _kind(name) == RATING and any(_kind(column) == RATING for column in self.roles)
+        is_preferred = kind_of(name) == RATING and any(kind_of(column) == RATING for column in self.roles)
         return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
-        unnamed = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
-        for name, value in [*unnamed.items()]:
-            unnamed |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
-        unnamed = {name: value for name, value in unnamed.items() if name not in self.roles}
-        guesses = {name: role for name, value in unnamed.items() if (role := _nearly(name, value, row))}
-        captions = {name: "question" for name in unnamed if plain_name(name) in ROLES["caption"]}
-        for roles, ask in ((guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)):
+        values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
+        for name, value in [*values.items()]:
+            values |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+        free = [name for name in values if name not in self.roles]
+        guesses = {name: role for name in free if (role := _meant(name, row))}
+        captions = {name: "question" for name in free if plain_name(name) in ROLES["caption"]}
+        trials = [(guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)]
+        has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
+        for roles, ask in trials[:2] if has_null else trials:
             trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
             if (resolved := trial.resolve(row, strict=False)).format is not None:
                 used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
-                lacks = (
-                    f"its columns {shown([*row], 120)} fit no format; did you mean" if used else "it has no question"
-                )
-                raise ColumnsError(lacks, Columns(used, (), ask))
+                meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
+                lacks = meant if used else " have no question;"
+                raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", Columns(used, (), ask))
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         used_names = [name for name in names if name not in self.ignored]
@@ -255,18 +236,29 @@ class Columns:
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
         named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
-        joined = role in _JOINED and bool(named)
+        joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
         free = {name: plain_name(name) for name in names if name not in self.roles}
         alternatives += [
             {name: ""} for usual_name in ROLES[role] for name, plain in free.items() if plain == usual_name
         ]
-        for pattern in _JOINED.get(role, ()):
+        for pattern in JOINED.get(role, ()):
             matches = {name: match[1] for name, plain in free.items() if (match := pattern.fullmatch(plain))}
             together = sorted(matches, key=lambda name: (len(matches[name]), matches[name]))
             if len(together) > 1 or (together and role == "images"):
                 alternatives.append({name: matches[name] if role == "choices" else "" for name in together})
         return alternatives
+
+
+def _meant(path: str, row: Row) -> str | None:
+    """The role that a column of an unknown name probably has."""
+    name = path.rpartition(".")[2]
+    if is_known(name):
+        return None
+    if name == "chosen":
+        beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
+        return next((role for column, role in beside.items() if column in row), "messages")
+    return nearest_role(name) or _EXAMPLES.get(kind_of(name))
 
 
 def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
@@ -276,33 +268,34 @@ def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
     lost = {name: loss for name in left if (loss := losing(name, row[name], unknown=is_caption, has_media=has_media))}
     if not lost or form is None:
         return
-    used = {text.strip() for text in _texts_in(list(fields.values()))}
-    lost = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
-    if lost:
-        remedy = _remedy(lost, resolved.uses, form.name)
-        listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in lost[:4])
-        names = ", ".join(shown_text(path, 30) for path in remedy.roles if path in dict(lost))
-        otherwise = f" says what it is, data.ignore: [{names}] leaves it out" if names else " leaves it out"
-        raise ColumnsError(f"{form.name} would leave out {listed}", remedy, otherwise)
+    used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
+    losses = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
+    if losses:
+        remedy = _remedy(losses, resolved.uses, form.name)
+        listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in losses[:4])
+        others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
+        otherwise = f", or {others.as_settings()}" if others.ignored else ""
+        raise ColumnsError(f"{form.name} would leave out {listed};", remedy, otherwise)
 
 
-def _remedy(lost: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
+def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
     """What would settle columns that are left out, as far as their names and the row's format tell."""
     roles: dict[str, str] = {}
     ignored: list[str] = []
     caption = [column for column, role in uses.items() if role == "caption"]
-    for path, what in lost:
+    for path, what in losses:
         name = plain_name(path.rpartition(".")[2])
-        role = _EXAMPLES.get(what)
         if what == MEDIUM:
             role = "video" if "video" in name else "image"
             roles |= {column: role for column, used_as in uses.items() if used_as == f"{role}s"} | {path: role}
-        elif caption and what in (LABEL, TEXT) and not roles:
+        elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
-            roles |= {path: "answer"} if name not in _KNOWN else {}
-        elif form == "question/answer" and what in (CHOICES, ASKED) and role not in roles.values():
-            roles[path] = _EXAMPLES[what]
-        else:
+            roles |= {} if is_known(name) else {path: "answer"}
+        elif form in ("conversations", "messages") and path == "chosen":
+            roles[path] = "completion"
+        elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
+            roles[path] = "hint"
+        elif not (what == RATING and "completion" in roles.values()):
             ignored.append(path)
     return Columns(roles, tuple(ignored))
 
@@ -326,7 +319,7 @@ def _lifted(row: Row, path: str, *, keep: bool) -> Row:
 
 def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
     """A nested value without what stands under these keys, and that; of lists for each entry."""
-    value = _parsed(value)
+    value = parsed(value)
     if isinstance(value, list):
         pairs = [_without(entry, keys) for entry in value]
         return [rest for rest, _ in pairs], [taken for _, taken in pairs if taken is not None] or None
@@ -338,40 +331,22 @@ def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
     return {**value, keys[0]: rest}, taken
 
 
+EXAMPLE_QUESTION = "What is it?"
+_EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", ASKED: "hint"}
 _LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "history", "prompt", "completion"))
 """Roles that hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
 def _listed(text: str, role: str) -> object:
     """A list that is written as text; any other text as it is."""
-    value = _parsed(text)
+    value = parsed(text)
     if role in ("prompt", "completion"):
         is_talk = isinstance(value, list) and value and isinstance(value[0], dict)
         return value if is_talk else text
     if value is text and role in ("images", "videos") and not text.startswith("data:"):
         paths = re.split(r"\s*[|;,]\s*", text)
-        return paths if len(paths) > 1 and all(map(_holds_media, paths)) else text
+        return paths if len(paths) > 1 and all(map(holds_media, paths)) else text
     return value
-
-
-def _parsed(value: object) -> object:
-    """The list or object that a text writes as JSON; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(UserError):
-            return json_of(value, "a cell")
-    return value
-
-
-def plain_name(name: str) -> str:
-    """A column's name as the table of roles has it: no case, no spaces around it."""
-    if name in _KNOWN:
-        return name
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
-def is_known(name: str) -> bool:
-    """Whether a column's name is one of a role."""
-    return plain_name(name) in _KNOWN
 
 
 def _held(row: Row, columns: Candidate) -> object:
@@ -386,187 +361,6 @@ def _held(row: Row, columns: Candidate) -> object:
         value = row[name]
         values += value if isinstance(value, list) else [value]
     return [value for value in values if not is_nothing(value)]
-
-
-def is_nothing(value: object) -> bool:
-    """Whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
-    if value is None:
-        return True
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, list | dict):
-        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
-    return value == b"" or value != value
-
-
-MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
-    *("a picture or video", "choices", "a label", "a rating"),
-    *("what goes with a question", "nothing that can be trained on here"),
-)
-TEXT, FLAG, NESTED, NOTED = "a second text", "a flag", "a list or object", "a note"
-_WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("image", "img", "picture", "photo", "pic", "video", "frame", "screenshot"), MEDIUM),
-    **dict.fromkeys(("media", "visual", "pixel", "thumbnail", "thumb", "figure", "scan"), MEDIUM),
-    **dict.fromkeys(("choice", "option", "distractor"), CHOICES),
-    **dict.fromkeys(("label", "class", "gold", "correct", "gt", "target", "hateful", "sentiment", "emotion"), LABEL),
-    **dict.fromkeys(("verdict", "truth", "valid", "foil", "toxic", "toxicity", "stance", "entailment"), LABEL),
-    **dict.fromkeys(("rating", "score", "reward", "rank", "chosen", "rejected", "preference", "vote"), RATING),
-    **dict.fromkeys(("weight", "quality", "upvote", "downvote", "helpfulness", "kto"), RATING),
-    **dict.fromkeys(("hint", "context", "passage", "history", "system", "ocr", "lecture"), ASKED),
-    **dict.fromkeys(("audio", "bbox", "boxes", "bboxes", "objects", "tool", "function", "reasoning"), UNREAD),
-    **dict.fromkeys(("thinking", "thought", "kwargs"), UNREAD),
-    **dict.fromkeys(("question", "query", "prompt", "instruction", "answer", "response", "completion"), TEXT),
-    **dict.fromkeys(("reply", "solution", "caption", "text", "description", "rationale", "explanation"), TEXT),
-}
-"""What a column may be by the first or last word of its name."""
-_NOTES = frozenset(
-    (
-        *("id", "uid", "uuid", "guid", "key", "index", "idx", "indices", "no", "nr", "number", "count", "total"),
-        *("length", "len", "size", "width", "height", "area", "ratio", "hash", "md", "sha", "checksum", "digest"),
-        *("license", "licence", "copyright", "attribution", "source", "origin", "provenance", "dataset", "corpus"),
-        *("data", "subset", "collection", "split", "fold", "partition", "shard", "row", "line", "page", "chapter"),
-        *("date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated", "at", "on", "by"),
-        *("author", "creator", "owner", "annotator", "worker", "contributor", "uploader", "publisher"),
-        *("model", "generator", "teacher", "engine", "version", "revision", "commit", "release"),
-        *("language", "lang", "locale", "country", "url", "uri", "link", "website", "site", "domain", "host"),
-        *("type", "kind", "category", "categories", "subcategory", "topic", "subtopic", "subject", "field", "genre"),
-        *("subfield", "task", "skill", "level", "grade", "difficulty", "tag", "keyword", "format", "encoding", "mime"),
-        *("extension", "token", "word", "char", "character", "turn", "round", "duration", "second", "fps"),
-        *("camera", "device", "temperature", "seed", "cost", "latency", "batch", "epoch", "step", "iteration"),
-        *("session", "project", "name", "username", "nickname", "view", "like", "star", "metadata", "meta", "info"),
-    )
-)
-"""Last words of the names of bookkeeping."""
-_COUNTS = frozenset(("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time"))
-"""First words of such names."""
-_PLACES = frozenset(("id", "key", "index", "idx", "number", "no"))
-"""Last words of the names of what says which choice is the answer."""
-_VERDICTS = frozenset(("is", "has", "was", "should", "can"))
-"""First words of the names of flags."""
-_EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", ASKED: "hint"}
-EXAMPLE_QUESTION = "What is it?"
-_NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
-_FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
-_LETTERS = re.compile(r"[^\W\d_]")
-MOST_NOTED = 300
-"""Characters of a text under the name of a note; a longer one may be what is asked or answered."""
-DEEPEST = 16
-
-
-def losing(
-    path: str, value: object, *, unknown: bool = False, has_media: bool = False, depth: int = 0
-) -> tuple[str, str] | None:
-    """What may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
-
-    Args:
-        unknown: whether a name that is none of bookkeeping is enough.
-        has_media: whether the sample has pictures or videos, of which notes may be taken.
-    """
-    value = _parsed(value)
-    if is_nothing(value):
-        return None
-    kind = _kind(path.rpartition(".")[2])
-    if _holds_media(value):
-        return path, MEDIUM
-    if kind == MEDIUM and has_media:
-        kind = _note_of_media(path, value)
-    if isinstance(value, dict) and depth < DEEPEST:
-        inner = (
-            losing(f"{path}.{key}", entry, unknown=unknown, has_media=has_media, depth=depth + 1)
-            for key, entry in value.items()
-        )
-        loss = next(filter(None, inner), None)
-        return loss or (None if kind in ("", NOTED) else (path, kind))
-    if isinstance(value, list) and kind == NOTED and depth < DEEPEST:
-        entries = (losing(path, entry, unknown=unknown, has_media=has_media, depth=depth + 1) for entry in value)
-        return next(filter(None, entries), None)
-    if kind == NOTED:
-        is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
-        return (path, TEXT) if is_text else None
-    what = kind or _by_value(value, unknown)
-    return (path, what) if what else None
-
-
-def _by_value(value: object, unknown: bool) -> str | None:
-    """What a value is whose name says nothing."""
-    if isinstance(value, list | dict):
-        return NESTED
-    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in _FLAGS):
-        return FLAG
-    if isinstance(value, str):
-        is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
-        is_noted = "://" in value or (not unknown and (is_code or not _LETTERS.search(value)))
-        return None if is_noted else TEXT
-    return LABEL if unknown and isinstance(value, int | float) else None
-
-
-def _note_of_media(path: str, value: object) -> str:
-    """What a column is that is named after pictures that stand in another."""
-    last = _NAME_WORDS.findall(path)[-1].lower()
-    if last in _NOTES or last.removesuffix("s") in _NOTES:
-        return NOTED
-    kind = _WORDS.get(last, MEDIUM)
-    return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
-
-
-@lru_cache(maxsize=1 << 12)
-def _kind(name: str) -> str:
-    """What a column is by its name alone; "" where it says nothing."""
-    words = [word.lower() for word in _NAME_WORDS.findall(name)]
-    kinds = [_WORDS.get(word) or _WORDS.get(word.removesuffix("s"), "") for word in words]
-    is_noted = bool(words) and not _NOTES.isdisjoint((words[-1], words[-1].removesuffix("s")))
-    if MEDIUM in kinds:
-        return MEDIUM
-    if any(pattern.fullmatch(plain_name(name)) for pattern in _JOINED["choices"]):
-        return CHOICES
-    kind = next(filter(None, (*kinds[:1], *kinds[-1:])), "")
-    if words[:1] == ["answer"] and words[-1] in _PLACES:
-        return LABEL
-    is_noted = is_noted and kind in ("", TEXT) and words[0] not in _VERDICTS
-    if is_noted or not _COUNTS.isdisjoint(words[:1]) or plain_name(name) in ROLES["id"]:
-        return NOTED
-    return kind or (TEXT if plain_name(name) in _KNOWN and plain_name(name) != "extra" else "")
-
-
-_NEARLY: Mapping[str, tuple[str, ...]] = {
-    "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
-    "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
-    "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
-    "caption": ("description", "alt", "alt_text", "title"),
-}
-"""Names that may mean a role, and are not taken for it."""
-_MEANT = {name: name for name in sorted(_KNOWN)} | {name: role for role, names in _NEARLY.items() for name in names}
-
-
-def _nearly(name: str, value: object, row: Row) -> str | None:
-    """The role that a column of an unknown name may have."""
-    name = plain_name(name.rpartition(".")[2])
-    if name in _KNOWN:
-        return None
-    if name == "chosen":
-        beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
-        return next((role for column, role in beside.items() if column in row), "messages")
-    return _nearest(name) or _EXAMPLES.get(_kind(name))
-
-
-@lru_cache(maxsize=1 << 12)
-def _nearest(name: str) -> str | None:
-    close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
-    return _MEANT[close[0]] if close and (_kind(name) != NOTED or name in _MEANT) else None
-
-
-def _holds_media(value: object) -> bool:
-    """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
-    if isinstance(value, str):
-        value = value.partition("?")[0] if value.startswith("http") else value
-        return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
-    if isinstance(value, list):  # columns of a table hold one kind
-        value = next((entry for entry in value if entry is not None), None)
-        return not isinstance(value, list) and _holds_media(value)
-    if isinstance(value, dict):
-        return bool(value.get("bytes")) or (value.keys() == {"bytes", "path"} and bool(value["path"]))
-    return isinstance(value, bytes | bytearray) and bool(value)
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:

@@ -15,18 +15,7 @@ from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from dora_vl.data.columns import (
-    FORMATS,
-    MEDIUM,
-    USUAL,
-    Columns,
-    ColumnsError,
-    Resolved,
-    Row,
-    is_known,
-    is_nothing,
-    losing,
-)
+from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row
 from dora_vl.data.example import (
     LETTER,
     Answer,
@@ -37,6 +26,7 @@ from dora_vl.data.example import (
     turns_of,
     with_letters,
 )
+from dora_vl.data.names import MEDIUM, UNREAD, is_known, is_nothing, losing
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB, BadSample, UserError, shown, shown_names
@@ -197,9 +187,9 @@ class _Talk:
                 if value in (0, 1) and bool(value) == answers:
                     continue
                 raise UnreadKey(message, f"{path}{key}", "every answer is trained, and nothing else")
-            loss = losing(f"{path}{key}", value, unknown=True)
+            loss = losing(key, value, unknown=True)
             if loss is not None or path:
-                raise UnreadKey(message, *(loss or (f"{path}{key}", "nothing here reads it")))
+                raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
 
     def _part(self, part: object, message: object, path: str, number: int) -> str:
         if isinstance(part, str):
@@ -541,8 +531,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         role = next(by_role, resolved.format.needs[0])
         column = next((name for name, used_as in resolved.uses.items() if used_as == role), role)
         path = f"{column}.{unread.path}"
-        remedy = Columns(ignored=(path,))
-        raise ColumnsError(f"{path!r} would be left out ({unread.what})", remedy, " settles that") from None
+        raise ColumnsError(f"{path!r} would be left out ({unread.what});", Columns(ignored=(path,))) from None
 
 
 class RowReader:
