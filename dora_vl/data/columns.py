@@ -75,9 +75,9 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),
     RowFormat("prompt/completion", ("prompt", "completion"), ("history",)),
-    RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
     RowFormat("records", (), ("question", "turns", "answers", "choices", "subtitles", "extra"), _is_record),
     RowFormat("question/answer", ("question", "answer"), ("choices", "hint", "history")),
+    RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),
 )
@@ -223,15 +223,21 @@ class Columns:
                 used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
                 meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
-                raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", Columns(used, (), ask))
+                remedy = Columns(used, (), ask)
+                try:
+                    Columns({**self.roles, **used}, self.ignored, trial.ask).resolve(row)
+                except ColumnsError as error:
+                    remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
+                raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         used_names = [name for name in names if name not in self.ignored]
         candidates = {role: self._alternatives(role, used_names) for role in ROLES}
-        for form in FORMATS:
-            if all(candidates[role] or (self.ask and role == "question") for role in form.needs):
-                roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
-                yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
+        lacking = [(form, [role for role in form.needs if not candidates[role]]) for form in FORMATS]
+        asked = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
+        for form in (*(form for form, lacks in lacking if not lacks), *asked):
+            roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
+            yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
@@ -254,7 +260,7 @@ def _meant(path: str, row: Row) -> str | None:
     """The role that a column of an unknown name probably has."""
     name = path.rpartition(".")[2]
     if is_known(name):
-        return None
+        return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
         return next((role for column, role in beside.items() if column in row), "messages")
@@ -285,9 +291,10 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
     caption = [column for column, role in uses.items() if role == "caption"]
     for path, what in losses:
         name = plain_name(path.rpartition(".")[2])
-        if what == MEDIUM:
-            role = "video" if "video" in name else "image"
-            roles |= {column: role for column, used_as in uses.items() if used_as == f"{role}s"} | {path: role}
+        role = "video" if "video" in name else "image"
+        of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
+        if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
+            roles |= of_role | {path: role}
         elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
             roles |= {} if is_known(name) else {path: "answer"}

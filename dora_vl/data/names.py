@@ -54,39 +54,26 @@ MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
 )
 TEXT, FLAG, NESTED, NOTED = "a second text", "a flag", "a list or object", "a note"
 _WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("image", "img", "picture", "photo", "pic", "video", "frame", "screenshot"), MEDIUM),
-    **dict.fromkeys(("media", "visual", "pixel", "thumbnail", "thumb", "figure", "scan"), MEDIUM),
-    **dict.fromkeys(("choice", "option", "distractor"), CHOICES),
-    **dict.fromkeys(("label", "class", "gold", "correct", "gt", "target", "hateful", "sentiment", "emotion"), LABEL),
-    **dict.fromkeys(("verdict", "truth", "valid", "foil", "toxic", "toxicity", "stance", "entailment"), LABEL),
-    **dict.fromkeys(("rating", "score", "reward", "rank", "chosen", "rejected", "preference", "vote"), RATING),
-    **dict.fromkeys(("weight", "quality", "upvote", "downvote", "helpfulness", "kto"), RATING),
-    **dict.fromkeys(("hint", "context", "passage", "history", "system", "ocr", "lecture"), ASKED),
-    **dict.fromkeys(("audio", "bbox", "boxes", "bboxes", "objects", "tool", "function", "reasoning"), UNREAD),
-    **dict.fromkeys(("thinking", "thought", "kwargs"), UNREAD),
-    **dict.fromkeys(("question", "query", "prompt", "instruction", "answer", "response", "completion"), TEXT),
-    **dict.fromkeys(("reply", "solution", "caption", "text", "description", "rationale", "explanation"), TEXT),
+    word: kind
+    for kind, words in {
+        MEDIUM: "image img picture photo pic video frame screenshot media visual pixel thumbnail thumb figure scan",
+        CHOICES: "choice option distractor",
+        LABEL: "label class gold correct gt target hateful sentiment emotion verdict truth valid foil toxic toxicity "
+        "stance entailment",
+        RATING: "rating score reward rank chosen rejected preference vote weight quality upvote downvote helpfulness",
+        ASKED: "hint context passage history system ocr lecture",
+        UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
+        TEXT: "question query prompt instruction answer response completion reply solution caption text description "
+        "rationale explanation",
+    }.items()
+    for word in words.split()
 }
 """What a column may be by the first or last word of its name."""
 _NOTES = frozenset(
-    (
-        *("id", "uid", "uuid", "guid", "key", "index", "idx", "indices", "no", "nr", "number", "count", "total"),
-        *("length", "len", "size", "width", "height", "area", "ratio", "hash", "md", "sha", "checksum", "digest"),
-        *("license", "licence", "copyright", "attribution", "source", "origin", "provenance", "dataset", "corpus"),
-        *("data", "subset", "collection", "split", "fold", "partition", "shard", "row", "line", "page", "chapter"),
-        *("date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated", "at", "on", "by"),
-        *("author", "creator", "owner", "annotator", "worker", "contributor", "uploader", "publisher"),
-        *("model", "generator", "teacher", "engine", "version", "revision", "commit", "release"),
-        *("language", "lang", "locale", "country", "url", "uri", "link", "website", "site", "domain", "host"),
-        *("type", "kind", "category", "categories", "subcategory", "topic", "subtopic", "subject", "field", "genre"),
-        *("subfield", "task", "skill", "level", "grade", "difficulty", "tag", "keyword", "format", "encoding", "mime"),
-        *("extension", "token", "word", "char", "character", "turn", "round", "duration", "second", "fps"),
-        *("camera", "device", "temperature", "seed", "cost", "latency", "batch", "epoch", "step", "iteration"),
-        *("session", "project", "name", "username", "nickname", "view", "like", "star", "metadata", "meta", "info"),
-    )
+    ["id", "uid", "uuid", "guid", "key", "index", "idx", "indices", "no", "nr", "number", "count", "total", "length", "len", "size", "width", "height", "area", "ratio", "hash", "md", "sha", "checksum", "digest", "license", "licence", "copyright", "attribution", "source", "origin", "provenance", "dataset", "data", "corpus", "subset", "collection", "split", "fold", "partition", "shard", "row", "line", "page", "chapter", "date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated", "at", "on", "by", "author", "creator", "owner", "annotator", "worker", "contributor", "uploader", "publisher", "photographer", "reviewer", "editor", "operator", "organization", "institution", "model", "generator", "teacher", "engine", "version", "revision", "commit", "release", "language", "lang", "locale", "country", "url", "uri", "link", "website", "site", "domain", "host", "type", "kind", "category", "categories", "subcategory", "topic", "subtopic", "subject", "field", "subfield", "genre", "task", "skill", "level", "grade", "difficulty", "tag", "keyword", "format", "encoding", "mime", "extension", "token", "word", "char", "character", "turn", "round", "duration", "second", "fps", "camera", "device", "temperature", "seed", "cost", "latency", "batch", "epoch", "step", "iteration", "session", "project", "name", "username", "nickname", "view", "like", "star", "metadata", "meta", "info"]
 )
 """Last words of the names of bookkeeping."""
-_COUNTS = frozenset(("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time"))
+_COUNTS = frozenset(["n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time"])
 """First words of such names."""
 _PLACES = frozenset(("id", "key", "index", "idx", "number", "no"))
 """Last words of the names of what says which choice is the answer."""
@@ -158,20 +145,21 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
     if holds_media(value):
         return path, MEDIUM
     name = path.rpartition(".")[2]
-    kind = kind_of(name)
+    kind = "" if len(name) == 1 and name != path else kind_of(name)  # of letters only columns are choices
     if kind == MEDIUM and has_media:
         kind = _note_of_media(name, value)
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
         inner = partial(losing, unknown=unknown, has_media=has_media)
-        losses = (inner(f"{path}.{key}", entry) for key, entry in value.items())
-        return next(filter(None, losses), (path, MEDIUM) if kind == MEDIUM else None)
+        losses = [loss for key, entry in value.items() if (loss := inner(f"{path}.{key}", entry))]
+        several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
+        return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
     if isinstance(value, list) and kind == NOTED:
         losses = (losing(path, entry, unknown=unknown, has_media=has_media) for entry in value)
         return next(filter(None, losses), None)
     if kind == NOTED:
         is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
         return (path, TEXT) if is_text else None
-    if not kind or isinstance(value, bool) or (kind == MEDIUM and isinstance(value, list)):
+    if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
 
@@ -186,7 +174,7 @@ def _by_value(value: object, unknown: bool) -> str:
         is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
         is_noted = "://" in value or (not unknown and (is_code or not _LETTERS.search(value)))
         return "" if is_noted else TEXT
-    return LABEL if unknown and isinstance(value, int | float) else ""
+    return {int: LABEL, float: RATING}.get(type(value), "") if unknown else ""
 
 
 def _note_of_media(name: str, value: object) -> str:
@@ -231,5 +219,6 @@ _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in
 @lru_cache(maxsize=1 << 12)
 def nearest_role(name: str) -> str | None:
     """What a column of an unknown name was probably meant to be."""
-    close = get_close_matches(plain_name(name), _MEANT, n=1, cutoff=0.8)
+    name = plain_name(name)
+    close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
     return _MEANT[close[0]] if close and (kind_of(name) != NOTED or name in _MEANT) else None

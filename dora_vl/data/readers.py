@@ -26,10 +26,11 @@ from dora_vl.data.example import (
     turns_of,
     with_letters,
 )
-from dora_vl.data.names import MEDIUM, UNREAD, is_known, is_nothing, losing
+from dora_vl.data.names import MEDIUM, UNREAD, is_known, is_nothing, losing, plain_name
+from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB, BadSample, UserError, shown, shown_names
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError, shown, shown_names
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -54,8 +55,8 @@ PARTS: Mapping[object, frozenset[str]] = {
 """What a part of each type may hold."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
-TURN_KEYS = OWN_MEDIA | {"role", "content", "from", "value"}
-"""What a turn may hold."""
+TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
+"""What a turn may hold, by the key of its role."""
 ASKING, REPLYING = ("user", "human", "question"), ("assistant", "gpt", "answer")
 """Keys of a round that is one object (The Cauldron's, ms-swift's)."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
@@ -138,8 +139,8 @@ class _Talk:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if self._strict and not TURN_KEYS.issuperset(message):
-            self._refuse_unread(message, message, TURN_KEYS, answers=role == "assistant")
+        if self._strict and not TURN_KEYS[who].issuperset(message):
+            self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
         if OWN_MEDIA.isdisjoint(message):
             return Turn(role, self._content(message, what, number))
         # What is the turn's own is taken before what stands beside the talk; without a place it comes first.
@@ -516,12 +517,14 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
     if resolved.format is None:
         nulls = [name for name, value in fields.items() if value is None and is_known(name)]
         if nulls:
-            raise BadSample(sample_id, f"its {shown_names(nulls)} is null", NO_ANSWER)
+            kind = NO_SAMPLE if plain_name(nulls[0]) in COLUMNS["question"] else NO_ANSWER
+            raise BadSample(sample_id, f"its {shown_names(nulls)} is null", kind)
+        alone = "text alone is not trained on; " if {*map(plain_name, fields)} <= {*COLUMNS["caption"]} else ""
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
             sample_id,
-            f"its keys {shown([*fields], 120)} fit no format ({formats}); data.columns says what a column is, such as "
-            "{headline: question}, data.ask the question of all rows",
+            f"its keys {shown([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a column is, "
+            "such as {headline: question}, data.ask the question of all rows",
         )
     try:
         return read_talk(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
