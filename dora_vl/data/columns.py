@@ -27,7 +27,6 @@ from dora_vl.data.names import (
     ROLES,
     TEXT,
     holds_media,
-    is_known,
     is_nothing,
     kind_of,
     losing,
@@ -259,7 +258,7 @@ class Columns:
 def _meant(path: str, row: Row) -> str | None:
     """The role that a column of an unknown name probably has."""
     name = path.rpartition(".")[2]
-    if is_known(name):
+    if plain_name(name) in KNOWN:
         return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
@@ -297,7 +296,7 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
             roles |= of_role | {path: role}
         elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
-            roles |= {} if is_known(name) else {path: "answer"}
+            roles |= {} if name in KNOWN else {path: "answer"}
         elif form in ("conversations", "messages") and path == "chosen":
             roles[path] = "completion"
         elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import json_of
@@ -65,19 +65,25 @@ _WORDS: Mapping[str, str] = {
         UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
         TEXT: "question query prompt instruction answer response completion reply solution caption text description "
         "rationale explanation",
+        NOTED: "id uid uuid guid key index idx indices no nr number count total length len size width height area "
+        "ratio hash md sha checksum digest license licence copyright attribution source origin provenance "
+        "dataset data corpus subset collection split fold partition shard row line page chapter date time "
+        "timestamp datetime year month day created updated at on by author creator owner annotator worker "
+        "contributor uploader publisher photographer reviewer editor operator organization institution model "
+        "generator teacher engine version revision commit release language lang locale country url uri link "
+        "website site domain host type kind category categories subcategory topic subtopic subject field "
+        "subfield genre task skill level grade difficulty tag keyword format encoding mime extension token word "
+        "char character turn round duration second fps camera device temperature seed cost latency batch epoch "
+        "step iteration session project name username nickname view like star metadata meta info",
     }.items()
     for word in words.split()
 }
-"""What a column may be by the first or last word of its name."""
-_NOTES = frozenset(
-    ["id", "uid", "uuid", "guid", "key", "index", "idx", "indices", "no", "nr", "number", "count", "total", "length", "len", "size", "width", "height", "area", "ratio", "hash", "md", "sha", "checksum", "digest", "license", "licence", "copyright", "attribution", "source", "origin", "provenance", "dataset", "data", "corpus", "subset", "collection", "split", "fold", "partition", "shard", "row", "line", "page", "chapter", "date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated", "at", "on", "by", "author", "creator", "owner", "annotator", "worker", "contributor", "uploader", "publisher", "photographer", "reviewer", "editor", "operator", "organization", "institution", "model", "generator", "teacher", "engine", "version", "revision", "commit", "release", "language", "lang", "locale", "country", "url", "uri", "link", "website", "site", "domain", "host", "type", "kind", "category", "categories", "subcategory", "topic", "subtopic", "subject", "field", "subfield", "genre", "task", "skill", "level", "grade", "difficulty", "tag", "keyword", "format", "encoding", "mime", "extension", "token", "word", "char", "character", "turn", "round", "duration", "second", "fps", "camera", "device", "temperature", "seed", "cost", "latency", "batch", "epoch", "step", "iteration", "session", "project", "name", "username", "nickname", "view", "like", "star", "metadata", "meta", "info"]
-)
-"""Last words of the names of bookkeeping."""
-_COUNTS = frozenset(["n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time"])
+"""What a column may be by the first or last word of its name; a note by the last alone."""
+_COUNTS = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
 """First words of such names."""
-_PLACES = frozenset(("id", "key", "index", "idx", "number", "no"))
+_PLACES = ("id", "key", "index", "idx", "number", "no")
 """Last words of the names of what says which choice is the answer."""
-_VERDICTS = frozenset(("is", "has", "was", "should", "can"))
+_VERDICTS = ("is", "has", "was", "should", "can")
 """First words of the names of flags."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
@@ -85,7 +91,6 @@ _FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
 _LETTERS = re.compile(r"[^\W\d_]")
 MOST_NOTED = 300
 """Characters of a text under the name of a note; a longer one may be what is asked or answered."""
-DEEPEST = 16
 
 
 def plain_name(name: str) -> str:
@@ -95,11 +100,6 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def is_known(name: str) -> bool:
-    """Whether a column's name is one of a role."""
-    return plain_name(name) in KNOWN
-
-
 def is_nothing(value: object) -> bool:
     """Whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
     if value is None:
@@ -107,7 +107,13 @@ def is_nothing(value: object) -> bool:
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, list | dict):
-        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
+        entries = [value]
+        for entry in entries:  # it grows, since values may be nested deeper than functions
+            if isinstance(entry, list | dict):
+                entries += entry.values() if isinstance(entry, dict) else entry
+            elif not is_nothing(entry):
+                return False
+        return True
     return value == b"" or value != value
 
 
@@ -139,6 +145,13 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
+    try:
+        return _loss(path, value, unknown, has_media)
+    except RecursionError:
+        return path, NESTED
+
+
+def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str, str] | None:
     value = parsed(value)
     if is_nothing(value):
         return None
@@ -149,13 +162,12 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
     if kind == MEDIUM and has_media:
         kind = _note_of_media(name, value)
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
-        inner = partial(losing, unknown=unknown, has_media=has_media)
-        losses = [loss for key, entry in value.items() if (loss := inner(f"{path}.{key}", entry))]
+        inner = (_loss(f"{path}.{key}", entry, unknown, has_media) for key, entry in value.items())
+        losses = [loss for loss in inner if loss]
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
     if isinstance(value, list) and kind == NOTED:
-        losses = (losing(path, entry, unknown=unknown, has_media=has_media) for entry in value)
-        return next(filter(None, losses), None)
+        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
         is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
         return (path, TEXT) if is_text else None
@@ -179,28 +191,27 @@ def _by_value(value: object, unknown: bool) -> str:
 
 def _note_of_media(name: str, value: object) -> str:
     """What a column is that is named after pictures that stand in another."""
-    last = _NAME_WORDS.findall(name)[-1].lower()
-    kind = NOTED if _is_note(last) else _WORDS.get(last, MEDIUM)
+    kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
     return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
 
 
-def _is_note(word: str) -> bool:
-    return word in _NOTES or word.removesuffix("s") in _NOTES
+def _kind_of_word(word: str) -> str:
+    return _WORDS.get(word.lower()) or _WORDS.get(word.lower().removesuffix("s"), "")
 
 
 @lru_cache(maxsize=1 << 12)
 def kind_of(name: str) -> str:
     """What a column is by its name alone; "" where it says nothing."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
-    kinds = [_WORDS.get(word) or _WORDS.get(word.removesuffix("s"), "") for word in words]
+    kinds = [*map(_kind_of_word, words)]
     if MEDIUM in kinds:
         return MEDIUM
     if any(pattern.fullmatch(plain_name(name)) for pattern in JOINED["choices"]):
         return CHOICES
     if words[0] == "answer" and words[-1] in _PLACES:
         return LABEL
-    kind = kinds[0] or kinds[-1]
-    is_noted = _is_note(words[-1]) and kind in ("", TEXT) and words[0] not in _VERDICTS
+    kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
+    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and words[0] not in _VERDICTS
     if is_noted or words[0] in _COUNTS or plain_name(name) in ROLES["id"]:
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")

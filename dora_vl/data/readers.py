@@ -26,7 +26,7 @@ from dora_vl.data.example import (
     turns_of,
     with_letters,
 )
-from dora_vl.data.names import MEDIUM, UNREAD, is_known, is_nothing, losing, plain_name
+from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, plain_name
 from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
@@ -515,7 +515,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
     """A row of known columns as the talk that is trained on; raises as `read_row` does."""
     fields = resolved.fields
     if resolved.format is None:
-        nulls = [name for name, value in fields.items() if value is None and is_known(name)]
+        nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
         if nulls:
             kind = NO_SAMPLE if plain_name(nulls[0]) in COLUMNS["question"] else NO_ANSWER
             raise BadSample(sample_id, f"its {shown_names(nulls)} is null", kind)
