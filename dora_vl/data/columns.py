@@ -1,7 +1,8 @@
 """Training files, and what each column of a row is: one table of roles with people's names, and one resolver.
 
 Of each role the first column that holds something is used. Every other column is left out, which is said before the
-first step, and refused where it looks like a part of the sample: nothing that means something is dropped in silence.
+first step. It ends the run where it could change what is learned: its name or its value decides, at every depth, and
+the error says the setting that settles it.
 """
 
 from __future__ import annotations
@@ -9,53 +10,36 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from difflib import get_close_matches
+from functools import cached_property
+from itertools import filterfalse
 from typing import Literal
 
 from dora_vl.data.example import FIELDS
-from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.data.names import (
+    ASKED,
+    CHOICES,
+    JOINED,
+    KNOWN,
+    LABEL,
+    MEDIUM,
+    RATING,
+    ROLES,
+    TEXT,
+    holds_media,
+    is_nothing,
+    kind_of,
+    losing,
+    nearest_role,
+    parsed,
+    plain_name,
+)
+from dora_vl.errors import UserError, shown, shown_names, shown_text
 
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
 RowKind = Literal["trees", "packed", "plain"]
 """How samples stand in a batch's rows; see `data.rows`."""
-
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "id": ("id", "question_id", "qid", "__key__"),
-    "images": (
-        *("images", "image", "image_path", "img", "picture", "file_name", "filename", "img_path", "image_file"),
-        *("image_url", "photo", *PICTURE_ENDINGS),
-    ),
-    "videos": ("videos", "video"),
-    "system": ("system", "system_prompt"),
-    "question": ("question", "query", "prompt"),
-    "answer": ("answer", "answers", "response", "label", "output"),
-    "choices": ("choices", "options"),
-    "hint": ("hint", "context", "input"),
-    "caption": ("caption", "captions", "text", "txt"),
-    "conversations": ("conversations",),
-    "messages": ("messages",),
-    "texts": ("texts",),
-    "prompt": ("prompt",),
-    "completion": ("completion",),
-    "instruction": ("instruction",),
-    "input": ("input",),
-    "output": ("output",),
-    "scored": ("answer",),
-    "history": ("history",),
-    "turns": ("turns",),
-    "answers": ("answers",),
-    "subtitles": ("subtitles",),
-    "extra": ("extra",),
-}
-"""What a column can be, and the names under which it is known, the first of them before the others."""
-_KNOWN = frozenset(name for names in ROLES.values() for name in names)
-_JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
-    "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
-    "choices": (re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"), re.compile(r"([a-h])")),
-}
-"""Roles that several columns may have together, and how those are called; the group tells their order."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +70,31 @@ def _is_record(row: Row) -> bool:
 
 
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("conversations", ("conversations",)),
-    RowFormat("messages", ("messages",)),
+    RowFormat("conversations", ("conversations",), ("completion",)),
+    RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),
     RowFormat("prompt/completion", ("prompt", "completion"), ("history",)),
-    RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
     RowFormat("records", (), ("question", "turns", "answers", "choices", "subtitles", "extra"), _is_record),
     RowFormat("question/answer", ("question", "answer"), ("choices", "hint", "history")),
+    RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),
 )
 """Asked from the top: the first that fits is the row's."""
+ASKED_OF = ("question/answer", "captions")
+"""Formats whose rows may have no question, so that `data.ask` is theirs."""
 
 
 class ColumnsError(UserError):
-    """Columns that mean something would be left out; ends a run, whatever share of bad samples it accepts."""
+    """What could change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
+
+    Attributes:
+        remedy: the settings that settle it, beside those that the run has; the message says them.
+    """
+
+    def __init__(self, problem: str, remedy: Columns, otherwise: str = "") -> None:
+        super().__init__(f"{problem} {remedy.as_settings()} settles it{otherwise}")
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -129,32 +123,45 @@ class _Shape:
 class Columns:
     """The contract of a file's columns.
 
+    A dotted name leads into a column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
+
     Args:
         roles: what `data.columns` says: a known name, such as `image` or `question`, for a column of another name.
-        ignored: what `data.ignore_columns` names.
+        ignored: what `data.ignore` names.
+        ask: what `data.ask` says, the question of rows that have none.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    ask: str = ""
     _shapes: dict[tuple[str, ...], list[_Shape]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
-            if role not in ROLES and role not in _KNOWN:
-                raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; there are {', '.join(ROLES)}")
+            if role not in ROLES and role not in KNOWN:
+                near = get_close_matches(role, KNOWN, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(
+                    f"data.columns: {shown(column)} cannot be {shown(role)}{hint}; there are {', '.join(ROLES)}"
+                )
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """The row's format, and what it holds of each role.
 
         Raises:
-            ColumnsError: a column would be left out that looks like a part of the sample, if that is `strict`.
+            ColumnsError: if that is `strict`, a column would be left out that could change what is learned, or the row
+                lacks what a column of nearly that name may be.
         """
+        for path in self._paths:
+            row = _lifted(row, path, keep=path in self.roles)
         # A null output is an answer that is missing, not another format.
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
         shape = next((shape for shape in self._shapes[names] if shape.format.fits(row)), None)
         if shape is None:
+            if strict:
+                self._refuse_nearly_named(row)
             return Resolved(None, row)
         fields: dict[str, object] = {}
         roles: dict[str, str] = {}
@@ -163,13 +170,16 @@ class Columns:
             if len(alternatives) > 1:
                 filled = (names for names in alternatives if any(not is_nothing(row[name]) for name in names))
                 columns = next(filled, columns)
-            fields[role] = _held(row, columns)
+            value = _held(row, columns)
+            fields[role] = _listed(value, role) if isinstance(value, str) and role in _LISTED else value
             roles |= dict.fromkeys(columns, role)
+        if self.ask and shape.format.name in ASKED_OF and is_nothing(fields.get("question")):
+            fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in shape.names}
+        resolved = Resolved(shape.format, fields, uses)
         if strict and (left := [name for name, role in uses.items() if not role]):
-            has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
-            _refuse_left_out(row, left, shape.format, has_media)
-        return Resolved(shape.format, fields, uses)
+            _refuse_left_out(row, left if not self.roles else [*filterfalse(self._is_settled, left)], resolved)
+        return resolved
 
     def id_of(self, row: Row) -> object:
         """What the row itself says as its id; None where it says nothing."""
@@ -179,24 +189,65 @@ class Columns:
     def _ids(self) -> tuple[str, ...]:
         return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
+    def as_settings(self) -> str:
+        """What a run's YAML says for it."""
+        columns = ", ".join(f"{shown_text(name, 40)}: {role}" for name, role in self.roles.items())
+        ignored = ", ".join(shown_text(name, 40) for name in self.ignored)
+        keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
+        return " and ".join(f"data.{text}" for text, value in keys.items() if value)
+
+    @cached_property
+    def _paths(self) -> tuple[str, ...]:
+        return tuple(name for name in (*self.roles, *self.ignored) if "." in name)
+
+    def _is_settled(self, name: str) -> bool:
+        """Whether `data.columns` says of another column that it is what this one may be."""
+        roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
+        is_preferred = kind_of(name) == RATING and any(kind_of(column) == RATING for column in self.roles)
+        return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
+
+    def _refuse_nearly_named(self, row: Row) -> None:
+        """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
+        values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
+        for name, value in [*values.items()]:
+            values |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+        free = [name for name in values if name not in self.roles]
+        guesses = {name: role for name in free if (role := _meant(name, row))}
+        captions = {name: "question" for name in free if plain_name(name) in ROLES["caption"]}
+        trials = [(guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)]
+        has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
+        for roles, ask in trials[:2] if has_null else trials:
+            trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
+            if (resolved := trial.resolve(row, strict=False)).format is not None:
+                used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
+                meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
+                lacks = meant if used else " have no question;"
+                remedy = Columns(used, (), ask)
+                try:
+                    Columns({**self.roles, **used}, self.ignored, trial.ask).resolve(row)
+                except ColumnsError as error:
+                    remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
+                raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
+
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         used_names = [name for name in names if name not in self.ignored]
         candidates = {role: self._alternatives(role, used_names) for role in ROLES}
-        for form in FORMATS:
-            if all(candidates[role] for role in form.needs):
-                roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
-                yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
+        lacking = [(form, [role for role in form.needs if not candidates[role]]) for form in FORMATS]
+        asked = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
+        for form in (*(form for form, lacks in lacking if not lacks), *asked):
+            roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
+            yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
         named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
-        joined = role in _JOINED and bool(named)
+        joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
         free = {name: plain_name(name) for name in names if name not in self.roles}
         alternatives += [
             {name: ""} for usual_name in ROLES[role] for name, plain in free.items() if plain == usual_name
         ]
-        for pattern in _JOINED.get(role, ()):
+        for pattern in JOINED.get(role, ()):
             matches = {name: match[1] for name, plain in free.items() if (match := pattern.fullmatch(plain))}
             together = sorted(matches, key=lambda name: (len(matches[name]), matches[name]))
             if len(together) > 1 or (together and role == "images"):
@@ -204,27 +255,104 @@ class Columns:
         return alternatives
 
 
-def _refuse_left_out(row: Row, left: Sequence[str], form: RowFormat, has_media: bool) -> None:
-    looks = {
-        name: what
-        for name in left
-        if not is_nothing(row[name]) and (what := _looks_like(name, row[name], has_media)) is not None
-    }
-    if looks:
-        name, what = next(iter(looks.items()))
-        listed = ", ".join(f"{shown(name, 30)} ({what})" for name, what in [*looks.items()][:4])
-        raise ColumnsError(
-            f"{form.name} would leave out {listed}; say in data.columns what it is (such as "
-            f"{{{shown_text(name, 24)}: {_EXAMPLES.get(what, 'question')}}}){_NEXT.get(what, '')}, or name it in "
-            "data.ignore_columns"
-        )
+def _meant(path: str, row: Row) -> str | None:
+    """The role that a column of an unknown name probably has."""
+    name = path.rpartition(".")[2]
+    if plain_name(name) in KNOWN:
+        return None if name == path else name
+    if name == "chosen":
+        beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
+        return next((role for column, role in beside.items() if column in row), "messages")
+    return nearest_role(name) or _EXAMPLES.get(kind_of(name))
 
 
-def plain_name(name: str) -> str:
-    """A column's name as the table of roles has it: no case, no spaces around it."""
-    if name in _KNOWN:
-        return name
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
+    fields, form = resolved.fields, resolved.format
+    has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
+    is_caption = form is not None and form.name == "captions"
+    lost = {name: loss for name in left if (loss := losing(name, row[name], unknown=is_caption, has_media=has_media))}
+    if not lost or form is None:
+        return
+    used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
+    losses = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
+    if losses:
+        remedy = _remedy(losses, resolved.uses, form.name)
+        listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in losses[:4])
+        others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
+        otherwise = f", or {others.as_settings()}" if others.ignored else ""
+        raise ColumnsError(f"{form.name} would leave out {listed};", remedy, otherwise)
+
+
+def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
+    """What would settle columns that are left out, as far as their names and the row's format tell."""
+    roles: dict[str, str] = {}
+    ignored: list[str] = []
+    caption = [column for column, role in uses.items() if role == "caption"]
+    for path, what in losses:
+        name = plain_name(path.rpartition(".")[2])
+        role = "video" if "video" in name else "image"
+        of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
+        if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
+            roles |= of_role | {path: role}
+        elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
+            roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
+            roles |= {} if name in KNOWN else {path: "answer"}
+        elif form in ("conversations", "messages") and path == "chosen":
+            roles[path] = "completion"
+        elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
+            roles[path] = "hint"
+        elif not (what == RATING and "completion" in roles.values()):
+            ignored.append(path)
+    return Columns(roles, tuple(ignored))
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """All texts of a value, at every depth."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _texts_in(inner)
+
+
+def _lifted(row: Row, path: str, *, keep: bool) -> Row:
+    """The row without what stands at a dotted path in one of its columns, which is a column of its own if kept."""
+    column, *keys = path.split(".")
+    if path in row or row.get(column) is None:
+        return row
+    rest, taken = _without(row[column], keys)
+    return {**row, column: rest} | ({path: taken} if keep and taken is not None else {})
+
+
+def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
+    """A nested value without what stands under these keys, and that; of lists for each entry."""
+    value = parsed(value)
+    if isinstance(value, list):
+        pairs = [_without(entry, keys) for entry in value]
+        return [rest for rest, _ in pairs], [taken for _, taken in pairs if taken is not None] or None
+    if not isinstance(value, dict) or keys[0] not in value:
+        return value, None
+    if len(keys) == 1:
+        return {name: inner for name, inner in value.items() if name != keys[0]}, value[keys[0]]
+    rest, taken = _without(value[keys[0]], keys[1:])
+    return {**value, keys[0]: rest}, taken
+
+
+EXAMPLE_QUESTION = "What is it?"
+_EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", ASKED: "hint"}
+_LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "history", "prompt", "completion"))
+"""Roles that hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
+
+
+def _listed(text: str, role: str) -> object:
+    """A list that is written as text; any other text as it is."""
+    value = parsed(text)
+    if role in ("prompt", "completion"):
+        is_talk = isinstance(value, list) and value and isinstance(value[0], dict)
+        return value if is_talk else text
+    if value is text and role in ("images", "videos") and not text.startswith("data:"):
+        paths = re.split(r"\s*[|;,]\s*", text)
+        return paths if len(paths) > 1 and all(map(holds_media, paths)) else text
+    return value
 
 
 def _held(row: Row, columns: Candidate) -> object:
@@ -239,73 +367,6 @@ def _held(row: Row, columns: Candidate) -> object:
         value = row[name]
         values += value if isinstance(value, list) else [value]
     return [value for value in values if not is_nothing(value)]
-
-
-def is_nothing(value: object) -> bool:
-    """Whether a column is empty: null, blank text, an empty list or object, or the NaN that pandas writes for them."""
-    if value is None:
-        return True
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, list):
-        return all(map(is_nothing, value))
-    return value in ({}, b"") or value != value
-
-
-MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
-    *("a picture or video", "choices", "a label", "a rating"),
-    *("what goes with a question", "nothing that can be trained on here"),
-)
-_WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("image", "img", "picture", "photo", "pic", "video", "frame", "screenshot"), MEDIUM),
-    **dict.fromkeys(("choice", "option", "distractor"), CHOICES),
-    **dict.fromkeys(("label", "class", "gold", "correct", "gt", "target"), LABEL),
-    **dict.fromkeys(("rating", "score", "reward", "rank", "chosen", "rejected", "preference", "vote"), RATING),
-    **dict.fromkeys(("hint", "context", "passage", "history", "system"), ASKED),
-    **dict.fromkeys(("audio", "bbox", "boxes", "bboxes", "objects", "tool", "function", "reasoning"), UNREAD),
-}
-"""What a column may be by the first or last word of its name."""
-_NOTES = frozenset(
-    ("id", "index", "idx", "count", "width", "height", "size", "hash", "license", "source", "type", "format", "caption")
-)
-"""Last words of what is noted of pictures that stand in another column."""
-_EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", RATING: "answer", ASKED: "hint"}
-_NEXT = {LABEL: ", and the caption that it judges the question", RATING: ", keep only the rows that are good"}
-_NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
-
-
-def _looks_like(name: str, value: object, has_media: bool) -> str | None:
-    """What a column that is left out looks like, by its value or its name; None for notes."""
-    what = MEDIUM if _holds_media(value) else _named_like(name)
-    if what == MEDIUM and has_media and not _holds_media(value):
-        about = _NAME_WORDS.findall(name)[-1].lower() in _NOTES or isinstance(value, int | float)
-        return None if about else what
-    return what
-
-
-@lru_cache(maxsize=1 << 12)
-def _named_like(name: str) -> str | None:
-    """What a column looks like by its name alone."""
-    words = [word.lower() for word in _NAME_WORDS.findall(name)]
-    kinds = [_WORDS.get(word) or _WORDS.get(word.removesuffix("s")) for word in words]
-    if MEDIUM in kinds:
-        return MEDIUM
-    if any(pattern.fullmatch(plain_name(name)) for pattern in _JOINED["choices"]):
-        return CHOICES
-    return next(filter(None, (*kinds[:1], *kinds[-1:])), None)
-
-
-def _holds_media(value: object) -> bool:
-    """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
-    if isinstance(value, str):
-        return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
-    if isinstance(value, list):  # columns of a table hold one kind
-        value = next((entry for entry in value if entry is not None), None)
-        return not isinstance(value, list) and _holds_media(value)
-    if isinstance(value, dict):
-        return bool(value.get("bytes")) or (value.keys() == {"bytes", "path"} and bool(value["path"]))
-    return isinstance(value, bytes | bytearray) and bool(value)
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:

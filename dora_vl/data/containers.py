@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dora_vl.data.columns import ROLES, plain_name
+from dora_vl.data.names import ROLES, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,

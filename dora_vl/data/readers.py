@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row, is_nothing
+from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row
 from dora_vl.data.example import (
     LETTER,
     Answer,
@@ -26,9 +26,11 @@ from dora_vl.data.example import (
     turns_of,
     with_letters,
 )
+from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, plain_name
+from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
-from dora_vl.errors import EMPTY_ANSWER, ON_THE_WEB, BadSample, UserError, shown
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError, shown, shown_names
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -44,20 +46,42 @@ PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 VIDEO_PAYLOADS = ("path", "video", "url", "video_url")
-MARKS = ("loss", "weight")
-"""How ms-swift and OpenAI's files say of an answer whether it is trained."""
-NOT_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
-"""What a turn may hold beside its words, and no template here writes."""
+CLIP_TIMES = (("start_seconds", "video_start"), ("end_seconds", "video_end"))
+PARTS: Mapping[object, frozenset[str]] = {
+    **dict.fromkeys(TEXT_PARTS, frozenset(("type", "text", "image", "image_url", "url", "path"))),
+    **dict.fromkeys(PICTURE_PARTS, frozenset(("type", "index", *PAYLOADS))),
+    **dict.fromkeys(VIDEO_PARTS, frozenset(("type", *VIDEO_PAYLOADS, *CLIP_TIMES[0], *CLIP_TIMES[1]))),
+}
+"""What a part of each type may hold."""
+OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
+OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
+TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
+"""What a turn may hold, by the key of its role."""
+ASKING, REPLYING = ("user", "human", "question"), ("assistant", "gpt", "answer")
+"""Keys of a round that is one object (The Cauldron's, ms-swift's)."""
+TRAINED = ("train", "train_on_turn", "loss", "weight")
+"""Marks that say of a turn whether it is trained. Every answer is and nothing else, so only that may be said."""
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
 """A picture that its text names (Qwen), and places of ms-swift's for what stands in other columns."""
 
 
-def read_talk(messages: Sequence[object], row: Row, sample_id: str) -> Example:
+class UnreadKey(Exception):
+    """A message holds what nothing reads and what could change what is learned: `path` leads there from the message."""
+
+    def __init__(self, message: object, path: str, what: str) -> None:
+        super().__init__(path)
+        self.message, self.path, self.what = message, path, what
+
+
+def read_talk(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
     """The talk of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
+
+    Raises:
+        UnreadKey: if that is `strict`.
     """
-    talk = _Talk(row, sample_id)
+    talk = _Talk(row, sample_id, strict)
     turns = [talk.turn(message, number) for number, message in enumerate(messages, 1)]
     if not is_nothing(row.get("system")):
         system = Turn("system", _text(row["system"], "system", sample_id))
@@ -79,14 +103,15 @@ def read_talk(messages: Sequence[object], row: Row, sample_id: str) -> Example:
 
 def read_conversations(row: Row, sample_id: str) -> Example:
     """The talk of a row in LLaVA's form, whatever else it holds."""
-    return read_talk(_messages(row, sample_id, "conversations"), row, sample_id)
+    return read_talk(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
 
 
 class _Talk:
     """Reads one row's messages; its pictures and videos come out in the order of their places."""
 
-    def __init__(self, row: Row, sample_id: str) -> None:
+    def __init__(self, row: Row, sample_id: str, strict: bool) -> None:
         self._id = sample_id
+        self._strict = strict
         self.image_bytes: dict[str, bytes] = {}
         self._beside = [self._picture(value, "images") for value in _listed(row.get("images"))]
         self._left = list(range(len(self._beside)))
@@ -114,51 +139,95 @@ class _Talk:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if len(message) > 2:
-            self._refuse_lost(message, role, number)
+        if self._strict and not TURN_KEYS[who].issuperset(message):
+            self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
+        if OWN_MEDIA.isdisjoint(message):
+            return Turn(role, self._content(message, what, number))
+        # What is the turn's own is taken before what stands beside the talk; without a place it comes first.
+        pictures, clips = len(self._images), len(self.clips)
+        own = [len(self._beside) + index for index in range(len(_own(message, OWN_PICTURES)))]
+        own_clips = [_read_clip(value, "videos", self._id) for value in _own(message, OWN_VIDEOS)]
+        self._beside += [self._picture(value, "images") for value in _own(message, OWN_PICTURES)]
+        self._left[:0], self.clips_left[:0] = own, own_clips
+        text = self._content(message, what, number)
+        if self._left[: len(own)] == own:
+            text = f"{IMAGE_PLACEHOLDER}\n" * len(own) + text
+            self._images[pictures:pictures] = [self._beside[index] for index in own]
+            del self._left[: len(own)]
+        if len(self.clips) == clips:
+            text = f"{VIDEO_PLACEHOLDER}\n" * len(own_clips) + text
+            self.clips += own_clips
+            del self.clips_left[: len(own_clips)]
+        if not {*own}.isdisjoint(self._left) or len(self.clips) < clips + len(own_clips):
+            count = len(own) + len(own_clips)
+            raise BadSample(self._id, f"turn {number} has {count} pictures and videos, and fewer places in its text")
+        return Turn(role, text)
+
+    def _content(self, message: Mapping[str, object], what: str, number: int) -> str:
         content = message.get(what)
         if isinstance(content, str):
-            return Turn(role, self._words(content))
+            return self._words(content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
             raise BadSample(self._id, f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
-        return Turn(role, "".join(self._part(part, number) for part in content))
+        return "".join(self._part(part, message, f"{what}.", number) for part in content)
 
-    def _refuse_lost(self, message: Mapping[str, object], role: Role, number: int) -> None:
-        """Refuses what would be lost of a turn: what it holds beside its words, and a mark that it is not trained."""
-        unsaid = next((name for name in NOT_SAID if not is_nothing(message.get(name))), None)
-        if unsaid is not None:
-            reason = "which would not be trained; write it into the answer's text, or leave out the row"
-            raise BadSample(self._id, f"turn {number} has {unsaid!r}, {reason}")
-        for name in MARKS if role == "assistant" else ():
-            mark = message.get(name)
-            if not isinstance(mark, int | float) or mark != mark:  # what pandas writes for nothing
+    def _refuse_unread(
+        self,
+        message: object,
+        fields: Mapping[str, object],
+        read: Collection[str],
+        path: str = "",
+        *,
+        answers: bool = False,
+    ) -> None:
+        """Refuses what a message, or a part of it, holds besides what is read, bookkeeping, and what says the usual."""
+        for key, value in fields.items():
+            if key in read or is_nothing(value) or (key, value) == ("detail", "auto"):
                 continue
-            if mark == 0 if name == "loss" else mark != 1:
-                reason = "but every answer is trained; leave out the mark, or the row"
-                raise BadSample(self._id, f"turn {number} has {name!r} {shown(mark)}, {reason}")
+            if key in TRAINED:
+                if value in (0, 1) and bool(value) == answers:
+                    continue
+                raise UnreadKey(message, f"{path}{key}", "every answer is trained, and nothing else")
+            loss = losing(key, value, unknown=True)
+            if loss is not None or path:
+                raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
 
-    def _part(self, part: object, number: int) -> str:
+    def _part(self, part: object, message: object, path: str, number: int) -> str:
         if isinstance(part, str):
             return self._words(part)
         fields = part if isinstance(part, Mapping) else {}
         kind, text = fields.get("type"), fields.get("text")
-        if kind in TEXT_PARTS and isinstance(text, str):
-            return self._words(text)
-        if kind in PICTURE_PARTS:
-            payload = next((value for key in PAYLOADS if (value := fields.get(key)) is not None), None)
-            if payload is None and fields.get("index") is None:
-                return self._words(IMAGE_PLACEHOLDER)
-            if payload is None:
-                self._take(fields["index"], number)
-            else:
-                self._images.append(self._picture(payload, f"part of turn {number}"))
-            return IMAGE_PLACEHOLDER
+        if kind is None:
+            kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
+        if not isinstance(kind, str) or kind not in PARTS:
+            raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
+        if self._strict and not PARTS[kind].issuperset(fields):
+            self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
                 return self._words(VIDEO_PLACEHOLDER)
             self.clips.append(_read_clip(fields, f"part of turn {number}", self._id))
             return VIDEO_PLACEHOLDER
-        raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
+        picture = self._payload(fields, message, path, number)
+        if kind in TEXT_PARTS:
+            if not isinstance(text, str):
+                raise BadSample(self._id, f"turn {number} has a part of text without text: {shown(part)}")
+            return picture + self._words(text)
+        if not picture and (index := fields.get("index")) is not None:
+            self._take(index, number)
+            return IMAGE_PLACEHOLDER
+        return picture or self._words(IMAGE_PLACEHOLDER)
+
+    def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
+        """The place of the picture that a part holds; nothing where it holds none."""
+        payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
+        for key, value in payloads.items():
+            if self._strict and isinstance(value, Mapping):
+                self._refuse_unread(message, value, ("url", "path", "bytes"), f"{path}{key}.")
+        if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
+            raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
+        self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
+        return IMAGE_PLACEHOLDER if payloads else ""
 
     def _words(self, text: str) -> str:
         """The text, `<image>` for pictures that it names in tags; those beside take the places it has, in order."""
@@ -190,6 +259,11 @@ class _Talk:
         return picture_name(value, key, self._id, self.image_bytes)
 
 
+def _own(message: Mapping[str, object], names: Sequence[str]) -> list[object]:
+    """The pictures or videos that a message itself names."""
+    return [value for name in names for value in _listed(message.get(name))]
+
+
 def _listed(value: object) -> Sequence[object]:
     """What a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
     if value is None or value in ("", b"", []) or value != value:
@@ -201,7 +275,7 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
     """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
-        for index, names in enumerate((("start_seconds", "video_start"), ("end_seconds", "video_end"))):
+        for index, names in enumerate(CLIP_TIMES):
             name = next((name for name in names if value.get(name) is not None), None)
             seconds = None if name is None else value[name]
             with suppress(OverflowError):  # a whole number beyond every float
@@ -222,14 +296,29 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
 
 
 def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
-    """A column that must be a list."""
+    """A column that must be a list of turns, or of rounds, each an object of a question and its answer."""
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
-    return messages
+    if key in ("conversations", "messages") and not is_nothing(reply := row.get("completion")):
+        messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
+    first = messages[0]
+    if not isinstance(first, Mapping) or "role" in first or "from" in first:
+        return messages
+    turns: list[object] = []
+    for number, entry in enumerate(messages, 1):
+        fields = entry if isinstance(entry, Mapping) else {}
+        asking, replying = ([key for key in keys if key in fields] for keys in (ASKING, REPLYING))
+        if len(asking) != 1 or len(replying) != 1:
+            known = "role and content, or the user's and the assistant's words"
+            raise BadSample(sample_id, f"entry {number} of {key!r} must hold {known}, got {shown(entry)}")
+        more = {name: value for name, value in fields.items() if name not in (*asking, *replying)}
+        question, answer = _round(fields[asking[0]], fields[replying[0]])
+        turns += [{**more, **question}, answer]
+    return turns
 
 
-def _round(question: object, answer: object) -> list[object]:
+def _round(question: object, answer: object) -> list[dict[str, object]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -253,25 +342,13 @@ def _prompt_completion(row: Row, sample_id: str) -> list[object]:
     return messages
 
 
-def _texts(row: Row, sample_id: str) -> list[object]:
-    """`texts`, a list of `user` and `assistant` (The Cauldron)."""
-    messages: list[object] = []
-    for number, entry in enumerate(_messages(row, sample_id, "texts"), 1):
-        if not isinstance(entry, Mapping):
-            raise BadSample(sample_id, f"entry {number} of 'texts' must hold user and assistant, got {shown(entry)}")
-        messages += _round(entry.get("user"), entry.get("assistant"))
-    return messages
-
-
-def _instructions(row: Row, sample_id: str) -> list[Turn]:
+def _instructions(row: Row, sample_id: str) -> list[object]:
     """`instruction`, `input`, `output` (Alpaca, LLaMA-Factory)."""
     instruction, added, output = (_text(row.get(name), name, sample_id) for name in ("instruction", "input", "output"))
     if not output.strip():
         raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
-    if not is_nothing(row.get("history")):
-        raise BadSample(sample_id, "it has a 'history' of earlier rounds; write the whole talk as 'messages'")
     question = f"{instruction}\n{added}" if instruction and added else instruction or added
-    return [Turn("user", question, len(added)), Turn("assistant", output)]
+    return [*_earlier_rounds(row, sample_id), Turn("user", question, len(added)), Turn("assistant", output)]
 
 
 def _question_answer(row: Row, sample_id: str) -> list[object]:
@@ -327,6 +404,9 @@ def _written_choices(
     """
     if any(not choice.strip() for choice in choices) or len(choices) > len(ascii_uppercase):
         raise BadSample(sample_id, f"its {len(choices)} choices must be text, at most {len(ascii_uppercase)} of them")
+    lettered = _LETTERED.fullmatch(str(answer).strip())
+    if lettered and lettered[2].strip() in (choice.strip() for choice in choices):
+        answer = lettered[2]
     names, label = [label.casefold() for label in labels], str(answer).strip(" ().:").casefold()
     in_order = names == list(ascii_lowercase[: len(names)])  # of none too
     if label in names and not in_order:
@@ -356,7 +436,15 @@ def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
     if not isinstance(value, list | tuple) or not isinstance(labels, list) or len(labels) not in (0, len(value)):
         raise BadSample(sample_id, f"its choices must be a list of text, got {shown(value)}")
     texts = [_text(text, "choices", sample_id) for text in value]
+    lettered = [_LETTERED.fullmatch(text.strip()) for text in texts]
+    letters = [match[1].casefold() for match in lettered if match]
+    if not labels and len(texts) > 1 and letters == list(ascii_lowercase[: len(texts)]):
+        labels, texts = letters, [match[2] for match in lettered if match]
     return [_text(label, "choices", sample_id) for label in labels], texts
+
+
+_LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
+"""A choice with its letter, such as `A. cat`."""
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
@@ -395,12 +483,12 @@ def _text(value: object, name: str, sample_id: str) -> str:
 MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "conversations": partial(_messages, key="conversations"),
     "messages": partial(_messages, key="messages"),
-    "texts": _texts,
+    "texts": partial(_messages, key="texts"),
     "prompt/completion": _prompt_completion,
     "instructions": _instructions,
     "records": _record,
     "question/answer": _question_answer,
-    "captions": lambda row, sample_id: _round("", _answer(row["caption"], sample_id, "caption")),
+    "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
 }
 """What makes messages of a row's fields, by its format."""
 
@@ -425,15 +513,28 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
     """A row of known columns as the talk that is trained on; raises as `read_row` does."""
+    fields = resolved.fields
     if resolved.format is None:
+        nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
+        if nulls:
+            kind = NO_SAMPLE if plain_name(nulls[0]) in COLUMNS["question"] else NO_ANSWER
+            raise BadSample(sample_id, f"its {shown_names(nulls)} is null", kind)
+        alone = "text alone is not trained on; " if {*map(plain_name, fields)} <= {*COLUMNS["caption"]} else ""
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
             sample_id,
-            f"its keys {shown([*resolved.fields], 120)} fit no format ({formats}); data.columns says what a column is, "
-            "such as {headline: question}",
+            f"its keys {shown([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a column is, "
+            "such as {headline: question}, data.ask the question of all rows",
         )
-    fields = resolved.fields
-    return read_talk(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+    try:
+        return read_talk(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+    except UnreadKey as unread:
+        held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}
+        by_role = (role for role, entries in held.items() if any(entry is unread.message for entry in entries))
+        role = next(by_role, resolved.format.needs[0])
+        column = next((name for name, used_as in resolved.uses.items() if used_as == role), role)
+        path = f"{column}.{unread.path}"
+        raise ColumnsError(f"{path!r} would be left out ({unread.what});", Columns(ignored=(path,))) from None
 
 
 class RowReader:
@@ -470,6 +571,8 @@ class RowReader:
                 raise UserError(f"{self._name}: rows of mixed formats, first of each {firsts}; write one file a format")
         try:
             return read_fields(resolved, sample_id)
+        except ColumnsError as error:
+            raise UserError(f"{self._name}, {row}: {error}") from None
         except BadSample as error:  # anew, since a traceback keeps all that was read alive
             # Halves of surrogate pairs, which no file can hold, are spelled out.
             name, reason = (

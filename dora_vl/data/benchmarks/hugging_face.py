@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Row, Split, soft_answers
-from dora_vl.data.columns import ROLES
 from dora_vl.data.containers import by_split, class_names, counted, meaning, of_the_set, with_class_names
 from dora_vl.data.example import JSON, Answer, Example, correct_choice, listed_choices
+from dora_vl.data.names import ROLES
 from dora_vl.data.pictures import save_picture
 from dora_vl.data.readers import read_conversations
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text

@@ -108,7 +108,7 @@ def test_pictures_in_base64_and_paths_of_windows() -> None:
 def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], value: object) -> None:
     with pytest.raises(UserError):
         RowReader("a").read({**row, "thumb": value}, 0)
-    for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.", [1.5]):
+    for nothing in (None, b"", [], {"bytes": None, "path": None}, [None, {}]):
         assert read_row({**row, "thumb": nothing, "id": b"1"}).turns == read_row(row).turns
 
 

@@ -1,0 +1,235 @@
+"""What columns and keys are called: names of roles, names of bookkeeping, and what any other may be by its value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import lru_cache
+
+from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
+from dora_vl.data.text_file import json_of
+from dora_vl.errors import UserError
+
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "id": ("id", "question_id", "qid", "__key__"),
+    "images": (
+        *("images", "image", "image_path", "img", "picture", "file_name", "filename", "img_path", "image_file"),
+        *("image_url", "photo", *PICTURE_ENDINGS),
+    ),
+    "videos": ("videos", "video"),
+    "system": ("system", "system_prompt"),
+    "question": ("question", "query", "prompt"),
+    "answer": ("answer", "answers", "response", "label", "output"),
+    "choices": ("choices", "options"),
+    "hint": ("hint", "context", "input"),
+    "caption": ("caption", "captions", "text", "txt"),
+    "conversations": ("conversations", "conversation"),
+    "messages": ("messages",),
+    "texts": ("texts",),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer"),
+    "scored": ("answer",),
+    "history": ("history",),
+    "turns": ("turns",),
+    "answers": ("answers",),
+    "subtitles": ("subtitles",),
+    "extra": ("extra",),
+}
+"""What a column can be, and the names under which it is known, the first of them before the others."""
+KNOWN = frozenset(name for names in ROLES.values() for name in names)
+JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
+    "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
+    "choices": (re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"), re.compile(r"([a-h])")),
+}
+"""Roles that several columns may have together, and how those are called; the group tells their order."""
+
+MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
+    *("a picture or video", "choices", "a label", "a rating"),
+    *("what goes with a question", "nothing that can be trained on here"),
+)
+TEXT, FLAG, NESTED, NOTED = "a second text", "a flag", "a list or object", "a note"
+_WORDS: Mapping[str, str] = {
+    word: kind
+    for kind, words in {
+        MEDIUM: "image img picture photo pic video frame screenshot media visual pixel thumbnail thumb figure scan",
+        CHOICES: "choice option distractor",
+        LABEL: "label class gold correct gt target hateful sentiment emotion verdict truth valid foil toxic toxicity "
+        "stance entailment",
+        RATING: "rating score reward rank chosen rejected preference vote weight quality upvote downvote helpfulness",
+        ASKED: "hint context passage history system ocr lecture",
+        UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
+        TEXT: "question query prompt instruction answer response completion reply solution caption text description "
+        "rationale explanation",
+        NOTED: "id uid uuid guid key index idx indices no nr number count total length len size width height area "
+        "ratio hash md sha checksum digest license licence copyright attribution source origin provenance "
+        "dataset data corpus subset collection split fold partition shard row line page chapter date time "
+        "timestamp datetime year month day created updated at on by author creator owner annotator worker "
+        "contributor uploader publisher photographer reviewer editor operator organization institution model "
+        "generator teacher engine version revision commit release language lang locale country url uri link "
+        "website site domain host type kind category categories subcategory topic subtopic subject field "
+        "subfield genre task skill level grade difficulty tag keyword format encoding mime extension token word "
+        "char character turn round duration second fps camera device temperature seed cost latency batch epoch "
+        "step iteration session project name username nickname view like star metadata meta info",
+    }.items()
+    for word in words.split()
+}
+"""What a column may be by the first or last word of its name; a note by the last alone."""
+_COUNTS = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
+"""First words of such names."""
+_PLACES = ("id", "key", "index", "idx", "number", "no")
+"""Last words of the names of what says which choice is the answer."""
+_VERDICTS = ("is", "has", "was", "should", "can")
+"""First words of the names of flags."""
+_NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
+_FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
+_LETTERS = re.compile(r"[^\W\d_]")
+MOST_NOTED = 300
+"""Characters of a text under the name of a note; a longer one may be what is asked or answered."""
+
+
+def plain_name(name: str) -> str:
+    """A column's name as the table of roles has it: no case, no spaces around it."""
+    if name in KNOWN:
+        return name
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, list | dict):
+        entries = [value]
+        for entry in entries:  # it grows, since values may be nested deeper than functions
+            if isinstance(entry, list | dict):
+                entries += entry.values() if isinstance(entry, dict) else entry
+            elif not is_nothing(entry):
+                return False
+        return True
+    return value == b"" or value != value
+
+
+def parsed(value: object) -> object:
+    """The list or object that a text writes as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(UserError):
+            return json_of(value, "a cell")
+    return value
+
+
+def holds_media(value: object) -> bool:
+    """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
+    if isinstance(value, str):
+        value = value.partition("?")[0] if value.startswith("http") else value
+        return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
+    if isinstance(value, list):  # columns of a table hold one kind
+        value = next((entry for entry in value if entry is not None), None)
+        return not isinstance(value, list) and holds_media(value)
+    if isinstance(value, dict):
+        return bool(value.get("bytes")) or (value.keys() == {"bytes", "path"} and bool(value["path"]))
+    return isinstance(value, bytes | bytearray) and bool(value)
+
+
+def losing(path: str, value: object, *, unknown: bool = False, has_media: bool = False) -> tuple[str, str] | None:
+    """What may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
+
+    Args:
+        unknown: whether a name that is not one of bookkeeping is enough.
+        has_media: whether the sample has pictures or videos, of which this may be a note.
+    """
+    try:
+        return _loss(path, value, unknown, has_media)
+    except RecursionError:
+        return path, NESTED
+
+
+def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str, str] | None:
+    value = parsed(value)
+    if is_nothing(value):
+        return None
+    if holds_media(value):
+        return path, MEDIUM
+    name = path.rpartition(".")[2]
+    kind = "" if len(name) == 1 and name != path else kind_of(name)  # of letters only columns are choices
+    if kind == MEDIUM and has_media:
+        kind = _note_of_media(name, value)
+    if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
+        inner = (_loss(f"{path}.{key}", entry, unknown, has_media) for key, entry in value.items())
+        losses = [loss for loss in inner if loss]
+        several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
+        return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
+    if isinstance(value, list) and kind == NOTED:
+        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
+    if kind == NOTED:
+        is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
+        return (path, TEXT) if is_text else None
+    if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
+        kind = _by_value(value, unknown)
+    return (path, kind) if kind else None
+
+
+def _by_value(value: object, unknown: bool) -> str:
+    """What a value is whose name says nothing; "" for what is noted."""
+    if isinstance(value, list | dict):
+        return NESTED
+    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in _FLAGS):
+        return FLAG
+    if isinstance(value, str):
+        is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
+        is_noted = "://" in value or (not unknown and (is_code or not _LETTERS.search(value)))
+        return "" if is_noted else TEXT
+    return {int: LABEL, float: RATING}.get(type(value), "") if unknown else ""
+
+
+def _note_of_media(name: str, value: object) -> str:
+    """What a column is that is named after pictures that stand in another."""
+    kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
+    return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
+
+
+def _kind_of_word(word: str) -> str:
+    return _WORDS.get(word.lower()) or _WORDS.get(word.lower().removesuffix("s"), "")
+
+
+@lru_cache(maxsize=1 << 12)
+def kind_of(name: str) -> str:
+    """What a column is by its name alone; "" where it says nothing."""
+    words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
+    kinds = [*map(_kind_of_word, words)]
+    if MEDIUM in kinds:
+        return MEDIUM
+    if any(pattern.fullmatch(plain_name(name)) for pattern in JOINED["choices"]):
+        return CHOICES
+    if words[0] == "answer" and words[-1] in _PLACES:
+        return LABEL
+    kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
+    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and words[0] not in _VERDICTS
+    if is_noted or words[0] in _COUNTS or plain_name(name) in ROLES["id"]:
+        return NOTED
+    return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
+
+
+NEARLY: Mapping[str, tuple[str, ...]] = {
+    "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
+    "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
+    "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
+    "caption": ("description", "alt", "alt_text", "title"),
+}
+"""Names that may mean a role, and are not taken for it."""
+_MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in NEARLY.items() for name in names}
+
+
+@lru_cache(maxsize=1 << 12)
+def nearest_role(name: str) -> str | None:
+    """What a column of an unknown name was probably meant to be."""
+    name = plain_name(name)
+    close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
+    return _MEANT[close[0]] if close and (kind_of(name) != NOTED or name in _MEANT) else None
