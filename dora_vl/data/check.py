@@ -262,9 +262,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """The options that say what columns are, as `data.columns` and `data.ignore_columns` do."""
+    """The options that say what columns are, as `data.columns`, `data.ignore` and `data.ask` do."""
     parser.add_argument("--columns", metavar="COLUMN=ROLE,...", default="", help="such as photo_file=image")
-    parser.add_argument("--ignore-columns", metavar="COLUMN,...", default="", help="columns to be left out")
+    parser.add_argument("--ignore", metavar="COLUMN,...", default="", help="columns to be left out")
+    parser.add_argument("--ask", metavar="QUESTION", default="", help="the question of every row that has none")
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
@@ -273,7 +274,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
     roles = {column: role for column, _, role in pairs}
-    return Columns(roles, tuple(filter(None, arguments.ignore_columns.split(","))))
+    return Columns(roles, tuple(filter(None, arguments.ignore.split(","))), arguments.ask)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -317,7 +318,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         return
     yield from table(findings)
     if any(finding.problem == LEFT_OUT for _, finding in findings):
-        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
+        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore COLUMN,... leaves them out"
     yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
 

@@ -97,6 +97,8 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("captions", ("caption", "videos")),
 )
 """Asked from the top: the first that fits is the row's."""
+ASKED_OF = ("question/answer", "captions")
+"""Formats whose rows may have no question, so that `data.ask` is theirs."""
 
 
 class ColumnsError(UserError):
@@ -131,11 +133,13 @@ class Columns:
 
     Args:
         roles: what `data.columns` says: a known name, such as `image` or `question`, for a column of another name.
-        ignored: what `data.ignore_columns` names.
+        ignored: what `data.ignore` names.
+        ask: what `data.ask` says, the question of rows that have none.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    ask: str = ""
     _shapes: dict[tuple[str, ...], list[_Shape]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +169,8 @@ class Columns:
                 columns = next(filled, columns)
             fields[role] = _held(row, columns)
             roles |= dict.fromkeys(columns, role)
+        if self.ask and shape.format.name in ASKED_OF and is_nothing(fields.get("question")):
+            fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in shape.names}
         if strict and (left := [name for name, role in uses.items() if not role]):
             has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
@@ -183,7 +189,7 @@ class Columns:
         used_names = [name for name in names if name not in self.ignored]
         candidates = {role: self._alternatives(role, used_names) for role in ROLES}
         for form in FORMATS:
-            if all(candidates[role] for role in form.needs):
+            if all(candidates[role] or (self.ask and role == "question") for role in form.needs):
                 roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
                 yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 
@@ -216,7 +222,7 @@ def _refuse_left_out(row: Row, left: Sequence[str], form: RowFormat, has_media: 
         raise ColumnsError(
             f"{form.name} would leave out {listed}; say in data.columns what it is (such as "
             f"{{{shown_text(name, 24)}: {_EXAMPLES.get(what, 'question')}}}){_NEXT.get(what, '')}, or name it in "
-            "data.ignore_columns"
+            "data.ignore"
         )
 
 

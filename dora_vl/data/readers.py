@@ -400,7 +400,7 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "instructions": _instructions,
     "records": _record,
     "question/answer": _question_answer,
-    "captions": lambda row, sample_id: _round("", _answer(row["caption"], sample_id, "caption")),
+    "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
 }
 """What makes messages of a row's fields, by its format."""
 

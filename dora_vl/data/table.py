@@ -33,7 +33,7 @@ from dora_vl.errors import BadSample, UserError
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 7
+TABLE_VERSION = 8
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
@@ -86,7 +86,7 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
 
 
 def _fingerprint(files: Sequence[Path], columns: Columns) -> str:
-    key = f"samples {TABLE_VERSION} {json.dumps([dict(columns.roles), columns.ignored])}"
+    key = f"samples {TABLE_VERSION} {json.dumps([dict(columns.roles), columns.ignored, columns.ask])}"
     for file in files:
         stat = file.stat()
         key += f"\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"

@@ -114,8 +114,11 @@ class SamplesConfig:
     columns: Mapping[str, str] = field(default_factory=dict)
     """What columns of other names are, in the files of data and of the test: {photo_file: image, caption: question}.
     A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
-    ignore_columns: tuple[str, ...] = ()
-    """Columns that are left out although they look like media, choices, a label or a rating, which ends a run."""
+    ignore: tuple[str, ...] = ()
+    """Columns, and keys inside them (messages.weight, meta.image), that are left out although they could change what is
+    learned, which ends a run otherwise."""
+    ask: str = ""
+    """The question of every row that has none, such as a picture with its class or its caption: What is it?"""
     limit: int | None = None
     """Uses only the first so many training samples (of several files, of each)."""
     validation_limit: int | None = None
@@ -130,7 +133,7 @@ class SamplesConfig:
     @property
     def contract(self) -> Columns:
         """What the files' columns are."""
-        return Columns(self.columns, tuple(self.ignore_columns))
+        return Columns(self.columns, tuple(self.ignore), self.ask)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -297,7 +297,7 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reply = (tmp_path, "--model", base, "--test-share", "0.5", "--columns", "reply=answer")
     refused(*reply)
-    assert "  rating: left out" not in told(capsys, *reply, "--ignore-columns", "rating", "--to", "out")
+    assert "  rating: left out" not in told(capsys, *reply, "--ignore", "rating", "--to", "out")
     assert rows_of(tmp_path / "out" / "test.jsonl")[0]["conversations"][1]["value"] == "B"
     refused(*reply[:-1], "reply")
 

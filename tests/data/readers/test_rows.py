@@ -59,7 +59,8 @@ def parts(example: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case["name"])
 def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[str, Any]) -> None:
-    columns, refused = Columns(case.get("columns", {}), tuple(case.get("ignored", ()))), case.get("refused")
+    columns = Columns(case.get("columns", {}), tuple(case.get("ignored", ())), case.get("ask", ""))
+    refused = case.get("refused")
     expected = {name: case[name] for name in ("images", "videos", "turns") if name in case}
     if refused is None:
         assert parts(read_row(case["row"], columns=columns)) == expected
