@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -54,27 +57,135 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+UNFINISHED, PREVIOUS = "unfinished", "previous"
+"""They mark the hidden names of what is being written, and of the folder that a new one replaces."""
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
+def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Iterator[Path]:
+    """Makes an empty folder (or file) beside `path` to write in; it goes when the block ends, unless it was renamed.
+
+    What killed processes left of the same path is cleared first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{UNFINISHED}-{os.getpid()}-{uuid4().hex[:8]}")
+    with ExitStack() as holding:
+        with _held(path.parent):  # until the new one is held too: others would take it for a dead process's
+            _clear(path.parent, glob.escape(path.name))
+            make(staging)
+            holding.enter_context(_held(staging))
+        try:
+            yield staging
+        finally:
+            _remove(staging)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target`, whatever is there, when the block ends well.
+
+    Killed at any moment, it leaves the old folder or the new one; `clear_leftovers` brings back an old one that had
+    just stepped aside.
+    """
+    with unfinished(target) as staging:
+        yield staging
+        replace_folder(staging, target)
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Renames a finished folder into place once it is on disk; an older one steps aside first and is removed last."""
+    previous = target.with_name(f".{target.name}.{PREVIOUS}-{os.getpid()}-{uuid4().hex[:8]}")
+    _sync(*staging.rglob("*"), staging)
+    with _held(target.parent):
+        if os.path.lexists(target):
+            target.rename(previous)
+        staging.rename(target)
+    _sync(target.parent)
+    _remove(previous)
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left in a folder, of the file or folder of this name or of any."""
+    if folder.is_dir():
+        with _held(folder):
+            _clear(folder, "*" if name is None else glob.escape(name))
+
+
+def _clear(folder: Path, name: str) -> None:
+    for left in folder.glob(f".{name}.{PREVIOUS}-*"):  # whoever renamed it held the folder, as this process does now
+        target = left.with_name(left.name[1:].rpartition(f".{PREVIOUS}-")[0])
+        if os.path.lexists(target):
+            _remove(left)
+        else:
+            left.rename(target)
+    for left in folder.glob(f".{name}.{UNFINISHED}-*"):
+        if not _is_held(left):
+            _remove(left)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Holds the kernel's lock on a file or folder, which ends with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # no locks on this file system
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile would go on holding it
+        os.close(descriptor)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a living process holds it; said also where the file system has no locks, and nobody can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # it has just got its name
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():  # what a link points to is not ours
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(*paths: Path) -> None:
+    """Waits until files and folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
 
     Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+    form: dict[str, Any] = {"mode": "wb"} if binary else {"mode": "w", "encoding": "utf-8", "newline": "\n"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be written ({reason}); nothing half-written was left") from error
-        raise
+        with unfinished(path, Path.touch) as staging:
+            with staging.open(**form, buffering=1 << 20) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); nothing half-written was left") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ hold comes from its base, beside each adapted weight stand the factors, and the 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +25,13 @@ from torch import Tensor
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors, content_hash, is_extra, write_adapter
 from dora_vl.adapters.agreement import PEFT_PREFIX, split_key
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.files import refuse_to_replace, written_whole
+from dora_vl.adapters.files import refuse_to_replace
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING, ORIGINAL_FORMS
 from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder, planned_factors
 from dora_vl.adapters.settings import new_config, own_recipe, peft_fields
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
+from dora_vl.files import whole_file, whole_folder
 
 EXACT_SVD_UP_TO = 1024
 """Shorter side of a change up to which the whole SVD is taken; beyond it a randomised one of the leading part."""
@@ -150,7 +150,7 @@ def export_for_vllm(
         is_plain = type(base) is BaseWeights and dtype is None
         renamed = any(name != key for key, name in base.hub_keys.items())
     served, folded = split(adapter, language)
-    with written_whole(target) as staging:
+    with whole_folder(target) as staging:
         merged = None
         if folded.tensors or renamed or not is_plain:
             merged = merge_to_folder(folded, base_folder, staging / BASE, dtype=dtype, open_base=open_base)
@@ -325,17 +325,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def write_original(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes the `.pth` under a temporary name and renames it."""
+    """Writes the `.pth`, whole or not at all."""
     refuse_to_overwrite(file)
-    staging = file.with_name(f".{file.name}.writing-{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(tensors), staging)
-        staging.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
-    finally:
-        staging.unlink(missing_ok=True)
+    with whole_file(file, binary=True) as stream:
+        torch.save(dict(tensors), stream)
 
 
 def refuse_to_overwrite(file: Path) -> None:

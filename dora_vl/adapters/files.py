@@ -12,9 +12,7 @@ import pickle
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from os import getpid
+from collections.abc import Callable, Collection, Iterable, Mapping
 from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +26,7 @@ from typing_extensions import TypedDict
 
 from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
 from dora_vl.errors import UserError, shown
-from dora_vl.files import check_whole, read_json
+from dora_vl.files import check_whole, clear_leftovers, read_json
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -229,6 +227,7 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
 
 def refuse_to_replace(target: Path, written: Collection[str]) -> None:
     """Raises a `UserError` unless nothing is there, or a folder that holds no file but those named in `written`."""
+    clear_leftovers(target.parent, target.name)
     if not lexists(target):
         return
     if not target.is_dir():
@@ -239,39 +238,6 @@ def refuse_to_replace(target: Path, written: Collection[str]) -> None:
             f"{target} is there already and holds {foreign[0]} ({len(foreign)} files or folders that were not written "
             "by this), which replacing it would delete; name another folder, or move it away"
         )
-
-
-def replace_folder(staging: Path, target: Path) -> None:
-    """Renames a finished folder into place; an older one steps aside first and is removed last, whatever it holds.
-
-    Ask `refuse_to_replace` before, where a person named the folder.
-    """
-    if not target.exists():
-        staging.rename(target)
-        return
-    previous = target.with_name(f".{target.name}.previous-{getpid()}")
-    target.rename(previous)
-    staging.rename(target)
-    if previous.is_symlink():  # the link was the folder's name; what it points to is not ours to remove
-        previous.unlink()
-    else:
-        shutil.rmtree(previous)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`, which takes its name when the block ends well, and goes otherwise.
-
-    Ask `refuse_to_replace` before.
-    """
-    staging = target.with_name(f".{target.name}.writing-{getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        replace_folder(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -344,9 +310,9 @@ def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Itera
 
 
 def drop_leftovers(run_folder: Path) -> None:
-    """Removes what a crash left of half-written and half-removed checkpoints and adapters."""
-    patterns = (f".checkpoint-*{REMOVING}", ".checkpoint-*.previous-*", ".adapter.writing-*", ".adapter.previous-*")
-    for path in [run_folder / WRITING, *(path for pattern in patterns for path in run_folder.glob(pattern))]:
+    """Removes what a crash left of half-written and half-removed checkpoints, and of anything else in the folder."""
+    clear_leftovers(run_folder)
+    for path in [run_folder / WRITING, *run_folder.glob(f".checkpoint-*{REMOVING}")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -38,7 +38,6 @@ from dora_vl.adapters.files import (
     read_tensors,
     refuse_not_finite,
     refuse_to_replace_adapter,
-    written_whole,
 )
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
@@ -47,7 +46,7 @@ from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import Gather, adapted_layers, is_adapted, kept_rows, kept_tensors, no_gather, trained_parts
 from dora_vl.errors import UserError, shown_names
-from dora_vl.files import write_json
+from dora_vl.files import whole_folder, write_json
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 INNER = "adapter"
@@ -85,7 +84,7 @@ def write_folder(
 ) -> None:
     """Writes the files of an adapter folder, whole or not at all, in place of an older one."""
     refuse_to_replace_adapter(folder)
-    with written_whole(folder) as staging:
+    with whole_folder(folder) as staging:
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, staging / WEIGHTS_FILE, {"format": "pt"}
         )

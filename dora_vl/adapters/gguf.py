@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import BaseWeights, StoredTensor, config_in, skeleton
-from dora_vl.adapters.files import refuse_to_replace, written_whole
+from dora_vl.adapters.files import refuse_to_replace
 from dora_vl.adapters.foreign import GGUF_KINDS
 from dora_vl.adapters.merge import CERTIFICATES, MergedWeights
 from dora_vl.errors import UserError, shown
+from dora_vl.files import whole_folder
 
 MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 LLAVA, LANGUAGE_PREFIX = "llava", "model.language_model."
@@ -500,7 +501,7 @@ def export_gguf(
             warnings.extend(add_settings(writer, language, architecture, str(base_folder)))
             add_tokenizer(writer, tokenizer, vocabulary)
 
-        with written_whole(target) as folder:
+        with whole_folder(target) as folder:
             tensors = list(_language_tensors(weights, config, architecture, kind))
             files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, architecture.name, kind, tensors, add_language)}
             if config.model_type == LLAVA:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
-from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors, written_whole
+from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError, shown_names
-from dora_vl.files import read_json, write_json
+from dora_vl.files import read_json, whole_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Of one output file; transformers' own default."""
@@ -190,7 +190,7 @@ def merge_to_folder(
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
         weights = MergedWeights(base, adapter)
-        with written_whole(target) as staging:
+        with whole_folder(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe)
             shards = _plan(weights, dtype, shard_bytes)
             total = sum(byte_size(t.shape, kind) for entries in shards.values() for t, kind in entries.values())

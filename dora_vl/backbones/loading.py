@@ -30,13 +30,12 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from dora_vl.adapters.files import written_whole
 from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, why_not_read, write_json
+from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -319,7 +318,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
-    with written_whole(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         yield unfinished
         write_json(unfinished / SETTINGS_FILE, _digests(spec))
 

@@ -6,14 +6,12 @@ interrupted is resumed, several processes may fill one folder, and tensors are r
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dora_vl.errors import UserError
-from dora_vl.files import read_json, write_json
+from dora_vl.files import read_json, unfinished, write_json
 
 SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
@@ -94,16 +92,12 @@ class ShardStore:
         index = json.dumps({"written": time.time_ns(), "entries": entries})
         digest = hashlib.sha256("\n".join(entries).encode()).hexdigest()[:20]
         path = self.folder / SHARD_GLOB.replace("*", digest)
-        unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
         try:
-            save_file(tensors, unfinished, {"index": index})
-            unfinished.replace(path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            if isinstance(error, OSError | SafetensorError):
-                raise UserError(f"{path}: cannot be written ({error}); nothing half-written was left") from error
-            raise
+            with unfinished(path, Path.touch) as staging:
+                save_file(tensors, staging, {"index": index})
+                staging.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be written ({error}); nothing half-written was left") from error
         self._waiting, self._bytes = {}, 0
         self.refresh()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
-from dora_vl.files import write_json
+from dora_vl.files import unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
 
@@ -151,11 +150,11 @@ def checked(
     """
     decoding = Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task)
     with (
-        TemporaryDirectory(prefix=f".{folder.name}.checking-", dir=folder.parent) as scratch,
+        unfinished(folder) as scratch,
         closing(media_reader(check.images, frames=check.frames, one_length=True)) as media,
     ):
-        answers, failed = _asked(check, unmerged, media, decoding, Path(scratch))
-        _compare(answers, check, name, find, media, decoding, Path(scratch))
+        answers, failed = _asked(check, unmerged, media, decoding, scratch)
+        _compare(answers, check, name, find, media, decoding, scratch)
     n, compared = len(answers), [answer[name] for answer in answers]
     different = sum(answer[REFERENCE] != answer[name]["answer"] for answer in answers)
     summary = {

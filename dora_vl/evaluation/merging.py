@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -32,7 +31,7 @@ from dora_vl.backbones.places import resolved_layers
 from dora_vl.errors import UserError, one_line
 from dora_vl.evaluation.certificate import FAILED_STATUS, as_model, checked, planned_check, unmerged_source
 from dora_vl.evaluation.open_model import folder_of_gguf
-from dora_vl.files import opening
+from dora_vl.files import opening, unfinished
 
 ROWS, TOKENS = 3, 12
 """Of the texts that are compared."""
@@ -195,11 +194,10 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
         yield first
         return
     target: Path = arguments.to
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{target.name}.adapter-", dir=target.parent) as scratch:
+    with unfinished(target) as scratch:
         # with what the first one's recipe says of how its model is asked
         prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
-        folder = Path(scratch) / "adapter"
+        folder = scratch / "adapter"
         write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)
         yield folder
 
@@ -228,8 +226,8 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
             yield from checked(check, source, "exported", exported, target, about(plan, arguments))
             return
         weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
-        with TemporaryDirectory(prefix=f".{target.name}.read-", dir=target.parent) as read_back:
-            model = Path(read_back) / "model"
+        with unfinished(target) as read_back:
+            model = read_back / "model"
             yield from checked(
                 check,
                 source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import shutil
@@ -14,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from dora_vl.data.text_file import json_lines
@@ -25,7 +25,7 @@ from dora_vl.errors import UserError, aligned, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
-from dora_vl.files import read_json, write_json
+from dora_vl.files import read_json, whole_file, whole_folder, write_json
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log, settings_of
 
 log = logging.getLogger(__name__)
@@ -87,17 +87,21 @@ class CellRun:
             scores.setdefault(str(row["unit"]), {})[str(row["id"])] = float(str(row["score"]))
         return scores
 
-    def start(self) -> None:
-        """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder."""
+    def start(self, lock: IO[str]) -> None:
+        """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder.
+
+        The process holds the lock too: if this one is killed, the next comparison waits for it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / f"{self.folder.name}.log").open("a", encoding="utf-8") as output:
             command = [sys.executable, "-m", "dora_vl.cli", "train", *self.words]
-            done = subprocess.run(command, stdout=output, stderr=output, check=False)
+            done = subprocess.run(command, stdout=output, stderr=output, check=False, pass_fds=[lock.fileno()])
         if done.returncode >= 128 or done.returncode < 0:  # a signal: the same comparison goes on with it
             raise UserError(f"{self.folder} was stopped; start the same comparison again")
         if done.returncode:
             lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
-            (self.folder / FAILED).write_text(lines[-1] if lines else f"status {done.returncode}", encoding="utf-8")
+            with whole_file(self.folder / FAILED) as file:
+                file.write(lines[-1] if lines else f"status {done.returncode}")
             log.warning("%s failed: %s", self.folder, one_line(lines[-1] if lines else ""))
 
 
@@ -129,11 +133,12 @@ class Comparison:
         while pending := [cell for cell in self._cells() if not cell.is_done]:
             for cell in pending:
                 cell.folder.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(Timeout), FileLock(f"{cell.folder}.lock", timeout=0):
+                with contextlib.suppress(BlockingIOError), Path(f"{cell.folder}.lock").open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if not cell.is_done:
                         what = "with the test" if cell.is_tested else "for its rate"
                         yield f"{cell.folder}: {what}; {len(pending)} runs to go"
-                        cell.start()
+                        cell.start(lock)
                     break
             else:
                 time.sleep(WAIT_SECONDS)  # others have them all
@@ -203,8 +208,9 @@ class Comparison:
         cells: dict[float, CellRun] = {}
         for strength in self.strengths:
             folder, trained = self.to / f"strength_{strength:g}", self.tested(self.contenders[0])[0]
-            if not folder.is_dir():
-                shutil.copytree(trained.folder / ADAPTER, folder / ADAPTER)
+            if not (folder / ADAPTER).is_dir():
+                with whole_folder(folder / ADAPTER) as copy:
+                    shutil.copytree(trained.folder / ADAPTER, copy, dirs_exist_ok=True)
             kept = [word for word in trained.words if not word.startswith("--training.output_dir")]
             words = (*kept, f"--evaluation.strength={strength:g}", f"--training.output_dir={folder}")
             cells[strength] = CellRun(folder, words, is_tested=True)

@@ -9,9 +9,9 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from os import getpid
 from pathlib import Path
 from shlex import quote
 from statistics import median
@@ -27,7 +27,7 @@ from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_text
-from dora_vl.files import content_key
+from dora_vl.files import clear_leftovers, content_key, whole_folder
 from dora_vl.start.run_file import (
     HUB_BASE,
     MOST_NAMES,
@@ -81,20 +81,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
     if arguments.questions is not None and not arguments.questions.exists():
         raise UserError(f"--questions {arguments.questions}: no such file")
-    name = re.sub(r"[^\w.\-]+", "_", folder.resolve().name).strip("._") or "my"
-    to: Path = arguments.to or Path("runs") / name
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to {to} is a file; name a folder")
-    earlier = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
-    if earlier and not arguments.overwrite:
-        raise UserError(
-            f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
-            "folder"
-        )
+    to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
     questions = arguments.questions or find_questions(folder, columns)
-    staging = to.with_name(f".{to.name}.writing-{getpid()}")
-    try:
+    from dora_vl.run.folder import one_writer  # torch: not for --help
+
+    with one_writer(to) if replaces else nullcontext(), whole_folder(to) as staging:
         look = look_at(folder, questions, media_to=staging, columns=columns)
         yield from look.lines()
         if base.is_llava and look.has_videos:
@@ -114,12 +106,35 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
         start = f"{command} {quote(str(to / RUN_FILE))}"
         text = written(base, _data(look, len(halves[0]), to), output_dir=str(to), on_gpu=on_gpu, command=start)
-        _write(staging, to, dict(zip((TRAIN, TEST), halves, strict=True)), text)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _write(staging, dict(zip((TRAIN, TEST), halves, strict=True)), text)
+        if replaces:  # what a run has added since stays
+            own = (TRAIN, TEST, RUN_FILE, MEDIA)
+            shutil.copytree(
+                to, staging, symlinks=True, ignore=lambda at, _: own if Path(at) == to else (), dirs_exist_ok=True
+            )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {TRAIN}, {TEST} and {RUN_FILE} written, base {base.name}{size}"
     yield f"\nnext:  {start}"
+
+
+def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
+    """The run's folder, and whether an earlier init's files in it are replaced."""
+    name = re.sub(r"[^\w.\-]+", "_", arguments.folder.resolve().name).strip("._") or "my"
+    to: Path = arguments.to or Path("runs") / name
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to {to} is a file; name a folder")
+    if Path.cwd().is_relative_to(to.resolve()):
+        raise UserError(f"--to {to} is the folder you are in; name one of its own")
+    clear_leftovers(to.parent, to.name)
+    earlier = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
+    if earlier and not arguments.overwrite:
+        raise UserError(
+            f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
+            "folder"
+        )
+    if not earlier and to.is_dir() and any(to.iterdir()):
+        raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
+    return to, bool(earlier)
 
 
 def _data(look: Look, count: int, to: Path) -> Data:
@@ -138,11 +153,10 @@ def _data(look: Look, count: int, to: Path) -> Data:
     )
 
 
-def _write(staging: Path, to: Path, halves: Mapping[str, Sequence[Row]], text: str) -> None:
-    """Writes all files under other names, reads the settings as a run would, and moves them into place."""
+def _write(staging: Path, halves: Mapping[str, Sequence[Row]], text: str) -> None:
+    """Writes all files and reads the settings as a run would."""
     from dora_vl.run.reading import read_run_file
 
-    staging.mkdir(parents=True, exist_ok=True)
     count = Counter[str]()
     for name, rows in halves.items():
         with (staging / name).open("w", encoding="utf-8") as file:
@@ -153,12 +167,6 @@ def _write(staging: Path, to: Path, halves: Mapping[str, Sequence[Row]], text: s
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     (staging / RUN_FILE).write_text(text, encoding="utf-8")
     read_run_file(staging / RUN_FILE)
-    to.mkdir(parents=True, exist_ok=True)
-    for path in sorted((staging / MEDIA).iterdir()) if (staging / MEDIA).is_dir() else ():
-        (to / MEDIA).mkdir(exist_ok=True)
-        path.replace(to / MEDIA / path.name)
-    for name in (*halves, RUN_FILE):
-        (staging / name).replace(to / name)
 
 
 def _on_gpu() -> bool:

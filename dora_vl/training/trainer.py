@@ -22,12 +22,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.adapters.adapter import versions
-from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints, replace_folder
+from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BadSampleLedger
+from dora_vl.files import replace_folder
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
 from dora_vl.run.launch import is_first_rank, on_first_rank
