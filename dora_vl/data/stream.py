@@ -15,6 +15,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -98,7 +99,7 @@ class StreamSource:
         files = list(self._files.files)
         if order is not None:
             order.shuffle(files)
-        yield from ((file.name, DataFiles(self._files.name, (file,)).rows()) for file in files)
+        yield from ((file.name, replace(self._files, files=(file,)).rows()) for file in files)
 
     @cached_property
     def first_rows(self) -> list[Read]:

@@ -303,8 +303,15 @@ def check_weights(files: Sequence[TrainFile]) -> None:
             raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
-def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
-    """Indices of the samples held out: about `share` of all, and no picture or video on both sides.
+def held_out_places(
+    ids: Iterable[str],
+    images: Iterable[Sequence[str]],
+    *,
+    share: float,
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Indices of the samples held out: about `share` of all, or of each class, no picture or video on both sides.
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
@@ -327,12 +334,13 @@ def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, shar
             least, greatest = sorted((group_of(first), group_of(other)))
             parent[greatest] = least
     groups = [group_of(first) for first in firsts]
-    sizes = Counter(groups)
-    size, chosen = max(1, round(share * len(groups))), set[str]()
+    sizes, chosen = Counter(groups), set[str]()
+    class_of = dict(zip(groups, classes or [""] * len(groups), strict=True))
+    left = {name: max(1, round(share * count)) for name, count in Counter(class_of[group] for group in groups).items()}
     for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
-        if sizes[group] <= size:
+        if sizes[group] <= left[class_of[group]]:
             chosen.add(group)
-            size -= sizes[group]
+            left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
         raise UserError(
             f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
