@@ -119,7 +119,7 @@ class Finding:
 
     def __str__(self) -> str:
         ids = ", ".join(chain.from_iterable(self.examples.values()))
-        return f"{self.count:,} samples with {self.problem}: {ids}{', ...' if self.count > SHOWN_IDS else ''}"
+        return f"{self.problem}: {self.count:,} samples ({ids}{', ...' if self.count > SHOWN_IDS else ''})"
 
 
 def doubts_of(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
