@@ -13,7 +13,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -68,16 +68,14 @@ def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Itera
     What killed processes left of the same path is cleared first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.name)
     staging = path.with_name(f".{path.name}.{UNFINISHED}-{os.getpid()}-{uuid4().hex[:8]}")
-    with ExitStack() as holding:
-        with _held(path.parent):  # until the new one is held too: others would take it for a dead process's
-            _clear(path.parent, glob.escape(path.name))
-            make(staging)
-            holding.enter_context(_held(staging))
-        try:
-            yield staging
-        finally:
-            _remove(staging)
+    descriptor = _made_and_held(staging, make)
+    try:
+        yield staging
+    finally:
+        _remove(staging)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -94,55 +92,52 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Renames a finished folder into place once it is on disk; an older one steps aside first and is removed last."""
-    previous = target.with_name(f".{target.name}.{PREVIOUS}-{os.getpid()}-{uuid4().hex[:8]}")
-    _sync(*staging.rglob("*"), staging)
-    with _held(target.parent):
-        if os.path.lexists(target):
-            target.rename(previous)
-        staging.rename(target)
+    _sync(*(path for path in staging.rglob("*") if not path.is_symlink()), staging)
+    process = staging.name.rpartition(f".{UNFINISHED}-")[2]
+    previous = target.with_name(f".{target.name}.{PREVIOUS}-{process}")
+    if os.path.lexists(target):
+        target.rename(previous)
+    staging.rename(target)
     _sync(target.parent)
     _remove(previous)
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left in a folder, of the file or folder of this name or of any."""
-    if folder.is_dir():
-        with _held(folder):
-            _clear(folder, "*" if name is None else glob.escape(name))
+    """Removes what killed processes left in a folder, of the file or folder of this name or of any.
 
-
-def _clear(folder: Path, name: str) -> None:
-    for left in folder.glob(f".{name}.{PREVIOUS}-*"):  # whoever renamed it held the folder, as this process does now
-        target = left.with_name(left.name[1:].rpartition(f".{PREVIOUS}-")[0])
-        if os.path.lexists(target):
+    An older folder comes back where its process was killed before the new one took its place.
+    """
+    pattern = "*" if name is None else glob.escape(name)
+    for left in folder.glob(f".{pattern}.{PREVIOUS}-*"):
+        hidden, _, process = left.name.rpartition(f".{PREVIOUS}-")
+        if not _is_held(left.with_name(f"{hidden}.{UNFINISHED}-{process}")):
+            with suppress(OSError):  # the new one is there
+                left.rename(left.with_name(hidden[1:]))
             _remove(left)
-        else:
-            left.rename(target)
-    for left in folder.glob(f".{name}.{UNFINISHED}-*"):
+    for left in folder.glob(f".{pattern}.{UNFINISHED}-*"):
         if not _is_held(left):
             _remove(left)
 
 
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Holds the kernel's lock on a file or folder, which ends with the process, however that ends."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # no locks on this file system
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile would go on holding it
-        os.close(descriptor)
+def _made_and_held(path: Path, make: Callable[[Path], object]) -> int:
+    """A descriptor with the kernel's lock on what was made, which ends with this process, however that ends."""
+    while True:
+        make(path)
+        with suppress(FileNotFoundError):  # another process took it for a dead one's before it was held
+            descriptor = os.open(path, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return descriptor
+            os.close(descriptor)
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a living process holds it; said also where the file system has no locks, and nobody can tell."""
+    """Whether a living process holds it; said too where the file system has no locks, so that nobody can tell."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # it has just got its name
-        return True
+    except OSError:  # renamed, or removed
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
