@@ -401,7 +401,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
     """Lines for each kind of problem in each file, the most frequent first, with the first ids by their detail."""
-    rows = [("file", "problem", "samples", "ids", "for example")]
+    rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
         cells = (file, shown_text(finding.problem, 120), f"{finding.count:,}")
