@@ -17,7 +17,10 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from dora_vl.backbones.loading import LanguageModel
 from dora_vl.backbones.specs import SmallLanguageModel
 from dora_vl.backbones.vision_store import open_features
-from dora_vl.data.example import iterate_examples
+from dora_vl.data.check import FileCheck
+from dora_vl.data.containers import find_files
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.errors import BadSample, UserError
 
 MOST_FILES = 2000
 LEAST_SPREAD = 0.1
@@ -82,8 +85,13 @@ def small_tokenizer(
 
 
 def texts_of(spec: SmallLanguageModel) -> Iterator[str]:
-    """Everything that is said in the records a vocabulary is made from, and its further texts."""
-    for example in (example for file in spec.texts for example in iterate_examples(Path(file))):
-        yield from filter(None, (example.question, *example.choices))
-        yield from (part.text for part in (*example.answers, *example.subtitles))
+    """Everything that is said in the files a vocabulary is made from, and its further texts."""
+    for path in map(Path, spec.texts):
+        check = FileCheck(path, answers_needed=False)
+        for example in map(check.read, find_files(path).rows()):
+            if isinstance(example, BadSample):
+                raise UserError(f"{path}: {example}")
+            turns = (turn.text.replace(IMAGE_PLACEHOLDER, "").strip() for turn in example.turns)
+            yield from filter(None, (example.question, *turns, *example.choices))
+            yield from (part.text for part in (*example.answers, *example.subtitles))
     yield from spec.words

@@ -109,7 +109,7 @@ class SmallLanguageModel:
     """A BART or Llama to be pretrained here, for data too small or too special for a published one."""
 
     texts: tuple[str, ...]
-    """Records files whose texts its vocabulary is made from."""
+    """Files of any format that training reads, whose texts its vocabulary is made from."""
     words: tuple[str, ...] = ()
     """More texts for the vocabulary: what the task writes around a question, which is spelled letter by letter
     otherwise."""

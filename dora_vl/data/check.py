@@ -6,18 +6,18 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
-from dora_vl.data.containers import ENDINGS, find_files, is_data_file
+from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
+from dora_vl.data.containers import ENDINGS, find_files, is_data_file, picture_folder
 from dora_vl.data.example import FIELDS, JSON, Example
 from dora_vl.data.pictures import BROKEN, TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
-from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
@@ -98,21 +98,55 @@ LEFT_OUT = "columns left out"
 """The problem of rows that a run would refuse for a column."""
 
 
+NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
+DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
+"""Problems of samples that a run trains on all the same, and warns of."""
+
+
 @dataclass(kw_only=True)
 class Finding:
-    """One kind of problem of one file: how many samples have it, and the first of their ids."""
+    """One kind of problem of one file: how many samples have it, and the first of their ids, by the detail."""
 
     problem: str
     count: int = 0
-    ids: list[str] = field(default_factory=list)
-    example: str = ""
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, sample_id: str, detail: str = "") -> None:
         """Counts one more sample."""
         self.count += 1
-        if len(self.ids) < SHOWN_IDS:
-            self.ids.append(shown_text(sample_id, 60))
-        self.example = self.example or detail
+        if self.count <= SHOWN_IDS:
+            self.examples.setdefault(detail, []).append(shown_text(sample_id, 60))
+
+    def __str__(self) -> str:
+        ids = ", ".join(chain.from_iterable(self.examples.values()))
+        return f"{self.problem}: {self.count:,} samples ({ids}{', ...' if self.count > SHOWN_IDS else ''})"
+
+
+def doubts_of(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
+    """What is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
+
+    An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
+    """
+    doubts: list[str] = []
+    names = {*ROLES["images"], *ROLES["videos"]}
+    if not (example.images or example.videos) and any(
+        columns.roles.get(name, plain_name(name)) in names for name in record
+    ):
+        doubts.append(NO_PICTURE)
+    questions = [turn.text for turn in example.turns if turn.role == "user"]
+    words = (text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in questions)
+    return [*doubts, EMPTY_QUESTION] if form != "captions" and not all(words) else doubts
+
+
+def asked_and_told(example: Example) -> tuple[str, str]:
+    """What a row asks about which media, and what it answers, as texts to compare; nothing is asked by a caption."""
+    asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
+    words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
+    told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
+        answer.text for answer in example.answers
+    ]
+    order = example.extra.get("order", "")  # of other pictures it is another question
+    return f"{words}\0{example.images}{example.videos}{order}" if words else "", "\0".join(told)
 
 
 @dataclass(frozen=True)
@@ -144,7 +178,6 @@ class FileCheck:
     ) -> None:
         self.path = path
         self.rows = 0
-        self.findings: dict[str, Finding] = {}
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
@@ -155,6 +188,14 @@ class FileCheck:
         self._media = media
         self._videos = videos or media
         self._ids: set[str] = set()
+        self._findings: dict[str, Finding] = {}
+        self._answers: dict[int, tuple[int, str]] = {}  # hash of what is asked -> of its first answer, and its id
+        self._has_media = False
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """What has been found, by kind."""
+        return {name: finding for name, finding in self._findings.items() if name != NO_PICTURE or self._has_media}
 
     def run(self, progress: Callable[[int], object]) -> FileCheck:
         """Reads the whole file."""
@@ -181,6 +222,10 @@ class FileCheck:
             return error
         if self._answers_needed and not example.answers and all(turn.role != "assistant" for turn in example.turns):
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
+        self._has_media |= bool(example.images or example.videos)
+        if not is_record:
+            for doubt in doubts_of(record, example, form, self._columns):
+                self._add(doubt, sample_id)
         return example
 
     def _note_format(self, form: str | None, sample_id: str, location: str) -> None:
@@ -221,6 +266,11 @@ class FileCheck:
         words = "\n".join(filter(str.strip, [*questions, *spans, str(row.extra.get("order", ""))]))
         if words or media:
             self.samples.setdefault(hash((words, *media)), sample_id)
+        asked, told = asked_and_told(row)
+        if asked and usable:
+            first, name = self._answers.setdefault(hash(asked), (hash(told), sample_id))
+            if hash(told) != first:
+                self._add(CONTRADICTION, sample_id, f"{name} has another answer")
         return usable
 
     def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
@@ -232,13 +282,14 @@ class FileCheck:
             self._add(f"longer than {most:,} {unit}", sample_id, f"{length:,} {unit}")
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
-        self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
+        self._findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
 
 
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
-and missing answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated
-and broken media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1
+and missing answers, empty questions, rows without a picture among others, different answers to the same question,
+placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken media, rows
+of mixed formats, and samples that stand in two of the files. Prints one table, up to five ids of a kind; exit status 1
 when something was found.
 
   dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
@@ -299,7 +350,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             media=media,
             videos=videos,
         )
-        size = file.stat().st_size
+        size = sum(part.stat().st_size for part in find_files(file).files)
         with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             checks.append(check.run(bar.update))
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
@@ -339,7 +390,9 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
         inside = [path] if path.is_file() else []
         if path.is_dir():
             below = sorted(filter(is_data_file, path.rglob("*")))
-            inside = [file for file in below if not file.name.startswith(".")]
+            inside = [file for file in below if not file.name.startswith(".")] or [path] * (
+                picture_folder(path) is not None
+            )
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
@@ -347,13 +400,16 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
-    """One line for each kind of problem in each file, the most frequent first."""
-    rows = [("file", "problem", "samples", "ids", "for example")]
+    """Lines for each kind of problem in each file, the most frequent first, with the first ids by their detail."""
+    rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
-        ids = ", ".join(map(shown_text, finding.ids)) + (", ..." if finding.count > len(finding.ids) else "")
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
-        problem, example = shown_text(finding.problem, 120), shown_text(finding.example, 100)
-        rows.append((file, problem, f"{finding.count:,}", ids, example))
+        cells = (file, shown_text(finding.problem, 120), f"{finding.count:,}")
+        for detail, ids in finding.examples.items():
+            rows.append((*cells, ", ".join(ids), shown_text(detail, 100)))
+            cells = ("", "", "")
+        if finding.count > SHOWN_IDS:
+            rows.append((*cells, "...", ""))
     return aligned(rows, left=len(rows[0]))
 
 

@@ -1,7 +1,7 @@
 """Rows of a data file or folder, one after another, whatever holds them; nothing but the current rows is in memory.
 
 JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
-WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME:SPLIT`.
+WebDataset archives, folders of pictures, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME:SPLIT`.
 
 Which split a file of a folder is of its name says as `datasets` reads it: by words such as `train` or `val` in it or in
 its folder's, and by what stands before `-00000-of-00002`. But different words are never one split here: `dev` and
@@ -159,6 +159,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields a row for each sample: the fields of its `.json`, its pictures as bytes, its `.txt` as a caption.
 
+    Pictures that have numbers (`x.0.png`, `x.1.png`) come in the order of these, others in the archive's.
+
     The files of a sample have one name up to its first dot, which is `__key__`, and stand one after another. Its videos
     are bytes too, which is told where the row is read, unless the fields name a video's file. Other files are fields by
     their ending, as bytes.
@@ -186,7 +188,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, b
 
 def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, object]:
     row: dict[str, object] = {"__key__": key}
-    pictures: list[bytes] = []
+    pictures: list[tuple[str, bytes]] = []
     videos: list[object] = []
     for ending, content in files:
         where = f"{path}, {one_line(key, 60)}.{one_line(ending, 20)}"
@@ -195,14 +197,16 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
             fields = json_of(text_of(content, where), where)
             row |= fields if isinstance(fields, dict) else {"json": fields}
         elif kind in PICTURE_ENDINGS:
-            pictures.append(content)
+            pictures.append((ending.rpartition(".")[0], content))
         elif kind in VIDEO_ENDINGS:
             videos.append({"bytes": content})
         else:
             row[ending] = text_of(content, where) if ending == "txt" else content
     if pictures:  # they stand for what the text calls them by
         row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]}
-        row["images"] = pictures
+        if all(name.isdecimal() for name, _ in pictures if name):  # x.0.png, x.1.png, in whatever order they stand
+            pictures.sort(key=lambda picture: int(picture[0] or -1))
+        row["images"] = [content for _, content in pictures]
     if videos and not any(row.get(name) for name in ROLES["videos"]):
         row["videos"] = videos
     return row
@@ -406,8 +410,87 @@ class DataFiles:
                 progress(file.stat().st_size)
 
 
+@dataclass(frozen=True)
+class PictureFolder(DataFiles):
+    """A folder of pictures or videos whose places, or a text file beside each, say what they show.
+
+    Attributes:
+        root: the rows' paths start here.
+        splits: by file, where the first folders are splits (`train/cat/1.png`).
+        classes: the folder that each file is in, by file; empty without a folder a class.
+        has_texts: a file's answer or caption is the text file of its name.
+    """
+
+    root: Path
+    splits: Mapping[Path, str]
+    classes: Mapping[Path, str]
+    has_texts: bool
+
+    @property
+    def is_json(self) -> bool:
+        """Never."""
+        return False
+
+    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+        """Yields a row for each picture or video: its path as `id`, what it shows as `label` or `txt`."""
+        for file in self.files:
+            if progress is not None:
+                progress(file.stat().st_size)
+            kind = file.suffix.lower().removeprefix(".")
+            if kind == "txt":
+                continue
+            name = file.relative_to(self.root).as_posix()
+            row: dict[str, object] = {"id": name, "video" if kind in VIDEO_ENDINGS else "image": name}
+            if self.has_texts:
+                text = file.with_suffix(".txt")
+                row["txt"] = whole_text(text, "text").strip() if text.is_file() else ""
+            elif self.classes:
+                row["label"] = self.classes[file]
+            if self.splits:
+                row["split"] = self.splits[file]
+            yield row
+
+
+def picture_folder(folder: Path) -> PictureFolder | None:
+    """The pictures and videos below a folder; None where there are none.
+
+    A folder a class is as torchvision's ImageFolder has it: the first folder below the root, or below a folder named
+    as a split, is the class; a folder that all of them are in is none.
+    """
+    files = list(files_below(folder))
+    media = [path for path in files if path.suffix.lower().removeprefix(".") in (*PICTURE_ENDINGS, *VIDEO_ENDINGS)]
+    if not media:
+        return None
+    stems = {path.with_suffix("") for path in media}
+    texts = [path for path in files if path.suffix == ".txt" and path.with_suffix("") in stems]
+    folders = {path: path.relative_to(folder).parts[:-1] for path in media}
+    splits: dict[Path, str] = {}
+    if all(parts and any(parts[0].lower() in words for words in WORDS.values()) for parts in folders.values()):
+        splits = {path: str(meaning(parts[0])) for path, parts in folders.items()}
+        folders = {path: parts[1:] for path, parts in folders.items()}
+    while len({parts[:1] for parts in folders.values()}) == 1 and all(folders.values()):
+        folders = {path: parts[1:] for path, parts in folders.items()}
+    classes = {path: parts[0] for path, parts in folders.items()} if all(folders.values()) else {}
+    has_texts = 2 * len(texts) >= len(media) or bool(texts and not classes)
+    return PictureFolder(str(folder), (*media, *texts), folder, splits, classes, has_texts)
+
+
+RUN_FILE = "run.yaml"
+"""What `dora-vl init` writes: a folder that holds one is a run's."""
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files in order, those of hidden folders and of runs left out."""
+    paths = sorted(folder.rglob("*"))
+    runs = {path.parent for path in paths if path.name == RUN_FILE}
+    for path in paths:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and runs.isdisjoint(path.parents):
+            yield path
+
+
 def find_files(path: Path) -> DataFiles:
-    """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub."""
+    """The files of a path: itself, the shards of one kind and split in a folder, its pictures, or a set of the hub."""
     if str(path).startswith(HUB):
         fetched = hub_set(str(path).removeprefix(HUB), streaming=False).cache_files
         return DataFiles(str(path), tuple(Path(file["filename"]) for file in fetched))
@@ -424,6 +507,11 @@ def find_files(path: Path) -> DataFiles:
     kinds = sorted({ending_of(file) for file in files})
     if len(kinds) > 1:
         raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")
+    pictures = None if files else picture_folder(path)
+    if pictures is not None and (pictures.classes or pictures.has_texts):
+        if len(names := sorted(set(pictures.splits.values()))) > 1:
+            raise UserError(f"{path}: pictures of several splits, {', '.join(names)}; name the folder of one")
+        return pictures
     if not files:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]
         hint = f"; give one of its folders ({', '.join(below)})" if below else ""

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -423,7 +423,10 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
-    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it."""
+    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
+
+    Where nothing has exactly that name, it is the one file whose name differs in upper and lower case alone.
+    """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
     parts = Path(relative)
     # An absolute one may lie below it by its name; where links lead is seen afterwards.
@@ -434,7 +437,7 @@ def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture
         raise BadSample(relative, f"{kind} path {relative!r} must be relative to {folder}, or lie in it")
     if ".." in parts.parts:
         raise BadSample(relative, f"{kind} path {relative!r} must not leave {folder}")
-    path = folder.root / relative
+    path = as_spelled(folder.root, relative)
     if folder.follow_links:
         return path
     try:
@@ -447,11 +450,44 @@ def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture
     return path
 
 
+def as_spelled(root: Path, relative: str) -> Path:
+    """The path below `root`, each name as its folder has it: `up.jpg` is `UP.JPG` where only that is there."""
+    path = root / relative
+    if os.path.lexists(path):
+        return path
+    spelled = root
+    for name in Path(relative).parts:
+        if not os.path.lexists(spelled / name):
+            names = _names_in(spelled).get(name.casefold(), ())
+            if len(names) != 1:
+                return path
+            name = names[0]
+        spelled /= name
+    _log_spelling(root)
+    return spelled
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
+    """A folder's names, by what they are in one case, as they were when it was first asked for."""
+    names: dict[str, list[str]] = {}
+    with suppress(OSError, ValueError):
+        for path in folder.iterdir():
+            names.setdefault(path.name.casefold(), []).append(path.name)
+    return names
+
+
+@cache
+def _log_spelling(root: Path) -> None:
+    """Once in a process."""
+    log.warning("%s: names that differ in upper and lower case alone are taken as the files' own", root)
+
+
 def any_is_there(names: Iterable[str], root: Path) -> bool:
     """Whether any of these paths leads to something from `root`; a root that is another one has none."""
     for name in names:
         try:
-            if (root / name).exists():
+            if as_spelled(root, name).exists():
                 return True
         except (OSError, ValueError):  # a name that no file system takes
             continue

@@ -15,6 +15,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dora_vl.data.check import NO_PICTURE, doubts_of
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set
 from dora_vl.data.example import Example
@@ -64,6 +66,7 @@ class StreamSource:
         self._hub: Any = hub_set(file.path.removeprefix(HUB), streaming=True) if file.path.startswith(HUB) else None
         self._files = DataFiles(file.path, ()) if self._hub is not None else find_files(Path(file.path))
         self.fraction = math.fmod(file.weight, 1)
+        self._has_media, self._doubts = False, set[str]()
 
     @property
     def passes(self) -> list[float]:
@@ -87,7 +90,18 @@ class StreamSource:
                     continue
                 if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
                     record = {**record, "id": f"{shard}, record {number}"}  # its place alone would name several
-                yield self._reader.read(record, number)
+                row = self._reader.read(record, number)
+                if isinstance(row, Example):
+                    self._warn(record, row)
+                yield row
+
+    def _warn(self, record: Record, row: Example) -> None:
+        """Names the first row of each kind that is probably not meant; a stream is not counted before it is read."""
+        self._has_media |= bool(row.images or row.videos)
+        for doubt in doubts_of(record, row, self._reader.format, self._columns):
+            if doubt not in self._doubts and (doubt != NO_PICTURE or self._has_media):
+                self._doubts.add(doubt)
+                logger.warning("%s: %s: %s and perhaps others, which check-data counts", self.file.path, doubt, row.id)
 
     def _shards(self, order: random.Random | None) -> Iterator[tuple[str, Iterator[Record]]]:
         if self._hub is not None:
@@ -98,7 +112,7 @@ class StreamSource:
         files = list(self._files.files)
         if order is not None:
             order.shuffle(files)
-        yield from ((file.name, DataFiles(self._files.name, (file,)).rows()) for file in files)
+        yield from ((file.name, replace(self._files, files=(file,)).rows()) for file in files)
 
     @cached_property
     def first_rows(self) -> list[Read]:

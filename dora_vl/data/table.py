@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
+from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, asked_and_told, doubts_of
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
@@ -33,11 +34,12 @@ from dora_vl.errors import BadSample, UserError
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 8
+TABLE_VERSION = 9
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
 AT_ONCE = 1_000
+SHOWN_KINDS = 5
 REFERENCE_SPLIT_SEED = 42
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
@@ -53,6 +55,9 @@ _SCHEMA = pa.schema(
         ("format", pa.string()),
         ("held_pictures", pa.list_(pa.struct([("name", pa.string()), ("content", pa.large_binary())]))),
         ("columns", pa.string()),
+        ("doubts", pa.list_(pa.string())),
+        ("asked", pa.uint64()),
+        ("told", pa.uint64()),
     ]
 )
 _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
@@ -64,8 +69,9 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
     (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
     each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in the first row
-    that has these). The cache is keyed by the files' paths, sizes and modification times, so a changed
-    file is converted again; a content hash would read a gigabyte at each start.
+    that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes of its questions
+    with their media and of its answers; null where nothing is asked). The cache is keyed by the files' paths, sizes and
+    modification times, so a changed file is converted again; a content hash would read a gigabyte at each start.
 
     Args:
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
@@ -140,6 +146,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
             row |= {"images": (), "videos": (), "turns": ()}
         else:
+            asked, told = asked_and_told(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -149,6 +156,9 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "turns": [vars(turn) for turn in example.turns],
                 "length": sum(len(turn.text.split()) for turn in example.turns),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
+                "doubts": doubts_of(record, example, reader.format, columns),
+                "asked": _hash(asked) if asked else None,
+                "told": _hash(told) if asked else None,
             }
         batch.append(row)
         size += characters_of(example)
@@ -157,6 +167,10 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def characters_of(row: Example | BadSample) -> int:
@@ -303,8 +317,15 @@ def check_weights(files: Sequence[TrainFile]) -> None:
             raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
-def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
-    """Indices of the samples held out: about `share` of all, and no picture or video on both sides.
+def held_out_places(
+    ids: Iterable[str],
+    images: Iterable[Sequence[str]],
+    *,
+    share: float,
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Indices of the samples held out: about `share` of all, or of each class, no picture or video on both sides.
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
@@ -327,12 +348,13 @@ def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, shar
             least, greatest = sorted((group_of(first), group_of(other)))
             parent[greatest] = least
     groups = [group_of(first) for first in firsts]
-    sizes = Counter(groups)
-    size, chosen = max(1, round(share * len(groups))), set[str]()
+    sizes, chosen = Counter(groups), set[str]()
+    class_of = dict(zip(groups, classes or [""] * len(groups), strict=True))
+    left = {name: max(1, round(share * count)) for name, count in Counter(class_of[group] for group in groups).items()}
     for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
-        if sizes[group] <= size:
+        if sizes[group] <= left[class_of[group]]:
             chosen.add(group)
-            size -= sizes[group]
+            left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
         raise UserError(
             f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
@@ -349,13 +371,38 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
     trouble = f", {bad:,} of them unusable" if bad else ""
     weight = "" if file.weight == 1 else f", weight {file.weight:g}"
     first = f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows"
-    lines = [f"{first}{trouble}{weight}", *column_lines(map(json.loads, filter(None, rows.unique("columns"))))]
+    unusable: dict[str, Finding] = {}
+    for sample_id, problem in zip(rows["id"], rows["problem"], strict=True) if bad else ():
+        if problem is not None:
+            unusable.setdefault(problem, Finding(problem=problem)).add(sample_id)
+    lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:SHOWN_KINDS])]
+    lines += column_lines(map(json.loads, filter(None, rows.unique("columns"))))
     for name, kind in (("images", "pictures"), ("videos", "videos")):
         counts = _counts(rows, name)
         if name == "images" or any(counts):
             numbers = [f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts)]
             lines.append(f"  {kind}: {', '.join(numbers)}")
     return lines
+
+
+def doubtful(rows: datasets.Dataset) -> list[Finding]:
+    """What is probably not meant in the samples of a file, by kind: `DOUBTS`."""
+    findings = {kind: Finding(problem=kind) for kind in DOUBTS}
+    has_media = any(_counts(rows, "images")) or any(_counts(rows, "videos"))
+    marked = rows.select(np.flatnonzero(_column(rows, "doubts").value_lengths().fill_null(0).to_numpy()))
+    for sample_id, doubts in zip(marked["id"], marked["doubts"], strict=True):
+        for doubt in doubts:
+            if doubt != NO_PICTURE or has_media:
+                findings[doubt].add(sample_id)
+    asked, told = _column(rows, "asked"), _column(rows, "told")
+    places = np.flatnonzero(asked.is_valid().to_numpy(zero_copy_only=False))
+    keys, answers = asked.drop_null().to_numpy(), told.drop_null().to_numpy()
+    order = np.lexsort((answers, keys))
+    keys, answers = keys[order], answers[order]
+    contradicted = keys[1:][(keys[1:] == keys[:-1]) & (answers[1:] != answers[:-1])]
+    for sample_id in rows.select(np.sort(places[order][np.isin(keys, contradicted)]))["id"]:
+        findings[CONTRADICTION].add(sample_id)
+    return [finding for finding in findings.values() if finding.count]
 
 
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ may say `file` (records, looked for from where the YAML is), `prompt`, `max_new_
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from dora_vl.data.example import Example, iterate_examples
-from dora_vl.data.text_file import stream_values
+from dora_vl.data.columns import USUAL, Columns
+from dora_vl.data.containers import find_files
+from dora_vl.data.example import FIELDS, Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.questions import examples_of, is_question, read_question_file, read_questions
@@ -227,8 +227,10 @@ class EvaluationSet:
         return self.benchmark.modes[self.mode] if self.benchmark.modes and scorable else None
 
 
-def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
-    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for."""
+def read_set(
+    request: str, records: Path, *, mode: str | None, limit: int | None, columns: Columns = USUAL
+) -> EvaluationSet:
+    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for; `columns` of its file."""
     name_of_set, _, file = request.partition("=")
     listed = find_benchmark(name_of_set)
     name, benchmark = listed.name, listed.benchmark
@@ -236,7 +238,7 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
         named = [version for version in benchmark.modes if version]
         raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
     path = Path(file) if file else listed.file or _split_file(name, benchmark, listed.split, records)
-    examples, unreadable = _read_examples(path, limit)
+    examples, unreadable = _read_examples(path, columns, limit)
     if benchmark.chooses:
         suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
         for number, example in enumerate(examples):
@@ -258,20 +260,15 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
     )
 
 
-def _read_examples(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read."""
-    needed = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
-    _, first = next(stream_values(path, needed), (0, None))
+def _read_examples(path: Path, columns: Columns, limit: int | None) -> tuple[list[Example], dict[str, str]]:
+    """The first `limit` examples of a file of records, of LLaVA's questions, or of any rows that training reads."""
+    first = next(find_files(path).rows(), {})
     if is_question(first):
         return read_question_file(path)[:limit], {}
-    with path.open("rb") as file:
-        is_list = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    if not is_list and not (isinstance(first, dict) and "conversations" in first):
-        examples = list(islice(iterate_examples(path), limit))
-        if not examples:
-            raise UserError(f"{path}: holds no examples")
-        return examples, {}
-    questions, unreadable = read_questions(path, limit)
+    form = columns.resolve(first, strict=False).format
+    if first and first.keys() <= FIELDS and (form is None or form.name == "records"):
+        return list(islice(iterate_examples(path), limit)), {}
+    questions, unreadable = read_questions(path, limit, columns)
     return examples_of(questions, unreadable), unreadable
 
 

@@ -102,11 +102,7 @@ def _read(file: Path) -> list[Question]:
         if is_question(first):
             examples = read_question_file(file)
             return [Question(id=example.id, images=example.images, turns=example.turns) for example in examples]
-    questions, unreadable = read_questions(file)
-    if not questions:
-        name, reason = next(iter(unreadable.items()))
-        raise UserError(f"{file}: not one question can be read; {shown(name)}: {reason}")
-    return questions
+    return read_questions(file)[0]
 
 
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:

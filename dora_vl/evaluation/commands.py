@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from dora_vl.data.check import add_columns, columns_of
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, aligned, one_line, positive, shown
@@ -83,14 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leaves out asking at most 200 questions again about others' pictures, which shows whether they count",
     )
+    add_columns(parser)
     add_model_options(parser)
     parser.add_argument("--all-metrics", action="store_true", help="the table shows parts of sets too")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Answers once all benchmarks are read, scores, writes; yields the lines to print in a launch's first process."""
+    sets = _sets(options)  # before a model's libraries, which take a while
     if options.predictions is not None:
-        sets = _sets(options)
         if options.against is not None and options.against.is_dir():
             raise UserError("--predictions is compared with another predictions file; --against names a folder")
         to = options.to or options.predictions.parent / "evaluation"
@@ -103,7 +105,6 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.launch import first_rank_speaks, is_first_rank
 
     with first_rank_speaks(), joined_launch():  # all processes of a launch ask; the first scores
-        sets = _sets(options)
         if options.to is None and options.adapter is None:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")
         to = options.to or options.adapter.parent / "evaluation"
@@ -143,7 +144,7 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
         if len(requests) > 1 and path is not None and not path.is_dir():
             raise UserError(f"--{name} holds one benchmark's answers; --benchmarks names {len(requests)}")
     sets = [
-        read_set(request, options.records, mode=modes.get(name), limit=options.limit)
+        read_set(request, options.records, mode=modes.get(name), limit=options.limit, columns=columns_of(options))
         for request, name in zip(requests, names, strict=True)
     ]
     without = [dataset.name for dataset in sets if not dataset.benchmark.chooses]
@@ -170,7 +171,11 @@ def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
 
 def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
     """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
-    unlimited = dataset if options.limit is None else read_set(dataset.request, options.records, mode=None, limit=None)
+    unlimited = (
+        dataset
+        if options.limit is None
+        else read_set(dataset.request, options.records, mode=None, limit=None, columns=columns_of(options))
+    )
     joined = join(dataset.benchmark, unlimited.examples, read_rows(path), path=path, questions=dataset.file)
     readable = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
     rows = [row for row in joined.rows if row.id in readable]

@@ -175,6 +175,9 @@ def read_questions(
             unreadable[name] = error.reason
     if not seen:
         raise UserError(f"{path}: holds no questions")
+    if not questions:
+        name, reason = next(iter(unreadable.items()))
+        raise UserError(f"{path}: not one question can be read; {shown(name)}: {reason}")
     return questions, unreadable
 
 

@@ -19,21 +19,20 @@ from statistics import median
 from PIL import ExifTags
 from tqdm import tqdm
 
-from dora_vl.data.check import FileCheck, MediaCheck, add_columns, columns_of, table
+from dora_vl.data.check import DOUBTS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
-from dora_vl.data.containers import find_files
+from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
-from dora_vl.errors import BadSample, UserError, shown_text
+from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, whole_folder
 from dora_vl.start.run_file import (
-    HUB_BASE,
     MOST_NAMES,
-    RUN_FILE,
     Data,
     base_of,
+    data_files,
     find_questions,
     picture_files,
     root_of_pictures,
@@ -46,12 +45,14 @@ train.jsonl, test.jsonl and run.yaml in runs/NAME. Rows that cannot be used are 
 questions are not touched; pictures that the questions file holds itself are written as files.
 
   dora-vl init my_pictures
+  dora-vl init my_pictures --ask "what is it?"
   dora-vl init my_pictures --questions answers.parquet --model Qwen/Qwen2.5-VL-3B-Instruct --to runs/first
 
 Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
-lines, Parquet, Arrow, tar. No picture is in both halves.
+lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --ask a folder for each answer will do, or
+a table of pictures and labels. No picture is in both halves; folders named train, val and test stay what they are.
 """
-TRAIN, TEST, MEDIA = "train.jsonl", "test.jsonl", "media"
+TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,37 +84,31 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--questions {arguments.questions}: no such file")
     to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
-    questions = arguments.questions or find_questions(folder, columns)
+    records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
+    if isinstance(records, PictureFolder) and (others := [path.name for path in data_files(folder)]):
+        yield f"no questions in {shown_names(others)}: left out"
     from dora_vl.run.folder import one_writer  # torch: not for --help
 
     with one_writer(to) if replaces else nullcontext(), whole_folder(to) as staging:
-        look = look_at(folder, questions, media_to=staging, columns=columns)
+        look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
-        if base.is_llava and look.has_videos:
-            raise UserError(
-                f"{folder} holds videos, and {base.name} is a LLaVA-1.5, which is not trained on them; --model names "
-                f"another base, such as {HUB_BASE}"
-            )
         share = arguments.test_share
         if share is None:  # a fifth, of large sets as many as tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
         halves = split(look, share=share, seed=arguments.seed)
-        train, test = (
-            f"{len(rows):,} rows about {len({name for row in rows for name in row.media}):,}" for rows in halves
-        )
-        yield f"held out by seed {arguments.seed}: {test} {look.media}; to train on: {train}"
+        yield from look.held_out(halves, f"by seed {arguments.seed}")
         on_gpu = _on_gpu()
         command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
         start = f"{command} {quote(str(to / RUN_FILE))}"
-        text = written(base, _data(look, len(halves[0]), to), output_dir=str(to), on_gpu=on_gpu, command=start)
-        _write(staging, dict(zip((TRAIN, TEST), halves, strict=True)), text)
+        text = written(base, _data(look, halves, to), output_dir=str(to), on_gpu=on_gpu, command=start)
+        _write(staging, halves, text)
         if replaces:  # what a run has added since stays
-            own = (TRAIN, TEST, RUN_FILE, MEDIA)
+            own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA)
             shutil.copytree(
                 to, staging, symlinks=True, ignore=lambda at, _: own if Path(at) == to else (), dirs_exist_ok=True
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
-    yield f"{to}: {TRAIN}, {TEST} and {RUN_FILE} written, base {base.name}{size}"
+    yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
     yield f"\nnext:  {start}"
 
 
@@ -126,7 +121,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     if Path.cwd().is_relative_to(to.resolve()):
         raise UserError(f"--to {to} is the folder you are in; name one of its own")
     clear_leftovers(to.parent, to.name)
-    earlier = [name for name in (TRAIN, TEST, RUN_FILE) if (to / name).exists()]
+    earlier = [name for name in (TRAIN, TEST, VALIDATION, RUN_FILE) if (to / name).exists()]
     if earlier and not arguments.overwrite:
         raise UserError(
             f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
@@ -137,14 +132,15 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return to, bool(earlier)
 
 
-def _data(look: Look, count: int, to: Path) -> Data:
+def _data(look: Look, halves: Mapping[str, Sequence[Row]], to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
         train=str(to / TRAIN),
         test=str(to / TEST),
+        validation=str(to / VALIDATION) if VALIDATION in halves else None,
         root=str(to if look.holds else look.root),
-        rows=count,
+        rows=len(halves[TRAIN]),
         answer_words=max(words),
         answer_characters=max(map(len, answers)),
         usual_answer_words=float(median(words)),
@@ -186,10 +182,11 @@ def _program(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One usable sample."""
+    """One usable sample; `split` is what its picture's folder says."""
 
     conversation: Example
     kind: str | None = None
+    split: str = ""
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -249,7 +246,9 @@ class Look:
     Attributes:
         root: of the paths in `rows`.
         holds: whether the questions file holds the pictures itself; they are in `root` then.
+        asked: whether `--ask` said the question, so that answers are classes.
         trouble: what `check-data` says of rows that are left out, line by line.
+        doubts: likewise of rows that are not.
     """
 
     questions: Path
@@ -261,7 +260,9 @@ class Look:
     rows: Sequence[Row]
     pictures: Pictures
     unnamed: int
+    asked: bool
     trouble: Sequence[str]
+    doubts: Sequence[str]
 
     @property
     def has_videos(self) -> bool:
@@ -308,23 +309,54 @@ class Look:
         )
         rounds = [len(row.texts("assistant")) for row in self.rows]
         yield f"questions: {_spread(rounds)} a row, {_lengths(questions)}"
-        most, times = Counter(answers).most_common(1)[0]
+        ordered = self.answers.most_common()
+        most, times = ordered[0]
         yield (
-            f"answers: {_lengths(answers)}, {len(set(answers)):,} different, most often "
+            f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
             f"{shown_text(most, 30)} ({times / len(answers):.0%})"
         )
+        if self.asked:
+            names = (f"{name} {count:,}" for name, count in ordered)
+            yield f"answers as they are named: {shown_names(names, SHOWN_CLASSES, 40)}"
         if self.trouble:
             yield from ("left out, as check-data tells:", *self.trouble)
+        if self.doubts:
+            yield from ("kept, but probably not meant:", *self.doubts)
+
+    @property
+    def answers(self) -> Counter[str]:
+        """Every answer, and how often it is given."""
+        return Counter(chain.from_iterable(row.texts("assistant") for row in self.rows))
+
+    def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
+        """What is told of how the rows are parted."""
+        media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in halves.items()}
+        counts = {
+            name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,}"
+            for name, rows in halves.items()
+        }
+        train, test = ({row.split for row in halves[name]} for name in (TRAIN, TEST))
+        chosen = "by their folders" if train.isdisjoint(test) else chosen
+        for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in halves else ""
+        yield f"held out {chosen}: {counts[TEST]} {self.media}; to train on: {counts[TRAIN]}{for_loss}"
+        if shared := len(media[TRAIN] & media[TEST]):
+            yield f"the folders hold {shared:,} {self.media} to train on and to test with alike: the score will flatter"
+        tested = {answer for row in halves[TEST] for answer in row.texts("assistant")}
+        if self.asked and (untested := [name for name in self.answers if name not in tested]):
+            yield f"too few to be in the test: {shown_names(untested, SHOWN_CLASSES, 40)}"
 
 
-def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns = USUAL) -> Look:
+SHOWN_CLASSES = 20
+
+
+def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> Look:
     """Reads the questions and looks at every picture that they name.
 
     Args:
         media_to: gets the pictures that the questions file holds itself.
         columns: what the file's columns are.
     """
-    records = find_files(questions)
+    questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
     holds_pictures = any(example.image_bytes for example in examples)
@@ -338,18 +370,23 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
         for record in records.rows(bar.update):
             row = _usable(check, record, media_to if holds_pictures else None, columns)
             if row is not None:
-                rows.append(row)
-    trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
+                rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+    findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
+    trouble, doubts = (
+        table([(questions, finding) for name, finding in findings.items() if (name in DOUBTS) is doubtful])
+        for doubtful in (False, True)
+    )
     if not rows:
         worst = max(check.findings.values(), key=lambda finding: finding.count)
+        detail, ids = next(iter(worst.examples.items()))
         raise UserError(
             f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
-            f"example {worst.ids[0]}: {shown_text(worst.example, 120)}"
+            f"example {ids[0]}: {shown_text(detail, 120)}"
         )
     pictures = Pictures()
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
     for name in tqdm(names, "pictures", disable=None, leave=False):
-        pictures.add(name, root / name)
+        pictures.add(name, path_inside(MediaFolder(root, follow_links=True), name))
     picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
     return Look(
         questions=questions,
@@ -361,7 +398,9 @@ def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns =
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
+        asked=bool(columns.ask),
         trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
+        doubts=doubts if len(doubts) > 1 else (),
     )
 
 
@@ -396,24 +435,37 @@ def _spread(numbers: Iterable[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
 
 
-def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and those to test with, each in the file's order.
+def split(look: Look, *, share: float, seed: int) -> dict[str, list[Row]]:
+    """The rows to train on, those to test with, and those for validation where folders say so, in the file's order.
 
-    Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy.
+    Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes
+    that are large enough each is in the test by its share.
     """
     if not 0 < share < 1:
         raise UserError(f"--test-share is {share}; it must be above 0 and below 1")
+    by_folder = {name: [row for row in look.rows if row.split == name] for name in ("train", "test", "validation")}
+    test = by_folder["test"] or by_folder.pop("validation")
+    if by_folder["train"] and test:
+        validation = by_folder.get("validation")
+        return {TRAIN: by_folder["train"], TEST: test} | ({VALIDATION: validation} if validation else {})
     media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
     ids = [f"{number}" for number in range(len(look.rows))]
+    classes = None
+    if look.asked:
+        counts = look.answers
+        answers = [row.texts("assistant")[-1] for row in look.rows]
+        classes = [answer if counts[answer] * share >= 1 else "" for answer in answers]
     try:
         from dora_vl.data.table import held_out_places  # torch: not for --help
 
-        test_indices = set(held_out_places(ids, media, share=share, seed=seed).tolist())
+        test_indices = set(held_out_places(ids, media, share=share, seed=seed, classes=classes).tolist())
     except UserError:
         groups = len({key for keys in media for key in keys}) or len(ids)
         raise UserError(
             f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
             f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
         ) from None
-    train = [row for index, row in enumerate(look.rows) if index not in test_indices]
-    return train, [row for index, row in enumerate(look.rows) if index in test_indices]
+    return {
+        TRAIN: [row for index, row in enumerate(look.rows) if index not in test_indices],
+        TEST: [row for index, row in enumerate(look.rows) if index in test_indices],
+    }

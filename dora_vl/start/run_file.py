@@ -6,10 +6,11 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,7 +18,15 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dora_vl.data.columns import USUAL, Columns
-from dora_vl.data.containers import BESIDE_ARROW, ENDINGS, ending_of, find_files, is_data_file
+from dora_vl.data.containers import (
+    BESIDE_ARROW,
+    DataFiles,
+    ending_of,
+    files_below,
+    find_files,
+    is_data_file,
+    picture_folder,
+)
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
@@ -56,6 +65,7 @@ class Data:
     answer_characters: int
     usual_answer_words: float
     has_videos: bool
+    validation: str | None = None
     follow_links: bool = False
 
 
@@ -145,30 +155,38 @@ def _read_twice(value: str) -> str:
 # -- which file of a person's folder holds the questions, and which folder the pictures' paths start from ------------
 
 MOST_FILES, MOST_NAMES = 2_000, 200
-EXAMPLE = "image,question,answer"
-RUN_FILE = "run.yaml"
-"""What `dora-vl init` writes: a folder that holds one is a run's."""
+EXAMPLE, ASK = "image,question,answer", "what is it?"
 
 
-def find_questions(folder: Path, columns: Columns = USUAL) -> Path:
-    """The one file, or folder of shards, below a folder whose rows are questions or captions."""
-    problems = {path: _why_no_questions(path, columns) for path in islice(_data_files(folder), MOST_FILES)}
+def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
+    """The one file, or folder of shards, below a folder whose rows are questions or captions; else its pictures."""
+    paths = list(islice(data_files(folder), MOST_FILES))
+    problems = {path: _why_no_questions(path, columns) for path in paths}
     usable = [path for path, problem in problems.items() if problem is None]
     if len(usable) == 1:
-        return usable[0]
+        return find_files(usable[0])
     if usable:
         names = shown_names(path.relative_to(folder) for path in usable)
         raise UserError(f"{folder}: {len(usable)} files hold questions, {names}; name one with --questions FILE")
+    pictures = picture_folder(folder)
+    asking = Columns(columns.roles, columns.ignored, ASK)
+    answers = [path for path in paths if _why_no_questions(path, asking) is None]
+    if not columns.ask and (answers or (pictures is not None and pictures.classes and not pictures.has_texts)):
+        what = answers[0] if answers else f"{folder}, a folder for each answer"
+        raise UserError(f'{what}: answers without a question; say it: dora-vl init {quote(str(folder))} --ask "{ASK}"')
+    if pictures is not None and (pictures.classes or pictures.has_texts):
+        return pictures
     if problems:
         first, problem = next(iter(problems.items()))
         raise UserError(
             f"{folder}: none of its {len(problems)} data files holds questions; {problem} (columns such as {EXAMPLE}, "
             f"or a format of docs/data.md){'' if len(problems) == 1 else f'; that is the first, {first.name}'}"
         )
-    pictures = sum(1 for _ in islice(picture_files(folder), MOST_FILES))
+    count = 0 if pictures is None else len(pictures.files)
     raise UserError(
-        f"{folder}: {pictures:,} pictures and no file of questions ({', '.join(ENDINGS)}); write a "
-        f"questions.csv with the first line {EXAMPLE} and a line for each question, or name a file with --questions"
+        f"{folder}: {count:,} pictures, and nothing says what they show: put each in a folder named by the answer, a "
+        f".txt of its name beside each, or write a questions.csv with the first line {EXAMPLE} and a line for each "
+        "question (--questions FILE names one elsewhere)"
     )
 
 
@@ -215,13 +233,13 @@ def _is_there(root: Path, name: str) -> bool:
 def picture_files(folder: Path) -> Iterator[Path]:
     """Files below a folder whose names end as pictures' do."""
     Image.init()
-    return (path for path in _files_below(folder) if path.suffix.lower() in Image.EXTENSION)
+    return (path for path in files_below(folder) if path.suffix.lower() in Image.EXTENSION)
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
+def data_files(folder: Path) -> Iterator[Path]:
     """Data files below a folder, a folder of Parquet, Arrow or tar shards as one."""
     seen: set[Path] = set()
-    for path in _files_below(folder):
+    for path in files_below(folder):
         if not is_data_file(path):
             continue
         siblings = sum(other.suffix.lower() == path.suffix.lower() for other in path.parent.iterdir())
@@ -230,13 +248,3 @@ def _data_files(folder: Path) -> Iterator[Path]:
         if whole not in seen:
             seen.add(whole)
             yield whole
-
-
-def _files_below(folder: Path) -> Iterable[Path]:
-    """Files in order, those of hidden folders and of runs left out."""
-    paths = sorted(folder.rglob("*"))
-    runs = {path.parent for path in paths if path.name == RUN_FILE}
-    for path in paths:
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and runs.isdisjoint(path.parents):
-            yield path

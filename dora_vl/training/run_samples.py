@@ -38,6 +38,7 @@ from dora_vl.data.table import (
     characters_of,
     check_weights,
     described,
+    doubtful,
     drawn_out,
     load_rows,
     load_training_rows,
@@ -159,6 +160,9 @@ class RunSamples:
             files = train_files(data.train)
             tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
+            for file, rows in tables:
+                for finding in doubtful(rows):
+                    logger.warning("%s: %s", file.path, one_line(str(finding)))
         for line in lines:
             logger.info(line)
         if self._train is not None and self.held_out is not None and data.validation_share:

@@ -24,7 +24,7 @@ from dora_vl.data import pictures
 from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Clip
 from dora_vl.data.order import places_of_largest_pictures
-from dora_vl.data.pictures import MediaFolder, decoding_trouble, open_image
+from dora_vl.data.pictures import MediaFolder, any_is_there, decoding_trouble, open_image, path_inside
 from dora_vl.data.samples import look_ahead
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform, read_frames
@@ -462,3 +462,16 @@ def test_as_published_a_picture_is_what_pillow_makes_rgb_of(tmp_path: Path, cont
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(published))
     shown = np.asarray(open_image(tmp_path, "a"))
     assert np.array_equal(shown, np.asarray(opened)) == (Image.open(BytesIO(content)).mode == "LA")
+
+
+def test_a_name_in_other_letters_is_the_one_file_that_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "Photos").mkdir()
+    for name, colour in (("UP.JPG", 1), ("two.png", 2), ("TWO.png", 3), ("Two.PNG", 4), ("down.png", 5)):
+        Image.new("RGB", (4, 4), (colour, 0, 0)).save(tmp_path / "Photos" / name, "PNG")
+    for _ in range(2):
+        assert path_inside(tmp_path, "photos/up.jpg") == tmp_path / "Photos" / "UP.JPG"
+    assert open_image(tmp_path, "photos/up.jpg").getpixel((0, 0)) == (1, 0, 0)
+    assert path_inside(tmp_path, "Photos/two.png").name == "two.png"  # its own name before any other
+    assert path_inside(tmp_path, "Photos/TWO.PNG").name == "TWO.PNG"  # three would fit: it is missing
+    assert any_is_there(["photos/DOWN.PNG"], tmp_path)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # once in a process

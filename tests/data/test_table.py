@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.data import table as table_module
+from dora_vl.data.check import CONTRADICTION, EMPTY_QUESTION, NO_PICTURE, FileCheck
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
-from dora_vl.data.table import described, held_out_places, load_rows, load_table, load_training_rows, overlap
+from dora_vl.data.stream import StreamSource
+from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import question_of
 from tests.training.own_data import items, write_parquet
@@ -228,3 +230,57 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []
+
+
+def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None:
+    rows = ["0.png,What?,red", "0.png,What?,red", "0.png,What?,blue", ",What?,red", "1.png,,red", "1.png,,blue"]
+    rows += [f"{number}.png,What?,red" for number in range(2, 9)] + [f"{number}.png,," for number in range(9)]
+    path = tmp_path / "q.csv"
+    path.write_text("\n".join(["image,question,answer", *rows]))
+    table = load_rows(str(path), cache_folder=tmp_path / "cache").rows
+    found = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
+    assert found == {
+        NO_PICTURE: (1, [["record 3"]]),
+        EMPTY_QUESTION: (2, [["record 4", "record 5"]]),
+        CONTRADICTION: (3, [["record 0", "record 1", "record 2"]]),
+    }
+    (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "record 13" in line)
+    assert "9 samples" in unusable
+    assert unusable.count("record") == 5
+    check = FileCheck(path).run(lambda _: None).findings
+    assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)] == [1, 2, 1]
+
+
+def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "words.csv").write_text("image,question,answer\n,What?,red\n,Why?,blue\n")
+    (tmp_path / "captions.csv").write_text("image,caption\n0.png,a cat\n0.png,a dog\n")
+    votes = [{"image": "0.png", "question": "What?", "answers": ["red", "red", "blue"]} for _ in range(2)]
+    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, votes)))
+    talks = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+    talks += [{"image": "0.png", **talks[0]}]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))  # the first names no picture at all
+    for path in sorted(tmp_path.glob("*.[cj]s*")):
+        assert not doubtful(load_rows(str(path), cache_folder=tmp_path / "cache").rows), path
+        assert not FileCheck(path).run(lambda _: None).findings, path
+    stream = StreamSource(TrainFile(path=str(tmp_path / "words.csv")), limit=None, seed=0)
+    assert len(list(stream.rows())) == 2
+    assert not caplog.records
+
+
+def test_a_stream_names_the_first_of_each_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text("image,question,answer\n0.png,What?,red\n,What?,red\n1.png,,red\n,What?,blue\n")
+    stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0)
+    for _ in range(2):
+        assert len(list(stream.rows())) == 4
+    assert [("record 1" in line, "record 2" in line) for line in caplog.messages] == [(True, False), (False, True)]
+
+
+def test_each_class_has_its_share_and_small_sets_lose_none_to_the_test() -> None:
+    classes = [*("a" * 10), *("b" * 30), *("c" * 20)]
+    ids = [f"{number}" for number in range(60)]
+    media = [[f"{number // 2}.png"] for number in range(60)]  # two rows a picture stay together
+    held = held_out_places(ids, media, share=0.2, seed=3, classes=classes)
+    assert Counter(classes[index] for index in held) == {"a": 2, "b": 6, "c": 4}
+    assert len({media[index][0] for index in held}) == 6
+    assert sorted(held) != sorted(held_out_places(ids, media, share=0.2, seed=4, classes=classes))

@@ -96,6 +96,42 @@ def test_a_file_of_predictions_is_scored_without_a_model(pope: Path, tmp_path: P
     assert done.stdout.startswith("benchmark")
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "test.json", "test.csv"])
+def test_rows_that_train_takes_are_scored_as_they_are(name: str, tmp_path: Path) -> None:
+    rows = [
+        {"image": f"{number}.png", "query": "What?", "answer": answer} for number, answer in enumerate(("red", "blue"))
+    ]
+    path = tmp_path / name
+    if path.suffix == ".csv":
+        path.write_text("\n".join(["image,query,answer", *(",".join(row.values()) for row in rows)]))
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    answers = predictions_file(tmp_path / "p.jsonl", {"record 0": "red", "record 1": "red"})
+    main(["evaluate", "--benchmarks", f"exact_match={path}", "--predictions", str(answers), "--to", str(tmp_path)])
+    assert entries(tmp_path)["exact_match"]["metrics"]["accuracy"]["value"] == 50.0
+    renamed = tmp_path / f"renamed{path.suffix}"
+    renamed.write_text(path.read_text().replace("answer", "reply"))
+    options = ["--benchmarks", f"exact_match={renamed}", "--predictions", answers, "--to", tmp_path]
+    refused(options)  # not one row can be read
+    main(["evaluate", *map(str, options), "--columns", "reply=answer"])
+    assert entries(tmp_path)["exact_match"]["metrics"]["accuracy"]["value"] == 50.0
+
+
+def test_files_are_read_before_a_model_s_libraries(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"image": "0.png", "reply": "red"}')
+    code = f"""
+import sys
+from dora_vl.cli import main
+try:
+    options = ["--benchmarks", "exact_match={tmp_path}/test.jsonl", "--to", "{tmp_path}/to"]
+    main(["evaluate", "--model", "{tmp_path}", *options])
+except SystemExit as left:
+    assert left.code == 2
+assert "torch" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)

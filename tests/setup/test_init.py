@@ -313,9 +313,10 @@ def test_shards_are_one_file_and_videos_are_named(
     assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)
 
 
-def test_a_llava_is_not_started_on_videos(tmp_path: Path, base: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    write_clip(tmp_path / "clips" / "a.mp4")
-    rows = [{"video": "a.mp4", "question": f"Which of {number}?", "answer": "red"} for number in range(8)]
-    (tmp_path / "clips" / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    refused(tmp_path / "clips", "--model", base)
+def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        (tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
+        write_clip(tmp_path / "clips" / ("left", "right")[number % 2] / f"{number}.mp4", frames=3 + number)
+    assert "videos: 6 in clips, MP4 6" in told(capsys, "clips", "--model", base, "--ask", "Which way?")
+    assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
+    assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures

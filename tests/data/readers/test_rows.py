@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.check import FileCheck
+from dora_vl.data.check import DOUBTS, FileCheck
 from dora_vl.data.columns import Columns, ColumnsError, TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
@@ -75,7 +75,7 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
         path = tmp_path / f"rows.{kind}"
         WRITERS[kind](path, [case["row"]])
         check = FileCheck(path, columns=columns).run(lambda _: None)
-        assert bool(check.findings) == (refused is not None), check.findings
+        assert bool(check.findings.keys() - {*DOUBTS}) == (refused is not None), check.findings
         stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0, columns=columns)
         if refused is None:
             table = load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)

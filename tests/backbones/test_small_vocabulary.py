@@ -1,0 +1,33 @@
+"""What a small model's vocabulary is made from: any file that training reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dora_vl.backbones.random_start import texts_of
+from dora_vl.backbones.specs import SmallLanguageModel
+from dora_vl.errors import UserError
+
+
+def test_texts_of_records_and_of_rows_are_a_vocabulary_s(tmp_path: Path) -> None:
+    record = {"id": "1", "images": ["0.png"], "question": "Which?", "choices": ["red", "blue"]}
+    record |= {"answers": [{"text": "red"}, {"text": "crimson", "weight": 0.3}]}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record))
+    (tmp_path / "rows.csv").write_text("image,question,answer\n0.png,Why?,because\n")
+    talk = {
+        "image": "0.png",
+        "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "me"}],
+    }
+    (tmp_path / "talks.json").write_text(json.dumps([talk]))
+    files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "talks.json"))
+    texts = list(texts_of(SmallLanguageModel(texts=files, words=("more",))))
+    assert texts == ["Which?", "red", "blue", "red", "crimson", "Why?", "because", "Who?", "me", "more"]
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,question,anwser\n0.png,Why?,because\n")
+    with pytest.raises(UserError):
+        list(texts_of(SmallLanguageModel(texts=(str(tmp_path / "rows.csv"),))))
