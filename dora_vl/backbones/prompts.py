@@ -9,7 +9,7 @@ import resource
 import signal
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,17 +90,29 @@ def check_ends(render: Callable[[], object], name: str) -> None:
         os._exit(status)
 
 
+OPEN, CLOSE = "<think>", "</think>"
+"""What stands around an answer's thoughts, in data and in most templates."""
+_THOUGHT = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*(.*)", re.DOTALL)
+THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{OPEN}\nIt shines.\n{CLOSE}\n\n{PROCESSOR_PROBE[1].text}")
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates are told whether an answer is to begin with thoughts."""
+
+
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
-    Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
-    anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
-    differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
-    since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
-    for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
-    asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
-    model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
-    refused.
+    An answer is trained as it is asked for: behind the template's generation prompt stands what the template writes of
+    the answer where it is the last turn, up to what closes it. A conversation is one text where the template goes on
+    writing it so. Where it writes an answer otherwise once later turns follow (without its thoughts, or without an end
+    of text), that answer is trained in a text of its own, which ends with it (`Chat.others`).
+
+    Tried once, with questions, thoughts and a picture, so that a template that cannot be trained on is refused before
+    anything is loaded: one that leaves out what is said, or knows no pictures. Where it closes an answer with no
+    special token, the tokenizer's end token is trained behind it, or a trained model would not stop. A system turn goes
+    to the template's own place for one; where there is none, the sample is refused.
+
+    Thoughts are what an answer has in `<think>` at its beginning; the template gets them as it takes them. Where it
+    drops them though the prompt opens them (DeepSeek-R1's), they are trained as they stand, and an empty one is closed.
 
     A processor of pieces knows where the template's special tokens stand, so the same in a person's words are text: a
     mark splits each (`BREAK`) until the template has been applied. Other processors' samples with one are refused. To a
@@ -109,12 +121,13 @@ class ProcessorChat(Prompts):
     Args:
         name: of the model, for messages.
         pictures: whether the model sees any; a template that leaves them out is refused.
+        thinking: what a template with a switch for thoughts is told; None: nothing.
     """
 
     name = "tokenizer"
     takes_system = True
 
-    def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
+    def __init__(self, processor: Any, name: str, *, pictures: bool = True, thinking: bool | None = None) -> None:
         self._processor = processor
         self._name = name
         self._pieces = isinstance(processor, PieceProcessor)
@@ -128,32 +141,56 @@ class ProcessorChat(Prompts):
             )
         self.bos_token = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
-        self._closing = ""
-        check_ends(partial(self._try, pictures=pictures), name)
-        self._try(pictures=pictures)
+        self._not_in_words = special_tokens(processor, allowed={OPEN, CLOSE})
+        self._switch: dict[str, bool] = {}
+        self._thoughts_apart = self._knows_thoughts = False
+        self._added = self._opening = self._closing = self._rest = ""
+        check_ends(partial(self._try, thinking, pictures=pictures), name)
+        self._try(thinking, pictures=pictures)
 
-    def _try(self, *, pictures: bool) -> None:
-        """Finds the messages' form and what closes an answer; refuses a template that cannot be trained on."""
+    def _try(self, thinking: bool | None, *, pictures: bool) -> None:
+        """Finds how messages, thoughts and an answer's end are written; refuses a template that cannot be trained on."""
         self._choose_parts()
-        turns = PROCESSOR_PROBE[:2]
-        if self._why_not(turns):
-            self._closing = str(self._processor.tokenizer.eos_token or "")
-            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
-        if reason := self._why_not(turns):
-            raise UserError(f"{self._name}: {reason}, so its answers cannot be trained on; change chat_template")
-        text = self.render(turns).text
-        if text != self._apply(turns, generation_prompt=False):
-            log.info(
-                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
-            )
+        question, answer = turns = PROCESSOR_PROBE[:2]
+        try:
+            self._choose_thinking(turns, thinking)
+            asked, given = self._asked(turns[:1]), self._apply(turns, generation_prompt=False)
+            self._added = asked[shared_beginning(asked, given) :]
+            ending = given[given.rfind(answer.text) + len(answer.text) :]
+            closing = [match.end() for match in self._special.finditer(ending)]
+            self._closing, self._rest = (ending[: closing[-1]], ending[closing[-1] :]) if closing else ("", ending)
+            text, start, end = self._answered(turns)
+            self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
+            self._knows_thoughts = self.thinking is not None or OPEN in self._added + given
+        except ValueError as error:
+            raise UserError(
+                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
+            ) from None
+        if self.thinking is not None:
+            log.info("%s is asked with %s, as recipe.json will say", self._name, self._switch)
+        if self._opening:
+            log.info("%s: an answer without thoughts is trained behind %r", self._name, self._opening)
         if reason := self._why_not(PROCESSOR_PROBE):
             log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
+        elif self.render(PROCESSOR_PROBE).others:
+            log.info("the chat template of %s rewrites earlier answers: each round of a talk is a row", self._name)
         if not pictures:
             return
         if reason := self._why_not(PROBE):
             raise UserError(f"the chat template of {self._name} takes no pictures: {reason}")
         if self.render(PROBE).text == text:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _choose_thinking(self, turns: Sequence[Turn], thinking: bool | None) -> None:
+        """Finds the template's switch for thoughts, and whether it takes an answer's thoughts apart from its text."""
+        for name in SWITCHES:
+            with_and_without = [self._apply(turns[:1], generation_prompt=True, **{name: on}) for on in (True, False)]
+            if thinking is not None and len({*with_and_without}) == 2:
+                self.thinking, self._switch = thinking, {name: thinking}
+                break
+        self._thoughts_apart = True
+        thought, _ = self.thought_and_answer(THOUGHT_PROBE.text)
+        self._thoughts_apart = thought in self._apply((turns[0], THOUGHT_PROBE), generation_prompt=False)
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
         """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
@@ -196,37 +233,58 @@ class ProcessorChat(Prompts):
         turns = [*([] if system is None else [system]), *talk]
         if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
             turns = [
-                replace(turn, text=self._special.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
+                replace(turn, text=self._not_in_words.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
                 for turn in turns
             ]
         else:
-            refuse_special(turns, self._special)
-        whole = self._apply(turns, generation_prompt=generation_prompt)
-        self._check_nothing_lost(turns, whole)
-        text, spans, position = "", [], 0
-        for count in range(len(turns) - len(talk) + 2, len(turns) + 1, 2):
-            (opening, answer), prompt_end, end = self._answer(turns[:count], whole)
-            text += whole[position:opening] + prompt_end
-            start = len(text)
-            text += whole[answer:end]
-            spans.append((start, len(text)))
-            position = end
-        text += whole[position:]
+            refuse_special(turns, self._not_in_words)
+        if generation_prompt:
+            return self._chat(self._asked(turns), (), ())
+        texts: list[tuple[str, list[Span], list[int]]] = []
+        for number in reversed(range(len(talk) // 2)):
+            text, start, end = self._answered(turns[: len(turns) - len(talk) + 2 * number + 2])
+            row = next((row for row in texts if row[0].startswith(text[:end])), None)
+            if row is None:
+                texts.append(row := (text, [], []))
+            row[1].insert(0, (start, end))
+            row[2].insert(0, number)
+        longest, *others = (self._chat(*row) for row in texts)
+        return replace(longest, others=tuple(others))
+
+    def _chat(self, text: str, spans: Sequence[Span], answers: Sequence[int]) -> Chat:
         if not self._pieces:
-            return Chat(text, tuple(spans))
+            return Chat(text, tuple(spans), answers=tuple(answers))
         controls = [match.span() for match in self._special.finditer(text)]
         breaks = [match.start() for match in re.finditer(BREAK, text)]
 
         def moved(spans: Sequence[Span]) -> tuple[Span, ...]:
             return tuple((start - bisect_left(breaks, start), end - bisect_left(breaks, end)) for start, end in spans)
 
-        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls))
+        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls), answers=tuple(answers))
+
+    def thought_and_answer(self, text: str) -> tuple[str, str]:
+        """See `Prompts`; an empty thought counts where the template writes such by itself."""
+        match = _THOUGHT.fullmatch(text)
+        if match is None or not (match[1].strip() or self._knows_thoughts):
+            return "", text
+        return match[1].strip(), match[2]
+
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer, its thoughts included where it has some."""
+        text = text.strip()
+        return "" if self._opening.startswith(text) else text.removeprefix(self._opening).lstrip()
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        pieces = self._media.split(turn.text)
-        closing = self._closing if turn.role == "assistant" else ""
+        text, message = turn.text, {"role": turn.role}
+        if turn.role == "assistant":
+            thought, answer = self.thought_and_answer(text)
+            if self._thoughts_apart or not thought:
+                text = answer
+            if self._thoughts_apart and thought:
+                message |= {"reasoning_content": thought, "thinking": thought}
+        pieces = self._media.split(text)
         if len(pieces) == 1 and turn.role not in self._in_parts:
-            return {"role": turn.role, "content": turn.text + closing}
+            return {**message, "content": text}
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -236,25 +294,45 @@ class ProcessorChat(Prompts):
                 piece = piece.removeprefix("\n")  # what records write between a picture and its question
             if piece or len(pieces) == 1:
                 parts.append({"type": "text", "text": piece})
-        if closing:
-            parts[-1]["text"] += closing
-        return {"role": turn.role, "content": parts}
+        return {**message, "content": parts}
 
-    def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[Span, str, int]:
-        """What opens the last answer, what replaces that (the generation prompt's end), and where the answer ends."""
-        before = self._apply(turns[:-1], generation_prompt=True)
-        after = self._apply(turns, generation_prompt=False)
-        if not whole.startswith(after):
-            raise ValueError("the chat template writes an earlier answer differently once later turns follow")
-        shared = shared_beginning(before, after)
-        prompt_end, answer = before[shared:], after[shared:]
-        first = shared + (len(answer) - len(answer.lstrip()) if prompt_end else 0)
-        if prompt_end.strip():
-            raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
-        closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
+    def _asked(self, turns: Sequence[Turn]) -> str:
+        """The text up to where the next answer begins."""
+        text = self._apply(turns, generation_prompt=True)
+        self._check_nothing_lost(turns, text)
+        return text
+
+    def _answered(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
+        """A text that ends with the last answer as it is asked for, and where that begins and ends."""
+        asked, given = self._asked(turns[:-1]), self._apply(turns, generation_prompt=False)
+        thought, answer = self.thought_and_answer(turns[-1].text)
+        if thought and self.thinking is False:
+            raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
+        ending = self._closing + self._rest
+        if not given.endswith(ending):
+            raise ValueError("the chat template closes this answer otherwise than others")
+        given = given.removesuffix(ending)
+        before, opens, _ = asked.rstrip().rpartition(OPEN) if asked.rstrip().endswith(OPEN) else (asked, "", "")
+        if given.startswith(asked):
+            written = given[len(asked) :]
+            if thought not in written:
+                written = f"{OPEN}\n{thought}\n{CLOSE}\n\n{written.lstrip()}"
+        elif opens and given.startswith(before):
+            written = given[len(before) :].lstrip().removeprefix(OPEN).lstrip()
+            if thought not in written or CLOSE not in written:
+                written = f"{thought}\n{CLOSE}\n\n{written.removeprefix(CLOSE).lstrip()}"
+        else:
+            before = asked.removesuffix(self._added)
+            if before == asked or not given.startswith(before) or (self._added.strip() and self.thinking is not False):
+                raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
+            written = given[len(before) :].lstrip()
+        if answer.strip() not in written or thought not in written:
+            raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
+        closing = self._closing or str(self._processor.tokenizer.eos_token or "")
         if not closing:
             raise ValueError("the chat template closes an answer with no special token")
-        return (shared, first), prompt_end, closing[-1]
+        text = asked + written + closing
+        return text + (self._rest if self._closing else ""), len(asked), len(text)
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
@@ -266,10 +344,11 @@ class ProcessorChat(Prompts):
             if whole.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
         for number, turn in enumerate(pieces):
-            if any(piece not in whole for piece in turn):
+            is_earlier_answer = turns[number].role == "assistant" and number < len(turns) - 1  # templates rewrite those
+            if not is_earlier_answer and any(piece not in whole for piece in turn):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
-    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
+    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
         """The text that the template makes. Raises: ValueError for whatever is wrong with it."""
         try:
             text = self._processor.apply_chat_template(
@@ -277,6 +356,7 @@ class ProcessorChat(Prompts):
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
+                **(switch or self._switch),
             )
         except MemoryError:
             raise
@@ -294,14 +374,14 @@ def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
             raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
 
 
-def special_tokens(processor: Any) -> re.Pattern[str]:
+def special_tokens(processor: Any, allowed: Collection[str] = ()) -> re.Pattern[str]:
     """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
     tokenizer = processor.tokenizer
     tokens = set(tokenizer.all_special_tokens)
     tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = vars(processor)
     tokens |= {own[name] for name in ("image_token", "video_token", "audio_token") if isinstance(own.get(name), str)}
-    tokens -= {"", IMAGE_PLACEHOLDER if isinstance(processor, PieceProcessor) else ""}
+    tokens -= {"", IMAGE_PLACEHOLDER if isinstance(processor, PieceProcessor) else "", *allowed}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
@@ -405,7 +485,13 @@ def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompts_of(
-    processor: Any, name: str, template: str | None, *, pictures: bool, train_on: TrainOn = "all"
+    processor: Any,
+    name: str,
+    template: str | None,
+    *,
+    pictures: bool,
+    train_on: TrainOn = "all",
+    thinking: bool | None = None,
 ) -> Prompts:
     """How turns are put to this processor: by the format `template`, or else by its chat template."""
     own = OWN_FORMAT.get(type(processor).__name__)
@@ -416,7 +502,7 @@ def prompts_of(
     if chosen is not None:
         return FORMATS[chosen](processor, name, pictures=pictures)
     if template is None or template == ProcessorChat.name:
-        return ProcessorChat(processor, name, pictures=pictures)
+        return ProcessorChat(processor, name, pictures=pictures, thinking=thinking)
     if not pieces:
         raise UserError(
             f"model.template {template!r} is for a LLaVA-1.5 or a language model; {name} has its own chat template, or "
