@@ -38,7 +38,7 @@ from dora_vl.backbones.video_inputs import (
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
@@ -267,7 +267,7 @@ class Encoder:
 
         def around(thought: str, answer: str) -> TrainedAnswer:
             """What labels hold around an answer, taken from one that is known."""
-            said = f"<think>\n{THOUGHT}\n</think>\n\n{PROBE[1].text}" if thought else PROBE[1].text
+            said = f"{THINK}\n{THOUGHT}\n{END_THINK}\n\n{PROBE[1].text}" if thought else PROBE[1].text
             chat = self.prompts.render([question, replace(PROBE[1], text=said)])
             if chat.suffix is not None:  # which the processor closes by itself
                 probe = chat.suffix + self.tokenizer.eos_token

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -32,7 +32,7 @@ from dora_vl.backbones.templates import (
     Span,
     shared_beginning,
 )
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
+from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, Role, Turn
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,8 @@ def check_ends(render: Callable[[], object], name: str) -> None:
         os._exit(status)
 
 
-OPEN, CLOSE = "<think>", "</think>"
-"""What stands around an answer's thoughts, in data and in most templates."""
-_THOUGHT = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*(.*)", re.DOTALL)
-THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{OPEN}\nIt shines.\n{CLOSE}\n\n{PROCESSOR_PROBE[1].text}")
+_THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
+THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told whether an answer is to begin with thoughts."""
 
@@ -141,17 +139,18 @@ class ProcessorChat(Prompts):
             )
         self.bos_token = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
-        self._not_in_words = special_tokens(processor, allowed={OPEN, CLOSE})
+        self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
         self._switch: dict[str, bool] = {}
-        self._thoughts_apart = self._knows_thoughts = False
+        self._thoughts: Literal["fields", "part", ""] = ""
+        self._knows_thoughts = False
         self._added = self._opening = self._closing = self._rest = ""
         check_ends(partial(self._try, thinking, pictures=pictures), name)
         self._try(thinking, pictures=pictures)
 
     def _try(self, thinking: bool | None, *, pictures: bool) -> None:
-        """Finds how messages, thoughts and an answer's end are written; refuses a template that cannot be trained on."""
+        """Finds how messages, thoughts and ends are written; refuses a template that cannot be trained on."""
         self._choose_parts()
-        question, answer = turns = PROCESSOR_PROBE[:2]
+        turns, answer = PROCESSOR_PROBE[:2], PROCESSOR_PROBE[1]
         try:
             self._choose_thinking(turns, thinking)
             asked, given = self._asked(turns[:1]), self._apply(turns, generation_prompt=False)
@@ -159,9 +158,9 @@ class ProcessorChat(Prompts):
             ending = given[given.rfind(answer.text) + len(answer.text) :]
             closing = [match.end() for match in self._special.finditer(ending)]
             self._closing, self._rest = (ending[: closing[-1]], ending[closing[-1] :]) if closing else ("", ending)
-            text, start, end = self._answered(turns)
+            text, start, _ = self._answered(turns)
             self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
-            self._knows_thoughts = self.thinking is not None or OPEN in self._added + given
+            self._knows_thoughts = self.thinking is not None or THINK in self._added + given
         except ValueError as error:
             raise UserError(
                 f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
@@ -182,15 +181,15 @@ class ProcessorChat(Prompts):
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
 
     def _choose_thinking(self, turns: Sequence[Turn], thinking: bool | None) -> None:
-        """Finds the template's switch for thoughts, and whether it takes an answer's thoughts apart from its text."""
+        """Finds the template's switch for thoughts, and as what it takes those of an answer."""
         for name in SWITCHES:
             with_and_without = [self._apply(turns[:1], generation_prompt=True, **{name: on}) for on in (True, False)]
             if thinking is not None and len({*with_and_without}) == 2:
                 self.thinking, self._switch = thinking, {name: thinking}
                 break
-        self._thoughts_apart = True
-        thought, _ = self.thought_and_answer(THOUGHT_PROBE.text)
-        self._thoughts_apart = thought in self._apply((turns[0], THOUGHT_PROBE), generation_prompt=False)
+        for self._thoughts in ("fields", "part", ""):
+            if self._why_not((turns[0], THOUGHT_PROBE), messages_alone=True) is None:
+                break
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
         """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
@@ -275,17 +274,19 @@ class ProcessorChat(Prompts):
         return "" if self._opening.startswith(text) else text.removeprefix(self._opening).lstrip()
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        text, message = turn.text, {"role": turn.role}
+        text = turn.text
+        message: dict[str, Any] = {"role": turn.role}
+        parts: list[dict[str, str]] = []
         if turn.role == "assistant":
             thought, answer = self.thought_and_answer(text)
-            if self._thoughts_apart or not thought:
-                text = answer
-            if self._thoughts_apart and thought:
+            text = answer if self._thoughts or not thought else text
+            if thought and self._thoughts == "fields":
                 message |= {"reasoning_content": thought, "thinking": thought}
+            elif thought and self._thoughts == "part":
+                parts.append({"type": "thinking", "thinking": thought})
         pieces = self._media.split(text)
-        if len(pieces) == 1 and turn.role not in self._in_parts:
+        if len(pieces) == 1 and turn.role not in self._in_parts and not parts:
             return {**message, "content": text}
-        parts: list[dict[str, str]] = []
         for number, piece in enumerate(pieces):
             if number % 2:
                 parts.append({"type": "image" if piece == IMAGE_PLACEHOLDER else "video"})
@@ -312,15 +313,15 @@ class ProcessorChat(Prompts):
         if not given.endswith(ending):
             raise ValueError("the chat template closes this answer otherwise than others")
         given = given.removesuffix(ending)
-        before, opens, _ = asked.rstrip().rpartition(OPEN) if asked.rstrip().endswith(OPEN) else (asked, "", "")
+        before, opens, _ = asked.rstrip().rpartition(THINK) if asked.rstrip().endswith(THINK) else (asked, "", "")
         if given.startswith(asked):
             written = given[len(asked) :]
             if thought not in written:
-                written = f"{OPEN}\n{thought}\n{CLOSE}\n\n{written.lstrip()}"
+                written = f"{THINK}\n{thought}\n{END_THINK}\n\n{written.lstrip()}"
         elif opens and given.startswith(before):
-            written = given[len(before) :].lstrip().removeprefix(OPEN).lstrip()
-            if thought not in written or CLOSE not in written:
-                written = f"{thought}\n{CLOSE}\n\n{written.removeprefix(CLOSE).lstrip()}"
+            written = given[len(before) :].lstrip().removeprefix(THINK).lstrip()
+            if thought not in written or END_THINK not in written:
+                written = f"{thought}\n{END_THINK}\n\n{written.removeprefix(END_THINK).lstrip()}"
         else:
             before = asked.removesuffix(self._added)
             if before == asked or not given.startswith(before) or (self._added.strip() and self.thinking is not False):
@@ -338,7 +339,11 @@ class ProcessorChat(Prompts):
         contents = [self._message(turn)["content"] for turn in turns]
         if any(str(content) in whole for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
-        pieces = [[piece.strip() for piece in self._media.split(turn.text)[::2]] for turn in turns]
+        texts = [
+            self.thought_and_answer(turn.text) if turn.role == "assistant" else self._media.split(turn.text)[::2]
+            for turn in turns
+        ]
+        pieces = [[piece.strip() for piece in text] for text in texts]
         if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
             again = sum(piece.count(text) for turn in pieces[1:] for piece in turn)
             if whole.count(text) <= again:  # its words may be said again later

@@ -99,7 +99,13 @@ class RowEncoder:
         if self.most_pixels is not None:
             pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
         encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)
-        return encoded if outputs is None else hollowed(encoded, outputs.outputs)
+        if outputs is None:
+            return encoded
+        if any(0 < len(other.media) < len(row.images) for other in encoded.others):
+            reason = "its rounds are rows of their own, with fewer pictures than are stored together"
+            raise BadSample(row.id, f"{reason}; set data.cache_features: false")
+        others = (hollowed(other, outputs.outputs) if other.media else other for other in encoded.others)
+        return dataclasses.replace(hollowed(encoded, outputs.outputs), others=tuple(others))
 
 
 class RunSamples:
@@ -131,6 +137,11 @@ class RunSamples:
         """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
         in_tables = any(table.has_videos for table in self._tables)
         return in_tables or (self._stream is not None and self._stream.has_videos)
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether any sample's answer begins with thoughts, for which a chat template may have to ask."""
+        return any(source.has_thoughts for source in (*self._tables, self._stream) if source is not None)
 
     @property
     def pictures(self) -> list[tuple[str, ...]]:
@@ -193,9 +204,11 @@ class RunSamples:
                 bad.append(sample)
             elif isinstance(example, Example):
                 used += 1
-                cut = len(sample.labels) == encoder.max_tokens
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
-                yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
+                for row in sample.rows():
+                    labels, said = row.labels, [answers[number] for number in row.answers]
+                    cut = len(labels) == encoder.max_tokens
+                    yield Labelled(id=sample.id, labels=labels, answers=said, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
                 f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
