@@ -92,8 +92,8 @@ def check_ends(render: Callable[[], object], name: str) -> None:
 
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
 THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
-SWITCHES = ("enable_thinking", "thinking")
-"""Variables by which templates are told whether an answer is to begin with thoughts."""
+_SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
+"""A variable by which a template is told whether an answer is to begin with thoughts; no field of a message."""
 
 
 class ProcessorChat(Prompts):
@@ -182,7 +182,7 @@ class ProcessorChat(Prompts):
 
     def _choose_thinking(self, turns: Sequence[Turn], thinking: bool | None) -> None:
         """Finds the template's switch for thoughts, and as what it takes those of an answer."""
-        for name in SWITCHES:
+        for name in dict.fromkeys(_SWITCH.findall(self._template)):
             with_and_without = [self._apply(turns[:1], generation_prompt=True, **{name: on}) for on in (True, False)]
             if thinking is not None and len({*with_and_without}) == 2:
                 self.thinking, self._switch = thinking, {name: thinking}

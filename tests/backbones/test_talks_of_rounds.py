@@ -15,11 +15,15 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.generation import growing_text
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
+from dora_vl.data.batches import Collator, media_of
 from dora_vl.data.example import Example
-from dora_vl.data.samples import IGNORED_LABEL, Encoded, Labelled, check_labels
+from dora_vl.data.rows import grow
+from dora_vl.data.samples import IGNORED_LABEL, Encoded, Labelled, Sample, check_labels
 from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
 from tests.backbones.image_text_talks import BLUE, RED, messages_of
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_families.table import FAMILIES
@@ -199,3 +203,70 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
 
 def labelled(encoder: Encoder, row: Encoded, answers: Any) -> Labelled:
     return Labelled(id="talk", labels=row.labels, answers=answers, tokenizer=encoder.tokenizer)
+
+
+def test_a_model_is_asked_as_it_was_trained_and_its_answer_is_what_it_says() -> None:
+    """What it writes before an answer without thoughts is no part of the answer."""
+    for name, writes in WRITTEN.items():
+        for thinking in (False, True):
+            encoder = encoder_with(name, thinking)
+            form = writes.among_thoughts if thinking and writes.among_thoughts else writes.plain
+            ids = encoder.tokenizer(form.format(A="It is red."), add_special_tokens=False)["input_ids"]
+            assert encoder.decode(ids) == "It is red."
+            assert encoder.prompts.thinking is (thinking if writes.switch else None)
+            grow_text = growing_text(encoder.tokenizer, encoder.prompts.answer_in)
+            texts = [grow_text(ids[: count + 1]) for count in range(len(ids))]
+            assert all("It is red.".startswith(text) for text in texts)
+
+
+def test_thoughts_where_no_sample_looked_at_has_any_are_refused_by_name() -> None:
+    turns = talk_of(1, (True,))
+    with pytest.raises(BadSample) as refused:
+        encoder_with("qwen3", False).encode(Example("7", (), turns))
+    assert refused.value.sample_id == "7"
+    assert encoder_with("qwen3", None).prompts.thinking is None
+
+
+def test_an_empty_thought_is_none_to_a_template_that_knows_them_and_text_to_others() -> None:
+    turns = (Turn("user", "Why?"), Turn("assistant", "<think>\n\n</think>\n\nSo."))
+    for name, expected in (
+        ("qwen3", "So.<|im_end|>"),
+        ("qwq", "\n</think>\n\nSo.<|im_end|>"),
+        ("chatml", "<think>\n\n</think>\n\nSo.<|im_end|>"),
+    ):
+        encoder, example = encoder_with(name, False), Example("talk", (), turns)
+        row = encoder.encode(example)
+        assert encoder.tokenizer.decode(row.labels[row.labels != IGNORED_LABEL]) == expected
+        check_labels([labelled(encoder, row, encoder.answers(example))])
+
+
+def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once() -> None:
+    """With the same pictures; a round that shows fewer of them stands by itself."""
+    for name, shown in (("qwen3", ()), ("qwen3_vl_thinking", (0,)), ("qwen3_vl_thinking", (0, 2))):
+        encoder, pictures = encoder_with(name, True), [RED, BLUE][: len(shown)]
+        names = tuple(f"{number}.png" for number in range(len(pictures)))
+        encoded = encoder.encode(Example("talk", names, talk_of(3, (True,) * 3, shown)), pictures)
+        sample = Sample(**vars(encoded), index=5, id="talk")
+        assert [(row.id, row.index) for row in sample.rows()] == [("talk", 5)] * 3
+        plain, trees = (Collator(encoder.pad_token_id, rows=kind)([sample]) for kind in ("plain", "trees"))
+        assert plain["samples"] == trees["samples"] == 1
+        trained = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in (plain, trees)]
+        assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.rows())
+        whole = sum(len(row.input_ids) for row in sample.rows())
+        assert int((trees["layout"]["segment"] >= 0).sum()) < whole
+        assert {len(tree) > 1 for tree in grow(sample.rows(), budget=10**6, shares=media_of)} == (
+            {True} if len(shown) < 2 else {True, False}
+        )
+
+
+def test_what_the_length_limit_takes_of_later_rounds_is_counted() -> None:
+    whole = encoder_with("qwen3", True)
+    example = Example("talk", (), talk_of(3, (True,) * 3))
+    last, middle, first = rows_of(whole.encode(example))
+    short = Encoder(whole.processor, whole.prompts, max_tokens=len(middle.input_ids) - 3)
+    kept = rows_of(short.encode(example))
+    assert [row.answers for row in kept] == [(1,), (0,)]
+    assert kept[0].cut_tokens == len(last.input_ids) - short.max_tokens
+    assert kept[1].input_ids.tolist() == first.input_ids.tolist()
+    with pytest.raises(BadSample):
+        Encoder(whole.processor, whole.prompts, max_tokens=8).encode(example)
