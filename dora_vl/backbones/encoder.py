@@ -223,41 +223,30 @@ class Encoder:
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
         talk = self._processed(conversation.turns, pictures, videos, conversation.id)
-        longest = max(len(row.ids) for row in talk)
-        cut, rows = max(0, longest - self.max_tokens), list[Encoded]()
-        for row in talk:
-            if row.media_end > self.max_tokens:
-                what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
-                fewer = (
-                    "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
-                )
-                raise BadSample(
-                    conversation.id,
-                    f"its {what} and the text before the last one take {row.media_end} tokens of "
-                    f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
-                )
-            trained = torch.tensor(row.trained[: self.max_tokens])
-            if not bool(trained.any()):
-                continue
-            ids = row.ids[: self.max_tokens]
-            inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
-            seen = _media_up_to(row.answers[-1], conversation.turns)
-            rows.append(
-                Encoded(
-                    ids,
-                    torch.where(trained, ids, IGNORED_LABEL),
-                    cut,
-                    inputs,
-                    media_end=row.media_end,
-                    positions=self._positions(ids, inputs),
-                    media=(*conversation.images[: seen[0]], *conversation.videos[: seen[1]]),
-                    answers=row.answers,
-                )
+        end, longest = max(row.media_end for row in talk), max(len(row.ids) for row in talk)
+        if end > self.max_tokens:
+            what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
+            fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
+            raise BadSample(
+                conversation.id,
+                f"its {what} and the text before the last one take {end} tokens of "
+                f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
+        rows = [self._row(row, conversation) for row in talk if any(row.trained[: self.max_tokens])]
+        cut = max(0, longest - self.max_tokens)
         if not rows:
-            reason = f"no answer is left to train on after {cut} of {longest} tokens were cut"
-            raise BadSample(conversation.id, reason)
-        return replace(rows[0], others=tuple(rows[1:]))
+            raise BadSample(conversation.id, f"no answer is left to train on after {cut} of {longest} tokens were cut")
+        return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
+
+    def _row(self, row: _Processed, conversation: Example) -> Encoded:
+        """A row as far as `max_tokens`."""
+        ids, trained = row.ids[: self.max_tokens], torch.tensor(row.trained[: self.max_tokens])
+        labels = torch.where(trained, ids, IGNORED_LABEL)
+        inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
+        images, videos = _media_up_to(row.answers[-1], conversation.turns)
+        media = (*conversation.images[:images], *conversation.videos[:videos])
+        positions, end = self._positions(ids, inputs), row.media_end
+        return Encoded(ids, labels, inputs=inputs, media_end=end, positions=positions, media=media, answers=row.answers)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
@@ -382,11 +371,9 @@ class Encoder:
             chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
-        rows = [self._process(chat, pictures, videos, sample)]
-        for other in chat.others:
-            seen = _media_up_to(other.answers[-1], turns)
-            rows.append(self._process(other, pictures[: seen[0]], videos[: seen[1]], sample))
-        return rows
+        seen = [(None, None), *(_media_up_to(other.answers[-1], turns) for other in chat.others)]
+        rows = zip((chat, *chat.others), seen, strict=True)
+        return [self._process(row, pictures[:images], videos[:clips], sample) for row, (images, clips) in rows]
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}

@@ -143,7 +143,7 @@ class ProcessorChat(Prompts):
         self._switch: dict[str, bool] = {}
         self._thoughts: Literal["fields", "part", ""] = ""
         self._knows_thoughts = False
-        self._added = self._opening = self._closing = self._rest = ""
+        self._added = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(partial(self._try, thinking, pictures=pictures), name)
         self._try(thinking, pictures=pictures)
 
@@ -155,16 +155,19 @@ class ProcessorChat(Prompts):
             self._choose_thinking(turns, thinking)
             asked, given = self._asked(turns[:1]), self._apply(turns, generation_prompt=False)
             self._added = asked[shared_beginning(asked, given) :]
-            ending = given[given.rfind(answer.text) + len(answer.text) :]
-            closing = [match.end() for match in self._special.finditer(ending)]
-            self._closing, self._rest = (ending[: closing[-1]], ending[closing[-1] :]) if closing else ("", ending)
+            self._ending = given[given.rfind(answer.text) + len(answer.text) :]
+            closing = [match.end() for match in self._special.finditer(self._ending)]
+            if closing:
+                self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
+            elif not (end := self._processor.tokenizer.eos_token):
+                raise ValueError("the chat template closes an answer with no special token")
+            else:
+                self._closing = str(end)
             text, start, _ = self._answered(turns)
             self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
             self._knows_thoughts = self.thinking is not None or THINK in self._added + given
         except ValueError as error:
-            raise UserError(
-                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
-            ) from None
+            raise UserError(f"{self._name}: {error}, so it cannot be trained on; change chat_template") from None
         if self.thinking is not None:
             log.info("%s is asked with %s, as recipe.json will say", self._name, self._switch)
         if self._opening:
@@ -239,16 +242,13 @@ class ProcessorChat(Prompts):
             refuse_special(turns, self._not_in_words)
         if generation_prompt:
             return self._chat(self._asked(turns), (), ())
-        texts: list[tuple[str, list[Span], list[int]]] = []
+        texts: dict[str, dict[int, Span]] = {}
         for number in reversed(range(len(talk) // 2)):
             text, start, end = self._answered(turns[: len(turns) - len(talk) + 2 * number + 2])
-            row = next((row for row in texts if row[0].startswith(text[:end])), None)
-            if row is None:
-                texts.append(row := (text, [], []))
-            row[1].insert(0, (start, end))
-            row[2].insert(0, number)
-        longest, *others = (self._chat(*row) for row in texts)
-        return replace(longest, others=tuple(others))
+            longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
+            texts[longer] = {number: (start, end), **texts.get(longer, {})}
+        last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
+        return replace(last, others=tuple(others))
 
     def _chat(self, text: str, spans: Sequence[Span], answers: Sequence[int]) -> Chat:
         if not self._pieces:
@@ -309,10 +309,9 @@ class ProcessorChat(Prompts):
         thought, answer = self.thought_and_answer(turns[-1].text)
         if thought and self.thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        ending = self._closing + self._rest
-        if not given.endswith(ending):
+        if not given.endswith(self._ending):
             raise ValueError("the chat template closes this answer otherwise than others")
-        given = given.removesuffix(ending)
+        given = given.removesuffix(self._ending)
         before, opens, _ = asked.rstrip().rpartition(THINK) if asked.rstrip().endswith(THINK) else (asked, "", "")
         if given.startswith(asked):
             written = given[len(asked) :]
@@ -329,29 +328,23 @@ class ProcessorChat(Prompts):
             written = given[len(before) :].lstrip()
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        closing = self._closing or str(self._processor.tokenizer.eos_token or "")
-        if not closing:
-            raise ValueError("the chat template closes an answer with no special token")
-        text = asked + written + closing
-        return text + (self._rest if self._closing else ""), len(asked), len(text)
+        text = asked + written + self._closing
+        return text + self._rest, len(asked), len(text)
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
         if any(str(content) in whole for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
-        texts = [
-            self.thought_and_answer(turn.text) if turn.role == "assistant" else self._media.split(turn.text)[::2]
-            for turn in turns
-        ]
-        pieces = [[piece.strip() for piece in text] for text in texts]
+        texts = [self.thought_and_answer(turn.text) if turn.role == "assistant" else ("", turn.text) for turn in turns]
+        pieces = [[piece.strip() for text in pair for piece in self._media.split(text)[::2]] for pair in texts]
         if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
             again = sum(piece.count(text) for turn in pieces[1:] for piece in turn)
             if whole.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
-        for number, turn in enumerate(pieces):
-            is_earlier_answer = turns[number].role == "assistant" and number < len(turns) - 1  # templates rewrite those
-            if not is_earlier_answer and any(piece not in whole for piece in turn):
-                raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
+        for number, turn in enumerate(pieces):  # earlier answers are rewritten by many templates
+            if turns[number].role != "assistant" or number == len(turns) - 1:
+                if any(piece not in whole for piece in turn):
+                    raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
         """The text that the template makes. Raises: ValueError for whatever is wrong with it."""

@@ -29,7 +29,6 @@ from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped
 from dora_vl.data.table import characters_of
-from dora_vl.data.turns import THINK
 from dora_vl.errors import BadSample, UserError
 
 FIRST_ROWS = 64
@@ -177,12 +176,6 @@ class SampleStream:
         """
         rows = chain.from_iterable(source.first_rows for source in self.sources)
         return any(row.videos for row in rows if isinstance(row, Example))
-
-    @property
-    def has_thoughts(self) -> bool:
-        """Whether any turn of a first row begins with thoughts."""
-        rows = chain.from_iterable(source.first_rows for source in self.sources)
-        return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
 
     def rows(self, epoch: int) -> Iterator[Read]:
         """Yields an epoch's rows, an order that is a function of (seed, epoch) alone."""

@@ -28,7 +28,7 @@ from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, THINK, Clip, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
 
 _log = logging.getLogger(__name__)
@@ -202,15 +202,6 @@ class ExampleTable:
     def pictures(self) -> list[str]:
         """Each picture's name once, in order."""
         return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
-
-    @property
-    def has_thoughts(self) -> bool:
-        """Whether any turn begins with thoughts."""
-        thinks = pc.MatchSubstringOptions(rf"^\s*{THINK}")
-        batches: Any = self.rows.select_columns(["turns"]).with_format("arrow").iter(AT_ONCE)
-        texts = (batch["turns"].combine_chunks().flatten().field("text") for batch in batches)
-        found = (pc.call_function("match_substring_regex", [text], thinks) for text in texts)
-        return any(pc.call_function("any", [matches]).as_py() for matches in found)
 
     @property
     def has_pictures(self) -> bool:

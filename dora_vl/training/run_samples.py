@@ -42,7 +42,7 @@ from dora_vl.data.table import (
     load_training_rows,
     overlap,
 )
-from dora_vl.data.turns import Clip, Turn
+from dora_vl.data.turns import THINK, Clip, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
@@ -57,7 +57,7 @@ from dora_vl.training.pipeline import TrainingData
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""At even distances, whose pictures and videos a resume compares: a second's work, a few more from a network's disk."""
+"""At even distances, that are looked at for thoughts, and whose pictures a resume compares: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
@@ -140,8 +140,11 @@ class RunSamples:
 
     @property
     def has_thoughts(self) -> bool:
-        """Whether any sample's answer begins with thoughts, for which a chat template may have to ask."""
-        return any(source.has_thoughts for source in (*self._tables, self._stream) if source is not None)
+        """Whether some turn begins with thoughts, of samples at even distances or a stream's first."""
+        rows = [] if self._stream is None else [row for source in self._stream.sources for row in source.first_rows]
+        for table in self._tables:
+            rows += table.select(range(0, len(table), math.ceil(len(table) / HASHED_ROWS)))
+        return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
 
     @property
     def pictures(self) -> list[tuple[str, ...]]:

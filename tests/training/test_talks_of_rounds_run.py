@@ -35,8 +35,7 @@ def write_talks(folder: Path, *, pictures: bool, thoughts: bool) -> Path:
     return folder / "train.json"
 
 
-@pytest.mark.parametrize("thoughts", [True, False], ids=["thoughts", "no thoughts"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+@pytest.mark.parametrize(("family", "thoughts"), [("qwen3", True), ("qwen3", False), ("qwen3_vl", True)])
 def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, family: str, thoughts: bool) -> None:
     sees = family == "qwen3_vl"
     template = CHAT["qwen3_vl_thinking" if sees else "qwen3"]
