@@ -38,7 +38,7 @@ from dora_vl.backbones.video_inputs import (
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
-from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, VIDEO_PLACEHOLDER, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
@@ -54,10 +54,6 @@ def stand_in(size: tuple[int, int]) -> Image.Image:
     picture = Image.new("RGB", size, GREY)
     picture.info[STAND_IN] = True
     return picture
-
-
-THOUGHT = "\u2026"
-"""Stands for an answer's thoughts, where what a template writes around them is asked for."""
 
 
 def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
@@ -254,10 +250,10 @@ class Encoder:
         if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
             question = conversation.turns[0]
 
-        def around(thought: str, answer: str) -> TrainedAnswer:
-            """What labels hold around an answer, taken from one that is known."""
-            said = f"{THINK}\n{THOUGHT}\n{END_THINK}\n\n{PROBE[1].text}" if thought else PROBE[1].text
-            chat = self.prompts.render([question, replace(PROBE[1], text=said)])
+        def around(text: str) -> TrainedAnswer:
+            """What labels hold around an answer, with its thoughts, taken from one that is known."""
+            _, answer = self.prompts.thought_and_answer(text)
+            chat = self.prompts.render([question, replace(PROBE[1], text=text.removesuffix(answer) + PROBE[1].text)])
             if chat.suffix is not None:  # which the processor closes by itself
                 probe = chat.suffix + self.tokenizer.eos_token
             else:
@@ -265,10 +261,9 @@ class Encoder:
                 begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
                 probe = begin + chat.text[start:end]
             before, _, behind = probe.rpartition(PROBE[1].text)
-            return TrainedAnswer(before.replace(THOUGHT, thought), answer, behind)
+            return TrainedAnswer(before, answer, behind)
 
-        answers = (turn.text for turn in conversation.turns if turn.role == "assistant")
-        return [around(*self.prompts.thought_and_answer(answer)) for answer in answers]
+        return [around(turn.text) for turn in conversation.turns if turn.role == "assistant"]
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()

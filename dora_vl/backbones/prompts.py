@@ -99,18 +99,15 @@ _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
-    An answer is trained as it is asked for: behind the template's generation prompt stands what the template writes of
-    the answer where it is the last turn, up to what closes it. A conversation is one text where the template goes on
-    writing it so. Where it writes an answer otherwise once later turns follow (without its thoughts, or without an end
-    of text), that answer is trained in a text of its own, which ends with it (`Chat.others`).
+    An answer is trained as it is asked for: behind the generation prompt, what the template writes of it as the last
+    turn, through what closes it. Where a later turn makes the template write it otherwise (without its thoughts, or an
+    end of text), it is trained in a text of its own that ends with it (`Chat.others`). Thoughts are what an answer has
+    in `<think>` at its beginning; where the template drops them, though the prompt may open them (DeepSeek-R1's), they
+    are trained as they stand. Where it closes no answer, the tokenizer's end token does, or a model would not stop.
 
     Tried once, with questions, thoughts and a picture, so that a template that cannot be trained on is refused before
-    anything is loaded: one that leaves out what is said, or knows no pictures. Where it closes an answer with no
-    special token, the tokenizer's end token is trained behind it, or a trained model would not stop. A system turn goes
-    to the template's own place for one; where there is none, the sample is refused.
-
-    Thoughts are what an answer has in `<think>` at its beginning; the template gets them as it takes them. Where it
-    drops them though the prompt opens them (DeepSeek-R1's), they are trained as they stand, and an empty one is closed.
+    anything is loaded: one that leaves out what is said, or knows no pictures. A system turn goes to the template's own
+    place for one; where there is none, the sample is refused.
 
     A processor of pieces knows where the template's special tokens stand, so the same in a person's words are text: a
     mark splits each (`BREAK`) until the template has been applied. Other processors' samples with one are refused. To a
@@ -142,7 +139,6 @@ class ProcessorChat(Prompts):
         self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
         self._switch: dict[str, bool] = {}
         self._thoughts: Literal["fields", "part", ""] = ""
-        self._knows_thoughts = False
         self._added = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(partial(self._try, thinking, pictures=pictures), name)
         self._try(thinking, pictures=pictures)
@@ -150,28 +146,13 @@ class ProcessorChat(Prompts):
     def _try(self, thinking: bool | None, *, pictures: bool) -> None:
         """Finds how messages, thoughts and ends are written; refuses a template that cannot be trained on."""
         self._choose_parts()
-        turns, answer = PROCESSOR_PROBE[:2], PROCESSOR_PROBE[1]
         try:
-            self._choose_thinking(turns, thinking)
-            asked, given = self._asked(turns[:1]), self._apply(turns, generation_prompt=False)
-            self._added = asked[shared_beginning(asked, given) :]
-            self._ending = given[given.rfind(answer.text) + len(answer.text) :]
-            closing = [match.end() for match in self._special.finditer(self._ending)]
-            if closing:
-                self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
-            elif not (end := self._processor.tokenizer.eos_token):
-                raise ValueError("the chat template closes an answer with no special token")
-            else:
-                self._closing = str(end)
-            text, start, _ = self._answered(turns)
-            self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
-            self._knows_thoughts = self.thinking is not None or THINK in self._added + given
+            self._choose_thinking(thinking)
+            text = self._find_ends(*PROCESSOR_PROBE[:2])
         except ValueError as error:
             raise UserError(f"{self._name}: {error}, so it cannot be trained on; change chat_template") from None
-        if self.thinking is not None:
-            log.info("%s is asked with %s, as recipe.json will say", self._name, self._switch)
-        if self._opening:
-            log.info("%s: an answer without thoughts is trained behind %r", self._name, self._opening)
+        if self._switch or self._opening:
+            log.info("%s: asked with %s, answered without thoughts by %r", self._name, self._switch, self._opening)
         if reason := self._why_not(PROCESSOR_PROBE):
             log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
         elif self.render(PROCESSOR_PROBE).others:
@@ -183,16 +164,31 @@ class ProcessorChat(Prompts):
         if self.render(PROBE).text == text:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
 
-    def _choose_thinking(self, turns: Sequence[Turn], thinking: bool | None) -> None:
+    def _choose_thinking(self, thinking: bool | None) -> None:
         """Finds the template's switch for thoughts, and as what it takes those of an answer."""
-        for name in dict.fromkeys(_SWITCH.findall(self._template)):
-            with_and_without = [self._apply(turns[:1], generation_prompt=True, **{name: on}) for on in (True, False)]
-            if thinking is not None and len({*with_and_without}) == 2:
-                self.thinking, self._switch = thinking, {name: thinking}
-                break
+        question = PROCESSOR_PROBE[:1]
+        for name in dict.fromkeys(_SWITCH.findall(self._template)) if thinking is not None else ():
+            texts = {self._apply(question, generation_prompt=True, **{name: on}) for on in (True, False)}
+            if len(texts) == 2:
+                self.thinking, self._switch = thinking, {name: bool(thinking)}
         for self._thoughts in ("fields", "part", ""):
-            if self._why_not((turns[0], THOUGHT_PROBE), messages_alone=True) is None:
+            if self._why_not((*question, THOUGHT_PROBE), messages_alone=True) is None:
                 break
+
+    def _find_ends(self, question: Turn, answer: Turn) -> str:
+        """Finds what opens and closes an answer; the text that trains this one."""
+        asked, given = self._asked([question]), self._apply([question, answer], generation_prompt=False)
+        self._added = asked[shared_beginning(asked, given) :]
+        self._ending = given[given.rfind(answer.text) + len(answer.text) :]
+        closing = [match.end() for match in self._special.finditer(self._ending)]
+        self._closing, self._rest = str(self._processor.tokenizer.eos_token or ""), ""
+        if closing:
+            self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
+        if not self._closing:
+            raise ValueError("the chat template closes an answer with no special token")
+        text, start, _ = self._answered([question, answer])
+        self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
+        return text
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
         """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
@@ -263,10 +259,8 @@ class ProcessorChat(Prompts):
 
     def thought_and_answer(self, text: str) -> tuple[str, str]:
         """See `Prompts`; an empty thought counts where the template writes such by itself."""
-        match = _THOUGHT.fullmatch(text)
-        if match is None or not (match[1].strip() or self._knows_thoughts):
-            return "", text
-        return match[1].strip(), match[2]
+        match, knows_them = _THOUGHT.fullmatch(text), self.thinking is not None or END_THINK in self._opening
+        return (match[1].strip(), match[2]) if match and (match[1].strip() or knows_them) else ("", text)
 
     def answer_in(self, text: str) -> str:
         """What of decoded text is the answer, its thoughts included where it has some."""
@@ -312,20 +306,18 @@ class ProcessorChat(Prompts):
         if not given.endswith(self._ending):
             raise ValueError("the chat template closes this answer otherwise than others")
         given = given.removesuffix(self._ending)
-        before, opens, _ = asked.rstrip().rpartition(THINK) if asked.rstrip().endswith(THINK) else (asked, "", "")
-        if given.startswith(asked):
-            written = given[len(asked) :]
-            if thought not in written:
-                written = f"{THINK}\n{thought}\n{END_THINK}\n\n{written.lstrip()}"
-        elif opens and given.startswith(before):
-            written = given[len(before) :].lstrip().removeprefix(THINK).lstrip()
-            if thought not in written or END_THINK not in written:
-                written = f"{thought}\n{END_THINK}\n\n{written.removeprefix(END_THINK).lstrip()}"
-        else:
-            before = asked.removesuffix(self._added)
-            if before == asked or not given.startswith(before) or (self._added.strip() and self.thinking is not False):
+        opened, before = asked.rstrip().endswith(THINK), asked
+        if not given.startswith(asked):
+            before = asked.rstrip().removesuffix(THINK) if opened else asked.removesuffix(self._added)
+            is_known = opened or not self._added.strip() or self.thinking is False
+            if before == asked or not given.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-            written = given[len(before) :].lstrip()
+        written = given[len(before) :]
+        if before != asked:
+            written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
+        if thought not in written or (opened and END_THINK not in written):
+            rest = written.lstrip().removeprefix(END_THINK).lstrip()
+            written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
         text = asked + written + self._closing
@@ -342,9 +334,9 @@ class ProcessorChat(Prompts):
             if whole.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
         for number, turn in enumerate(pieces):  # earlier answers are rewritten by many templates
-            if turns[number].role != "assistant" or number == len(turns) - 1:
-                if any(piece not in whole for piece in turn):
-                    raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
+            is_checked = turns[number].role != "assistant" or number == len(turns) - 1
+            if is_checked and any(piece not in whole for piece in turn):
+                raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
         """The text that the template makes. Raises: ValueError for whatever is wrong with it."""

@@ -57,7 +57,7 @@ from dora_vl.training.pipeline import TrainingData
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""At even distances, that are looked at for thoughts, and whose pictures a resume compares: a second's work, a few more from a network's disk."""
+"""At even distances, whose turns and media are looked at: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
