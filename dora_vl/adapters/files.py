@@ -195,6 +195,7 @@ class RecipeFields(TypedDict, total=False):
     quantisation: str | None
     max_tokens: Count
     template: str | None
+    thinking: bool | None
     image_aspect: str | None
     as_published: bool
     adapter: OwnFields

@@ -22,7 +22,7 @@ from dora_vl.backbones.pieces import STAND_IN, PieceProcessor, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
-from dora_vl.backbones.templates import PROBE, Chat, Instruction, Prompts, shared_beginning
+from dora_vl.backbones.templates import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import Aspect, ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
@@ -56,6 +56,12 @@ def stand_in(size: tuple[int, int]) -> Image.Image:
     return picture
 
 
+def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
+    """How many pictures and videos the turns show before the answer of this number."""
+    text = "".join([turn.text for turn in turns if turn.role == "user"][: answer + 1])
+    return text.count(IMAGE_PLACEHOLDER), text.count(VIDEO_PLACEHOLDER) + text.count(VIDEO_MARK)
+
+
 class _Processed(NamedTuple):
     """One sample as the processor gives it: ids, and everything else by the processor's own names."""
 
@@ -65,6 +71,8 @@ class _Processed(NamedTuple):
     """Whether each token is of an answer or closes one."""
     media_end: int
     """The first place after the tokens of every picture and video."""
+    answers: tuple[int, ...]
+    """The numbers of those of the talk's answers that these are."""
 
 
 def open_encoder(
@@ -75,6 +83,7 @@ def open_encoder(
     aspect: Aspect = "pad",
     max_tokens: int,
     revision: str | None = None,
+    thinking: bool | None = None,
 ) -> Encoder:
     """The encoder of a folder or hub id; no weights are read.
 
@@ -83,10 +92,11 @@ def open_encoder(
         train_on: of a published prompt of instructions.
         aspect: how a LLaVA-1.5's pictures become squares.
         max_tokens: of a sample; what the model has no positions for is cut likewise.
+        thinking: whether a chat template that can asks for thoughts; None: as it does by itself.
     """
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
-    prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on)
+    prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on, thinking=thinking)
     positions = max_positions(config_of(base, revision))
     return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions)
 
@@ -208,8 +218,8 @@ class Encoder:
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
-        processed = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
-        trained, end = processed.trained, processed.media_end
+        talk = self._processed(conversation.turns, pictures, videos, conversation.id)
+        end, longest = max(row.media_end for row in talk), max(len(row.ids) for row in talk)
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -218,38 +228,48 @@ class Encoder:
                 f"its {what} and the text before the last one take {end} tokens of "
                 f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
-        kept = min(len(processed.ids), self.max_tokens)
-        if not any(trained[:kept]):
-            cut = len(processed.ids) - kept
-            raise BadSample(
-                conversation.id, f"no answer is left to train on after {cut} of {len(processed.ids)} tokens were cut"
-            )
-        ids = processed.ids[:kept]
-        labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
-        inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in processed.inputs.items()}
-        cut, end = len(processed.ids) - kept, processed.media_end
-        return Encoded(ids, labels, cut, inputs, media_end=end, positions=self._positions(ids, inputs))
+        rows = [self._row(row, conversation) for row in talk if any(row.trained[: self.max_tokens])]
+        cut = max(0, longest - self.max_tokens)
+        if not rows:
+            raise BadSample(conversation.id, f"no answer is left to train on after {cut} of {longest} tokens were cut")
+        return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
+
+    def _row(self, row: _Processed, conversation: Example) -> Encoded:
+        """A row as far as `max_tokens`."""
+        ids, trained = row.ids[: self.max_tokens], torch.tensor(row.trained[: self.max_tokens])
+        labels = torch.where(trained, ids, IGNORED_LABEL)
+        inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
+        images, videos = _media_up_to(row.answers[-1], conversation.turns)
+        media = (*conversation.images[:images], *conversation.videos[:videos])
+        positions, end = self._positions(ids, inputs), row.media_end
+        return Encoded(ids, labels, inputs=inputs, media_end=end, positions=positions, media=media, answers=row.answers)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
             question = conversation.turns[0]
-        chat = self.prompts.render([question, PROBE[1]])
-        if chat.suffix is not None:  # which the processor closes by itself
-            probe = chat.suffix + self.tokenizer.eos_token
-        else:
-            start, end = chat.answer_spans[0]
-            begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
-            probe = begin + chat.text[start:end]
-        before, _, behind = probe.rpartition(PROBE[1].text)
-        return [TrainedAnswer(before, turn.text, behind) for turn in conversation.turns if turn.role == "assistant"]
+
+        def around(text: str) -> TrainedAnswer:
+            """What labels hold around an answer, with its thoughts, taken from one that is known."""
+            _, answer = self.prompts.thought_and_answer(text)
+            chat = self.prompts.render([question, replace(PROBE[1], text=text.removesuffix(answer) + PROBE[1].text)])
+            if chat.suffix is not None:  # which the processor closes by itself
+                probe = chat.suffix + self.tokenizer.eos_token
+            else:
+                start, end = chat.answer_spans[0]
+                begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
+                probe = begin + chat.text[start:end]
+            before, _, behind = probe.rpartition(PROBE[1].text)
+            return TrainedAnswer(before, answer, behind)
+
+        return [around(turn.text) for turn in conversation.turns if turn.role == "assistant"]
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
-        processed = self._processed(turns, pictures, videos, "question", generation_prompt=True)
+        (processed,) = self._processed(turns, pictures, videos, "question", generation_prompt=True)
         return {"input_ids": processed.ids[None], **processed.inputs}
 
     def encode_choice(
@@ -260,7 +280,7 @@ class Encoder:
         Raises: BadSample where the model has no positions for all of it.
         """
         answered = (*turns, Turn("assistant", choice))
-        processed = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
+        processed, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
         length, positions = len(processed.ids), self.max_positions
         if positions is not None and length > positions:
             reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
@@ -307,7 +327,7 @@ class Encoder:
         Raises: BadSample where the family does not take so many together.
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-        processed = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
+        (processed,) = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
         ids, inputs, end = processed.ids, processed.inputs, processed.media_end
         unlabelled, positions = torch.full_like(ids, IGNORED_LABEL), self._positions(ids, inputs)
         return Sample(ids, unlabelled, inputs=inputs, media_end=end, positions=positions, id="dummy")
@@ -325,7 +345,8 @@ class Encoder:
         *,
         generation_prompt: bool = False,
         prompts: Prompts | None = None,
-    ) -> _Processed:
+    ) -> list[_Processed]:
+        """The talk's rows, that of its last answer first."""
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
             # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
@@ -345,7 +366,9 @@ class Encoder:
             chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
-        return self._process(chat, pictures, videos, sample)
+        seen = [(None, None), *(_media_up_to(other.answers[-1], turns) for other in chat.others)]
+        rows = zip((chat, *chat.others), seen, strict=True)
+        return [self._process(row, pictures[:images], videos[:clips], sample) for row, (images, clips) in rows]
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -383,7 +406,7 @@ class Encoder:
             token_spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
             moves = [(tuple(replacement["span"]), tuple(replacement["new_span"])) for replacement in replacements]
             roles = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
-        return _Processed(ids[0], outputs, *roles)
+        return _Processed(ids[0], outputs, *roles, chat.answers or tuple(range(len(chat.answer_spans))))
 
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str

@@ -9,12 +9,12 @@ import resource
 import signal
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -32,7 +32,7 @@ from dora_vl.backbones.templates import (
     Span,
     shared_beginning,
 )
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
+from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, Role, Turn
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,17 +90,24 @@ def check_ends(render: Callable[[], object], name: str) -> None:
         os._exit(status)
 
 
+_THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
+THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
+_SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
+"""A variable by which a template is told whether an answer is to begin with thoughts; no field of a message."""
+
+
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
-    Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
-    anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
-    differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
-    since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
-    for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
-    asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
-    model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
-    refused.
+    An answer is trained as it is asked for: behind the generation prompt, what the template writes of it as the last
+    turn, through what closes it. Where a later turn makes the template write it otherwise (without its thoughts, or an
+    end of text), it is trained in a text of its own that ends with it (`Chat.others`). Thoughts are what an answer has
+    in `<think>` at its beginning; where the template drops them, though the prompt may open them (DeepSeek-R1's), they
+    are trained as they stand. Where it closes no answer, the tokenizer's end token does, or a model would not stop.
+
+    Tried once, with questions, thoughts and a picture, so that a template that cannot be trained on is refused before
+    anything is loaded: one that leaves out what is said, or knows no pictures. A system turn goes to the template's own
+    place for one; where there is none, the sample is refused.
 
     A processor of pieces knows where the template's special tokens stand, so the same in a person's words are text: a
     mark splits each (`BREAK`) until the template has been applied. Other processors' samples with one are refused. To a
@@ -109,12 +116,13 @@ class ProcessorChat(Prompts):
     Args:
         name: of the model, for messages.
         pictures: whether the model sees any; a template that leaves them out is refused.
+        thinking: what a template with a switch for thoughts is told; None: nothing.
     """
 
     name = "tokenizer"
     takes_system = True
 
-    def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
+    def __init__(self, processor: Any, name: str, *, pictures: bool = True, thinking: bool | None = None) -> None:
         self._processor = processor
         self._name = name
         self._pieces = isinstance(processor, PieceProcessor)
@@ -128,32 +136,59 @@ class ProcessorChat(Prompts):
             )
         self.bos_token = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
-        self._closing = ""
-        check_ends(partial(self._try, pictures=pictures), name)
-        self._try(pictures=pictures)
+        self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
+        self._switch: dict[str, bool] = {}
+        self._thoughts: Literal["fields", "part", ""] = ""
+        self._added = self._opening = self._ending = self._closing = self._rest = ""
+        check_ends(partial(self._try, thinking, pictures=pictures), name)
+        self._try(thinking, pictures=pictures)
 
-    def _try(self, *, pictures: bool) -> None:
-        """Finds the messages' form and what closes an answer; refuses a template that cannot be trained on."""
+    def _try(self, thinking: bool | None, *, pictures: bool) -> None:
+        """Finds how messages, thoughts and ends are written; refuses a template that cannot be trained on."""
         self._choose_parts()
-        turns = PROCESSOR_PROBE[:2]
-        if self._why_not(turns):
-            self._closing = str(self._processor.tokenizer.eos_token or "")
-            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
-        if reason := self._why_not(turns):
-            raise UserError(f"{self._name}: {reason}, so its answers cannot be trained on; change chat_template")
-        text = self.render(turns).text
-        if text != self._apply(turns, generation_prompt=False):
-            log.info(
-                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
-            )
+        try:
+            self._choose_thinking(thinking)
+            text = self._find_ends(*PROCESSOR_PROBE[:2])
+        except ValueError as error:
+            raise UserError(f"{self._name}: {error}, so it cannot be trained on; change chat_template") from None
+        if self._switch or self._opening:
+            log.info("%s: asked with %s, answered without thoughts by %r", self._name, self._switch, self._opening)
         if reason := self._why_not(PROCESSOR_PROBE):
             log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
+        elif self.render(PROCESSOR_PROBE).others:
+            log.info("the chat template of %s rewrites earlier answers: each round of a talk is a row", self._name)
         if not pictures:
             return
         if reason := self._why_not(PROBE):
             raise UserError(f"the chat template of {self._name} takes no pictures: {reason}")
         if self.render(PROBE).text == text:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _choose_thinking(self, thinking: bool | None) -> None:
+        """Finds the template's switch for thoughts, and as what it takes those of an answer."""
+        question = PROCESSOR_PROBE[:1]
+        for name in dict.fromkeys(_SWITCH.findall(self._template)) if thinking is not None else ():
+            texts = {self._apply(question, generation_prompt=True, **{name: on}) for on in (True, False)}
+            if len(texts) == 2:
+                self.thinking, self._switch = thinking, {name: bool(thinking)}
+        for self._thoughts in ("fields", "part", ""):
+            if self._why_not((*question, THOUGHT_PROBE), messages_alone=True) is None:
+                break
+
+    def _find_ends(self, question: Turn, answer: Turn) -> str:
+        """Finds what opens and closes an answer; the text that trains this one."""
+        asked, given = self._asked([question]), self._apply([question, answer], generation_prompt=False)
+        self._added = asked[shared_beginning(asked, given) :]
+        self._ending = given[given.rfind(answer.text) + len(answer.text) :]
+        closing = [match.end() for match in self._special.finditer(self._ending)]
+        self._closing, self._rest = str(self._processor.tokenizer.eos_token or ""), ""
+        if closing:
+            self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
+        if not self._closing:
+            raise ValueError("the chat template closes an answer with no special token")
+        text, start, _ = self._answered([question, answer])
+        self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
+        return text
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
         """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
@@ -196,38 +231,56 @@ class ProcessorChat(Prompts):
         turns = [*([] if system is None else [system]), *talk]
         if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
             turns = [
-                replace(turn, text=self._special.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
+                replace(turn, text=self._not_in_words.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
                 for turn in turns
             ]
         else:
-            refuse_special(turns, self._special)
-        whole = self._apply(turns, generation_prompt=generation_prompt)
-        self._check_nothing_lost(turns, whole)
-        text, spans, position = "", [], 0
-        for count in range(len(turns) - len(talk) + 2, len(turns) + 1, 2):
-            (opening, answer), prompt_end, end = self._answer(turns[:count], whole)
-            text += whole[position:opening] + prompt_end
-            start = len(text)
-            text += whole[answer:end]
-            spans.append((start, len(text)))
-            position = end
-        text += whole[position:]
+            refuse_special(turns, self._not_in_words)
+        if generation_prompt:
+            return self._chat(self._asked(turns), (), ())
+        texts: dict[str, dict[int, Span]] = {}
+        for number in reversed(range(len(talk) // 2)):
+            text, start, end = self._answered(turns[: len(turns) - len(talk) + 2 * number + 2])
+            longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
+            texts[longer] = {number: (start, end), **texts.get(longer, {})}
+        last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
+        return replace(last, others=tuple(others))
+
+    def _chat(self, text: str, spans: Sequence[Span], answers: Sequence[int]) -> Chat:
         if not self._pieces:
-            return Chat(text, tuple(spans))
+            return Chat(text, tuple(spans), answers=tuple(answers))
         controls = [match.span() for match in self._special.finditer(text)]
         breaks = [match.start() for match in re.finditer(BREAK, text)]
 
         def moved(spans: Sequence[Span]) -> tuple[Span, ...]:
             return tuple((start - bisect_left(breaks, start), end - bisect_left(breaks, end)) for start, end in spans)
 
-        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls))
+        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls), answers=tuple(answers))
+
+    def thought_and_answer(self, text: str) -> tuple[str, str]:
+        """See `Prompts`; an empty thought counts where the template writes such by itself."""
+        match, knows_them = _THOUGHT.fullmatch(text), self.thinking is not None or END_THINK in self._opening
+        return (match[1].strip(), match[2]) if match and (match[1].strip() or knows_them) else ("", text)
+
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer, its thoughts included where it has some."""
+        text = text.strip()
+        return "" if self._opening.startswith(text) else text.removeprefix(self._opening).lstrip()
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        pieces = self._media.split(turn.text)
-        closing = self._closing if turn.role == "assistant" else ""
-        if len(pieces) == 1 and turn.role not in self._in_parts:
-            return {"role": turn.role, "content": turn.text + closing}
+        text = turn.text
+        message: dict[str, Any] = {"role": turn.role}
         parts: list[dict[str, str]] = []
+        if turn.role == "assistant":
+            thought, answer = self.thought_and_answer(text)
+            text = answer if self._thoughts or not thought else text
+            if thought and self._thoughts == "fields":
+                message |= {"reasoning_content": thought, "thinking": thought}
+            elif thought and self._thoughts == "part":
+                parts.append({"type": "thinking", "thinking": thought})
+        pieces = self._media.split(text)
+        if len(pieces) == 1 and turn.role not in self._in_parts and not parts:
+            return {**message, "content": text}
         for number, piece in enumerate(pieces):
             if number % 2:
                 parts.append({"type": "image" if piece == IMAGE_PLACEHOLDER else "video"})
@@ -236,40 +289,56 @@ class ProcessorChat(Prompts):
                 piece = piece.removeprefix("\n")  # what records write between a picture and its question
             if piece or len(pieces) == 1:
                 parts.append({"type": "text", "text": piece})
-        if closing:
-            parts[-1]["text"] += closing
-        return {"role": turn.role, "content": parts}
+        return {**message, "content": parts}
 
-    def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[Span, str, int]:
-        """What opens the last answer, what replaces that (the generation prompt's end), and where the answer ends."""
-        before = self._apply(turns[:-1], generation_prompt=True)
-        after = self._apply(turns, generation_prompt=False)
-        if not whole.startswith(after):
-            raise ValueError("the chat template writes an earlier answer differently once later turns follow")
-        shared = shared_beginning(before, after)
-        prompt_end, answer = before[shared:], after[shared:]
-        first = shared + (len(answer) - len(answer.lstrip()) if prompt_end else 0)
-        if prompt_end.strip():
-            raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
-        closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
-        if not closing:
-            raise ValueError("the chat template closes an answer with no special token")
-        return (shared, first), prompt_end, closing[-1]
+    def _asked(self, turns: Sequence[Turn]) -> str:
+        """The text up to where the next answer begins."""
+        text = self._apply(turns, generation_prompt=True)
+        self._check_nothing_lost(turns, text)
+        return text
+
+    def _answered(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
+        """A text that ends with the last answer as it is asked for, and where that begins and ends."""
+        asked, given = self._asked(turns[:-1]), self._apply(turns, generation_prompt=False)
+        thought, answer = self.thought_and_answer(turns[-1].text)
+        if thought and self.thinking is False:
+            raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
+        if not given.endswith(self._ending):
+            raise ValueError("the chat template closes this answer otherwise than others")
+        given = given.removesuffix(self._ending)
+        opened, before = asked.rstrip().endswith(THINK), asked
+        if not given.startswith(asked):
+            before = asked.rstrip().removesuffix(THINK) if opened else asked.removesuffix(self._added)
+            is_known = opened or not self._added.strip() or self.thinking is False
+            if before == asked or not given.startswith(before) or not is_known:
+                raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
+        written = given[len(before) :]
+        if before != asked:
+            written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
+        if thought not in written or (opened and END_THINK not in written):
+            rest = written.lstrip().removeprefix(END_THINK).lstrip()
+            written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
+        if answer.strip() not in written or thought not in written:
+            raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
+        text = asked + written + self._closing
+        return text + self._rest, len(asked), len(text)
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
         if any(str(content) in whole for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
-        pieces = [[piece.strip() for piece in self._media.split(turn.text)[::2]] for turn in turns]
+        texts = [self.thought_and_answer(turn.text) if turn.role == "assistant" else ("", turn.text) for turn in turns]
+        pieces = [[piece.strip() for text in pair for piece in self._media.split(text)[::2]] for pair in texts]
         if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
             again = sum(piece.count(text) for turn in pieces[1:] for piece in turn)
             if whole.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
-        for number, turn in enumerate(pieces):
-            if any(piece not in whole for piece in turn):
+        for number, turn in enumerate(pieces):  # earlier answers are rewritten by many templates
+            is_checked = turns[number].role != "assistant" or number == len(turns) - 1
+            if is_checked and any(piece not in whole for piece in turn):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
-    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool) -> str:
+    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
         """The text that the template makes. Raises: ValueError for whatever is wrong with it."""
         try:
             text = self._processor.apply_chat_template(
@@ -277,6 +346,7 @@ class ProcessorChat(Prompts):
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
+                **(switch or self._switch),
             )
         except MemoryError:
             raise
@@ -294,14 +364,14 @@ def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
             raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
 
 
-def special_tokens(processor: Any) -> re.Pattern[str]:
+def special_tokens(processor: Any, allowed: Collection[str] = ()) -> re.Pattern[str]:
     """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
     tokenizer = processor.tokenizer
     tokens = set(tokenizer.all_special_tokens)
     tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = vars(processor)
     tokens |= {own[name] for name in ("image_token", "video_token", "audio_token") if isinstance(own.get(name), str)}
-    tokens -= {"", IMAGE_PLACEHOLDER if isinstance(processor, PieceProcessor) else ""}
+    tokens -= {"", IMAGE_PLACEHOLDER if isinstance(processor, PieceProcessor) else "", *allowed}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
@@ -405,7 +475,13 @@ def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompts_of(
-    processor: Any, name: str, template: str | None, *, pictures: bool, train_on: TrainOn = "all"
+    processor: Any,
+    name: str,
+    template: str | None,
+    *,
+    pictures: bool,
+    train_on: TrainOn = "all",
+    thinking: bool | None = None,
 ) -> Prompts:
     """How turns are put to this processor: by the format `template`, or else by its chat template."""
     own = OWN_FORMAT.get(type(processor).__name__)
@@ -416,7 +492,7 @@ def prompts_of(
     if chosen is not None:
         return FORMATS[chosen](processor, name, pictures=pictures)
     if template is None or template == ProcessorChat.name:
-        return ProcessorChat(processor, name, pictures=pictures)
+        return ProcessorChat(processor, name, pictures=pictures, thinking=thinking)
     if not pieces:
         raise UserError(
             f"model.template {template!r} is for a LLaVA-1.5 or a language model; {name} has its own chat template, or "

@@ -86,7 +86,7 @@ def _samples(encoder: Encoder) -> list[Sample]:
     for number, (question, answer) in enumerate(QUESTIONS):
         turns = (Turn("user", placeholder + question), Turn("assistant", answer))
         encoded = encoder.encode(Example("probe", ("probe",) * len(pictures), turns), pictures)
-        samples.append(Sample(**vars(encoded), index=number, media=("probe",) * len(pictures)))
+        samples.append(Sample(**vars(encoded), index=number))
     return samples
 
 

@@ -34,6 +34,10 @@ class Chat:
     text: str
     answer_spans: tuple[Span, ...]
     controls: tuple[Span, ...] = ()
+    others: tuple[Chat, ...] = ()
+    """Shorter texts for answers that the template writes otherwise once later turns follow; no answer is in two."""
+    answers: tuple[int, ...] = ()
+    """The numbers of the answers whose spans these are, where `others` have some too."""
     suffix: str | None = None
     """An answer that the processor takes apart from the text; its span then stands behind the text."""
     by_token_types: bool = False
@@ -50,6 +54,8 @@ class Prompts:
     """Text that ends an answer, where no special token does."""
     takes_system: bool = False
     """Whether it has a place for a system turn."""
+    thinking: bool | None = None
+    """Whether it asks for thoughts before an answer; None: it has no such choice, or its own default holds."""
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text; `generation_prompt` opens the next answer.
@@ -78,6 +84,10 @@ class Prompts:
     def in_test(self) -> Prompts:
         """The same as a test asks, which differs for the published prompts of instructions."""
         return self
+
+    def thought_and_answer(self, text: str) -> tuple[str, str]:
+        """What an answer's text says in `<think>`, where the format knows of thoughts, and the rest."""
+        return "", text
 
     def answer_in(self, text: str) -> str:
         """What of decoded text is the answer."""

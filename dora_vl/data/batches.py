@@ -29,8 +29,8 @@ POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel
 
 
 def media_of(sample: Sample) -> object:
-    """What samples of the same pictures or videos share; those of words alone share nothing."""
-    return sample.media or None
+    """What rows of the same pictures or videos share, or of words alone those of one conversation."""
+    return sample.media or sample.id or None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Collator:
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""
-        samples = [item for item in items if isinstance(item, Sample)]
+        usable = [item for item in items if isinstance(item, Sample)]
+        samples = [row for sample in usable for row in sample.rows()]
         shown = list(samples)
         for dummy in (self.dummy, self.dummy_video):
             if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
@@ -74,14 +75,14 @@ class Collator:
         tokens = sum(len(sample.input_ids) for sample in samples)
         if self.rows != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
-        shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
+        shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         return {
             **batch,
-            "samples": len(samples),
+            "samples": len(usable),
             "sample_ids": [sample.id for sample in samples],
             "padding_tokens": batch["input_ids"].numel() - tokens,
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
-            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+            "cut": [(sample.id, sample.cut_tokens) for sample in usable if sample.cut_tokens],
             **({"shrunk": shrunk} if shrunk else {}),
         }
 

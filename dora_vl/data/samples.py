@@ -48,7 +48,8 @@ class Encoded:
     pictures; `inputs` are a processor's further tensors, by its own names, each with this example as its only row (or
     its pictures as rows), and `stored` what frozen vision parts gave for its pictures (`backbones.frozen_outputs`).
     `media_end` is the first place behind the tokens of all its pictures and videos, and `positions` are those of a
-    family that counts along several axes.
+    family that counts along several axes. `media` says which pictures and videos it shows, `answers` the numbers of
+    those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -59,6 +60,9 @@ class Encoded:
     stored: tuple[Any, ...] = ()
     media_end: int = 0
     positions: Int[Tensor, "axes seq"] | None = None
+    media: tuple[str | Clip, ...] = ()
+    answers: tuple[int, ...] = ()
+    others: tuple[Encoded, ...] = ()
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:
         """The position of each token: the family's own, else its place."""
@@ -67,11 +71,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Sample(Encoded):
-    """One usable sample, at its place in the data; `media` says which pictures and videos it has."""
+    """One usable sample, at its place in the data."""
 
     index: int = -1
     id: str = ""
-    media: tuple[str | Clip, ...] = ()
+
+    def rows(self) -> list[Sample]:
+        """It and its `others`, a row each."""
+        return [self, *(Sample(**vars(other), index=self.index, id=self.id) for other in self.others)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
             return Skipped(index, example.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
-        return Sample(**vars(encoded), index=index, id=example.id, media=(*example.images, *example.videos))
+        return Sample(**vars(encoded), index=index, id=example.id)
 
 
 BAD_BEFORE_EARLY_END = 10

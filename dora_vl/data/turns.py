@@ -19,6 +19,9 @@ from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
+THINK, END_THINK = "<think>", "</think>"
+"""What stands around the thoughts that an answer begins with."""
+
 Role = Literal["system", "user", "assistant"]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 """What a record of JSON must hold where it has a number."""

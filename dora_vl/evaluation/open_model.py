@@ -265,6 +265,7 @@ def prompts_of(source: ModelSource) -> EncoderPrompts:
         aspect=model.image_aspect,
         max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
         revision=model.revision,
+        thinking=source.recipe.get("thinking"),
     )
     return EncoderPrompts(encoder)
 

@@ -120,8 +120,9 @@ def batch_view(
     """
     lines: tuple[tuple[Piece, ...], ...]
     count = len(batch["input_ids"])
-    if "layout" not in batch and len(names) <= count:  # a row is a sample; what is behind them stands in for media
-        titles = [*names, *[STAND_IN] * (count - len(names))]
+    of_rows = batch.get("sample_ids", names)
+    if "layout" not in batch and len(of_rows) <= count:  # what is behind the samples' rows stands in for media
+        titles = [*of_rows, *[STAND_IN] * (count - len(of_rows))]
     else:
         titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
     rows: list[BatchRow] = []

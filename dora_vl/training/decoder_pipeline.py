@@ -94,6 +94,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             aspect=model.image_aspect,
             max_tokens=self.config.data.max_tokens,
             revision=model.revision,
+            thinking=None if self._samples is None else self._samples.has_thoughts,
         )
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -260,6 +261,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
             **super().recipe(),
             "revision": model.revision,
             "template": self.encoder.prompts.name,
+            "thinking": self.encoder.prompts.thinking,
             "quantisation": model.quantisation,
             "image_aspect": vars(model).get("image_aspect"),
             "max_tokens": data["max_tokens"],

@@ -44,7 +44,7 @@ from dora_vl.data.table import (
     load_training_rows,
     overlap,
 )
-from dora_vl.data.turns import Clip, Turn
+from dora_vl.data.turns import THINK, Clip, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
@@ -59,7 +59,7 @@ from dora_vl.training.pipeline import TrainingData
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""At even distances, whose pictures and videos a resume compares: a second's work, a few more from a network's disk."""
+"""At even distances, whose turns and media are looked at: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
@@ -101,7 +101,13 @@ class RowEncoder:
         if self.most_pixels is not None:
             pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
         encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)
-        return encoded if outputs is None else hollowed(encoded, outputs.outputs)
+        if outputs is None:
+            return encoded
+        if any(0 < len(other.media) < len(row.images) for other in encoded.others):
+            reason = "its rounds are rows of their own, with fewer pictures than are stored together"
+            raise BadSample(row.id, f"{reason}; set data.cache_features: false")
+        others = (hollowed(other, outputs.outputs) if other.media else other for other in encoded.others)
+        return dataclasses.replace(hollowed(encoded, outputs.outputs), others=tuple(others))
 
 
 class RunSamples:
@@ -133,6 +139,14 @@ class RunSamples:
         """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
         in_tables = any(table.has_videos for table in self._tables)
         return in_tables or (self._stream is not None and self._stream.has_videos)
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether some turn begins with thoughts, of samples at even distances or a stream's first."""
+        rows = [] if self._stream is None else [row for source in self._stream.sources for row in source.first_rows]
+        for table in self._tables:
+            rows += table.select(range(0, len(table), math.ceil(len(table) / HASHED_ROWS)))
+        return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
 
     @property
     def pictures(self) -> list[tuple[str, ...]]:
@@ -198,9 +212,11 @@ class RunSamples:
                 bad.append(sample)
             elif isinstance(example, Example):
                 used += 1
-                cut = len(sample.labels) == encoder.max_tokens
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
-                yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
+                for row in sample.rows():
+                    labels, said = row.labels, [answers[number] for number in row.answers]
+                    cut = len(labels) == encoder.max_tokens
+                    yield Labelled(id=sample.id, labels=labels, answers=said, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
                 f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"

@@ -152,7 +152,7 @@ class AdapterTrainer(OrderedTrainer):
         began = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.statistics.waited += time.monotonic() - began
-        self.faults.begin_step([tuple(batch.get("sample_ids", ())) for batch in batches])
+        self.faults.begin_step([tuple(dict.fromkeys(batch.get("sample_ids", ()))) for batch in batches])
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:

@@ -48,8 +48,9 @@ def with_system(talk: Talk, system: Turn = SYSTEM) -> Talk:
 
 
 def trained(encoder: Encoder, sample: Sample) -> str:
-    """What of a sample has labels, as text."""
-    return encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
+    """What of a sample has labels, as text, in the order of its rows' last answers."""
+    rows = sorted(sample.rows(), key=lambda row: row.answers[-1])
+    return "".join(encoder.tokenizer.decode(row.labels[row.labels != IGNORED_LABEL]) for row in rows)
 
 
 class TestLanguageModels:
@@ -164,11 +165,12 @@ def test_answers_are_trained_behind_what_is_asked_up_to_an_end_token(tmp_path: P
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
     sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
     assert trained(encoder, sample) == "The second is blue.<|im_end|>Yes<|im_end|>"
+    assert [row.answers for row in sample.rows()] == [(1,), (0,)]
     if template == CHAT["llava_onevision"]:
-        text = encoder.tokenizer.decode(sample.input_ids)
-        assert text.count("<|im_start|>assistant\n") == 2
-        assert "assistant \n" not in text
-        assert text.endswith("Yes<|im_end|>")
+        last, first = (encoder.tokenizer.decode(row.input_ids) for row in sample.rows())
+        assert first.endswith("<|im_start|>assistant\nThe second is blue.<|im_end|>")
+        assert "<|im_start|>assistant \nThe second" in last  # as inference has it
+        assert last.endswith("<|im_start|>assistant\nYes<|im_end|>")
 
 
 @pytest.mark.parametrize("template", [CHATML.replace("PICTURE", ""), "{% for m in messages %}{{ m.role }}{% endfor %}"])
@@ -179,11 +181,15 @@ def test_a_template_that_cannot_be_trained_on_is_refused(tmp_path: Path, templat
 
 
 @pytest.mark.parametrize("template", [STRIPPING, REWRITING])
-def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(tmp_path: Path, template: str) -> None:
+def test_a_template_that_rewrites_earlier_answers_has_a_row_for_each_round(tmp_path: Path, template: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
     assert trained(encoder, sample_of(encoder, TALKS["one picture"])).endswith("It is red.<|im_end|>")
-    with pytest.raises(BadSample):
-        sample_of(encoder, TALKS[TWO_QUESTIONS])
+    turns, pictures = TALKS[TWO_QUESTIONS]
+    for row in sample_of(encoder, TALKS[TWO_QUESTIONS]).rows():
+        (number,) = row.answers
+        prompt = encoder.encode_prompt(turns[: 2 * number + 1], pictures)["input_ids"][0]
+        assert row.input_ids[: len(prompt)].tolist() == prompt.tolist()
+        assert encoder.tokenizer.decode(row.labels[len(prompt) :].clamp_min(0)).count(turns[2 * number + 1].text) == 1
 
 
 PUBLISHED = {
@@ -275,13 +281,12 @@ def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, te
     assert refused.value.sample_id == "talk"
 
 
-def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path) -> None:
+def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=CHAT["pixtral"]))
-    (system, question, *_), pictures = with_system(TALKS["one picture"])
-    text = encoder.tokenizer.decode(encoder.encode_prompt((system, question), pictures)["input_ids"][0])
-    assert f"[INST]{SYSTEM.text}\n\n" in text
-    with pytest.raises(BadSample):
-        encoder.encode_prompt(with_system(TALKS[TWO_QUESTIONS])[0][:4], TALKS[TWO_QUESTIONS][1])
+    for name, count in (("one picture", 2), (TWO_QUESTIONS, 4)):
+        turns, pictures = with_system(TALKS[name])
+        text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:count], pictures)["input_ids"][0])
+        assert text.rpartition("[INST]")[2].startswith(f"{SYSTEM.text}\n\n")
 
 
 @pytest.mark.parametrize("family", ["chameleon", "paligemma"])
