@@ -200,6 +200,7 @@ class _Connection(H11Protocol):
         for one in unfinished:
             if one is not self and held[one.client[0] if one.client else ""] == max(held.values()):
                 one.transport.abort()
+                self.connections.discard(one)
                 return
 
     def data_received(self, data: bytes) -> None:
@@ -369,18 +370,38 @@ class OwnAlone:
             await send(message)
 
         if scope["path"] == UPLOAD:
-            with self._uploads.coming() as count:
-
-                async def counted() -> Message:
-                    message = await receive()
-                    count(len(message.get("body", b"")))
-                    return message
-
-                await self._app(scope, counted, with_policy)
+            await self._take_upload(scope, receive, with_policy)
             return
         if scope["method"] == "POST":
             self._check(scope["content"], is_event=scope["path"] in EVENTS)
         await self._app(scope, receive, with_policy)
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts what comes. What Gradio answers to an upload that is broken off is not sent: 500, whatever the cause."""
+        refused: UserError | None = None
+
+        async def counted() -> Message:
+            nonlocal refused
+            try:
+                message = await receive()
+                count(len(message.get("body", b"")))
+                return message
+            except UserError as error:
+                refused = error
+                raise
+
+        async def unless_refused(message: Message) -> None:
+            if refused is None:
+                await send(message)
+
+        with self._uploads.coming() as count:
+            try:
+                await self._app(scope, counted, unless_refused)
+            except Exception:
+                if refused is None:
+                    raise
+        if refused is not None:
+            raise refused
 
     def _check(self, content: bytes, *, is_event: bool) -> None:
         try:

@@ -143,6 +143,8 @@ class Page:
                 with gr.Tab("Webcam"):
                     self.webcam = gr.Image(label="Webcam", show_label=False, sources=["webcam"], type="filepath",
                                            image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
+                    # Gradio's own would open the picture with Pillow in this process.
+                    self.webcam.preprocess = lambda payload: None if payload is None else payload.path
                 self.seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
                 self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
                 self.clicked = self._examples() if self.examples else None
@@ -274,7 +276,7 @@ class Page:
         number, data = (event.get("fn_index"), event.get("data")) if isinstance(event, dict) else (None, None)
         function = self.blocks.fns.get(number) if isinstance(number, int) else None
         inputs = [] if function is None else function.inputs
-        fits = function is not None and isinstance(data, list) and len(data) == len(inputs)
+        fits = function is not None and function.fn and isinstance(data, list) and len(data) == len(inputs)
         if not fits or not all(map(_takes, inputs, data)):
             raise Refused("no part of the page sends such an event")
 
@@ -342,10 +344,11 @@ def _begin(request: gr.Request) -> tuple[str, Talk, Any]:
 
 
 def _takes(part: Any, value: Any) -> bool:
-    """Whether a part of the page may send this value; what a `State` holds stays here."""
+    """Whether a part of the page may send this value; of a `State` what is sent is not read."""
     if isinstance(part, gr.File | gr.Image):
+        files = value if isinstance(value, list) and isinstance(part, gr.File) else [] if value is None else [value]
         try:
-            return value is None or bool(part.data_model.model_validate(value))
+            return all(isinstance(file, dict) and gr.FileData.model_validate(file) for file in files)
         except ValueError:
             return False
     if isinstance(part, gr.Slider | gr.Dataset):
@@ -354,5 +357,4 @@ def _takes(part: Any, value: Any) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     if isinstance(part, gr.Dropdown):
         return isinstance(value, str) and value in {choice for _, choice in part.choices}
-    kind = bool if isinstance(part, gr.Checkbox) else type(None) if isinstance(part, gr.State) else str
-    return isinstance(value, kind)
+    return isinstance(part, gr.State) or isinstance(value, bool if isinstance(part, gr.Checkbox) else str)

@@ -26,13 +26,7 @@ from tests.vision.video_files import read_frames, write_video
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"
 SETTINGS = Settings(
-    batch=16,
-    window_ms=200,
-    max_new_tokens=TOKENS,
-    max_pictures=2,
-    max_picture_mpx=0.01,
-    max_media_mib=0.1,
-    frames=FRAMES,
+    batch=16, window_ms=200, max_new_tokens=TOKENS, max_pictures=2, max_mpx=0.015, max_media_mib=0.1, frames=FRAMES
 )
 
 
