@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
 from dora_vl.data.containers import ENDINGS, find_files, is_data_file
 from dora_vl.data.example import FIELDS, JSON, Example
-from dora_vl.data.pictures import TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
+from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
+from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.data.video import why_no_video

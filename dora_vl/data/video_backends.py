@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import UInt8
 
-from dora_vl.data.pictures import FRAME_PIXELS, VIDEO_FRAMES
+from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
 
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
 """FFmpeg's names of what is read; it knows playlists too, which name more files and addresses."""

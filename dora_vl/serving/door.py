@@ -377,7 +377,7 @@ class OwnAlone:
         await self._app(scope, receive, with_policy)
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Counts what comes. What Gradio answers to an upload that is broken off is not sent: 500, whatever the cause."""
+        """Counts what comes. Gradio's answer to an upload that is broken off, 500 for any cause, is not sent."""
         refused: UserError | None = None
 
         async def counted() -> Message:

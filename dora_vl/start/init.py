@@ -22,7 +22,8 @@ from dora_vl.data.check import FileCheck, MediaCheck, add_columns, columns_of, t
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import MediaFolder, path_inside, picture_facts, save_picture
+from dora_vl.data.picture_files import picture_facts
+from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_text
