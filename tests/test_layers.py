@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
     ("errors",),
     ("files",),
+    ("limited_process",),
     ("core",),
     ("data",),
     ("adapters",),

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import resource
-import signal
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -20,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.specs import FormatName, TrainOn
+from dora_vl.backbones.template_trial import check_ends
 from dora_vl.backbones.templates import (
     BREAK,
     PROBE,
@@ -50,44 +45,6 @@ TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
 """The same for a language model's template."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 NO_MEDIA = re.compile(r"((?!))")
-SECONDS, MEMORY = 2, 1 << 30
-"""Of a processor and in bytes, that trying a chat template takes at most; it takes a fiftieth of the first."""
-
-
-def check_ends(render: Callable[[], object], name: str) -> None:
-    """Refuses a chat template that does not end, or fills the memory: it is tried in a process of its own.
-
-    Args:
-        render: tries it; what it raises is left to who calls it again.
-        name: of the model, for the message.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child needs none of theirs
-        child = os.fork()
-    if child:
-        if os.waitpid(child, 0)[1]:
-            raise UserError(
-                f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB; "
-                "repair its chat_template.jinja (or tokenizer_config.json), or take another base"
-            )
-        return
-    status = 0
-    try:
-        logging.disable()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20 * SECONDS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        for limit, most in (
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_CPU, SECONDS),
-            (resource.RLIMIT_AS, used + MEMORY),
-        ):
-            resource.setrlimit(limit, (most, most))
-        render()
-    except MemoryError:
-        status = 1
-    finally:
-        os._exit(status)
 
 
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
@@ -140,7 +97,7 @@ class ProcessorChat(Prompts):
         self._switch: dict[str, bool] = {}
         self._thoughts: Literal["fields", "part", ""] = ""
         self._added = self._opening = self._ending = self._closing = self._rest = ""
-        check_ends(partial(self._try, thinking, pictures=pictures), name)
+        check_ends(self._template, processor.tokenizer.special_tokens_map, name)
         self._try(thinking, pictures=pictures)
 
     def _try(self, thinking: bool | None, *, pictures: bool) -> None:

@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from dora_vl.backbones.tower_config import GridTowerConfig
-from dora_vl.data.pictures import READING
+from dora_vl.data.picture_files import READING
 from dora_vl.errors import UserError, shown
 from dora_vl.files import opening
 

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
 from dora_vl.data.containers import ENDINGS, find_files, is_data_file, picture_folder
 from dora_vl.data.example import FIELDS, JSON, Example
-from dora_vl.data.pictures import BROKEN, TRUNCATED, VIDEO_ENDINGS, MediaFolder, Trouble, decoding_trouble, path_inside
+from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
+from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
+from dora_vl.data.video import why_no_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
 
@@ -58,18 +59,13 @@ class MediaCheck:
                     return Trouble("zero-byte media", "0 bytes")
                 if not video and path.suffix.lower().removeprefix(".") not in VIDEO_ENDINGS:
                     return self._picture(file, path)
-            check_whole_video(path)
         except FileNotFoundError:
             return Trouble("missing media", f"not in {self._folder}")
         except NoRegularFile as error:
             return Trouble("no file", str(error))
-        except NotWhole as error:
-            return Trouble(TRUNCATED, str(error))
-        except NoVideoFormat as error:
-            return Trouble(BROKEN, str(error))
         except OSError as error:
             return Trouble("missing media", str(error.strerror))
-        return None
+        return why_no_video(path)
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
         """What looks odd from outside is for training's own decoder to judge."""

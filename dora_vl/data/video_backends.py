@@ -1,11 +1,11 @@
-"""Three libraries that decode videos, behind one small protocol: PyAV, torchcodec and decord2.
+"""Two libraries that decode videos, PyAV and decord2, behind one small protocol.
 
-Nothing of them is imported before it is used, and each can be missing or broken (torchcodec needs FFmpeg's shared
-libraries and a build that fits torch); that is said and the next one is tried.
+Neither is imported before it is used, and each can be missing or broken; then the next one is tried.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -19,11 +19,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import UInt8
 
-from dora_vl.data.pictures import FRAME_PIXELS, VIDEO_FRAMES
-from dora_vl.data.video_containers import STREAMS, NotWhole, container_of
+from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
 
-SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
-ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
+FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
+"""FFmpeg's names of what is read; it knows playlists too, which name more files and addresses."""
+MP4_BOXES, EBML = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"), b"\x1a\x45\xdf\xa3"
+SPARE_SECONDS = 0.5
+"""How much earlier than its header says a whole video may end."""
+SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")
+"""Where in its C++ decord gave up."""
+ROUNDING_SECONDS = 1e-4
+"""decord keeps times in single precision, and both must find the same frame."""
 
 
 Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]
@@ -36,6 +42,10 @@ class BackendMissing(Exception):
 
 class Unreadable(Exception):
     """The library cannot read this file."""
+
+
+class NotWhole(Exception):
+    """The file is shorter than it says, whichever library reads it."""
 
 
 class OverLimit(Exception):
@@ -61,16 +71,13 @@ class OpenVideo(ABC):
     """When the last frame ends."""
     count: int
     """How many frames it has."""
-    begins: Sequence[float] = ()
-    """When each of them begins, where the library tells."""
+    begins: Sequence[float]
+    """When each of them begins."""
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """The frames that are shown at these moments, by their place in the order of showing, without repeats."""
-        return list(dict.fromkeys(max(0, self.shown_at(moment + ROUNDING_SECONDS)) for moment in seconds))
-
-    def shown_at(self, moment: float) -> int:
-        """The last frame that begins by then."""
-        return bisect_right(self.begins, moment) - 1
+        places = (bisect_right(self.begins, moment + ROUNDING_SECONDS) - 1 for moment in seconds)
+        return list(dict.fromkeys(max(0, place) for place in places))
 
     @abstractmethod
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -92,7 +99,9 @@ class DecordVideo(OpenVideo):
         self._decord = import_backend("decord")
         self._errors = (self._decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration)
         self._path = path
-        if container_of(Path(path)) not in ("mov", "matroska"):
+        with Path(path).open("rb") as file:
+            beginning = file.read(8)
+        if beginning[4:] not in MP4_BOXES and not beginning.startswith(EBML):
             raise Unreadable("it is no MP4, MOV, Matroska or WebM, in which alone decord finds the first frame")
         self._open()
         refuse_many(len(self._reader))
@@ -127,51 +136,6 @@ class DecordVideo(OpenVideo):
         del self._reader
 
 
-class TorchcodecVideo(OpenVideo):
-    """torchcodec. It has no table of the frames' times, so places are guessed from the mean rate and corrected."""
-
-    def __init__(self, path: str) -> None:
-        decoders = import_backend("torchcodec")
-        self._decoded: dict[int, Any] = {}
-        with _named(RuntimeError, ValueError):
-            self._decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
-            stated = self._decoder.metadata
-            self._first = float(stated.begin_stream_seconds)
-            self.duration = float(stated.end_stream_seconds) - self._first
-            self.count = len(self._decoder)
-        refuse_many(self.count)
-        refuse_size(int(stated.width or 0), int(stated.height or 0))
-        if not self.count:
-            raise Unreadable("it holds no frame")
-
-    def shown_at(self, moment: float) -> int:
-        """The last frame that begins by then."""
-        guess = min(int(moment / self.duration * self.count), self.count - 1) if self.duration else 0
-        if self._begin(guess) <= moment < self._begin(guess + 1):
-            return guess
-        low, high = (guess, self.count) if moment >= self._begin(guess + 1) else (0, guess)
-        return bisect_right(range(self.count), moment, low, high, key=self._begin) - 1
-
-    def _begin(self, index: int) -> float:
-        return float("inf") if index >= self.count else self._frame(index).pts_seconds - self._first
-
-    def _frame(self, index: int) -> Any:
-        if index not in self._decoded:
-            with _named(RuntimeError, ValueError, IndexError):
-                self._decoded[index] = self._decoder.get_frame_at(index)
-        return self._decoded[index]
-
-    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """See `OpenVideo`."""
-        for index in indices:
-            yield self._begin(index), self._frame(index).data.numpy()
-
-    def close(self) -> None:
-        """See `OpenVideo`."""
-        self._decoded.clear()
-        del self._decoder
-
-
 class PyavVideo(OpenVideo):
     """PyAV, with FFmpeg in its wheel."""
 
@@ -181,20 +145,33 @@ class PyavVideo(OpenVideo):
         self._open()
         shown: list[tuple[int, int]] = []  # times and durations alone: the packets are the whole file
         self._keys: list[int] = []
+        first, last, is_cut = math.inf, -math.inf, False
         with self._readable():
-            for packet in self._container.demux(self._stream):
-                if packet.pts is not None and packet.is_keyframe:
+            for packet in self._container.demux():
+                is_cut = is_cut or packet.is_corrupt
+                if packet.pts is None:
+                    continue
+                begin = float(packet.pts * packet.time_base)
+                first, last = min(first, begin), max(last, begin + float((packet.duration or 0) * packet.time_base))
+                if packet.stream.index != self._stream.index:
+                    continue
+                if packet.is_keyframe:
                     self._keys.append(packet.pts)
-                if packet.pts is not None and not packet.is_discard:
+                if not packet.is_discard:
                     shown.append((packet.pts, packet.duration or 0))
                     refuse_many(len(shown))
         if not shown:
             raise Unreadable("it holds no frame")
+        if self._container.format.name == "gif":  # it states no length, and ends with a mark
+            is_cut = not Path(self._path).read_bytes().rstrip(b"\0").endswith(b";")
+        stated = (self._container.duration or 0) / self._av.time_base
+        if is_cut or last - first < stated - SPARE_SECONDS:
+            raise NotWhole(f"is cut off or damaged: it has {last - first:.2f} s, and {stated:.2f} s by its header")
         shown.sort()
         self._keys.sort()
-        if self._format in STREAMS and not self._ends_whole():
-            raise NotWhole("is cut off: its last picture is not whole")
-        if self._format == "mpeg":  # where it is entered elsewhere, several frames in one packet get wrong times
+        if (
+            self._container.format.name == "mpeg"
+        ):  # where it is entered elsewhere, several frames in one packet get wrong times
             del self._keys[1:]
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
@@ -202,25 +179,10 @@ class PyavVideo(OpenVideo):
         self.count = len(self.begins)
         self.duration = _end_of(self.begins, stated=self.begins[-1] + shown[-1][1] * self._tick)
 
-    def _ends_whole(self) -> bool:
-        """Whether the last picture can be decoded without a fault, from the last key frame but one on."""
-        is_whole, has_begun = True, not self._keys
-        with self._readable(), self._av.open(self._path, format=self._format) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.options, stream.thread_type = {"err_detect": "explode"}, "NONE"
-            for packet in container.demux(stream):  # no seeking: in streams it may land behind the key frame
-                has_begun = has_begun or (packet.is_keyframe and packet.pts in self._keys[-2:])
-                if has_begun and packet.size:
-                    try:
-                        is_whole = not any(frame.is_corrupt for frame in packet.decode())
-                    except self._av.error.FFmpegError:
-                        is_whole = False
-        return is_whole
-
     def _open(self) -> None:
-        self._format = container_of(Path(self._path))
+        allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         with self._readable():
-            self._container = self._av.open(self._path, format=self._format)
+            self._container = self._av.open(self._path, options=allowed)
             if not self._container.streams.video:
                 raise Unreadable("it has no video stream")
         self._stream = self._container.streams.video[0]
@@ -282,14 +244,10 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-BACKENDS: dict[str, Callable[[str], OpenVideo]] = {
-    "pyav": PyavVideo,
-    "torchcodec": TorchcodecVideo,
-    "decord": DecordVideo,
-}
+BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": PyavVideo, "decord": DecordVideo}
 """In the order in which they are tried: those that seek to the right frame before the one that must not seek."""
 
-LIBRARIES = {"pyav": "av", "torchcodec": "torchcodec.decoders", "decord": "decord"}
+LIBRARIES = {"pyav": "av", "decord": "decord"}
 """The module to import for each."""
 
 
@@ -301,8 +259,7 @@ def import_backend(backend: str) -> Any:
     """
     try:
         return import_module(LIBRARIES[backend])
-    # torchcodec raises RuntimeError or OSError where FFmpeg's libraries are missing or its build does not fit torch.
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # as of a build that does not fit this machine
         raise BackendMissing(_one_line(error)) from None
 
 

@@ -20,9 +20,9 @@ from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, Video, repeated
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
-from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
+from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, none_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
-from dora_vl.errors import BadSample, SettingError
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.run.settings import DataConfig, LoadedModelConfig, ModelConfig
 from dora_vl.run.sharding import loading_in, without_sharding
 
@@ -192,4 +192,4 @@ def check_videos(data: DataConfig) -> None:
             reasons[backend] = error
         else:
             return
-    raise no_backend_reads(Clip(path=""), reasons)
+    raise UserError(str(none_reads(reasons)))

@@ -7,7 +7,8 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Container, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,26 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
     return next_message
 
 
-class _HeadInTime(H11Protocol):
-    """Closes a connection on which a request's head has begun, or should have, and does not end."""
+class _Connection(H11Protocol):
+    """Is closed where a request's head has begun, or should have, and does not end, or to make room for others."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._set_timer()
+        if len(self.connections) >= MOST_CONNECTIONS:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Closes a connection whose request has not come whole, of the address that holds most of those."""
+        unfinished = [one for one in self.connections if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
+        held = Counter(one.client[0] if one.client else "" for one in unfinished)
+        for one in unfinished:
+            if one is not self and held[one.client[0] if one.client else ""] == max(held.values()):
+                one.transport.abort()
+                self.connections.discard(one)
+                return
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -214,7 +227,7 @@ def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
     """How an application is served: few connections at a time, whose heads are short and come soon."""
     return uvicorn.Config(
         app,
-        http=_HeadInTime,
+        http=_Connection,
         h11_max_incomplete_event_size=HEAD_BYTES,
         ws="none",
         limit_concurrency=MOST_CONNECTIONS,
@@ -235,6 +248,7 @@ ADDRESSES = {
     "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
 }
 """What the page asks for, by method."""
+EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 UPLOAD_SECONDS = 300.0
 FORGET_SECONDS, LOOK_SECONDS = UPLOAD_SECONDS + 60, 20.0
 """How old uploads are that go unread, older than those that come with them; and how often that is looked for."""
@@ -274,18 +288,23 @@ class Uploads:
             self._remove(file)
 
     @contextlib.contextmanager
-    def coming(self, size: str) -> Iterator[None]:
-        """Meanwhile an upload is on its way."""
-        if not size.isdecimal():
-            raise Refused("an upload must say its size (Content-Length)")
-        sizes = self.forget()
-        if len(sizes) >= MOST_UPLOADS or sum(sizes) + self._coming + int(size) > self._most_bytes:
+    def coming(self) -> Iterator[Callable[[int], None]]:
+        """Meanwhile an upload is on its way; gives what counts its bytes as they come, whatever size it states."""
+        held, arrived = self.forget(), 0
+        if len(held) >= MOST_UPLOADS:
             raise TooManyRequests("too much is being uploaded; try again in a few minutes")
-        self._coming += int(size)
+
+        def count(size: int) -> None:
+            nonlocal arrived
+            arrived += size
+            self._coming += size
+            if sum(held) + self._coming > self._most_bytes:
+                raise TooManyRequests("too much is being uploaded; try again in a few minutes")
+
         try:
-            yield
+            yield count
         finally:
-            self._coming -= int(size)
+            self._coming -= arrived
 
     def forget(self) -> list[int]:
         """Deletes what is too old; the sizes of the files that are left."""
@@ -323,11 +342,16 @@ class Uploads:
 
 
 class OwnAlone:
-    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer."""
+    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer.
 
-    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
+    Args:
+        check_event: refuses an event that no part of the page sends.
+    """
+
+    def __init__(self, app: ASGIApp, uploads: Uploads, check_event: Callable[[Any], object]) -> None:
         self._app = app
         self._uploads = uploads
+        self._check_event = check_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Raises UserError: it is refused."""
@@ -346,18 +370,46 @@ class OwnAlone:
             await send(message)
 
         if scope["path"] == UPLOAD:
-            with self._uploads.coming(Headers(scope=scope).get("content-length", "")):
-                await self._app(scope, receive, with_policy)
+            await self._take_upload(scope, receive, with_policy)
             return
         if scope["method"] == "POST":
-            self._check_files(scope["content"])
+            self._check(scope["content"], is_event=scope["path"] in EVENTS)
         await self._app(scope, receive, with_policy)
 
-    def _check_files(self, content: bytes) -> None:
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts what comes. Gradio's answer to an upload that is broken off, 500 for any cause, is not sent."""
+        refused: UserError | None = None
+
+        async def counted() -> Message:
+            nonlocal refused
+            try:
+                message = await receive()
+                count(len(message.get("body", b"")))
+                return message
+            except UserError as error:
+                refused = error
+                raise
+
+        async def unless_refused(message: Message) -> None:
+            if refused is None:
+                await send(message)
+
+        with self._uploads.coming() as count:
+            try:
+                await self._app(scope, counted, unless_refused)
+            except Exception:
+                if refused is None:
+                    raise
+        if refused is not None:
+            raise refused
+
+    def _check(self, content: bytes, *, is_event: bool) -> None:
         try:
             values = [json.loads(content)]
         except (ValueError, RecursionError):
             raise Refused("the request is no JSON") from None
+        if is_event:
+            self._check_event(values[0])
         while values:
             value = values.pop()
             if isinstance(value, dict):

@@ -31,7 +31,7 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
-from dora_vl.errors import BadSample, one_line
+from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Shown, check_room
 from dora_vl.serving.answering import (
     ENDING,
@@ -324,6 +324,8 @@ class Engine:
     def load(self, name: str, folder: Path) -> None:
         """Serves an adapter from now on; it is read beside the batches, and put in between two."""
         with self._loading:
+            if (served := len(self.model.names) - 1) >= self.settings.max_adapters:
+                raise UserError(f"{served} adapters are served, and no more may be loaded; unload one first")
             read = self.model.read(name, folder)
             with self._between_batches():
                 self.model.put(*read)

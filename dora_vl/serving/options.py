@@ -137,6 +137,7 @@ class Settings:
     waiting: int = option(ANSWERS, 64, positive, "most requests that wait; more are refused")
     answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
     max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
+    max_adapters: int = option(ANSWERS, 32, between(int, 0), "adapters up to which clients may load more")
     joining: bool = True
 
     max_body_mib: float = option(REQUEST, 64, positive, "largest request")
@@ -145,11 +146,11 @@ class Settings:
     allow_remote_media: bool = False
 
     max_pictures: int = option(MEDIA, 8, between(int, 0), "of a request")
-    max_picture_mpx: float = option(MEDIA, 40, positive, "megapixels of a picture")
+    max_mpx: float = option(MEDIA, 80, positive, "megapixels of a request's pictures and frames, together")
     max_videos: int = option(MEDIA, 1, between(int, 0), "of a request")
     max_media_mib: float = option(MEDIA, 32, positive, "of one picture or video")
     frames: int = option(MEDIA, 8, positive, "frames of a video that the model sees")
-    video_seconds: float = option(MEDIA, 20.0, positive_seconds, "longest time to decode a video")
+    media_seconds: float = option(MEDIA, 20.0, positive_seconds, "of the processor, to decode what a request shows")
 
     @property
     def media_bytes(self) -> int:

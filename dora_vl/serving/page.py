@@ -22,7 +22,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import UPLOAD, UPLOAD_SECONDS, Door, OwnAlone, Uploads
-from dora_vl.serving.options import Admission
+from dora_vl.serving.options import Admission, Refused
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
 
@@ -59,7 +59,7 @@ def build_page_app(page: Page, admission: Admission, *, upload_bytes: int) -> Fa
     app = FastAPI(
         title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
     )
-    app.add_middleware(OwnAlone, uploads=page.uploads)
+    app.add_middleware(OwnAlone, uploads=page.uploads, check_event=page.check_event)
     limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
     app.add_middleware(Door, admission=admission, body_seconds=UPLOAD_SECONDS, **limits)
     page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
@@ -143,6 +143,8 @@ class Page:
                 with gr.Tab("Webcam"):
                     self.webcam = gr.Image(label="Webcam", show_label=False, sources=["webcam"], type="filepath",
                                            image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
+                    # Gradio's own would open the picture with Pillow in this process.
+                    self.webcam.preprocess = lambda payload: None if payload is None else payload.path
                 self.seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
                 self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
                 self.clicked = self._examples() if self.examples else None
@@ -269,6 +271,15 @@ class Page:
         """The page was closed: nobody waits for an answer any more."""
         self.side.stop(str(request.session_hash))
 
+    def check_event(self, event: Any) -> None:
+        """Refuses values that an event's function does not take: Gradio would log them whole, with a traceback."""
+        number, data = (event.get("fn_index"), event.get("data")) if isinstance(event, dict) else (None, None)
+        function = self.blocks.fns.get(number) if isinstance(number, int) else None
+        inputs = [] if function is None else function.inputs
+        fits = function is not None and function.fn and isinstance(data, list) and len(data) == len(inputs)
+        if not fits or not all(map(_takes, inputs, data)):
+            raise Refused("no part of the page sends such an event")
+
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _dial_of(self, model: str) -> Any:
@@ -330,3 +341,20 @@ class Page:
 def _begin(request: gr.Request) -> tuple[str, Talk, Any]:
     """The page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
     return str(request.session_hash), Talk(), gr.update(interactive=True)
+
+
+def _takes(part: Any, value: Any) -> bool:
+    """Whether a part of the page may send this value; of a `State` what is sent is not read."""
+    if isinstance(part, gr.File | gr.Image):
+        files = value if isinstance(value, list) and isinstance(part, gr.File) else [] if value is None else [value]
+        try:
+            return all(isinstance(file, dict) and gr.FileData.model_validate(file) for file in files)
+        except ValueError:
+            return False
+    if isinstance(part, gr.Slider | gr.Dataset):
+        low, high = (part.minimum, part.maximum) if isinstance(part, gr.Slider) else (0, len(part.samples) - 1)
+        kind = int | float if isinstance(part, gr.Slider) else int
+        return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    if isinstance(part, gr.Dropdown):
+        return isinstance(value, str) and value in {choice for _, choice in part.choices}
+    return isinstance(part, gr.State) or isinstance(value, bool if isinstance(part, gr.Checkbox) else str)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import MOST_STRENGTH
-from dora_vl.data.pictures import NOT_DECODED, NoPicture, bad_picture, load_picture, opened_picture
-from dora_vl.data.readers import ROLES
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
-from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.errors import BadSample, UserError, one_line, shown
-from dora_vl.evaluation.ask import Shown
-from dora_vl.run.base import VideoReading
-from dora_vl.serving.options import Settings
-from dora_vl.serving.remote_media import NotFetched, fetch
+from dora_vl.errors import UserError, one_line
 
 LONGEST_NAME = 256
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -183,118 +166,6 @@ class BadRequest(UserError):
     def __init__(self, param: str, reason: str) -> None:
         super().__init__(f"{param}: {reason}")
         self.param = param
-
-
-class RequestMedia:
-    """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
-
-    Args:
-        same_length: whether the videos of a batch must have equally many frames.
-    """
-
-    def __init__(self, settings: Settings, *, same_length: bool = False) -> None:
-        self.settings, self._same_length = settings, same_length
-        self._reader = VideoReader(limit_seconds=settings.video_seconds)
-        self._decoding = threading.Lock()
-
-    def close(self) -> None:
-        """Ends the decoder's process."""
-        with self._decoding:
-            self._reader.close()
-
-    def read(self, messages: Sequence[Message], go_on: Callable[[], object]) -> tuple[list[Turn], Shown]:
-        """A request's messages as turns, and what they show.
-
-        Args:
-            go_on: is called before each picture and video, and raises what ends the reading.
-        """
-        parts = [part for message in messages for part in message.content]
-        video_count = sum(isinstance(part, VideoPart) for part in parts)
-        self.refuse_many(sum(isinstance(part, PicturePart) for part in parts), video_count, "the request shows")
-        pictures: list[Image.Image] = []
-        videos: list[Video] = []
-        turns: list[Turn] = []
-        for number, message in enumerate(messages):
-            text = ""
-            for index, part in enumerate(message.content):
-                where = f"messages[{number}].content[{index}].{part.type}"
-                if isinstance(part, TextPart):
-                    text += words(part.text, where, shows_videos=video_count > 0)
-                    continue
-                go_on()
-                if isinstance(part, VideoPart):
-                    videos.append(self.video(self._content(part.video_url.url, where), where))
-                    text += f"{VIDEO_PLACEHOLDER}\n"
-                else:
-                    pictures.append(self.picture(self._content(part.image_url.url, where), where))
-                    text += f"{IMAGE_PLACEHOLDER}\n"
-            ends_with_words = isinstance(message.content[-1], TextPart)
-            turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
-        return turns, Shown(pictures=tuple(pictures), videos=tuple(videos))
-
-    def refuse_many(self, pictures: int, videos: int, who: str) -> None:
-        """Refuses more pictures or videos than may be shown."""
-        most_of = {"pictures": self.settings.max_pictures, "videos": self.settings.max_videos}
-        for (what, most), count in zip(most_of.items(), (pictures, videos), strict=True):
-            if count > most:
-                raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
-
-    def picture(self, content: bytes, where: str) -> Image.Image:
-        """A picture's file as RGB, upright."""
-        try:
-            with opened_picture(BytesIO(content)) as image:
-                width, height = image.size
-            if width * height > (most := int(self.settings.max_picture_mpx * 1_000_000)):
-                raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")
-            return load_picture(BytesIO(content))
-        except NoPicture as error:
-            raise BadRequest(where, f"it {error}") from None
-        except NOT_DECODED as error:
-            raise BadRequest(where, bad_picture(error, "it", "the request").reason) from None
-
-    def video(self, content: bytes, where: str) -> Video:
-        """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""
-        sampling = Uniform(self.settings.frames)
-        frames = self.settings.frames if self._same_length else None
-        with tempfile.TemporaryDirectory(prefix="dora-vl-") as name, self._decoding:
-            folder = Path(name)
-            (folder / "video").write_bytes(content)
-            reading = VideoReading(folder=folder, sampling=sampling, frames=frames, reader=self._reader)
-            try:
-                (video,) = reading.read([Clip(path="video")])
-            except BadSample as error:
-                raise BadRequest(where, error.reason) from None
-        return video
-
-    def _content(self, url: str, where: str) -> bytes:
-        if url[:5].lower() == "data:":
-            return _from_data_url(url, where, self.settings.media_bytes)
-        if not self.settings.allow_remote_media:
-            raise BadRequest(where, f"{shown(url)}: this server takes data: URLs alone (--allow-remote-media)")
-        try:
-            return fetch(url, self.settings.media_bytes, self.settings.fetch_seconds)
-        except NotFetched as error:
-            raise BadRequest(where, str(error)) from None
-
-
-def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
-    for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
-        if placeholder in text:
-            raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
-    return text
-
-
-def _from_data_url(url: str, where: str, most: int) -> bytes:
-    header, comma, content = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise BadRequest(where, f"the data: URL {shown(url)} is not base64")
-    if len(content) > most * 4 // 3 + 4:
-        raise TooLarge(f"{where}: more than the {most:,} bytes allowed")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
 
 
 Model = TypeVar("Model", bound=BaseModel)

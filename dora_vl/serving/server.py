@@ -33,9 +33,10 @@ from dora_vl.serving.answering import (
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.door import Door, error_content, error_response
 from dora_vl.serving.engine import Engine
+from dora_vl.serving.media import RequestMedia
 from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import MIB, Admission
-from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, RequestMedia, UnloadRequest, parsed
+from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, UnloadRequest, parsed
 
 
 async def chunks(
@@ -83,14 +84,12 @@ def _usage(finished: Finished) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-PREPARED_AT_ONCE = 8
-"""Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
 SENT_AT_ONCE = 8
 """So many times the largest request may be on its way, of however many clients."""
 
 
 class Server:
-    """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoder of videos.
+    """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoders.
 
     Args:
         engine: what answers; the server does not close it.
@@ -104,8 +103,8 @@ class Server:
         same_length = engine.model.assistant.prompts.encoder.videos_of_one_length
         self.media = RequestMedia(engine.settings, same_length=same_length)
         self.started = int(time.time())
-        self._held = 0
-        self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
+        self._held, self._most_held = 0, engine.settings.waiting + engine.settings.batch
+        self._preparing = CapacityLimiter(self._most_held)
 
     def __enter__(self) -> Server:
         return self
@@ -165,7 +164,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
         """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
-        if self._held >= self.settings.waiting + self.settings.batch:
+        if self._held >= self._most_held:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
@@ -177,8 +176,6 @@ class Server:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
-        turns, seen = self.media.read(body.messages, go_on)
-        go_on()
         sampling = Sampling(
             max_new_tokens=body.longest or settings.max_new_tokens,
             temperature=settings.temperature if body.temperature is None else body.temperature,
@@ -186,15 +183,18 @@ class Server:
             stop=tuple(body.stop or ()),
             seed=body.seed,
         )
-        return self.engine.prepare(
-            body.model,
-            turns,
-            sampling,
-            pictures=seen.pictures,
-            videos=seen.videos,
-            fill=body.longest is None,
-            strength=1.0 if body.strength is None else body.strength,
-        )
+        with self.media.reading(go_on) as reading:
+            turns, seen = reading.read(body.messages)
+            go_on()
+            return self.engine.prepare(
+                body.model,
+                turns,
+                sampling,
+                pictures=seen.pictures,
+                videos=seen.videos,
+                fill=body.longest is None,
+                strength=1.0 if body.strength is None else body.strength,
+            )
 
     def _adapter_root(self) -> Path:
         """The folder below which clients may load adapters."""

@@ -21,7 +21,8 @@ from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
-from dora_vl.serving.requests import RequestMedia, TooLarge, words
+from dora_vl.serving.media import RequestMedia, words
+from dora_vl.serving.requests import TooLarge
 
 NOTHING = Shown()
 PACE_SECONDS = 0.04
@@ -125,7 +126,7 @@ class SideBySide:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Ends the decoder of videos; the engine is not closed."""
+        """Ends the decoders; the engine is not closed."""
         self.media.close()
 
     def look(self, files: Sequence[Path]) -> Shown:
@@ -133,11 +134,12 @@ class SideBySide:
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
-        self.media.refuse_many(len(pictures), len(videos), "you have chosen")
-        return Shown(
-            pictures=tuple(self.media.picture(self._content(file), file.name) for file in pictures),
-            videos=tuple(self.media.video(self._content(file), file.name) for file in videos),
-        )
+        with self.media.reading() as reading:
+            reading.refuse_many(len(pictures), len(videos), "you have chosen")
+            return Shown(
+                pictures=tuple(reading.picture(self._content(file), file.name) for file in pictures),
+                videos=tuple(reading.video(self._content(file), file.name) for file in videos),
+            )
 
     def ask(
         self, person: str, talk: Talk, question: str, speakers: Sequence[Speaker], sampling: Sampling

@@ -16,18 +16,19 @@ from pathlib import Path
 from shlex import quote
 from statistics import median
 
-from PIL import ExifTags
 from tqdm import tqdm
 
 from dora_vl.data.check import DOUBTS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
+from dora_vl.data.picture_files import picture_facts
+from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, whole_folder
+from dora_vl.limited_process import Failed
 from dora_vl.start.run_file import (
     MOST_NAMES,
     Data,
@@ -230,13 +231,14 @@ class Pictures:
         """Looks at one."""
         self.keys[name] = content_key(path)
         try:
-            with opened_picture(path) as image:
-                self.formats[image.format or "unknown"] += 1
-                self.sizes.append(image.size)
-                self.turned += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                self.transparent += image.has_transparency_data
-        except NOT_DECODED:  # a video, or notes beside the pixels that are damaged
+            facts = picture_facts(path, decode=False)
+        except Failed:  # a video, or no picture that can be read
             self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
+            return
+        self.formats[facts["format"]] += 1
+        self.sizes.append(tuple(facts["size"]))
+        self.turned += facts["turned"]
+        self.transparent += facts["transparent"]
 
 
 @dataclass(frozen=True, kw_only=True)

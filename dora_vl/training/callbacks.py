@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.data.pictures import PICTURE_FORMATS
+from dora_vl.data.picture_files import PICTURE_FORMATS
 from dora_vl.errors import UserError
 from dora_vl.files import write_json, write_json_lines
 from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log

@@ -31,7 +31,7 @@ def model(base: Path, folders: dict[str, Path]) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
-    settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_picture_mpx=0.01, frames=4)
+    settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_mpx=0.015, frames=4)
     with running(model, settings, adapter_root=folders["one"].parent) as address:
         yield address
 

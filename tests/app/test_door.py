@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -158,6 +159,23 @@ def test_a_head_that_does_not_end_is_not_waited_for(model: ServedModel, monkeypa
             assert long.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def test_half_sent_requests_of_one_client_leave_room_for_others(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without an end, or a body; each was a place that nobody else had, for ten seconds or thirty."""
+    monkeypatch.setattr(door, "MOST_CONNECTIONS", 12)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(model) as address, contextlib.ExitStack() as senders:
+        for begun in (head, head + b"Content-Length: 900\r\n\r\n{"):
+            for _ in range(20):
+                slow = senders.enter_context(connection(address))
+                slow.sendall(begun)
+            for _ in range(5):
+                client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+                client.request("GET", "/health")
+                assert client.getresponse().status == 200
+
+
 def test_slow_senders_take_no_place(model: ServedModel) -> None:
     """Of the two that a server has; what they have sent is counted, and too much of it is refused."""
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -302,10 +320,6 @@ def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads
 
     assert [send(4_000), send(4_000), send(4_000)] == [200, 200, 429]
     assert len(stored(uploads)) == 2
-    chunked = client.post(
-        "/gradio_api/upload", content=iter([b"a"]), headers={"Content-Type": "multipart/form-data; boundary=b"}
-    )
-    assert chunked.status_code == 403
     (uploads / "partial").write_bytes(b"a" * 3_000)  # as of a client that went away
     hours_ago = time.time() - 7200
     for file in stored(uploads):
@@ -315,6 +329,56 @@ def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads
     assert send(4_000) == 200
     app.state.page.uploads.delete(stored(uploads)[0])
     assert not stored(uploads)
+
+
+def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
+    """Whatever size it states, and where it states none; a client that sends too much is told at once."""
+
+    async def sent(chunks: int, *headers: tuple[bytes, bytes]) -> tuple[int, int]:
+        answers, left = list[int](), [b"a" * 2_000] * chunks
+        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        left = [head, *left, b"\r\n--b--\r\n"]
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+        async def send(message: Any) -> None:
+            answers.append(message.get("status", 0))
+
+        named = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=b"), *headers]
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": named, "query_string": b""}
+        await app({**scope, "root_path": "", "http_version": "1.1", "scheme": "http"}, receive, send)
+        return answers[0], len(left)
+
+    lie = (b"content-length", b"10"), (b"transfer-encoding", b"chunked")
+    for headers in ((), lie):
+        status, left = asyncio.run(sent(20, *headers))
+        assert (status, left > 10) == (429, True)
+    assert asyncio.run(sent(2))[0] == 200
+    for file in stored(uploads):
+        file.unlink()
+
+
+def test_a_malformed_event_is_refused_and_logs_nothing(app: Any, client: TestClient, capfd: Any) -> None:
+    """Gradio would write each with its whole value and a traceback."""
+    import gradio
+
+    page = app.state.page
+    wrong = ({"a": ["y" * 3_000]}, {"path": 1}, [{"path": None}], [1], 10**400, float("nan"))
+    for number, function in page.blocks.fns.items():
+        takes = [part for part in function.inputs if not isinstance(part, gradio.State)]
+        for value in wrong if takes else ():
+            for data in ([value] * len(function.inputs), [None] * (len(function.inputs) + 1), "z", None):
+                for way in ("run/predict", "queue/join"):
+                    body = json.dumps({"fn_index": number, "session_hash": "s", "data": data})
+                    answer = client.post(
+                        f"/gradio_api/{way}", content=body, headers={"Content-Type": "application/json"}
+                    )
+                    assert answer.status_code == 403, (function, data)
+    for number in (-1, "a", [1], None):
+        body = {"fn_index": number, "session_hash": "s", "data": []}
+        assert client.post("/gradio_api/run/predict", json=body).status_code == 403
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("person", ["", "somebody"])

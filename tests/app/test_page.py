@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
-from dora_vl.data.video import Uniform, read_frames
+from dora_vl.data.video import Uniform
 from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -21,18 +21,12 @@ from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
 from tests.app.tiny_served import RED, WIDE, answers, batches_of
-from tests.vision.video_files import write_video
+from tests.vision.video_files import read_frames, write_video
 
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"
 SETTINGS = Settings(
-    batch=16,
-    window_ms=200,
-    max_new_tokens=TOKENS,
-    max_pictures=2,
-    max_picture_mpx=0.01,
-    max_media_mib=0.1,
-    frames=FRAMES,
+    batch=16, window_ms=200, max_new_tokens=TOKENS, max_pictures=2, max_mpx=0.015, max_media_mib=0.1, frames=FRAMES
 )
 
 

@@ -207,7 +207,7 @@ VALID = request(
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel) -> Iterator[str]:
-    limits = {"max_pictures": 3, "max_picture_mpx": 0.001, "max_media_mib": 0.1, "max_body_mib": 0.2}
+    limits = {"max_pictures": 3, "max_mpx": 0.001, "max_media_mib": 0.1, "max_body_mib": 0.2}
     settings = Settings(**limits, allow_remote_media=True, fetch_seconds=1.0, max_new_tokens=3)
     with running(model, settings) as address:
         yield address.removeprefix("http://")

@@ -25,9 +25,9 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.decoding import RowText
 from dora_vl.serving.engine import Engine
+from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.requests import RequestMedia
 from dora_vl.serving.server import Server
 from tests.app.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
 
@@ -143,8 +143,8 @@ def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Pa
 
 def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
-    from dora_vl.data.video import Uniform, read_frames
-    from tests.vision.video_files import write_video
+    from dora_vl.data.video import Uniform
+    from tests.vision.video_files import read_frames, write_video
 
     write_video(tmp_path / "clip.mp4", [number / 25 for number in range(50)])
     url = f"data:video/mp4;base64,{base64.b64encode((tmp_path / 'clip.mp4').read_bytes()).decode()}"
@@ -201,6 +201,17 @@ def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: di
     assert [card.id for card in client.models.list().data] == list(NAMES)
 
 
+def test_clients_load_only_so_many_adapters(model: ServedModel, folders: dict[str, Path]) -> None:
+    with running(model, Settings(max_adapters=len(ADAPTERS) + 1), adapter_root=folders["one"].parent) as address:
+        client = client_of(address)
+        post(client, "load", lora_name="again", lora_path="two")
+        with pytest.raises(openai.BadRequestError):
+            post(client, "load", lora_name="more", lora_path="two")
+        post(client, "unload", lora_name="again")
+        post(client, "load", lora_name="more", lora_path="two")
+        post(client, "unload", lora_name="more")
+
+
 # -- what cannot be answered ---------------------------------------------------------------------------------
 
 
@@ -225,7 +236,7 @@ PICTURE = "messages[0].content[0].image_url"
         ({"max_tokens": 100_000}, (400, None, None)),
         ({"messages": words("x" * 400_000)}, (413, "too_large", None)),
         ({"messages": shows(*[picture_part(RED)] * 3)}, (413, "too_large", None)),
-        ({"messages": shows(picture_part(Image.new("RGB", (200, 60))))}, (413, "too_large", None)),
+        ({"messages": shows(picture_part(Image.new("RGB", (200, 100))))}, (413, "too_large", None)),
         ({"messages": shows(url_part("data:image/png;base64,AAAA"))}, (400, None, PICTURE)),
         ({"messages": shows(url_part(data_url(RED)[:-60]))}, (400, None, PICTURE)),
         ({"messages": shows(url_part("data:image/png;base64,?"))}, (400, None, PICTURE)),
@@ -365,9 +376,9 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
 ) -> None:
     """The time of an answer begins when its request comes; pictures here take longer than all of it."""
     pictures, prepared, ended = list[str](), list[object](), threading.Event()
-    picture, prepare = RequestMedia.picture, Server._prepared
+    picture, prepare = Reading.picture, Server._prepared
 
-    def slow(media: RequestMedia, content: bytes, where: str) -> Image.Image:
+    def slow(media: Reading, content: bytes, where: str) -> Image.Image:
         pictures.append(where)
         time.sleep(1.0 if is_there else 2.5)
         return picture(media, content, where)
@@ -380,7 +391,7 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
         finally:
             ended.set()
 
-    monkeypatch.setattr(RequestMedia, "picture", slow)
+    monkeypatch.setattr(Reading, "picture", slow)
     monkeypatch.setattr(Server, "_prepared", counted)
     shown = shows(*[picture_part(RED)] * 3)
     with running(model, Settings(answer_seconds=0.5 if is_there else 300)) as address:

@@ -11,7 +11,7 @@ import torch
 
 from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
-from dora_vl.data.video import Uniform, read_frames
+from dora_vl.data.video import Uniform
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
@@ -23,6 +23,7 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import write_tiny_video
 from tests.training.tiny_run import decoder_run, logged_losses, refused, write_run, write_tiny_llava
 from tests.training.video_run import write_video_data
+from tests.vision.video_files import read_frames
 
 pytest.importorskip("av")
 CPU: dict[str, object] = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 4}

@@ -22,7 +22,8 @@ from PIL import Image
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.containers import READERS, by_split, find_files, meaning
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import PICTURE_ENDINGS, PICTURE_FORMATS, StoredPictures
+from dora_vl.data.picture_files import PICTURE_FORMATS
+from dora_vl.data.pictures import PICTURE_ENDINGS, StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import load_rows, load_table

@@ -1,0 +1,89 @@
+"""Whether a chat template comes to an end: it is a program from elsewhere, and is tried where it can be ended.
+
+It is rendered as transformers renders it, in Jinja's sandbox, for talks in every form that templates ask for. What it
+raises is for whoever renders it again; time and memory alone are judged here. Torch is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import cache
+from itertools import product
+from typing import Any
+
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dora_vl.errors import UserError
+from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part
+
+SECONDS, MEMORY = 2, 1 << 30
+"""Most that trying a template takes, of the processor and in bytes; it takes a fiftieth of the first."""
+TALK = ("user", "assistant", "user", "assistant")
+TALKS = (TALK[:1], TALK[:2], TALK, ("system", *TALK), ("system", *TALK[:3]))
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates mark answers; it changes nothing of the text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]) -> Iterator[Part]:
+    """A job of `limited_process`: renders the templates."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
+    for template, talk, prompt in product(templates, TALKS, (False, True)):
+        for content_of_a_message in (words["text"], [words], [picture, words]):
+            messages = [{"role": role, "content": content_of_a_message} for role in talk]
+            try:
+                environment.from_string(template).render(
+                    messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokens
+                )
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended
+                pass
+    yield {}, b""
+
+
+def check_ends(template: str | Mapping[str, str], tokens: Mapping[str, Any], name: str) -> None:
+    """Refuses a chat template that does not end, or fills the memory.
+
+    Args:
+        template: one, or several by their names.
+        tokens: the tokenizer's special tokens by the names that templates know them by.
+        name: of the model, for the message.
+    """
+    templates = [template] if isinstance(template, str) else [*template.values()]
+    texts = {key: str(token) for key, token in tokens.items() if not isinstance(token, list)}
+    if reason := _why_not(json.dumps({"templates": templates, "tokens": texts})):
+        raise UserError(
+            f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB "
+            f"({reason}); repair its chat_template.jinja (or tokenizer_config.json), or take another base"
+        )
+
+
+@cache
+def _why_not(arguments: str) -> str | None:
+    with LimitedProcess("try_template") as process:
+        try:
+            list(process.run("try_template", json.loads(arguments), budget=Budget(SECONDS, MEMORY)))
+        except Failed as error:
+            return str(error) if error.kind == ENDED else None
+    return None

@@ -1,0 +1,350 @@
+"""Picture files: which are read, within which limits, and how they become pixels.
+
+Training decodes in its own workers (`load_picture`). What comes from elsewhere is decoded or looked at in a process
+that can be ended (`limited_process`), by `decoded` and `picture_facts`. The limits are those of docs/data.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from io import BufferedReader, BytesIO, RawIOBase
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
+
+from dora_vl.errors import DECODING_ERRORS, BadSample
+from dora_vl.files import NoRegularFile, open_regular
+from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part, one_process
+
+MEBIBYTE = 2**20
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
+"""Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
+HEIC is read beside them where pillow-heif is installed."""
+PICTURE_PIXELS = 178_956_970
+"""Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
+PICTURE_ELONGATION = 500
+"""How many times longer than the other a picture's side may be: some models bring the shorter one to their own size."""
+PICTURE_SIDE = 8_192
+"""Pixels of the longer side above which a picture is shrunk when it is read, since many models pad it to a square."""
+PICTURE_BYTES = 512 * MEBIBYTE
+PICTURE_SECONDS = 20.0
+"""Most that decoding a picture may take of the processor: a JPEG of 171 KB can be made of thousands of scans."""
+PICTURE_MEMORY = 3_072 * MEBIBYTE
+"""Most bytes that the process which looks at a picture may take for it."""
+
+FRAME_PIXELS = 36_000_000
+"""Most of a video's frame: 8K is 33 million."""
+VIDEO_FRAMES = 2_000_000
+"""Most of a video: nine hours at 60 a second."""
+VIDEO_SECONDS = 60.0
+"""Most that one file may take its decoder of the processor; without using it, three times as long."""
+VIDEO_MEMORY = 4_096 * MEBIBYTE
+"""Most bytes that the decoder's process may take for one file, beyond what its libraries have."""
+
+
+PNG_MARK = b"\x89PNG\r\n\x1a\n"
+END_MARK = b"\xff\xd9"
+
+_TURNS: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+READING = "upright, transparency on white, 16 bits to 8"
+"""How files become pixels; features that were computed when this said something else are computed again."""
+AS_PUBLISHED = "as stored"
+
+
+Result = TypeVar("Result")
+
+
+class NoPicture(ValueError):
+    """Not one of the formats, or over a limit: what stands behind "picture X in Y"."""
+
+
+class TooManyPixels(NoPicture):
+    """More than the request that shows it has left."""
+
+
+NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionBombError)
+"""Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
+
+
+class _Timed(BufferedReader):
+    """A picture's file that is read no further when its decoder has taken too long, which needs no other process."""
+
+    def __init__(self, raw: RawIOBase) -> None:
+        super().__init__(raw)
+        self._end = time.thread_time() + PICTURE_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise NoPicture(f"takes more than {PICTURE_SECONDS:g} s of the processor to decode")
+        return super().read(size)
+
+
+@contextmanager
+def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
+    """A picture whose header has been read and compared with the limits; nothing is decoded yet.
+
+    Raises:
+        FileNotFoundError: nothing is at the path.
+        NoPicture: it is of no format that is read, or over a limit; the message has the numbers.
+        NOT_DECODED: anything that Pillow raises.
+    """
+    raw = cast(RawIOBase, BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source))
+    with _Timed(raw) as stream:
+        size = stream.seek(0, 2)
+        if size > PICTURE_BYTES:
+            raise NoPicture(f"has {size:,} bytes; at most {PICTURE_BYTES:,} are read")
+        stream.seek(0)
+        start = stream.peek(16)[:16]
+        formats = tuple(name for name in PICTURE_FORMATS if name != "AVIF" or features.check("avif"))
+        if importlib.util.find_spec("pillow_heif"):
+            importlib.import_module("pillow_heif").register_heif_opener()
+            formats = (*formats, "HEIF")
+        try:
+            image = Image.open(stream, formats=formats)
+        except UnidentifiedImageError:
+            heic = start[4:8] == b"ftyp" and "HEIF" not in formats
+            hint = "; a HEIC needs its decoder (pip install pillow-heif)" if heic else ""
+            begins = f"it begins with {start[:12]!r}" if start else "it has 0 bytes"
+            raise NoPicture(f"is no whole picture of {', '.join(formats)}: {begins}{hint}") from None
+        with image:
+            width, height = image.size
+            if width * height > PICTURE_PIXELS:
+                raise NoPicture(f"has {width:,} x {height:,} pixels; at most {PICTURE_PIXELS:,} are read")
+            if max(image.size) > PICTURE_ELONGATION * min(image.size):
+                raise NoPicture(
+                    f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other"
+                )
+            yield image
+
+
+def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
+    """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
+    return _by(partial(_decoded_here, as_published=as_published), source)
+
+
+def _by(read: Callable[[Path | BytesIO], Result], source: Path | BytesIO) -> Result:
+    """What is read of a picture; of a PNG that Pillow refuses for a damaged note or a large profile without these."""
+    try:
+        return read(source)
+    except (FileNotFoundError, NoRegularFile):
+        raise
+    except NOT_DECODED:
+        plain = _without_notes(source)
+        if plain is None:
+            raise
+    return read(BytesIO(plain))
+
+
+def _decoded_here(source: Path | BytesIO, *, as_published: bool) -> Image.Image:
+    with opened_picture(source) as image:
+        # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
+        if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
+            raise OSError("it is cut off: its end mark is missing")
+        image.load()
+        turn = None
+        if not as_published:
+            with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
+                turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            if image.mode not in {"RGB", "L"} or "transparency" in image.info:
+                image = _as_shown(image)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if max(image.size) > PICTURE_SIDE:
+            image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return image if turn is None else image.transpose(turn)
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    """A decoded picture as a viewer shows it."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        image = white
+    image.info.pop("transparency", None)
+    return image
+
+
+def _without_notes(source: Path | BytesIO) -> bytes | None:
+    """A PNG's chunks that decide pixels: critical ones, transparency, and the orientation if its checksum is right."""
+    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
+        content = stream.read(PICTURE_BYTES)
+    if not content.startswith(PNG_MARK):
+        return None
+    chunks, start = [PNG_MARK], len(PNG_MARK)
+    while start < len(content):
+        length, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+        chunk = content[start : start + 12 + length]
+        is_intact = name == b"eXIf" and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if name[:1].isupper() or name == b"tRNS" or is_intact:
+            chunks.append(chunk)
+        start += 12 + length
+    return b"".join(chunks)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, or of real numbers from black at 0 to white at 1."""
+    if image.mode == "I" and isinstance(image, TiffImageFile):
+        raise NoPicture("holds 32-bit numbers, and nothing says which of them is white")
+    import numpy as np  # late: without it the process that decodes is there in half the time
+
+    white = 1 if image.mode == "F" else 2**16 - 1
+    image = image if image.mode in {"F", "I", "I;16"} else image.convert("I")
+    numbers = np.asarray(image)
+    if not bool(((numbers >= 0) & (numbers <= white)).all()):  # Pillow would make black and white of these
+        raise NoPicture(
+            f"holds numbers from {numbers.min():g} to {numbers.max():g}; those from 0 to {white:,} are read"
+        )
+    if white == 1:
+        return image.point(lambda value: value * 255 + 0.5).convert("L")
+    return image.point(lambda value: value / 256).convert("L")
+
+
+def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
+    """What `load_picture` raised, for a picture and a place as the message calls them."""
+    if isinstance(error, FileNotFoundError):
+        return BadSample(name, f"picture {name} is missing in {where}")
+    return BadSample(name, f"picture {name} in {where} {why_not_decoded(error)}")
+
+
+def why_not_decoded(error: BaseException) -> str:
+    """What stands behind "picture X in Y"."""
+    if isinstance(error, NoPicture):
+        return str(error)
+    if isinstance(error, NoRegularFile):
+        return f"cannot be read: {error}"
+    return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# -- in a process that can be ended: `read_picture` runs there
+
+STRIP_BYTES = 4 * MEBIBYTE
+
+
+def read_picture(content: bytes, path: str | None, most_pixels: int, decode: bool, send: bool) -> Iterator[Part]:
+    """A job of `limited_process`: sends what a picture's header says, and the picture.
+
+    Args:
+        path: where the file is; None: `content` is the file.
+        decode: whether all of it must be readable.
+        send: whether it is wanted, if it has at most so many pixels.
+    """
+    source = BytesIO(content) if path is None else Path(path)
+    try:
+        facts = _by(_facts, source)
+        width, height = facts["size"]
+        if width * height > most_pixels:
+            raise TooManyPixels(f"has {width:,} x {height:,} pixels; {most_pixels:,} are left of those allowed")
+        picture = load_picture(source) if decode or send else None
+    except (NoPicture, MemoryError):
+        raise
+    except NOT_DECODED as error:
+        raise NoPicture(why_not_decoded(error)) from None
+    yield facts, b""
+    if send and picture is not None:
+        yield from parts_of(picture)
+
+
+def _facts(source: Path | BytesIO) -> dict[str, Any]:
+    with opened_picture(source) as image:
+        turned = transparent = False
+        with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            transparent = image.has_transparency_data
+        return {"format": image.format, "size": image.size, "turned": turned, "transparent": transparent}
+
+
+def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
+    """An RGB picture in strips, the first with its size and `facts`."""
+    rows = max(1, STRIP_BYTES // (3 * image.width))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield {"size": image.size, **facts} if top == 0 else {}, strip.tobytes()
+
+
+def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Image:
+    """The picture that `parts_of` has sent; its pixels are taken from the budget before it has any memory."""
+    width, height = map(int, first[0]["size"])
+    budget.pixels -= width * height
+    if budget.pixels < 0:
+        raise Failed(TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed")
+    image, top, strip = Image.new("RGB", (width, height)), 0, first[1]
+    while True:
+        rows = len(strip) // (3 * width)
+        image.paste(Image.frombytes("RGB", (width, rows), strip), (0, top))
+        top += rows
+        if top >= height:
+            return image
+        strip = next(others)[1]
+
+
+def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
+    """A picture's file decoded there. Raises Failed: it cannot be, or costs more than the budget has left."""
+    arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
+    with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
+        next(parts)
+        picture = picture_of(next(parts), parts, budget)
+        for _ in parts:  # to its end, so that the process may go on
+            raise Failed(ENDED, "is followed by more than itself")
+    return picture
+
+
+def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
+    """A picture's format, its size, and whether it is turned or transparent, by its header.
+
+    Args:
+        decode: all of it must be readable.
+
+    Raises:
+        Failed: it cannot be used.
+    """
+    content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source))
+    arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
+    budget = Budget(PICTURE_SECONDS, PICTURE_MEMORY)
+    ((facts, _),) = one_process().run("read_picture", arguments, content, budget=budget)
+    return facts
+
+
+TRUNCATED, BROKEN = "truncated media", "broken media"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+
+    kind: str
+    detail: str
+
+    @classmethod
+    def of(cls, error: Failed) -> Trouble:
+        """Why it could not be read in the process that can be ended."""
+        reason = str(error)
+        return cls(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
+
+
+def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
+    """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
+    try:
+        picture_facts(source, decode=True)
+    except Failed as error:
+        return Trouble.of(error)
+    return None

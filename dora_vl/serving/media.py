@@ -1,0 +1,221 @@
+"""What a request shows: its pictures and videos, decoded in processes that can be ended, within one budget a request.
+
+Requests have a process each, so that the system shares the processor between them, and one whose file takes long yields
+to all others. What it holds in memory, and for how long while others wait for their turn, is limited too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dora_vl.backbones.video_inputs import Video, repeated
+from dora_vl.data.picture_files import MEBIBYTE, TooManyPixels, decoded
+from dora_vl.data.readers import ROLES
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
+from dora_vl.data.video import Uniform, read_frames
+from dora_vl.errors import shown
+from dora_vl.evaluation.ask import Shown
+from dora_vl.limited_process import LOOK_SECONDS, Budget, Failed, LimitedProcess
+from dora_vl.serving.answering import TooManyRequests
+from dora_vl.serving.options import Settings
+from dora_vl.serving.remote_media import NotFetched, fetch
+from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart
+
+DECODER_MEMORY = 576 * MEBIBYTE
+"""Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
+READING_AT_ONCE, KEPT_READY = 10, 2
+"""Requests whose pictures are decoded, or wait as such to become a prompt; and processes that wait for the next."""
+PATIENT_SECONDS = 5.0
+"""How long a request's pictures may take while others wait for their turn."""
+
+
+class RequestMedia:
+    """Reads what requests show, from several threads.
+
+    Args:
+        same_length: whether the videos of a batch must have equally many frames.
+    """
+
+    def __init__(self, settings: Settings, *, same_length: bool = False) -> None:
+        self.settings, self._same_length = settings, same_length
+        self._ready: list[LimitedProcess] = []
+        self._lock = threading.Lock()
+        self._turns = threading.BoundedSemaphore(READING_AT_ONCE)
+        self._waiting = 0
+
+    def close(self) -> None:
+        """Ends the processes that wait for requests."""
+        with self._lock:
+            while self._ready:
+                self._ready.pop().close()
+
+    @contextlib.contextmanager
+    def reading(self, go_on: Callable[[], object] = lambda: None) -> Iterator[Reading]:
+        """One request's reading; its turn begins with its first picture and ends with this.
+
+        Args:
+            go_on: raises what ends the reading, such as that the client has gone.
+        """
+        with contextlib.ExitStack() as turn:
+            budget = Budget(self.settings.media_seconds, DECODER_MEMORY, int(self.settings.max_mpx * 1_000_000), go_on)
+            yield Reading(self.settings, budget, lambda: turn.enter_context(self._turn(budget)), self._same_length)
+
+    @contextlib.contextmanager
+    def _turn(self, budget: Budget) -> Iterator[LimitedProcess]:
+        """A process of one's own. Where others wait for long, its budget's `go_on` ends it."""
+        go_on = budget.go_on
+        with self._lock:
+            self._waiting += 1
+        try:
+            while not self._turns.acquire(timeout=LOOK_SECONDS):
+                go_on()
+        finally:
+            with self._lock:
+                self._waiting -= 1
+        began = time.monotonic()
+
+        def while_patient() -> None:
+            go_on()
+            if self._waiting and time.monotonic() - began > PATIENT_SECONDS:
+                raise TooManyRequests("its pictures take long to decode, and others wait; try again later")
+
+        budget.go_on = while_patient
+        process = self._taken()
+        try:
+            yield process
+        finally:
+            with self._lock:
+                kept = process.reusable and len(self._ready) < KEPT_READY
+                if kept:
+                    self._ready.append(process)
+            if not kept:
+                process.close()
+            self._turns.release()
+
+    def _taken(self) -> LimitedProcess:
+        """A process that has started, where there is one, and behind it the next is started."""
+        with self._lock:
+            process = self._ready.pop() if self._ready else LimitedProcess("read_picture", yields=True)
+            if not self._ready:
+                self._ready.append(LimitedProcess("read_picture", yields=True))
+                self._ready[0].start()
+        return process
+
+
+class Reading:
+    """One request's pictures and videos, which share its budget.
+
+    Args:
+        turn: waits for the request's turn; gives the process that reads for it.
+    """
+
+    def __init__(
+        self, settings: Settings, budget: Budget, turn: Callable[[], LimitedProcess], same_length: bool
+    ) -> None:
+        self.settings, self._budget, self._turn, self._same_length = settings, budget, turn, same_length
+        self._process: LimitedProcess | None = None
+
+    def read(self, messages: Sequence[Message]) -> tuple[list[Turn], Shown]:
+        """A request's messages as turns, and what they show."""
+        parts = [part for message in messages for part in message.content]
+        video_count = sum(isinstance(part, VideoPart) for part in parts)
+        picture_count = sum(not isinstance(part, TextPart | VideoPart) for part in parts)
+        self.refuse_many(picture_count, video_count, "the request shows")
+        pictures: list[Image.Image] = []
+        videos: list[Video] = []
+        turns: list[Turn] = []
+        for number, message in enumerate(messages):
+            text = ""
+            for index, part in enumerate(message.content):
+                where = f"messages[{number}].content[{index}].{part.type}"
+                if isinstance(part, TextPart):
+                    text += words(part.text, where, shows_videos=video_count > 0)
+                    continue
+                self._budget.go_on()
+                if isinstance(part, VideoPart):
+                    videos.append(self.video(self._content(part.video_url.url, where), where))
+                    text += f"{VIDEO_PLACEHOLDER}\n"
+                else:
+                    pictures.append(self.picture(self._content(part.image_url.url, where), where))
+                    text += f"{IMAGE_PLACEHOLDER}\n"
+            ends_with_words = isinstance(message.content[-1], TextPart)
+            turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
+        return turns, Shown(pictures=tuple(pictures), videos=tuple(videos))
+
+    def refuse_many(self, pictures: int, videos: int, who: str) -> None:
+        """Refuses more pictures or videos than may be shown."""
+        most_of = {"pictures": self.settings.max_pictures, "videos": self.settings.max_videos}
+        for (what, most), count in zip(most_of.items(), (pictures, videos), strict=True):
+            if count > most:
+                raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
+
+    def picture(self, content: bytes, where: str) -> Image.Image:
+        """A picture's file as RGB, upright."""
+        with _told(where):
+            return decoded(self._its_process(), content, self._budget)
+
+    def video(self, content: bytes, where: str) -> Video:
+        """The frames of a video's file that a model sees."""
+        sampling = Uniform(self.settings.frames)
+        with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _told(where):
+            path = Path(folder) / "video"
+            path.write_bytes(content)
+            video = read_frames(
+                self._its_process(), path, Clip(path="video"), sampling, lambda frame: frame, self._budget
+            )
+        return repeated(video, self.settings.frames) if self._same_length else video
+
+    def _its_process(self) -> LimitedProcess:
+        if self._process is None:
+            self._process = self._turn()
+        return self._process
+
+    def _content(self, url: str, where: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return _from_data_url(url, where, self.settings.media_bytes)
+        if not self.settings.allow_remote_media:
+            raise BadRequest(where, f"{shown(url)}: this server takes data: URLs alone (--allow-remote-media)")
+        try:
+            return fetch(url, self.settings.media_bytes, self.settings.fetch_seconds)
+        except NotFetched as error:
+            raise BadRequest(where, str(error)) from None
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Says where in the request what could not be read stands."""
+    try:
+        yield
+    except Failed as error:
+        if error.kind == TooManyPixels.__name__:
+            raise TooLarge(f"{where}: it {error}") from None
+        raise BadRequest(where, f"it {error}") from None
+
+
+def words(text: str, where: str, *, shows_videos: bool) -> str:
+    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
+    for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
+        if placeholder in text:
+            raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
+    return text
+
+
+def _from_data_url(url: str, where: str, most: int) -> bytes:
+    header, comma, content = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise BadRequest(where, f"the data: URL {shown(url)} is not base64")
+    if len(content) > most * 4 // 3 + 4:
+        raise TooLarge(f"{where}: more than the {most:,} bytes allowed")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
