@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from io import BytesIO
@@ -20,6 +22,8 @@ from dora_vl.limited_process import Failed
 
 if TYPE_CHECKING:
     import datasets
+
+log = logging.getLogger(__name__)
 
 
 PICTURE_ENDINGS = (

@@ -22,7 +22,6 @@ from dora_vl.core.config import AdapterSettings, Quantisation
 from dora_vl.data.columns import Columns, Mixing, RowKind, TrainFile, train_name
 from dora_vl.files import Kernel
 
-"""Of attention."""
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
 
