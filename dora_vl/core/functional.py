@@ -25,14 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.products import frozen_product, scaled_product, triton_kernels
-from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
+from dora_vl.core.gain import CANCELLATION, NORM_RANGE, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
 NORM_CHUNK_NUMBERS = 2**18
 """Numbers of B turned to float32 at a time: 1 MiB, which stays in a core's cache."""
-NORM_RANGE = torch.bfloat16
-"""Whose range the products of a norm need: A A^T leaves float16's where a row of A is longer than 255."""
 NARROW = 64
 """Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
 

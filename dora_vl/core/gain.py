@@ -115,6 +115,8 @@ class Snapshot:
 
 CANCELLATION = 0.15
 """Where a row's squared norm falls below this share of its frozen weight's, the factored form lost too many digits."""
+NORM_RANGE = torch.bfloat16
+"""Its range is what the products of a norm need: A A^T leaves float16's where a row of A is longer than 255."""
 FRAGILE_GAIN = 0.05
 """Below it a row's product cannot be rebuilt from the output in the backward pass."""
 LARGE_BIAS = 8.0

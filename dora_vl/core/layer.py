@@ -345,7 +345,8 @@ class AdaptedLayer(nn.Module):
             raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
         if self.merged or torch._C._are_functorch_transforms_active():  # these ask for every gradient
             return
-        if any(tensor is not None and tensor.requires_grad for tensor in self.frozen_tensors()):
+        # FSDP1 puts views of all its parameters here, which require a gradient as one.
+        if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in self.frozen_tensors()):
             layer = f"a {type(self).__name__} with a weight of {list(self.matrix_shape())}"
             raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
 

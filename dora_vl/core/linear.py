@@ -16,7 +16,7 @@ from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.products import frozen_product, takes_halves, triton_kernels
-from dora_vl.core.gain import SHARD_MARKS, Gain, careful_gain, is_plain_parameter, quick_gains
+from dora_vl.core.gain import NORM_RANGE, SHARD_MARKS, Gain, careful_gain, is_plain_parameter, quick_gains
 from dora_vl.core.layer import AdaptedLayer, is_traced
 
 LARGEST_BATCH_BYTES = 2**26
@@ -276,7 +276,7 @@ def norms_squared_of(
     weights = [layer.as_matrix(layer.weight) for layer in layers]
     (rows, columns), rank, count = weights[0].shape, layers[0].adapter.rank, len(layers)
     a, b = weights[0].new_empty(count, rank, columns), weights[0].new_empty(count, rows, rank)
-    dtype = torch.promote_types(b.dtype, functional.NORM_RANGE)
+    dtype = torch.promote_types(b.dtype, NORM_RANGE)
     weight_on_A, gram = torch.empty_like(b), a.new_empty(count, rank, rank, dtype=dtype)
     with functional.without_autocast(b.device):
         for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.dropout import SHARED_DROPOUT
-from dora_vl.core.gain import Gain, careful_gain, quick_gains, unwatch
+from dora_vl.core.gain import NORM_RANGE, Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 
@@ -243,7 +243,7 @@ class ExpertsProjection(AdaptedLayer):
         if factors is None:
             return self.weight_norms_squared()
         weight = self.frozen_matrix()
-        dtype = torch.promote_types(weight.dtype, functional.NORM_RANGE)
+        dtype = torch.promote_types(weight.dtype, NORM_RANGE)
         with functional.without_autocast(weight.device):
             a, b = (factor.to(weight.dtype) for factor in factors)
             on_A, a, b = torch.bmm(weight, a.mT).to(dtype), a.to(dtype), b.to(dtype)

@@ -119,6 +119,16 @@ def test_an_unfrozen_weight_of_experts_is_refused() -> None:
         model(*expert_inputs())
 
 
+def test_a_view_of_a_flat_parameter_in_the_weights_place_is_taken() -> None:
+    """As FSDP1 has it: one parameter holds all of a module, frozen or not, and requires a gradient."""
+    layer, x = moved_layer(config()), torch.randn(3, 6, dtype=torch.float64)
+    expected = layer(x)
+    flat = nn.Parameter(layer.weight.detach().flatten())
+    del layer._parameters["weight"]
+    layer.weight = flat.view(5, 6)
+    torch.testing.assert_close(layer(x), expected)
+
+
 # -- torch's encoders ------------------------------------------------------------------------------------------
 
 

@@ -71,8 +71,6 @@ def _compile() -> None:
     parts = "\0".join((SOURCE.read_text(), *FLAGS, torch.__version__, processor))
     name = f"dora_vl_cpu_{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
-    if hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
-        return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     finished = list(folder.glob(FINISHED.format("*")))
     for path in (folder, *finished):
@@ -80,7 +78,8 @@ def _compile() -> None:
             raise PermissionError(f"{path} may have been written by others; remove it")
     for library in finished:
         if library.name == FINISHED.format(hashlib.sha256(library.read_bytes()).hexdigest()):
-            torch.ops.load_library(str(library))
+            if not hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
+                torch.ops.load_library(str(library))
             return
     log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
     path = os.environ.get("PATH", "")

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton import Config
 from triton.testing import do_bench
 
-from dora_vl.core.gain import CANCELLATION, Gain
+from dora_vl.core.gain import CANCELLATION, NORM_RANGE, Gain
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed.
@@ -601,7 +601,7 @@ def norms(
     factored form, in float32 for rows that cancel.
     """
     a, b = (factor.detach().contiguous() for factor in (lora_A, lora_B))
-    dtype, frozen = torch.promote_types(weight.dtype, torch.bfloat16), weight_norms_squared.contiguous()
+    dtype, frozen = torch.promote_types(weight.dtype, NORM_RANGE), weight_norms_squared.contiguous()
     on_A = (weight @ a.to(weight.dtype).t()).to(dtype)
     wide_a, wide_b = (factor.to(weight.dtype).to(dtype) for factor in (a, b))
     squared = norms_squared(frozen[None], wide_b[None], on_A[None], (wide_a @ wide_a.t())[None], scale)
