@@ -101,11 +101,8 @@ def check_window(base: str, encoder: Encoder, revision: str | None = None) -> No
     for rope in [stated] if "rope_type" in stated else stated.values():
         window = rope["original_max_position_embeddings"] if rope and rope["rope_type"] == "longrope" else math.inf
         if encoder.max_tokens > window:
-            raise SettingError(
-                "data.max_tokens",
-                f" is {encoder.max_tokens}: above {window} tokens {base} turns the positions of a whole batch another "
-                f"way; set it to {window}",
-            )
+            why = f": above {window} tokens {base} turns the positions of a whole batch another way; set it to {window}"
+            raise SettingError("data.max_tokens", f" is {encoder.max_tokens}{why}")
 
 
 def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:

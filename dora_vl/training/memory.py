@@ -290,10 +290,7 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
 
 
 def rough_table(memory: Held, engine: Engine, activations: Activations) -> Table:
-    """What a run's log says before its first step: GiB of one rank's tensors, activations by their rough size.
-
-    The chart of a run shows what was measured, on a CPU the whole process with its libraries and mapped files.
-    """
+    """What a run's log says before its first step: GiB of one rank's tensors, activations by their rough size."""
     sizes = {
         "weights": sum(memory.weights.values()) + memory.trained,
         "gradients": memory.gradients,
