@@ -13,7 +13,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -67,6 +67,7 @@ def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Itera
 
     It is locked as long as this process lives, which tells it from what killed ones left; that is cleared first.
     """
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.parent, path.name)
     staging = path.with_name(f".{path.name}.{UNFINISHED}-{os.getpid()}-{uuid4().hex[:8]}")
@@ -79,6 +80,9 @@ def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Itera
             yield staging
         finally:
             _remove(staging)
+            if is_new:
+                with suppress(OSError):  # not empty
+                    path.parent.rmdir()
 
 
 @contextmanager
@@ -144,7 +148,8 @@ def _remove(path: Path) -> None:
 def _sync(*paths: Path) -> None:
     """Waits until files and folders are on the disk."""
     for path in paths:
-        with _opened(path) as descriptor:
+        # Some file systems do not sync folders.
+        with _opened(path) as descriptor, suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
 
 

@@ -298,12 +298,10 @@ def rough_table(memory: Held, engine: Engine, activations: Activations) -> Table
         "buffers": memory.buckets + memory.gathered,
         "activations (rough)": activations.bytes,
         "moved to the host": -memory.on_host,
-        "tensors at the fullest moment": memory.at_most(
-            engine, (Phase(0, activations.bytes), Phase(memory.gradients, 0))
-        ),
+        "at the fullest moment": memory.at_most(engine, (Phase(0, activations.bytes), Phase(memory.gradients, 0))),
     }
     rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
-    return Table((f"estimated memory a rank of {engine}", "GiB"), rows)
+    return Table((f"estimated: tensors of a rank of {engine}", "GiB"), rows)
 
 
 @dataclass(frozen=True)
