@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -84,9 +83,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
     questions = arguments.questions or find_questions(folder, columns)
-    from dora_vl.run.folder import one_writer  # torch: not for --help
-
-    with one_writer(to) if replaces else nullcontext(), whole_folder(to) as staging:
+    with whole_folder(to) as staging:
         look = look_at(folder, questions, media_to=staging, columns=columns)
         yield from look.lines()
         if base.is_llava and look.has_videos:
@@ -134,6 +131,11 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
         )
     if not earlier and to.is_dir() and any(to.iterdir()):
         raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
+    if earlier:
+        from dora_vl.run.folder import one_writer  # torch: not for --help
+
+        with one_writer(to):  # refused while a run writes there
+            pass
     return to, bool(earlier)
 
 
