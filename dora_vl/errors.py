@@ -39,14 +39,12 @@ def leave_out_foreign_lines() -> None:
 
 
 SPINS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-"""How long threads of GNU's and Intel's OpenMP look for work before they sleep: tens of microseconds; a millisecond."""
 
 
 def wait_without_spinning() -> None:
-    """Bounds how long the threads of this program's products wait on the core; to be called before torch is imported.
+    """Bounds how long threads of GNU's or Intel's OpenMP spin for work on cores that others need; before torch loads.
 
-    Left alone, a thread that is done burns its core for milliseconds, which others on the machine need, among them
-    the thread that it waits for. What the user set stays.
+    What the user set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.update({**SPINS, **os.environ})

@@ -13,7 +13,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, get_args
@@ -63,28 +63,31 @@ UNFINISHED, PREVIOUS = "unfinished", "previous"
 
 @contextmanager
 def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Iterator[Path]:
-    """Makes an empty folder (or file) beside `path` to write in; it goes when the block ends, unless it was renamed.
+    """Makes a hidden folder (or file) beside `path`, which goes when the block ends unless it was renamed.
 
-    What killed processes left of the same path is cleared first.
+    It is locked as long as this process lives, which tells it from what killed ones left; that is cleared first.
     """
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.parent, path.name)
     staging = path.with_name(f".{path.name}.{UNFINISHED}-{os.getpid()}-{uuid4().hex[:8]}")
-    descriptor = _made_and_held(staging, make)
-    try:
-        yield staging
-    finally:
-        _remove(staging)
-        os.close(descriptor)
+    with ExitStack() as held:
+        while not staging.exists():
+            make(staging)
+            with suppress(OSError):  # removed as a dead process's before it was locked, or no locks on this file system
+                fcntl.flock(held.enter_context(_opened(staging)), fcntl.LOCK_EX)
+        try:
+            yield staging
+        finally:
+            _remove(staging)
+            if is_new:
+                with suppress(OSError):  # not empty
+                    path.parent.rmdir()
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target`, whatever is there, when the block ends well.
-
-    Killed at any moment, it leaves the old folder or the new one; `clear_leftovers` brings back an old one that had
-    just stepped aside.
-    """
+    """Yields an empty folder that takes the place of `target`, whatever is there, when the block ends well."""
     with unfinished(target) as staging:
         yield staging
         replace_folder(staging, target)
@@ -103,10 +106,7 @@ def replace_folder(staging: Path, target: Path) -> None:
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left in a folder, of the file or folder of this name or of any.
-
-    An older folder comes back where its process was killed before the new one took its place.
-    """
+    """Removes what killed processes left in a folder, of this name or any; a folder that stood aside comes back."""
     pattern = "*" if name is None else glob.escape(name)
     for left in folder.glob(f".{pattern}.{PREVIOUS}-*"):
         hidden, _, process = left.name.rpartition(f".{PREVIOUS}-")
@@ -119,31 +119,22 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
             _remove(left)
 
 
-def _made_and_held(path: Path, make: Callable[[Path], object]) -> int:
-    """A descriptor with the kernel's lock on what was made, which ends with this process, however that ends."""
-    while True:
-        make(path)
-        with suppress(FileNotFoundError):  # another process took it for a dead one's before it was held
-            descriptor = os.open(path, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if path.exists():
-                return descriptor
-            os.close(descriptor)
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a living process holds it; said too where the file system has no locks, so that nobody can tell."""
+    """Whether a living process writes there; said too where a file system has no locks and nobody can tell."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # renamed, or removed
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+        with _opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
     return False
 
 
@@ -157,11 +148,9 @@ def _remove(path: Path) -> None:
 def _sync(*paths: Path) -> None:
     """Waits until files and folders are on the disk."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        # Some file systems do not sync folders.
+        with _opened(path) as descriptor, suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager
@@ -170,7 +159,7 @@ def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
     """
-    form: dict[str, Any] = {"mode": "wb"} if binary else {"mode": "w", "encoding": "utf-8", "newline": "\n"}
+    form = {"mode": "wb"} if binary else {"mode": "w", "encoding": "utf-8", "newline": "\n"}
     try:
         with unfinished(path, Path.touch) as staging:
             with staging.open(**form, buffering=1 << 20) as file:

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
 from dora_vl.errors import UserError, shown
-from dora_vl.files import check_whole, clear_leftovers, read_json
+from dora_vl.files import UNFINISHED, check_whole, clear_leftovers, read_json
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -242,8 +242,8 @@ def refuse_to_replace(target: Path, written: Collection[str]) -> None:
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-WRITING = ".checkpoints-being-written"
-REMOVING = ".removing"
+WRITING = f".checkpoints.{UNFINISHED}-now"
+"""The folder in a run's in which a checkpoint is written."""
 STATE_FILE = "trainer_state.json"
 LAST = "last"
 """What `resume` calls the newest whole checkpoint."""
@@ -305,16 +305,9 @@ def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Itera
     spared = {path.resolve() for path in also_keep}
     for old in complete_checkpoints(run_folder)[:-keep]:
         if old.resolve() not in spared:
-            going = old.with_name(f".{old.name}{REMOVING}")  # a half of it shall not count as a checkpoint
+            going = old.with_name(f".{old.name}.{UNFINISHED}-removed")  # a half of it shall not count as a checkpoint
             old.rename(going)
             shutil.rmtree(going)
-
-
-def drop_leftovers(run_folder: Path) -> None:
-    """Removes what a crash left of half-written and half-removed checkpoints, and of anything else in the folder."""
-    clear_leftovers(run_folder)
-    for path in [run_folder / WRITING, *run_folder.glob(f".checkpoint-*{REMOVING}")]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_to_replace_adapter(target: Path) -> None:

@@ -234,7 +234,7 @@ def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | Non
     if (dtype is not None or closed_answers or aspect) and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         if dtype is not None:
-            content.setdefault("dtype", content.get("torch_dtype", ""))
+            content["dtype"] = ""  # also where it is unstated
             _state_dtype(content, str(dtype).removeprefix("torch."))
         if closed_answers:
             content[CLOSED_ANSWERS] = {**content.get(CLOSED_ANSWERS, {}), **closed_answers}

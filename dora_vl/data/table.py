@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -31,6 +30,7 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -100,10 +100,9 @@ def _fingerprint(files: Sequence[Path], columns: Columns) -> str:
 
 
 def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None:
-    """Writes under another name first: what a killed process leaves is never taken for whole."""
+    """Writes it whole: what a killed process leaves is never taken for it."""
     before, started = _fingerprint(data.files, columns), time.perf_counter()
-    partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
-    try:
+    with unfinished(table, Path.touch) as partial:
         with partial.open("wb") as file:
             rows = _write(path, file, _batches(data, columns))
             file.flush()
@@ -111,10 +110,6 @@ def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None
         if _fingerprint(data.files, columns) != before:
             raise UserError(f"{path}: changed while it was read; start again when it is complete")
         partial.replace(table)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
     seconds = time.perf_counter() - started
     _log.info("%s: %d records converted in %.1f s (%.0f/s), kept as %s", path, rows, seconds, rows / seconds, table)
 

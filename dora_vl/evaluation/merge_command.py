@@ -45,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", type=Path, required=True, metavar="FOLDER", help="model folder to write; an earlier merge is replaced"
     )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
-    parser.add_argument(
-        "--dtype",
-        choices=RESULT_DTYPES,
-        help="of the result; default: each tensor's own, of a float32 base what the adapter was trained in",
-    )
+    parser.add_argument("--dtype", choices=RESULT_DTYPES, help="of the result; default: as stored, or as trained")
     parser.add_argument("--shard-bytes", type=int, metavar="N", help="largest output file")
     parser.add_argument(
         "--base-values",

@@ -236,12 +236,8 @@ def order_seed(arguments: TrainingArguments) -> int:
 
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping.
-
-    What it does not say of batches and clipping is the section's: DeepSpeed fails without the one, and does not clip
-    without the other.
-    """
-    from_section = dict.fromkeys(FROM_SECTION, "auto")
+    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
+    from_section = dict.fromkeys(FROM_SECTION, "auto")  # or DeepSpeed fails without a batch, and does not clip
     if isinstance(value, Mapping):
         return {**from_section, **value}
     shipped = shipped_folder()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,14 +97,11 @@ def check_base(model: ModelConfig, data: DataConfig) -> None:
 def check_window(base: str, encoder: Encoder, revision: str | None = None) -> None:
     """Refuses samples of which a long one would change the positions of all that share its batch (longrope)."""
     stated: Any = getattr(config_of(base, revision).get_text_config(), "rope_parameters", None) or {}
-    for rope in [stated] if "rope_type" in stated else stated.values():
-        window = rope["original_max_position_embeddings"] if rope and rope["rope_type"] == "longrope" else math.inf
-        if encoder.max_tokens > window:
-            raise SettingError(
-                "data.max_tokens",
-                f" is {encoder.max_tokens}: above {window} tokens {base} turns the positions of a whole batch another "
-                f"way; set it to {window}",
-            )
+    for rope in (stated, *stated.values()):  # of each kind of layers where they differ
+        is_long = isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+        if is_long and encoder.max_tokens > (window := rope["original_max_position_embeddings"]):
+            why = f": above {window} tokens {base} turns the positions of a whole batch another way; set it to {window}"
+            raise SettingError("data.max_tokens", f" is {encoder.max_tokens}{why}")
 
 
 def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:

@@ -19,13 +19,12 @@ from dora_vl.adapters.files import (
     LAST,
     checkpoint_to_resume,
     complete_checkpoints,
-    drop_leftovers,
     refuse_to_replace_adapter,
     set_later_aside,
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
-from dora_vl.files import json_or_nothing, write_json
+from dora_vl.files import clear_leftovers, json_or_nothing, write_json
 from dora_vl.run.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    drop_leftovers(folder)
+    clear_leftovers(folder)
     for path in results_in(folder) if checkpoint is None else ():
         if path.is_dir():
             shutil.rmtree(path)

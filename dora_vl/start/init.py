@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -88,9 +88,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
     if isinstance(records, PictureFolder) and (others := [path.name for path in data_files(folder)]):
         yield f"no questions in {shown_names(others)}: left out"
-    from dora_vl.run.folder import one_writer  # torch: not for --help
-
-    with one_writer(to) if replaces else nullcontext(), whole_folder(to) as staging:
+    with whole_folder(to) as staging:
         look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
         share = arguments.test_share
@@ -106,7 +104,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         if replaces:  # what a run has added since stays
             own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA)
             shutil.copytree(
-                to, staging, symlinks=True, ignore=lambda at, _: own if Path(at) == to else (), dirs_exist_ok=True
+                to,
+                staging,
+                symlinks=True,
+                ignore=lambda at, _: own if Path(at) == to else (),
+                copy_function=os.link,  # a run's checkpoints and stored outputs are large
+                dirs_exist_ok=True,
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
@@ -130,6 +133,11 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
         )
     if not earlier and to.is_dir() and any(to.iterdir()):
         raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
+    if earlier:
+        from dora_vl.run.folder import one_writer  # torch: not for --help
+
+        with one_writer(to):  # refused while a run writes there
+            pass
     return to, bool(earlier)
 
 

@@ -290,10 +290,7 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
 
 
 def rough_table(memory: Held, engine: Engine, activations: Activations) -> Table:
-    """What a run's log says before its first step: GiB of one rank's tensors, activations by their rough size.
-
-    The chart of a run shows what was measured, on a CPU the whole process with its libraries and mapped files.
-    """
+    """What a run's log says before its first step: GiB of one rank's tensors, activations by their rough size."""
     sizes = {
         "weights": sum(memory.weights.values()) + memory.trained,
         "gradients": memory.gradients,
@@ -301,12 +298,10 @@ def rough_table(memory: Held, engine: Engine, activations: Activations) -> Table
         "buffers": memory.buckets + memory.gathered,
         "activations (rough)": activations.bytes,
         "moved to the host": -memory.on_host,
-        "tensors at the fullest moment": memory.at_most(
-            engine, (Phase(0, activations.bytes), Phase(memory.gradients, 0))
-        ),
+        "at the fullest moment": memory.at_most(engine, (Phase(0, activations.bytes), Phase(memory.gradients, 0))),
     }
     rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
-    return Table((f"estimated memory a rank of {engine}", "GiB"), rows)
+    return Table((f"estimated: tensors of a rank of {engine}", "GiB"), rows)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_a_killed_conversion_is_not_taken_for_whole_and_ranks_convert_once(tmp_p
         table.load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))
     """)
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
-    assert len(list(cache.glob("*.partial"))) == 1
+    assert len(list(cache.glob(".*.unfinished-*"))) == 1
     rank = textwrap.dedent(f"""
         import logging
         from pathlib import Path
@@ -136,7 +136,7 @@ def test_a_killed_conversion_is_not_taken_for_whole_and_ranks_convert_once(tmp_p
     logged = "".join(process.communicate()[1] for process in ranks)
     assert [process.returncode for process in ranks] == [0, 0]
     assert logged.count("records converted") == 1
-    assert list(cache.glob("*.partial")) == []
+    assert list(cache.glob(".*.unfinished-*")) == []
 
 
 PICTURES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_size=6, max_size=40)

@@ -27,7 +27,6 @@ import datasets  # noqa: F401 - once for every run
 import deepspeed  # noqa: F401
 from safetensors.numpy import load_file
 
-from dora_vl.adapters.files import REMOVING, WRITING
 from dora_vl.files import PREVIOUS, UNFINISHED
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import log_to_stderr
@@ -50,7 +49,7 @@ LATER = 0.03
 """Seconds after a file operation within which a kill may come."""
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.move")
 REMOVES = ("os.remove", "os.rmdir", "shutil.rmtree")
-LEFTOVERS = (UNFINISHED, PREVIOUS, WRITING, REMOVING)
+LEFTOVERS = (UNFINISHED, PREVIOUS)
 OF_TIME = ("train_seconds", "samples_per_second")
 
 

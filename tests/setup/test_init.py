@@ -132,6 +132,31 @@ def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
     assert (tmp_path / "runs/my/test.jsonl").read_bytes() != files["test.jsonl"]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_overwrite_that_ends_between_two_renames_mixes_no_halves(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write_folder(tmp_path / "my")
+    told(capsys, "my", "--model", base)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()}
+    renames = iter(range(100))
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            rename = getattr(Path, name)
+
+            def killed(self: Path, to: Path, rename: Any = rename) -> Path:
+                if next(renames) == number:
+                    raise KeyboardInterrupt
+                return rename(self, to)
+
+            patch.setattr(Path, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            told(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
+    refused("my", "--model", base)  # the next start: the old one is whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()} == files
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["my"]
+
+
 INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside] for inside in (True, False))
 
 
