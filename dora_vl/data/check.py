@@ -134,15 +134,16 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
     return [*doubts, EMPTY_QUESTION] if form != "captions" and not all(words) else doubts
 
 
-def asked_and_told(example: Example) -> tuple[str, str]:
-    """What a row asks about which media, and what it answers, as texts to compare; nothing is asked by a caption."""
+def asked_and_told(example: Example) -> tuple[str, str, str]:
+    """What a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
     asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
     words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
     told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]
-    order = example.extra.get("order", "")  # of other pictures it is another question
-    return f"{words}\0{example.images}{example.videos}{order}" if words else "", "\0".join(told)
+    # The same about another part of a video, or another order of pictures, is another question.
+    media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
+    return words, "\0".join(filter(None, media)), "\0".join(told)
 
 
 @dataclass(frozen=True)
@@ -257,14 +258,12 @@ class FileCheck:
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
-        # The same question about another part of a video, or another order of pictures, is another one.
-        spans = [f"{clip.start_seconds}-{clip.end_seconds}" for clip in row.videos]
-        words = "\n".join(filter(str.strip, [*questions, *spans, str(row.extra.get("order", ""))]))
-        if words or media:
-            self.samples.setdefault(hash((words, *media)), sample_id)
-        asked, told = asked_and_told(row)
-        if asked and usable:
-            first, name = self._answers.setdefault(hash(asked), (hash(told), sample_id))
+        words, shown_media, told = asked_and_told(row)
+        asked = hash((words, shown_media))
+        if words or shown_media:
+            self.samples.setdefault(asked, sample_id)
+        if words and usable:
+            first, name = self._answers.setdefault(asked, (hash(told), sample_id))
             if hash(told) != first:
                 self._add(CONTRADICTION, sample_id, f"{name} has another answer")
         return usable

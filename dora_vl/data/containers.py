@@ -415,16 +415,17 @@ class PictureFolder(DataFiles):
     """A folder of pictures or videos whose places, or a text file beside each, say what they show.
 
     Attributes:
-        root: the rows' paths start here.
-        splits: by file, where the first folders are splits (`train/cat/1.png`).
-        classes: the folder that each file is in, by file; empty without a folder a class.
+        fields: of the row of each file: its path, as `id` too, its class's folder as `label`, its `split`.
         has_texts: a file's answer or caption is the text file of its name.
     """
 
-    root: Path
-    splits: Mapping[Path, str]
-    classes: Mapping[Path, str]
+    fields: Mapping[Path, dict[str, object]]
     has_texts: bool
+
+    @property
+    def says_what(self) -> bool:
+        """Whether anything says what the pictures show."""
+        return self.has_texts or any("label" in row for row in self.fields.values())
 
     @property
     def is_json(self) -> bool:
@@ -432,23 +433,14 @@ class PictureFolder(DataFiles):
         return False
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
-        """Yields a row for each picture or video: its path as `id`, what it shows as `label` or `txt`."""
+        """Yields the row of each picture or video."""
         for file in self.files:
             if progress is not None:
                 progress(file.stat().st_size)
-            kind = file.suffix.lower().removeprefix(".")
-            if kind == "txt":
-                continue
-            name = file.relative_to(self.root).as_posix()
-            row: dict[str, object] = {"id": name, "video" if kind in VIDEO_ENDINGS else "image": name}
-            if self.has_texts:
+            if file in self.fields:
                 text = file.with_suffix(".txt")
-                row["txt"] = whole_text(text, "text").strip() if text.is_file() else ""
-            elif self.classes:
-                row["label"] = self.classes[file]
-            if self.splits:
-                row["split"] = self.splits[file]
-            yield row
+                caption = {"txt": whole_text(text, "text").strip() if text.is_file() else ""} if self.has_texts else {}
+                yield self.fields[file] | caption
 
 
 def picture_folder(folder: Path) -> PictureFolder | None:
@@ -464,15 +456,21 @@ def picture_folder(folder: Path) -> PictureFolder | None:
     stems = {path.with_suffix("") for path in media}
     texts = [path for path in files if path.suffix == ".txt" and path.with_suffix("") in stems]
     folders = {path: path.relative_to(folder).parts[:-1] for path in media}
-    splits: dict[Path, str] = {}
+    fields: dict[Path, dict[str, object]] = {}
+    for path in media:
+        name = path.relative_to(folder).as_posix()
+        fields[path] = {"id": name, "video" if path.suffix.lower()[1:] in VIDEO_ENDINGS else "image": name}
     if all(parts and any(parts[0].lower() in words for words in WORDS.values()) for parts in folders.values()):
-        splits = {path: str(meaning(parts[0])) for path, parts in folders.items()}
-        folders = {path: parts[1:] for path, parts in folders.items()}
+        for path, parts in folders.items():
+            fields[path]["split"], folders[path] = meaning(parts[0]), parts[1:]
     while len({parts[:1] for parts in folders.values()}) == 1 and all(folders.values()):
         folders = {path: parts[1:] for path, parts in folders.items()}
-    classes = {path: parts[0] for path, parts in folders.items()} if all(folders.values()) else {}
-    has_texts = 2 * len(texts) >= len(media) or bool(texts and not classes)
-    return PictureFolder(str(folder), (*media, *texts), folder, splits, classes, has_texts)
+    has_classes = all(folders.values())
+    has_texts = 2 * len(texts) >= len(media) or bool(texts and not has_classes)
+    if has_classes and not has_texts:
+        for path, parts in folders.items():
+            fields[path]["label"] = parts[0]
+    return PictureFolder(str(folder), (*media, *texts), fields, has_texts)
 
 
 RUN_FILE = "run.yaml"
@@ -508,9 +506,9 @@ def find_files(path: Path) -> DataFiles:
     if len(kinds) > 1:
         raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")
     pictures = None if files else picture_folder(path)
-    if pictures is not None and (pictures.classes or pictures.has_texts):
-        if len(names := sorted(set(pictures.splits.values()))) > 1:
-            raise UserError(f"{path}: pictures of several splits, {', '.join(names)}; name the folder of one")
+    if pictures is not None and pictures.says_what:
+        if len(names := {str(row.get("split")) for row in pictures.fields.values()}) > 1:
+            raise UserError(f"{path}: pictures of several splits, {shown_names(sorted(names))}; name the folder of one")
         return pictures
     if not files:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]

@@ -137,20 +137,13 @@ def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture
 
 
 def as_spelled(root: Path, relative: str) -> Path:
-    """The path below `root`, each name as its folder has it: `up.jpg` is `UP.JPG` where only that is there."""
+    """The path below `root`, its file as the folder has it: `up.jpg` is `UP.JPG` where only that is there."""
     path = root / relative
-    if os.path.lexists(path):
+    names = () if os.path.lexists(path) else _names_in(path.parent).get(path.name.casefold(), ())
+    if len(names) != 1:
         return path
-    spelled = root
-    for name in Path(relative).parts:
-        if not os.path.lexists(spelled / name):
-            names = _names_in(spelled).get(name.casefold(), ())
-            if len(names) != 1:
-                return path
-            name = names[0]
-        spelled /= name
     _log_spelling(root)
-    return spelled
+    return path.with_name(names[0])
 
 
 @lru_cache(maxsize=64)
@@ -166,7 +159,7 @@ def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
 @cache
 def _log_spelling(root: Path) -> None:
     """Once in a process."""
-    log.warning("%s: names that differ in upper and lower case alone are taken as the files' own", root)
+    log.warning("%s: names of files that differ from the data's in upper and lower case alone are taken for them", root)
 
 
 def any_is_there(names: Iterable[str], root: Path) -> bool:

@@ -141,7 +141,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
             row |= {"images": (), "videos": (), "turns": ()}
         else:
-            asked, told = asked_and_told(example)
+            words, media, told = asked_and_told(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -152,8 +152,8 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "length": sum(len(turn.text.split()) for turn in example.turns),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
-                "asked": _hash(asked) if asked else None,
-                "told": _hash(told) if asked else None,
+                "asked": _hash(f"{words}\0{media}") if words else None,
+                "told": _hash(told) if words else None,
             }
         batch.append(row)
         size += characters_of(example)

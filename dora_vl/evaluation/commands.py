@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Answers once all benchmarks are read, scores, writes; yields the lines to print in a launch's first process."""
-    sets = _sets(options)  # before a model's libraries, which take a while
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    sets = _sets(options) if is_alone or options.predictions else []  # before a model's libraries, which take a while
     if options.predictions is not None:
         if options.against is not None and options.against.is_dir():
             raise UserError("--predictions is compared with another predictions file; --against names a folder")
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.launch import first_rank_speaks, is_first_rank
 
     with first_rank_speaks(), joined_launch():  # all processes of a launch ask; the first scores
+        sets = sets or _sets(options)
         if options.to is None and options.adapter is None:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")
         to = options.to or options.adapter.parent / "evaluation"

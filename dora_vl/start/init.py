@@ -256,7 +256,7 @@ class Look:
     Attributes:
         root: of the paths in `rows`.
         holds: whether the questions file holds the pictures itself; they are in `root` then.
-        asked: whether `--ask` said the question, so that answers are classes.
+        asked: whether `--ask` said the question.
         trouble: what `check-data` says of rows that are left out, line by line.
         doubts: likewise of rows that are not.
     """
@@ -325,18 +325,23 @@ class Look:
             f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
             f"{shown_text(most, 30)} ({times / len(answers):.0%})"
         )
-        if self.asked:
+        if self.has_classes:
             names = (f"{name} {count:,}" for name, count in ordered)
             yield f"answers as they are named: {shown_names(names, SHOWN_CLASSES, 40)}"
         if self.trouble:
             yield from ("left out, as check-data tells:", *self.trouble)
         if self.doubts:
-            yield from ("kept, but probably not meant:", *self.doubts)
+            yield from ("trained on as they are, though probably not meant:", *self.doubts)
 
     @property
     def answers(self) -> Counter[str]:
         """Every answer, and how often it is given."""
         return Counter(chain.from_iterable(row.texts("assistant") for row in self.rows))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether one question is asked of all, and its answers come again."""
+        return self.asked and 2 * len(self.answers) <= len(self.rows)
 
     def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
         """What is told of how the rows are parted."""
@@ -352,7 +357,7 @@ class Look:
         if shared := len(media[TRAIN] & media[TEST]):
             yield f"the folders hold {shared:,} {self.media} to train on and to test with alike: the score will flatter"
         tested = {answer for row in halves[TEST] for answer in row.texts("assistant")}
-        if self.asked and (untested := [name for name in self.answers if name not in tested]):
+        if self.has_classes and (untested := [name for name in self.answers if name not in tested]):
             yield f"too few to be in the test: {shown_names(untested, SHOWN_CLASSES, 40)}"
 
 
@@ -461,7 +466,7 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[Row]]:
     media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
     ids = [f"{number}" for number in range(len(look.rows))]
     classes = None
-    if look.asked:
+    if look.has_classes:
         counts = look.answers
         answers = [row.texts("assistant")[-1] for row in look.rows]
         classes = [answer if counts[answer] * share >= 1 else "" for answer in answers]

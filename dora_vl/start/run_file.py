@@ -171,11 +171,12 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
     pictures = picture_folder(folder)
     asking = Columns(columns.roles, columns.ignored, ASK)
     answers = [path for path in paths if _why_no_questions(path, asking) is None]
-    if not columns.ask and (answers or (pictures is not None and pictures.classes and not pictures.has_texts)):
+    labelled = pictures if pictures is not None and pictures.says_what else None
+    if not columns.ask and (answers or (labelled is not None and not labelled.has_texts)):
         what = answers[0] if answers else f"{folder}, a folder for each answer"
         raise UserError(f'{what}: answers without a question; say it: dora-vl init {quote(str(folder))} --ask "{ASK}"')
-    if pictures is not None and (pictures.classes or pictures.has_texts):
-        return pictures
+    if labelled is not None:
+        return labelled
     if problems:
         first, problem = next(iter(problems.items()))
         raise UserError(

@@ -442,9 +442,9 @@ def test_a_name_in_other_letters_is_the_one_file_that_fits(tmp_path: Path, caplo
     for name, colour in (("UP.JPG", 1), ("two.png", 2), ("TWO.png", 3), ("Two.PNG", 4), ("down.png", 5)):
         Image.new("RGB", (4, 4), (colour, 0, 0)).save(tmp_path / "Photos" / name, "PNG")
     for _ in range(2):
-        assert path_inside(tmp_path, "photos/up.jpg") == tmp_path / "Photos" / "UP.JPG"
-    assert open_image(tmp_path, "photos/up.jpg").getpixel((0, 0)) == (1, 0, 0)
+        assert path_inside(tmp_path, "Photos/up.jpg") == tmp_path / "Photos" / "UP.JPG"
+    assert open_image(tmp_path, "Photos/up.jpg").getpixel((0, 0)) == (1, 0, 0)
     assert path_inside(tmp_path, "Photos/two.png").name == "two.png"  # its own name before any other
     assert path_inside(tmp_path, "Photos/TWO.PNG").name == "TWO.PNG"  # three would fit: it is missing
-    assert any_is_there(["photos/DOWN.PNG"], tmp_path)
+    assert any_is_there(["Photos/DOWN.PNG"], tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once in a process

@@ -174,7 +174,7 @@ def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixt
     rows += [["circle/0.png", "Which colour?", "blue"], ["", "Which colour?", "red"], ["circle/1.png", "", "red"]]
     write_table(Path("my/answers.csv"), rows)
     lines = told(capsys, "my")
-    start = lines.index("kept, but probably not meant:")
+    start = lines.index("trained on as they are, though probably not meant:")
     table_of_doubts = [line.split() for line in lines[start + 2 : start + 5]]
     assert sorted((words[1:3], words[-2:]) for words in table_of_doubts if words[-1].isdecimal()) == [
         (["empty", "question"], ["row", "17"]),
