@@ -103,11 +103,12 @@ class RowEncoder:
         encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)
         if outputs is None:
             return encoded
-        if any(0 < len(other.media) < len(row.images) for other in encoded.others):
+        rows = (encoded, *encoded.others)
+        if any(0 < len(part.media) < len(row.images) for part in rows):
             reason = "its rounds are rows of their own, with fewer pictures than are stored together"
             raise BadSample(row.id, f"{reason}; set data.cache_features: false")
-        others = (hollowed(other, outputs.outputs) if other.media else other for other in encoded.others)
-        return dataclasses.replace(hollowed(encoded, outputs.outputs), others=tuple(others))
+        first, *others = (hollowed(part, outputs.outputs) if part.media else part for part in rows)
+        return dataclasses.replace(first, others=tuple(others))
 
 
 class RunSamples:
@@ -145,7 +146,7 @@ class RunSamples:
         """Whether some turn begins with thoughts, of samples at even distances or a stream's first."""
         rows = [] if self._stream is None else [row for source in self._stream.sources for row in source.first_rows]
         for table in self._tables:
-            rows += table.select(range(0, len(table), math.ceil(len(table) / HASHED_ROWS)))
+            rows += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
         return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
 
     @property

@@ -43,6 +43,26 @@ LANGUAGE = """
 Conversations of words alone, through the tokenizer's chat template. Tested: {tested}. Other types of
 `AutoModelForCausalLM` go the same way.
 """
+ROUNDS = """
+## Several rounds, and thoughts
+
+Each answer is trained as it is asked for: behind the chat template's own generation prompt, through what closes it.
+Where a template writes earlier answers otherwise once later turns follow (Qwen3 and gpt-oss drop their thoughts, Phi-4
+mini ends the text behind the last alone), each round that it rewrites is a row of its own, with what inference would
+have seen. The rounds still count as one sample, and as trees they share what they begin with, where they show the same
+pictures.
+
+Thoughts are what an answer has in `<think>...</think>` at its beginning; the template gets them in its own form
+(`reasoning_content`, a part of type `thinking`, or the text). If any of the samples that are looked at has some, a
+template with a switch (`enable_thinking`, `thinking`) is asked with it on, else with it off; the log says so, and
+`recipe.json` (`thinking`) keeps it for `dora-vl ask`, `evaluate` and `serve`. Other servers take it from you, such as
+vLLM by `chat_template_kwargs`; so does a merged folder, which has no recipe. Where a prompt opens a thought by itself
+(QwQ, DeepSeek-R1), an answer without one is trained behind an empty one, which is no part of the answer when asked.
+
+Tried by talks of one to four rounds, thoughts in all, some or none of the answers, pictures in later rounds, with
+templates written after those of Qwen3, Qwen3-VL thinking, QwQ, DeepSeek-R1 and V3.1, gpt-oss, GLM-4.5V, SmolLM3,
+Granite, Phi-4, Phi-4 mini, Magistral, Kimi-VL, SmolVLM and LLaVA-OneVision.
+"""
 REFUSED = """
 ## Not trained
 
@@ -104,7 +124,7 @@ def page() -> str:
         f"{HEAD.format(video=video, still=still, stored=stored, rows=rows, all=len(families))}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
-        f"{REFUSED}{chr(10).join(refused())}\n"
+        f"{ROUNDS}{REFUSED}{chr(10).join(refused())}\n"
         f"{UNTRIED.format(untried=', '.join(untried))}"
     )
 

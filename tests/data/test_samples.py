@@ -34,7 +34,8 @@ def encode(conversation: Example) -> Encoded:
     words = [7, *map(len, conversation.turns[-1].text.split())]
     ids = torch.tensor(words[:5])
     pixels = {"pixel_values": torch.zeros(1, 3, 2, 2)} if conversation.images else {}
-    return Encoded(ids, torch.cat([torch.tensor([-100]), ids[1:]]), max(0, len(words) - 5), pixels)
+    cut, media = max(0, len(words) - 5), conversation.images
+    return Encoded(ids, torch.cat([torch.tensor([-100]), ids[1:]]), cut, pixels, media=media)
 
 
 ROWS = [
