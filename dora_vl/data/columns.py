@@ -343,15 +343,18 @@ _LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "
 """Roles that hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
+_BETWEEN = re.compile(r"\s*[|;,]\s*")
+
+
 def _listed(text: str, role: str) -> object:
     """A list that is written as text; any other text as it is."""
     value = parsed(text)
     if role in ("prompt", "completion"):
         is_talk = isinstance(value, list) and value and isinstance(value[0], dict)
         return value if is_talk else text
-    if value is text and role in ("images", "videos") and not text.startswith("data:"):
-        paths = re.split(r"\s*[|;,]\s*", text)
-        return paths if len(paths) > 1 and all(map(holds_media, paths)) else text
+    if value is text and role in ("images", "videos") and _BETWEEN.search(text) and not text.startswith("data:"):
+        paths = _BETWEEN.split(text)
+        return paths if all(map(holds_media, paths)) else text
     return value
 
 

@@ -87,10 +87,11 @@ _VERDICTS = ("is", "has", "was", "should", "can")
 """First words of the names of flags."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
+_LONGEST_ENDING = max(map(len, _MEDIA_FILE))
 _FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
 _LETTERS = re.compile(r"[^\W\d_]")
 MOST_NOTED = 300
-"""Characters of a text under the name of a note; a longer one may be what is asked or answered."""
+"""Characters of a text that is a note."""
 
 
 def plain_name(name: str) -> str:
@@ -129,7 +130,8 @@ def holds_media(value: object) -> bool:
     """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
     if isinstance(value, str):
         value = value.partition("?")[0] if value.startswith("http") else value
-        return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
+        ending = value[-_LONGEST_ENDING:]
+        return "." in ending and ending.lower().endswith(_MEDIA_FILE)
     if isinstance(value, list):  # columns of a table hold one kind
         value = next((entry for entry in value if entry is not None), None)
         return not isinstance(value, list) and holds_media(value)
@@ -145,6 +147,11 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
+    if "." not in path and kind_of(path) == NOTED:  # what most of them are
+        if isinstance(value, int | float):
+            return None
+        if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
+            return (path, TEXT) if _says_more(value) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -169,11 +176,15 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     if isinstance(value, list) and kind == NOTED:
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
-        is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
-        return (path, TEXT) if is_text else None
+        return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
+
+
+def _says_more(text: str) -> bool:
+    """Whether a text under the name of a note may be something that is asked or answered."""
+    return len(text) > MOST_NOTED or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:

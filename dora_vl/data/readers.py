@@ -139,9 +139,9 @@ class _Talk:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if self._strict and not TURN_KEYS[who].issuperset(message):
+        if len(message) > 2 and self._strict and not TURN_KEYS[who].issuperset(message):
             self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
-        if OWN_MEDIA.isdisjoint(message):
+        if len(message) == 2 or OWN_MEDIA.isdisjoint(message):
             return Turn(role, self._content(message, what, number))
         # What is the turn's own is taken before what stands beside the talk; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
@@ -300,10 +300,10 @@ def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
-    if key in ("conversations", "messages") and not is_nothing(reply := row.get("completion")):
+    if key not in ("prompt", "completion") and (reply := row.get("completion")):
         messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
     first = messages[0]
-    if not isinstance(first, Mapping) or "role" in first or "from" in first:
+    if not isinstance(first, dict) or "role" in first or "from" in first:
         return messages
     turns: list[object] = []
     for number, entry in enumerate(messages, 1):
