@@ -118,6 +118,13 @@ class _Shape:
     names: Sequence[str]
     candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
+    def fits(self, row: Row) -> bool:
+        """Whether a row of these columns has this format; a caption that is an object in JSON is a talk packed up."""
+        if self.format.name != "captions":
+            return self.format.fits(row)
+        captions = [row[name] for name in dict(self.candidates)["caption"][0]]
+        return not any(isinstance(text, str) and isinstance(parsed(text), dict) for text in captions)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -158,7 +165,7 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        shape = next((shape for shape in self._shapes[names] if shape.format.fits(row)), None)
+        shape = next((shape for shape in self._shapes[names] if shape.fits(row)), None)
         if shape is None:
             if strict:
                 self._refuse_nearly_named(row)
@@ -210,9 +217,11 @@ class Columns:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
         values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
         for name, value in [*values.items()]:
-            values |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+            inner = parsed(value)
+            values |= {f"{name}.{key}": entry for key, entry in inner.items()} if isinstance(inner, dict) else {}
         free = [name for name in values if name not in self.roles]
-        guesses = {name: role for name in free if (role := _meant(name, row))}
+        names = {plain_name(name.rpartition(".")[2]) for name in values}
+        guesses = {name: role for name in free if (role := _meant(name, names))}
         captions = {name: "question" for name in free if plain_name(name) in ROLES["caption"]}
         trials = [(guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
@@ -224,7 +233,7 @@ class Columns:
                 lacks = meant if used else " have no question;"
                 remedy = Columns(used, (), ask)
                 try:
-                    Columns({**self.roles, **used}, self.ignored, trial.ask).resolve(row)
+                    trial.resolve(row)
                 except ColumnsError as error:
                     remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
                 raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
@@ -255,15 +264,17 @@ class Columns:
         return alternatives
 
 
-def _meant(path: str, row: Row) -> str | None:
-    """The role that a column of an unknown name probably has."""
+def _meant(path: str, names: set[str]) -> str | None:
+    """The role that a column of an unknown name probably has, none that another of the row's names has."""
     name = path.rpartition(".")[2]
     if plain_name(name) in KNOWN:
         return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
-        return next((role for column, role in beside.items() if column in row), "messages")
-    return nearest_role(name) or _EXAMPLES.get(kind_of(name))
+        return next((role for column, role in beside.items() if column in names), "messages")
+    role = nearest_role(name) or _EXAMPLES.get(kind_of(name))
+    is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
+    return None if is_held else role
 
 
 def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:

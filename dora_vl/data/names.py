@@ -24,7 +24,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer", "answers", "response", "label", "output"),
     "choices": ("choices", "options"),
     "hint": ("hint", "context", "input"),
-    "caption": ("caption", "captions", "text", "txt"),
+    "caption": ("caption", "captions", "text", "txt", "description"),
     "conversations": ("conversations", "conversation"),
     "messages": ("messages",),
     "texts": ("texts",),
@@ -162,10 +162,11 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     value = parsed(value)
     if is_nothing(value):
         return None
-    if holds_media(value):
-        return path, MEDIUM
     name = path.rpartition(".")[2]
     kind = "" if len(name) == 1 and name != path else kind_of(name)  # of letters only columns are choices
+    if holds_media(value):
+        is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
+        return None if is_name else (path, MEDIUM)
     if kind == MEDIUM and has_media:
         kind = _note_of_media(name, value)
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
@@ -173,8 +174,11 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
         losses = [loss for loss in inner if loss]
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
-    if isinstance(value, list) and kind == NOTED:
-        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
+    if isinstance(value, list) and kind == NOTED:  # of words it may be what is answered
+        words = (
+            (path, NESTED) if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value) else None
+        )
+        return words or next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
         return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
@@ -219,6 +223,8 @@ def kind_of(name: str) -> str:
         return MEDIUM
     if any(pattern.fullmatch(plain_name(name)) for pattern in JOINED["choices"]):
         return CHOICES
+    if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
+        return NOTED
     if words[0] == "answer" and words[-1] in _PLACES:
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
@@ -232,7 +238,7 @@ NEARLY: Mapping[str, tuple[str, ...]] = {
     "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
     "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
     "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
-    "caption": ("description", "alt", "alt_text", "title"),
+    "caption": ("alt", "alt_text", "title"),
 }
 """Names that may mean a role, and are not taken for it."""
 _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in NEARLY.items() for name in names}

@@ -139,7 +139,7 @@ class _Talk:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if len(message) > 2 and self._strict and not TURN_KEYS[who].issuperset(message):
+        if (len(message) > 2 or what not in message) and self._strict and not TURN_KEYS[who].issuperset(message):
             self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
         if len(message) == 2 or OWN_MEDIA.isdisjoint(message):
             return Turn(role, self._content(message, what, number))
