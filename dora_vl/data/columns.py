@@ -232,8 +232,9 @@ class Columns:
                 meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
                 remedy = Columns(used, (), ask)
+                settled = Columns({**self.roles, **used}, self.ignored, trial.ask)
                 try:
-                    trial.resolve(row)
+                    settled.resolve(row, strict=settled.resolve(row, strict=False).format is not None)
                 except ColumnsError as error:
                     remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
                 raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
