@@ -227,8 +227,9 @@ class Columns:
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
         for roles, ask in trials[:2] if has_null else trials:
             trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
-            if (resolved := trial.resolve(row, strict=False)).format is not None:
-                used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
+            resolved = trial.resolve(row, strict=False)
+            used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
+            if resolved.format is not None and (used or ask):
                 meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
                 remedy = Columns(used, (), ask)
