@@ -88,22 +88,22 @@ def written(folder: Path, file: dict[str, Any]) -> Path:
     return path
 
 
+def first_row(path: Path) -> dict[str, Any]:
+    """What a file is by its first row, all of them read."""
+    reader = RowReader(path.name)
+    try:
+        first, *_ = [reader.read(row, number) for number, row in enumerate(find_files(path).rows())]
+    except UserError:
+        return {"is": "stop"}
+    if isinstance(first, BadSample):
+        return {"is": "bad"}
+    return {"is": "open", "turns": [[turn.role, turn.text] for turn in first.turns], "images": [*first.images]}
+
+
 def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
     for file in FILES:
-        reader = RowReader(file["name"])
-        try:
-            first, *_ = [
-                reader.read(row, number) for number, row in enumerate(find_files(written(tmp_path, file)).rows())
-            ]
-        except UserError as error:
-            assert file["is"] == "stop", (file["name"], str(error))
-            continue
-        if isinstance(first, BadSample):
-            assert file["is"] == "bad", (file["name"], str(first))
-            continue
-        assert file["is"] == "open", file["name"]
-        assert [[turn.role, turn.text] for turn in first.turns] == file["turns"], file["name"]
-        assert [*first.images] == file["images"], file["name"]
+        expected = {name: file[name] for name in ("is", "turns", "images") if name in file}
+        assert first_row(written(tmp_path, file)) == expected, file["name"]
     assert len(FILES) >= 120
 
 
