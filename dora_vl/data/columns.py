@@ -23,7 +23,7 @@ from dora_vl.data.names import (
     KNOWN,
     LABEL,
     MEDIUM,
-    RATING,
+    PREFERENCE,
     ROLES,
     TEXT,
     holds_media,
@@ -210,7 +210,7 @@ class Columns:
     def _is_settled(self, name: str) -> bool:
         """Whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        is_preferred = kind_of(name) == RATING and any(kind_of(column) == RATING for column in self.roles)
+        is_preferred = kind_of(name) == PREFERENCE and any(kind_of(column) == PREFERENCE for column in self.roles)
         return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
 
     def _refuse_nearly_named(self, row: Row) -> None:
@@ -222,8 +222,8 @@ class Columns:
         free = [name for name in values if name not in self.roles]
         names = {plain_name(name.rpartition(".")[2]) for name in values}
         guesses = {name: role for name in free if (role := _meant(name, names))}
-        captions = {name: "question" for name in free if plain_name(name) in ROLES["caption"]}
-        trials = [(guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)]
+        texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
+        trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
         for roles, ask in trials[:2] if has_null else trials:
             trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
@@ -314,7 +314,7 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
             roles[path] = "completion"
         elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
             roles[path] = "hint"
-        elif not (what == RATING and "completion" in roles.values()):
+        elif not (what == PREFERENCE and "completion" in roles.values()):
             ignored.append(path)
     return Columns(roles, tuple(ignored))
 

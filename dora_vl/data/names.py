@@ -32,7 +32,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "completion": ("completion",),
     "instruction": ("instruction",),
     "input": ("input", "context"),
-    "output": ("output", "response", "answer"),
+    "output": ("output", "response"),
     "scored": ("answer",),
     "history": ("history",),
     "turns": ("turns",),
@@ -53,6 +53,7 @@ MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
     *("what goes with a question", "nothing that can be trained on here"),
 )
 TEXT, FLAG, NESTED, NOTED = "a second text", "a flag", "a list or object", "a note"
+PREFERENCE = "an answer of a preference"
 _WORDS: Mapping[str, str] = {
     word: kind
     for kind, words in {
@@ -60,7 +61,8 @@ _WORDS: Mapping[str, str] = {
         CHOICES: "choice option distractor",
         LABEL: "label class gold correct gt target hateful sentiment emotion verdict truth valid foil toxic toxicity "
         "stance entailment",
-        RATING: "rating score reward rank chosen rejected preference vote weight quality upvote downvote helpfulness",
+        PREFERENCE: "chosen rejected preference",
+        RATING: "rating score reward rank vote weight quality upvote downvote helpfulness",
         ASKED: "hint context passage history system ocr lecture",
         UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
         TEXT: "question query prompt instruction answer response completion reply solution caption text description "
