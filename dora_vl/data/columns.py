@@ -66,7 +66,7 @@ def _is_record(row: Row) -> bool:
         return False
     answers = row.get("answers")
     first = answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
-    return row.get("turns") is not None or (isinstance(first, Mapping) and "text" in first)
+    return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
 
 
 FORMATS: tuple[RowFormat, ...] = (

@@ -53,6 +53,8 @@ PARTS: Mapping[object, frozenset[str]] = {
     **dict.fromkeys(VIDEO_PARTS, frozenset(("type", *VIDEO_PAYLOADS, *CLIP_TIMES[0], *CLIP_TIMES[1]))),
 }
 """What a part of each type may hold."""
+BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"]}
+"""What an object of a picture or video beside the talk may hold."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
@@ -113,6 +115,10 @@ class _Talk:
         self._id = sample_id
         self._strict = strict
         self.image_bytes: dict[str, bytes] = {}
+        for role, read in BESIDE.items() if strict else ():
+            for value in _listed(row.get(role)):
+                if isinstance(value, Mapping) and not read.issuperset(value):
+                    self._refuse_unread(value, value, read)
         self._beside = [self._picture(value, "images") for value in _listed(row.get("images"))]
         self._left = list(range(len(self._beside)))
         self._images: list[str] = []
@@ -183,6 +189,8 @@ class _Talk:
         """Refuses what a message, or a part of it, holds besides what is read, bookkeeping, and what says the usual."""
         for key, value in fields.items():
             if key in read or is_nothing(value) or (key, value) == ("detail", "auto"):
+                if path and isinstance(value, dict):
+                    self._refuse_unread(message, value, BESIDE["images"], f"{path}{key}.")
                 continue
             if key in TRAINED:
                 if value in (0, 1) and bool(value) == answers:
@@ -201,7 +209,7 @@ class _Talk:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
             raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
-        if self._strict and not PARTS[kind].issuperset(fields):
+        if self._strict:
             self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
@@ -221,9 +229,6 @@ class _Talk:
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
         """The place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
-        for key, value in payloads.items():
-            if self._strict and isinstance(value, Mapping):
-                self._refuse_unread(message, value, ("url", "path", "bytes"), f"{path}{key}.")
         if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
         self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
@@ -461,10 +466,17 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
+ANSWER_KEYS = ("answer", "text", "answer_start", "answer_id", "answer_confidence")
+"""What an object of an answer may hold besides bookkeeping: SQuAD's and VQA's."""
+
+
 def _in_object(value: object) -> object:
     """What an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
+    for key, entry in value.items():
+        if key not in ANSWER_KEYS and (loss := losing(key, entry)):
+            raise UnreadKey(value, *loss)
     return next((text for key in ("answer", "text") if (text := value.get(key)) is not None), value)
 
 
