@@ -53,7 +53,7 @@ PARTS: Mapping[object, frozenset[str]] = {
     **dict.fromkeys(VIDEO_PARTS, frozenset(("type", *VIDEO_PAYLOADS, *CLIP_TIMES[0], *CLIP_TIMES[1]))),
 }
 """What a part of each type may hold."""
-BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"]}
+BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"] | {"bytes"}}
 """What an object of a picture or video beside the talk may hold."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
@@ -466,7 +466,7 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
-ANSWER_KEYS = ("answer", "text", "answer_start", "answer_id", "answer_confidence")
+ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_confidence")
 """What an object of an answer may hold besides bookkeeping: SQuAD's and VQA's."""
 
 
@@ -474,10 +474,11 @@ def _in_object(value: object) -> object:
     """What an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
-    for key, entry in value.items():
+    text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
+    for key, entry in value.items() if text is not None else ():
         if key not in ANSWER_KEYS and (loss := losing(key, entry)):
             raise UnreadKey(value, *loss)
-    return next((text for key in ("answer", "text") if (text := value.get(key)) is not None), value)
+    return value if text is None else text
 
 
 def _text(value: object, name: str, sample_id: str) -> str:
