@@ -23,7 +23,7 @@ from dora_vl.data.names import (
     KNOWN,
     LABEL,
     MEDIUM,
-    RATING,
+    PREFERENCE,
     ROLES,
     TEXT,
     holds_media,
@@ -66,7 +66,7 @@ def _is_record(row: Row) -> bool:
         return False
     answers = row.get("answers")
     first = answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
-    return row.get("turns") is not None or (isinstance(first, Mapping) and "text" in first)
+    return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
 
 
 FORMATS: tuple[RowFormat, ...] = (
@@ -118,6 +118,13 @@ class _Shape:
     names: Sequence[str]
     candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
+    def fits(self, row: Row) -> bool:
+        """Whether a row of these columns has this format; a caption that is an object in JSON is a talk packed up."""
+        if self.format.name != "captions":
+            return self.format.fits(row)
+        captions = [row[name] for name in dict(self.candidates)["caption"][0]]
+        return not any(isinstance(text, str) and isinstance(parsed(text), dict) for text in captions)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -158,7 +165,7 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        shape = next((shape for shape in self._shapes[names] if shape.format.fits(row)), None)
+        shape = next((shape for shape in self._shapes[names] if shape.fits(row)), None)
         if shape is None:
             if strict:
                 self._refuse_nearly_named(row)
@@ -203,28 +210,32 @@ class Columns:
     def _is_settled(self, name: str) -> bool:
         """Whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        is_preferred = kind_of(name) == RATING and any(kind_of(column) == RATING for column in self.roles)
+        is_preferred = kind_of(name) == PREFERENCE and any(kind_of(column) == PREFERENCE for column in self.roles)
         return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
         values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
         for name, value in [*values.items()]:
-            values |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+            inner = parsed(value)
+            values |= {f"{name}.{key}": entry for key, entry in inner.items()} if isinstance(inner, dict) else {}
         free = [name for name in values if name not in self.roles]
-        guesses = {name: role for name in free if (role := _meant(name, row))}
-        captions = {name: "question" for name in free if plain_name(name) in ROLES["caption"]}
-        trials = [(guesses, ""), (guesses | captions, ""), (guesses, EXAMPLE_QUESTION)]
+        names = {plain_name(name.rpartition(".")[2]) for name in values}
+        guesses = {name: role for name in free if (role := _meant(name, names))}
+        texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
+        trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
         for roles, ask in trials[:2] if has_null else trials:
             trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
-            if (resolved := trial.resolve(row, strict=False)).format is not None:
-                used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
+            resolved = trial.resolve(row, strict=False)
+            used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
+            if resolved.format is not None and (used or ask):
                 meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
                 remedy = Columns(used, (), ask)
+                settled = Columns({**self.roles, **used}, self.ignored, trial.ask)
                 try:
-                    Columns({**self.roles, **used}, self.ignored, trial.ask).resolve(row)
+                    settled.resolve(row, strict=settled.resolve(row, strict=False).format is not None)
                 except ColumnsError as error:
                     remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
                 raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
@@ -255,15 +266,17 @@ class Columns:
         return alternatives
 
 
-def _meant(path: str, row: Row) -> str | None:
-    """The role that a column of an unknown name probably has."""
+def _meant(path: str, names: set[str]) -> str | None:
+    """The role that a column of an unknown name probably has, none that another of the row's names has."""
     name = path.rpartition(".")[2]
     if plain_name(name) in KNOWN:
         return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
-        return next((role for column, role in beside.items() if column in row), "messages")
-    return nearest_role(name) or _EXAMPLES.get(kind_of(name))
+        return next((role for column, role in beside.items() if column in names), "messages")
+    role = nearest_role(name) or _EXAMPLES.get(kind_of(name))
+    is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
+    return None if is_held else role
 
 
 def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
@@ -301,7 +314,7 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
             roles[path] = "completion"
         elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
             roles[path] = "hint"
-        elif not (what == RATING and "completion" in roles.values()):
+        elif not (what == PREFERENCE and "completion" in roles.values()):
             ignored.append(path)
     return Columns(roles, tuple(ignored))
 
@@ -343,15 +356,18 @@ _LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "
 """Roles that hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
+_BETWEEN = re.compile(r"\s*[|;,]\s*")
+
+
 def _listed(text: str, role: str) -> object:
     """A list that is written as text; any other text as it is."""
     value = parsed(text)
     if role in ("prompt", "completion"):
         is_talk = isinstance(value, list) and value and isinstance(value[0], dict)
         return value if is_talk else text
-    if value is text and role in ("images", "videos") and not text.startswith("data:"):
-        paths = re.split(r"\s*[|;,]\s*", text)
-        return paths if len(paths) > 1 and all(map(holds_media, paths)) else text
+    if value is text and role in ("images", "videos") and _BETWEEN.search(text) and not text.startswith("data:"):
+        paths = _BETWEEN.split(text)
+        return paths if all(map(holds_media, paths)) else text
     return value
 
 

@@ -24,7 +24,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer", "answers", "response", "label", "output"),
     "choices": ("choices", "options"),
     "hint": ("hint", "context", "input"),
-    "caption": ("caption", "captions", "text", "txt"),
+    "caption": ("caption", "captions", "text", "txt", "description"),
     "conversations": ("conversations", "conversation"),
     "messages": ("messages",),
     "texts": ("texts",),
@@ -32,7 +32,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "completion": ("completion",),
     "instruction": ("instruction",),
     "input": ("input", "context"),
-    "output": ("output", "response", "answer"),
+    "output": ("output", "response"),
     "scored": ("answer",),
     "history": ("history",),
     "turns": ("turns",),
@@ -53,6 +53,7 @@ MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
     *("what goes with a question", "nothing that can be trained on here"),
 )
 TEXT, FLAG, NESTED, NOTED = "a second text", "a flag", "a list or object", "a note"
+PREFERENCE = "an answer of a preference"
 _WORDS: Mapping[str, str] = {
     word: kind
     for kind, words in {
@@ -60,7 +61,8 @@ _WORDS: Mapping[str, str] = {
         CHOICES: "choice option distractor",
         LABEL: "label class gold correct gt target hateful sentiment emotion verdict truth valid foil toxic toxicity "
         "stance entailment",
-        RATING: "rating score reward rank chosen rejected preference vote weight quality upvote downvote helpfulness",
+        PREFERENCE: "chosen rejected preference",
+        RATING: "rating score reward rank vote weight quality upvote downvote helpfulness",
         ASKED: "hint context passage history system ocr lecture",
         UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
         TEXT: "question query prompt instruction answer response completion reply solution caption text description "
@@ -73,7 +75,7 @@ _WORDS: Mapping[str, str] = {
         "generator teacher engine version revision commit release language lang locale country url uri link "
         "website site domain host type kind category categories subcategory topic subtopic subject field "
         "subfield genre task skill level grade difficulty tag keyword format encoding mime extension token word "
-        "char character turn round duration second fps camera device temperature seed cost latency batch epoch "
+        "char character turn round duration second camera device temperature seed cost latency batch epoch "
         "step iteration session project name username nickname view like star metadata meta info",
     }.items()
     for word in words.split()
@@ -87,10 +89,11 @@ _VERDICTS = ("is", "has", "was", "should", "can")
 """First words of the names of flags."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
+_LONGEST_ENDING = max(map(len, _MEDIA_FILE))
 _FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
 _LETTERS = re.compile(r"[^\W\d_]")
 MOST_NOTED = 300
-"""Characters of a text under the name of a note; a longer one may be what is asked or answered."""
+"""Characters of a text that is a note."""
 
 
 def plain_name(name: str) -> str:
@@ -129,7 +132,8 @@ def holds_media(value: object) -> bool:
     """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
     if isinstance(value, str):
         value = value.partition("?")[0] if value.startswith("http") else value
-        return value.endswith(_MEDIA_FILE) or value.lower().endswith(_MEDIA_FILE)
+        ending = value[-_LONGEST_ENDING:]
+        return "." in ending and ending.lower().endswith(_MEDIA_FILE)
     if isinstance(value, list):  # columns of a table hold one kind
         value = next((entry for entry in value if entry is not None), None)
         return not isinstance(value, list) and holds_media(value)
@@ -145,6 +149,11 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
+    if "." not in path and kind_of(path) == NOTED:  # what most of them are
+        if isinstance(value, int | float):
+            return None
+        if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
+            return (path, TEXT) if _says_more(value) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -155,10 +164,11 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     value = parsed(value)
     if is_nothing(value):
         return None
-    if holds_media(value):
-        return path, MEDIUM
     name = path.rpartition(".")[2]
     kind = "" if len(name) == 1 and name != path else kind_of(name)  # of letters only columns are choices
+    if holds_media(value):
+        is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
+        return None if is_name else (path, MEDIUM)
     if kind == MEDIUM and has_media:
         kind = _note_of_media(name, value)
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
@@ -166,14 +176,21 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
         losses = [loss for loss in inner if loss]
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
-    if isinstance(value, list) and kind == NOTED:
-        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
+    if isinstance(value, list) and kind == NOTED:  # of words it may be what is answered
+        words = (
+            (path, NESTED) if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value) else None
+        )
+        return words or next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
-        is_text = isinstance(value, str) and (len(value) > MOST_NOTED or value.endswith("?"))
-        return (path, TEXT) if is_text else None
+        return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
+
+
+def _says_more(text: str) -> bool:
+    """Whether a text under the name of a note may be something that is asked or answered."""
+    return len(text) > MOST_NOTED or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:
@@ -208,6 +225,8 @@ def kind_of(name: str) -> str:
         return MEDIUM
     if any(pattern.fullmatch(plain_name(name)) for pattern in JOINED["choices"]):
         return CHOICES
+    if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
+        return NOTED
     if words[0] == "answer" and words[-1] in _PLACES:
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
@@ -221,7 +240,7 @@ NEARLY: Mapping[str, tuple[str, ...]] = {
     "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
     "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
     "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
-    "caption": ("description", "alt", "alt_text", "title"),
+    "caption": ("alt", "alt_text", "title"),
 }
 """Names that may mean a role, and are not taken for it."""
 _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in NEARLY.items() for name in names}

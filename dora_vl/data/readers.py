@@ -53,6 +53,8 @@ PARTS: Mapping[object, frozenset[str]] = {
     **dict.fromkeys(VIDEO_PARTS, frozenset(("type", *VIDEO_PAYLOADS, *CLIP_TIMES[0], *CLIP_TIMES[1]))),
 }
 """What a part of each type may hold."""
+BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"] | {"bytes"}}
+"""What an object of a picture or video beside the talk may hold."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
@@ -113,6 +115,10 @@ class _Talk:
         self._id = sample_id
         self._strict = strict
         self.image_bytes: dict[str, bytes] = {}
+        for role, read in BESIDE.items() if strict else ():
+            for value in _listed(row.get(role)):
+                if isinstance(value, Mapping) and not read.issuperset(value):
+                    self._refuse_unread(value, value, read)
         self._beside = [self._picture(value, "images") for value in _listed(row.get("images"))]
         self._left = list(range(len(self._beside)))
         self._images: list[str] = []
@@ -139,9 +145,9 @@ class _Talk:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if self._strict and not TURN_KEYS[who].issuperset(message):
+        if (len(message) > 2 or what not in message) and self._strict and not TURN_KEYS[who].issuperset(message):
             self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
-        if OWN_MEDIA.isdisjoint(message):
+        if len(message) == 2 or OWN_MEDIA.isdisjoint(message):
             return Turn(role, self._content(message, what, number))
         # What is the turn's own is taken before what stands beside the talk; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
@@ -183,6 +189,8 @@ class _Talk:
         """Refuses what a message, or a part of it, holds besides what is read, bookkeeping, and what says the usual."""
         for key, value in fields.items():
             if key in read or is_nothing(value) or (key, value) == ("detail", "auto"):
+                if path and isinstance(value, dict):
+                    self._refuse_unread(message, value, BESIDE["images"], f"{path}{key}.")
                 continue
             if key in TRAINED:
                 if value in (0, 1) and bool(value) == answers:
@@ -201,7 +209,7 @@ class _Talk:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
             raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
-        if self._strict and not PARTS[kind].issuperset(fields):
+        if self._strict:
             self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
@@ -221,9 +229,6 @@ class _Talk:
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
         """The place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
-        for key, value in payloads.items():
-            if self._strict and isinstance(value, Mapping):
-                self._refuse_unread(message, value, ("url", "path", "bytes"), f"{path}{key}.")
         if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
         self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
@@ -300,10 +305,10 @@ def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
-    if key in ("conversations", "messages") and not is_nothing(reply := row.get("completion")):
+    if key not in ("prompt", "completion") and (reply := row.get("completion")):
         messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
     first = messages[0]
-    if not isinstance(first, Mapping) or "role" in first or "from" in first:
+    if not isinstance(first, dict) or "role" in first or "from" in first:
         return messages
     turns: list[object] = []
     for number, entry in enumerate(messages, 1):
@@ -461,11 +466,19 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
+ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_confidence")
+"""What an object of an answer may hold besides bookkeeping: SQuAD's and VQA's."""
+
+
 def _in_object(value: object) -> object:
     """What an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
-    return next((text for key in ("answer", "text") if (text := value.get(key)) is not None), value)
+    text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
+    for key, entry in value.items() if text is not None else ():
+        if key not in ANSWER_KEYS and (loss := losing(key, entry)):
+            raise UnreadKey(value, *loss)
+    return value if text is None else text
 
 
 def _text(value: object, name: str, sample_id: str) -> str:

@@ -99,8 +99,9 @@ def arrange(
         if reason:
             raise BadSample(sample_id, reason, f"placeholders differ from {kind}")
     if len(images) == 1 and not videos:
-        moved = (Turn(turn.role, placeholder_first(turn.text)) for turn in talk)
-        talk = [new if IMAGE_PLACEHOLDER in turn.text else turn for turn, new in zip(talk, moved, strict=True)]
+        talk = [
+            Turn(turn.role, placeholder_first(turn.text)) if IMAGE_PLACEHOLDER in turn.text else turn for turn in talk
+        ]
     return tuple(images), (*system, *talk)
 
 
@@ -129,7 +130,8 @@ _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
 
 def _by_number(images: Sequence[str], talk: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
     """Numbered places as `<image>`, and the pictures in the order in which the text shows them."""
-    numbers = [int(number) for turn in talk for _, number in _NUMBERED_PLACE.findall(turn.text)]
+    texts = [turn.text for turn in talk if "<" in turn.text]
+    numbers = [int(number) for text in texts for _, number in _NUMBERED_PLACE.findall(text)]
     if not numbers:
         return images, talk
     if {*numbers} != {*range(1, len(images) + 1)} or any(IMAGE_PLACEHOLDER in turn.text for turn in talk):

@@ -4,10 +4,14 @@ A shape is a row with its pictures, videos and turns. One that is refused has it
 names, and what it is with them; what no setting helps has the kind of its `BadSample`. `of` says where it is from:
 published examples are those of LLaMA-Factory (data/README.md and its demos), ms-swift (Custom-dataset.md) and TRL
 (dataset_formats.md), published sets have their columns; `bookkeeping` has nothing else beside known columns.
+
+`files.jsonl` holds files that were written without looking at the reader: each opens, with the pictures and turns of
+its first row, stops, or has a bad first row, and says why.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,12 +20,15 @@ from typing import Any
 import pytest
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
-from dora_vl.data.readers import read_row
-from dora_vl.errors import BadSample
+from dora_vl.data.containers import find_files
+from dora_vl.data.readers import RowReader, read_row
+from dora_vl.errors import BadSample, UserError
 
 SHAPES = [
     json.loads(line) for line in Path(__file__).with_name("shapes.jsonl").read_text(encoding="utf-8").splitlines()
 ]
+
+FILES = [json.loads(line) for line in Path(__file__).with_name("files.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
@@ -64,3 +71,66 @@ def test_bookkeeping_opens_and_two_hundred_shapes_are_tried() -> None:
     notes = [shape for shape in SHAPES if shape["of"] == "bookkeeping"]
     assert len(notes) >= 70
     assert all("turns" in shape and "remedy" not in shape for shape in notes)
+
+
+def written(folder: Path, file: dict[str, Any]) -> Path:
+    """The rows as a file of their kind."""
+    path, rows = folder / f"{file['name']}.{file['suffix']}", file["rows"]
+    if file["suffix"] in ("csv", "tsv"):
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            names = dict.fromkeys(name for row in rows for name in row)
+            table = csv.DictWriter(stream, [*names], delimiter="," if file["suffix"] == "csv" else "\t")
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        text = json.dumps(rows) if file["suffix"] == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """What a file is by its first row, all of them read."""
+    reader = RowReader(path.name)
+    try:
+        first, *_ = [reader.read(row, number) for number, row in enumerate(find_files(path).rows())]
+    except UserError:
+        return {"is": "stop"}
+    if isinstance(first, BadSample):
+        return {"is": "bad"}
+    return {"is": "open", "turns": [[turn.role, turn.text] for turn in first.turns], "images": [*first.images]}
+
+
+def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
+    for file in FILES:
+        expected = {name: file[name] for name in ("is", "turns", "images") if name in file}
+        assert first_row(written(tmp_path, file)) == expected, file["name"]
+    assert len(FILES) >= 120
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]}
+
+
+def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
+    with pytest.raises(UserError) as caught:
+        RowReader("talks.jsonl").read(MESSAGES, 6)
+    assert not isinstance(caught.value, BadSample)
+    assert all(word in str(caught.value) for word in ("talks.jsonl", "row 7", "data.ignore: [messages.train]"))
+    columns = Columns({"talk": "messages"})
+    with pytest.raises(ColumnsError) as named:
+        read_row({"talk": MESSAGES["messages"]}, columns=columns)
+    assert named.value.remedy.ignored == ("talk.train",)  # by the file's own name
+    with pytest.raises(ColumnsError) as nested:
+        read_row({"prompt": "q", "completion": [MESSAGES["messages"][1]]})
+    assert nested.value.remedy.ignored == ("completion.train",)
+
+
+@pytest.mark.parametrize("depth", [300, 900])
+def test_values_of_any_depth_are_nothing_or_end_the_run(depth: int) -> None:
+    for value in ("[" * depth + "1" + "]" * depth, '{"id":' * depth + "1" + "}" * depth, "[" * depth + "]" * depth):
+        outcome({"question": "q", "answer": "a", "meta": json.loads(value)})  # no RecursionError
+
+
+def test_a_role_that_is_nearly_one_is_told() -> None:
+    with pytest.raises(UserError) as caught:
+        Columns({"a": "anwser"})
+    assert "did you mean answer" in str(caught.value)
