@@ -43,7 +43,7 @@ SILENT_TIMES = 3
 START_SECONDS = 60.0
 """How much longer the silence may be while its libraries are imported, which takes long on a busy machine."""
 LOOK_SECONDS = 0.1
-QUICK_SECONDS, PATIENCE = 0.5, 19
+QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
 
 
