@@ -195,12 +195,13 @@ class _Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Closes a connection whose request has not come whole, of the address that holds most of those."""
-        unfinished = [one for one in self.connections if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
-        held = Counter(one.client[0] if one.client else "" for one in unfinished)
-        for one in unfinished:
-            if one is not self and held[one.client[0] if one.client else ""] == max(held.values()):
-                one.transport.abort()
-                self.connections.discard(one)
+        connections: set[Any] = self.connections
+        unfinished = [other for other in connections if other.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
+        held = Counter(other.client and other.client[0] for other in unfinished)
+        for other in unfinished:
+            if other is not self and held[other.client and other.client[0]] == max(held.values()):
+                other.transport.abort()
+                connections.discard(other)
                 return
 
     def data_received(self, data: bytes) -> None:

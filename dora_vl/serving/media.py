@@ -97,10 +97,10 @@ class RequestMedia:
             if not process.reusable:
                 process.close()
             with self._lock:  # a second one is started at the end of each turn, when it hinders nobody
-                for one in [process, LimitedProcess("read_picture", yields=True)]:
-                    if one.reusable and len(self._ready) < READING_AT_ONCE:
-                        one.start()
-                        self._ready.append(one)
+                for next_process in (process, LimitedProcess("read_picture", yields=True)):
+                    if next_process.reusable and len(self._ready) < READING_AT_ONCE:
+                        next_process.start()
+                        self._ready.append(next_process)
             self._turns.release()
 
 
