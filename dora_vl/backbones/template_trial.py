@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import cache
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -28,7 +28,7 @@ TALK = ("system", "user", "assistant", "user", "assistant")
 class _Generation(Extension):
     """`{% generation %}`, by which templates mark answers; it changes nothing of the text."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> Any:
         next(parser.stream)
