@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, Pipe
@@ -43,7 +43,7 @@ SILENT_TIMES = 3
 START_SECONDS = 60.0
 """How much longer the silence may be while its libraries are imported, which takes long on a busy machine."""
 LOOK_SECONDS = 0.1
-QUICK_SECONDS, PATIENCE = 0.5, 19
+QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
 
 
@@ -91,7 +91,9 @@ class LimitedProcess:
         self._owner = 0
         self.reusable = True
 
-    def run(self, job: str, arguments: Mapping[str, Any], content: bytes = b"", *, budget: Budget) -> Iterator[Part]:
+    def run(
+        self, job: str, arguments: Mapping[str, Any], content: bytes = b"", *, budget: Budget
+    ) -> Generator[Part, None, None]:
         """The parts that a job sends, as they come; whoever stops reading ends the process.
 
         Raises:

@@ -22,14 +22,13 @@ from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part
 
 SECONDS, MEMORY = 2, 1 << 30
 """Most that trying a template takes, of the processor and in bytes; it takes a fiftieth of the first."""
-TALK = ("user", "assistant", "user", "assistant")
-TALKS = (TALK[:1], TALK[:2], TALK, ("system", *TALK), ("system", *TALK[:3]))
+TALK = ("system", "user", "assistant", "user", "assistant")
 
 
 class _Generation(Extension):
     """`{% generation %}`, by which templates mark answers; it changes nothing of the text."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> Any:
         next(parser.stream)
@@ -48,28 +47,22 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
-    for template, talk, prompt in product(templates, TALKS, (False, True)):
-        for content_of_a_message in (words["text"], [words], [picture, words]):
-            messages = [{"role": role, "content": content_of_a_message} for role in talk]
-            try:
-                environment.from_string(template).render(
-                    messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokens
-                )
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended
-                pass
+    forms = (words["text"], [words], [picture, words])
+    talks = (TALK, TALK[:2], TALK[1:], TALK[1:2], TALK[1:3])
+    for template, talk, form, prompt in product(templates, talks, forms, (False, True)):
+        messages = [{"role": role, "content": form} for role in talk]
+        values = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None, **tokens}
+        try:
+            environment.from_string(template).render(values)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended
+            continue
     yield {}, b""
 
 
 def check_ends(template: str | Mapping[str, str], tokens: Mapping[str, Any], name: str) -> None:
-    """Refuses a chat template that does not end, or fills the memory.
-
-    Args:
-        template: one, or several by their names.
-        tokens: the tokenizer's special tokens by the names that templates know them by.
-        name: of the model, for the message.
-    """
+    """Refuses a model's chat template, or one of several, that does not end, or fills the memory."""
     templates = [template] if isinstance(template, str) else [*template.values()]
     texts = {key: str(token) for key, token in tokens.items() if not isinstance(token, list)}
     if reason := _why_not(json.dumps({"templates": templates, "tokens": texts})):

@@ -317,7 +317,7 @@ def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
     Raises:
         Failed: it cannot be used.
     """
-    content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source))
+    content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source.absolute()))
     arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
     budget = Budget(PICTURE_SECONDS, PICTURE_MEMORY)
     ((facts, _),) = one_process().run("read_picture", arguments, content, budget=budget)

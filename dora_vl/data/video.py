@@ -7,7 +7,6 @@ that takes too long or takes the decoder with it is one `BadSample`, and the nex
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -199,7 +198,7 @@ def read_video(
 
 def why_no_video(path: Path) -> Trouble | None:
     """What is wrong with a video file, of which no frame is decoded; None where nothing is."""
-    wanted = {"path": str(path), "start": None, "end": None, "sampling": None, "backends": tuple(BACKENDS)}
+    wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None, "backends": tuple(BACKENDS)}
     try:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
     except Failed as error:
@@ -286,7 +285,7 @@ def read_frames(
 ) -> Frames[Kept]:
     """The frames of a clip's file, decoded there. Raises Failed: they cannot be read, or cost more than the budget."""
     wanted = {
-        "path": os.fspath(path),
+        "path": str(path.absolute()),
         "start": clip.start_seconds,
         "end": clip.end_seconds,
         "sampling": (type(sampling).__name__, dataclasses.asdict(sampling)),

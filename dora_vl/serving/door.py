@@ -195,12 +195,13 @@ class _Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Closes a connection whose request has not come whole, of the address that holds most of those."""
-        unfinished = [one for one in self.connections if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
-        held = Counter(one.client[0] if one.client else "" for one in unfinished)
-        for one in unfinished:
-            if one is not self and held[one.client[0] if one.client else ""] == max(held.values()):
-                one.transport.abort()
-                self.connections.discard(one)
+        connections: set[Any] = self.connections
+        unfinished = [other for other in connections if other.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
+        held = Counter(other.client and other.client[0] for other in unfinished)
+        for other in unfinished:
+            if other is not self and held[other.client and other.client[0]] == max(held.values()):
+                other.transport.abort()
+                connections.discard(other)
                 return
 
     def data_received(self, data: bytes) -> None:
@@ -288,19 +289,18 @@ class Uploads:
             self._remove(file)
 
     @contextlib.contextmanager
-    def coming(self) -> Iterator[Callable[[int], None]]:
+    def coming(self, stated: str) -> Iterator[Callable[[int], None]]:
         """Meanwhile an upload is on its way; gives what counts its bytes as they come, whatever size it states."""
         held, arrived = self.forget(), 0
-        if len(held) >= MOST_UPLOADS:
-            raise TooManyRequests("too much is being uploaded; try again in a few minutes")
 
-        def count(size: int) -> None:
+        def count(size: int, more: int = 0) -> None:
             nonlocal arrived
             arrived += size
             self._coming += size
-            if sum(held) + self._coming > self._most_bytes:
+            if len(held) >= MOST_UPLOADS or sum(held) + self._coming + more > self._most_bytes:
                 raise TooManyRequests("too much is being uploaded; try again in a few minutes")
 
+        count(0, int(stated) if stated.isdecimal() else 0)
         try:
             yield count
         finally:
@@ -370,38 +370,18 @@ class OwnAlone:
             await send(message)
 
         if scope["path"] == UPLOAD:
-            await self._take_upload(scope, receive, with_policy)
+            with self._uploads.coming(Headers(scope=scope).get("content-length", "")) as count:
+
+                async def counted() -> Message:
+                    message = await receive()
+                    count(len(message.get("body", b"")))
+                    return message
+
+                await self._app(scope, counted, with_policy)
             return
         if scope["method"] == "POST":
             self._check(scope["content"], is_event=scope["path"] in EVENTS)
         await self._app(scope, receive, with_policy)
-
-    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Counts what comes. Gradio's answer to an upload that is broken off, 500 for any cause, is not sent."""
-        refused: UserError | None = None
-
-        async def counted() -> Message:
-            nonlocal refused
-            try:
-                message = await receive()
-                count(len(message.get("body", b"")))
-                return message
-            except UserError as error:
-                refused = error
-                raise
-
-        async def unless_refused(message: Message) -> None:
-            if refused is None:
-                await send(message)
-
-        with self._uploads.coming() as count:
-            try:
-                await self._app(scope, counted, unless_refused)
-            except Exception:
-                if refused is None:
-                    raise
-        if refused is not None:
-            raise refused
 
     def _check(self, content: bytes, *, is_event: bool) -> None:
         try:

@@ -32,8 +32,8 @@ from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, Vi
 
 DECODER_MEMORY = 576 * MEBIBYTE
 """Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
-READING_AT_ONCE, KEPT_READY = 10, 2
-"""Requests whose pictures are decoded, or wait as such to become a prompt; and processes that wait for the next."""
+READING_AT_ONCE = 10
+"""Requests whose pictures are decoded, or wait as such to become a prompt. So many processes are kept: 15 MB each."""
 PATIENT_SECONDS = 5.0
 """How long a request's pictures may take while others wait for their turn."""
 
@@ -89,26 +89,19 @@ class RequestMedia:
                 raise TooManyRequests("its pictures take long to decode, and others wait; try again later")
 
         budget.go_on = while_patient
-        process = self._taken()
+        with self._lock:
+            process = self._ready.pop() if self._ready else LimitedProcess("read_picture", yields=True)
         try:
             yield process
         finally:
-            with self._lock:
-                kept = process.reusable and len(self._ready) < KEPT_READY
-                if kept:
-                    self._ready.append(process)
-            if not kept:
+            if not process.reusable:
                 process.close()
+            with self._lock:  # a second one is started at the end of each turn, when it hinders nobody
+                for next_process in (process, LimitedProcess("read_picture", yields=True)):
+                    if next_process.reusable and len(self._ready) < READING_AT_ONCE:
+                        next_process.start()
+                        self._ready.append(next_process)
             self._turns.release()
-
-    def _taken(self) -> LimitedProcess:
-        """A process that has started, where there is one, and behind it the next is started."""
-        with self._lock:
-            process = self._ready.pop() if self._ready else LimitedProcess("read_picture", yields=True)
-            if not self._ready:
-                self._ready.append(LimitedProcess("read_picture", yields=True))
-                self._ready[0].start()
-        return process
 
 
 class Reading:

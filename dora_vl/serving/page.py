@@ -275,9 +275,10 @@ class Page:
         """Refuses values that an event's function does not take: Gradio would log them whole, with a traceback."""
         number, data = (event.get("fn_index"), event.get("data")) if isinstance(event, dict) else (None, None)
         function = self.blocks.fns.get(number) if isinstance(number, int) else None
-        inputs = [] if function is None else function.inputs
-        fits = function is not None and function.fn and isinstance(data, list) and len(data) == len(inputs)
-        if not fits or not all(map(_takes, inputs, data)):
+        inputs = function.inputs if function is not None and function.inputs is not None else []
+        values = data if isinstance(data, list) else [data] * (len(inputs) + 1)
+        is_there = function is not None and function.fn and len(values) == len(inputs)
+        if not is_there or not all(map(_takes, inputs, values)):
             raise Refused("no part of the page sends such an event")
 
     # -- inside ------------------------------------------------------------------------------------------------

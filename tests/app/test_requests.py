@@ -141,7 +141,7 @@ def test_what_stands_in_a_text_is_no_value(what: str) -> None:
     message = {**TURN, "content": TEXTS[what]}
     assert read(request(messages=[message])).model == "one"
     with pytest.raises(TooLarge):
-        read(request(messages=[message], metadata=[0] * 300_000))
+        read(request(messages=[message], metadata=[0] * MOST_VALUES))
 
 
 @pytest.mark.parametrize("value", ["0", '""', '"a,b"', '"\\\\"', '"\\\\\\""', "[]", '{"a":"b"}'])

@@ -13,8 +13,6 @@ from PIL import Image, features
 
 from tests.vision.video_files import write_clip
 
-STREAMS = ("parts.mp4", "live.webm", "plain.ts", "plain.mpg")
-"""Containers that need state no length: of those a cut cannot always be told."""
 CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "plain.mp4": ("libx264", {}),
     "plain.webm": ("libvpx", {}),
@@ -50,7 +48,6 @@ def pictures() -> dict[str, bytes]:
         ("rgb.bmp", rgb, "BMP", {}),
         ("raw.tiff", rgb, "TIFF", {}),
         ("jpeg.tiff", rgb, "TIFF", {"compression": "jpeg"}),
-        ("colours.tiff", rgb.convert("YCbCr"), "TIFF", {}),
         ("plain.jp2", rgb, "JPEG2000", {}),
         *([("plain.avif", rgb, "AVIF", {})] if features.check("avif") else []),
     ]

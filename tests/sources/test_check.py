@@ -21,6 +21,7 @@ from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.errors import UserError
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
+from tests.vision.video_files import write_video
 
 
 def check(*words: str) -> tuple[list[str], int]:
@@ -41,10 +42,6 @@ def encoded(kind: str) -> bytes:
     return stream.getvalue()
 
 
-def movie(*boxes: tuple[bytes, int]) -> bytes:
-    return b"".join(struct.pack(">I4s", 8 + size, name) + bytes(size) for name, size in boxes)
-
-
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
     folder = tmp_path / "media"
@@ -58,18 +55,17 @@ def media(tmp_path: Path) -> Path:
     damaged = bytearray(encoded("PNG"))
     damaged[100:400] = bytes(300)
     (folder / "damaged.png").write_bytes(bytes(damaged))
-    whole = movie((b"ftyp", 16), (b"mdat", 400), (b"moov", 100))
-    (folder / "whole.mp4").write_bytes(whole)
-    (folder / "cut.mp4").write_bytes(whole[:-50])
-    (folder / "no_index.mp4").write_bytes(movie((b"ftyp", 16), (b"mdat", 400)))
+    whole = write_video(folder / "whole.mp4", options={"movflags": "faststart"}).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "no_index.mp4").write_bytes(struct.pack(">I4s", 16, b"ftyp") + bytes(400))
     return folder
 
 
 KINDS_OF_MEDIA: dict[str | None, tuple[str, ...]] = {
     None: ("whole.png", "whole.jpeg", "whole.gif", "whole.webp", "whole.bmp", "whole.tiff", "whole.mp4"),
-    "truncated media": ("cut.png", "cut.jpeg", "cut.gif", "cut.webp", "cut.mp4", "no_index.mp4"),
+    "truncated media": ("cut.png", "cut.jpeg", "cut.gif", "cut.webp", "cut.mp4"),
     "zero-byte media": ("empty.png",),
-    "broken media": ("page.jpg",),
+    "broken media": ("page.jpg", "no_index.mp4"),
     "missing media": ("none.png",),
     "path leaves the folder": ("../media/whole.png", "/whole.png"),
 }
