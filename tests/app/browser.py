@@ -28,7 +28,7 @@ QUESTION_BOX = "#dv-question textarea, #dv-question input"
 def find_chromium() -> str:
     """The browser's program; the test is skipped where there is none, or nothing to drive it or to make the page."""
     for package in ("gradio", "playwright"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'dora-vl[web,dev]'")
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[web,dev]'")
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if path := shutil.which(name):
             return path

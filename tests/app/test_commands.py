@@ -142,7 +142,7 @@ def test_the_server_from_start_to_ctrl_c(tmp_path: Path, folders: dict[str, Path
 def test_the_page_from_start_to_end_without_a_file_left(
     tmp_path: Path, folders: dict[str, Path], number: signal.Signals
 ) -> None:
-    pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
+    pytest.importorskip("gradio", reason="pip install '.[web]'")
     with started(tmp_path, "demo", folders["one"]) as (process, line):
         with urllib.request.urlopen(line.split()[-3], timeout=60) as answer:
             assert b"dora-vl demo" in answer.read()

@@ -212,7 +212,7 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
-    pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
+    pytest.importorskip("gradio", reason="pip install '.[web]'")
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, build_page_app
 

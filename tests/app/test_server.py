@@ -142,7 +142,7 @@ def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Pa
 
 
 def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+    pytest.importorskip("av", reason="pip install '.[video]'")
     from dora_vl.data.video import Uniform
     from tests.vision.video_files import read_frames, write_video
 

@@ -22,7 +22,7 @@ from dora_vl.data.example import Clip, Example, write_examples
 from dora_vl.errors import UserError
 from tests.vision.video_files import write_video
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
 TOWER = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--image-size", "64"]
 TOWER += ["--layer", "-3", "--grid-pool", "2"]
 

@@ -15,7 +15,7 @@ from dora_vl.data.example import iterate_examples
 from dora_vl.data.video import Uniform
 from tests.vision.video_files import read_frames
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
 SMALL = Settings(pretrain=3, adapt=3, test=2, seed=5)
 
 

@@ -379,7 +379,7 @@ def test_a_language_model_is_asked_and_sees_no_pictures(tmp_path: Path, capsys: 
 
 
 def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+    pytest.importorskip("av", reason="pip install '.[video]'")
     from data_prep.moving_shapes import Settings, make
 
     make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)

@@ -158,7 +158,7 @@ def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
 
 def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path) -> None:
     """A base that was quantised for training merges into its values after that; its stored ones make another model."""
-    pytest.importorskip("bitsandbytes", reason="pip install 'dora-vl[quantised]'")
+    pytest.importorskip("bitsandbytes", reason="pip install '.[quantised]'")
     base = spread(write_tiny_llava(tmp_path / "base", width=64))
     adapter = adapter_on(base, tmp_path / "adapter")
     recipe = json.loads((adapter / "recipe.json").read_text())

@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
 
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image

@@ -17,7 +17,7 @@ from dora_vl.evaluation.scores import caption
 from dora_vl.evaluation.scores.caption import DROPPED, fallback_tokens, one_line, tokenized
 from tests.shared_data import shared
 
-pytest.importorskip("pycocoevalcap", reason="pip install 'dora-vl[caption]'")
+pytest.importorskip("pycocoevalcap", reason="pip install '.[caption]'")
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official PTB tokenizer and METEOR need Java")
 

@@ -9,7 +9,7 @@ import pytest
 from tests.backbones.tiny_image_text import write_tiny
 from tests.setup.page_commands import ROOT, block, run_commands
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
 pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")
 PAGE = ROOT / "docs" / "your_videos.md"
 SHORT = ("--training.max_steps", "2", "--training.use_cpu", "true", "--evaluation.limit", "4")

@@ -34,8 +34,8 @@ from tasks import video_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_run
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
-pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
+pytest.importorskip("decord", reason="pip install '.[video]'")
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def write_npz(folder: Path) -> None:
 
 
 def write_hdf5(folder: Path) -> None:
-    h5py = pytest.importorskip("h5py", reason="pip install 'dora-vl[video]'")
+    h5py = pytest.importorskip("h5py", reason="pip install '.[video]'")
     for name, values in VALUES.items():
         with h5py.File(folder / f"{name}.h5", "w") as file:
             file.create_group(name).create_dataset("features", data=values.numpy())

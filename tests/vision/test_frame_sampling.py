@@ -51,7 +51,7 @@ def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
 
 @pytest.mark.parametrize(("frames", "rate"), [(200, 25), (90, 30), (61, 10), (47, 24)])
 def test_equal_to_the_fps_filter_of_ffmpeg(frames: int, rate: int) -> None:
-    av = pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+    av = pytest.importorskip("av", reason="pip install '.[video]'")
     graph = av.filter.Graph()
     source = graph.add_buffer(width=16, height=16, format=av.VideoFormat("gray"), time_base=Fraction(1, rate))
     kept = graph.add("fps", "fps=1/1.5")

@@ -17,8 +17,8 @@ from dora_vl.data.video_backends import BackendMissing, Unreadable, import_backe
 from dora_vl.errors import BadSample, UserError
 from tests.vision.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
-pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
-pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("av", reason="pip install '.[video]'")
+pytest.importorskip("decord", reason="pip install '.[video]'")
 pytestmark = pytest.mark.timeout(240)
 
 BACKENDS = ("decord", "pyav")
