@@ -192,7 +192,7 @@ def test_asking(person: Person) -> None:
     cases = {
         "--image https://example.com/a.png": "https://example.com/a.png is on the web; save the picture",
         "--image gone.png": "picture gone.png is missing",
-        "--image notes.txt": "picture notes.txt in . is no picture of PNG",
+        "--image notes.txt": "picture notes.txt in . is no whole picture of PNG",
         "--image none/*.png": "no picture matches none/*.png",
         f"--adapter {run}": f"{run} is a run's folder or a checkpoint; its adapter is {run}/adapter",
         "--adapter base": "base is a model and has no adapter_model.safetensors",

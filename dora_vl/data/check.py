@@ -204,13 +204,16 @@ class FileCheck:
         """The next row: a talk, or a record; or why it cannot be one."""
         self.rows += 1
         location = f"row {self.rows}"
-        sample_id = location if self._columns.id_of(record) is None else id_of(record, columns=self._columns)
+        sample_id = id_of(record, self.rows - 1, self._columns)
         try:
-            resolved = self._columns.resolve(record)
+            has_fields_of_records = record.keys() <= FIELDS
+            resolved = self._columns.resolve(record, strict=not has_fields_of_records)
+            form = None if resolved.format is None else resolved.format.name
+            is_record = form in (None, "records") and has_fields_of_records
+            if has_fields_of_records and not is_record:
+                resolved = self._columns.resolve(record)
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
-            form = None if resolved.format is None else resolved.format.name
-            is_record = form in (None, "records") and record.keys() <= FIELDS
             self._note_format("records" if is_record else form, sample_id, location)
             example = read_record(record, sample_id) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:

@@ -507,10 +507,10 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
-    """The row's own id, else its place, from 0."""
+    """The row's own id, else its place in the file."""
     stated = columns.id_of(row)
     if stated is None:
-        return f"record {number}"
+        return f"row {number + 1}"
     return stated if isinstance(stated, str) else shown(stated)
 
 
@@ -568,7 +568,8 @@ class RowReader:
     def read(self, record: Row, number: int) -> Example | BadSample:
         """The row `number`, from 0, of what the container gives; or why it cannot be a sample."""
         sample_id = id_of(record, number, self._columns)
-        row = f"row {number + 1} ({sample_id})"
+        row = f"row {number + 1}"
+        row += "" if sample_id == row else f" ({sample_id})"
         try:
             resolved = self._columns.resolve(record)
         except ColumnsError as error:

@@ -89,7 +89,7 @@ class StreamSource:
                 if share < 1 and draws.random() >= share:
                     continue
                 if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
-                    record = {**record, "id": f"{shard}, record {number}"}  # its place alone would name several
+                    record = {**record, "id": f"{shard}, row {number + 1}"}  # its place alone would name several
                 row = self._reader.read(record, number)
                 if isinstance(row, Example):
                     self._warn(record, row)

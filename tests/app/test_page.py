@@ -310,7 +310,7 @@ CAPTURE = "#dv-webcam button[aria-label='capture photo']"
 @pytest.mark.slow
 def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
     photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    photographer.page.locator("#dv-notice", has_text="pixels; 15,000 are left of those allowed").wait_for()
     assert nothing_left(uploads)
     assert all(photographer.ask(QUESTION))  # nothing is on its way any more
 

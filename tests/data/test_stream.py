@@ -125,7 +125,7 @@ def test_shards_come_in_another_order_each_epoch_and_rows_without_an_id_have_nam
     assert len({tuple(order) for order in orders}) == 3
     names = ids(stream.rows(0))
     assert len({*names}) == 18
-    assert "2.jsonl, record 1" in names
+    assert "2.jsonl, row 2" in names
 
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:

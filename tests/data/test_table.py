@@ -59,7 +59,7 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
             read_row(row, number=number)
         assert stored.reason == caught.value.reason
     assert [isinstance(item, Example) for item in table] == [True] * 4 + [False] * 4
-    assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "record 5", r"half \ud83d", r"no \ud83d"]
+    assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "row 6", r"half \ud83d", r"no \ud83d"]
     assert table.rows["length"][:2] == [3, 4]
     assert described(TrainFile(path=path), table.rows)[0] == "a.jsonl: question/answer, 8 rows, 4 of them unusable"
 
@@ -240,13 +240,13 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     table = load_rows(str(path), cache_folder=tmp_path / "cache").rows
     found = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
     assert found == {
-        NO_PICTURE: (1, [["record 3"]]),
-        EMPTY_QUESTION: (2, [["record 4", "record 5"]]),
-        CONTRADICTION: (3, [["record 0", "record 1", "record 2"]]),
+        NO_PICTURE: (1, [["row 4"]]),
+        EMPTY_QUESTION: (2, [["row 5", "row 6"]]),
+        CONTRADICTION: (3, [["row 1", "row 2", "row 3"]]),
     }
-    (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "record 13" in line)
+    (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "row 14" in line)
     assert "9 samples" in unusable
-    assert unusable.count("record") == 5
+    assert unusable.count("row") == 5
     check = FileCheck(path).run(lambda _: None).findings
     assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)] == [1, 2, 1]
 
@@ -273,7 +273,7 @@ def test_a_stream_names_the_first_of_each_kind(tmp_path: Path, caplog: pytest.Lo
     stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0)
     for _ in range(2):
         assert len(list(stream.rows())) == 4
-    assert [("record 1" in line, "record 2" in line) for line in caplog.messages] == [(True, False), (False, True)]
+    assert [("row 2" in line, "row 3" in line) for line in caplog.messages] == [(True, False), (False, True)]
 
 
 def test_each_class_has_its_share_and_small_sets_lose_none_to_the_test() -> None:

@@ -106,7 +106,7 @@ def test_rows_that_train_takes_are_scored_as_they_are(name: str, tmp_path: Path)
         path.write_text("\n".join(["image,query,answer", *(",".join(row.values()) for row in rows)]))
     else:
         path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
-    answers = predictions_file(tmp_path / "p.jsonl", {"record 0": "red", "record 1": "red"})
+    answers = predictions_file(tmp_path / "p.jsonl", {"row 1": "red", "row 2": "red"})
     main(["evaluate", "--benchmarks", f"exact_match={path}", "--predictions", str(answers), "--to", str(tmp_path)])
     assert entries(tmp_path)["exact_match"]["metrics"]["accuracy"]["value"] == 50.0
     renamed = tmp_path / f"renamed{path.suffix}"

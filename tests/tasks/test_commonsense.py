@@ -161,12 +161,12 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     questions, unreadable = read_sets(CommonsenseEvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
-    assert [item.id for item in questions] == ["piqa/a", "piqa/record 1", "piqa/7"]
+    assert [item.id for item in questions] == ["piqa/a", "piqa/row 2", "piqa/7"]
     assert {(item.answer, item.kind, item.truth) for item in questions} == {("solution2", "piqa", row["output"])}
     assert {(item.turns[0].instruction, item.turns[0].input, item.text) for item in questions} == {
         ("Is it?", "a text", "Is it?\na text")
     }
-    assert unreadable == {"piqa/record 2": "'output' is empty"}
+    assert unreadable == {"piqa/row 3": "'output' is empty"}
 
 
 @pytest.mark.parametrize(

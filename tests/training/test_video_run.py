@@ -100,7 +100,7 @@ def test_a_broken_video_is_a_bad_sample_and_named(root: Path) -> None:
     reasons = {line["id"]: line["reason"] for line in lines}
     assert "video none.mp4 is missing" in reasons["sample-2"]
     assert "must not leave" in reasons["sample-6"]
-    assert "is cut off" in reasons["sample-11"]
+    assert "cannot be read" in reasons["sample-11"]
     assert len(reasons) == 3
 
 

@@ -84,11 +84,11 @@ def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: 
     (tmp_path / "a.json").write_text(json.dumps([scored, {**unscored, "id": "b"}, {"instruction": "q", "output": ""}]))
     questions, skipped = read_questions(tmp_path / "a.json")
     assert [(question.id, question.answer, question.truth) for question in questions] == [
-        ("record 0", "true", "the correct answer is true"),
+        ("row 1", "true", "the correct answer is true"),
         ("b", "", "it"),
     ]
-    assert [*skipped] == ["record 2"]
-    assert [question.id for question in read_questions(tmp_path / "a.json", limit=1)[0]] == ["record 0"]
+    assert [*skipped] == ["row 3"]
+    assert [question.id for question in read_questions(tmp_path / "a.json", limit=1)[0]] == ["row 1"]
     (tmp_path / "twice.json").write_text(json.dumps([{**scored, "id": "a"}] * 2))
     with pytest.raises(UserError):
         read_questions(tmp_path / "twice.json")
