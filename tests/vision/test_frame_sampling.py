@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from dora_vl.data.video import AtSeconds, EverySeconds, OutsideClip, Sampling, Uniform, clip_span, moments
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
 
 
 @pytest.mark.parametrize(
