@@ -138,7 +138,8 @@ def test_the_server_from_start_to_ctrl_c(tmp_path: Path, folders: dict[str, Path
         assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_page_from_start_to_end_without_a_file_left(
     tmp_path: Path, folders: dict[str, Path], number: signal.Signals
 ) -> None:

@@ -18,7 +18,7 @@ from tests.training.tiny_run import write_tiny_data
 ROOT = Path(__file__).parents[2]
 METHODS = ("dora", "lora", "qdora", "full")
 CASES = [
-    ("smolvlm", "256m", "smolvlm"),
+    pytest.param("smolvlm", "256m", "smolvlm", marks=pytest.mark.slow),
     pytest.param("qwen2_5_vl", "3b", "qwen2_5_vl", marks=pytest.mark.slow),
     pytest.param("internvl3", "2b", "internvl", marks=pytest.mark.slow),
     pytest.param("qwen3_vl", "2b", "qwen3_vl", marks=pytest.mark.slow),

@@ -129,7 +129,7 @@ def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, 
 @pytest.mark.parametrize(
     ("then", "now"),
     [
-        (TWO_ZERO_2, ONE),
+        pytest.param(TWO_ZERO_2, ONE, marks=pytest.mark.slow),
         pytest.param(TWO_ZERO_2, TWO_ZERO_3, marks=pytest.mark.slow),
         pytest.param(TWO_ZERO_3, ONE_ZERO_2, marks=pytest.mark.slow),
         pytest.param(TWO_ZERO_3, ONE, marks=pytest.mark.slow),

@@ -272,7 +272,8 @@ def test_starts_from_a_projector_alone(run_file: Path) -> None:
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("evaluates", ["epoch", pytest.param("steps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluates", ["epoch", "steps"])
 def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates: str) -> None:
     """Validation stands between the epoch's last step and the next epoch; dropout is drawn after it."""
     settings = [DROPOUT, *saving(6, 18), f"--data.validation={data_of(run_file)}", "--data.validation_limit=5"]
@@ -287,6 +288,7 @@ def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates
     assert [line["eval_loss"] for line in logged(again, "eval_loss")] == [expected[1]["eval_loss"]]
 
 
+@pytest.mark.slow
 def test_validation_changes_no_dropout(run_file: Path) -> None:
     settings = [DROPOUT, "--training.max_steps=5"]
     often = [f"--data.validation={data_of(run_file)}", "--training.eval_strategy=steps", "--training.eval_steps=2"]

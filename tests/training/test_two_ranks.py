@@ -42,7 +42,9 @@ def one_rank(mixed_run: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3", pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str) -> None:
     folder = mixed_run.parent / stage
     sharding = "--training.fsdp=true" if stage == "fsdp" else f"--training.deepspeed={stage}"
@@ -125,6 +127,7 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     assert len([line for line in again.stderr.splitlines() if "error: " in line]) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_llava: Path, tmp_path: Path) -> None:
     """Ten samples, two bad, one allowed: two ranks read twelve in an epoch, which is no second pass."""
     data = write_tiny_data(tmp_path / "data", samples=10)

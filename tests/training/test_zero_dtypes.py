@@ -54,6 +54,7 @@ def test_adapters_are_float32_over_a_bfloat16_base(run_file: Path, stage: str) -
     assert types == {"trained": ["torch.float32"], "frozen": ["torch.bfloat16"]}
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_bfloat16_with_masters(run_file: Path) -> None:
     types = types_after_training(
         run_file,

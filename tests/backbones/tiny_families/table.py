@@ -20,7 +20,7 @@ FAMILIES: Mapping[str, Family] = {
     **towers.CROSSING,
     **grids.OTHERS,
 }
-QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
+QUICK = ("qwen3_vl", "qwen3_5_moe", "internvl", "gemma3", "paligemma", "mllama")
 """Of each kind of picture, mask and prompt one."""
 
 
