@@ -105,7 +105,7 @@ FULL = pytest.mark.slow
 CASES = [
     pytest.param("activations", "none", 1, True, marks=FULL),
     pytest.param("activations", "zero3", 2, False, marks=FULL),
-    pytest.param("weights", "none", 1, True),
+    pytest.param("weights", "none", 1, True, marks=FULL),
     pytest.param("weights", "zero0", 2, False, marks=FULL),
     pytest.param("weights", "zero2", 2, True, marks=FULL),
     pytest.param("weights", "zero3", 1, False, marks=FULL),

@@ -39,6 +39,7 @@ def in_a_process(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_image_qa_loads_nothing_of_a_vlbart(tmp_path: Path) -> None:
     base = write_tiny("internvl", tmp_path / "base")
     Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")

@@ -299,7 +299,7 @@ def test_validation_changes_no_dropout(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "stopped_at"),
     [
-        pytest.param(6, 3, id="an epoch"),
+        pytest.param(6, 3, id="an epoch", marks=pytest.mark.slow),
         pytest.param(6, 6, id="the run", marks=pytest.mark.slow),
         pytest.param(5, 5, id="amid one", marks=pytest.mark.slow),
     ],
