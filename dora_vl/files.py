@@ -312,7 +312,8 @@ def check_model_folder(folder_or_id: str | Path, revision: str | None = None) ->
     from transformers.configuration_utils import PreTrainedConfig
 
     config = None
-    with suppress(Exception):  # who opens the model says what is wrong
+    # Who opens the model says what is wrong: it is not there, no JSON, nested too deep, or no object.
+    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
         config = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
     check_attention(folder_or_id, config)
 

