@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
-from dora_vl.core.gain import is_plain_parameter, unwatch
-from dora_vl.core.linear import GainFamily
+from dora_vl.core.gain import AdapterParameter
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,6 @@ class _CoreState:
     """This core's layers over PEFT's parameters; no module, so that PEFT's layer has no new child."""
 
     dropout_mode: DropoutMode
-    families: dict[object, GainFamily]
-    """Of all layers; an adapter's layers of one shape compute their gains together."""
     cores: dict[str, tuple[DoRALinear, _Operands]] = field(default_factory=dict)
     """Adapter's name -> the layer over it, built when it first runs, and what that computes with."""
 
@@ -98,7 +95,6 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
     """
     done: list[str] = []
     left: dict[str, str] = {}
-    families: dict[object, GainFamily] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -108,10 +104,11 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
             continue
         assert isinstance(layer, PeftLinear)
         layer.__class__ = AcceleratedLinear
-        vars(layer)[_STATE] = _CoreState(dropout_mode, families)
+        vars(layer)[_STATE] = _CoreState(dropout_mode)
         for adapter in layer.lora_A:
             if _reason_in_adapter(layer, adapter) is None:
                 _core_layer(layer, adapter)
+                _count_edits(layer, adapter, AdapterParameter)
         done.append(name)
     if not done and not left:
         raise ValueError("the model has no PEFT LoRA layer; call get_peft_model(model, LoraConfig(...)) first")
@@ -124,8 +121,8 @@ def restore_peft(model: nn.Module) -> int:
     """Undoes `accelerate_peft`; returns how many layers are PEFT's own again."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
     for layer in layers:
-        for parameter in layer.parameters():
-            unwatch(parameter)
+        for adapter in layer.lora_A:
+            _count_edits(layer, adapter, nn.Parameter)
         del vars(layer)[_STATE]
         layer.__class__ = PeftLinear
     return len(layers)
@@ -146,7 +143,7 @@ def reason_to_leave(layer: object) -> str | None:
         return f"{len(active)} adapters are active on it; one is needed"
     if base.weight.requires_grad:
         return "its base weight trains"
-    if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
+    if base.weight.numel() == 0 or type(base.weight) is not nn.Parameter or base.weight.device.type == "meta":
         return "its base weight is sharded or offloaded"
     if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
         return "its base layer has hooks of its own"
@@ -165,7 +162,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
         return f"its scale is {layer.scaling[active]}"
     operands = _operands(layer, active)
     tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
-    if not all(tensor is None or is_plain_parameter(tensor) for tensor in tensors):
+    if not all(tensor is None or type(tensor) in (nn.Parameter, AdapterParameter) for tensor in tensors):
         return "its adapter's tensors are no parameters, as in torch.func.functional_call"
     return None
 
@@ -208,6 +205,19 @@ def _state(layer: PeftLinear) -> _CoreState:
     return layer.__dict__[_STATE]  # torch.compile of torch 2.8 cannot trace `vars`
 
 
+def _count_edits(layer: PeftLinear, adapter: str, kind: type[nn.Parameter]) -> None:
+    """Gives PEFT's own parameters the class whose `.data` counts edits, or takes it from them.
+
+    They stay the objects that an optimizer holds. Of an adapter that is added later, edits through `.data` in eval are
+    seen after the next `accelerate_peft`.
+    """
+    operands = _operands(layer, adapter)
+    tensors: tuple[Any, ...] = (operands.lora_A, operands.lora_B, operands.magnitude)
+    for tensor in tensors:
+        if type(tensor) in (nn.Parameter, AdapterParameter):
+            tensor.__class__ = kind
+
+
 def _active_adapter(layer: PeftLinear) -> str:
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
@@ -220,8 +230,6 @@ def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
         core = _over(operands, state.dropout_mode)
         remaining = {name: pair for name, pair in state.cores.items() if name in layer.lora_A}
         state.cores = {**remaining, adapter: (core, operands)}
-        core.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
-        core.family.join(core)
     if core.training != layer.training:
         core.train(layer.training)
     return core

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
+from dora_vl.core.gain import AdapterParameter
 from dora_vl.core.layer import AdaptedLayer, take_from_weight
-from dora_vl.core.linear import DoRALinear, GainFamily, ProductLayer, TransposedLinear
+from dora_vl.core.linear import DoRALinear, TransposedLinear
 from dora_vl.core.other_layers import (
     SCALED_EMBEDDINGS,
     AdaptedExperts,
@@ -145,8 +145,8 @@ class DVoRALinear(DoRALinear):
     def create_parameters(self) -> None:
         """d = 0.1, b = 0 and the magnitude: nothing changes yet."""
         dtype, device = functional.accumulation_dtype(self.weight.dtype), self.weight.device
-        self.lambda_d = nn.Parameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
-        self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
+        self.lambda_d = AdapterParameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
+        self.lambda_b = AdapterParameter(torch.zeros(self.out_features, dtype=dtype, device=device))
         self.create_magnitude()
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
@@ -199,11 +199,6 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}
         for name, layer in pissa.items():
             _start_from_weight(name, layer)
-        families: defaultdict[tuple[object, ...], GainFamily] = defaultdict(GainFamily)
-        for layer in adapted.values():
-            if isinstance(layer, ProductLayer):
-                layer.family = families[layer.matrix_shape(), layer.adapter.rank]
-                layer.family.join(layer)
         also_keep = (*also_keep, *(name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")))
     choose_trained(
         model,

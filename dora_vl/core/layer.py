@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.gain import OptimizerSteps, Snapshot, unwatch, watch_optimizers
+from dora_vl.core.functional import Gain
+from dora_vl.core.gain import AdapterParameter, OptimizerSteps, Snapshot, watch_optimizers
 
 
 def is_traced() -> bool:
@@ -95,8 +96,8 @@ class AdaptedLayer(nn.Module):
         if self.adapter.method != "magnitude":
             shape_A, shape_B = self.factor_shapes(self.adapter.rank)
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
-            self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
-            self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
+            self.lora_A = AdapterParameter(torch.empty(shape_A, dtype=dtype, device=device))
+            self.lora_B = AdapterParameter(torch.zeros(shape_B, dtype=dtype, device=device))
             (out_features, in_features), rank = self.matrix_shape(), self.adapter.rank
             pairs = zip(self.lora_A, self.lora_B, strict=True) if self.experts else [(self.lora_A, self.lora_B)]
             for a, b in pairs if device.type != "meta" else ():
@@ -122,7 +123,7 @@ class AdaptedLayer(nn.Module):
         if self.adapter.method != "lora":
             changed = self.factors() is not None and self.adapter.init == "orthogonal"
             norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
-            self.magnitude = nn.Parameter(norms.clone())
+            self.magnitude = AdapterParameter(norms.clone())
 
     @torch.no_grad()
     def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:
@@ -173,10 +174,10 @@ class AdaptedLayer(nn.Module):
         """W as it was before a merge; of a quantised layer made for the one who asks."""
         return self.as_matrix(self.weight if self._base_weight is None else self._base_weight)
 
-    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
-        """The frozen weight applied to rows, without the bias: all that the norm needs to know of W."""
+    def frozen_on_rows(self, rows: Float[Tensor, "*experts rows in_"]) -> Float[Tensor, "*experts out rows"]:
+        """W A^T of rows A, without the bias: all that the norm needs to know of W."""
         weight = self.frozen_matrix()
-        return (weight @ rows.to(weight.dtype).t()).t()  # half the time of its transpose for few rows on CPU
+        return weight @ rows.to(weight.dtype).mT
 
     def frozen_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 of every row, computed."""
@@ -200,24 +201,18 @@ class AdaptedLayer(nn.Module):
             *self._shards.values(),
         ]
 
-    def keep(self, name: str, value: Value, *also: object) -> Value:
-        """Keeps what was computed from the layer's tensors, its settings and `also`, as they are now."""
-        self._kept[name] = value, Snapshot(self.tensors(), OptimizerSteps.count, self.adapter, *also)
-        return value
-
-    def recall(self, name: str, *also: object) -> Any:
-        """What was kept; None after an optimizer step, an edit, other tensors, settings or `also`."""
-        value, snapshot = self._kept.get(name, (None, None))
-        fresh = snapshot and snapshot.holds(self.tensors(), OptimizerSteps.count, self.adapter, *also)
-        return value if fresh else None
-
     def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
-        """What was kept under the name, computed without a gradient where it is not fresh."""
-        value = self.recall(name, *also)
-        if value is None:
+        """A value without a gradient that hangs on the layer's tensors, its settings and `also`.
+
+        It is computed again after an optimizer step, an edit, and for other tensors, settings or `also`.
+        """
+        tensors, also = self.tensors(), (OptimizerSteps.count, self.adapter, *also)
+        value, snapshot = self._kept.get(name, (None, None))
+        if snapshot is None or not snapshot.holds(tensors, *also):
             with torch.no_grad():
-                value = self.keep(name, compute(), *also)
-        return value
+                value = compute()
+            self._kept[name] = value, Snapshot(tensors, *also)
+        return cast(Value, value)
 
     def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit."""
@@ -239,34 +234,37 @@ class AdaptedLayer(nn.Module):
 
     def norms(self) -> Float[Tensor, "*experts out"]:
         """n without a gradient, computed once per optimizer step."""
-        return self.kept("norms", self.live_norms)
+        return self.kept("norms", self.new_norms)
+
+    def new_norms(self) -> Float[Tensor, "*experts out"]:
+        """n without a gradient, computed."""
+        factors, squared = self.factors(), self.weight_norms_squared()
+        if factors is None:
+            return functional.root(squared)
+        with functional.without_autocast(self.weight.device):
+            return functional.norms(self.frozen_matrix().detach(), squared, *factors, self.adapter.scale)
 
     def live_norms(self) -> Float[Tensor, "*experts out"]:
-        """n with its gradient in A and B."""
-        return self.trusted_norms(self.norms_squared())
-
-    def trusted_norms(self, norms_squared: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
-        """n from `norms_squared`, the rows that cancel taken from the dense direction."""
+        """n with its gradient in A and B, the rows that cancel taken from the dense direction."""
         frozen, factors = self.weight_norms_squared(), self.factors()
-        norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
-        if factors is not None and cancelled.numel():
-            with functional.without_autocast(self.weight.device):
+        if factors is None:
+            return functional.root(frozen)
+        with functional.without_autocast(self.weight.device):
+            squared = self.factored_norms_squared(frozen)
+            norms, cancelled = functional.direction_norms(frozen.flatten(), squared.flatten())
+            if cancelled.numel():
                 dense = self._dense_rows(cancelled, *factors)
-            norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
+                norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
         return norms.view_as(frozen)
+
+    def factored_norms_squared(self, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
+        """n^2 from ||W||^2 and the factors, with its gradient: exact but for rows that cancel."""
+        a, b = cast("tuple[Tensor, Tensor]", self.factors())
+        return functional.factored_norms_squared(frozen, a, b, self.frozen_on_rows(a), self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """Some rows of V, by their number over all experts."""
         return functional.dense_direction(self.frozen_matrix()[index], a, b[index], self.adapter.scale)
-
-    def norms_squared(self) -> Float[Tensor, "*experts out"]:
-        """n^2 from the factors alone, with its gradient: exact but for rows that cancel."""
-        a, b = self.factors() or (None, None)
-        if a is None or b is None:
-            return self.weight_norms_squared()
-        with functional.without_autocast(self.weight.device):
-            on_A = self.frozen_on_rows(a)
-            return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.adapter.scale)
 
     def gain(self) -> Float[Tensor, "*experts out"] | None:
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
@@ -276,7 +274,32 @@ class AdaptedLayer(nn.Module):
             return functional.gain(self.magnitude, self._traced_norms())
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
 
-    def _traced_norms(self) -> Float[Tensor, " out"]:
+    def current_gain(self, dtype: torch.dtype) -> Gain:
+        """The gain without a gradient for activations of a dtype, computed once per optimizer step."""
+
+        def compute() -> Gain:
+            norms = self.norms()
+            full = functional.gain(cast(Tensor, self.magnitude), norms)
+            return Gain(full, (full - 1).to(dtype), norms)
+
+        return self.kept("gain", compute, dtype)
+
+    def operands(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """A and B, and g - 1, with their gradients, in the activations' dtype."""
+        factors, gain = self.factors(), self.gain()
+        factors = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
+        return factors, None if gain is None else (gain - 1).to(dtype)
+
+    def operands_without_graph(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gain | None]:
+        """A, B and the gain for activations of a dtype; kept in eval, so that decoding casts nothing."""
+
+        def compute() -> tuple[Tensor, Tensor, Gain | None]:
+            a, b = cast("tuple[Tensor, Tensor]", self.factors())
+            return a.to(dtype), b.to(dtype), None if self.magnitude is None else self.current_gain(dtype)
+
+        return compute() if self.training else self.kept("operands", compute, dtype)
+
+    def _traced_norms(self) -> Float[Tensor, "*experts out"]:
         """n by plain operations and an opaque one, computed in every pass of a graph, so that it is never stale.
 
         Rows that cancel of a layer whose weight cannot be read are not taken dense here.
@@ -287,25 +310,16 @@ class AdaptedLayer(nn.Module):
         squared = self.frozen_norms_squared() if recompute else self._kept[FROZEN][0]
         if factors is None:
             return functional.root(squared)
-        a, b = factors
         with functional.without_autocast(self.weight.device):
-            live = None
-            if not (self.weight_is_readable and detached):
-                on_A = self.frozen_on_rows(a)
-                live = functional.root(functional.factored_norms_squared(squared, a, b, on_A, self.adapter.scale))
+            if self.weight_is_readable and detached:
+                weight, (a, b) = self.as_matrix(self.weight).detach(), factors
+                return functional.norms_in_graph(weight, squared, a.detach(), b.detach(), self.adapter.scale)
+            live = functional.root(self.factored_norms_squared(squared))
             if not self.weight_is_readable:
-                assert live is not None
                 return live.detach() if detached else live
-            weight = self.as_matrix(self.weight).detach()
-            norms = functional.safe_norms(weight, squared, a.detach(), b.detach(), self.adapter.scale)
-            return norms if live is None else norms + (live - live.detach())
-
-    def magnitude_over_live_norm(self) -> Float[Tensor, "*experts out"] | None:
-        """m n / n_live: m's value, with the gradient through the norm that `detach_norm` leaves out."""
-        if self.magnitude is None:
-            return None
-        live = self.live_norms()
-        return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
+            weight, (a, b) = self.as_matrix(self.weight).detach(), factors
+            norms = functional.norms_in_graph(weight, squared, a.detach(), b.detach(), self.adapter.scale)
+            return norms + (live - live.detach())
 
     # -- merging ---------------------------------------------------------------------------------------------
 
@@ -353,7 +367,6 @@ class AdaptedLayer(nn.Module):
     def plain(self) -> nn.Module:
         """The layer that was here before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
-        unwatch(self.weight)
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
         return base.train(self.training)
 
@@ -397,6 +410,10 @@ class AdaptedLayer(nn.Module):
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.
         super().__setstate__(state)
         watch_optimizers()
+        for leaf in self.FILE_LEAVES:  # torch unpickles every parameter as a plain one
+            parameter: Any = self._parameters.get(leaf)
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = AdapterParameter
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

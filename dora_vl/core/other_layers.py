@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,8 +18,6 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.dropout import SHARED_DROPOUT
-from dora_vl.core.gain import NORM_RANGE, Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 
@@ -91,18 +90,17 @@ class ConvLayer(AdaptedLayer):
         a, b, gain = self.lora_A, self.lora_B, self.gain()
         probability = self.adapter.dropout if self.training and a is not None else 0.0
         dropped = F.dropout(input, probability) if probability else input
-        axes = self.weight.ndim - 2
+        axes, low_rank, frozen = self.weight.ndim - 2, None, None
         channel = (-1, *(1 for _ in range(axes)))
-        low_rank = None
         if a is not None and b is not None:
             hidden = self.convolve(dropped, a.to(output.dtype), None)
             low_rank = self.adapter.scale * (b.flatten(1).to(output.dtype) @ hidden.flatten(-axes))
             low_rank = low_rank.view_as(output)
         if probability and self.adapter.dropout_mode == "whole_change":
             frozen = self.convolve(dropped, weight, None)
-        else:
-            frozen = output if bias is None else output - bias.view(channel)
-        return functional.changed_output(output, frozen, low_rank, None if gain is None else gain.view(channel))
+        bias = None if bias is None else bias.view(channel)
+        minus_one = None if gain is None else (gain - 1).to(output.dtype).view(channel)
+        return functional.adapted_output(output, bias, low_rank, minus_one, frozen)
 
 
 class DoRAConv1d(ConvLayer, nn.Conv1d):
@@ -167,11 +165,11 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         self.refuse_what_would_not_train()
         rows = F.embedding(input, self.weight, self.padding_idx)
         if not self.merged:
-            low_rank = None
+            low_rank, gain = None, self.gain()
             if self.lora_A is not None and self.lora_B is not None:
                 hidden = F.embedding(input, self.lora_A.t(), self.padding_idx)
                 low_rank = (self.adapter.scale * F.linear(hidden, self.lora_B)).to(rows.dtype)
-            rows = functional.changed_output(rows, rows, low_rank, self.gain())
+            rows = functional.adapted_output(rows, None, low_rank, None if gain is None else (gain - 1).to(rows.dtype))
         return rows * self.output_factor if self.output_factor != 1 else rows
 
 
@@ -237,18 +235,14 @@ class ExpertsProjection(AdaptedLayer):
         """||W_e,i||^2 of every row of every expert."""
         return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
-    def norms_squared(self) -> Float[Tensor, "experts out"]:
-        """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
-        factors = self.factors()
+    def new_norms(self) -> Float[Tensor, "experts out"]:
+        """n of each expert without a gradient, computed."""
+        factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
-            return self.weight_norms_squared()
-        weight = self.frozen_matrix()
-        dtype = torch.promote_types(weight.dtype, NORM_RANGE)
-        with functional.without_autocast(weight.device):
-            a, b = (factor.to(weight.dtype) for factor in factors)
-            on_A, a, b = torch.bmm(weight, a.mT).to(dtype), a.to(dtype), b.to(dtype)
-            gram = torch.bmm(a, a.mT)
-            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.adapter.scale)
+            return functional.root(squared)
+        operands = zip(self.frozen_matrix().detach(), squared, *factors, strict=True)
+        with functional.without_autocast(self.weight.device):
+            return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """An expert at a time."""
@@ -279,47 +273,25 @@ class ExpertsProjection(AdaptedLayer):
             return products(rows, counts, self.as_matrix(self.weight), bias)
         if not len(rows):
             return rows.new_zeros(0, self.out_features)
-        dtype, none = rows.dtype, [None] * self.experts
-        factors = self.factors()
-        magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
-        gains = none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype)
+        none, scale = [None] * self.experts, self.adapter.scale
+        factors, minus_one = self.operands(rows.dtype)
         # unbind, not an index for each expert: the backward pass of an index is as large as all experts.
         weights = self.as_matrix(self.weight).unbind()
-        biases, magnitudes = (none if tensor is None else tensor.unbind() for tensor in (bias, magnitude))
-        all_A, all_B = (none, none) if factors is None else (factors[0].unbind(), factors[1].unbind())
+        biases, gains = (none if tensor is None else tensor.unbind() for tensor in (bias, minus_one))
+        pairs = none if factors is None else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True))
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change" and minus_one is not None
         outputs: list[Tensor] = []
         for expert, x in enumerate(rows.split(list(counts))):
             if not len(x):
                 continue
-            weight, b_e, m, gain = weights[expert].to(dtype), biases[expert], magnitudes[expert], gains[expert]
-            b_e = None if b_e is None else b_e.to(dtype)
-            lora_A, lora_B = all_A[expert], all_B[expert]
-            if probability and self.adapter.dropout_mode == "whole_change" and m is not None:
-                assert lora_A is not None
-                assert lora_B is not None
-                dropped_x = F.dropout(x, probability)
-                low_rank = F.linear(F.linear(dropped_x, lora_A.to(dtype)), lora_B.to(dtype)) * self.adapter.scale
-                full, frozen = functional.gain(m, self.norms()[expert]), F.linear(dropped_x, weight)
-                outputs.append(functional.changed_output(F.linear(x, weight, b_e), frozen, low_rank, full))
-                continue
-            dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
-            operands = (x, weight, b_e, lora_A, lora_B, m, gain, self.adapter.scale, dropped)
-            outputs.append(cast(Tensor, functional.AdaptedProduct.apply(*operands)))
+            weight, own_bias = weights[expert].to(x.dtype), biases[expert]
+            own_bias = None if own_bias is None else own_bias.to(x.dtype)
+            product_of = partial(F.linear, weight=weight, bias=own_bias)
+            masked = F.dropout(x, probability) if probability else None
+            operands = (x, product_of, own_bias, pairs[expert], gains[expert], scale, masked)
+            outputs.append(functional.adapted_linear(*operands, whole_change=whole_change))
         return torch.cat(outputs)
-
-    def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
-        """The gains of all experts in one go; those with a row that needs more care again, each alone."""
-        assert self.magnitude is not None
-        magnitude, squared = self.magnitude.detach(), self.norms_squared()
-        bias = None if bias is None else bias.detach()
-        quick = quick_gains(magnitude, self.weight_norms_squared(), squared, bias, dtype)
-        if None not in quick:
-            return cast("list[Gain]", quick)
-        norms = self.trusted_norms(squared)
-        biases = [None] * self.experts if bias is None else bias.unbind()
-        rows = zip(quick, functional.gain(magnitude, norms), norms, biases, strict=True)
-        return [gain or careful_gain(full, norm, expert_bias, dtype) for gain, full, norm, expert_bias in rows]
 
 
 def products(
@@ -375,7 +347,6 @@ class AdaptedExperts(nn.Module):
         (base,) = self._replaced
         for name, child in self._modules.items():
             if isinstance(child, ExpertsProjection):
-                unwatch(child.weight)
                 base.register_parameter(name, cast(nn.Parameter, child.weight))
         for name, parameter in self._parameters.items():
             base.register_parameter(name, parameter)

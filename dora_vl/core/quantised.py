@@ -16,15 +16,11 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
-from dora_vl.core.fast.products import triton_kernels
-from dora_vl.core.gain import Gain
-from dora_vl.core.layer import AdaptedLayer, is_traced
+from dora_vl.core.layer import is_traced
+from dora_vl.core.linear import LinearLayer
 from dora_vl.errors import UserError
 
 IDENTITY_ROWS = 256
@@ -177,76 +173,7 @@ class ProductOfPacked(torch.autograd.Function):
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
-class FusedChange(torch.autograd.Function):
-    """The change of f = W x + b, which the layer has given and differentiates itself, through the CUDA kernels.
-
-        y = g (f - b + h B^T) + b        h = s A x
-
-    f, x and h are kept, and of dropout its seed. Not y, which belongs to whoever reads it and may change it in place;
-    so no row needs g to be away from 0, and `gain` holds 1 / n in place of 1 / m.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0913 - the operands of the equation
-        ctx: Any,
-        frozen: Float[Tensor, "*batch out"],
-        x: Float[Tensor, "*batch in_"],
-        bias: Float[Tensor, " out"] | None,
-        lora_A: Float[Tensor, "rank in_"] | None,
-        lora_B: Float[Tensor, "out rank"] | None,
-        magnitude: Float[Tensor, " out"],
-        gain: Gain,
-        scale: float,
-        dropped: Dropped | None,
-    ) -> Float[Tensor, "*batch out"]:
-        """Runs the change; f and x in one dtype."""
-        rows = masked = x.reshape(-1, x.shape[-1])
-        kernels, hidden = triton_kernels(frozen), None
-        assert kernels is not None
-        if lora_A is not None and lora_B is not None:
-            if dropped is not None:
-                masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-            hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
-        y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
-        ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
-        saved_frozen = frozen if magnitude.requires_grad else None
-        ctx.save_for_backward(
-            rows if hidden is not None else None, bias, lora_A, lora_B, hidden, saved_frozen, positions
-        )
-        ctx.gain, ctx.scale, ctx.shapes = gain, scale, (frozen.shape, x.shape)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - `once_differentiable` hides the names
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of f, x, b, A, B and m."""
-        rows, bias, lora_A, lora_B, hidden, frozen, positions = ctx.saved_tensors
-        gain, needs = ctx.gain, ctx.needs_input_grad
-        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        product = None if frozen is None else frozen.reshape(dy.shape)
-        kernels = triton_kernels(dy)
-        assert kernels is not None
-        dz, dh, dm, db = kernels.backward_pass(dy, product, lora_B, bias, gain, ctx.scale, with_bias_sum=needs[2])
-        frozen_shape, input_shape = ctx.shapes
-        dx = dA = dB = None
-        if hidden is not None:
-            dropped = None if positions is None else Dropped(ctx.probability, positions)
-            if needs[1]:
-                dx = dh @ lora_A.to(dy.dtype)
-                dx = (dx if dropped is None else dropped.apply(dx)).view(input_shape)
-            masked = rows if dropped is None else dropped.apply(rows)
-            dA = (dh.t() @ masked).to(lora_A.dtype)
-            unscaled = (dy.t() @ hidden).to(lora_B.dtype)
-            dB = gain.full[:, None] * unscaled
-            if dm is not None:  # what h B^T adds to the product that m scales
-                dm = dm + gain.per_magnitude * (lora_B * unscaled).sum(dim=1)
-        db = None if db is None else -gain.minus_one * db  # f has b's gradient too, times g
-        return dz.view(frozen_shape), dx, db, dA, dB, dm, None, None, None
-
-
-class QuantisedLinear(AdaptedLayer):
+class QuantisedLinear(LinearLayer):
     """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
 
     weight_is_readable: ClassVar[bool] = False
@@ -267,49 +194,14 @@ class QuantisedLinear(AdaptedLayer):
         """The layer's own."""
         return cast("Tensor | None", self.base.bias)
 
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.out_features, self.in_features
-
     def compute_dtype(self) -> torch.dtype:
         """The dtype of W."""
         return self.kind.dtype(self.base)
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
+        """y = g (base(x) - b + s B A x) + b."""
         self.refuse_what_would_not_train()
-        output, (a, b) = self.base(input), self.factors() or (None, None)
-        probability = self.adapter.dropout if self.training and a is not None else 0.0
-        whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change"
-        if not whole_change and self._kernels_run(input, output):
-            dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
-            gain = self.kept("gain", lambda: self._gain_over_norm(output.dtype), output.dtype)
-            operands = (output, input, self.bias, a, b, self.magnitude, gain, self.adapter.scale, dropped)
-            return cast(Tensor, FusedChange.apply(*operands))
-        gain = self.gain()
-        dropped_input = input
-        if whole_change or (probability and torch.compiler.is_compiling()):
-            dropped_input = F.dropout(input, probability)
-        elif probability:
-            dropped_input = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
-        low_rank = None
-        if a is not None and b is not None:
-            low_rank = self.adapter.scale * F.linear(F.linear(dropped_input, a.to(input.dtype)), b.to(input.dtype))
-            low_rank = low_rank.to(output.dtype)
-        frozen = self._without_bias(self.base(dropped_input) if whole_change else output)
-        return functional.changed_output(output, frozen, low_rank, gain)
-
-    def _kernels_run(self, input: Tensor, output: Tensor) -> bool:
-        """Whether the CUDA kernels take this pass; not where they are not there, or the norm's gradient is wanted."""
-        live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
-        if is_traced() or self.magnitude is None or live_norm or input.dtype != output.dtype:
-            return False
-        return triton_kernels(output) is not None
-
-    def _gain_over_norm(self, dtype: torch.dtype) -> Gain:
-        norms = self.norms()
-        full = functional.gain(cast(Tensor, self.magnitude).detach(), norms)
-        return Gain(full, (full - 1).to(dtype), torch.where(norms > 0, norms.reciprocal(), 0.0))
+        return self.adapted(input, self.base, self.bias)
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
@@ -328,13 +220,17 @@ class QuantisedLinear(AdaptedLayer):
 
     # -- the norm ----------------------------------------------------------------------------------------------
 
-    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
-        """The frozen weight applied to rows, without the bias; W is dequantised anew for the backward pass."""
+    def new_norms(self) -> Float[Tensor, " out"]:
+        """n without a gradient, computed; of a layer that can only be called by its product."""
+        return self.live_norms() if self.kind.weight is None else super().new_norms()
+
+    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "out rows"]:
+        """W A^T of rows A, without the bias; W is dequantised anew for the backward pass."""
         if self.kind.weight is None:
-            return self._without_bias(self.base(rows.to(self.compute_dtype())))
+            return self._without_bias(self.base(rows.to(self.compute_dtype()))).t()
         if is_traced():
             return super().frozen_on_rows(rows)
-        return cast(Tensor, ProductOfPacked.apply(rows, self.frozen_matrix))
+        return cast(Tensor, ProductOfPacked.apply(rows, self.frozen_matrix)).t()
 
     def frozen_matrix(self) -> Float[Tensor, "out in_"]:
         """W, made for the one who asks."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
-from dora_vl.core.gain import Gain, apply_gain, careful_gain
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between
 
@@ -133,10 +132,10 @@ class RowChange:
     """Of no rows for a magnitude alone."""
     scaled_B: Float[Tensor, "rank out"]
     """(s B)^T, so that adapters can lie one after another in one matrix."""
-    gain: Gain | None
-    """None for plain LoRA."""
+    minus_one: Float[Tensor, " out"] | None
+    """The gain minus one; None for plain LoRA."""
     by_strength: GainByStrength | None = None
-    """Likewise."""
+    """What the gain at another strength is made of; None for plain LoRA."""
 
     @classmethod
     @torch.no_grad()
@@ -145,16 +144,15 @@ class RowChange:
         (rows, columns), like = layer.matrix_shape(), layer.weight
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
-        gain = None if full is None else careful_gain(full, layer.norms(), layer.bias, dtype)
+        minus_one = None if full is None else (full - 1).to(dtype)
         scaled_b = (b.to(dtype) * layer.adapter.scale).t().contiguous()
-        return cls(a.to(dtype).contiguous(), scaled_b, gain, GainByStrength.of(layer))
+        return cls(a.to(dtype).contiguous(), scaled_b, minus_one, GainByStrength.of(layer))
 
-    def gain_at(self, strength: float, bias: Float[Tensor, " out"] | None) -> Gain | None:
-        """That of a share of the adapter."""
+    def minus_one_at(self, strength: float) -> Float[Tensor, " out"] | None:
+        """The gain minus one of a share of the adapter."""
         if strength == 1 or self.by_strength is None:
-            return self.gain
-        full, norms = self.by_strength.at(strength), self.by_strength.norms_at(strength)
-        return careful_gain(full, norms, bias, self.scaled_B.dtype)
+            return self.minus_one
+        return (self.by_strength.at(strength) - 1).to(self.scaled_B.dtype)
 
 
 class RowLayer(nn.Module):
@@ -218,7 +216,7 @@ class RowLayer(nn.Module):
         self._changes, self._layout = dict(changes), tuple(zip(changes, ranks, strict=True))
 
     def _forget_shares(self) -> None:
-        self._gains: dict[Share, Gain | None] = {}
+        self._gains: dict[Share, Tensor | None] = {}
         self._between: dict[Share, nn.Module] = {}
         self._table: tuple[tuple[Share, ...], Tensor] | None = None
 
@@ -231,46 +229,43 @@ class RowLayer(nn.Module):
         output = self.base(*inputs, **named)
         changed = [run for run in runs if run.key in self._changes]
         if len(changed) > 1 and inputs[0].numel() // inputs[0].shape[-1] * len(self._all_A) <= ONE_PRODUCT:
-            self._change_in_one_product_(output, inputs[0])
+            output = self._changed_in_one_product(output, inputs[0])
         else:
             for run in changed:
-                self._change_(output[run.rows], inputs[0][run.rows], cast(Share, run.share))
+                output[run.rows] = self._changed(output[run.rows], inputs[0][run.rows], cast(Share, run.share))
         for run in runs:
             if run.key in self._own:
                 output[run.rows] = self._own_layer(run)(inputs[0][run.rows], *inputs[1:], **named)
         return output
 
-    def _change_in_one_product_(self, output: Tensor, x: Tensor) -> None:
+    def _changed_in_one_product(self, output: Tensor, x: Tensor) -> Tensor:
         chosen = self._batch.choice(self.axis, self._layout, x)
         each_row = (len(x), *(1,) * (x.dim() - 2), -1)
-        hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
         # A row without an adapter has zeros for both, and keeps its bits.
-        output.view(-1, output.shape[-1]).addmm_(hidden.flatten(end_dim=-2), self._all_B.to(output.dtype))
-        minus_one = self._gains_minus_one(chosen.shares)[chosen.gain_index]
-        apply_gain(output, self.base.bias, minus_one.view(each_row))
+        hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
+        minus_one = self._gains_minus_one(chosen.shares)[chosen.gain_index].view(each_row)
+        low_rank = (hidden @ self._all_B.to(x.dtype)).to(output.dtype)
+        return functional.adapted_output(output, self.base.bias, low_rank, minus_one)
 
-    def _change_(self, output: Tensor, x: Tensor, share: Share) -> None:
-        change, rows = self._changes[share.key], x.flatten(end_dim=-2)
-        hidden = b = None
+    def _changed(self, output: Tensor, x: Tensor, share: Share) -> Tensor:
+        change, low_rank = self._changes[share.key], None
         if len(change.lora_A):
-            hidden, b = F.linear(rows, change.lora_A.to(rows.dtype)), change.scaled_B.t()
-            if share.strength != 1:
-                hidden.mul_(share.strength)
-        functional.changed_product_(output.view(-1, output.shape[-1]), hidden, b, self.base.bias, self._gain(share))
+            hidden = share.strength * F.linear(x, change.lora_A.to(x.dtype))
+            low_rank = (hidden @ change.scaled_B.to(x.dtype)).to(output.dtype)
+        return functional.adapted_output(output, self.base.bias, low_rank, self._minus_one(share))
 
-    def _gain(self, share: Share) -> Gain | None:
+    def _minus_one(self, share: Share) -> Tensor | None:
         change = self._changes[share.key]
         if share.strength == 1:
-            return change.gain
-        return kept(self._gains, KEPT_GAINS, share, lambda: change.gain_at(share.strength, self.base.bias))
+            return change.minus_one
+        return kept(self._gains, KEPT_GAINS, share, lambda: change.minus_one_at(share.strength))
 
     def _gains_minus_one(self, shares: tuple[Share, ...]) -> Float[Tensor, "base_and_shares out"]:
         """The base's gain minus one, which is 0, and that of each share."""
         if self._table is None or self._table[0] != shares:
             zero = self._all_B.new_zeros(self._all_B.shape[1])
-            gains = [self._gain(share) for share in shares]
-            table = torch.stack([zero, *(zero if gain is None else gain.minus_one for gain in gains)])
-            self._table = shares, table
+            gains = [self._minus_one(share) for share in shares]
+            self._table = shares, torch.stack([zero, *(zero if gain is None else gain for gain in gains)])
         return self._table[1]
 
     def _own_layer(self, run: Run) -> nn.Module:

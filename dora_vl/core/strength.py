@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.linear import ProductLayer
 from dora_vl.errors import UserError, shown
 
 MOST_STRENGTH = 10.0
@@ -119,8 +118,6 @@ def layer_between(base: nn.Module, changed: Module, strength: float) -> Module:
         if changed.magnitude is not None:
             norms = functional.root(changed.weight_norms_squared())
             adapted.magnitude = _frozen(magnitude_between(norms, changed.magnitude, strength))
-        if isinstance(adapted, ProductLayer):
-            adapted.family = None  # that of the layers which the model has
         adapted.forget_norms()
     return between
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import apply_dora, functional
-from dora_vl.core.gain import WatchedParameter, unwatch
+from dora_vl.core.gain import AdapterParameter
 from tests.core.dense_dora import assert_fresh, config, dense_dora, moved_layer
 
 
@@ -52,7 +52,7 @@ def test_after_a_change_of_dtype_or_scale():
     assert_fresh(layer)
 
 
-@pytest.mark.parametrize("leaf", ["lora_A", "lora_B", "magnitude", "weight"])
+@pytest.mark.parametrize("leaf", ["lora_A", "lora_B", "magnitude"])
 @pytest.mark.parametrize("training", [True, False])
 def test_writes_through_data_are_seen(leaf, training):
     layer = moved_layer(config()).train(training)
@@ -70,6 +70,19 @@ def test_writes_through_data_are_seen(leaf, training):
     assert_fresh(layer)
 
 
+def test_a_frozen_weight_that_is_edited_or_replaced():
+    """What is written through its `.data` is not counted; the docs say so."""
+    layer = moved_layer(config()).eval()
+    for edit in (
+        lambda weight: weight.detach().mul_(1.3),
+        lambda weight: setattr(weight, "data", weight.data * 1.4),
+        lambda weight: weight.data.mul_(1.2) is layer.forget_norms(frozen=True),
+    ):
+        assert_fresh(layer)
+        edit(layer.weight)
+        assert_fresh(layer)
+
+
 def test_an_edit_that_leaves_no_trace_is_seen_when_it_is_said():
     """The call without `frozen` costs no pass over W, since hand-written optimizers make it at every step."""
     layer = moved_layer(config()).eval()
@@ -85,18 +98,16 @@ def test_an_edit_that_leaves_no_trace_is_seen_when_it_is_said():
     assert_fresh(layer)
 
 
-def test_watched_parameters_are_parameters_everywhere_else(tmp_path):
+def test_an_adapters_parameters_are_parameters_everywhere_else(tmp_path):
     layer = moved_layer(config())
     assert_fresh(layer)
     parameter = layer.lora_B
-    assert type(parameter) is WatchedParameter
+    assert type(parameter) is AdapterParameter
     parameter.data = parameter.data.clone()
     torch.save({"one": parameter, "state": layer.state_dict()}, tmp_path / "file.pt")
     loaded = torch.load(tmp_path / "file.pt", weights_only=True)
     assert type(loaded["one"]) is nn.Parameter
     assert torch.equal(loaded["one"], parameter)
-    unwatch(parameter)
-    assert type(parameter) is nn.Parameter
 
 
 def test_copies_follow_their_own_parameters():
@@ -170,13 +181,13 @@ class Block(nn.Module):
 @pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
 def test_one_norm_a_layer_and_step(monkeypatch, kind, mode):
     calls: list[int] = []
-    computed = functional.with_growth
+    computed = functional.factored_norms_squared
 
-    def counted(frozen, *operands):
-        calls.extend([1] * (frozen.numel() // frozen.shape[-1]))  # one for each layer of a family
-        return computed(frozen, *operands)
+    def counted(*operands):
+        calls.append(1)
+        return computed(*operands)
 
-    monkeypatch.setattr(functional, "with_growth", counted)
+    monkeypatch.setattr(functional, "factored_norms_squared", counted)
     model = nn.Sequential(Block(), Block())
     apply_dora(model, config(dropout=0.2, dropout_mode=mode))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -65,7 +65,6 @@ def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_with_tiny_gain(bias):
-    """z of a row cannot be rebuilt from y when g is nearly 0, and not at all when it is 0."""
     layer = moved_layer(config(), bias=bias)
     with torch.no_grad():
         layer.magnitude[0], layer.magnitude[1], layer.magnitude[2] = 0.0, 1e-9, -1e-3
@@ -127,7 +126,6 @@ def test_autocast_computes_in_half_precision_with_float32_gradients(method):
 
 
 def test_half_precision_gradients_stay_near_float32():
-    """z rebuilt from a bfloat16 y must not cost the magnitude its gradient, bias included."""
     torch.manual_seed(0)
     layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=33)
     half = copy.deepcopy(layer)
@@ -141,6 +139,7 @@ def test_half_precision_gradients_stay_near_float32():
 
 
 def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
+    """W x + b is what is kept, as PEFT keeps it: such a bias hides three of its digits."""
     torch.manual_seed(0)
     layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=48)
     with torch.no_grad():
@@ -151,7 +150,7 @@ def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
     y.backward(upstream.double())
     expected = leaves["magnitude"].grad
     error = float((layer.magnitude.grad - expected).abs().max() / expected.abs().max())
-    assert error < 2e-6, error
+    assert error < 1e-4, error
 
 
 EDITS = {

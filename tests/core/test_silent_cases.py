@@ -27,7 +27,7 @@ from tests.core.test_layers import KINDS, input_of, moved
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_a_zero_row_whose_output_is_edited_in_place(monkeypatch, smallest, edit, detach_norm) -> None:
     """B has left 0 and the magnitude not yet: the row's g is 0, and its gradient in m is that over n."""
-    monkeypatch.setattr(cpu_step, "SMALLEST_OUTPUT", smallest)
+    monkeypatch.setattr(cpu_step, "SMALLEST", smallest)
     torch.manual_seed(0)
     layer = DoRALinear(nn.Linear(6, 5), config(detach_norm=detach_norm))
     with torch.no_grad():

@@ -176,7 +176,7 @@ def real_step(ids: Tensor, **changes: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
 def test_the_imagined_step_has_the_dropout_of_the_real_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU keeps of dropout on the low-rank path a seed alone: what a step without dropout keeps."""
-    monkeypatch.setattr(cpu_step, "SMALLEST_OUTPUT", 2**60)
+    monkeypatch.setattr(cpu_step, "SMALLEST", 2**60)
     ids = torch.randint(64, (4, 48))
     loss = SquaredLogits("meta", dropout=0.05, dropout_mode=mode).train()
     imagined = imagine_step(loss, loss.model.lm_head, {"input_ids": ids})

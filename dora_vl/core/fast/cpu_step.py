@@ -1,8 +1,7 @@
-"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp`, where there is a compiler.
+"""The passes of an adapted linear layer on a CPU as compiled operations, `cpu_step.cpp`, where there is a compiler.
 
-Between the matrix products a DoRA layer does little, but in Python that little is some forty operations a layer and
-step, a twentieth of the step of a 135M-parameter model; and the gain is applied in three passes over memory where one
-would do. Compiled, a layer is one operation each way, and its norm is taken while the frozen weight is in the cache.
+Between the matrix products a DoRA layer does little, but in torch's operations that little is three passes over memory
+where one would do, and for a decoded token a dozen calls that cost more than their arithmetic.
 
 The source is compiled at the first pass that is large enough to gain by it, once for a machine (about 20 seconds), by
 torch's own extension builder, into its cache. Without a compiler, or with DORA_VL_CPU_STEP=0, `functional.py` runs.
@@ -23,21 +22,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 SWITCH = "DORA_VL_CPU_STEP"
 """Set to 0 in the environment before the first pass, nothing is compiled and `functional.py` runs everywhere."""
-SMALLEST_OUTPUT = 2**16
-"""Numbers of an output below which nothing is compiled: a toy would wait for what it cannot gain."""
-SMALLEST_WEIGHT = 2**18
-"""The same for a pass without a graph, whose gain is in its calls and not in its rows."""
+SMALLEST = 2**16
+"""With fewer numbers in an output and in a weight nothing is compiled: a toy would wait for what it cannot gain."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
 FINISHED = "finished-{}.so"
 """The library's name with its content's hash, once it is whole: another process may be half through the one beside."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers."""
+
+
+def runs(dtype: torch.dtype, numbers: int) -> bool:
+    """Whether a pass over so many numbers, of an output or of a weight, runs compiled."""
+    return dtype in DTYPES and numbers >= SMALLEST and compiled_operations() is not None
+
+
+def output(
+    product: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, gain: Any, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`functional.output`."""
+    return torch.ops.dora_vl_cpu.output(product, x, a, b, bias, gain.full, scale)
+
+
+def gradients(
+    dy: Tensor, product: Tensor, b: Tensor, bias: Tensor | None, gain: Any, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`functional.gradients`."""
+    return torch.ops.dora_vl_cpu.gradients(dy, product, b, bias, gain.full, scale)
+
+
+def norms(weight: Tensor, weight_norms_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """`functional.norms`."""
+    return torch.ops.dora_vl_cpu.norms(weight, weight_norms_squared, lora_A, lora_B, scale)
 
 
 @cache
@@ -78,7 +100,7 @@ def _compile() -> None:
             raise PermissionError(f"{path} may have been written by others; remove it")
     for library in finished:
         if library.name == FINISHED.format(hashlib.sha256(library.read_bytes()).hexdigest()):
-            if not hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
+            if not hasattr(torch.ops.dora_vl_cpu, "output"):  # a second registration would end the process
                 torch.ops.load_library(str(library))
             return
     log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)

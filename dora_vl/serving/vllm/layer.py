@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dora_vl.core import functional
-from dora_vl.core.gain import apply_gain
 from dora_vl.core.quantised import columns_by_product
 from dora_vl.errors import shown_names
 
@@ -143,7 +142,7 @@ def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: S
         if part is None:
             continue
         a, b, frozen = part.lora_A.to(layer.device), part.lora_B.to(layer.device), norms_squared[rows]
-        squared = layer.total(functional.factored_norms_squared(frozen, a, b, next(products)[:, rows], 1.0))
+        squared = layer.total(functional.factored_norms_squared(frozen, a, b, next(products)[:, rows].t(), 1.0))
         norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
         if cancelled.numel():  # those rows from the dense direction
             dense = functional.dense_direction(layer.rows(rows[cancelled]), a, b[cancelled], 1.0)
@@ -226,7 +225,7 @@ class DoRALayer(Wrapper):
         self._recovered: FrozenLayer | None = None  # what took a pass over the identity; a weight is looked at anew
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """vLLM's W x + B A x + b, then each row's gains, in place.
+        """vLLM's W x + B A x + b, then each row's gains.
 
         vLLM gives `bias` where the output has it inside: not on later ranks of a row-parallel layer, nor where the
         model adds it itself.
@@ -238,8 +237,8 @@ class DoRALayer(Wrapper):
         flat = y.view(-1, y.shape[-1])
         slots = self.punica_wrapper._token_lora_indices[: flat.shape[0]]
         rows = slots.add(1).clamp_(0, self.dora_minus_one.shape[0] - 1)
-        apply_gain(flat, bias, self.dora_minus_one.index_select(0, rows).to(flat.dtype))
-        return y
+        minus_one = self.dora_minus_one.index_select(0, rows).to(flat.dtype)
+        return functional.adapted_output(flat, bias, None, minus_one).view(y.shape)
 
     def put_dora(self, slot: int, minus_one: Float[Tensor, " out"] | None) -> None:
         """Writes a slot's row whole, so that nothing stays of the adapter before; None is one without magnitudes."""

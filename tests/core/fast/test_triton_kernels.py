@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.core.fast import products
-from dora_vl.core.fast.products import SWITCH, triton_kernels
+from dora_vl.core.fast import kernels
+from dora_vl.core.fast.kernels import SWITCH, kernels_for, triton_kernels
 
 ROOT = Path(__file__).parents[3]
 LOWEST = "3.9"
@@ -37,7 +37,7 @@ def run_checks(file: str, marked: str, **environment: str) -> None:
 
 @quick_and_slow
 def test_kernels_equal_torch_in_the_interpreter(marked):
-    run_checks("triton_checks.py", marked, TRITON_INTERPRET="1")
+    run_checks("triton_checks.py", marked, TRITON_INTERPRET="1", DORA_VL_CPU_STEP="0")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -53,9 +53,9 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv(SWITCH, raising=False)
-    products._kernels.clear()
+    kernels._kernels.clear()
     yield
-    products._kernels.clear()
+    kernels._kernels.clear()
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -63,10 +63,11 @@ def test_where_kernels_run_and_what_turns_them_off(monkeypatch):
     assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is not None
     assert triton_kernels(torch.empty(1, dtype=torch.float64)) is None
     assert triton_kernels(torch.empty(1, device="meta")) is None
-    with products.without_kernels():
-        assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
+    assert kernels_for(torch.empty(1, dtype=torch.bfloat16), 1) is not None
+    with kernels.without_kernels():
+        assert kernels_for(torch.empty(1, dtype=torch.bfloat16), 1) is None
     monkeypatch.setenv(SWITCH, "0")
-    products._kernels.clear()
+    kernels._kernels.clear()
     assert triton_kernels(torch.empty(1, dtype=torch.bfloat16)) is None
 
 
@@ -75,7 +76,7 @@ def test_where_kernels_run_and_what_turns_them_off(monkeypatch):
 @pytest.mark.parametrize("tiles", ["fixed", "timed"])
 def test_kernels_on_a_gpu(monkeypatch, tiles):
     monkeypatch.delenv(SWITCH, raising=False)
-    products._kernels.clear()
+    kernels._kernels.clear()
     assert triton_kernels(torch.empty(1, device="cuda")) is not None
     assert triton_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
     run_checks("triton_checks.py", "slow or not slow", CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)

@@ -62,27 +62,20 @@ def case_of(name: str, dtype: torch.dtype, rank: int, precision: str = "tf32") -
     """A kernel with the types of its tensors and its constants but tiles."""
     pointer, size = POINTERS[dtype], torch.empty((), dtype=dtype).element_size()
     products = {"WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": min(padded(rank), 32)}
-    flags = dict.fromkeys(("HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"), True)
-    floats = dict.fromkeys(("dh", "magnitude_parts", "bias_parts", "per_magnitude", "dh_parts", "dm", "db"), "*fp32")
+    floats = dict.fromkeys(("dh", "magnitude_parts", "bias_parts", "dh_parts", "dm", "db"), "*fp32")
     floats |= dict.fromkeys(("frozen", "squared", "trusted"), "*fp32") | {"scale": "fp32", "cancellation": "fp32"}
-    names = ("product", "y", "hidden", "factor", "bias", "minus_one", "dy", "kept", "dz", "source", "copy", "base")
-    types = {**dict.fromkeys((*names, "changed", "weight_on_A", "gram", "weight"), pointer), **floats, "seed": "*i64"}
+    names = ("product", "y", "hidden", "factor", "bias", "minus_one", "dy", "dz", "weight_on_A", "gram", "weight")
+    types = {**dict.fromkeys(names, pointer), **floats}
     match name:
         case "output":
             block = min(padded(rank), kernels.RANK_BLOCK_BYTES // size)
-            flags = {"HAS_BIAS": True, "HAS_LOW_RANK": True}
-            return kernels.OUTPUT, types, {**products, **flags, "BLOCK_RANK": block}
+            return kernels.OUTPUT, types, {**products, "HAS_BIAS": True, "BLOCK_RANK": block}
         case "backward":
+            flags = {"HAS_BIAS": True, "HAS_LOW_RANK": True}
             return kernels.BACKWARD, types, {**products, **flags, "BLOCK_RANK": padded(rank)}
-        case "masked product":
-            return kernels.MASKED_PRODUCT, types, products
         case "sums":
             tile = {"BLOCK_PARTS": 32, "BLOCK_OUT": kernels.SUMMED_COLUMNS, "BLOCK_HIDDEN": kernels.SUMMED_HIDDEN}
-            flags = dict.fromkeys(("HAS_KEPT", "SUM_BIAS", "SUM_HIDDEN"), True)
-            return kernels._sums_kernel, types | {"dh": pointer}, flags | tile
-        case "masked copy":
-            tile = {"BLOCK_ROWS": kernels.COPIED_ROWS, "BLOCK_COLUMNS": kernels.COPIED_COLUMNS}
-            return kernels._masked_copy_kernel, types, tile
+            return kernels._sums_kernel, types | {"dh": pointer}, {"SUM_HIDDEN": True} | tile
         case "squared norms":
             return kernels._squared_kernel, types, {**products, "BLOCK_ROWS": kernels.ROWS}
     tile = {"BLOCK_ROWS": kernels.CAREFUL_ROWS, "BLOCK_COLUMNS": kernels.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
@@ -91,7 +84,7 @@ def case_of(name: str, dtype: torch.dtype, rank: int, precision: str = "tf32") -
 
 def tiles_of(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], rows: int = 4096) -> list[Config]:
     """Those that fit, the fixed one first; of a kernel without a choice what needs none."""
-    tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one", "changed")}
+    tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one")}
     return kernel.fitting({"rows": rows, **tensors, **constants}) if isinstance(kernel, TiledKernel) else [Config({})]
 
 
@@ -109,13 +102,13 @@ def assert_fits(folder: Path, name: str, dtype: torch.dtype, rank: int, capabili
 
 
 needs_tool = pytest.mark.skipif(not TOOL.is_file(), reason="this Triton brings no cuobjdump")
-SINGLE = ("sums", "masked copy", "squared norms", "careful norms")
+SINGLE = ("sums", "squared norms", "careful norms")
 
 
 @needs_tool
 @pytest.mark.parametrize(
     ("name", "rank"),
-    [("output", 16), ("backward", 16), ("masked product", 128), *((name, 128) for name in SINGLE)]
+    [("output", 16), ("backward", 16), *((name, 128) for name in SINGLE)]
     + [pytest.param(name, 256, marks=pytest.mark.slow) for name in ("output", "backward")],
 )
 def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, name, rank):
@@ -136,7 +129,7 @@ def test_on_other_cards_and_in_other_dtypes(tmp_path, name, dtype, rank, rows, c
 @needs_tool
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
-@pytest.mark.parametrize("name", ["masked product", *SINGLE])
+@pytest.mark.parametrize("name", SINGLE)
 def test_the_other_kernels_on_other_cards(tmp_path, name, capability):
     assert_fits(tmp_path, name, torch.bfloat16, 128, capability)
 
@@ -157,8 +150,7 @@ def test_every_tile_that_is_timed_compiles(name, rank):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["output", *(pytest.param(name, marks=pytest.mark.slow) for name in ("backward", "masked product", *SINGLE))],
+    "name", ["output", *(pytest.param(name, marks=pytest.mark.slow) for name in ("backward", *SINGLE))]
 )
 def test_sizes_of_one_become_constants_in_a_launch(name):
     """Triton compiles an argument that is 1 into the kernel; rank 1 and a single row of decoding are such."""

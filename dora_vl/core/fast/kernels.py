@@ -1,0 +1,65 @@
+"""Whether a file of kernels runs: Triton's on CUDA, C++ on a CPU; without them `functional.py` does the same."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dora_vl.core.fast import cpu_step
+
+SWITCH = "DORA_VL_TRITON"
+"""Set to 0 in the environment before the first pass, the eager operations are used everywhere on CUDA."""
+OLDEST_CAPABILITY = (8, 0)
+"""Of the GPU: the first with bfloat16 matrix products."""
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Activations and weights of these run in Triton's kernels."""
+_left_out: list[None] = []
+"""As many as blocks of `without_kernels` are open."""
+_kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+"""What `triton_kernels` answers, once it was asked."""
+
+
+def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
+    """The module whose `output`, `gradients` and norms take tensors like this one; None where there is none.
+
+    `numbers` of an output or a weight say whether C++ is worth compiling.
+    """
+    if _left_out:
+        return None
+    if tensor.device.type == "cpu" and cpu_step.runs(tensor.dtype, numbers):
+        return cpu_step
+    return triton_kernels(tensor)
+
+
+def triton_kernels(tensor: Tensor) -> ModuleType | None:
+    """Triton's kernels for activations and weights like `tensor`, imported once they are wanted.
+
+    The environment and the card decide, once for a device and dtype.
+    """
+    key = tensor.device, tensor.dtype
+    if key not in _kernels:
+        _kernels[key] = None
+        on_gpu = tensor.device.type == "cuda"
+        may_run = on_gpu or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+        is_old = on_gpu and torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
+        installed = importlib.util.find_spec("triton") is not None
+        if may_run and not is_old and tensor.dtype in DTYPES and os.environ.get(SWITCH) != "0" and installed:
+            _kernels[key] = importlib.import_module("dora_vl.core.fast.triton")
+    return _kernels[key]
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """The eager operations inside the block, for comparisons; a backward pass belongs into the block of its forward."""
+    _left_out.append(None)
+    try:
+        yield
+    finally:
+        _left_out.pop()
