@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.backbones import register_with_transformers
-
 if TYPE_CHECKING:
     from dora_vl.adapters.folder import load_adapter as load_adapter
     from dora_vl.adapters.folder import save_adapter as save_adapter
@@ -48,7 +46,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dora_vl' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(import_module(_HOMES[name]), name)
-
-
-# Not an import: transformers learns of our vision tower when, and only when, it is imported itself.
-register_with_transformers()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +256,6 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     import transformers
 
     check_attention("config.json", config)
-    import_module("transformers.models.auto.modeling_auto")  # with it `dora_vl` registers our towers
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):
         return None

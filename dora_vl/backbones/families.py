@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from dora_vl.backbones import register_towers
 from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 
@@ -118,6 +119,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
 def config_of(base: str, revision: str | None = None) -> Any:
     """The config of a folder or hub id."""
+    register_towers()
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
     if config.model_type == LLAVA:

@@ -1,8 +1,4 @@
-"""Which vision network a run names, and the config that a grid tower is saved with.
-
-Needs transformers' config class and nothing heavier: the registration imports this file while transformers'
-`modeling_utils`, which `towers` needs, may itself be halfway through its import.
-"""
+"""The config that a grid tower is saved with."""
 
 from __future__ import annotations
 
@@ -54,9 +50,3 @@ class GridTowerConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
         return self.image_size // (self.grid_pool or self.grid_side)
-
-
-# Not at the top: importing the table runs the registration's hook, which imports this module.
-from transformers.models.auto.configuration_auto import AutoConfig  # noqa: E402
-
-AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)

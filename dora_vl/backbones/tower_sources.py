@@ -24,6 +24,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.loading import (
     LanguageModel,
     add_image_token,
@@ -287,6 +288,7 @@ def _language(spec: ComposeSpec) -> LanguageModel:
 
 def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForConditionalGeneration:
     """The two parts and a fresh projector as one model, nothing copied that need not be."""
+    register_towers()
     config = LlavaConfig(
         vision_config=tower.model.config,
         text_config=language.config,

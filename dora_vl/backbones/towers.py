@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from dora_vl.backbones.tower_config import GridTowerConfig
@@ -245,9 +246,3 @@ class ImagePreparation:
         """A hash of everything that changes the pixels."""
         stated = {"aspect": self.aspect, "reading": READING, **dataclasses.asdict(self.preparation)}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
-
-
-# Not at the top: importing the table runs the registration's hook, which imports this module.
-from transformers.models.auto.modeling_auto import AutoModel  # noqa: E402
-
-AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)

@@ -279,7 +279,7 @@ class AdaptedLayer(nn.Module):
 
         def compute() -> Gain:
             norms = self.norms()
-            full = functional.gain(cast(Tensor, self.magnitude), norms)
+            full = functional.gain(cast(Tensor, self.magnitude), norms).to(functional.accumulation_dtype(dtype))
             return Gain(full, (full - 1).to(dtype), norms)
 
         return self.kept("gain", compute, dtype)

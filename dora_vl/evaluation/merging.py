@@ -26,6 +26,7 @@ from dora_vl.adapters.gguf import export_gguf, refuse_gguf_base, refuse_gguf_tar
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.places import resolved_layers
@@ -136,6 +137,7 @@ def _incomparable(plan: Plan) -> str:
         return "whose base was quantised for training (--check compares answers)"
     if plan.adapter.input_axis:
         return "whose magnitudes are one an input column"
+    register_towers()
     model = skeleton(config_in(plan.base))
     if model is None:
         return "of whose class transformers has none"
@@ -147,6 +149,7 @@ def _incomparable(plan: Plan) -> str:
 @torch.no_grad()
 def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
     """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    register_towers()
     shell = skeleton(config_in(folder))
     with opening(f"{folder} cannot be opened"):
         model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
@@ -250,6 +253,7 @@ def _refuse(arguments: argparse.Namespace, target: Path, base: Path) -> None:
 
 
 def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    register_towers()
     model = skeleton(config_in(plan.base))
     if model is None:
         raise UserError(

@@ -28,6 +28,7 @@ from dora_vl.adapters.folder import load_adapter, no_adapter
 from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
 from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import Attention, Backbone, max_positions
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
@@ -359,6 +360,7 @@ def _open_vlbart(source: ModelSource) -> Opened:
 def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
     """Writes an export's files as a model folder in float32, with the base's tokenizer, so that it can be asked."""
     language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
+    register_towers()
     with BaseWeights(base_folder) as base:
         shell = skeleton(base.config)
         config = copy.deepcopy(shell.config)
