@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from benchmarks.contenders import Layer, activation_loss, contender, take_turns, train_step
 from benchmarks.gpu_checks import Check, checks, compiled_check
 from benchmarks.report import table, write_json
-from dora_vl.core.fast.products import without_kernels
+from dora_vl.core.fast.kernels import without_kernels
 
 COLOURS = {
     "frozen": "#bbbbbb",

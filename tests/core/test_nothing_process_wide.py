@@ -27,12 +27,13 @@ def kept(space):
 
 
 def process():
-    hooks = {name: list(getattr(nn.modules.module, name) or ()) for name in MODULE_HOOKS}
     return {
-        'finders': list(sys.meta_path), 'path': list(sys.path), 'path hooks': list(sys.path_hooks), 'hook': sys.excepthook,
-        'environment': dict(os.environ), 'signals': [signal.getsignal(n) for n in range(1, 32)],
-        'threads': threading.active_count(), 'own tables': (len(CONFIG_MAPPING._extra_content), len(MODEL_MAPPING._extra_content)),
-        'numbers': (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()), 'module hooks': hooks,
+        'finders': (list(sys.meta_path), list(sys.path), list(sys.path_hooks)),
+        'process': (sys.excepthook, dict(os.environ), [signal.getsignal(n) for n in range(1, 32)]),
+        'threads': threading.active_count(),
+        'tables': (dict(CONFIG_MAPPING._extra_content), dict(MODEL_MAPPING._extra_content)),
+        'torch': (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
+        'module hooks': {name: list(getattr(nn.modules.module, name) or ()) for name in MODULE_HOOKS},
         'optimizer hooks before a step': list(optimizer._global_optimizer_pre_hooks),
         **{space.__name__: kept(space) for space in SPACES},
     }
