@@ -63,15 +63,6 @@ def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
     assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept.detach()), tolerance=1e-10)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_rows_with_tiny_gain(bias):
-    layer = moved_layer(config(), bias=bias)
-    with torch.no_grad():
-        layer.magnitude[0], layer.magnitude[1], layer.magnitude[2] = 0.0, 1e-9, -1e-3
-    x = leaf((3, 6))
-    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
-
-
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_rows_that_the_change_cancels_take_the_dense_norm(detach_norm):
     """A factored norm loses all its digits where s B A is nearly -W; float32 must still be right."""
@@ -123,19 +114,6 @@ def test_autocast_computes_in_half_precision_with_float32_gradients(method):
             assert parameter.grad.dtype == torch.float32
             error = (parameter.grad - leaves[name].grad).norm() / leaves[name].grad.norm()
             assert float(error) < 2e-2, (name, float(error))
-
-
-def test_half_precision_gradients_stay_near_float32():
-    torch.manual_seed(0)
-    layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=33)
-    half = copy.deepcopy(layer)
-    half.weight.data, half.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
-    x, upstream = torch.randn(200, 64), torch.randn(200, 33)
-    gradients, of_half = passed(layer, x, upstream), passed(half, x.bfloat16(), upstream)
-    for name in ("lora_A", "lora_B", "magnitude"):
-        expected, gradient = gradients[name], of_half[name]
-        assert gradient.dtype == torch.float32
-        assert float((gradient - expected).norm() / expected.norm()) < 2e-2, name
 
 
 def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
@@ -190,14 +168,6 @@ def test_a_checkpoint_gives_the_same_gradients(reentrant, mode, inplace):
     expected = gradients(layer, x, lambda x: torch.relu(layer(x)))
     checkpointed = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=reentrant))
     torch.testing.assert_close(checkpointed, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_an_input_edited_in_place_is_still_refused_by_torch():
-    layer, leaf = moved_layer(config()), rows() * 1.0
-    y = layer(leaf)
-    leaf.mul_(2.0)
-    with pytest.raises(RuntimeError):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])

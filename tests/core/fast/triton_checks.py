@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,16 +134,6 @@ def test_any_layout_of_any_operand(layout):
             assert all(torch.equal(value, same) for value, same in zip(results, expected, strict=True)), name
 
 
-def test_no_rows():
-    of = Operands.drawn(0, 12, 3, torch.bfloat16)
-    y, hidden = of.output()
-    assert (y.shape, hidden.shape) == ((0, 12), (0, 3))
-    dz, dh, dm, db = of.gradients(torch.empty(0, 12, dtype=torch.bfloat16))
-    assert (dz.shape, dh.shape) == ((0, 12), (0, 3))
-    assert torch.equal(dm, torch.zeros(12))
-    assert torch.equal(db, torch.zeros(12))
-
-
 @each_dtype
 def test_a_neutral_change_changes_no_bit(dtype):
     of = Operands.drawn(9, 33, 3, dtype)
@@ -174,59 +163,6 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
     for other in results[1:]:
         for value, expected in zip(other, results[0], strict=True):
             close(value, expected, torch.float32)
-
-
-@pytest.mark.parametrize("which", ["OUTPUT", "BACKWARD"])
-def test_tiles_are_timed_once_a_bucket_into_scratch_memory_and_the_quickest_is_taken(monkeypatch, which):
-    """By Triton's own autotuner; times are made up, since the interpreter's mean nothing."""
-    tiled = replace(getattr(kernels, which), _chosen={}, _tuners={})
-    other = kernels.BACKWARD if which == "OUTPUT" else kernels.OUTPUT
-    monkeypatch.setattr(kernels, which, tiled)
-    monkeypatch.setattr(other, "config", lambda named, *_: other.fitting(named)[0])
-    monkeypatch.setattr(kernels, "_may_time", lambda device: True)
-    times: list[float] = []
-
-    def made_up(call, quantiles, **_):
-        call()
-        times.append([9.0, 8.0, 1.0, 7.0][len(times) % 4])
-        return [times[-1]] * 3
-
-    monkeypatch.setattr(kernels, "do_bench", made_up)
-    timed = []
-    for rows, scale in ((33, 0.7), (40, 0.8), (64, 0.7), (65, 0.7), (5, 0.7)):
-        of, dy = Operands.drawn(rows, 70, 5)._replace(scale=scale), torch.randn(rows, 70)
-        y, hidden = of.output()
-        close(y, reference_output(of, hidden), torch.float32, "y")
-        dz, dh, _, db = of.gradients(dy)
-        close(dz, of.gain.full * dy, torch.float32, "dz")
-        close(dh, scale * dz @ of.b, torch.float32, "dh")
-        close(db, dy.sum(0), torch.float32, "db")
-        timed.append(len(tiled._chosen))
-    assert timed == [1, 1, 1, 2, 3]
-    one = torch.empty(1)
-    fitting = tiled.fitting({"rows": 33, "BLOCK_RANK": 16, **dict.fromkeys(("factor", "dy", "minus_one"), one)})
-    assert next(iter(tiled._chosen.values())) == fitting[2]
-    assert len(times) > len(fitting) > 3
-
-
-def test_what_forbids_timing(monkeypatch):
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.delenv(kernels.SWITCH, raising=False)
-    card = torch.device("cuda", 0)
-    assert kernels._may_time(card)
-    assert not kernels._may_time(torch.device("cpu"))
-    capturing[0] = True
-    assert not kernels._may_time(card)
-    capturing[0] = False
-    monkeypatch.setenv(kernels.SWITCH, "fixed")
-    assert not kernels._may_time(card)
-    monkeypatch.delenv(kernels.SWITCH)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not kernels._may_time(card)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_products_follow_torchs_precision():
@@ -405,22 +341,6 @@ def test_rows_of_A_that_are_long_in_float16():
     a, b = (400 * torch.nn.functional.normalize(a)).half().float(), (0.01 * b).half().float()
     frozen, expected = functional.row_norms_squared(weight), dense_norms(weight, a, b)
     torch.testing.assert_close(kernels.norms(weight, frozen, a, b, SCALE).double(), expected, rtol=2e-3, atol=0)
-
-
-def test_a_zero_row_whose_output_is_edited_in_place():
-    layer = adapted_layer("linear")
-    with torch.no_grad():
-        layer.weight[3] = 0
-        layer.magnitude[3] = 0
-    wide, x, upstream = copy.deepcopy(layer).double(), torch.randn(6, 33), torch.randn(6, 70)
-    values = passed(layer, x, upstream, edit=True)
-    for name, expected in passed(wide, x.double(), upstream.double(), edit=False).items():
-        if name == "magnitude":
-            gradient = upstream.double() * (wide(x.double()) > 0)
-            direction = wide.weight + wide.adapter.scale * wide.lora_B @ wide.lora_A
-            expected = (gradient * (x.double() @ direction.t())).sum(0) / direction.norm(dim=1)
-            close(values[name], expected.detach(), torch.float32, name, times=10)
-            assert float(expected[3].detach().abs()) > 0
 
 
 class Asked(TorchDispatchMode):

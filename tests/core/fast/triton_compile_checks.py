@@ -128,14 +128,6 @@ def test_on_other_cards_and_in_other_dtypes(tmp_path, name, dtype, rank, rows, c
 
 @needs_tool
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 89, 100, 120])
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_other_kernels_on_other_cards(tmp_path, name, capability):
-    assert_fits(tmp_path, name, torch.bfloat16, 128, capability)
-
-
-@needs_tool
-@pytest.mark.slow
 def test_exact_float32_of_a_large_rank(tmp_path):
     assert_fits(tmp_path, "output", torch.float32, 384, 90, precision="tf32x3")
 
