@@ -30,7 +30,7 @@ from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import LOCAL, Admission, NoKey, Refused, Settings
 from dora_vl.serving.server import Server, build_app
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.tiny_served import running
+from tests.serving.tiny_served import running
 
 HERE = "http://localhost:7860"
 FOREIGN = {"a foreign host": {"Host": "evil.example"}, "a foreign origin": {"Origin": "http://evil.example"}}

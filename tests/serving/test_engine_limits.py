@@ -22,8 +22,8 @@ from dora_vl.serving.decoding import RowText, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import MOST_TURNS, ServedModel, longest_token, refuse_endless
 from dora_vl.serving.options import Settings
-from tests.app.tiny_served import last
 from tests.backbones.tiny_image_text import tiny_tokenizer
+from tests.serving.tiny_served import last
 
 QUESTION = [Turn("user", "What colour is it?")]
 pytestmark = pytest.mark.usefixtures("endless")

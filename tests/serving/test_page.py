@@ -19,8 +19,8 @@ from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Admission, Settings
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.browser import QUESTION_BOX, Visitor, browser, page_of
-from tests.app.tiny_served import RED, WIDE, answers, batches_of
+from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
+from tests.serving.tiny_served import RED, WIDE, answers, batches_of
 from tests.vision.video_files import read_frames, write_video
 
 TOKENS, FRAMES = 8, 4

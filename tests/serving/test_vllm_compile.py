@@ -11,7 +11,7 @@ from pathlib import Path
 
 CHECKS = """
 import torch
-from tests.app.test_vllm_layer import INPUTS, layer_with, put, weights, written_out
+from tests.serving.test_vllm_layer import INPUTS, layer_with, put, weights, written_out
 
 layer = layer_with(-1, 0, 1, -1, 7, -9, 1, 1)  # beyond a step's tokens anything may stand
 put(layer, 0, weights(3))

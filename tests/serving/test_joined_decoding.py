@@ -20,8 +20,8 @@ from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from tests.app.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.serving.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.training.tiny_run import write_tiny_llava
 
 TALKS = [

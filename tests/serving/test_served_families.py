@@ -23,8 +23,11 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from dora_vl.serving.options import Settings
 from tests.adapters.peft_folders import moved_peft
-from tests.app.test_joined_decoding import SELDOM
-from tests.app.tiny_served import (
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
+from tests.serving.test_joined_decoding import SELDOM
+from tests.serving.tiny_served import (
     RED,
     WIDE,
     alone,
@@ -36,9 +39,6 @@ from tests.app.tiny_served import (
     write_adapter,
     write_adapters,
 )
-from tests.backbones.tiny_image_text import write_tiny
-from tests.backbones.tiny_language import write_tiny_language
-from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
 PICTURES = [

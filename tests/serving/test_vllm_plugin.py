@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_vl.serving.vllm import plugin
 from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
 from dora_vl.serving.vllm.plugin import Place, difference
-from tests.app.test_vllm_layer import INPUTS, SIZES, Layer, Wrapper, layer_with, weights, written_out
+from tests.serving.test_vllm_layer import INPUTS, SIZES, Layer, Wrapper, layer_with, weights, written_out
 
 
 class Helper:

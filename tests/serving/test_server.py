@@ -29,7 +29,7 @@ from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server
-from tests.app.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
+from tests.serving.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
 
 TOKENS = 8
 NAMES = ("base", *ADAPTERS)

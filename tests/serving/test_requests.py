@@ -29,8 +29,8 @@ from dora_vl.serving.requests import (
     TooLarge,
     parsed,
 )
-from tests.app.tiny_served import RED, data_url, running
 from tests.fuzz.damage import damage
+from tests.serving.tiny_served import RED, data_url, running
 
 MANY = 80_000
 TURN = {"role": "user", "content": "a"}

@@ -12,7 +12,7 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import open_served
 from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion, example_questions
-from tests.app.browser import Visitor, browser, find_chromium, page_of
+from tests.serving.browser import Visitor, browser, find_chromium, page_of
 
 DEMO = Path(__file__).parents[2] / "runs" / "demo" / "adapter"
 QUESTIONS, TOKENS, AFTER = 20, 12, ", so "
