@@ -33,18 +33,6 @@ from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Shown, check_room
-from dora_vl.serving.answering import (
-    ENDING,
-    Answering,
-    Event,
-    Failed,
-    Finished,
-    Piece,
-    Prepared,
-    Stopped,
-    WaitingRoom,
-    unloaded,
-)
 from dora_vl.serving.decoding import (
     JoinedRows,
     RowSampling,
@@ -57,6 +45,18 @@ from dora_vl.serving.decoding import (
 )
 from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import (
+    ENDING,
+    Answering,
+    Event,
+    Failed,
+    Finished,
+    Piece,
+    Prepared,
+    Stopped,
+    WaitingRoom,
+    unloaded,
+)
 
 
 @dataclass

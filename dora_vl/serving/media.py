@@ -25,10 +25,10 @@ from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import shown
 from dora_vl.evaluation.ask import Shown
 from dora_vl.limited_process import LOOK_SECONDS, Budget, Failed, LimitedProcess
-from dora_vl.serving.answering import TooManyRequests
 from dora_vl.serving.options import Settings
 from dora_vl.serving.remote_media import NotFetched, fetch
 from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart
+from dora_vl.serving.scheduler import TooManyRequests
 
 DECODER_MEMORY = 576 * MEBIBYTE
 """Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""

@@ -1,6 +1,6 @@
 """The page: its parts, and what happens on it. Pictures are shown, questions asked, a dial turned: each is a call here.
 
-What a talk is stands in `side_by_side.py`, how it looks in `page_parts.py`, what may come to the page in `door.py`.
+What a talk is stands in `side_by_side.py`, how it looks in `page_parts.py`, what may come to the page in `access.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from fastapi import FastAPI
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
+from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Refused, Uploads
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import UPLOAD, UPLOAD_SECONDS, Door, OwnAlone, Uploads
-from dora_vl.serving.options import Admission, Refused
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
 
@@ -50,18 +49,15 @@ class QuietServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_page_app(page: Page, admission: Admission, *, upload_bytes: int) -> FastAPI:
+def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> FastAPI:
     """The application.
 
     Args:
         upload_bytes: largest file that is taken at all.
     """
-    app = FastAPI(
-        title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
-    )
-    app.add_middleware(OwnAlone, uploads=page.uploads, check_event=page.check_event)
-    limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
-    app.add_middleware(Door, admission=admission, body_seconds=UPLOAD_SECONDS, **limits)
+    app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
+    budget = ByteBudget(LARGEST_EVENT, EVENTS_AT_ONCE * LARGEST_EVENT)
+    app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads, check_event=page.check_event)
     page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
     page.blocks.state_session_capacity = MOST_TALKS
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out

@@ -18,11 +18,11 @@ from pathlib import Path
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia, words
 from dora_vl.serving.requests import TooLarge
+from dora_vl.serving.scheduler import Answering, Event, Failed, Finished, Piece, Stopped
 
 NOTHING = Shown()
 PACE_SECONDS = 0.04

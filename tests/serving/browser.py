@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from dora_vl.serving.access import AccessRules, Uploads, http_config
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Uploads, http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Admission, Settings
+from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import SideBySide
 
@@ -56,7 +56,7 @@ def page_of(
     uploads: Path,
     settings: Settings | None = None,
     examples: Sequence[ExampleQuestion] = (),
-    admission: Admission | None = None,
+    rules: AccessRules | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
     keep_gradio_quiet(uploads)
@@ -68,7 +68,7 @@ def page_of(
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
         page = Page(side, Uploads(uploads, 2**24), examples)
-        app = build_page_app(page, admission or Admission(), upload_bytes=4 * engine.settings.media_bytes)
+        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * engine.settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.serving.answering import Failed, Finished, Piece, Stopped, TooManyRequests
 from dora_vl.serving.decoding import RowText, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import MOST_TURNS, ServedModel, longest_token, refuse_endless
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Failed, Finished, Piece, Stopped, TooManyRequests
 from tests.backbones.tiny_image_text import tiny_tokenizer
 from tests.serving.tiny_served import last
 

@@ -15,11 +15,11 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import JoinedRows, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Event, Failed, Finished, Piece
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.serving.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.training.tiny_run import write_tiny_llava

@@ -14,9 +14,10 @@ from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.evaluation.ask import Shown
+from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Admission, Settings
+from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.side_by_side import SideBySide
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
@@ -185,7 +186,7 @@ def test_on_a_telephone_the_question_is_at_hand(chromium: Any, opened: tuple[str
 
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
     """A browser asks its person for it once, and sends it with every request of the page."""
-    with page_of(model, uploads, SETTINGS, admission=Admission(key="open-sesame")) as (at, _):
+    with page_of(model, uploads, SETTINGS, rules=AccessRules(key="open-sesame")) as (at, _):
         context = chromium.new_context()
         assert context.request.get(at).status == 401
         context.close()

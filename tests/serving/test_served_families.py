@@ -17,11 +17,11 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown, model_inputs
-from dora_vl.serving.answering import Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Finished
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language

@@ -22,11 +22,11 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Answering, Event, Failed, Finished, Piece
 from dora_vl.serving.server import Server, build_app
 
 NOTHING = Shown()

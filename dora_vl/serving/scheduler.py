@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastapi import Request
 from torch import Tensor
 
 from dora_vl.core.strength import Share
@@ -252,49 +249,3 @@ class WaitingRoom:
         vision_adapters = {row.share if row.entry.alone else None for row in showing}
         kinds = {row.media for row in showing}
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
-
-
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a client that waits is still there."""
-
-
-class WaitingClient:
-    """The client of a request, from the moment that it came: whether it is still there, how much of its time is left.
-
-    Args:
-        request: its body is read before `watched`.
-    """
-
-    def __init__(self, request: Request, seconds: float) -> None:
-        self._request = request
-        self.deadline = time.monotonic() + seconds
-        self._gone = False
-
-    def check(self) -> None:
-        """Goes on only where somebody waits; from any thread."""
-        if self._gone:
-            raise Stopped("the client has gone away")
-        if time.monotonic() > self.deadline:
-            raise TooLate()
-
-    @contextlib.asynccontextmanager
-    async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
-        """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
-
-        def gone() -> None:
-            self._gone = True
-            leave()
-
-        async def look() -> None:
-            while not await self._request.is_disconnected():
-                await asyncio.sleep(LOOK_SECONDS)
-            gone()
-
-        looking = asyncio.create_task(look())
-        try:
-            yield
-        except BaseException:
-            gone()
-            raise
-        finally:
-            looking.cancel()
