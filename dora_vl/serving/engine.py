@@ -7,7 +7,6 @@ it at its next token where the model allows that, else the next batch. Nothing h
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -53,8 +52,8 @@ from dora_vl.serving.scheduler import (
     Finished,
     Piece,
     Prepared,
+    Scheduler,
     Stopped,
-    WaitingRoom,
     unloaded,
 )
 
@@ -245,14 +244,11 @@ class Engine:
     def __init__(self, model: ServedModel, settings: Settings | None = None) -> None:
         self.model = model
         self.settings = settings or Settings()
-        self._room = WaitingRoom(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
+        self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
         """Tokenizers and processors are for one thread at a time."""
-        self._running = threading.Lock()
-        """Held by a batch, and by whoever changes the adapters."""
         self._loading = threading.Lock()
-        self._changing = False
-        self._rows = ModelRows(model, lambda: self._room.closed)
+        self._rows = ModelRows(model, lambda: self._scheduler.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
         self._thread.start()
 
@@ -300,7 +296,7 @@ class Engine:
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         answering = Answering(prepared, put, deadline)
-        self._room.add(answering, partial(self._refuse_gone, prepared.entry))
+        self._scheduler.add(answering, partial(self._check_served, prepared.entry))
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
@@ -319,7 +315,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._room)
+        return len(self._scheduler)
 
     def load(self, name: str, folder: Path) -> None:
         """Serves an adapter from now on; it is read beside the batches, and put in between two."""
@@ -327,20 +323,22 @@ class Engine:
             if (served := len(self.model.names) - 1) >= self.settings.max_adapters:
                 raise UserError(f"{served} adapters are served, and no more may be loaded; unload one first")
             read = self.model.read(name, folder)
-            with self._between_batches():
-                self.model.put(*read)
+            self._scheduler.between_batches(lambda: self.model.put(*read))
 
     def unload(self, name: str) -> None:
         """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told."""
-        with self._loading, self._between_batches():
+
+        def drop() -> None:
             self.model.drop(name)
-            gone = self._room.remove(name)
-        for request in gone:
-            request.tell(Failed(unloaded(name)))
+            for request in self._scheduler.remove(name):
+                request.tell(Failed(unloaded(name)))
+
+        with self._loading:
+            self._scheduler.between_batches(drop)
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
-        self._room.close()
+        self._scheduler.close()
         self._thread.join()
 
     def __enter__(self) -> Engine:
@@ -349,7 +347,8 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_gone(self, entry: Entry) -> None:
+    def _check_served(self, entry: Entry) -> None:
+        """Raises Stopped where an adapter is no longer the one that a request was prepared for."""
         if entry.name is None:
             return
         try:
@@ -359,32 +358,12 @@ class Engine:
         if served is not entry:
             raise Stopped(f"adapter {entry.name} was loaded anew meanwhile; ask again")
 
-    @contextlib.contextmanager
-    def _between_batches(self) -> Iterator[None]:
-        """No batch runs meanwhile, and the next waits, however many requests do."""
-        self._changing = True
-        with self._running:
-            self._changing = False
-            yield
-
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (batch := self._room.next_batch()) is not None:
-            while self._changing:  # a lock alone would come back to this thread at once
-                time.sleep(0.001)
-            with self._running:
-                served = [request for request in batch if self._is_served(request)]
-                if served:
-                    self._answer(served)
-
-    def _is_served(self, request: Answering) -> bool:
-        """Whether its adapter is still there now that nobody can take it away; else it is told."""
-        try:
-            self._refuse_gone(request.prepared.entry)
-        except Stopped as error:
-            request.tell(Failed(error))
-        return not request.over
+        while (batch := self._scheduler.next_batch()) is not None:
+            if batch:  # else nobody waits any more for those that did
+                self._answer(batch)
 
     def _answer(self, batch: Sequence[Answering]) -> None:
         """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
@@ -419,11 +398,10 @@ class Engine:
 
     def _newcomers(self, joined: list[Answering], running: Members, columns: int) -> Sequence[Read]:
         """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
-        if not self.settings.joining or self._changing:  # whoever changes the adapters waits for this batch's end
+        if not self.settings.joining:
             return ()
         left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)
-        taken = self._room.next_joiners(len(running), columns, left)
-        come = [request for request in taken if self._is_served(request)]
+        come = self._scheduler.next_joiners(len(running), columns, left)
         if not come:
             return ()
         try:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -145,8 +146,8 @@ class Answering:
 ENDING = "the server is ending"
 
 
-class WaitingRoom:
-    """Where requests wait, in order; any thread may hand one in, one thread takes batches.
+class Scheduler:
+    """The requests that wait, in order. Any thread may add one; one thread, the engine's, takes batches.
 
     Args:
         one_kind: whether the model cannot tell pictures from videos of one batch.
@@ -156,6 +157,7 @@ class WaitingRoom:
         self._settings = settings
         self._one_kind = one_kind
         self._waiting: deque[Answering] = deque()
+        self._changes: list[tuple[Callable[[], object], Future[None]]] = []
         self._changed = threading.Condition()
         self.closed = False
 
@@ -183,26 +185,49 @@ class WaitingRoom:
         return gone
 
     def close(self) -> None:
-        """Lets nobody in any more, and tells those that wait."""
+        """Takes no request any more, and tells those that wait."""
         with self._changed:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
+            changes, self._changes = self._changes, []
             self._changed.notify()
         for request in left:
             request.tell(Failed(Stopped(ENDING)))
+        for _, done in changes:
+            done.set_exception(Stopped(ENDING))
+
+    def between_batches(self, change: Callable[[], object]) -> None:
+        """Has the engine's thread call `change` before its next batch, and waits until it has; no batch runs then."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self.closed:
+                raise Stopped(ENDING)
+            self._changes.append((change, done))
+            self._changed.notify()
+        done.result()
 
     def next_batch(self) -> list[Answering] | None:
-        """What is answered next: waits for a request, and a little for others; None when the room is closed."""
-        with self._changed:
-            while not self._waiting and not self.closed:
-                self._changed.wait()
-            until, rows = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
-            while len(self._waiting) < rows and not self.closed and (left := until - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return None if self.closed else self._take()
+        """The next batch: waits for a request, and a little for others; None when it is closed. Changes come first."""
+        while True:
+            with self._changed:
+                while not (self._waiting or self._changes or self.closed):
+                    self._changed.wait()
+                changes, self._changes = self._changes, []
+                if not changes:
+                    until, most = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
+                    while len(self._waiting) < most and not self.closed and (left := until - time.monotonic()) > 0:
+                        self._changed.wait(left)
+                    return None if self.closed else self._take()
+            for change, done in changes:
+                try:
+                    change()
+                except Exception as error:  # noqa: BLE001 - it is told to the thread that waits for the change
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
 
     def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
-        """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
+        """Those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
             columns: tokens that it has room for.
@@ -216,7 +241,7 @@ class WaitingRoom:
             return count <= self._settings.batch and count * longest <= self._settings.batch_tokens
 
         with self._changed:
-            return self._take(room) if self._waiting and not self.closed else []
+            return self._take(room) if self._waiting and not (self._changes or self.closed) else []
 
     def _let_go(self) -> None:
         """Gives those up that nobody waits for."""

@@ -320,7 +320,7 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("moment", ["prepare", "submit", "_is_served"])
+@pytest.mark.parametrize("moment", ["prepare", "submit"])
 def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
     model: ServedModel, folders: dict[str, Path], monkeypatch: Any, moment: str, stream: bool
 ) -> None:

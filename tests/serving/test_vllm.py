@@ -1,20 +1,30 @@
-"""A layer's rows by their slots, gains of weights however they are kept, and magnitudes taken out of a file."""
+"""Gains of weights however vLLM keeps them, magnitudes taken out of a file, and the plugin inside a real vLLM (slow).
+
+vLLM wants an environment of its own: `VLLM_PYTHON` names its interpreter, where dora_vl is installed too.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import Any
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from benchmarks.vllm_dora import CASES, ENVIRONMENT, agrees
+from dora_vl.serving.vllm import plugin
 from dora_vl.serving.vllm.layer import (
-    DoRALayer,
     FrozenLayer,
     Slice,
     UnservableAdapter,
@@ -22,145 +32,79 @@ from dora_vl.serving.vllm.layer import (
     gains_minus_one,
     take_magnitudes,
 )
-from dora_vl.serving.vllm.plugin import compute_gains, magnitudes_of
 
-INPUTS, SIZES, SLOTS = 8, (6, 4), 3
+PYTHON = os.environ.get("VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
+NO_VLLM = "no vLLM here; VLLM_PYTHON=PATH names an interpreter that has it and dora_vl (docs/export.md)"
+HERE = Path(__file__).parent
 
-
-class Wrapper(nn.Module):
-    """What vLLM's wrappers have in common, its kernels written out."""
-
-    def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(1)
-        self.base_layer = nn.Module()
-        self.base_layer.weight = torch.randn(sum(sizes), INPUTS, generator=draw)
-        self.base_layer.bias = torch.randn(sum(sizes), generator=draw)
-        self.base_layer.params_dtype = torch.float32
-        self.base_layer.quant_method = SimpleNamespace(apply=lambda layer, x, bias: F.linear(x, layer.weight, bias))
-        self.punica_wrapper = SimpleNamespace(_token_lora_indices=torch.full((32,), -1))
-        self.output_slices, self.output_size, self.n_slices = sizes, sum(sizes), len(sizes)
-        self.input_size, self.tp_size, self.device = INPUTS, 1, torch.device("cpu")
-
-    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        self.change = torch.zeros(max_loras + 1, self.output_size, INPUTS)
-
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        slots = self.punica_wrapper._token_lora_indices[: len(x)] + 1
-        change = torch.einsum("roi,ri->ro", self.change[slots.clamp(0, len(self.change) - 1)], x)
-        return F.linear(x, self.base_layer.weight, bias) + change
+# -- in vLLM itself ----------------------------------------------------------------------------------------------
 
 
-class Layer(DoRALayer, Wrapper):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply(x, self.base_layer.bias)
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
+@pytest.mark.parametrize("case", CASES)
+def test_a_mixed_batch_answers_as_peft(case: str, tmp_path: Path) -> None:
+    figures = CASES[case](tmp_path, argparse.Namespace(vllm_python=Path(str(PYTHON)), tokens=24))
+    assert all(map(agrees, figures.values())), figures
+    rows = [row for found in figures.values() for row in found["answers"].values()]
+    assert all(row["largest_logprob_difference"] < 1e-4 for row in rows)
 
 
-def layer_with(*slots: int, sizes: tuple[int, ...] = SIZES) -> Layer:
-    """A layer whose tokens take these slots."""
-    layer = Layer(sizes)
-    layer.create_lora_weights(SLOTS, None)
-    layer.punica_wrapper._token_lora_indices[: len(slots)] = torch.tensor(slots)
-    return layer
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
+@pytest.mark.parametrize("fully_sharded", ["0", "1"])
+def test_two_ranks_compute_the_gains_of_their_parts(fully_sharded: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    named = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLLM_DIST_IDENT": f"dora_vl_{port}"}
+    ranks = [
+        subprocess.Popen(
+            [str(PYTHON), HERE / "vllm_rank_checks.py", fully_sharded],
+            env={**os.environ, **ENVIRONMENT, **named, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    text = [process.communicate(timeout=900)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], text
 
 
-def weights(seed: int, *, without: int | None = None) -> SimpleNamespace:
-    """An adapter's packed weights, one slice perhaps not adapted."""
-    draw = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor | None]] = [[], [], []]
-    for number, size in enumerate(SIZES):
-        for part, shape in zip(parts, ((2, INPUTS), (size, 2), (size,)), strict=True):
-            part.append(None if number == without else torch.randn(shape, generator=draw))
-    return SimpleNamespace(lora_a=parts[0], lora_b=parts[1], magnitude=parts[2])
-
-
-def put(layer: Layer, slot: int, adapter: Any) -> None:
-    """As vLLM's manager does with its own slots, then ours."""
-    layer.change[slot + 1] = 0
-    start = 0
-    for a, b, size in zip(adapter.lora_a, adapter.lora_b, SIZES, strict=True):
-        if a is not None:
-            layer.change[slot + 1, start : start + size] = b @ a
-        start += size
-    layer.put_dora(slot, layer.dora_gains("qkv", adapter))
-
-
-def written_out(layer: Layer, adapter: Any, x: Tensor) -> Tensor:
-    columns = []
-    rows = zip(layer.base_layer.weight.split(SIZES), layer.base_layer.bias.split(SIZES), strict=True)
-    for (weight, bias), a, b, m in zip(rows, adapter.lora_a, adapter.lora_b, adapter.magnitude, strict=True):
-        if a is None:
-            columns.append(x @ weight.t() + bias)
-        else:
-            direction = weight + b @ a
-            columns.append(m / direction.norm(dim=1) * (x @ direction.t()) + bias)
-    return torch.cat(columns, dim=1)
-
-
-def test_each_row_by_the_adapter_of_its_slot() -> None:
-    layer, x = layer_with(-1, 0, 2, -1, 2, 0), torch.randn(6, INPUTS, generator=torch.Generator().manual_seed(7))
-    first, second = weights(3), weights(4, without=1)
-    put(layer, 0, first)
-    put(layer, 2, second)
-    output = layer(x)
-    base = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
-    assert torch.equal(output[[0, 3]], base[[0, 3]])
-    torch.testing.assert_close(output[[1, 5]], written_out(layer, first, x[[1, 5]]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output[[2, 4]], written_out(layer, second, x[[2, 4]]), rtol=1e-4, atol=1e-4)
-    assert (output[[1, 5]] - base[[1, 5]]).abs().max() > 0.1
-
-
-def test_a_bias_that_comes_later_is_not_taken_for_inside() -> None:
-    """A row-parallel layer's on other ranks than the first, or one that the model adds itself."""
-    layer, x, adapter = layer_with(0, 0), torch.randn(2, INPUTS), weights(3)
-    put(layer, 0, adapter)
-    bias = layer.base_layer.bias
-    torch.testing.assert_close(layer.apply(x) + bias, written_out(layer, adapter, x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_slot_keeps_nothing_of_the_adapter_before() -> None:
-    layer = layer_with(0)
-    put(layer, 0, weights(3))
-    assert layer.dora_minus_one[1].abs().min() > 0
-    put(layer, 0, weights(4, without=0))
-    assert (layer.dora_minus_one[1, : SIZES[0]] == 0).all()
-    layer.put_dora(0, None)
-    assert (layer.dora_minus_one == 0).all()
-
-
-def adapter_of(**loras: Any) -> SimpleNamespace:
-    return SimpleNamespace(loras=loras)
+# -- which vLLM is changed ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loras", "before"),
-    [({"experts": weights(3)}, None), ({}, {"experts.1.w1": [torch.ones(3)]}), ({"qkv": weights(3)}, {})],
+    ("version", "tried", "changed"),
+    [("0.32.0+cpu", "", 1), ("0.33.0", "", 1), ("0.32.1", "", 0), ("0.99.0", "", 0), ("0.99.0", "1", 1)],
 )
-def test_a_magnitude_without_a_place_refuses_the_adapter(loras: dict, before: dict | None) -> None:
-    adapter = adapter_of(**loras)
-    magnitudes = magnitudes_of(adapter) if before is None else before
-    with pytest.raises(UnservableAdapter):
-        compute_gains({"qkv": layer_with()}, magnitudes, adapter.loras.get, max_rank=1)
-    assert not any(hasattr(lora, "dora_minus_one") for lora in loras.values())
+def test_a_tested_version_is_changed_once_and_another_left_with_a_warning(
+    version: str, tried: str, changed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed: list[str] = []
+    module = ModuleType("vllm")
+    vars(module)["__version__"] = version
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(plugin, "_done", False)
+    monkeypatch.setattr(plugin, "install", lambda: installed.append(version))
+    monkeypatch.setattr(plugin, "fix_base_rows", lambda: False)
+    monkeypatch.setenv(plugin.UNTESTED, tried)
+    plugin.register()
+    plugin.register()
+    assert len(installed) == changed
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (1 - changed)
 
 
-def test_an_adapter_of_another_base_is_refused() -> None:
-    layer, wider, longer, single = layer_with(), weights(3), weights(3), weights(3)
-    wider.lora_a[0] = torch.ones(2, INPUTS + 1)
-    longer.lora_b[1] = torch.ones(SIZES[1] + 1, 2)
-    single.lora_a, single.lora_b, single.magnitude = single.lora_a[0], single.lora_b[0], single.magnitude[0]
-    for adapter in (wider, longer, single):
-        with pytest.raises(UnservableAdapter):
-            layer.dora_gains("qkv", adapter)
+def test_vllm_finds_it_by_its_entry_point() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.entry-points."vllm.general_plugins"]\ndora_vl = "dora_vl.serving.vllm.plugin:register"' in project
+    for entry in entry_points(group="vllm.general_plugins", name="dora_vl"):  # none where another checkout is installed
+        assert entry.load() is plugin.register
 
 
-def test_a_layer_that_is_whole_on_each_rank_sums_nothing() -> None:
-    layer, expected = layer_with(), layer_with().dora_gains("qkv", weights(3))
-    layer.shards_inputs, layer.sum_of_ranks = True, lambda part: 2 * part
-    torch.testing.assert_close(layer.dora_gains("qkv", weights(3)), expected)
-
-
-# -- gains of layers as vLLM keeps them, packed, sharded, unreadable --------------------------------------------
+# -- gains of layers as vLLM keeps them, packed, sharded, unreadable ---------------------------------------------
 
 COLUMNS, ROWS = 300, (12, 5, 7)
 CPU = torch.device("cpu")
