@@ -242,7 +242,7 @@ class AccessMiddleware:
                 content = await Request(scope, limited(receive, self._content_seconds, count)).body()
             except ClientDisconnect:
                 raise Stopped("the client has gone away") from None
-        self._check_content(scope, content)
+        self._check_content(content)
         left: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def next_message() -> Message:
@@ -250,7 +250,7 @@ class AccessMiddleware:
 
         return next_message
 
-    def _check_content(self, scope: Scope, content: bytes) -> None:
+    def _check_content(self, content: bytes) -> None:
         """Raises UserError where the content may not come in; the page's middleware looks at it."""
 
 
@@ -286,7 +286,6 @@ ADDRESSES = {
     "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
 }
 """The addresses that the page asks for, by method."""
-EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 UPLOAD_SECONDS = 300.0
 MOST_UPLOADS = 1000
 POLICY = (
@@ -350,23 +349,11 @@ class Uploads:
 
 
 class PageMiddleware(AccessMiddleware):
-    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer.
+    """Lets through what the page asks for, where it names no file but uploaded ones; `POLICY` is on every answer."""
 
-    Args:
-        check_event: refuses an event that no part of the page sends.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        rules: AccessRules,
-        *,
-        budget: ByteBudget,
-        uploads: Uploads,
-        check_event: Callable[[Any], object],
-    ) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules, *, budget: ByteBudget, uploads: Uploads) -> None:
         super().__init__(app, rules, content_seconds=UPLOAD_SECONDS, budget=budget)
-        self._uploads, self._check_event = uploads, check_event
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or refuses it."""
@@ -394,13 +381,11 @@ class PageMiddleware(AccessMiddleware):
         count = until_answered.enter_context(self._uploads.arriving(headers))
         return limited(receive, self._content_seconds, count)
 
-    def _check_content(self, scope: Scope, content: bytes) -> None:
+    def _check_content(self, content: bytes) -> None:
         try:
             values = [json.loads(content)]
         except (ValueError, RecursionError):
             raise Refused("the request is no JSON") from None
-        if scope["path"] in EVENTS:
-            self._check_event(values[0])
         while values:
             value = values.pop()
             if isinstance(value, dict):

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if not options.adapter:
         raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
     adapters = adapters_by_name(options.adapter)
-    missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("gradio", "httpx2", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
     with (

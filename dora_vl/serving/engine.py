@@ -42,7 +42,7 @@ from dora_vl.serving.decoding import (
     likeliest,
     may_join,
 )
-from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
+from dora_vl.serving.model import Entry, ServedModel, UnknownModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.scheduler import (
     ENDING,
@@ -236,6 +236,8 @@ def _without_finished(members: list[Member], tokens: list[int], rows: JoinedRows
 
 
 log = logging.getLogger(__name__)
+CHARACTERS_OF_A_TOKEN = 32
+"""No text has as many for each of its tokens, but for few words among long runs of spaces."""
 
 
 class Engine:
@@ -277,7 +279,10 @@ class Engine:
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         positions, most = self.model.max_positions, self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
-        refuse_endless(turns, allowed, entry.longest_token)
+        characters = sum(len(turn.text) for turn in turns)
+        if allowed is not None and characters > allowed * CHARACTERS_OF_A_TOKEN:  # to tokenise them takes long
+            reason = f"its {characters:,} characters are more than a prompt of {allowed:,} tokens can hold; shorten it"
+            raise BadSample("request", reason)
         with self._encoding:
             sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
         tokens = len(sample.input_ids)

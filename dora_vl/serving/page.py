@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Refused, Uploads
+from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
@@ -57,7 +57,7 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
     """
     app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
     budget = ByteBudget(LARGEST_EVENT, EVENTS_AT_ONCE * LARGEST_EVENT)
-    app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads, check_event=page.check_event)
+    app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)
     page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
     page.blocks.state_session_capacity = MOST_TALKS
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
@@ -267,16 +267,6 @@ class Page:
         """The page was closed: nobody waits for an answer any more."""
         self.side.stop(str(request.session_hash))
 
-    def check_event(self, event: Any) -> None:
-        """Refuses values that an event's function does not take: Gradio would log them whole, with a traceback."""
-        number, data = (event.get("fn_index"), event.get("data")) if isinstance(event, dict) else (None, None)
-        function = self.blocks.fns.get(number) if isinstance(number, int) else None
-        inputs = function.inputs if function is not None and function.inputs is not None else []
-        values = data if isinstance(data, list) else [data] * (len(inputs) + 1)
-        is_there = function is not None and function.fn and len(values) == len(inputs)
-        if not is_there or not all(map(_takes, inputs, values)):
-            raise Refused("no part of the page sends such an event")
-
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _dial_of(self, model: str) -> Any:
@@ -338,20 +328,3 @@ class Page:
 def _begin(request: gr.Request) -> tuple[str, Talk, Any]:
     """The page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
     return str(request.session_hash), Talk(), gr.update(interactive=True)
-
-
-def _takes(part: Any, value: Any) -> bool:
-    """Whether a part of the page may send this value; of a `State` what is sent is not read."""
-    if isinstance(part, gr.File | gr.Image):
-        files = value if isinstance(value, list) and isinstance(part, gr.File) else [] if value is None else [value]
-        try:
-            return all(isinstance(file, dict) and gr.FileData.model_validate(file) for file in files)
-        except ValueError:
-            return False
-    if isinstance(part, gr.Slider | gr.Dataset):
-        low, high = (part.minimum, part.maximum) if isinstance(part, gr.Slider) else (0, len(part.samples) - 1)
-        kind = int | float if isinstance(part, gr.Slider) else int
-        return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    if isinstance(part, gr.Dropdown):
-        return isinstance(value, str) and value in {choice for _, choice in part.choices}
-    return isinstance(part, gr.State) or isinstance(value, bool if isinstance(part, gr.Checkbox) else str)

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.serving.access import access_rules, http_config
         from dora_vl.serving.server import Server, build_app
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
+        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'httpx2', 'uvicorn')}") from error
     rules = access_rules(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine

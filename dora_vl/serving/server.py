@@ -89,16 +89,8 @@ SENT_AT_ONCE = 8
 """So many times the largest request may be on its way, of however many clients."""
 
 
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a client that waits is still there."""
-
-
 class WaitingClient:
-    """The client of a request, from the moment that it came: whether it is still there, how much of its time is left.
-
-    Args:
-        request: its body is read before `watched`.
-    """
+    """The client of a request whose content was read: whether it is still there, how much of its time is left."""
 
     def __init__(self, request: Request, seconds: float) -> None:
         self._request = request
@@ -106,7 +98,7 @@ class WaitingClient:
         self._gone = False
 
     def check(self) -> None:
-        """Goes on only where somebody waits; from any thread."""
+        """Raises Stopped or TooLate where nobody waits any more; from any thread."""
         if self._gone:
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
@@ -120,19 +112,19 @@ class WaitingClient:
             self._gone = True
             leave()
 
-        async def look() -> None:
-            while not await self._request.is_disconnected():
-                await asyncio.sleep(LOOK_SECONDS)
+        async def wait() -> None:
+            while (await self._request.receive())["type"] != "http.disconnect":
+                pass
             gone()
 
-        looking = asyncio.create_task(look())
+        waiting = asyncio.create_task(wait())
         try:
             yield
         except BaseException:
             gone()
             raise
         finally:
-            looking.cancel()
+            waiting.cancel()
 
 
 class Server:

@@ -363,28 +363,6 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
         file.unlink()
 
 
-def test_a_malformed_event_is_refused_and_logs_nothing(app: Any, client: TestClient, capfd: Any) -> None:
-    """Gradio would write each with its whole value and a traceback."""
-    import gradio
-
-    page = app.state.page
-    wrong = ({"a": ["y" * 3_000]}, {"path": 1}, [{"path": None}], [1], 10**400, float("nan"))
-    for number, function in page.blocks.fns.items():
-        takes = [part for part in function.inputs if not isinstance(part, gradio.State)]
-        for value in wrong if takes else ():
-            for data in ([value] * len(function.inputs), [None] * (len(function.inputs) + 1), "z", None):
-                for way in ("run/predict", "queue/join"):
-                    body = json.dumps({"fn_index": number, "session_hash": "s", "data": data})
-                    answer = client.post(
-                        f"/gradio_api/{way}", content=body, headers={"Content-Type": "application/json"}
-                    )
-                    assert answer.status_code == 403, (function, data)
-    for number in (-1, "a", [1], None):
-        body = {"fn_index": number, "session_hash": "s", "data": []}
-        assert client.post("/gradio_api/run/predict", json=body).status_code == 403
-    assert capfd.readouterr().err == ""
-
-
 @pytest.mark.parametrize("person", ["", "somebody"])
 def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(
     app: Any, monkeypatch: pytest.MonkeyPatch, person: str
