@@ -153,7 +153,7 @@ def llava_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             initializer_range=0.3,
         ),
         text_config=llama_config(vocab_size=len(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
     )
     base = write_model(kind, config, folder / "llava")
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})

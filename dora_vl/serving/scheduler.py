@@ -69,7 +69,7 @@ Event = Piece | Finished | Failed
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A request whose prompt stands; `strength` says how much of the adapter is applied."""
 
     entry: Entry
@@ -105,7 +105,7 @@ class Prepared:
 
 
 @dataclass
-class Answering:
+class SubmittedRequest:
     """A request that was handed in.
 
     Attributes:
@@ -113,7 +113,7 @@ class Answering:
         deadline: when its answer comes too late, by `time.monotonic`.
     """
 
-    prepared: Prepared
+    prepared: PreparedRequest
     put: Callable[[Event], object]
     deadline: float
     over: bool = False
@@ -156,7 +156,7 @@ class Scheduler:
     def __init__(self, settings: Settings, one_kind: Callable[[], bool]) -> None:
         self._settings = settings
         self._one_kind = one_kind
-        self._waiting: deque[Answering] = deque()
+        self._waiting: deque[SubmittedRequest] = deque()
         self._changes: list[tuple[Callable[[], object], Future[None]]] = []
         self._changed = threading.Condition()
         self.closed = False
@@ -164,20 +164,20 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, request: Answering, check: Callable[[], object]) -> None:
+    def add(self, request: SubmittedRequest, check: Callable[[], object]) -> None:
         """Takes a request in, where `check` raises nothing while no other request comes or goes."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
             if len(self._waiting) >= self._settings.waiting:
-                self._let_go()
+                self._drop_unwanted()
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
             check()
             self._waiting.append(request)
             self._changed.notify()
 
-    def remove(self, name: str) -> list[Answering]:
+    def remove(self, name: str) -> list[SubmittedRequest]:
         """The requests for an adapter, which wait no longer."""
         with self._changed:
             gone = [request for request in self._waiting if request.prepared.entry.name == name]
@@ -206,7 +206,7 @@ class Scheduler:
             self._changed.notify()
         done.result()
 
-    def next_batch(self) -> list[Answering] | None:
+    def next_batch(self) -> list[SubmittedRequest] | None:
         """The next batch: waits for a request, and a little for others; None when it is closed. Changes come first."""
         while True:
             with self._changed:
@@ -226,7 +226,7 @@ class Scheduler:
                 else:
                     done.set_result(None)
 
-    def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
+    def next_joiners(self, rows: int, columns: int, left: int) -> list[SubmittedRequest]:
         """Those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
@@ -234,7 +234,7 @@ class Scheduler:
             left: most tokens that a row of it may still get.
         """
 
-        def room(new: Sequence[Prepared]) -> bool:
+        def room(new: Sequence[PreparedRequest]) -> bool:
             longest = max(columns, *(prepared.prompt_tokens for prepared in new))
             longest += max(left, *(prepared.sampling.max_new_tokens for prepared in new))
             count = rows + len(new)
@@ -243,18 +243,18 @@ class Scheduler:
         with self._changed:
             return self._take(room) if self._waiting and not (self._changes or self.closed) else []
 
-    def _let_go(self) -> None:
+    def _drop_unwanted(self) -> None:
         """Gives those up that nobody waits for."""
         for request in self._waiting:
             if request.unwanted:
                 request.give_up()
         self._waiting = deque(request for request in self._waiting if not request.over)
 
-    def _take(self, room: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
+    def _take(self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda rows: True) -> list[SubmittedRequest]:
         """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
-        self._let_go()
-        batch: list[Answering] = []
-        left: deque[Answering] = deque()
+        self._drop_unwanted()
+        batch: list[SubmittedRequest] = []
+        left: deque[SubmittedRequest] = deque()
         for request in self._waiting:
             rows = [*(other.prepared for other in batch), request.prepared]
             fits = len(rows) <= self._settings.batch and self._fit(rows) and room(rows)
@@ -264,7 +264,7 @@ class Scheduler:
         self._waiting = left
         return batch
 
-    def _fit(self, rows: Sequence[Prepared]) -> bool:
+    def _fit(self, rows: Sequence[PreparedRequest]) -> bool:
         """Whether these can be one batch."""
         if len(rows) == 1:
             return True

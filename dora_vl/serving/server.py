@@ -27,13 +27,13 @@ from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import MIB
 from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, UnloadRequest, parsed
 from dora_vl.serving.scheduler import (
-    Answering,
     Event,
     Failed,
     Finished,
     Piece,
-    Prepared,
+    PreparedRequest,
     Stopped,
+    SubmittedRequest,
     TooLate,
     TooManyRequests,
     unloaded,
@@ -41,7 +41,7 @@ from dora_vl.serving.scheduler import (
 
 
 async def chunks(
-    request: ChatRequest, event: Event, answering: Answering, events: asyncio.Queue[Event]
+    request: ChatRequest, event: Event, answering: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
 
@@ -211,7 +211,7 @@ class Server:
         finally:
             self._held -= 1
 
-    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings

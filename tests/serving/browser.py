@@ -119,20 +119,20 @@ class Visitor:
         """The last answers, once each column has so many and all are over."""
         for side in ("left", "right"):
             self.page.wait_for_function(
-                f"document.querySelectorAll('#dv-talk-{side} .dv-asked').length == {count}"
-                f" && document.querySelectorAll('#dv-talk-{side} .dv-caret').length == 0"
+                f"document.querySelectorAll('#dv-conversation-{side} .dv-asked').length == {count}"
+                f" && document.querySelectorAll('#dv-conversation-{side} .dv-caret').length == 0"
             )
         self.page.wait_for_selector("#dv-ask:not([disabled])")
         return self.text_of("left"), self.text_of("right")
 
     def count(self, side: str) -> int:
-        return self.page.locator(f"#dv-talk-{side} .dv-asked").count()
+        return self.page.locator(f"#dv-conversation-{side} .dv-asked").count()
 
     def text_of(self, side: str) -> str:
-        return self.page.locator(f"#dv-talk-{side} .dv-said").last.text_content()
+        return self.page.locator(f"#dv-conversation-{side} .dv-said").last.text_content()
 
     def tally(self, side: str) -> str:
-        return self.page.locator(f"#dv-talk-{side} .dv-tally").last.inner_text()
+        return self.page.locator(f"#dv-conversation-{side} .dv-tally").last.inner_text()
 
     def choose(self, side: str, model: str) -> None:
         """Another model for a column."""

@@ -49,7 +49,7 @@ def main() -> None:
             visitor.ask("what color is the shape?")
             shoot(visitor, options.to / "page_side_by_side.png")
             visitor.page.locator("#dv-examples tbody tr").nth(3).click()
-            visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
+            visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
             visitor.choose("right", "demo")
             visitor.turn_dial("left", 0.25)
             visitor.page.click("#dv-ask")

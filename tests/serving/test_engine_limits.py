@@ -15,7 +15,7 @@ import torch
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.serving.decoding import RowText, Sampling
+from dora_vl.serving.decoding import Sampling, SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
@@ -31,7 +31,7 @@ class Gate:
 
     def __init__(self, engine: Engine, monkeypatch: Any) -> None:
         self.opened, reached, self.sizes = threading.Event(), threading.Event(), list[int]()
-        begin = engine._rows.begin
+        begin = engine._decoder.begin
 
         def gated(batch: Any) -> Any:
             self.sizes.append(len(batch))
@@ -39,7 +39,7 @@ class Gate:
             assert self.opened.wait(60)
             return begin(batch)
 
-        monkeypatch.setattr(engine._rows, "begin", gated)
+        monkeypatch.setattr(engine._decoder, "begin", gated)
         self.first = handed_in(engine)
         assert reached.wait(60)
 
@@ -86,14 +86,14 @@ def test_leaving_the_loop_ends_the_answer(engine: Engine) -> None:
 def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> None:
     gate = Gate(engine, monkeypatch)
     good, bad, other = handed_in(engine, tokens=5), handed_in(engine, tokens=7), handed_in(engine, "base", tokens=5)
-    write = RowText._write
+    write = SequenceText._write
 
-    def broken(row: RowText, text: str) -> None:
+    def broken(row: SequenceText, text: str) -> None:
         if row.sampling.max_new_tokens == 7 and len(row.ids) == 2:
             raise ZeroDivisionError
         write(row, text)
 
-    monkeypatch.setattr(RowText, "_write", broken)
+    monkeypatch.setattr(SequenceText, "_write", broken)
     gate.opened.set()
     failed = last(bad[1])
     assert isinstance(failed, Failed)

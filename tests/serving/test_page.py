@@ -147,7 +147,7 @@ def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, 
     for strength in (0, 0.5, 1, 1.6):
         red.turn_dial("left", strength)
         label = "one" if strength == 1 else f"one at {strength:g}"
-        red.page.locator("#dv-talk-left .dv-tally", has_text=f"{label} · 8 tokens").wait_for()
+        red.page.locator("#dv-conversation-left .dv-tally", has_text=f"{label} · 8 tokens").wait_for()
         left, right = red.both(1)  # the same question once more
         texts[strength] = printable(left)
         (answer,) = answers(opened[1], [("one", first(QUESTION), seen)], [float(strength)], max_new_tokens=TOKENS)
@@ -166,7 +166,7 @@ def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> 
     number.fill("0.25")
     for strength, field, key in ((0.25, number, "Enter"), (0.3, slider, "ArrowRight")):
         field.press(key)
-        red.page.locator("#dv-talk-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
+        red.page.locator("#dv-conversation-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
         red.both(1)
     number.focus()
     number.blur()
@@ -202,7 +202,7 @@ def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str
 def test_adapters_are_switched(red: Visitor, opened: tuple[str, Engine]) -> None:
     before = red.ask(QUESTION)
     red.choose("left", "four")
-    red.page.locator("#dv-talk-left .dv-tally", has_text="four · 8 tokens").wait_for()
+    red.page.locator("#dv-conversation-left .dv-tally", has_text="four · 8 tokens").wait_for()
     four = red.both(1)
     assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), Shown(pictures=(RED,)))
     assert four[0] != before[0]
@@ -263,7 +263,7 @@ def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[
     assert batches == [[("one", 0.5), None]]
     assert printable(right) == expected(opened[1], "base", first(QUESTION), Shown(pictures=(WIDE,)))
     visitor.page.click("#dv-anew")
-    visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
+    visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
     visitor.see(1)
     visitor.page.click("#dv-nothing")
     visitor.see(0)
@@ -272,7 +272,7 @@ def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[
 @pytest.fixture
 def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> Visitor:
     """Somebody who asks for long answers, none of which ends before it is as long as it may be, and that takes long."""
-    rows = opened[1]._rows
+    rows = opened[1]._decoder
     holding = rows._holding
     monkeypatch.setattr(opened[1].model.backbone.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(rows, "ends", frozenset())
@@ -285,11 +285,11 @@ def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any)
 
 def test_stop_ends_the_answer_and_keeps_what_was_said(long_answers: Visitor) -> None:
     long_answers.page.keyboard.press("Enter")
-    long_answers.page.locator("#dv-talk-left .dv-said").wait_for()
+    long_answers.page.locator("#dv-conversation-left .dv-said").wait_for()
     long_answers.page.click("#dv-stop")
     left, _ = long_answers.both(1)
     assert left
-    assert "stopped" in long_answers.page.locator("#dv-talk-left").inner_text()
+    assert "stopped" in long_answers.page.locator("#dv-conversation-left").inner_text()
 
 
 @pytest.fixture
@@ -357,14 +357,14 @@ def _slow_to_look(monkeypatch: pytest.MonkeyPatch, shown: Shown | None = None) -
 def test_a_question_waits_for_the_picture_that_was_chosen(
     slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each question is another, since the picture and the talk before it stay until the server has read the new one."""
+    """Each question is another: what was shown before stays until the server has read the new picture."""
     _slow_to_look(monkeypatch)
     for name, picture in (("red", RED), ("wide", WIDE)):
         slow.show(pictures[name])
         question = f"What colour is the {name} one?"
         slow.page.fill(QUESTION_BOX, question)
         slow.page.keyboard.press("Enter")
-        slow.page.locator("#dv-talk-left .dv-asked", has_text=question).wait_for()
+        slow.page.locator("#dv-conversation-left .dv-asked", has_text=question).wait_for()
         check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
 
 
@@ -392,7 +392,7 @@ def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: di
         [f"What is {number}?" for number in range(6)],
     )
     slow.both(6)
-    questions = slow.page.locator("#dv-talk-left .dv-asked").all_inner_texts()
+    questions = slow.page.locator("#dv-conversation-left .dv-asked").all_inner_texts()
     assert questions == [f"What is {number}?" for number in range(6)]
 
 
@@ -401,7 +401,7 @@ def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> No
     """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
     page = long_answers.page
     page.dblclick("#dv-ask")
-    page.locator("#dv-talk-left .dv-said").wait_for()
+    page.locator("#dv-conversation-left .dv-said").wait_for()
     page.fill(QUESTION_BOX, "And then?")
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
@@ -410,6 +410,6 @@ def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> No
     long_answers.both(1)
     assert page.input_value(QUESTION_BOX) == "And then?"
     page.press(QUESTION_BOX, "Enter")
-    page.locator("#dv-talk-left .dv-asked", has_text="And then?").wait_for()
+    page.locator("#dv-conversation-left .dv-asked", has_text="And then?").wait_for()
     page.click("#dv-stop")
     long_answers.both(2)

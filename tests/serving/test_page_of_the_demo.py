@@ -51,7 +51,7 @@ def test_questions_of_the_test_are_answered_right(
         file = tmp_path / f"{number}.png"
         example.picture.save(file)
         visitor.show(file)
-        visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
+        visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
         answer, base = visitor.ask(example.question)
         truth = final_answer(example.truth, AFTER)
         right += final_answer(answer, AFTER) == truth
@@ -62,6 +62,6 @@ def test_questions_of_the_test_are_answered_right(
 
 def test_the_dial_ends_at_the_base(visitor: Visitor) -> None:
     visitor.turn_dial("left", 0)
-    visitor.page.locator("#dv-talk-left .dv-tally", has_text="demo at 0 ·").wait_for()
+    visitor.page.locator("#dv-conversation-left .dv-tally", has_text="demo at 0 ·").wait_for()
     left, right = visitor.both(1)
     assert left == right

@@ -50,11 +50,11 @@ WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say
 
 
 def check(
-    base: Path, adapters: Mapping[str, Path], talks: Any, monkeypatch: Any, *, template: str | None = None
+    base: Path, adapters: Mapping[str, Path], conversations: Any, monkeypatch: Any, *, template: str | None = None
 ) -> list[list[str | None]]:
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
-    questions = [(name, turns, seen) for turns, seen in talks for name in names]
+    questions = [(name, turns, seen) for turns, seen in conversations for name in names]
     with Engine(served(base, adapters, template=template), Settings(batch=64, window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         predictions = answers(engine, questions)

@@ -23,7 +23,7 @@ from transformers import AutoProcessor
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.decoding import RowText
+from dora_vl.serving.decoding import SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
@@ -118,12 +118,12 @@ def test_a_talk(
 
 
 def test_a_prompt_is_as_long_as_the_processors_own_chat_template_makes_it(client: Any, base: Path) -> None:
-    talk = [
+    conversation = [
         {"role": "system", "content": [{"type": "text", "text": BRIEF}]},
         {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": ASKED}]},
     ]
     theirs = AutoProcessor.from_pretrained(base).apply_chat_template(
-        talk, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
     messages = [*words(BRIEF, "system"), *shows(picture_part(RED), text=ASKED)]
     answer = client.chat.completions.create(model="one", messages=messages, max_tokens=1)
@@ -342,9 +342,9 @@ def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
 
 def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None, monkeypatch: Any) -> None:
     """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
-    rows: dict[int, RowText] = {}
-    take = RowText.take
-    monkeypatch.setattr(RowText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
+    rows: dict[int, SequenceText] = {}
+    take = SequenceText.take
+    monkeypatch.setattr(SequenceText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
     request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1500}
     with running(model) as address:
         client = client_of(address)
