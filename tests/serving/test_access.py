@@ -272,21 +272,6 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     assert not stored(uploads)
 
 
-def test_gradios_own_check_is_on(app: Any, uploads: Path, not_uploaded: str) -> None:
-    """Behind ours: what its functions read of the disk, and copy to where it is given away."""
-    if not_uploaded.startswith("http"):
-        pytest.skip("Gradio fetches; only ours refuses")
-    behind = TestClient(app.routes[-1].app, base_url=HERE, raise_server_exceptions=False)
-    for number, function in app.state.page.blocks.fns.items():
-        if function.queue or not function.inputs:
-            continue
-        body = {"fn_index": number, "session_hash": "s", "data": [file_data(not_uploaded)] * len(function.inputs)}
-        answer = behind.post("/gradio_api/run/predict", json=body)
-        assert SECRET not in answer.text
-        assert "root:" not in answer.text
-    assert not stored(uploads)
-
-
 def test_no_address_of_gradios_gives_a_file(app: Any, client: TestClient, not_uploaded: str) -> None:
     paths = app.routes[-1].app.openapi()["paths"]
     assert "/gradio_api/file={path_or_url}" in paths

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 from dora_vl.serving.decoding import Sampling, SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -188,6 +188,14 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
     assert all(isinstance(event, Finished) for event in answered)
 
 
+def test_only_so_many_adapters_are_loaded(model: ServedModel, folders: dict[str, Path]) -> None:
+    with Engine(model, Settings(max_adapters=len(model.names))) as engine:
+        engine.load("again", folders["two"])
+        with pytest.raises(UserError):
+            engine.load("more", folders["two"])
+        engine.unload("again")
+
+
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
     engine = Engine(model, Settings(batch=1))
     _, running = handed_in(engine, tokens=1500)
@@ -200,6 +208,8 @@ def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: An
         assert isinstance(failed.error, Stopped)
     with pytest.raises(Stopped):
         handed_in(engine)
+    with pytest.raises(Stopped):
+        engine.unload("one")
 
 
 def test_prompts_have_a_longest(model: ServedModel) -> None:

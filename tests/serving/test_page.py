@@ -174,16 +174,6 @@ def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> 
     assert strengths == [1, 0.25, 0.3, 0.3]
 
 
-@pytest.mark.slow
-def test_on_a_telephone_the_question_is_at_hand(chromium: Any, opened: tuple[str, Engine]) -> None:
-    context = chromium.new_context(viewport={"width": 390, "height": 844})
-    visitor = Visitor(context, opened[0])
-    box = visitor.page.locator(QUESTION_BOX).bounding_box()
-    assert box["y"] + box["height"] < 844
-    assert all(visitor.ask(QUESTION))
-    context.close()
-
-
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
     """A browser asks its person for it once, and sends it with every request of the page."""
     with page_of(model, uploads, SETTINGS, rules=AccessRules(key="open-sesame")) as (at, _):
@@ -196,18 +186,6 @@ def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str
         visitor.see(1)
         assert all(visitor.ask(QUESTION))
         context.close()
-
-
-@pytest.mark.slow
-def test_adapters_are_switched(red: Visitor, opened: tuple[str, Engine]) -> None:
-    before = red.ask(QUESTION)
-    red.choose("left", "four")
-    red.page.locator("#dv-conversation-left .dv-tally", has_text="four · 8 tokens").wait_for()
-    four = red.both(1)
-    assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), Shown(pictures=(RED,)))
-    assert four[0] != before[0]
-    assert four[1] == before[1]
-    assert red.page.locator("#dv-strength-right input[type=number]").is_disabled()  # the base has none
 
 
 def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: dict[str, Path], uploads: Path) -> None:
@@ -228,25 +206,6 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: 
     red.page.fill(QUESTION_BOX, "<image> what?")
     red.page.keyboard.press("Enter")
     red.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
-
-
-@pytest.mark.slow
-def test_two_people_at_once_each_have_their_own(
-    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
-) -> None:
-    contexts = [chromium.new_context() for _ in range(2)]
-    people = [Visitor(context, opened[0]) for context in contexts]
-    requests = [("red", RED, "Say the colour."), ("wide", WIDE, QUESTION)]
-    for person, (name, _, question) in zip(people, requests, strict=True):
-        person.show(pictures[name])
-        person.see(1)
-        person.page.fill(QUESTION_BOX, question)
-    for person in people:
-        person.page.keyboard.press("Enter")
-    for person, (_, picture, question) in zip(people, requests, strict=True):
-        check(person.both(1), opened[1], question, Shown(pictures=(picture,)))
-    for context in contexts:
-        context.close()
 
 
 @pytest.mark.slow
@@ -309,14 +268,6 @@ CAPTURE = "#dv-webcam button[aria-label='capture photo']"
 
 
 @pytest.mark.slow
-def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-notice", has_text="pixels; 15,000 are left of those allowed").wait_for()
-    assert nothing_left(uploads)
-    assert all(photographer.ask(QUESTION))  # nothing is on its way any more
-
-
-@pytest.mark.slow
 def test_a_question_waits_for_the_webcams_picture(
     photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,34 +317,6 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-conversation-left .dv-asked", has_text=question).wait_for()
         check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
-
-
-@pytest.mark.slow
-def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: dict[str, Path]) -> None:
-    """Each is sent at the moment when Ask can be pressed again, while the page is still about the answer before."""
-    slow.show(pictures["red"])
-    slow.see(1)
-    slow.page.evaluate(
-        """questions => {
-            const box = document.querySelector("#dv-question textarea, #dv-question input");
-            const ask = document.querySelector("#dv-ask");
-            let busy = true;
-            const next = () => {
-                const free = busy && !ask.disabled;
-                busy = ask.disabled;
-                if (!free || !questions.length) return;
-                box.value = questions.shift();
-                box.dispatchEvent(new Event("input", {bubbles: true}));
-                setTimeout(() => ask.click());
-            };
-            new MutationObserver(next).observe(ask, {attributes: true});
-            next();
-        }""",
-        [f"What is {number}?" for number in range(6)],
-    )
-    slow.both(6)
-    questions = slow.page.locator("#dv-conversation-left .dv-asked").all_inner_texts()
-    assert questions == [f"What is {number}?" for number in range(6)]
 
 
 @pytest.mark.slow

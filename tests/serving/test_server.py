@@ -19,7 +19,6 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
@@ -117,19 +116,6 @@ def test_a_talk(
     assert text_of(client, model="two", messages=messages) == answer
 
 
-def test_a_prompt_is_as_long_as_the_processors_own_chat_template_makes_it(client: Any, base: Path) -> None:
-    conversation = [
-        {"role": "system", "content": [{"type": "text", "text": BRIEF}]},
-        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": ASKED}]},
-    ]
-    theirs = AutoProcessor.from_pretrained(base).apply_chat_template(
-        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    )
-    messages = [*words(BRIEF, "system"), *shows(picture_part(RED), text=ASKED)]
-    answer = client.chat.completions.create(model="one", messages=messages, max_tokens=1)
-    assert answer.usage.prompt_tokens == theirs["input_ids"].shape[1]
-
-
 def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Path]) -> None:
     """Ours, beside OpenAI's fields: 0 is the base, 1 the adapter; what is no strength is refused by name."""
     turns = [Turn("user", "What colour is it?")]
@@ -199,17 +185,6 @@ def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: di
     with pytest.raises(openai.NotFoundError):
         post(client, "unload", lora_name="never")
     assert [card.id for card in client.models.list().data] == list(NAMES)
-
-
-def test_clients_load_only_so_many_adapters(model: ServedModel, folders: dict[str, Path]) -> None:
-    with running(model, Settings(max_adapters=len(ADAPTERS) + 1), adapter_root=folders["one"].parent) as address:
-        client = client_of(address)
-        post(client, "load", lora_name="again", lora_path="two")
-        with pytest.raises(openai.BadRequestError):
-            post(client, "load", lora_name="more", lora_path="two")
-        post(client, "unload", lora_name="again")
-        post(client, "load", lora_name="more", lora_path="two")
-        post(client, "unload", lora_name="more")
 
 
 # -- what cannot be answered ---------------------------------------------------------------------------------

@@ -151,6 +151,20 @@ def test_packed_slices_whatever_the_weight_is_kept_as(kept: Tensor | None) -> No
     assert gains.abs().max() > 0.1
 
 
+def in_eight_bits(rows: Tensor) -> Tensor:
+    """Each row over its own scale as whole numbers, as W8A8 layers take it."""
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
+    return (rows / scale).round() * scale
+
+
+def test_weights_and_inputs_of_few_bits_are_recovered() -> None:
+    steps = (WEIGHT * 4).round()
+    gains = gains_minus_one(looked_at(steps.to(torch.int8), lambda x: (x @ steps.t()) / 4), SLICES, ROWS)
+    torch.testing.assert_close(gains, gains_written_out(steps / 4, SLICES), rtol=1e-4, atol=1e-5)
+    gains = gains_minus_one(looked_at(None, lambda x: in_eight_bits(x) @ WEIGHT.t()), SLICES, ROWS)
+    torch.testing.assert_close(gains + 1, gains_written_out(WEIGHT, SLICES) + 1, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kept", [WEIGHT, None])
 def test_rows_that_cancel_come_from_the_dense_direction(kept: Tensor | None) -> None:
     factors = torch.linalg.svd(WEIGHT[: ROWS[0]], full_matrices=False)
@@ -195,26 +209,6 @@ def test_ranks_that_hold_columns_sum_their_norms(kept: bool) -> None:
     with ThreadPoolExecutor(2) as threads:
         for gains in threads.map(rank, range(2)):
             torch.testing.assert_close(gains, gains_written_out(WEIGHT, SLICES), rtol=1e-4, atol=1e-5)
-
-
-def test_weights_of_few_bits_are_recovered() -> None:
-    steps = (WEIGHT * 4).round()
-    layer = looked_at(steps.to(torch.int8), lambda x: (x @ steps.t()) / 4)
-    expected = gains_written_out(steps / 4, SLICES)
-    torch.testing.assert_close(gains_minus_one(layer, SLICES, ROWS), expected, rtol=1e-4, atol=1e-5)
-
-
-def in_eight_bits(rows: Tensor) -> Tensor:
-    """Each row over its own scale as whole numbers, as W8A8 layers take it."""
-    scale = rows.abs().amax(dim=1, keepdim=True) / 127
-    return (rows / scale).round() * scale
-
-
-def test_an_input_of_whole_numbers_is_exact_enough() -> None:
-    layer = looked_at(None, lambda x: in_eight_bits(x) @ WEIGHT.t())
-    torch.testing.assert_close(
-        gains_minus_one(layer, SLICES, ROWS) + 1, gains_written_out(WEIGHT, SLICES) + 1, rtol=2e-3, atol=1e-4
-    )
 
 
 @pytest.mark.parametrize(
@@ -279,3 +273,10 @@ def test_what_does_not_belong_together_is_refused(case: str) -> None:
     with pytest.raises(UnservableAdapter):
         take_magnitudes(file, use_dora=use_dora)
     assert file == before
+
+
+def test_a_magnitude_that_vllm_applies_nowhere_refuses_the_adapter() -> None:
+    with pytest.raises(UnservableAdapter):
+        plugin.compute_gains({}, {"experts.1.w1": [torch.ones(3)]}, lambda name: None, max_rank=1)
+    elsewhere = {"elsewhere": lambda name: True}  # on another rank of a pipeline
+    plugin.compute_gains({}, {"experts.1.w1": [torch.ones(3)]}, lambda name: None, max_rank=1, **elsewhere)
