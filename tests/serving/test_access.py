@@ -170,6 +170,17 @@ def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedMode
             assert chunked.recv(100).startswith(b"HTTP/1.1 413")
 
 
+def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MOST_CONNECTIONS", 4)
+    with running(model) as address, contextlib.ExitStack() as idle:
+        for status in (b"200", b"503"):
+            with connection(address) as one:
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert one.recv(12)[-3:] == status
+            for _ in range(4):
+                idle.enter_context(connection(address))
+
+
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
     """The server has two places, for which whole requests alone count."""
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
@@ -300,13 +311,17 @@ def test_nothing_of_the_page_is_for_foreigners(app: Any, client: TestClient, upl
     assert client.get("/").status_code == 200
 
 
-def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads: Path) -> None:
+def test_uploads_are_counted_and_forgotten(
+    app: Any, client: TestClient, uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def send(size: int) -> int:
         content = os.urandom(size)
         return client.post("/gradio_api/upload", files={"files": ("a.png", content)}).status_code
 
     assert [send(4_000), send(4_000), send(4_000)] == [200, 200, 429]
     assert len(stored(uploads)) == 2
+    monkeypatch.setattr(access, "MOST_UPLOADS", 2)
+    assert send(1) == 429
     (uploads / "partial").write_bytes(b"a" * 3_000)  # as of a client that went away
     hours_ago = time.time() - 7200
     for file in stored(uploads):

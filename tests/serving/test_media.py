@@ -1,19 +1,63 @@
-"""Addresses on the web: only public ones, at every redirect, whatever a name says; with limits on size and time."""
+"""What a request shows: long decoding gives way to others; of addresses on the web only public ones, with limits."""
 
 from __future__ import annotations
 
 import contextlib
 import http.server
+import io
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 
+from dora_vl.limited_process import PATIENCE
 from dora_vl.serving import media
-from dora_vl.serving.media import NotFetched, fetch, is_public, public_address
+from dora_vl.serving.media import NotFetched, RequestMedia, fetch, is_public, public_address
+from dora_vl.serving.options import Settings
+from dora_vl.serving.requests import ChatRequest, TooLarge
+from dora_vl.serving.scheduler import TooManyRequests
+from tests.fuzz.hostile import jpeg_of_scans
+from tests.serving.tiny_served import RED, picture_part
+
+
+def test_a_picture_that_takes_long_yields_and_goes_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG of thousands of scans, read for seconds: at the lowest priority, and no longer than others wait for it."""
+    monkeypatch.setattr(media, "READING_AT_ONCE", 1)
+    monkeypatch.setattr(media, "PATIENT_SECONDS", 1.0)
+    quick = io.BytesIO()
+    RED.save(quick, "PNG")
+    with contextlib.closing(RequestMedia(Settings())) as requests, ThreadPoolExecutor(1) as threads:
+
+        def read(content: bytes) -> Any:
+            with requests.reading() as reading:
+                return reading.picture(content, "its place")
+
+        slow = threads.submit(read, jpeg_of_scans(4_000, 20_000))
+        until = time.monotonic() + 60
+        while not any(child.nice() == PATIENCE for child in psutil.Process().children()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert read(quick.getvalue()).size == RED.size
+        assert isinstance(slow.exception(), TooManyRequests)
+
+
+def test_a_file_beyond_its_bytes_is_not_decoded() -> None:
+    content = [picture_part(RED), {"type": "text", "text": "What is it?"}]
+    body = ChatRequest.model_validate({"model": "one", "messages": [{"role": "user", "content": content}]})
+    with (
+        contextlib.closing(RequestMedia(Settings(max_media_mib=50 / 2**20))) as requests,
+        requests.reading() as reading,
+        pytest.raises(TooLarge),
+    ):
+        reading.read(body.messages)
+
+
+# -- addresses on the web ----------------------------------------------------------------------------------------
 
 LIMITS = 1000, 2.0
 
@@ -136,20 +180,22 @@ def site(monkeypatch: Any) -> Iterator[str]:
 
 
 @pytest.fixture
-def slow_tls() -> Iterator[int]:
-    """The port of a site on this machine that never comes to the end of its TLS handshake."""
+def slow_tls() -> Iterator[tuple[int, list[bytes]]]:
+    """The port of a site on this machine that never comes to the end of its TLS handshake, and what it got."""
+    received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def dribble() -> None:
             connection, _ = listening.accept()
             with connection, contextlib.suppress(OSError):
+                received.append(connection.recv(10_000))
                 connection.sendall(b"\x16\x03\x03\x40\x00")
                 for _ in range(100):
                     connection.sendall(b"\x02")
                     time.sleep(0.1)
 
         threading.Thread(target=dribble, daemon=True).start()
-        yield listening.getsockname()[1]
+        yield listening.getsockname()[1], received
 
 
 def test_what_is_there_is_fetched(site: str) -> None:
@@ -174,6 +220,9 @@ def test_a_site_that_dribbles_is_left(site: str, path: str) -> None:
         fetch(f"{site}{path}", 1000, 1.0)
 
 
-def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: int) -> None:
+def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: tuple[int, list[bytes]]) -> None:
+    """The connection goes to the checked address, and asks there for the name that the certificate must have."""
+    port, received = slow_tls
     with pytest.raises(NotFetched):
-        fetch(f"https://site.example:{slow_tls}/", 1000, 1.0)
+        fetch(f"https://site.example:{port}/", 1000, 1.0)
+    assert b"site.example" in received[0]
