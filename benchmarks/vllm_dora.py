@@ -1,416 +1,383 @@
-"""DoRA adapters unmerged in vLLM: its tokens beside those of PEFT and transformers, on tiny random models, on CPU.
+"""DoRA adapters unmerged in vLLM: its tokens beside PEFT's, of tiny random models in float32 on CPU.
 
     python -m benchmarks.vllm_dora --vllm-python vllm/bin/python --json benchmarks/results.jsonl
 
-`language`: two DoRA adapters, a LoRA and the base in one batch, against PEFT's unmerged answers, with biases and
-without; then with one slot for all of them; then with the gains left at 1, which must not agree. `llava`: a LLaVA that
-this project composes, trains and exports (`dora-vl export --for vllm`), with pictures, against itself unmerged in
-transformers, and merged (`dora-vl merge`). `server`: the same through vLLM's OpenAI-compatible server. vLLM may live in
-an environment of its own (docs/export.md); dora_vl must be installed there, for its plugin.
+`language`: a batch mixes requests for the base, two DoRA adapters and a LoRA of a language model with biases, first
+with a slot for each adapter, then with one for all. `llava`: a LLaVA with a projector that was trained too, as
+`dora-vl export --for vllm` writes it, asked about pictures. Every token must be PEFT's; how many answers would differ
+without the magnitudes, and without the adapter, stands beside it. vLLM lives in an environment of its own, with dora_vl
+for its plugin (docs/export.md); this module runs there too, with `--answer JOB`.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
 import json
 import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
-from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
-from transformers.utils.logging import disable_progress_bar
-
-from benchmarks.report import write_json
-from benchmarks.vllm_models import (
-    ADAPTERS,
-    ENGINE,
-    ENVIRONMENT,
-    PROMPTS,
-    agreement,
-    ask,
-    by_peft,
-    greedy,
-    in_vllm,
-    shown,
-    tiny_llama,
-    unlike_the_base,
-    write_adapter,
-    write_language_model,
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
-from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.model import open_backbone
-from dora_vl.errors import UserError, exit_on_user_error
 
-Answers = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Tokens and log probabilities of each answer, by who gave it."""
-PARTS = ("language", "llava", "server")
+from benchmarks.report import table, write_json
+from dora_vl.errors import UserError, exit_on_user_error, one_line
+
 ROOT = Path(__file__).parents[1]
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
-QUESTION = "Say the colour."
-CHAT = (
-    "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:"
-)
-PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
-SECONDS_TO_START = 300
+PROMPTS = ((1, 20, 33, 47, 60, 75), (1, 100, 101, 102), (1, 200, 150, 90, 91, 92, 93, 94, 95, 96, 97))
+COLOURS = ((200, 30, 30), (30, 180, 40), (20, 40, 220))
+QUESTION = "USER: <image>\nSay the colour. ASSISTANT:"
+LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "dora": {"r": 8, "lora_alpha": 16, "target_modules": LAYERS.split("|"), "use_dora": True},
+    "dora, in part": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"layers.0.mlp.down_proj": 3},
+    },
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": LAYERS.split("|")},
+}
+"""Whole packed groups and parts of them, other ranks and scales, rsLoRA, and a LoRA between."""
+LLAVA_ADAPTER: Mapping[str, Any] = {
+    **ADAPTERS["dora"],
+    "target_modules": rf".*language_model.*\.({LAYERS})",
+    "modules_to_save": ["multi_modal_projector"],
+}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 16,
+    "enable_prefix_caching": False,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "max_cpu_loras": 8,
+}
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The tokens and log probabilities of each prompt's answer, by adapter."""
 
 
 @exit_on_user_error
 def main() -> None:
-    """Runs the parts, prints the tables and writes the JSON; exit status 1 where something does not agree."""
-    options = read_options()
-    disable_progress_bar()
-    figures: dict[str, Any] = {"vllm": version_of(options.vllm_python)}
+    """Runs the cases, prints a table of each and writes the JSON; exit status 1 where a token is not PEFT's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm-python", type=Path, default=Path(sys.executable), help="default: this one")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.answer is not None:
+        answer_in_vllm(options.answer)
+        return
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "language" in options.parts:
-            figures["language"] = language_figures(Path(folder), options)
-        if {"llava", "server"} & set(options.parts):
-            figures["llava"] = llava_figures(Path(folder), options)
+        for name in options.cases:
+            figures |= CASES[name](Path(folder), options)
     if options.json is not None:
         write_json(options.json, figures)
-    if not all(agrees(case) for part in ("language", "llava") for case in figures.get(part, {}).values()):
+    if not all(map(agrees, figures.values())):
         sys.exit(1)
 
 
-def read_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm-python", type=Path, default=Path(sys.executable), help="default: this one")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
-
-
-def version_of(python: Path) -> str:
-    """vLLM's version there.
-
-    Raises:
-        UserError: there is none, or no dora_vl beside it.
-    """
-    if not python.is_file():
-        raise UserError(f"--vllm-python {python}: there is no such file")
-    code = "import dora_vl.serving.vllm.plugin, vllm; print(vllm.__version__)"
-    completed = in_vllm(python, ["-c", code], check=False)
-    if completed.returncode:
-        reason = completed.stderr.strip().splitlines()[-1:]
-        raise UserError(f"{python}: {' '.join(reason)}; --vllm-python names an interpreter with vllm and dora_vl")
-    return completed.stdout.split()[-1]
-
-
 def agrees(case: Mapping[str, Any]) -> bool:
-    """Whether every token is the same and no adapter's are the base's; with gains left at 1, DoRA's must be others."""
-    whole = {name: min(figures["same_tokens"]) == figures["of"] for name, figures in case["answers"].items()}
-    if not all(case["unlike_the_base"].values()):
-        return False
-    if case["gains"]:
-        return all(whole.values())
-    return not any(same for name, same in whole.items() if name.startswith("dora"))
+    """Whether every token is PEFT's, where other tokens would come without the adapter and without its magnitudes."""
+    return all(
+        min(row["same_tokens"]) == row["of"] and 0 not in (row["unlike_base"], row["unlike_lora"])
+        for row in case["answers"].values()
+    )
 
 
-# -- language models -----------------------------------------------------------------------------------------
-
-
-def language_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The cases, by name."""
+def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A language model's three adapters, with a slot each and with one for all."""
+    base = write_model(AutoModelForCausalLM, llama_config(vocab_size=320), folder / "base")
+    adapters = {
+        name: write_adapter(AutoModelForCausalLM, base, folder / name, seed=10 + seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items())
+    }
+    inputs = [{"input_ids": torch.tensor([prompt])} for prompt in PROMPTS]
+    expected = by_peft(AutoModelForCausalLM, base, adapters, inputs, options.tokens)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     figures = {}
-    prompts = [{"ids": prompt} for prompt in PROMPTS]
-    for base in ("plain", "biased"):
-        path = folder / base
-        write_language_model(path, biases=base == "biased")
-        adapters = {
-            name: write_adapter(path, folder / f"{base} {name}", 10 + seed, **config)
-            for seed, (name, config) in enumerate(ADAPTERS.items())
-        }
-        expected = {key: by_peft(path, adapter, options.tokens) for key, adapter in (("base", None), *adapters.items())}
-        cases = {f"{base}, one batch": (len(adapters), True)}
-        if base == "biased":
-            cases |= {"biased, one slot for all": (1, True), "biased, gains left at 1": (len(adapters), False)}
-        for title, (slots, gains) in cases.items():
-            engine = {"skip_tokenizer_init": True, "max_loras": slots}
-            case = batch_case(path, adapters, expected, prompts, options, gains=gains, **engine)
-            figures[title] = {**case, "max_loras": slots}
-            shown(title, figures[title])
+    for slots in (len(adapters), 1):
+        engine = {"skip_tokenizer_init": True, "max_loras": slots}
+        answers = by_vllm(base, adapters, prompts, options, **engine)
+        figures[f"language, {slots} slots"] = compared(f"language model, {slots} slots", answers, expected)
     return figures
 
 
-def batch_case(
+def llava_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A LLaVA's adapter and trained projector, exported; the base is the exported one, which has the projector."""
+    kind, served = AutoModelForImageTextToText, folder / "served"
+    tokenizer = byte_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            projection_dim=64,
+            initializer_range=0.3,
+        ),
+        text_config=llama_config(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+    )
+    base = write_model(kind, config, folder / "llava")
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(base)
+    adapter = write_adapter(kind, base, folder / "llava adapter", seed=20, **LLAVA_ADAPTER)
+    run([sys.executable, "-m", "dora_vl.cli", "export", "--for", "vllm", "--adapter", adapter, "--to", served])
+    pictures = [folder / f"{number}.png" for number in range(len(COLOURS))]
+    for path, colour in zip(pictures, COLOURS, strict=True):
+        Image.new("RGB", (28, 28), colour).save(path)
+    opened = [Image.open(path) for path in pictures]
+    inputs = [dict(processor(images=picture, text=QUESTION, return_tensors="pt")) for picture in opened]
+    expected = by_peft(kind, base, {"dora": adapter}, inputs, options.tokens)
+    expected["base"] = by_peft(kind, served / "base", {}, inputs, options.tokens)["base"]
+    prompts = [{"prompt": QUESTION, "picture": str(path)} for path in pictures]
+    answers = by_vllm(served / "base", {"dora": served / "adapter"}, prompts, options, max_loras=1)
+    return {"llava": compared("LLaVA", answers, expected)}
+
+
+CASES: Mapping[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+    "language": language_case,
+    "llava": llava_case,
+}
+
+
+# -- tiny models and adapters, and PEFT's answers ----------------------------------------------------------------
+
+
+def llama_config(vocab_size: int) -> LlamaConfig:
+    """Two layers of head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        initializer_range=0.25,
+    )
+
+
+@torch.no_grad()
+def write_model(kind: Any, config: Any, folder: Path) -> Path:
+    """A random model's folder, no bias of it zero."""
+    torch.manual_seed(3)
+    model = kind.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a token for a picture."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    special, alphabet = ["<pad>", "<s>", "</s>", "<image>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    words.train_from_iterator([QUESTION], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+@torch.no_grad()
+def write_adapter(kind: Any, base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
+    """PEFT's folder of an adapter whose B is not zero and whose magnitudes are not the norms."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model: nn.Module = get_peft_model(kind.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            weight.add_(torch.randn_like(weight) * 0.12)
+        if "magnitude" in name:
+            weight.mul_(torch.empty_like(weight).uniform_(0.6, 1.5))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def by_peft(
+    kind: Any, base: Path, adapters: Mapping[str, Path], inputs: Sequence[Mapping[str, Any]], tokens: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Greedy answers of the base and of PEFT's unmerged adapters, those of DoRA also "without magnitudes"."""
+    from peft import PeftModel
+
+    models: dict[str, Path | None] = {"base": None, **adapters}
+    for name, path in adapters.items():
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        if config["use_dora"]:
+            plain = shutil.copytree(path, path.with_name(f"{path.name} without magnitudes"))
+            (plain / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}), encoding="utf-8")
+            models[f"{name} without magnitudes"] = plain
+    answers = {}
+    for name, path in models.items():
+        model: Any = kind.from_pretrained(base, dtype=torch.float32)
+        model = model if path is None else PeftModel.from_pretrained(model, str(path))
+        answers[name] = [greedy(model.eval(), prompt, tokens) for prompt in inputs]
+    return answers
+
+
+@torch.no_grad()
+def greedy(model: Any, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The likeliest token, again and again, with its log probability."""
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    made = model.generate(**inputs, **options)
+    chosen = made.sequences[0, -tokens:]
+    scores = torch.cat(made.logits).float().log_softmax(-1)
+    return {"tokens": chosen.tolist(), "logprobs": scores.gather(1, chosen[:, None])[:, 0].tolist()}
+
+
+# -- vLLM's answers ----------------------------------------------------------------------------------------------
+
+
+def by_vllm(
     base: Path,
     adapters: Mapping[str, Path],
-    expected: Answers,
     prompts: Sequence[Mapping[str, Any]],
     options: argparse.Namespace,
-    *,
-    gains: bool = True,
     **engine: Any,
-) -> dict[str, Any]:
-    """Every prompt for the base and each adapter, one after another, so that a batch mixes them."""
-    requests = [(name, number) for number in range(len(prompts)) for name in expected]
+) -> Answers:
+    """Every prompt for the base and each adapter, in one batch that mixes them."""
+    names = ["base", *adapters]
     job = {
         "model": str(base),
         "engine": {**ENGINE, **engine},
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "requests": [{"adapter": name, **prompts[number]} for name, number in requests],
-        "gains": gains,
+        "requests": [{"adapter": name, **prompt} for prompt in prompts for name in names],
+        "tokens": options.tokens,
     }
-    answers = dict(zip(requests, ask(base.parent, job, options), strict=True))
-    by_name = {name: [answers[name, number] for number in range(len(prompts))] for name in expected}
-    return compared(by_name, expected, gains=gains)
+    path = base.parent / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    run([options.vllm_python, "-m", "benchmarks.vllm_dora", "--answer", path])
+    answers = json.loads(path.with_suffix(".answers.json").read_text(encoding="utf-8"))
+    return {name: answers[number :: len(names)] for number, name in enumerate(names)}
 
 
-def compared(answers: Answers, expected: Answers, *, gains: bool = True) -> dict[str, Any]:
-    """A case of the results."""
-    alike = {name: agreement(answers[name], expected[name]) for name in expected}
-    return {"gains": gains, "unlike_the_base": unlike_the_base(expected), "answers": alike}
-
-
-# -- pictures: a LLaVA composed, trained, exported and merged here ----------------------------------------------
-
-
-def llava_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Offline: base and adapter in a batch, the merged model alone. Then the server, asked for both."""
-    run, pictures = train_one(folder), [folder / "data" / f"{colour}.png" for colour in COLOURS]
-    served, merged = folder / "served", folder / "merged"
-    command("dora_vl.cli", "export", "--for", "vllm", "--adapter", run / "adapter", "--to", served)
-    command("dora_vl.cli", "merge", "--adapter", run / "adapter", "--to", merged)
-    expected = expected_answers(folder / "base", run / "adapter", served / "base", pictures, options.tokens)
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
-    if "llava" in options.parts:
-        prompts = [{"text": PROMPT, "picture": str(picture)} for picture in pictures]
-        adapters, alone = {"dora": served / "adapter"}, {"merged": expected["dora"]}
-        cases["base and adapter"] = lambda: batch_case(
-            served / "base", adapters, expected, prompts, options, max_loras=1
+def run(command: Sequence[str | Path]) -> None:
+    """Runs a program of this checkout. Raises UserError where it fails; what it said stands above."""
+    try:
+        completed = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
         )
-        cases["merged"] = lambda: batch_case(merged, {}, alone, prompts, options, max_loras=1, enable_lora=False)
-    if "server" in options.parts:
-        cases["server"] = lambda: by_server(served, expected, pictures, options)
-    figures = {}
-    for title, case in cases.items():
-        figures[title] = case()
-        shown(f"LLaVA, {title}", figures[title])
-    return figures
-
-
-# -- a LLaVA as a person makes one ---------------------------------------------------------------------------
-
-
-def train_one(folder: Path) -> Path:
-    """Writes parts and data, composes and trains on them; the run's folder."""
-    write_tower(folder / "tower")
-    write_llama(folder / "language")
-    write_data(folder / "data")
-    settings = {
-        "model": {
-            "base": str(folder / "base"),
-            "compose": {
-                "vision_library": "transformers",
-                "vision_name": str(folder / "tower"),
-                "image_mean": [0.48, 0.46, 0.41],
-                "image_std": [0.27, 0.26, 0.28],
-                "language_model": str(folder / "language"),
-            },
-            "template": "vicuna_v1",
-            "dtype": "float32",
-        },
-        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.0},
-        "data": {"train": str(folder / "data" / "train.json"), "image_folder": str(folder / "data"), "workers": 0},
-        "optim": {"projector_learning_rate": 1e-2},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "learning_rate": 2e-2,
-            "per_device_train_batch_size": 4,
-            "max_steps": 10,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command("tasks.llava_instruct", "--config", folder / "run.yaml")
-    return folder / "run"
-
-
-def command(module: str, *words: str | Path) -> None:
-    """Runs one of the project's commands.
-
-    Raises:
-        UserError: it failed; what it said stands above.
-    """
-    completed = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be started: {error.strerror}") from error
     if completed.returncode:
         sys.stderr.write(completed.stdout + completed.stderr)
-        raise UserError(f"{module} ended with status {completed.returncode}")
+        raise UserError(one_line(f"{' '.join(map(str, command))} ended with status {completed.returncode}"))
 
 
-def write_tower(folder: Path) -> None:
-    """A CLIP tower of four patches."""
-    torch.manual_seed(5)
-    config = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-        initializer_range=0.3,
+def answer_in_vllm(path: Path) -> None:
+    """Answers a job's requests in one batch, in vLLM's own environment."""
+    import vllm  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    job = json.loads(path.read_text(encoding="utf-8"))
+    model = vllm.LLM(job["model"], **job["engine"])
+    adapters = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)}
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
+    loras = [adapters.get(request.pop("adapter")) for request in job["requests"]]
+    for request in job["requests"]:
+        if "picture" in request:
+            request["multi_modal_data"] = {"image": Image.open(request.pop("picture")).convert("RGB")}
+    outputs = model.generate(job["requests"], sampling, lora_request=loras, use_tqdm=False)
+    answers = []
+    for output in (request.outputs[0] for request in outputs):
+        tokens = list(output.token_ids)
+        chosen = zip(tokens, output.logprobs, strict=True)
+        answers.append({"tokens": tokens, "logprobs": [entries[token].logprob for token, entries in chosen]})
+    path.with_suffix(".answers.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def compared(title: str, answers: Answers, expected: Answers) -> dict[str, Any]:
+    """How many tokens of each answer are PEFT's before the first that is not, and how far off they are up to it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, given in answers.items():
+        same, off = [], [0.0]
+        for answer, reference in zip(given, expected[name], strict=True):
+            alike = [first == second for first, second in zip(answer["tokens"], reference["tokens"], strict=True)]
+            count = (*alike, False).index(False)
+            same.append(count)
+            off += [abs(a - b) for a, b in zip(answer["logprobs"][:count], reference["logprobs"][:count], strict=True)]
+        rows[name] = {
+            "same_tokens": same,
+            "of": len(expected[name][0]["tokens"]),
+            "largest_logprob_difference": max(off),
+            "unlike_base": None if name == "base" else unlike(expected[name], expected["base"]),
+            "unlike_lora": unlike(expected[name], expected.get(f"{name} without magnitudes")),
+        }
+    print(f"\n{title}")
+    heads = (
+        "answers of",
+        "same tokens",
+        "of",
+        "largest difference of a log probability",
+        "unlike the base",
+        "and LoRA",
     )
-    CLIPVisionModel(config).save_pretrained(folder)
+    print(table(heads, [(name, *row.values()) for name, row in rows.items()]), flush=True)
+    return {"answers": rows}
 
 
-def write_llama(folder: Path) -> None:
-    """A LLaMA of two layers with a byte-level tokenizer and a chat template."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    texts = [f"USER: {QUESTION} ASSISTANT: A chat between", *COLOURS]
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
-    )
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-
-
-def write_data(folder: Path) -> None:
-    """A picture of each colour, and questions about them in LLaVA's format."""
-    folder.mkdir()
-    records = []
-    for index, (colour, shade) in enumerate(COLOURS.items()):
-        picture = Image.new("RGB", (28, 28), shade)
-        picture.paste((10, 10, 10), (4 * index, 4, 4 * index + 8, 16))
-        picture.save(folder / f"{colour}.png")
-        talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": colour}]
-        records += [{"id": f"{colour}-{copy}", "image": f"{colour}.png", "conversations": talk} for copy in range(10)]
-    (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
-
-
-# -- what it answers here ------------------------------------------------------------------------------------
-
-
-def expected_answers(
-    base: Path, adapter: Path, served_base: Path, pictures: Sequence[Path], tokens: int
-) -> dict[str, list[dict[str, list[Any]]]]:
-    """Of the run's adapter on the run's base, unmerged, and of the exported base alone."""
-    trained = open_backbone(str(base)).model
-    load_adapter(trained, adapter)
-    alone = LlavaForConditionalGeneration.from_pretrained(served_base)
-    processor = AutoProcessor.from_pretrained(served_base)
-    opened = [Image.open(picture).convert("RGB") for picture in pictures]
-    inputs = [processor(images=picture, text=PROMPT, return_tensors="pt") for picture in opened]
-    return {
-        name: [greedy(model.eval(), batch, tokens) for batch in inputs]
-        for name, model in (("base", alone), ("dora", trained))
-    }
-
-
-# -- what vLLM's server answers -----------------------------------------------------------------------------
-
-
-def by_server(served: Path, expected: Answers, pictures: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
-    """The same through chat completions of vLLM's own server, by OpenAI's client."""
-    from openai import OpenAI
-
-    answers: dict[str, list[dict[str, Any]]] = {}
-    with serving(served, options.vllm_python) as address:
-        client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120)
-        for name in expected:
-            answers[name] = [chat(client, name, picture, options.tokens) for picture in pictures]
-    return compared(answers, expected)
-
-
-def chat(client: Any, model: str, picture: Path, tokens: int) -> dict[str, Any]:
-    """One question about a picture."""
-    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-    content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    choice = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": content}],
-        temperature=0,
-        max_tokens=tokens,
-        logprobs=True,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
-    ).choices[0]
-    assert choice.logprobs is not None
-    assert choice.logprobs.content is not None
-    extra = choice.model_extra or {}
-    return {"tokens": extra["token_ids"], "logprobs": [token.logprob for token in choice.logprobs.content]}
-
-
-@contextlib.contextmanager
-def serving(served: Path, python: Path) -> Iterator[str]:
-    """vLLM's server of an export, until the block ends; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len 128 --max-num-seqs 4"
-    environment = {**os.environ, **ENVIRONMENT}
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    log = served.parent / "server.log"
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [
-                *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", served / "base"),
-                *("--served-model-name", "base", *words.split(), "--enable-lora", "--max-lora-rank", "8"),
-                *("--lora-modules", f"dora={served / 'adapter'}"),
-            ],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:  # and the processes that it started
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(30)
-
-
-def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the server answers.
-
-    Raises:
-        UserError: it ended, or did not begin in time.
-    """
-    for _ in range(SECONDS_TO_START):
-        if process.poll() is not None:
-            sys.stderr.write(log.read_text(encoding="utf-8"))
-            raise UserError(f"vLLM's server ended with status {process.returncode}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-            return
-        time.sleep(1)
-    raise UserError(f"vLLM's server did not begin in {SECONDS_TO_START} s")
+def unlike(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None) -> int | None:
+    """How many answers have other tokens; None where there is nothing to compare with."""
+    if others is None:
+        return None
+    return sum(answer["tokens"] != other["tokens"] for answer, other in zip(answers, others, strict=True))
 
 
 if __name__ == "__main__":

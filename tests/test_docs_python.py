@@ -62,8 +62,8 @@ def pope() -> Names:
 
 def photo() -> Names:
     """docs/serving.md: a picture, and the demo's adapter in little."""
-    from tests.app.tiny_served import ADAPTERS, spread, write_adapter
     from tests.backbones.tiny_video import write_tiny_video
+    from tests.serving.tiny_served import ADAPTERS, spread, write_adapter
 
     Image.new("RGB", (21, 15), "red").save("photo.png")
     base = spread(write_tiny_video("qwen2_5_vl", Path("base").resolve()))
@@ -86,7 +86,7 @@ PACKAGES = {"your_videos.md": ("av",), "serving.md": ("fastapi", "uvicorn", "ope
 def served(code: str) -> Iterator[str]:
     """The code with the address of a server that runs, as the page has just started one."""
     from dora_vl.serving.model import open_served
-    from tests.app.tiny_served import running
+    from tests.serving.tiny_served import running
 
     with running(open_served(None, {"shapes": Path("runs/demo/adapter")})) as address:
         yield code.replace("http://127.0.0.1:8000", address)

@@ -218,57 +218,62 @@ def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Topic:
-    """Pictures that are asked about in one prompt, and the talk about them so far, by each model."""
+class PictureChat:
+    """A conversation about some pictures, which stand in its first turn.
+
+    Attributes:
+        turns: the turns so far, by speaker: the model with the adapter and the one without answer differently.
+    """
 
     names: tuple[str, ...]
     pictures: tuple[Image, ...]
-    talks: dict[str, list[Turn]] = field(default_factory=dict)
+    turns: dict[str, list[Turn]] = field(default_factory=dict)
 
 
-def read_topics(paths: Sequence[Path], *, together: bool) -> list[Topic]:
-    """The pictures as topics; without any picture one topic of words alone."""
+def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
+    """A conversation about each picture, or about all; without any picture one of words alone."""
     groups = [paths] if together or not paths else [[path] for path in paths]
-    return [Topic(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
+    return [PictureChat(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
 
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
     """Opens the pictures and the model, then answers; without a question it asks for some."""
-    topics = read_topics(files_of(options.image, "picture"), together=options.together)  # before the model loads
+    chats = read_chats(files_of(options.image, "picture"), together=options.together)  # before the model loads
     opened = opened_by(options)
 
     def answer(line: str) -> None:
         if line.startswith(PICTURE_COMMAND):
-            topics[:] = read_topics(files_of([line.removeprefix(PICTURE_COMMAND).strip()], "picture"), together=False)
+            chats[:] = read_chats(files_of([line.removeprefix(PICTURE_COMMAND).strip()], "picture"), together=False)
             return
-        for topic in topics:
-            if len(topics) > 1 or options.question:
-                print(f"{', '.join(topic.names)}  {line}".strip())
-            ask_topic(opened, topic, line, max_new_tokens=options.max_new_tokens, conversation=options.conversation)
+        for chat in chats:
+            if len(chats) > 1 or options.question:
+                print(f"{', '.join(chat.names)}  {line}".strip())
+            ask_chat(opened, chat, line, max_new_tokens=options.max_new_tokens, remember=options.conversation)
 
     answer_all(options.question, answer, f"a question, `{PICTURE_COMMAND}FILE` for another picture,")
 
 
-def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
-    """Puts one question to one topic; the pictures stand in the first turn."""
+def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens: int, remember: bool) -> None:
+    """Prints the answers to a question; with `remember` each speaker's next question follows its answer to this one."""
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
     from dora_vl.evaluation.ask import Shown
     from dora_vl.evaluation.questions import Question
 
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
-    prompts: dict[str, list[Turn]] = {}
+    with_pictures = f"{IMAGE_PLACEHOLDER}\n" * len(chat.pictures) + question
+
+    def turns_of(speaker: str) -> list[Turn]:
+        earlier = chat.turns.get(speaker, [])
+        return [*earlier, Turn("user", question if earlier else with_pictures)]
 
     def answer(speaker: str, asker: Asker) -> str:
-        earlier = topic.talks.get(speaker, [])
-        text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
-        turns = prompts[speaker] = [*earlier, Turn("user", text)]
-        prompt, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
-        return asker.answer(prompt, seen, max_new_tokens=max_new_tokens, write=_write)
+        prompt = Question(id="question", turns=tuple(turns_of(speaker)))
+        return asker.answer(prompt, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
-        if conversation and text:
-            topic.talks[speaker] = [*prompts[speaker], Turn("assistant", text)]
+        if remember and text:
+            chat.turns[speaker] = [*turns_of(speaker), Turn("assistant", text)]
 
 
 def ask_about_videos(options: argparse.Namespace) -> None:

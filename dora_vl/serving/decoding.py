@@ -42,7 +42,7 @@ class Sampling:
 
 
 @dataclass
-class RowText:
+class SequenceText:
     """One row's answer while it is made.
 
     Attributes:
@@ -56,7 +56,7 @@ class RowText:
     decode: Callable[[list[int]], str]
     write: Callable[[str], object]
     over: Callable[[], bool] = lambda: False
-    done: Callable[[RowText], object] = lambda row: None
+    done: Callable[[SequenceText], object] = lambda row: None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     reason: Reason | None = None
@@ -115,10 +115,10 @@ class RowText:
             self.text = text
 
 
-class RowStops(StoppingCriteria):
+class SequenceStops(StoppingCriteria):
     """Gives each row its next token, and says which rows are over."""
 
-    def __init__(self, rows: Sequence[RowText], ends: Collection[int]) -> None:
+    def __init__(self, rows: Sequence[SequenceText], ends: Collection[int]) -> None:
         self._rows = rows
         self._ends = ends
 
@@ -131,13 +131,13 @@ class RowStops(StoppingCriteria):
         return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
 
 
-class RowSampling(LogitsProcessor):
+class SequenceSampling(LogitsProcessor):
     """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows.
 
     A row whose scores are no numbers is ended here, whether it samples or not.
     """
 
-    def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[SequenceText], device: torch.device) -> None:
         self._rows = rows
         self._draws = [drawing(row.sampling, device) for row in rows]
 
@@ -154,7 +154,7 @@ class RowSampling(LogitsProcessor):
         return scores
 
 
-def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[RowText]) -> list[int]:
+def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[SequenceText]) -> list[int]:
     """Each row's likeliest token; a row whose scores are no numbers is ended, and its token is any.
 
     A row's largest score is NaN where any is, so that looking at it costs no more than choosing.
@@ -190,11 +190,11 @@ def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: tor
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
+def generate_options(rows: Sequence[SequenceText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
     """What transformers' generate is called with so that it decodes these rows, each in its own way."""
     return {
-        "stopping_criteria": StoppingCriteriaList([RowStops(rows, ends)]),
-        "logits_processor": LogitsProcessorList([RowSampling(rows, device)]),
+        "stopping_criteria": StoppingCriteriaList([SequenceStops(rows, ends)]),
+        "logits_processor": LogitsProcessorList([SequenceSampling(rows, device)]),
         "num_beams": 1,  # whatever the model's folder says
     }
 
@@ -231,7 +231,7 @@ def _caches(arguments: Mapping[str, Any]) -> dict[str, DynamicCache]:
 
 
 @dataclass
-class JoinedRows:
+class KVCacheBatch:
     """What the next token of each row needs.
 
     Attributes:
@@ -249,7 +249,7 @@ class JoinedRows:
     @classmethod
     def read(
         cls, model: Any, input_ids: Tensor, config: Any, arguments: dict[str, Any]
-    ) -> tuple[JoinedRows, Float[Tensor, "rows vocab"]]:
+    ) -> tuple[KVCacheBatch, Float[Tensor, "rows vocab"]]:
         """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
         outputs = model._prefill(input_ids, config, arguments)
         name, cache = next(iter(_caches({**arguments, **outputs}).items()))
@@ -298,7 +298,7 @@ class JoinedRows:
         for key in self.others.keys() & TOKEN_TYPES:
             self.others[key] = self.others[key][index]
 
-    def join(self, new: JoinedRows) -> None:
+    def join(self, new: KVCacheBatch) -> None:
         """Takes further rows in, behind its own; `new` is used up."""
         columns = max(self.columns, new.columns)
         self.mask = torch.cat([F.pad(rows.mask, (columns - rows.columns, 0)) for rows in (self, new)])

@@ -14,16 +14,7 @@ from pathlib import Path
 
 from dora_vl.errors import UserError, install_command
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.serving.options import (
-    ANSWERS,
-    MEDIA,
-    Settings,
-    adapters_by_name,
-    add_address,
-    add_options,
-    admission,
-    listening,
-)
+from dora_vl.serving.options import ANSWERS, MEDIA, Settings, adapters_by_name, add_address, add_options, listening
 
 DESCRIPTION = """\
 Opens a page in the browser: a picture, several, a video or the webcam on the left, an adapter's and the base's answers
@@ -55,7 +46,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if not options.adapter:
         raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
     adapters = adapters_by_name(options.adapter)
-    missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("gradio", "httpx2", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
     with (
@@ -67,14 +58,15 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         # SIGTERM ends the program as an exit does, so that the uploads' folder goes then too.
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         at_end.callback(signal.signal, signal.SIGTERM, before)
-        admitted = admission(options)
         keep_gradio_quiet(Path(folder))
+        from dora_vl.serving.access import Uploads, access_rules, http_config
         from dora_vl.serving.engine import Engine
         from dora_vl.serving.model import open_served
 
+        rules = access_rules(options)
+
         named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
         model = open_served(options.base, adapters, **named)  # before Gradio, which takes seconds: it may refuse
-        from dora_vl.serving.door import Uploads, http_config
         from dora_vl.serving.page import Page, QuietServer, build_page_app
         from dora_vl.serving.page_parts import example_questions
         from dora_vl.serving.side_by_side import SideBySide
@@ -84,7 +76,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         most = settings.media_bytes * ROOM_FOR_A_MESSAGE
         uploads = Uploads(Path(folder), most * UPLOADS_AT_ONCE)
         with Engine(model, settings) as engine, contextlib.closing(SideBySide(engine)) as side:
-            app = build_page_app(Page(side, uploads, examples), admitted, upload_bytes=most)
+            app = build_page_app(Page(side, uploads, examples), rules, upload_bytes=most)
             host, port = listener.getsockname()[:2]
             yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
             QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])

@@ -7,7 +7,6 @@ it at its next token where the model allows that, else the next batch. Nothing h
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -33,58 +32,59 @@ from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Shown, check_room
-from dora_vl.serving.answering import (
-    ENDING,
-    Answering,
-    Event,
-    Failed,
-    Finished,
-    Piece,
-    Prepared,
-    Stopped,
-    WaitingRoom,
-    unloaded,
-)
 from dora_vl.serving.decoding import (
-    JoinedRows,
-    RowSampling,
-    RowText,
+    KVCacheBatch,
     Sampling,
+    SequenceSampling,
+    SequenceText,
     drawing,
     generate_options,
     likeliest,
     may_join,
 )
-from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
+from dora_vl.serving.model import Entry, ServedModel, UnknownModel
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import (
+    ENDING,
+    Event,
+    Failed,
+    Finished,
+    Piece,
+    PreparedRequest,
+    Scheduler,
+    Stopped,
+    SubmittedRequest,
+    unloaded,
+)
 
 
 @dataclass
-class Member:
+class RunningRequest:
     """A request in a batch: its text, and where its draws come from (None: it takes the likeliest token)."""
 
-    answering: Answering
-    text: RowText
+    submitted: SubmittedRequest
+    text: SequenceText
     draws: torch.Generator | None = None
 
     @property
     def share(self) -> tuple[str, float]:
-        """By which rows are sorted, so that the model's layers see few runs: the base before every adapter."""
-        return self.answering.prepared.share or ("", 0.0)
+        """The key that a batch is sorted by, the base first: a layer then computes each adapter once."""
+        return self.submitted.prepared.share or ("", 0.0)
 
 
-Members = Sequence[Member]
-Read = tuple[list[Member], JoinedRows, Float[Tensor, "rows vocab"]]
+Running = Sequence[RunningRequest]
+ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "sequences vocab"]]
+"""Requests whose prompts the model has read, their keys and values, and the logits of each one's first token."""
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
-    """Whether each token is chosen by the row's own sampling alone; what looks at the tokens before is generate's."""
-    by_row = all(isinstance(processor, RowSampling) for processor in logits_processor)
-    return by_row and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
+    """Whether each token is chosen by the request's own sampling; a penalty for tokens before is generate's."""
+    own = all(isinstance(processor, SequenceSampling) for processor in logits_processor)
+    return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
 
-class ModelRows:
-    """Puts requests to a model, as rows with their adapters, and tells each what becomes of it.
+class BatchDecoder:
+    """Decodes requests together, each with its adapter, and tells each what becomes of it.
 
     Args:
         ending: whether nobody waits for any answer any more.
@@ -95,84 +95,84 @@ class ModelRows:
         self._ending = ending
         self.ends = end_tokens(model.backbone.model)
 
-    def answer(self, batch: Sequence[Answering], newcomers: Callable[[Members, int], Sequence[Read]]) -> None:
-        """Answers a batch, and what comes meanwhile.
+    def answer(
+        self, batch: Sequence[SubmittedRequest], joiners: Callable[[Running, int], Sequence[ReadPrompts]]
+    ) -> None:
+        """Answers a batch, and the requests that join it.
 
         Args:
-            newcomers: reads what may join so many columns of these members, once a token; nothing where nothing may.
+            joiners: called at every token with the requests that run and how many tokens their cache holds; gives
+                those that join now.
         """
-        members, inputs = self.begin(batch)
-        most = max(member.text.sampling.max_new_tokens for member in members)
-        self._run(members, inputs, most, partial(self._decode, members, newcomers))
+        running, inputs = self.begin(batch)
+        most = max(request.text.sampling.max_new_tokens for request in running)
+        self._run(running, inputs, most, partial(self._decode, running, joiners))
 
-    def read(self, come: Sequence[Answering]) -> Read:
-        """Reads the prompts of requests that may join a batch. Raises ValueError: they cannot."""
-        members, inputs = self.begin(come)
-        read: list[tuple[JoinedRows, Tensor]] = []
-        self._run(members, inputs, 1, lambda _, rows, logits: read.append((rows, logits)), joins=True)
-        ((rows, logits),) = read
-        return members, rows, logits
+    def read(self, arrived: Sequence[SubmittedRequest]) -> ReadPrompts:
+        """Reads the prompts of requests that are to join a batch. Raises ValueError where they cannot."""
+        running, inputs = self.begin(arrived)
+        read: list[tuple[KVCacheBatch, Tensor]] = []
+        self._run(running, inputs, 1, lambda _, cache, logits: read.append((cache, logits)), joins=True)
+        ((cache, logits),) = read
+        return running, cache, logits
 
     def _decode(
         self,
-        members: list[Member],
-        newcomers: Callable[[Members, int], Sequence[Read]],
+        running: list[RunningRequest],
+        joiners: Callable[[Running, int], Sequence[ReadPrompts]],
         model: Any,
-        rows: JoinedRows,
-        logits: Float[Tensor, "rows vocab"],
+        cache: KVCacheBatch,
+        logits: Float[Tensor, "sequences vocab"],
     ) -> None:
-        """Token by token, until no member is left."""
-        tokens = self._next(members, logits)
+        """Decodes token by token, until no request is left."""
+        tokens = self._next(running, logits)
         while True:
-            members, tokens = _without_finished(members, tokens, rows)
-            if not members:
+            running, tokens = _without_finished(running, tokens, cache)
+            if not running:
                 return
-            come = newcomers(members, rows.columns)
-            for new, read, first in come:
-                rows.join(read)
-                members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
-            if come:
-                members, tokens = _without_finished(members, tokens, rows)
-                if not members:
-                    return
-            with self._holding(members):
-                logits = rows.step(model, torch.tensor(tokens, device=logits.device))
-            tokens = self._next(members, logits)
+            joined = joiners(running, cache.columns)
+            for new, new_cache, new_logits in joined:
+                cache.join(new_cache)
+                running, tokens = [*running, *new], [*tokens, *self._next(new, new_logits)]
+            if joined:  # whose first token may have been the last
+                continue
+            with self._holding(running):
+                logits = cache.step(model, torch.tensor(tokens, device=logits.device))
+            tokens = self._next(running, logits)
 
-    def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
-        """Each row's next token, which it has taken."""
-        best = likeliest(logits, [member.text for member in members])
+    def _next(self, running: Running, logits: Float[Tensor, "sequences vocab"]) -> list[int]:
+        """Each request's next token, which its text has taken."""
+        best = likeliest(logits, [request.text for request in running])
         tokens = [
-            token if member.draws is None else member.text.draw(row, member.draws)
-            for member, token, row in zip(members, best, logits, strict=True)
+            token if request.draws is None else request.text.draw(scores, request.draws)
+            for request, token, scores in zip(running, best, logits, strict=True)
         ]
-        for member, token in zip(members, tokens, strict=True):
-            member.text.take(token, self.ends)
+        for request, token in zip(running, tokens, strict=True):
+            request.text.take(token, self.ends)
         return tokens
 
-    def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any]]:
-        """The rows of requests, the base first and then adapter by adapter, and their inputs."""
+    def begin(self, batch: Sequence[SubmittedRequest]) -> tuple[list[RunningRequest], Mapping[str, Any]]:
+        """The requests in the order of a batch, the base first and then adapter by adapter, and their inputs."""
         assistant = self._model.assistant
-        members = sorted(
-            (Member(item, self._text(item), drawing(item.prepared.sampling, assistant.device)) for item in batch),
-            key=lambda member: member.share,
-        )
-        return members, assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
+        draws = [drawing(request.prepared.sampling, assistant.device) for request in batch]
+        running = [RunningRequest(item, self._text(item), draw) for item, draw in zip(batch, draws, strict=True)]
+        running.sort(key=lambda request: request.share)
+        return running, assistant.prompts.collate([request.submitted.prepared.sample for request in running], "left")
 
     def _run(
         self,
-        members: Members,
+        running: Running,
         inputs: Mapping[str, Any],
         most: int,
-        take: Callable[[Any, JoinedRows, Float[Tensor, "rows vocab"]], None],
+        take: Callable[[Any, KVCacheBatch, Float[Tensor, "sequences vocab"]], None],
         *,
         joins: bool = False,
     ) -> None:
         """Has transformers' generate prepare a batch; nobody reads the ids that it returns.
 
         Args:
-            take: gets rows whose prompts have been read, and the scores of their next tokens.
-            joins: whether rows that cannot join others are an error; else generate decodes them as it does.
+            take: gets the model, the cache of the prompts that it has read, and the logits of their next tokens.
+            joins: whether requests that cannot join others are an error; else generate decodes them itself.
         """
         assistant = self._model.assistant
         media = frozenset(inputs).difference({"input_ids", *ALIGNED, *BOOKKEEPING})
@@ -186,39 +186,40 @@ class ModelRows:
             **arguments: Any,
         ) -> Tensor:
             if can_join(logits_processor, generation_config) and may_join(arguments, media):
-                take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
+                take(model, *KVCacheBatch.read(model, input_ids, generation_config, arguments))
                 return input_ids
             if joins:
                 raise ValueError("a prompt that cannot join the running batch")
             named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
             return model._sample(input_ids, generation_config=generation_config, **named)
 
-        options = generate_options([member.text for member in members], self.ends, assistant.device)
-        pictures = [member.answering.prepared.pictures for member in members]
-        with self._holding(members, pictures):
+        options = generate_options([request.text for request in running], self.ends, assistant.device)
+        pictures = [request.submitted.prepared.pictures for request in running]
+        with self._holding(running, pictures):
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
 
-    def _holding(self, members: Members, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
-        """Meanwhile the model's rows are these; without `pictures`, none that shows any."""
-        prepared = [member.answering.prepared for member in members]
+    def _holding(self, running: Running, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
+        """Meanwhile the model's batch is of these requests; without `pictures`, none shows any."""
+        prepared = [request.submitted.prepared for request in running]
         strengths = [item.strength for item in prepared]
         return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
-    def _text(self, request: Answering) -> RowText:
-        """A row that tells its end at once, whatever the others do."""
+    def _text(self, request: SubmittedRequest) -> SequenceText:
+        """The text of a request's answer, which tells its end at once, whatever the others do."""
         prepared = request.prepared
 
-        def done(row: RowText) -> None:
-            if row.error is not None:
-                request.tell(Failed(row.error))
-            elif row.reason != "ended":
-                request.tell(Finished(row.reason or "length", row.text, prepared.prompt_tokens, len(row.ids)))
+        def done(answer: SequenceText) -> None:
+            if answer.error is not None:
+                request.tell(Failed(answer.error))
+            elif answer.reason != "ended":
+                reason = answer.reason or "length"
+                request.tell(Finished(reason, answer.text, prepared.prompt_tokens, len(answer.ids)))
             elif self._ending():
                 request.tell(Failed(Stopped(ENDING)))
             else:
                 request.give_up()
 
-        return RowText(
+        return SequenceText(
             prepared.sampling,
             prepared.entry.prompts.growing_text(),
             write=lambda text: request.tell(Piece(text)),
@@ -227,16 +228,20 @@ class ModelRows:
         )
 
 
-def _without_finished(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-    """Those that go on, adapter by adapter."""
-    on = [index for index, member in enumerate(members) if member.text.reason is None]
-    on.sort(key=lambda index: members[index].share)
-    if on and on != [*range(len(members))]:
-        rows.keep(on)
-    return [members[index] for index in on], [tokens[index] for index in on]
+def _without_finished(
+    running: list[RunningRequest], tokens: list[int], cache: KVCacheBatch
+) -> tuple[list[RunningRequest], list[int]]:
+    """The requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
+    on = [index for index, request in enumerate(running) if request.text.reason is None]
+    on.sort(key=lambda index: running[index].share)
+    if on and on != [*range(len(running))]:
+        cache.keep(on)
+    return [running[index] for index in on], [tokens[index] for index in on]
 
 
 log = logging.getLogger(__name__)
+CHARACTERS_OF_A_TOKEN = 32
+"""No text has as many for each of its tokens, but for few words among long runs of spaces."""
 
 
 class Engine:
@@ -245,14 +250,11 @@ class Engine:
     def __init__(self, model: ServedModel, settings: Settings | None = None) -> None:
         self.model = model
         self.settings = settings or Settings()
-        self._room = WaitingRoom(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
+        self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
         """Tokenizers and processors are for one thread at a time."""
-        self._running = threading.Lock()
-        """Held by a batch, and by whoever changes the adapters."""
         self._loading = threading.Lock()
-        self._changing = False
-        self._rows = ModelRows(model, lambda: self._room.closed)
+        self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
         self._thread.start()
 
@@ -266,12 +268,12 @@ class Engine:
         videos: Sequence[Video] = (),
         fill: bool = False,
         strength: float = 1.0,
-    ) -> Prepared:
+    ) -> PreparedRequest:
         """A request for the model of this name, its prompt built and checked.
 
         Args:
             name: an adapter's, or the base's.
-            turns: the talk so far, its last turn a question; `<image>` and `<video>` where pictures and videos go.
+            turns: the conversation, its last turn a question; `<image>` and `<video>` where pictures and videos go.
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
@@ -281,7 +283,10 @@ class Engine:
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         positions, most = self.model.max_positions, self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
-        refuse_endless(turns, allowed, entry.longest_token)
+        characters = sum(len(turn.text) for turn in turns)
+        if allowed is not None and characters > allowed * CHARACTERS_OF_A_TOKEN:  # to tokenise them takes long
+            reason = f"its {characters:,} characters are more than a prompt of {allowed:,} tokens can hold; shorten it"
+            raise BadSample("request", reason)
         with self._encoding:
             sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
         tokens = len(sample.input_ids)
@@ -290,23 +295,25 @@ class Engine:
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
         check_room(tokens, sampling.max_new_tokens, positions, "request")
-        return Prepared(entry, sample, sampling, strength)
+        return PreparedRequest(entry, sample, sampling, strength)
 
-    def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:
+    def submit(
+        self, prepared: PreparedRequest, put: Callable[[Event], object], deadline: float | None = None
+    ) -> SubmittedRequest:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
 
         Args:
             deadline: when its answer comes too late, by `time.monotonic`; None: its time begins now.
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
-        answering = Answering(prepared, put, deadline)
-        self._room.add(answering, partial(self._refuse_gone, prepared.entry))
-        return answering
+        request = SubmittedRequest(prepared, put, deadline)
+        self._scheduler.add(request, partial(self._check_served, prepared.entry))
+        return request
 
-    def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
+    def ask(self, prepared: PreparedRequest) -> Iterator[Piece | Finished]:
         """Hands a request in and gives its events as they come; whoever stops reading ends it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        answering = self.submit(prepared, events.put)
+        request = self.submit(prepared, events.put)
         try:
             while not isinstance(event := events.get(), Finished):
                 if isinstance(event, Failed):
@@ -314,12 +321,12 @@ class Engine:
                 yield event
             yield event
         finally:
-            answering.cancel()
+            request.cancel()
 
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._room)
+        return len(self._scheduler)
 
     def load(self, name: str, folder: Path) -> None:
         """Serves an adapter from now on; it is read beside the batches, and put in between two."""
@@ -327,20 +334,22 @@ class Engine:
             if (served := len(self.model.names) - 1) >= self.settings.max_adapters:
                 raise UserError(f"{served} adapters are served, and no more may be loaded; unload one first")
             read = self.model.read(name, folder)
-            with self._between_batches():
-                self.model.put(*read)
+            self._scheduler.between_batches(lambda: self.model.put(*read))
 
     def unload(self, name: str) -> None:
         """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told."""
-        with self._loading, self._between_batches():
+
+        def drop() -> None:
             self.model.drop(name)
-            gone = self._room.remove(name)
-        for request in gone:
-            request.tell(Failed(unloaded(name)))
+            for request in self._scheduler.remove(name):
+                request.tell(Failed(unloaded(name)))
+
+        with self._loading:
+            self._scheduler.between_batches(drop)
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
-        self._room.close()
+        self._scheduler.close()
         self._thread.join()
 
     def __enter__(self) -> Engine:
@@ -349,7 +358,8 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_gone(self, entry: Entry) -> None:
+    def _check_served(self, entry: Entry) -> None:
+        """Raises Stopped where an adapter is no longer the one that a request was prepared for."""
         if entry.name is None:
             return
         try:
@@ -359,42 +369,22 @@ class Engine:
         if served is not entry:
             raise Stopped(f"adapter {entry.name} was loaded anew meanwhile; ask again")
 
-    @contextlib.contextmanager
-    def _between_batches(self) -> Iterator[None]:
-        """No batch runs meanwhile, and the next waits, however many requests do."""
-        self._changing = True
-        with self._running:
-            self._changing = False
-            yield
-
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (batch := self._room.next_batch()) is not None:
-            while self._changing:  # a lock alone would come back to this thread at once
-                time.sleep(0.001)
-            with self._running:
-                served = [request for request in batch if self._is_served(request)]
-                if served:
-                    self._answer(served)
+        while (batch := self._scheduler.next_batch()) is not None:
+            if batch:  # else nobody waits any more for those that did
+                self._answer(batch)
 
-    def _is_served(self, request: Answering) -> bool:
-        """Whether its adapter is still there now that nobody can take it away; else it is told."""
+    def _answer(self, batch: Sequence[SubmittedRequest]) -> None:
+        """Answers a batch; where it fails as a whole, its requests one by one, so that none suffers for another."""
+        joined: list[SubmittedRequest] = []
         try:
-            self._refuse_gone(request.prepared.entry)
-        except Stopped as error:
-            request.tell(Failed(error))
-        return not request.over
-
-    def _answer(self, batch: Sequence[Answering]) -> None:
-        """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
-        joined: list[Answering] = []
-        try:
-            self._rows.answer(batch, partial(self._newcomers, joined))
+            self._decoder.answer(batch, partial(self._joiners, joined))
             return
-        except Exception as error:  # noqa: BLE001 - its rows are tried one by one
+        except Exception as error:  # noqa: BLE001 - its requests are tried one by one
             failed = error
-            _let_go(error)
+            _free_frames(error)
         requests = [*batch, *joined]
         if len(requests) == 1:
             log.error("a request failed", exc_info=failed)
@@ -405,39 +395,42 @@ class Engine:
             if request.pieces or request.over:  # what was said cannot be taken back
                 request.tell(Failed(failed))
             else:
-                self._alone(request, lambda item: self._rows.answer([item], lambda *_: ()))
+                self._alone(request, lambda item: self._decoder.answer([item], lambda *_: ()))
 
-    def _alone(self, request: Answering, put: Callable[[Answering], Any]) -> Any:
-        """What comes of putting one request to the model; where that fails it is told, and nobody else."""
+    def _alone(self, request: SubmittedRequest, put: Callable[[SubmittedRequest], Any]) -> Any:
+        """The result of putting one request to the model; where that fails it is told, and nobody else."""
         try:
             return put(request)
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
-            _let_go(error)
+            _free_frames(error)
             request.tell(Failed(error))
             return None
 
-    def _newcomers(self, joined: list[Answering], running: Members, columns: int) -> Sequence[Read]:
-        """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
-        if not self.settings.joining or self._changing:  # whoever changes the adapters waits for this batch's end
+    def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:
+        """The requests that join a running batch, their prompts read; one that cannot be read is told so.
+
+        Args:
+            joined: gets what joins.
+        """
+        if not self.settings.joining:
             return ()
-        left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)
-        taken = self._room.next_joiners(len(running), columns, left)
-        come = [request for request in taken if self._is_served(request)]
-        if not come:
+        left = max(request.text.sampling.max_new_tokens - len(request.text.ids) for request in running)
+        arrived = self._scheduler.next_joiners(len(running), columns, left)
+        if not arrived:
             return ()
         try:
-            read = [self._rows.read(come)]
-        except Exception as error:  # noqa: BLE001 - the rows at hand go on
-            log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
-            _let_go(error)
-            alone = (self._alone(request, lambda item: self._rows.read([item])) for request in come)
-            read = [rows for rows in alone if rows is not None]
-        joined += [member.answering for members, _, _ in read for member in members]
+            read = [self._decoder.read(arrived)]
+        except Exception as error:  # noqa: BLE001 - the batch at hand goes on
+            log.warning("%d requests failed (%s); one by one", len(arrived), one_line(str(error), 200))
+            _free_frames(error)
+            alone = (self._alone(request, lambda item: self._decoder.read([item])) for request in arrived)
+            read = [prompts for prompts in alone if prompts is not None]
+        joined += [request.submitted for requests, _, _ in read for request in requests]
         return read
 
 
-def _let_go(error: BaseException | None) -> None:
+def _free_frames(error: BaseException | None) -> None:
     """Frees what the calls that failed held, such as a batch's keys and values, which an error keeps as long as it is.
 
     Where memory was short, whoever tries again needs it.

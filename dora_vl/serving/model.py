@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,47 +19,9 @@ from dora_vl.backbones.base import Backbone, decoder_of, max_positions
 from dora_vl.backbones.families import LLAVA
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, load_decoder, prompts_of, read_recipe
-
-if TYPE_CHECKING:
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-
-MOST_TURNS = 512
-"""A template's time grows with the square of the turns."""
-
-
-def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int | None) -> None:
-    """Refuses a talk that is too long whatever its tokens are: before it is rendered, or a huge text tokenised.
-
-    Args:
-        tokens: most that a prompt may have; None: any number.
-        longest_token: most characters of one; None: any number.
-    """
-    if len(turns) > MOST_TURNS:
-        raise BadSample("request", f"the talk has {len(turns)} turns, and {MOST_TURNS} are allowed; begin a new one")
-    characters = sum(len(turn.text) for turn in turns)
-    if tokens is not None and longest_token is not None and characters > tokens * longest_token:
-        reason = f"its {characters:,} characters are more than a prompt of {tokens:,} tokens can hold; shorten it"
-        raise BadSample("request", reason)
-
-
-def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most characters that one token of a prompt stands for; None where they may be any number, or are not known.
-
-    Of a tokenizer's entries each character stands for at most one of the text: of bytes, and of `<0x0A>`, for less.
-    """
-    try:
-        longest = max(map(len, tokenizer.get_vocab()))
-        # Some tokenizers make one token of any length, or none, of characters that they do not know, and of spaces.
-        texts = [character * 16 * longest for character in ("\ue000", " ")]
-        bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
-    except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
-        return None
-    return longest if bounded else None
-
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
@@ -77,13 +39,11 @@ class Entry:
     Attributes:
         name: of the adapter; None is the base.
         alone: whether the pictures of a batch must all be its own.
-        longest_token: most characters that one token of its prompts stands for.
     """
 
     name: str | None
     prompts: EncoderPrompts
     alone: bool = False
-    longest_token: int | None = None
 
     def share(self, strength: float = 1.0) -> Share | None:
         """What a row has of it at this strength; None is the base."""
@@ -110,10 +70,9 @@ class ServedModel:
         prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
-        base = Entry(None, prompts, longest_token=longest_token(prompts.encoder.tokenizer))
-        self.assistant = Assistant(self.backbone, base.prompts)
+        self.assistant = Assistant(self.backbone, prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
-        self._entries: dict[str, Entry] = {self.base_name: base}
+        self._entries: dict[str, Entry] = {self.base_name: Entry(None, prompts)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,9 +89,8 @@ class ServedModel:
         """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served."""
         self._refuse_taken(name)
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
-        prompts = prompts_of(source)
         read = self.adapters.read(folder)
-        return Entry(name, prompts, read.alone, longest_token(prompts.encoder.tokenizer)), read
+        return Entry(name, prompts_of(source), read.alone), read
 
     def put(self, entry: Entry, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""

@@ -1,32 +1,17 @@
-"""What the server and the page can be told: where they listen, who may come in, and one table of numbers.
-
-Light: a command's help is there before torch.
-
-Any web page that somebody visits may send requests to this machine: from its own origin, or, where its name is made to
-lead here (DNS rebinding), as if it were this one. So `Host` must be a name that this program was told it has, and
-`Origin`, which browsers add by themselves, the same place.
-"""
+"""The options of both commands: adapters, address and one table of numbers. Their help is there before torch."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
-import contextlib
-import os
 import re
-import secrets
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dora_vl.errors import UserError, positive, shown
-
-if TYPE_CHECKING:
-    from starlette.datastructures import Headers
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MIB = 2**20
@@ -46,52 +31,10 @@ def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) 
     return number
 
 
-def name_of(address: str) -> str | None:
+def host_name(address: str) -> str | None:
     """The host of `host[:port]`; None where it is none."""
     match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", address)
     return match and (match["v6"] or match["name"].removesuffix("."))
-
-
-class Refused(UserError):
-    """Whoever asks may not, or not for this."""
-
-
-class NoKey(UserError):
-    """The program was started with a key, and the request lacks it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admission:
-    """Who may come in.
-
-    Attributes:
-        hosts: names and addresses that requests may be sent to, in lower case.
-        origins: those of them whose pages may send requests here whatever their port, such as a proxy's.
-    """
-
-    hosts: frozenset[str] = frozenset(LOCAL)
-    origins: frozenset[str] = frozenset()
-    key: str | None = None
-
-    def check(self, headers: Headers) -> None:
-        """Lets a request in."""
-        hosts = [host.lower() for host in headers.getlist("host")]
-        if len(hosts) != 1 or name_of(hosts[0]) not in self.hosts:
-            names = ", ".join(sorted(self.hosts))
-            raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
-        for origin in headers.getlist("origin"):
-            host = origin.lower().partition("://")[2]
-            if host != hosts[0] and name_of(host) not in self.origins:
-                raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
-        if self.key is None:
-            return
-        kind, _, credentials = headers.get("authorization", "").partition(" ")
-        key = credentials.strip().encode() if kind.lower() == "bearer" else b""
-        if kind.lower() == "basic":  # the password that a browser has asked its person for
-            with contextlib.suppress(binascii.Error):
-                key = base64.b64decode(credentials, validate=True).partition(b":")[2]
-        if not secrets.compare_digest(key, self.key.encode()):
-            raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
 
 
 def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
@@ -177,20 +120,6 @@ def add_options(parser: argparse.ArgumentParser, *groups: str) -> None:
                     default=entry.default,
                     help=entry.metadata["help"] + shown_default,
                 )
-
-
-def admission(options: argparse.Namespace) -> Admission:
-    """The options about who may come in. Raises UserError where a name or the key is none."""
-    names = {host: name_of(host.lower()) for host in options.allow_host}
-    for host, name in names.items():
-        if name is None:
-            raise UserError(f"--allow-host {shown(host)}: give a name or an address, such as gpu.example.org")
-    key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
-    if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
-        raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
-    allowed = frozenset(name for name in names.values() if name)
-    listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
-    return Admission(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
 
 
 def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """The page: its parts, and what happens on it. Pictures are shown, questions asked, a dial turned: each is a call here.
 
-What a talk is stands in `side_by_side.py`, how it looks in `page_parts.py`, what may come to the page in `door.py`.
+`side_by_side.py` has what a conversation is, `page_parts.py` how it looks, `access.py` what may come to the page.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from fastapi import FastAPI
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
+from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import UPLOAD, UPLOAD_SECONDS, Door, OwnAlone, Uploads
-from dora_vl.serving.options import Admission, Refused
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
-from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
+from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, SideBySide, error_text
 
 LARGEST_EVENT, EVENTS_AT_ONCE = 2**20, 64
 """Bytes of what the page says to its program, pictures being uploaded; and so many times that may be on its way."""
-MOST_TALKS = 64
-"""A talk holds its pictures; that of who was here longest ago goes."""
+MOST_CONVERSATIONS = 64
+"""A conversation holds its pictures; that of who was here longest ago goes."""
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
@@ -50,20 +49,17 @@ class QuietServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_page_app(page: Page, admission: Admission, *, upload_bytes: int) -> FastAPI:
+def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> FastAPI:
     """The application.
 
     Args:
         upload_bytes: largest file that is taken at all.
     """
-    app = FastAPI(
-        title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
-    )
-    app.add_middleware(OwnAlone, uploads=page.uploads, check_event=page.check_event)
-    limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
-    app.add_middleware(Door, admission=admission, body_seconds=UPLOAD_SECONDS, **limits)
+    app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
+    budget = ByteBudget(LARGEST_EVENT, EVENTS_AT_ONCE * LARGEST_EVENT)
+    app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)
     page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
-    page.blocks.state_session_capacity = MOST_TALKS
+    page.blocks.state_session_capacity = MOST_CONVERSATIONS
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     colours = gr.themes.Default(
         primary_hue="blue",
@@ -94,7 +90,7 @@ class Column(NamedTuple):
 
     model: gr.Dropdown
     strength: gr.Slider
-    talk: gr.HTML
+    answers: gr.HTML
 
     @classmethod
     def laid_out(cls, models: Sequence[str], chosen: str, side: str) -> Column:
@@ -106,12 +102,12 @@ class Column(NamedTuple):
                     0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != models[0],
                     info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
                 ),
-                gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}"),
+                gr.HTML(column_view(Conversation(), 0, named=chosen), elem_id=f"dv-conversation-{side}"),
             )  # fmt: skip
 
 
 class Page:
-    """One page for all who open it; Gradio keeps each one's talk.
+    """One page for all who open it; Gradio keeps each one's conversation.
 
     Args:
         uploads: what visitors have sent; no other file is ever read or deleted.
@@ -134,7 +130,7 @@ class Page:
             f"<p>{named} over <b>{escape(Path(model.source.base).name)}</b>, unmerged: both columns are rows of one "
             "batch.</p></header>"
         )
-        self.person, self.talk, self.answered = gr.State(""), gr.State(None), gr.State("")
+        self.person, self.conversation, self.answered = gr.State(""), gr.State(None), gr.State("")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):  # what the models are shown, examples, settings
                 with gr.Tab("Pictures or a video"):
@@ -186,9 +182,16 @@ class Page:
         )
 
     def _connect(self) -> None:
-        speakers = [*(column.model for column in self.columns), *(column.strength for column in self.columns)]
-        chosen = [self.person, self.talk, *speakers, self.tokens, self.heat, self.remember]
-        shown = [self.talk, self.files, self.webcam, self.seen, self.notice, *(column.talk for column in self.columns)]
+        choices = [*(column.model for column in self.columns), *(column.strength for column in self.columns)]
+        chosen = [self.person, self.conversation, *choices, self.tokens, self.heat, self.remember]
+        shown = [
+            self.conversation,
+            self.files,
+            self.webcam,
+            self.seen,
+            self.notice,
+            *(column.answers for column in self.columns),
+        ]
         changing = [*shown, self.question, self.answered, self.ask_button, self.stop]
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         # always_last: what comes while the page is still about the event before is begun after it, not dropped.
@@ -200,7 +203,7 @@ class Page:
         self.files.upload(self.show_files, [self.person, self.files], **showing)
         self.webcam.input(self.show_files, [self.person, self.webcam], **showing)
         self.nothing.click(self.show_nothing, [self.person], **showing)
-        self.anew.click(self.begin_anew, [self.person, self.talk], **showing)
+        self.anew.click(self.begin_anew, [self.person, self.conversation], **showing)
         if self.clicked is not None:
             self.clicked.click(self.take_example, [self.person, self.clicked], **showing)
         taking = gr.on(
@@ -217,13 +220,13 @@ class Page:
             switched = column.model.input(self._dial_of, [column.model], [column.strength], **quick)
             switched.then(self.ask_again, chosen, **answering)
         self.stop.click(self.side.stop, [self.person], **quick)
-        self.blocks.load(_begin, None, [self.person, self.talk, self.ask_button], **quick)
+        self.blocks.load(_begin, None, [self.person, self.conversation, self.ask_button], **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
 
     def show_files(self, person: str, paths: list[str] | str | None) -> Any:
-        """Files were chosen: they are read at once and deleted, and a talk about them begins."""
+        """Files were chosen: they are read at once and deleted, and a conversation about them begins."""
         files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
         if not files:
             return gr.skip()
@@ -231,131 +234,106 @@ class Page:
         try:
             if not all(self.uploads.holds(str(file)) for file in files):
                 raise UserError("a file is here no longer; choose it again")
-            return {**emptied, **self._begun(Talk(shown=self.side.look(files)), person)}
+            return {**emptied, **self._begun(Conversation(shown=self.side.look(files)), person)}
         except UserError as error:
-            return {**emptied, self.notice: notice_view(plain(error))}
+            return {**emptied, self.notice: notice_view(error_text(error))}
         finally:
             for file in files:
                 self.uploads.delete(file)
 
     def show_nothing(self, person: str) -> Update:
-        """The pictures go, and the talk with them."""
-        return self._begun(Talk(), person)
+        """The pictures go, and the conversation with them."""
+        return self._begun(Conversation(), person)
 
-    def begin_anew(self, person: str, talk: Talk | None) -> Update:
+    def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
         """The same pictures, and nothing said about them yet."""
-        return self._begun(Talk(shown=talk.shown if talk else NOTHING), person)
+        return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     def take_example(self, person: str, number: int) -> Update:
         """An example was clicked: its picture is shown, its question typed."""
         example = self.examples[number]
-        begun = self._begun(Talk(shown=Shown(pictures=(example.picture,))), person)
+        begun = self._begun(Conversation(shown=Shown(pictures=(example.picture,))), person)
         return {**begun, self.question: example.question}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
-    def ask(self, person: str, talk: Talk | None, *chosen: Any) -> Iterator[Update]:
+    def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
         """A question was taken from its box; `question` has its number before it, and is answered once."""
         *settings, question, answered = chosen
         if question == answered:
             yield gr.skip()
             return
         yield {self.answered: question}
-        yield from self._answers(person, talk, settings, question.partition(" ")[2])
+        yield from self._answers(person, conversation, settings, question.partition(" ")[2])
 
     @no_type_check  # likewise
-    def ask_again(self, person: str, talk: Talk | None, *chosen: Any) -> Iterator[Update]:
+    def ask_again(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
         """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
-        yield from self._answers(person, talk, chosen, None)
+        yield from self._answers(person, conversation, chosen, None)
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
         self.side.stop(str(request.session_hash))
-
-    def check_event(self, event: Any) -> None:
-        """Refuses values that an event's function does not take: Gradio would log them whole, with a traceback."""
-        number, data = (event.get("fn_index"), event.get("data")) if isinstance(event, dict) else (None, None)
-        function = self.blocks.fns.get(number) if isinstance(number, int) else None
-        inputs = function.inputs if function is not None and function.inputs is not None else []
-        values = data if isinstance(data, list) else [data] * (len(inputs) + 1)
-        is_there = function is not None and function.fn and len(values) == len(inputs)
-        if not is_there or not all(map(_takes, inputs, values)):
-            raise Refused("no part of the page sends such an event")
 
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _dial_of(self, model: str) -> Any:
         return gr.update(interactive=model != self._base)  # the base has no strength to choose
 
-    def _begun(self, talk: Talk, person: str) -> Update:
+    def _begun(self, conversation: Conversation, person: str) -> Update:
         self.side.stop(person)
         return {
-            self.talk: talk,
-            self.seen: shown_view(talk.shown, frames_are_pictures=self.side.frames_are_pictures),
+            self.conversation: conversation,
+            self.seen: shown_view(conversation.shown, frames_are_pictures=self.side.frames_are_pictures),
             self.notice: notice_view(""),
-            **self._views(talk),
+            **self._views(conversation),
         }
 
-    def _answers(self, person: str, talk: Talk | None, chosen: Sequence[Any], question: str | None) -> Iterator[Update]:
-        """The talk as it grows by the answers to a question.
+    def _answers(
+        self, person: str, conversation: Conversation | None, chosen: Sequence[Any], question: str | None
+    ) -> Iterator[Update]:
+        """The conversation as it grows by the answers to a question.
 
         Args:
-            talk: None where Gradio has let go of it.
+            conversation: None where Gradio has let go of it.
             chosen: models, strengths, tokens, temperature and whether earlier questions are seen.
             question: what was typed, which goes back into its box where it cannot be asked; None: the last one again.
         """
         *_, tokens, temperature, remember = chosen
         refilled: Update = {} if question is None else {self.question: question}
         try:
-            if talk is None or not person:
+            if conversation is None or not person:
                 raise UserError("this chat is no longer here; load the page again")
             # The base has no strength.
-            speakers = [
-                Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+            choices = [
+                ModelChoice(name=name, strength=1.0 if name == self._base else checked_strength(strength))
                 for name, strength in zip(chosen[:2], chosen[2:4], strict=True)
             ]
             if question is None:
-                last = talk.exchanges[-1:]
-                if not last or speakers == [answer.speaker for answer in last[0].answers]:
+                last = conversation.exchanges[-1:]
+                if not last or choices == [answer.choice for answer in last[0].answers]:
                     yield gr.skip()  # a generator without anything would empty all parts
                     return
-                talk, question = replace(talk, exchanges=talk.exchanges[:-1]), last[0].question
+                conversation, question = replace(conversation, exchanges=conversation.exchanges[:-1]), last[0].question
             if tokens is None or temperature is None:
                 raise UserError("the settings lack a number; type one")
             sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
-            remembered = talk if remember else replace(talk, exchanges=())
+            remembered = conversation if remember else replace(conversation, exchanges=())
             yield {self.ask_button: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, remembered, question, speakers, sampling):
-                grown = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
-                yield {self.talk: grown, self.notice: notice_view(""), **self._views(grown)}
+            for answered in self.side.ask(person, remembered, question, choices, sampling):
+                grown = replace(conversation, exchanges=(*conversation.exchanges, answered.exchanges[-1]))
+                yield {self.conversation: grown, self.notice: notice_view(""), **self._views(grown)}
         except UserError as error:
-            yield {self.notice: notice_view(plain(error)), **refilled}
+            yield {self.notice: notice_view(error_text(error)), **refilled}
         yield {self.ask_button: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
-    def _views(self, talk: Talk) -> Update:
+    def _views(self, conversation: Conversation) -> Update:
         names = (self.side.engine.model.names[1], self._base)
         return {
-            column.talk: column_view(talk, number, named=name)
+            column.answers: column_view(conversation, number, named=name)
             for number, (column, name) in enumerate(zip(self.columns, names, strict=True))
         }
 
 
-def _begin(request: gr.Request) -> tuple[str, Talk, Any]:
+def _begin(request: gr.Request) -> tuple[str, Conversation, Any]:
     """The page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
-    return str(request.session_hash), Talk(), gr.update(interactive=True)
-
-
-def _takes(part: Any, value: Any) -> bool:
-    """Whether a part of the page may send this value; of a `State` what is sent is not read."""
-    if isinstance(part, gr.File | gr.Image):
-        files = value if isinstance(value, list) and isinstance(part, gr.File) else [] if value is None else [value]
-        try:
-            return all(isinstance(file, dict) and gr.FileData.model_validate(file) for file in files)
-        except ValueError:
-            return False
-    if isinstance(part, gr.Slider | gr.Dataset):
-        low, high = (part.minimum, part.maximum) if isinstance(part, gr.Slider) else (0, len(part.samples) - 1)
-        kind = int | float if isinstance(part, gr.Slider) else int
-        return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    if isinstance(part, gr.Dropdown):
-        return isinstance(value, str) and value in {choice for _, choice in part.choices}
-    return isinstance(part, gr.State) or isinstance(value, bool if isinstance(part, gr.Checkbox) else str)
+    return str(request.session_hash), Conversation(), gr.update(interactive=True)

@@ -20,7 +20,7 @@ from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
-from dora_vl.serving.side_by_side import Answer, Talk
+from dora_vl.serving.side_by_side import Answer, Conversation
 
 THUMB_PX = 320
 JPEG_QUALITY = 85
@@ -45,15 +45,17 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 
 
-def column_view(talk: Talk, column: int, *, named: str) -> str:
+def column_view(conversation: Conversation, column: int, *, named: str) -> str:
     """What one model was asked and said."""
-    if not talk.exchanges:
-        return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
+    if not conversation.exchanges:
+        return (
+            f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
+        )
     turns = "".join(
         f'<div class="dv-asked">{escape(exchange.question) or NO_WORDS}</div>{_answer_view(exchange.answers[column])}'
-        for exchange in talk.exchanges
+        for exchange in conversation.exchanges
     )
-    return f'<div class="dv-talk"><div class="dv-turns">{turns}</div></div>'
+    return f'<div class="dv-conversation"><div class="dv-turns">{turns}</div></div>'
 
 
 def notice_view(text: str) -> str:
@@ -74,8 +76,8 @@ def _answer_view(answer: Answer) -> str:
 
 def tally(answer: Answer) -> str:
     """Who answered, tokens and speed, in a line."""
-    speaker = answer.speaker
-    who = speaker.name if speaker.strength == 1 else f"{speaker.name} at {speaker.strength:g}"
+    choice = answer.choice
+    who = choice.name if choice.strength == 1 else f"{choice.name} at {choice.strength:g}"
     ended = ENDINGS.get(answer.reason or "", "")
     if not answer.new_tokens or answer.seconds <= 0:  # it is not over
         return f"{who} · {answer.seconds:.1f} s{ended}" if answer.seconds else who

@@ -66,7 +66,7 @@ Part = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator="type")
 
 
 class Message(_Strict):
-    """One turn of the talk, words alone as one part; clients send answers back as they got them, `refusal` null."""
+    """One turn, words alone as one part; clients send answers back as they got them, `refusal` null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[

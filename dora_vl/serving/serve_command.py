@@ -16,7 +16,6 @@ from dora_vl.serving.options import (
     adapters_by_name,
     add_address,
     add_options,
-    admission,
     listening,
 )
 
@@ -71,11 +70,11 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     try:
         import uvicorn
 
-        from dora_vl.serving.door import http_config
+        from dora_vl.serving.access import access_rules, http_config
         from dora_vl.serving.server import Server, build_app
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
-    admitted = admission(options)
+        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'httpx2', 'uvicorn')}") from error
+    rules = access_rules(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine
     from dora_vl.serving.model import open_served
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     with (
         listener,
         Engine(served, Settings.of(options)) as engine,
-        Server(engine, admission=admitted, adapter_root=options.adapter_root) as server,
+        Server(engine, rules=rules, adapter_root=options.adapter_root) as server,
     ):
         host, port = listener.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"

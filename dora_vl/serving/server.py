@@ -19,28 +19,29 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from dora_vl.errors import UserError, shown
-from dora_vl.serving.answering import (
-    Answering,
+from dora_vl.serving.access import AccessMiddleware, AccessRules, ByteBudget, error_content, error_response
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.media import RequestMedia
+from dora_vl.serving.model import UnknownModel
+from dora_vl.serving.options import MIB
+from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, UnloadRequest, parsed
+from dora_vl.serving.scheduler import (
     Event,
     Failed,
     Finished,
     Piece,
-    Prepared,
+    PreparedRequest,
+    Stopped,
+    SubmittedRequest,
+    TooLate,
     TooManyRequests,
-    WaitingClient,
     unloaded,
 )
-from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.door import Door, error_content, error_response
-from dora_vl.serving.engine import Engine
-from dora_vl.serving.media import RequestMedia
-from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.options import MIB, Admission
-from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, UnloadRequest, parsed
 
 
 async def chunks(
-    request: ChatRequest, event: Event, answering: Answering, events: asyncio.Queue[Event]
+    request: ChatRequest, event: Event, answering: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
 
@@ -88,6 +89,44 @@ SENT_AT_ONCE = 8
 """So many times the largest request may be on its way, of however many clients."""
 
 
+class WaitingClient:
+    """The client of a request whose content was read: whether it is still there, how much of its time is left."""
+
+    def __init__(self, request: Request, seconds: float) -> None:
+        self._request = request
+        self.deadline = time.monotonic() + seconds
+        self._gone = False
+
+    def check(self) -> None:
+        """Raises Stopped or TooLate where nobody waits any more; from any thread."""
+        if self._gone:
+            raise Stopped("the client has gone away")
+        if time.monotonic() > self.deadline:
+            raise TooLate()
+
+    @contextlib.asynccontextmanager
+    async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
+        """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
+
+        def gone() -> None:
+            self._gone = True
+            leave()
+
+        async def wait() -> None:
+            while (await self._request.receive())["type"] != "http.disconnect":
+                pass
+            gone()
+
+        waiting = asyncio.create_task(wait())
+        try:
+            yield
+        except BaseException:
+            gone()
+            raise
+        finally:
+            waiting.cancel()
+
+
 class Server:
     """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoders.
 
@@ -96,9 +135,9 @@ class Server:
         adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
-    def __init__(self, engine: Engine, *, admission: Admission | None = None, adapter_root: Path | None = None) -> None:
+    def __init__(self, engine: Engine, *, rules: AccessRules | None = None, adapter_root: Path | None = None) -> None:
         self.engine, self.settings = engine, engine.settings
-        self.admission = admission or Admission()
+        self.rules = rules or AccessRules()
         self._root = adapter_root
         same_length = engine.model.assistant.prompts.encoder.videos_of_one_length
         self.media = RequestMedia(engine.settings, same_length=same_length)
@@ -168,11 +207,11 @@ class Server:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
-            yield await run_sync(partial(parsed, kind, request.scope.pop("content")))  # its pictures are in the result
+            yield await run_sync(partial(parsed, kind, await request.body()))
         finally:
             self._held -= 1
 
-    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
@@ -237,12 +276,12 @@ class Server:
 def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
+    largest = int(server.settings.max_body_mib * MIB)
     app.add_middleware(
-        Door,
-        admission=server.admission,
-        body_seconds=server.settings.body_seconds,
-        largest=int(server.settings.max_body_mib * MIB),
-        at_once=SENT_AT_ONCE,
+        AccessMiddleware,
+        rules=server.rules,
+        content_seconds=server.settings.body_seconds,
+        budget=ByteBudget(largest, SENT_AT_ONCE * largest),
     )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),

@@ -18,11 +18,11 @@ from pathlib import Path
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Stopped
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia, words
 from dora_vl.serving.requests import TooLarge
+from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, SubmittedRequest
 
 NOTHING = Shown()
 PACE_SECONDS = 0.04
@@ -33,7 +33,7 @@ FAILED = "the model failed to answer; what went wrong is in the terminal of dora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speaker:
+class ModelChoice:
     """Who answers in a column: a model of the engine, and how much of its adapter is applied."""
 
     name: str
@@ -50,7 +50,7 @@ class Answer:
         prompt_tokens, new_tokens: known at its end.
     """
 
-    speaker: Speaker
+    choice: ModelChoice
     text: str = ""
     reason: Reason | None = None
     trouble: str = ""
@@ -72,7 +72,7 @@ class Answer:
             return replace(self, text=event.text, reason=event.reason, seconds=seconds, **counts)
         if event is HALT:
             return replace(self, reason="ended", seconds=seconds)
-        return replace(self, trouble=plain(event.error), seconds=seconds)
+        return replace(self, trouble=error_text(event.error), seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +89,14 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
+class Conversation:
     """What one person has asked about some pictures or a video; they stand in its first question."""
 
     shown: Shown = NOTHING
     exchanges: tuple[Exchange, ...] = ()
 
     def turns(self, column: int, question: str) -> list[Turn]:
-        """What a column's model is told: the talk so far as it went there, then the question."""
+        """What a column's model is told: the conversation so far as it went there, then the question."""
         turns: list[Turn] = []
         for exchange in self.exchanges:
             message = exchange.answers[column].text
@@ -107,7 +107,7 @@ class Talk:
         return [Turn("user", media + turns[0].text), *turns[1:]]
 
 
-def plain(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What went wrong, for whoever asked; the inside of the program is for its log."""
     if isinstance(error, BadSample):
         return error.reason
@@ -142,33 +142,33 @@ class SideBySide:
             )
 
     def ask(
-        self, person: str, talk: Talk, question: str, speakers: Sequence[Speaker], sampling: Sampling
-    ) -> Iterator[Talk]:
-        """The talk with one more question, again and again while the answers grow; the last one is whole.
+        self, person: str, conversation: Conversation, question: str, choices: Sequence[ModelChoice], sampling: Sampling
+    ) -> Iterator[Conversation]:
+        """The conversation with one more question, again and again while the answers grow; the last one is whole.
 
         Whoever stops reading ends the answers, and so does `stop`.
 
         Args:
             person: who asks; a person's earlier questions that are still being answered are ended.
-            speakers: one a column; as many as the talk has had.
+            choices: one a column; as many as the conversation has had.
         """
         self.stop(person)
         question = words(question.strip(), "the question", shows_videos=True)
-        if not question and not (talk.shown.pictures or talk.shown.videos):
+        if not question and not (conversation.shown.pictures or conversation.shown.videos):
             raise UserError("type a question, or show a picture or a video")
         prepared = [
             self.engine.prepare(
-                speaker.name,
-                talk.turns(column, question),
+                choice.name,
+                conversation.turns(column, question),
                 sampling,
-                pictures=talk.shown.pictures,
-                videos=talk.shown.videos,
+                pictures=conversation.shown.pictures,
+                videos=conversation.shown.videos,
                 fill=True,
-                strength=speaker.strength,
+                strength=choice.strength,
             )
-            for column, speaker in enumerate(speakers)
+            for column, choice in enumerate(choices)
         ]
-        exchange = Exchange(question=question, answers=tuple(Answer(speaker=speaker) for speaker in speakers))
+        exchange = Exchange(question=question, answers=tuple(Answer(choice=choice) for choice in choices))
         running, start = _Running(), time.monotonic()
         try:
             for column, request in enumerate(prepared):
@@ -177,7 +177,7 @@ class SideBySide:
             with self._lock:
                 self._running[person] = running
             while True:
-                yield replace(talk, exchanges=(*talk.exchanges, exchange))
+                yield replace(conversation, exchanges=(*conversation.exchanges, exchange))
                 if exchange.over:
                     return
                 exchange = _after(exchange, running.events, start)
@@ -211,7 +211,7 @@ Events = queue.SimpleQueue[tuple[int, Event]]
 class _Running:
     """A question that is being answered."""
 
-    handed_in: list[Answering] = field(default_factory=list)
+    handed_in: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
     """What becomes of it, with the number of the column."""
 

@@ -26,8 +26,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import ModelRequest, find_source, prompts_of
 from dora_vl.run.base import DECODER, VLBART
 from tasks import image_qa
-from tests.app.tiny_served import write_adapter
 from tests.backbones.tiny_language import write_tiny_language
+from tests.serving.tiny_served import write_adapter
 from tests.training.tiny_run import write_tiny_llava
 
 WORDING = {"template": "tokenizer", "image_aspect": "pad"}

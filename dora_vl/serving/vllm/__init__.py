@@ -5,5 +5,5 @@ lays g - 1 beside them: one row a slot, and a row of zeros for tokens of the bas
 
     y = g * (W x + B A x) + b,    g = m / ||W + B A||       (s is in B already)
 
-Nothing here imports vLLM at its head; `plugin.register` looks at it first and leaves one that differs as it is.
+Nothing here imports vLLM at its head; `plugin.register` leaves a version that was not tested as it is.
 """

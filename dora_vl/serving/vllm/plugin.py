@@ -1,4 +1,4 @@
-"""The entry point that vLLM calls in each of its processes: looks at this vLLM, and changes it only if it is known.
+"""The entry point that vLLM calls in each of its processes: changes a vLLM whose version was tested, and no other.
 
 An adapter's way into vLLM's slots: `magnitude` beside A and B in a layer's weights, then the layer's gains. Written
 against the classes of vllm/lora without importing them. `VLLM_PLUGINS` chooses plugins by name; its own is `dora_vl`.
@@ -7,11 +7,9 @@ against the classes of vllm/lora without importing them. `VLLM_PLUGINS` chooses 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -22,8 +20,9 @@ from dora_vl.errors import shown_names
 from dora_vl.serving.vllm.layer import EXPORT, LORA_B, DoRALayer, UnservableAdapter, as_factor, take_magnitudes
 
 log = logging.getLogger("vllm.dora_vl")  # below vLLM's own, whose handler and level it so has
+TESTED = ("0.32.0", "0.33.0")
+"""The versions that the plugin was run with; 0.33.0's Python code was run over the CPU kernels of 0.32.0."""
 UNTESTED = "DORA_VL_UNTESTED_VLLM"
-"""Set to 1, it has a version tried that the plugin was never run with, if its places are the same."""
 _done = False
 
 
@@ -42,43 +41,35 @@ def register() -> None:
             return
     except (ImportError, AttributeError, TypeError, ValueError):
         pass
-    minor, *tested = (release.split("+")[0].split(".")[:2] for release in (version, *TESTED))
-    if minor not in tested and os.environ.get(UNTESTED) != "1":
-        reason = f"version {version} was never tried; {UNTESTED}=1 tries it"
-    else:
-        reason = difference()
-    if reason is not None:
+    if version.split("+")[0] not in TESTED and os.environ.get(UNTESTED) != "1":
         log.warning(
-            "dora_vl: DoRA adapters are not served and vLLM is left as it is: %s (tested with vLLM %s)",
-            reason,
+            "dora_vl: DoRA adapters are not served: vLLM %s was never tried (%s were; %s=1 tries it)",
+            version,
             ", ".join(TESTED),
+            UNTESTED,
         )
         return
     install()
-    if mend():
+    if fix_base_rows():
         log.info(
             "dora_vl: %s.%s of vLLM %s gives rows of the base the last slot's adapter; mended", KERNELS, SHRINK, version
         )
 
 
-# A fault of vLLM's CPU kernels: rows of the base (slot -1) are given the adapter of the last slot.
-#
-# vllm/lora/ops/torch_ops/lora_ops.py:74 (0.32.0) takes a row's A by `lora_b_weights[lora_indices_tensor]`, where -1 is
-# the last one. With a slot left empty nobody sees it; with all full the base answers as that slot's A and B would.
-
-
 KERNELS = "vllm.lora.ops.torch_ops.lora_ops"
-USERS = ("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu")
-"""Modules that have the function by name."""
 SHRINK = "bgmv_shrink"
 
 
-def mend() -> bool:
-    """Has the product with A leave nothing in rows of the base; whether there was something to mend."""
+def fix_base_rows() -> bool:
+    """Mends vLLM's product with A on CPUs, which gives tokens of the base the adapter of the last slot.
+
+    vllm/lora/ops/torch_ops/lora_ops.py:74 (0.32.0) takes a token's A by `lora_b_weights[lora_indices_tensor]`, where
+    -1, the base, is the last slot. While a slot is empty nobody sees it. Returns whether there was something to mend.
+    """
     kernels = import_module(KERNELS)
     shrink = getattr(kernels, SHRINK)
-    rows, weights, output = torch.ones(1, 2), torch.ones(1, 1, 1, 2), torch.zeros(1, 1)
-    shrink(rows, weights, output, torch.tensor([-1]), 1.0)
+    x, weights, output = torch.ones(1, 2), torch.ones(1, 1, 1, 2), torch.zeros(1, 1)
+    shrink(x, weights, output, torch.tensor([-1]), 1.0)
     if not output.any():
         return False
 
@@ -88,132 +79,26 @@ def mend() -> bool:
         shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor[lora_indices_tensor < 0] = 0  # B then adds nothing, whichever B it is
 
-    for module in (kernels, *map(import_module, USERS)):
+    users = ("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu")  # have the function by name
+    for module in (kernels, *map(import_module, users)):
         setattr(module, SHRINK, bgmv_shrink)
     return True
 
 
-# The places of vLLM that the plugin changes or reads, and whether a vLLM has them as they were when it was tested.
+# The plugin's functions in place of vLLM's. Each calls what was there, so that adapters without magnitudes go the way
+# they went. Files and lines are those of vLLM 0.32.0.
 
-
-@dataclass(frozen=True)
-class Place:
-    """A function, method or tuple of vLLM.
-
-    Attributes:
-        parameters: of its signature, in order; None for what is no function.
-        reads: names that its code must use: attributes that are made there, or what it must look up anew.
-    """
-
-    module: str
-    name: str
-    parameters: tuple[str, ...] | None = None
-    reads: tuple[str, ...] = ()
-
-
-TESTED = ("0.32.0", "0.33.0")
-"""Versions that the plugin was run with; others of the same minor version are tried if their places are the same.
-
-0.33.0 was its Python code over the CPU kernels of 0.32.0: no CPU build of it was to be had."""
 HELPER = "vllm.lora.peft_helper"
-MODEL = "vllm.lora.lora_model"
-WEIGHTS = "vllm.lora.lora_weights"
-MANAGER = "vllm.lora.model_manager"
-CLASSES = "vllm.lora.utils"
-LAYERS = "vllm.lora.layers"
-PUNICA = "vllm.lora.punica_wrapper.punica_base"
-LINEAR = (
-    "ColumnParallelLinearWithLoRA",
-    "MergedColumnParallelLinearWithLoRA",
-    "QKVParallelLinearWithLoRA",
-    "MergedQKVParallelLinearWithLoRA",
-    "RowParallelLinearWithLoRA",
-    "ReplicatedLinearWithLoRA",
-    "ColumnParallelLinearWithShardedLoRA",
-    "QKVParallelLinearWithShardedLoRA",
-    "MergedColumnParallelLinearWithShardedLoRA",
-    "MergedColumnParallelLinearVariableSliceWithLoRA",
-    "MergedQKVParallelLinearWithShardedLoRA",
-    "RowParallelLinearWithShardedLoRA",
-)
-"""The wrappers of `LAYERS` that get gains; a later vLLM's further ones get none, and magnitudes there are refused."""
-LAYER_NAMES = ("base_layer", "input_size", "tp_size", "device")
-FROM_TENSORS = ("tensors", "peft_helper", "device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
-PLACES = (
-    Place(HELPER, "PEFTHelper._validate_features", ("self",), ("use_dora", "modules_to_save")),
-    Place(HELPER, "PEFTHelper.validate_legal", ("self", "lora_config"), ("_validate_features",)),
-    Place(WEIGHTS, "LoRALayerWeights.from_config", None, ("get_rank_and_scaling",)),  # rank_pattern, alpha_pattern
-    Place(MODEL, "parse_fine_tuned_lora_name", ("name", "weights_mapper")),
-    Place(MODEL, "LoRAModel.from_lora_tensors", ("lora_model_id", *FROM_TENSORS), ("parse_fine_tuned_lora_name",)),
-    Place(MODEL, "LoRAModel._should_skip_module", ("module_name", "skip_prefixes")),
-    Place(WEIGHTS, "PackedLoRALayerWeights.pack", ("loras",), ("optimize",)),
-    Place(MANAGER, "LoRAModelManager._create_merged_loras_inplace", ("self", "lora_model"), ("pack", "optimize")),
-    Place(MANAGER, "LoRAModelManager._add_adapter", ("self", "lora"), ("_create_merged_loras_inplace",)),
-    Place(MANAGER, "LoRAModelManager.activate_adapter", ("self", "lora_id"), ("lora_index_to_id", "set_lora")),
-    Place(MANAGER, "LoRAModelManager._get_lora_layer_weights", ("self", "lora_model", "module_name")),
-    Place(
-        MANAGER,
-        "LoRAModelManager.__init__",
-        None,
-        ("lora_index_to_id", "_registered_adapters", "modules", "lora_config"),
-    ),
-    Place(CLASSES, "_all_lora_classes"),
-    Place(CLASSES, "from_layer", None, ("_all_lora_classes", "create_lora_weights")),
-    Place(LAYERS, "base_linear.BaseLinearLayerWithLoRA.__init__", ("self", "base_layer"), LAYER_NAMES),
-    Place(LAYERS, "base_linear.BaseLinearLayerWithLoRA.apply", ("self", "x", "bias")),
-    Place(
-        LAYERS,
-        "base_linear.BaseLinearLayerWithLoRA.create_lora_weights",
-        ("self", "max_loras", "lora_config", "model_config"),
-        ("output_slices", "n_slices", "output_size"),
-    ),
-    Place(LAYERS, "RowParallelLinearWithLoRA.slice_lora_a", ("self", "lora_a"), ("tp_rank",)),
-    Place(LAYERS, "ColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b"), ("tp_rank",)),
-    Place(LAYERS, "MergedColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b"), ("output_slices",)),
-    *(Place(LAYERS, f"{name}.apply", ("self", "x", "bias")) for name in LINEAR),
-    Place("vllm.model_executor.layers.linear", "LinearBase.__init__", None, ("params_dtype", "quant_method")),
-    Place(KERNELS, SHRINK, ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")),
-    Place(PUNICA, "PunicaWrapperBase.__init__", None, ("_token_lora_indices",)),
-    Place(PUNICA, "PunicaWrapperBase._update_base_metadata", None, ("_token_lora_indices", "copy_")),
-)
-"""As they are in vLLM 0.32.0; docs/export.md says what the plugin does in each file."""
-
-
-def difference(symbols: Iterable[Place] = PLACES) -> str | None:
-    """The first symbol that this vLLM does not have as it is written down; None where all are as they were."""
-    for symbol in symbols:
-        where = f"{symbol.module}.{symbol.name}"
-        try:
-            member: Any = import_module(symbol.module)
-            for part in symbol.name.split("."):
-                member = getattr(member, part)
-        except (ImportError, AttributeError):
-            return f"{where} is not there"
-        names = tuple(inspect.signature(member).parameters) if callable(member) else ()
-        if symbol.parameters is not None and names != symbol.parameters:
-            return f"{where} takes ({', '.join(names)}), not ({', '.join(symbol.parameters)})"
-        code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
-        if missing := set(symbol.reads) - set(() if code is None else code.co_names):
-            return f"{where} does without {', '.join(sorted(missing))}"
-    return None
-
-
-# The plugin's functions in vLLM's places, each as `places` lists it.
-#
-# What was there is called from what takes its place, so that adapters without magnitudes go the way they went. Files
-# and lines are those of vLLM 0.32.0.
-
-
 WHOLE_MODULES = f"It holds whole trained modules beside A and B: {EXPORT}."
 
 
 def install() -> None:
     """Puts all of them in; once a process."""
     accept_configs(import_module(HELPER).PEFTHelper)
-    keep_magnitudes(import_module(MODEL))
-    pack_magnitudes(import_module(WEIGHTS).PackedLoRALayerWeights)
-    give_gains_to_slots(import_module(MANAGER).LoRAModelManager)
-    wrap_layers(import_module(CLASSES), import_module(LAYERS))
+    keep_magnitudes(import_module("vllm.lora.lora_model"))
+    pack_magnitudes(import_module("vllm.lora.lora_weights").PackedLoRALayerWeights)
+    give_gains_to_slots(import_module("vllm.lora.model_manager").LoRAModelManager)
+    wrap_layers(import_module("vllm.lora.utils"), import_module("vllm.lora.layers"))
 
 
 def accept_configs(helper: Any) -> None:
@@ -309,17 +194,17 @@ def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
 
 def wrap_layers(module: Any, layers: Any) -> None:
     """vllm/lora/utils.py:79: each wrapper of a linear layer with `DoRALayer` in front, under its own name."""
-    linear = {getattr(layers, name) for name in LINEAR}
+    linear = import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
 
     def with_gains(wrapper: type) -> type:
-        if wrapper not in linear:
+        if not issubclass(wrapper, linear):
             return wrapper
         own: dict[str, Any] = {"__module__": wrapper.__module__, "__doc__": wrapper.__doc__}
         if issubclass(wrapper, layers.RowParallelLinearWithLoRA):
             own |= {"shards_inputs": True, "sum_of_ranks": staticmethod(sum_over_ranks)}
         return type(wrapper.__name__, (DoRALayer, wrapper), own)
 
-    module._all_lora_classes = tuple(with_gains(item) for item in module._all_lora_classes)
+    module._all_lora_classes = tuple(map(with_gains, module._all_lora_classes))
 
 
 def sum_over_ranks(part: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from dora_vl.errors import UserError
-from dora_vl.serving.decoding import RowSampling, RowStops, RowText, Sampling
+from dora_vl.serving.decoding import Sampling, SequenceSampling, SequenceStops, SequenceText
 
 END = 0
 
 
-def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[RowText, list[str]]:
+def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[SequenceText, list[str]]:
     """What a row wrote of these tokens, by default the letters of their numbers."""
     pieces: list[str] = []
     letters = decode or (lambda ids: "".join(chr(number) for number in ids if number != END))
-    row = RowText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)
+    row = SequenceText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)
     for token in tokens:
         row.take(token, {END})
     return row, pieces
@@ -64,13 +64,13 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     assert pieces == ["a", "é", "€"]
 
 
-def silent(**sampling: Any) -> RowText:
-    return RowText(Sampling(**{"max_new_tokens": 1, **sampling}), lambda ids: "", lambda text: None)
+def silent(**sampling: Any) -> SequenceText:
+    return SequenceText(Sampling(**{"max_new_tokens": 1, **sampling}), lambda ids: "", lambda text: None)
 
 
 def drawn(scores: torch.Tensor, **sampling: Any) -> list[int]:
     rows = [silent(**sampling)] * len(scores)
-    return RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone()).argmax(-1).tolist()
+    return SequenceSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone()).argmax(-1).tolist()
 
 
 def test_draws_follow_temperature_and_top_p() -> None:
@@ -87,7 +87,7 @@ def test_draws_follow_temperature_and_top_p() -> None:
 def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
     scores = torch.randn(2, 9)
     rows = [silent(), silent(temperature=1.0, seed=3)]
-    processed = RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone())
+    processed = SequenceSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone())
     assert torch.equal(processed[0], scores[0])
     assert (processed[1] > float("-inf")).sum() == 1
 
@@ -96,9 +96,9 @@ def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
 @pytest.mark.parametrize("way", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {}])
 def test_a_row_without_numbers_to_choose_from_ends_alone(broken: float, way: dict[str, float]) -> None:
     rows = [silent(max_new_tokens=9, seed=seed, **way) for seed in (3, 4)]
-    ended: list[RowText] = []
+    ended: list[SequenceText] = []
     rows[0].done = ended.append
-    sampling, stops = RowSampling(rows, torch.device("cpu")), RowStops(rows, {END})
+    sampling, stops = SequenceSampling(rows, torch.device("cpu")), SequenceStops(rows, {END})
     for _ in range(2):  # generate goes on with the rows that are over
         scores = torch.zeros(2, 9)
         scores[0, 5] = broken

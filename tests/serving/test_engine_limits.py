@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
-from dora_vl.serving.answering import Failed, Finished, Piece, Stopped, TooManyRequests
-from dora_vl.serving.decoding import RowText, Sampling
+from dora_vl.errors import BadSample, UserError
+from dora_vl.serving.decoding import Sampling, SequenceText
 from dora_vl.serving.engine import Engine
-from dora_vl.serving.model import MOST_TURNS, ServedModel, longest_token, refuse_endless
+from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from tests.app.tiny_served import last
-from tests.backbones.tiny_image_text import tiny_tokenizer
+from dora_vl.serving.scheduler import Failed, Finished, Piece, Stopped, TooManyRequests
+from tests.serving.tiny_served import last
 
 QUESTION = [Turn("user", "What colour is it?")]
 pytestmark = pytest.mark.usefixtures("endless")
@@ -34,7 +31,7 @@ class Gate:
 
     def __init__(self, engine: Engine, monkeypatch: Any) -> None:
         self.opened, reached, self.sizes = threading.Event(), threading.Event(), list[int]()
-        begin = engine._rows.begin
+        begin = engine._decoder.begin
 
         def gated(batch: Any) -> Any:
             self.sizes.append(len(batch))
@@ -42,7 +39,7 @@ class Gate:
             assert self.opened.wait(60)
             return begin(batch)
 
-        monkeypatch.setattr(engine._rows, "begin", gated)
+        monkeypatch.setattr(engine._decoder, "begin", gated)
         self.first = handed_in(engine)
         assert reached.wait(60)
 
@@ -89,14 +86,14 @@ def test_leaving_the_loop_ends_the_answer(engine: Engine) -> None:
 def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> None:
     gate = Gate(engine, monkeypatch)
     good, bad, other = handed_in(engine, tokens=5), handed_in(engine, tokens=7), handed_in(engine, "base", tokens=5)
-    write = RowText._write
+    write = SequenceText._write
 
-    def broken(row: RowText, text: str) -> None:
+    def broken(row: SequenceText, text: str) -> None:
         if row.sampling.max_new_tokens == 7 and len(row.ids) == 2:
             raise ZeroDivisionError
         write(row, text)
 
-    monkeypatch.setattr(RowText, "_write", broken)
+    monkeypatch.setattr(SequenceText, "_write", broken)
     gate.opened.set()
     failed = last(bad[1])
     assert isinstance(failed, Failed)
@@ -191,6 +188,14 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
     assert all(isinstance(event, Finished) for event in answered)
 
 
+def test_only_so_many_adapters_are_loaded(model: ServedModel, folders: dict[str, Path]) -> None:
+    with Engine(model, Settings(max_adapters=len(model.names))) as engine:
+        engine.load("again", folders["two"])
+        with pytest.raises(UserError):
+            engine.load("more", folders["two"])
+        engine.unload("again")
+
+
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
     engine = Engine(model, Settings(batch=1))
     _, running = handed_in(engine, tokens=1500)
@@ -203,6 +208,8 @@ def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: An
         assert isinstance(failed.error, Stopped)
     with pytest.raises(Stopped):
         handed_in(engine)
+    with pytest.raises(Stopped):
+        engine.unload("one")
 
 
 def test_prompts_have_a_longest(model: ServedModel) -> None:
@@ -215,40 +222,9 @@ def test_prompts_have_a_longest(model: ServedModel) -> None:
         assert filled.tokens == 2048
 
 
-@pytest.mark.parametrize(
-    "turns", [[Turn("user", "a"), Turn("assistant", "b")] * 300, [Turn("user", "a b " * 10**7)]], ids=["turns", "text"]
-)
-def test_an_endless_talk_is_refused_before_it_is_rendered(
-    turns: list[Turn], model: ServedModel, monkeypatch: Any
-) -> None:
+def test_an_endless_text_is_refused_before_it_is_tokenised(model: ServedModel, monkeypatch: Any) -> None:
     monkeypatch.setattr(type(model.entry("one").prompts), "sample", lambda *_: pytest.fail("it was rendered"))
     with Engine(model) as engine:
         for name in ("one", "base"):
             with pytest.raises(BadSample):
-                engine.prepare(name, turns, Sampling(max_new_tokens=1), fill=True)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(["what colour is it"], trainers.WordLevelTrainer(special_tokens=["<unk>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-
-
-def test_no_text_of_a_byte_level_tokenizer_has_more_characters_than_its_tokens_can_hold() -> None:
-    tokenizer = tiny_tokenizer({})
-    longest = longest_token(tokenizer)
-    assert longest == max(map(len, tokenizer.get_vocab()))
-    entry = max(tokenizer.get_vocab(), key=len)
-    for text in (entry * 50, "What colour is it? " * 50, " " * 500, "\u20ac\u4f60" * 99):
-        refuse_endless([Turn("user", text)], len(tokenizer.encode(text, add_special_tokens=False)), longest)
-    with pytest.raises(BadSample):
-        refuse_endless([Turn("user", "a" * 450), Turn("assistant", "b")], 50, 9)
-    refuse_endless([Turn("user", "a" * 449), Turn("assistant", "b")], 50, 9)
-
-
-@pytest.mark.parametrize("tokenizer", [word_tokenizer(), PreTrainedTokenizerBase()])
-def test_where_a_token_may_have_any_length_none_is_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert longest_token(tokenizer) is None
-    refuse_endless([Turn("user", "a" * 10**6)] * MOST_TURNS, 1, None)
-    refuse_endless([Turn("user", "a" * 10**6)], None, 9)
+                engine.prepare(name, [Turn("user", "a b " * 10**7)], Sampling(max_new_tokens=1), fill=True)

@@ -9,8 +9,8 @@ import pytest
 
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from tests.app.tiny_served import running, served, spread, write_adapters
 from tests.backbones.tiny_video import write_tiny_video
+from tests.serving.tiny_served import running, served, spread, write_adapters
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The pictures of docs/serving.md: python -m tests.app.page_screenshots --to docs/images, after `make demo`."""
+"""The pictures of docs/serving.md: python -m tests.serving.page_screenshots --to docs/images, after `make demo`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from dora_vl.serving.model import open_served
 from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import example_questions
-from tests.app.browser import Visitor, browser, page_of
+from tests.serving.browser import Visitor, browser, page_of
 
 SIZE = {"width": 1240, "height": 800}
 COLOURS = 192
@@ -49,7 +49,7 @@ def main() -> None:
             visitor.ask("what color is the shape?")
             shoot(visitor, options.to / "page_side_by_side.png")
             visitor.page.locator("#dv-examples tbody tr").nth(3).click()
-            visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
+            visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
             visitor.choose("right", "demo")
             visitor.turn_dial("left", 0.25)
             visitor.page.click("#dv-ask")

@@ -22,11 +22,11 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, SubmittedRequest
 from dora_vl.serving.server import Server, build_app
 
 NOTHING = Shown()
@@ -124,13 +124,13 @@ def last(events: queue.SimpleQueue[Event]) -> Finished | Failed:
 def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] | None]]:
     """What the rows whose prompts are read together have of adapters, as they come."""
     batches: list[list[tuple[str, float] | None]] = []
-    begin = engine._rows.begin
+    begin = engine._decoder.begin
 
-    def noted(batch: Sequence[Answering]) -> Any:
+    def noted(batch: Sequence[SubmittedRequest]) -> Any:
         batches.append([request.prepared.share for request in batch])
         return begin(batch)
 
-    monkeypatch.setattr(engine._rows, "begin", noted)
+    monkeypatch.setattr(engine._decoder, "begin", noted)
     return batches
 
 

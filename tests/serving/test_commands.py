@@ -25,8 +25,8 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.errors import UserError
 from dora_vl.serving import demo_command, serve_command
 from dora_vl.serving.options import Settings, adapters_by_name, run_name
-from tests.app.tiny_served import write_adapter
 from tests.backbones.tiny_image_text import write_tiny
+from tests.serving.tiny_served import write_adapter
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: Any = {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}

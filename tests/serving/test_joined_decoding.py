@@ -15,13 +15,13 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.answering import Event, Failed, Finished, Piece
-from dora_vl.serving.decoding import JoinedRows, Sampling
+from dora_vl.serving.decoding import KVCacheBatch, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from tests.app.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
+from dora_vl.serving.scheduler import Event, Failed, Finished, Piece
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.serving.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.training.tiny_run import write_tiny_llava
 
 TALKS = [
@@ -44,8 +44,8 @@ class Told:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._steps = threading.Semaphore(0)
-        self._holding = engine._rows._holding
-        engine._rows._holding = self._paced  # type: ignore[method-assign]
+        self._holding = engine._decoder._holding
+        engine._decoder._holding = self._paced  # type: ignore[method-assign]
         self._events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         self._handed_in = 0
         self.order: list[int] = []
@@ -97,12 +97,12 @@ class Told:
 def batches_of(engine: Engine, monkeypatch: Any) -> list[int]:
     """How many rows each batch began with."""
     seen: list[int] = []
-    answer = engine._rows.answer
-    monkeypatch.setattr(engine._rows, "answer", lambda batch, new: (seen.append(len(batch)), answer(batch, new))[1])
+    answer = engine._decoder.answer
+    monkeypatch.setattr(engine._decoder, "answer", lambda batch, new: (seen.append(len(batch)), answer(batch, new))[1])
     return seen
 
 
-def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkeypatch: Any) -> list[int]:
+def check(base: Path, targets: Sequence[str], conversations: Any, tmp_path: Path, monkeypatch: Any) -> list[int]:
     """A long answer, and others that come while it is made; returns the batches that there were."""
     settings = {
         "one": {"targets": tuple(targets), "rank": 2, "alpha": 5.0},
@@ -113,10 +113,10 @@ def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkey
     with Engine(endless(base, adapters), Settings(batch=8, window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
         client = Told(engine)
-        requests: list[Asked] = [("one", *talks[0], LONG)]
+        requests: list[Asked] = [("one", *conversations[0], LONG)]
         client.piece_of(client.hand_in(*requests[0]))
-        for position, (name, talk) in enumerate(zip(names, talks, strict=True)):
-            requests.append((name, *talk, SHORT + 3 * position))
+        for position, (name, conversation) in enumerate(zip(names, conversations, strict=True)):
+            requests.append((name, *conversation, SHORT + 3 * position))
             number = client.hand_in(*requests[-1])
             if position < 2:  # one after another, then two together
                 client.piece_of(number)
@@ -144,12 +144,12 @@ def endless(base: Path, adapters: Mapping[str, Path] | None = None) -> ServedMod
     return model
 
 
-def by_itself(base: Path, adapter: Path | None, talk: Any, tokens: int, **generation: Any) -> str:
+def by_itself(base: Path, adapter: Path | None, conversation: Any, tokens: int, **generation: Any) -> str:
     """Such an answer of an adapter alone on its base."""
     assistant = alone(base, adapter)
     for name, value in {"eos_token_id": None, **generation}.items():
         setattr(assistant.backbone.model.generation_config, name, value)
-    return answer_alone(assistant, *talk, tokens=tokens)
+    return answer_alone(assistant, *conversation, tokens=tokens)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow), *SELDOM])
@@ -228,14 +228,14 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(
 def test_no_more_rows_and_tokens_than_a_batch_may_have(language: Path, monkeypatch: Any) -> None:
     most = 240
     steps: list[tuple[int, int]] = []
-    step = JoinedRows.step
+    step = KVCacheBatch.step
 
-    def noted(rows: JoinedRows, *args: Any) -> Any:
+    def noted(rows: KVCacheBatch, *args: Any) -> Any:
         logits = step(rows, *args)
         steps.append((len(rows), len(rows) * (rows.columns + 1)))
         return logits
 
-    monkeypatch.setattr(JoinedRows, "step", noted)
+    monkeypatch.setattr(KVCacheBatch, "step", noted)
     with Engine(endless(language), Settings(batch=3, batch_tokens=most, window_ms=0.0)) as engine:
         client = Told(engine)
         client.piece_of(client.hand_in("base", *WORDS[0], 60))

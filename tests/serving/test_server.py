@@ -19,17 +19,16 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
-from dora_vl.serving.decoding import RowText
+from dora_vl.serving.decoding import SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server
-from tests.app.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
+from tests.serving.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
 
 TOKENS = 8
 NAMES = ("base", *ADAPTERS)
@@ -117,19 +116,6 @@ def test_a_talk(
     assert text_of(client, model="two", messages=messages) == answer
 
 
-def test_a_prompt_is_as_long_as_the_processors_own_chat_template_makes_it(client: Any, base: Path) -> None:
-    talk = [
-        {"role": "system", "content": [{"type": "text", "text": BRIEF}]},
-        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": ASKED}]},
-    ]
-    theirs = AutoProcessor.from_pretrained(base).apply_chat_template(
-        talk, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    )
-    messages = [*words(BRIEF, "system"), *shows(picture_part(RED), text=ASKED)]
-    answer = client.chat.completions.create(model="one", messages=messages, max_tokens=1)
-    assert answer.usage.prompt_tokens == theirs["input_ids"].shape[1]
-
-
 def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Path]) -> None:
     """Ours, beside OpenAI's fields: 0 is the base, 1 the adapter; what is no strength is refused by name."""
     turns = [Turn("user", "What colour is it?")]
@@ -199,17 +185,6 @@ def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: di
     with pytest.raises(openai.NotFoundError):
         post(client, "unload", lora_name="never")
     assert [card.id for card in client.models.list().data] == list(NAMES)
-
-
-def test_clients_load_only_so_many_adapters(model: ServedModel, folders: dict[str, Path]) -> None:
-    with running(model, Settings(max_adapters=len(ADAPTERS) + 1), adapter_root=folders["one"].parent) as address:
-        client = client_of(address)
-        post(client, "load", lora_name="again", lora_path="two")
-        with pytest.raises(openai.BadRequestError):
-            post(client, "load", lora_name="more", lora_path="two")
-        post(client, "unload", lora_name="again")
-        post(client, "load", lora_name="more", lora_path="two")
-        post(client, "unload", lora_name="more")
 
 
 # -- what cannot be answered ---------------------------------------------------------------------------------
@@ -320,7 +295,7 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("moment", ["prepare", "submit", "_is_served"])
+@pytest.mark.parametrize("moment", ["prepare", "submit"])
 def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
     model: ServedModel, folders: dict[str, Path], monkeypatch: Any, moment: str, stream: bool
 ) -> None:
@@ -342,9 +317,9 @@ def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
 
 def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None, monkeypatch: Any) -> None:
     """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
-    rows: dict[int, RowText] = {}
-    take = RowText.take
-    monkeypatch.setattr(RowText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
+    rows: dict[int, SequenceText] = {}
+    take = SequenceText.take
+    monkeypatch.setattr(SequenceText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
     request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1500}
     with running(model) as address:
         client = client_of(address)

@@ -17,14 +17,17 @@ from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown, model_inputs
-from dora_vl.serving.answering import Finished
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Finished
 from tests.adapters.peft_folders import moved_peft
-from tests.app.test_joined_decoding import SELDOM
-from tests.app.tiny_served import (
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
+from tests.serving.test_joined_decoding import SELDOM
+from tests.serving.tiny_served import (
     RED,
     WIDE,
     alone,
@@ -36,9 +39,6 @@ from tests.app.tiny_served import (
     write_adapter,
     write_adapters,
 )
-from tests.backbones.tiny_image_text import write_tiny
-from tests.backbones.tiny_language import write_tiny_language
-from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
 PICTURES = [
@@ -50,11 +50,11 @@ WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say
 
 
 def check(
-    base: Path, adapters: Mapping[str, Path], talks: Any, monkeypatch: Any, *, template: str | None = None
+    base: Path, adapters: Mapping[str, Path], conversations: Any, monkeypatch: Any, *, template: str | None = None
 ) -> list[list[str | None]]:
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
-    questions = [(name, turns, seen) for turns, seen in talks for name in names]
+    questions = [(name, turns, seen) for turns, seen in conversations for name in names]
     with Engine(served(base, adapters, template=template), Settings(batch=64, window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         predictions = answers(engine, questions)

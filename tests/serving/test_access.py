@@ -21,16 +21,15 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from dora_vl.errors import UserError
-from dora_vl.serving import door
-from dora_vl.serving import options as listening_options
+from dora_vl.serving import access
+from dora_vl.serving.access import AccessRules, NoKey, Refused, Uploads, access_rules
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Uploads
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import LOCAL, Admission, NoKey, Refused, Settings
+from dora_vl.serving.options import KEY_VARIABLE, LOCAL, Settings, add_address
 from dora_vl.serving.server import Server, build_app
 from dora_vl.serving.side_by_side import SideBySide
-from tests.app.tiny_served import running
+from tests.serving.tiny_served import running
 
 HERE = "http://localhost:7860"
 FOREIGN = {"a foreign host": {"Host": "evil.example"}, "a foreign origin": {"Origin": "http://evil.example"}}
@@ -66,30 +65,30 @@ SECRET = "0123456789 never shown"
     ],
 )
 def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
-    admission = Admission(hosts=frozenset({*LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
+    rules = AccessRules(hosts=frozenset({*LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
     fields = {"host": host, "origin": origin}
     headers = Headers({name: value for name, value in fields.items() if value is not None})
     with contextlib.nullcontext() if admitted else pytest.raises(Refused):
-        admission.check(headers)
+        rules.check(headers)
 
 
 def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    def admission(*args: str) -> Admission:
+    def rules(*args: str) -> AccessRules:
         parser = argparse.ArgumentParser()
-        listening_options.add_address(parser, port=0)
-        return listening_options.admission(parser.parse_args(args))
+        add_address(parser, port=0)
+        return access_rules(parser.parse_args(args))
 
-    assert admission() == Admission()
-    assert admission("--host", "0.0.0.0").hosts == frozenset(LOCAL)
-    named = admission("--host", "10.1.2.3", "--allow-host", "GPU.example", "--allow-host", "[fd00::1]")
+    assert rules() == AccessRules()
+    assert rules("--host", "0.0.0.0").hosts == frozenset(LOCAL)
+    named = rules("--host", "10.1.2.3", "--allow-host", "GPU.example", "--allow-host", "[fd00::1]")
     assert named.hosts == frozenset({*LOCAL, "10.1.2.3", "gpu.example", "fd00::1"})
     assert named.origins == frozenset({"gpu.example", "fd00::1"})
-    monkeypatch.setenv(listening_options.KEY_VARIABLE, "of-the-environment")
-    assert admission().key == "of-the-environment"
-    assert admission("--api-key", "stated").key == "stated"
+    monkeypatch.setenv(KEY_VARIABLE, "of-the-environment")
+    assert rules().key == "of-the-environment"
+    assert rules("--api-key", "stated").key == "stated"
     for wrong in (("--api-key", ""), ("--api-key", "two words"), ("--allow-host", "http://gpu.example/")):
         with pytest.raises(UserError):
-            admission(*wrong)
+            rules(*wrong)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +108,12 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_key(authorization: str | None, admitted: bool) -> None:
     headers = Headers({"host": "localhost", **({"authorization": authorization} if authorization is not None else {})})
     with contextlib.nullcontext() if admitted else pytest.raises(NoKey):
-        Admission(key="open-sesame").check(headers)
+        AccessRules(key="open-sesame").check(headers)
 
 
-def test_the_server_is_behind_the_door(model: ServedModel) -> None:
+def test_every_address_of_the_server_asks_for_name_origin_and_key(model: ServedModel) -> None:
     key = {"Authorization": "Bearer open-sesame"}
-    with Engine(model) as engine, Server(engine, admission=Admission(key="open-sesame")) as server:
+    with Engine(model) as engine, Server(engine, rules=AccessRules(key="open-sesame")) as server:
         client = TestClient(build_app(server), base_url=HERE)
         for method, path in (
             ("GET", "/v1/models"),
@@ -130,74 +129,88 @@ def test_the_server_is_behind_the_door(model: ServedModel) -> None:
         assert client.get("/v1/models", headers=key).status_code == 200
 
 
-# -- how slowly ----------------------------------------------------------------------------------------------------
+# -- how much, how slowly and how often -----------------------------------------------------------------------------
+
+CHAT = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def connection(address: str) -> socket.socket:
+def connection(address: str, client: str = "127.0.0.1") -> socket.socket:
     host, port = address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=30, source_address=(client, 0))
 
 
-def test_a_head_that_does_not_end_is_not_waited_for(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one that never begins, one behind an answered request, or one that is too long."""
-    monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)
-    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with running(model) as address:
-        for begun in (b"", whole[:30]):
-            with connection(address) as slow:
-                slow.sendall(begun)
-                assert slow.recv(100) == b""
-        with connection(address) as slow:
-            slow.sendall(whole)
-            answer = b""
-            while not answer.endswith(b"}"):
-                answer += slow.recv(10_000)
-            slow.sendall(whole[:30])
-            assert slow.recv(100) == b""
+def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
+    """A request for an answer, of whose content some has come."""
+    slow = connection(address)
+    slow.sendall(f"{CHAT}Content-Length: {stated}\r\n\r\n".encode() + b"a" * sent)
+    return slow
+
+
+def statuses(senders: list[socket.socket]) -> list[bytes]:
+    """What those are answered that are answered at once."""
+    found = []
+    for sender in senders:
+        sender.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            found.append(sender.recv(12)[-3:])
+    return found
+
+
+def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
+    with running(model, Settings(body_seconds=0.5, max_body_mib=1)) as address:
         with connection(address) as long:
-            long.sendall(whole[:-2] + b"X: " + b"a" * door.HEAD_BYTES)
+            long.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * access.HEAD_BYTES)
             assert long.recv(100).startswith(b"HTTP/1.1 400")
+        with half_sent(address, 1) as slow:
+            assert slow.recv(100).startswith(b"HTTP/1.1 504")
+        with half_sent(address, 0, stated=2**20 + 1) as large:
+            assert large.recv(100).startswith(b"HTTP/1.1 413")
+        with connection(address) as chunked:  # states no size
+            chunked.sendall(f"{CHAT}Transfer-Encoding: chunked\r\n\r\n110000\r\n".encode() + b"a" * 0x110000)
+            assert chunked.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_half_sent_requests_of_one_client_leave_room_for_others(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A head without an end, or a body; each was a place that nobody else had, for ten seconds or thirty."""
-    monkeypatch.setattr(door, "MOST_CONNECTIONS", 12)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running(model) as address, contextlib.ExitStack() as senders:
-        for begun in (head, head + b"Content-Length: 900\r\n\r\n{"):
-            for _ in range(20):
-                slow = senders.enter_context(connection(address))
-                slow.sendall(begun)
-            for _ in range(5):
-                client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-                client.request("GET", "/health")
-                assert client.getresponse().status == 200
+def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MOST_CONNECTIONS", 4)
+    with running(model) as address, contextlib.ExitStack() as idle:
+        for status in (b"200", b"503"):
+            with connection(address) as one:
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert one.recv(12)[-3:] == status
+            for _ in range(4):
+                idle.enter_context(connection(address))
 
 
-def test_slow_senders_take_no_place(model: ServedModel) -> None:
-    """Of the two that a server has; what they have sent is counted, and too much of it is refused."""
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
+    """The server has two places, for which whole requests alone count."""
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
     with (
         running(model, Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)) as address,
         contextlib.ExitStack() as senders,
     ):
         for _ in range(3):
-            slow = senders.enter_context(connection(address))
-            slow.sendall(f"{head}Content-Length: 900\r\n\r\n{{".encode())
+            senders.enter_context(half_sent(address, 1))
         client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
         client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         assert client.getresponse().status == 200
-        statuses = []
-        for _ in range(9):
-            slow = senders.enter_context(connection(address))
-            slow.sendall(f"{head}Content-Length: 900\r\n\r\n".encode() + b"a" * 890)
-            slow.settimeout(1.0)
-            with contextlib.suppress(TimeoutError):  # it waits for the rest
-                statuses.append(slow.recv(12))
-        assert statuses == [b"HTTP/1.1 429"]
+        assert statuses([senders.enter_context(half_sent(address, 890)) for _ in range(9)]) == [b"429"]
+
+
+def test_one_clients_requests_leave_room_for_others(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MOST_OF_A_CLIENT", 5)
+    with running(model) as address, contextlib.ExitStack() as senders:
+        slow = [senders.enter_context(half_sent(address, 1)) for _ in range(8)]
+        assert statuses(slow) == [b"429"] * 3
+        for client, status in (("127.0.0.1", b"429"), ("127.0.0.2", b"200")):
+            with connection(address, client) as other:
+                other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert other.recv(12)[-3:] == status
+        for sender in slow:
+            sender.close()
+        time.sleep(0.5)
+        with connection(address) as again:
+            again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert again.recv(12)[-3:] == b"200"
 
 
 # -- the page and the disk -----------------------------------------------------------------------------------------
@@ -218,7 +231,7 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
 
     with Engine(model) as engine, contextlib.closing(SideBySide(engine)) as side:
         page = Page(side, Uploads(uploads, 10_000))
-        built = build_page_app(page, Admission(), upload_bytes=8_000)
+        built = build_page_app(page, AccessRules(), upload_bytes=8_000)
         built.state.page = page
         yield built
 
@@ -270,21 +283,6 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     assert not stored(uploads)
 
 
-def test_gradios_own_check_is_on(app: Any, uploads: Path, not_uploaded: str) -> None:
-    """Behind ours: what its functions read of the disk, and copy to where it is given away."""
-    if not_uploaded.startswith("http"):
-        pytest.skip("Gradio fetches; only ours refuses")
-    behind = TestClient(app.routes[-1].app, base_url=HERE, raise_server_exceptions=False)
-    for number, function in app.state.page.blocks.fns.items():
-        if function.queue or not function.inputs:
-            continue
-        body = {"fn_index": number, "session_hash": "s", "data": [file_data(not_uploaded)] * len(function.inputs)}
-        answer = behind.post("/gradio_api/run/predict", json=body)
-        assert SECRET not in answer.text
-        assert "root:" not in answer.text
-    assert not stored(uploads)
-
-
 def test_no_address_of_gradios_gives_a_file(app: Any, client: TestClient, not_uploaded: str) -> None:
     paths = app.routes[-1].app.openapi()["paths"]
     assert "/gradio_api/file={path_or_url}" in paths
@@ -313,18 +311,22 @@ def test_nothing_of_the_page_is_for_foreigners(app: Any, client: TestClient, upl
     assert client.get("/").status_code == 200
 
 
-def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads: Path) -> None:
+def test_uploads_are_counted_and_forgotten(
+    app: Any, client: TestClient, uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def send(size: int) -> int:
         content = os.urandom(size)
         return client.post("/gradio_api/upload", files={"files": ("a.png", content)}).status_code
 
     assert [send(4_000), send(4_000), send(4_000)] == [200, 200, 429]
     assert len(stored(uploads)) == 2
+    monkeypatch.setattr(access, "MOST_UPLOADS", 2)
+    assert send(1) == 429
     (uploads / "partial").write_bytes(b"a" * 3_000)  # as of a client that went away
     hours_ago = time.time() - 7200
     for file in stored(uploads):
         os.utime(file, (hours_ago, hours_ago))
-    assert app.state.page.uploads.forget() == []
+    assert app.state.page.uploads.delete_old() == []
     assert not stored(uploads)
     assert send(4_000) == 200
     app.state.page.uploads.delete(stored(uploads)[0])
@@ -359,28 +361,6 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
     assert asyncio.run(sent(2))[0] == 200
     for file in stored(uploads):
         file.unlink()
-
-
-def test_a_malformed_event_is_refused_and_logs_nothing(app: Any, client: TestClient, capfd: Any) -> None:
-    """Gradio would write each with its whole value and a traceback."""
-    import gradio
-
-    page = app.state.page
-    wrong = ({"a": ["y" * 3_000]}, {"path": 1}, [{"path": None}], [1], 10**400, float("nan"))
-    for number, function in page.blocks.fns.items():
-        takes = [part for part in function.inputs if not isinstance(part, gradio.State)]
-        for value in wrong if takes else ():
-            for data in ([value] * len(function.inputs), [None] * (len(function.inputs) + 1), "z", None):
-                for way in ("run/predict", "queue/join"):
-                    body = json.dumps({"fn_index": number, "session_hash": "s", "data": data})
-                    answer = client.post(
-                        f"/gradio_api/{way}", content=body, headers={"Content-Type": "application/json"}
-                    )
-                    assert answer.status_code == 403, (function, data)
-    for number in (-1, "a", [1], None):
-        body = {"fn_index": number, "session_hash": "s", "data": []}
-        assert client.post("/gradio_api/run/predict", json=body).status_code == 403
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("person", ["", "somebody"])

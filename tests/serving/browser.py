@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from dora_vl.serving.access import AccessRules, Uploads, http_config
 from dora_vl.serving.demo_command import keep_gradio_quiet
-from dora_vl.serving.door import Uploads, http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Admission, Settings
+from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import SideBySide
 
@@ -56,7 +56,7 @@ def page_of(
     uploads: Path,
     settings: Settings | None = None,
     examples: Sequence[ExampleQuestion] = (),
-    admission: Admission | None = None,
+    rules: AccessRules | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
     keep_gradio_quiet(uploads)
@@ -68,7 +68,7 @@ def page_of(
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
         page = Page(side, Uploads(uploads, 2**24), examples)
-        app = build_page_app(page, admission or Admission(), upload_bytes=4 * engine.settings.media_bytes)
+        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * engine.settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -119,20 +119,20 @@ class Visitor:
         """The last answers, once each column has so many and all are over."""
         for side in ("left", "right"):
             self.page.wait_for_function(
-                f"document.querySelectorAll('#dv-talk-{side} .dv-asked').length == {count}"
-                f" && document.querySelectorAll('#dv-talk-{side} .dv-caret').length == 0"
+                f"document.querySelectorAll('#dv-conversation-{side} .dv-asked').length == {count}"
+                f" && document.querySelectorAll('#dv-conversation-{side} .dv-caret').length == 0"
             )
         self.page.wait_for_selector("#dv-ask:not([disabled])")
         return self.text_of("left"), self.text_of("right")
 
     def count(self, side: str) -> int:
-        return self.page.locator(f"#dv-talk-{side} .dv-asked").count()
+        return self.page.locator(f"#dv-conversation-{side} .dv-asked").count()
 
     def text_of(self, side: str) -> str:
-        return self.page.locator(f"#dv-talk-{side} .dv-said").last.text_content()
+        return self.page.locator(f"#dv-conversation-{side} .dv-said").last.text_content()
 
     def tally(self, side: str) -> str:
-        return self.page.locator(f"#dv-talk-{side} .dv-tally").last.inner_text()
+        return self.page.locator(f"#dv-conversation-{side} .dv-tally").last.inner_text()
 
     def choose(self, side: str, model: str) -> None:
         """Another model for a column."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from fastapi import Request
 from torch import Tensor
 
 from dora_vl.core.strength import Share
@@ -71,7 +69,7 @@ Event = Piece | Finished | Failed
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A request whose prompt stands; `strength` says how much of the adapter is applied."""
 
     entry: Entry
@@ -107,7 +105,7 @@ class Prepared:
 
 
 @dataclass
-class Answering:
+class SubmittedRequest:
     """A request that was handed in.
 
     Attributes:
@@ -115,7 +113,7 @@ class Answering:
         deadline: when its answer comes too late, by `time.monotonic`.
     """
 
-    prepared: Prepared
+    prepared: PreparedRequest
     put: Callable[[Event], object]
     deadline: float
     over: bool = False
@@ -148,8 +146,8 @@ class Answering:
 ENDING = "the server is ending"
 
 
-class WaitingRoom:
-    """Where requests wait, in order; any thread may hand one in, one thread takes batches.
+class Scheduler:
+    """The requests that wait, in order. Any thread may add one; one thread, the engine's, takes batches.
 
     Args:
         one_kind: whether the model cannot tell pictures from videos of one batch.
@@ -158,27 +156,28 @@ class WaitingRoom:
     def __init__(self, settings: Settings, one_kind: Callable[[], bool]) -> None:
         self._settings = settings
         self._one_kind = one_kind
-        self._waiting: deque[Answering] = deque()
+        self._waiting: deque[SubmittedRequest] = deque()
+        self._changes: list[tuple[Callable[[], object], Future[None]]] = []
         self._changed = threading.Condition()
         self.closed = False
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, request: Answering, check: Callable[[], object]) -> None:
+    def add(self, request: SubmittedRequest, check: Callable[[], object]) -> None:
         """Takes a request in, where `check` raises nothing while no other request comes or goes."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
             if len(self._waiting) >= self._settings.waiting:
-                self._let_go()
+                self._drop_unwanted()
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
             check()
             self._waiting.append(request)
             self._changed.notify()
 
-    def remove(self, name: str) -> list[Answering]:
+    def remove(self, name: str) -> list[SubmittedRequest]:
         """The requests for an adapter, which wait no longer."""
         with self._changed:
             gone = [request for request in self._waiting if request.prepared.entry.name == name]
@@ -186,53 +185,76 @@ class WaitingRoom:
         return gone
 
     def close(self) -> None:
-        """Lets nobody in any more, and tells those that wait."""
+        """Takes no request any more, and tells those that wait."""
         with self._changed:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
+            changes, self._changes = self._changes, []
             self._changed.notify()
         for request in left:
             request.tell(Failed(Stopped(ENDING)))
+        for _, done in changes:
+            done.set_exception(Stopped(ENDING))
 
-    def next_batch(self) -> list[Answering] | None:
-        """What is answered next: waits for a request, and a little for others; None when the room is closed."""
+    def between_batches(self, change: Callable[[], object]) -> None:
+        """Has the engine's thread call `change` before its next batch, and waits until it has; no batch runs then."""
+        done: Future[None] = Future()
         with self._changed:
-            while not self._waiting and not self.closed:
-                self._changed.wait()
-            until, rows = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
-            while len(self._waiting) < rows and not self.closed and (left := until - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return None if self.closed else self._take()
+            if self.closed:
+                raise Stopped(ENDING)
+            self._changes.append((change, done))
+            self._changed.notify()
+        done.result()
 
-    def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
-        """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
+    def next_batch(self) -> list[SubmittedRequest] | None:
+        """The next batch: waits for a request, and a little for others; None when it is closed. Changes come first."""
+        while True:
+            with self._changed:
+                while not (self._waiting or self._changes or self.closed):
+                    self._changed.wait()
+                changes, self._changes = self._changes, []
+                if not changes:
+                    until, most = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
+                    while len(self._waiting) < most and not self.closed and (left := until - time.monotonic()) > 0:
+                        self._changed.wait(left)
+                    return None if self.closed else self._take()
+            for change, done in changes:
+                try:
+                    change()
+                except Exception as error:  # noqa: BLE001 - it is told to the thread that waits for the change
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
+
+    def next_joiners(self, rows: int, columns: int, left: int) -> list[SubmittedRequest]:
+        """Those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
             columns: tokens that it has room for.
             left: most tokens that a row of it may still get.
         """
 
-        def room(new: Sequence[Prepared]) -> bool:
+        def room(new: Sequence[PreparedRequest]) -> bool:
             longest = max(columns, *(prepared.prompt_tokens for prepared in new))
             longest += max(left, *(prepared.sampling.max_new_tokens for prepared in new))
             count = rows + len(new)
             return count <= self._settings.batch and count * longest <= self._settings.batch_tokens
 
         with self._changed:
-            return self._take(room) if self._waiting and not self.closed else []
+            return self._take(room) if self._waiting and not (self._changes or self.closed) else []
 
-    def _let_go(self) -> None:
+    def _drop_unwanted(self) -> None:
         """Gives those up that nobody waits for."""
         for request in self._waiting:
             if request.unwanted:
                 request.give_up()
         self._waiting = deque(request for request in self._waiting if not request.over)
 
-    def _take(self, room: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
+    def _take(self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda rows: True) -> list[SubmittedRequest]:
         """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
-        self._let_go()
-        batch: list[Answering] = []
-        left: deque[Answering] = deque()
+        self._drop_unwanted()
+        batch: list[SubmittedRequest] = []
+        left: deque[SubmittedRequest] = deque()
         for request in self._waiting:
             rows = [*(other.prepared for other in batch), request.prepared]
             fits = len(rows) <= self._settings.batch and self._fit(rows) and room(rows)
@@ -242,7 +264,7 @@ class WaitingRoom:
         self._waiting = left
         return batch
 
-    def _fit(self, rows: Sequence[Prepared]) -> bool:
+    def _fit(self, rows: Sequence[PreparedRequest]) -> bool:
         """Whether these can be one batch."""
         if len(rows) == 1:
             return True
@@ -252,49 +274,3 @@ class WaitingRoom:
         vision_adapters = {row.share if row.entry.alone else None for row in showing}
         kinds = {row.media for row in showing}
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
-
-
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a client that waits is still there."""
-
-
-class WaitingClient:
-    """The client of a request, from the moment that it came: whether it is still there, how much of its time is left.
-
-    Args:
-        request: its body is read before `watched`.
-    """
-
-    def __init__(self, request: Request, seconds: float) -> None:
-        self._request = request
-        self.deadline = time.monotonic() + seconds
-        self._gone = False
-
-    def check(self) -> None:
-        """Goes on only where somebody waits; from any thread."""
-        if self._gone:
-            raise Stopped("the client has gone away")
-        if time.monotonic() > self.deadline:
-            raise TooLate()
-
-    @contextlib.asynccontextmanager
-    async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
-        """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
-
-        def gone() -> None:
-            self._gone = True
-            leave()
-
-        async def look() -> None:
-            while not await self._request.is_disconnected():
-                await asyncio.sleep(LOOK_SECONDS)
-            gone()
-
-        looking = asyncio.create_task(look())
-        try:
-            yield
-        except BaseException:
-            gone()
-            raise
-        finally:
-            looking.cancel()
