@@ -26,7 +26,7 @@ def go_wrong(how: str) -> None:
         while not Path(how.removeprefix("link:"), "cut").exists():
             time.sleep(0.1)
         return
-    print("goes wrong", file=sys.stderr, flush=True)  # from here on the seconds count
+    sys.stderr.write(f"goes wrong at {time.time()}\n")
     if how == "raise":
         raise LookupError("no such word")
     if how == "sleep":
