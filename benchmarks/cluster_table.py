@@ -3,7 +3,7 @@
     python -m benchmarks.cluster_table
     python -m benchmarks.cluster_table --into docs/cluster.md
 
-Nothing is measured and no weight is read; it takes a minute on one core.
+Nothing is measured and no weight is read; it takes seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.report import table
 from dora_vl.run.reading import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.estimate import Cluster, imagine_run, with_shape
+from dora_vl.training.estimate import Cluster, plan_run, with_shape
 from dora_vl.training.memory import GIB
 
 GPUS = (1, 8, 64, 1024)
@@ -43,16 +43,17 @@ def rows() -> Iterator[tuple[str, ...]]:
         with tempfile.TemporaryDirectory() as folder:
             for stage in STAGES:
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
-                runs.append(imagine_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
+                runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
         for gpus in GPUS:
             estimates = [run.on(gpus) for run in runs]
             cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
-            seconds = [sum(cluster.seconds(estimate.traffic, estimate.flop)) for estimate in estimates]
+            traffic = [run.traffic(gpus) for run in runs]
+            seconds = [sum(cluster.seconds(sent, run.flop())) for sent, run in zip(traffic, runs, strict=True)]
             yield (
                 name,
                 f"{gpus:,}",
                 *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
-                *(f"{estimate.traffic.total / GIB:.2f}" for estimate in estimates),
+                *(f"{sent.total / GIB:.2f}" for sent in traffic),
                 *(f"{each:.2f}" for each in seconds),
             )
 

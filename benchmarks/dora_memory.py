@@ -33,14 +33,58 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.contenders import DEVICE, contender
 from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of, tokens_of
 from benchmarks.report import table, write_json
-from dora_vl.training.estimate import LiveBytes, storages_of
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
 """Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operation makes: `now` bytes are alive, `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ReferenceType[torch.UntypedStorage]] = {}
+
+    def restart_peak(self) -> int:
+        """Lets the peak begin at what is alive now, and returns that; garbage in cycles is collected before."""
+        gc.collect()
+        self.peak = self.now
+        return self.now
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        unknown = [storage for storage in storages_of(tree_leaves(result)) if id(storage) not in self._alive]
+        if unknown:
+            inputs = {id(storage) for storage in storages_of(tree_leaves((args, kwargs)))}
+            for storage in unknown:
+                if id(storage) not in inputs:  # else a view of something older than this count, or it changed in place
+                    self._follow(storage)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def died(_: object) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, died)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def storages_of(values: Iterable[object]) -> list[torch.UntypedStorage]:
+    """The storages of the tensors among them."""
+    return [value.untyped_storage() for value in values if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,6 @@ def wait_without_spinning() -> None:
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
-USER_ERROR_STATUS = 2
 STATUS_OF_SIGPIPE = 141
 """What shells say of a program whose reader has left."""
 LONGEST_MESSAGE = 490
@@ -138,8 +137,10 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 class UserError(Exception):
     """Something in the input is wrong; the message names the file, key or id, the numbers and the next step.
 
-    As text it is one line of at most `LONGEST_MESSAGE` characters.
+    As text it is one line of at most `LONGEST_MESSAGE` characters; `status` is what the process ends with.
     """
+
+    status = 2
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -156,6 +157,12 @@ class SettingError(UserError):
     def __init__(self, key: str, problem: str = "", nearest: Sequence[str] = ()) -> None:
         super().__init__(key + problem)
         self.key, self.nearest = key, tuple(nearest)
+
+
+class LostRank(UserError):
+    """Another rank of the launch ended or did not come; what that rank said is the cause."""
+
+    status = 1
 
 
 class BadSample(UserError):
@@ -191,7 +198,7 @@ _OF_THE_SYSTEM = {
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
+    """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
     So does a path of more characters than a file's name may have, and a disk that takes no more, wherever it is met.
     A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
@@ -214,13 +221,14 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
             sys.exit(STATUS_OF_SIGPIPE)
         except UserError as error:
-            message = str(error)
+            message, status = str(error), error.status
         except OSError as error:
             if error.errno not in _OF_THE_SYSTEM:
                 raise
             message = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}")
+            status = UserError.status
         sys.stderr.write(f"error: {message}\n")
-        sys.exit(USER_ERROR_STATUS)
+        sys.exit(status)
 
     return run
 

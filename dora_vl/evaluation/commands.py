@@ -103,9 +103,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         return
     from dora_vl.adapters.files import WEIGHTS_FILE
     from dora_vl.evaluation.ask import check_pictures, joined_launch
-    from dora_vl.run.launch import first_rank_speaks, is_first_rank
+    from dora_vl.run.launch import cause_speaks_first, is_first_rank
 
-    with first_rank_speaks(), joined_launch():  # all processes of a launch ask; the first scores
+    with cause_speaks_first(), joined_launch():  # all processes of a launch ask; the first scores
         sets = sets or _sets(options)
         if options.to is None and options.adapter is None:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")

@@ -9,29 +9,20 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
-from dora_vl.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from dora_vl.errors import LostRank, UserError, is_communication, one_line
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
 GLOO_REST_SECONDS = 10.0
-SAVE_SECONDS = 120.0
-"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
-DEEPSPEED_PARENT = "deepspeed.launcher.launch"
-"""What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
-logger = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 Item = TypeVar("Item")
 
 
@@ -73,14 +64,19 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
     """On a CPU, starts DeepSpeed's process group over gloo before accelerate starts one that DeepSpeed does not see.
 
     `limit` is how many seconds a collective may take. DeepSpeed's shared-memory collectives are left out: they need a
-    C++ compiler and half a minute, gloo does the same here, and DeepSpeed has no setting for it.
+    C++ compiler and half a minute, gloo does the same here, and an accelerator without them is DeepSpeed's one way.
     """
     if torch.cuda.is_available():
         return
     import deepspeed
-    import deepspeed.ops
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    class GlooAlone(CPU_Accelerator):
+        def create_op_builder(self, op_name: str) -> Any:
+            return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+    set_accelerator(GlooAlone())
     timeout = timedelta(seconds=limit)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
@@ -112,10 +108,11 @@ def log_to_stderr() -> None:
 
 
 @contextlib.contextmanager
-def first_rank_speaks() -> Iterator[None]:
-    """A mistake that all ranks find is reported once: the others wait before they report theirs.
+def cause_speaks_first() -> Iterator[None]:
+    """Lets the rank that knows most report first; the launcher ends the others as soon as that one has ended.
 
-    The launcher ends them as soon as the first rank has; what a later rank alone has found is reported after the wait.
+    A mistake that all ranks find is the first rank's to report. A rank whose communication broke waits for the one that
+    broke it, and says what it knows where no launcher has ended it meanwhile.
     """
     try:
         yield
@@ -123,6 +120,14 @@ def first_rank_speaks() -> Iterator[None]:
         if not launched_first():
             time.sleep(FIRST_RANK_SECONDS)
         raise
+    except Exception as error:
+        if not is_communication(error):
+            raise
+        time.sleep(2 * FIRST_RANK_SECONDS)
+        raise LostRank(
+            f"rank {os.environ.get('RANK', '0')}: another rank ended, or did not come within training.ddp_timeout "
+            f"({one_line(str(error), 200)}); --resume last goes on from the last checkpoint"
+        ) from None
 
 
 def is_first_rank() -> bool:
@@ -205,19 +210,7 @@ class Launch:
         return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
 
 
-def end_with_launcher(*, interval: float = 2.0, patience: float = SAVE_SECONDS) -> None:
-    """Watches the launcher of this process; a process without one is left alone when its shell closes."""
-    if "LOCAL_RANK" in os.environ:
-        launchers = psutil.Process().parents()[:2]
-        if launchers and DEEPSPEED_PARENT not in " ".join(launchers[0].cmdline()):
-            del launchers[1:]
-        threading.Thread(target=_watch_launchers, args=(launchers, interval, patience), daemon=True).start()
-
-
-def _watch_launchers(launchers: Sequence[psutil.Process], interval: float, patience: float) -> None:
-    while all(launcher.is_running() for launcher in launchers):
-        time.sleep(interval)
-    logger.warning("the launcher is gone: this rank saves what it can and ends")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)
-    os._exit(128 + signal.SIGTERM)
+def end_with_launcher() -> None:
+    """Has Linux send SIGTERM when the launcher of this process dies; one without a launcher outlives its shell."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,18 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.picture_files import PICTURE_FORMATS
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown_text
 from dora_vl.files import write_json, write_json_lines
 from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log
 from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
-from dora_vl.training.live_view import Asked
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
 
@@ -35,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
 """A signal this soon after the first is the launcher passing on the same one."""
+STDERR = 2  # its descriptor, whatever stands in sys.stderr
+REDRAW_SECONDS, DAY_SECONDS = 0.25, 24 * 3600
+SHOWN = {"loss": "loss {:.4f}", "samples_per_second": "{:,.1f} samples/s", "memory_gib": "{:.2f} GiB"}
+"""The numbers of a line of the log that the bar and the plain line show."""
 TIMES_WITHOUT_VALIDATION = 5
 """So often are the watched questions asked in a run that validates nothing."""
 
@@ -136,6 +143,74 @@ class LossLog(TrainerCallback):
         }
 
 
+class RunProgress(TrainerCallback):
+    """Shows how far the run is: a bar in a terminal, elsewhere a line with each line of the log; for the first rank.
+
+    It is drawn as steps end, not by a thread: data workers are forked from this process, and a lock that a thread held
+    then would stay locked in them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        times = (TimeElapsedColumn(), TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left"))
+        self._bar = Progress(
+            *(*columns, *times),
+            console=console,
+            auto_refresh=False,
+            speed_estimate_period=DAY_SECONDS,  # steps may take minutes, with a validation between them
+            disable=not console.is_interactive,
+        )
+        self._task = self._bar.add_task("", start=False)
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._next = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Opens the bar; what loggers write to the terminal goes above it."""
+        self._bar.reset(self._task, total=state.max_steps, completed=state.global_step)
+        streams = {id(stream): name for name in ("stdout", "stderr") if (stream := vars(sys)[name]).isatty()}
+        self._bar.start()
+        if self._bar.disable:
+            return
+        for owner in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
+            for handler in owner.handlers:
+                if isinstance(handler, logging.StreamHandler) and (name := streams.get(id(handler.stream))):
+                    self._handlers.append((handler, handler.setStream(vars(sys)[name])))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Moves on by a step."""
+        self._bar.update(self._task, completed=state.global_step)
+        if time.monotonic() >= self._next:
+            self._bar.refresh()
+            self._next = time.monotonic() + REDRAW_SECONDS
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Takes the newest numbers; a validation is a line of its own."""
+        logs: Mapping[str, Any] = more["logs"]
+        if "loss" in logs:
+            numbers = {name: text.format(logs[name]) for name, text in SHOWN.items() if name in logs}
+            self._bar.update(self._task, description="  ".join(numbers.values()), refresh=True)
+            if self._bar.disable:
+                left = self._bar.tasks[0].time_remaining
+                times = "" if left is None else f"  {timedelta(seconds=round(left))} left"
+                logger.info(
+                    "step %d of %d  %s%s", state.global_step, state.max_steps, "  ".join(numbers.values()), times
+                )
+        elif "eval_loss" in logs:
+            skipped = logs.get("eval_skipped", 0)
+            logger.info("step %d: validation loss %.4f, skipped %d", state.global_step, logs["eval_loss"], skipped)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draws the last state, which stays, and gives the terminal back."""
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back, also after an error in training."""
+        self._bar.stop()
+        while self._handlers:
+            handler, stream = self._handlers.pop()
+            handler.setStream(stream)
+
+
 class StopOnSignal(TrainerCallback):
     """SIGINT, SIGTERM or SIGHUP (a terminal or an ssh that was closed): finish the step, save a checkpoint, stop.
 
@@ -201,6 +276,28 @@ class StopOnSignal(TrainerCallback):
             self._heard, self._since = number, time.monotonic()
 
 
+class StepLimit(TrainerCallback):
+    """Ends a rank with its stacks where its run stands still for `training.ddp_timeout`; the launcher ends the others.
+
+    The collectives' own limit is no substitute: groups that DeepSpeed makes have 30 minutes with gloo whatever is set.
+    """
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The run moves: a step, or a part of one, is done."""
+        if args.world_size > 1:
+            faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=STDERR)
+
+    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows takes as long as it takes."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the count, also after an error in training."""
+        faulthandler.cancel_dump_traceback_later()
+
+
 # Watched questions: asked while it trains, their answers kept and handed to the trackers.
 
 
@@ -214,8 +311,6 @@ class WatchQuestions(TrainerCallback):
     def __init__(self, watch: Watch, folder: Path, trackers: Sequence[TrainerCallback]) -> None:
         self._watch, self._folder, self._trackers = watch, folder, trackers
         self._failed = False
-        self.newest: tuple[Asked, ...] = ()
-        """The questions with their last answers, on the first rank."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
@@ -251,14 +346,10 @@ class WatchQuestions(TrainerCallback):
             return
         with (self._folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "answers": dict(answers)}) + "\n")
-        self.newest = tuple(
-            Asked(state.global_step, question.question, answers[question.id], question.truth)
-            for question in self._watch.questions
-            if question.id in answers
-        )
-        if not args.disable_tqdm:
-            for answer in self.newest:
-                tqdm.write(f"step {answer.step}: {answer}")
+        for question in self._watch.questions:
+            if question.id in answers and not args.disable_tqdm:
+                texts = (question.question, answers[question.id], question.truth)
+                logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(shown_text(text) for text in texts))
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers, watched, state.global_step)
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from dora_vl.errors import UserError, positive
 from dora_vl.files import write_json
 
 if TYPE_CHECKING:
-    from dora_vl.training.estimate import Cluster, Estimate
+    from dora_vl.training.estimate import Cluster, PlannedRun
 
 DESCRIPTION = """\
 Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
@@ -27,7 +28,6 @@ says what is counted and how.
 """
 TAKES_SETTINGS = True
 GPUS_A_MACHINE = 8
-WAYS = {True: "recomputed (gradient_checkpointing)", False: "without recomputing"}
 STAGES = ("zero0", "zero2", "zero3")
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
@@ -69,20 +69,26 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     config, task = settings_and_task(words, None, program="dora-vl estimate")
     if task.startswith("vlbart"):
         raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
-    from dora_vl.training.estimate import Cluster, imagine_run, with_shape
+    from dora_vl.training.estimate import Cluster, plan_run, with_shape
 
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        imagined = imagine_run(pipeline_of(task)(config), tokens=arguments.tokens, labelled=arguments.labelled)
-    estimate = imagined.on(gpus)
-    yield from memory_lines(estimate)
-    by_engine = ", ".join(f"{stage} {gib(imagined.on(gpus, stage).total)}" for stage in STAGES)
+        planned = plan_run(pipeline_of(task)(config), tokens=arguments.tokens, labelled=arguments.labelled)
+    estimate, samples = planned.on(gpus), planned.samples
+    yield str(estimate.table())
+    yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
+    other = planned.on(gpus, recomputes=not planned.recomputes)
+    yield f"with training.gradient_checkpointing: {str(not planned.recomputes).lower()} {gib(other.total)} GiB"
+    by_engine = ", ".join(f"{stage} {gib(planned.on(gpus, stage).total)}" for stage in STAGES)
     yield f"GiB at the fullest moment by engine: {by_engine}"
+    yield "left out: CUDA, NCCL and the allocator's blocks (1 to 2 GiB), the vision part's activations, further experts"
     bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
-    yield from step_lines(estimate, Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network))
+    cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
+    yield from step_lines(planned, gpus, cluster)
     if arguments.json is not None:
-        write_json(arguments.json, estimate.as_record())
+        record = {**asdict(estimate), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
+        write_json(arguments.json, {**record, "total": estimate.total, "flop": planned.flop()})
         yield f"{arguments.json}"
 
 
@@ -91,42 +97,16 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def memory_lines(estimate: Estimate) -> Iterator[str]:
-    """Bytes of one GPU by part, the fullest moment of the run, and that with checkpointing the other way."""
-    from dora_vl.training.memory import Table
-
-    memory, step, samples = estimate.held, estimate.step, estimate.samples
-    parts = {f"frozen weights, {name}": size for name, size in memory.weights.items()}
-    parts |= {
-        "trained weights": memory.trained,
-        "gradients": memory.gradients,
-        "optimizer's state": memory.optimizer,
-        "float32 copy of what trains": memory.masters,
-        "buffers for gradients": memory.buckets,
-        "weights gathered (ZeRO-3)": memory.gathered,
-        f"activations kept, {WAYS[estimate.checkpointing]}": step.kept,
-        "logits and their loss": step.logits,
-        "working memory of the passes": step.working,
-        "moved to the host": -memory.on_host,
-    }
-    rows = [(name, gib(size)) for name, size in parts.items() if size]
-    rows.append((f"at the fullest moment, {WAYS[estimate.checkpointing]}", gib(estimate.total)))
-    rows.append((f"activations kept, {WAYS[not estimate.checkpointing]}", gib(estimate.other.kept)))
-    rows.append((f"at the fullest moment, {WAYS[not estimate.checkpointing]}", gib(estimate.peak(estimate.other))))
-    yield str(Table((f"a GPU of {estimate.engine}", "GiB"), tuple(rows)))
-    yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
-
-
-def step_lines(estimate: Estimate, cluster: Cluster) -> Iterator[str]:
+def step_lines(planned: PlannedRun, gpus: int, cluster: Cluster) -> Iterator[str]:
     """An optimizer step: what a GPU sends, what it computes, how long it takes."""
-    sent = estimate.traffic
-    compute, wire = cluster.seconds(sent, estimate.flop)
+    sent, flop = planned.traffic(gpus), planned.flop()
+    compute, wire = cluster.seconds(sent, flop)
     yield (
         f"a step sends {gib(sent.total)} GiB from each GPU: gradients {gib(sent.gradients)}, what trains "
         f"{gib(sent.trained)}, weights {gib(sent.weights)}"
     )
     yield (
-        f"a step computes {estimate.flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
+        f"a step computes {flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
         f"{cluster.flop_per_second / TERA:g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
         f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
     )

@@ -35,8 +35,6 @@ PIXELS_TO_START_WITH = 1280 * 28 * 28
 """Of a picture of a model of dynamic resolution: 1,280 pieces of 28 x 28 (Qwen2-VL's own example)."""
 SHORTEST = 64
 """Tokens below which `data.max_tokens` is no longer what to lower."""
-BYTES_PER_SCORE = 12
-"""Of a vocabulary's score at a labelled position: its float32, its gradient's, and both as the model makes them."""
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 Pool = Sequence[Any]
 """Items of which a loader can make one micro-batch."""
@@ -222,9 +220,8 @@ def _samples(items: Pool) -> list[Any]:
     return [sample for sample in samples if not isinstance(sample, Skipped)]
 
 
-def cost_of(activations: Activations, vocabulary: int) -> Callable[[Pool], int]:
+def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], int]:
     """Bytes of a micro-batch by its padded tokens and its labels, which are what differs between micro-batches."""
-    token = activations.bytes // max(1, activations.tokens)
 
     def tokens_of(sample: Any) -> int:
         features = getattr(sample, "features", None)  # of a VL-BART, pictures x tokens
@@ -234,7 +231,7 @@ def cost_of(activations: Activations, vocabulary: int) -> Callable[[Pool], int]:
         samples = _samples(items)
         padded = len(samples) * max(map(tokens_of, samples), default=0)
         labelled = sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)
-        return padded * token + labelled * vocabulary * BYTES_PER_SCORE
+        return activations.of(tokens=padded, labelled=labelled, recomputed=recomputed)
 
     return cost
 

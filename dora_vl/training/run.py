@@ -39,6 +39,7 @@ from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
     threads_of_this_rank,
+    wait_for_everyone,
 )
 from dora_vl.run.settings import RunSettings
 from dora_vl.run.sharding import load_whole_models_again
@@ -47,7 +48,6 @@ from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
 from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.ranks import ranks_end_together
 from dora_vl.training.trainer import AdapterTrainer, build_trainer
 
 logger = logging.getLogger(__name__)
@@ -93,29 +93,28 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = pipeline.arguments()
     if threads is not None:
         torch.set_num_threads(threads)
-    with ranks_end_together(limit=arguments.ddp_timeout) as rank_watch:
-        checkpoint = checkpoint_of(config)
-        on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
+    checkpoint = checkpoint_of(config)
+    on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
 
-        with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
-            backbone = pipeline.load()
-            check_base_weights(backbone.model, config.model.base)
-            torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-            adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
-            trainer = build_trainer(pipeline, arguments, backbone)
-        if rank_watch is not None:
-            trainer.add_callback(rank_watch)
-        if checkpoint is not None:  # base and samples, which are read by now, must be its own
-            on_first_rank(partial(_go_on, trainer, checkpoint, config))
-            trainer.progress.go_on_from(checkpoint)
-        keep_freed_memory()
-        torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
-        with trainer.closing, training_fits(trainer, config):
-            output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if trainer.faults.ended_by is not None:
-            raise UserError(trainer.faults.ended_by)
-        stopped_by = trainer.stop.received
-        return RunResult(output.global_step, stopped_by, _written(trainer, stopped=stopped_by is not None))
+    with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
+        backbone = pipeline.load()
+        check_base_weights(backbone.model, config.model.base)
+        torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
+        adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
+        trainer = build_trainer(pipeline, arguments, backbone)
+    if checkpoint is not None:  # base and samples, which are read by now, must be its own
+        on_first_rank(partial(_go_on, trainer, checkpoint, config))
+        trainer.progress.go_on_from(checkpoint)
+    keep_freed_memory()
+    torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
+    with trainer.closing, training_fits(trainer, config):
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.faults.ended_by is not None:
+        raise UserError(trainer.faults.ended_by)
+    stopped_by = trainer.stop.received
+    numbers = _written(trainer, stopped=stopped_by is not None)
+    wait_for_everyone()  # the ranks' store ends with the first of them
+    return RunResult(output.global_step, stopped_by, numbers)
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:

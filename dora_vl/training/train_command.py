@@ -60,12 +60,12 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
     The words are settings of `task`, or of the one that is seen by them.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
-    from dora_vl.run.launch import end_with_launcher, first_rank_speaks, log_to_stderr
+    from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr
 
     log_to_stderr()
     end_with_launcher()
     logger = logging.getLogger(__name__)
-    with first_rank_speaks():
+    with cause_speaks_first():
         config, task = settings_and_task(words, task, program=program, description=description)
         if finished_already(config):
             logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config.training))

@@ -33,7 +33,7 @@ from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
 from dora_vl.run.launch import is_first_rank, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
-from dora_vl.training.callbacks import Epochs, LossLog, StopOnSignal, WatchQuestions
+from dora_vl.training.callbacks import Epochs, LossLog, RunProgress, StepLimit, StopOnSignal, WatchQuestions
 from dora_vl.training.checkpoint import (
     OptimizerPlaces,
     RunningState,
@@ -45,10 +45,9 @@ from dora_vl.training.checkpoint import (
     save_state,
 )
 from dora_vl.training.checkpoint_files import STATE, write_manifest
-from dora_vl.training.faults import StepFaults, check_trained_weights, steps_left_out
+from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.live_view import LiveView, can_show
-from dora_vl.training.memory import Activations, Table, activations_of, engine_of, held_by, rough_table
+from dora_vl.training.memory import Activations, Estimate, Table, activations_of, engine_of, held_by, process_beside
 from dora_vl.training.parts import (
     LearningRates,
     frozen_table,
@@ -124,13 +123,15 @@ class AdapterTrainer(OrderedTrainer):
         )
         self.stop, self.closing = StopOnSignal(), ExitStack()
         self.closing.callback(self.stop.restore)
+        limit = StepLimit()
+        self.closing.callback(limit.cancel)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
         super().__init__(
             data,
             model=pipeline.loss(backbone),
             args=arguments,
             eval_dataset=held_out,
-            callbacks=[self.stop, self.faults],
+            callbacks=[self.stop, self.faults, limit],
         )
         # The model is in shards already, whose gradients meet by themselves.
         self.is_distributed_loading_by_transformers = bool(config.training.get("fsdp"))
@@ -344,9 +345,8 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     if config.training.get("fsdp"):
         shard(backbone.model, arguments.device)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
-    recomputed = bool(arguments.gradient_checkpointing)
-    activations = activations_of(backbone.model, tokens=data.batch_tokens, recomputed=recomputed)
-    plan = plan_of(backbone, trainer.rates, activations, arguments, fsdp=bool(config.training.get("fsdp")))
+    activations = activations_of(backbone.model)
+    plan = plan_of(backbone, trainer.rates, activations, arguments, tokens=data.batch_tokens)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
     machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
@@ -357,44 +357,50 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     callbacks.insert(0, LossLog(trainer.run_folder, trainer.statistics, written))
     trainer.remove_callback(PrinterCallback)
     watch = pipeline.watch(backbone, arguments) if config.watch else None
-    watching = None if watch is None else WatchQuestions(watch, trainer.run_folder, callbacks)
-    if watching is not None:  # before what shows their answers
-        trainer.add_callback(watching)
-    if not arguments.disable_tqdm and is_first_rank() and can_show(sys.stderr):
-        trainer.remove_callback(ProgressCallback)  # without a terminal transformers' bar stays
-        view = LiveView(
-            Console(file=sys.stderr),
-            str(trainer.run_folder),
-            answers=lambda: () if watching is None else watching.newest,
-            steps_left_out=lambda: steps_left_out(trainer.run_folder / FAULTS),
-        )
-        trainer.closing.callback(view.close)
-        trainer.add_callback(view)
+    if watch is not None:
+        trainer.add_callback(WatchQuestions(watch, trainer.run_folder, callbacks))
+    trainer.remove_callback(ProgressCallback)
+    if not arguments.disable_tqdm and is_first_rank():
+        progress = RunProgress(Console(file=sys.stderr))
+        trainer.closing.callback(progress.close)
+        trainer.add_callback(progress)
     # Last: the validation that it may begin with is shown, asked and logged by those before.
     trainer.add_callback(Epochs(data.set_epoch, trainer.validate_at_once))
     if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
-        model_config: Any = backbone.model.config
-        cost = cost_of(activations, int(model_config.get_text_config().vocab_size))
+        cost = cost_of(activations, recomputed=bool(arguments.gradient_checkpointing))
         # Before a clock runs or a question is asked.
         callbacks.insert(0, LargestBatch(trainer, config, data=data, cost=cost))
     return trainer
 
 
 def plan_of(
-    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments, *, fsdp: bool
+    backbone: Backbone[Any],
+    rates: LearningRates,
+    activations: Activations,
+    arguments: TrainingArguments,
+    *,
+    tokens: int,
 ) -> dict[str, Table]:
-    """What trains, what does not, and the memory that it will take, before the first step."""
+    """What trains, what does not, and the memory that a micro-batch of so many tokens takes, before the first step."""
+    model = backbone.model
     engine = engine_of(
         deepspeed_config() if arguments.deepspeed is not None else None,
         ranks=arguments.world_size,
-        hidden_width=activations.hidden_width,
-        fsdp=fsdp,
+        hidden_width=int(model.config.get_text_config().hidden_size),
+        fsdp=getattr(model, "_is_fsdp_managed_module", False),
     )
-    memory = held_by(backbone.model, engine, half_precision=arguments.bf16 or arguments.fp16)
+    held = held_by(model, engine, half_precision=arguments.bf16 or arguments.fp16)
+    estimate = Estimate(
+        engine,
+        held,
+        activations.of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),
+        accumulates=arguments.gradient_accumulation_steps > 1,
+        others=process_beside(held, arguments.device),
+    )
     return {
-        "trained": trained_table(backbone.model, trained_parts(backbone.model), rates),
-        "not_adapted": frozen_table(backbone.model),
-        "memory": rough_table(memory, engine, activations),
+        "trained": trained_table(model, trained_parts(model), rates),
+        "not_adapted": frozen_table(model),
+        "memory": estimate.table(),
     }
 
 

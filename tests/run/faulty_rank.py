@@ -26,6 +26,7 @@ def go_wrong(how: str) -> None:
         while not Path(how.removeprefix("link:"), "cut").exists():
             time.sleep(0.1)
         return
+    sys.stderr.write(f"goes wrong at {time.time()}\n")
     if how == "raise":
         raise LookupError("no such word")
     if how == "sleep":

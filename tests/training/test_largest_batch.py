@@ -218,11 +218,12 @@ def test_the_costliest_pool_gives_the_batch() -> None:
         labelled = torch.cat([torch.full((tokens - labels,), -100), torch.ones(labels)]).long()
         return Sample(index=0, id=name, input_ids=ids, labels=labelled)
 
-    activations = Activations(tokens=10, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
     pictures = [sample("a", 50, 2), sample("b", 70, 2), Skipped(3, "c", "broken"), sample("d", 60, 2)]
     words = [sample("e", 65, 60), sample("f", 65, 60)]
-    few = cost_of(activations, vocabulary=1)
+    few = cost_of(Activations(layers=2, layer=272, vector=16, factors=0, scores=12, chunk=None), recomputed=False)
     assert [item.id for item in largest([pictures, words], few, 2)] == ["b", "d"]
-    many = cost_of(activations, vocabulary=10_000)  # then scores at labelled places are what takes the room
+    many = cost_of(
+        Activations(2, 272, 16, 0, scores=120_000, chunk=None), recomputed=False
+    )  # then scores at labelled places are what takes the room
     assert [item.id for item in largest([pictures, words], many, 2)] == ["e", "f"]
     assert largest([[Skipped(0, "x", "broken")]], few, 2) == []

@@ -1,0 +1,128 @@
+"""A launch one of whose ranks dies, raises or hangs ends in the seconds that docs/cluster.md says, by its launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+
+from dora_vl.errors import LostRank, UserError, exit_on_user_error, is_communication
+from dora_vl.run import launch as run_launch
+from dora_vl.run.launch import cause_speaks_first
+from tests.training.launched import launch
+from tests.training.tiny_run import write_run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+LIMIT, BUSY = 15, 25
+FULL = pytest.mark.slow
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=FULL)])
+@pytest.mark.parametrize(
+    ("how", "seconds"),
+    [
+        ("kill", 3),
+        pytest.param("raise", 5, marks=FULL),
+        pytest.param("sleep", LIMIT + 8, marks=FULL),
+        pytest.param("stop", LIMIT + 33, marks=FULL),  # it hears no SIGTERM: the launcher kills it after 30 s
+    ],
+)
+def test_a_launch_ends_soon_after_one_of_its_ranks(
+    tiny_llava: Path, tiny_data: Path, tmp_path: Path, how: str, seconds: float, launcher: str
+) -> None:
+    training = {"max_steps": 6, "per_device_train_batch_size": 2, "deepspeed": "zero2", "ddp_timeout": LIMIT}
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training=training)
+    program = ("tests/run/faulty_rank.py", how)
+    done = launch(run_file, ranks=2, launcher=launcher, program=program, succeeds=False)
+    wrong = re.search(r"goes wrong at ([\d.]+)", done.stderr)
+    assert wrong is not None
+    assert time.time() - float(wrong[1]) < seconds + BUSY
+    words = {"raise": "LookupError: no such word", "sleep": "in go_wrong", "stop": "Timeout (0:00:15)"}
+    assert words.get(how, "") in done.stderr  # the cause itself, or where each rank stood
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 15000ms for recv operation"
+
+
+def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words() -> None:
+    typed = [kind("ended") for kind in (DistBackendError, DistNetworkError, DistStoreError)]
+    assert all(is_communication(error) for error in (*typed, RuntimeError(GLOO)))
+    assert not any(is_communication(error) for error in (RuntimeError("shapes do not fit"), ValueError(GLOO)))
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "kind", "waits"),
+    [
+        (DistNetworkError("closed"), "0", LostRank, 2),
+        (RuntimeError(GLOO), "1", LostRank, 2),
+        (UserError("bad"), "0", UserError, 0),
+        (UserError("bad"), "1", UserError, 1),
+        (RuntimeError("a bug"), "1", RuntimeError, 0),
+    ],
+)
+def test_the_rank_that_knows_most_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, rank: str, kind: type[Exception], waits: int
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(run_launch.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(kind) as raised, cause_speaks_first():
+        raise error
+    assert type(raised.value) is kind
+    assert sum(waited) == waits * run_launch.FIRST_RANK_SECONDS
+
+
+def test_a_lost_rank_is_status_1() -> None:
+    @exit_on_user_error
+    def main() -> None:
+        raise LostRank("gone")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+
+
+# ---- a rank whose launcher is gone
+
+ORPHAN = """
+import time
+from dora_vl.run.launch import end_with_launcher
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_ends_with_its_launcher_and_a_process_without_one_does_not(launched: bool) -> None:
+    assert "LOCAL_RANK" not in os.environ
+    environment = {**os.environ, **({"LOCAL_RANK": "0"} if launched else {})}
+    command = [sys.executable, "-c", LAUNCHER, ORPHAN]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert launcher.stdout is not None
+    rank = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + (10 if launched else 1)
+    while rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.05)
+    gone = not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    assert gone == launched
+    if not gone:
+        rank.send_signal(signal.SIGKILL)
