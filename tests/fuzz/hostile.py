@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from tests.vision.video_files import write_clip
+from tests.data.video_files import write_clip
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")

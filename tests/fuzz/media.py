@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from tests.vision.video_files import write_clip
+from tests.data.video_files import write_clip
 
 CLIPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "plain.mp4": ("libx264", {}),

@@ -19,7 +19,7 @@ from dora_vl.evaluation.scores import vqa
 from dora_vl.evaluation.scores.benchmark import SHORT
 from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
 
-FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 SOURCE_OF = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}
 SOURCE_OF |= {"how2qa-csv": "how2qa", "yc2c-youcook2": "yc2c"}
 """Fixtures of a source's second form."""

@@ -19,7 +19,7 @@ import pytest
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import iterate_examples
 from dora_vl.errors import UserError
-from tests.sources.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
+from tests.data.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from dora_vl.data.benchmarks.hugging_face import convert
 from dora_vl.data.example import Answer, Example, from_record, iterate_examples, to_record
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.scores.benchmark import correct_index
-from tests.sources.published import prepared
+from tests.data.published import prepared
 
 
 def prepare(folder: Path, to: Path, **options: str) -> list[Example]:
