@@ -257,3 +257,30 @@ def test_records_without_answers_among_others_are_counted(tmp_path: Path) -> Non
     path.write_text(written(rows, True))
     prepared("tvqa", folder, tmp_path / "records", "--splits", "test_public")
     assert manifest(tmp_path / "records" / "tvqa", "test_public")["without_answer"] == len(rows) - 1
+
+
+def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dora-vl prepare cloze --from data/commonsense`: its BoolQ has no passage; one with passages may lie beside it."""
+
+    def write(name: str, row: dict[str, object]) -> Path:
+        path = tmp_path / "commonsense" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row]))
+        return path
+
+    without = "Please answer the question with true or false, question: is it?\n\nAnswer format: true/false"
+    left_out = write("boolq/test.json", {"instruction": without, "input": "", "output": "x", "answer": "true"})
+    arc = "Please choose the correct answer: Which?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2"
+    for task in ("ARC-Easy", "piqa"):
+        write(f"{task}/test.json", {"instruction": arc, "input": "", "output": "x", "answer": "answer2"})
+    lines = prepared("cloze", tmp_path / "commonsense", tmp_path / "cloze")
+    assert len(lines) == 2
+    assert str(left_out) in caplog.text
+    (example,) = iterate_examples(tmp_path / "cloze" / "ARC-Easy" / "test.jsonl")
+    assert (example.question, example.extra["endings"]) == ("Question: Which?\nAnswer:", ["ice", "fire"])
+    write("boolq/test.jsonl", {"question": "is it", "passage": "It is.", "answer": True})
+    prepared("cloze", tmp_path / "commonsense", tmp_path / "cloze")
+    (example,) = iterate_examples(tmp_path / "cloze" / "boolq" / "test.jsonl")
+    assert (example.question, example.answers[0].text) == ("It is.\nQuestion: is it?\nAnswer:", "yes")
