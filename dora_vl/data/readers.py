@@ -548,6 +548,8 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         column = next((name for name, used_as in resolved.uses.items() if used_as == role), role)
         path = f"{column}.{unread.path}"
         raise ColumnsError(f"{path!r} would be left out ({unread.what});", Columns(ignored=(path,))) from None
+    except RecursionError:
+        raise BadSample(sample_id, "its values are nested too deeply") from None
 
 
 class RowReader:

@@ -262,7 +262,7 @@ def test_records_without_answers_among_others_are_counted(tmp_path: Path) -> Non
 def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`dora-vl prepare cloze --from data/commonsense`: its BoolQ has no passage; one with passages may lie beside it."""
+    """Its BoolQ has no passage, and one with passages may lie beside it."""
 
     def write(name: str, row: dict[str, object]) -> Path:
         path = tmp_path / "commonsense" / name
