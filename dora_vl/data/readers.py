@@ -417,7 +417,7 @@ def _written_choices(
     if label in names and not in_order:
         index = names.index(label)
     else:
-        index = correct_choice(answer, choices, sample_id, "either" if in_order else "only text")
+        index = correct_choice(answer, choices, sample_id, by_place=in_order)
     letter = "" if index is None else ascii_uppercase[index]
     lines = with_letters(choices)
     if _says(question, choices):

@@ -58,7 +58,7 @@ def check_examples(path: Path) -> None:
 
 
 def test_a_source_has_a_fixture_and_says_where_its_files_are_published() -> None:
-    assert {*SOURCE_OF.values(), "cloze", "llava-json", "hugging-face"} == set(SOURCES)
+    assert {*SOURCE_OF.values(), "cloze", "llava-json"} == set(SOURCES)
     for name, source in SOURCES.items():
         documentation = " ".join((source.splits.__doc__ or "").split())
         assert "icence" in documentation, name
@@ -70,7 +70,7 @@ def test_sources_are_read_without_transformers_and_datasets() -> None:
     subprocess.run([sys.executable, "-c", code + "import dora_vl.data.prepare"], check=True)
 
 
-@pytest.mark.parametrize("source", sorted(set(SOURCES) - {"hugging-face"}))
+@pytest.mark.parametrize("source", sorted(SOURCES))
 def test_an_empty_folder_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError):
         prepared(source, tmp_path, tmp_path / "records")

@@ -34,7 +34,7 @@ ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
 ]
 SUBTASKS: Mapping[str, Subtask] = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
-OF_ONES_OWN = {"cloze", "hugging-face", "llava-json"}  # several forms; test_cloze, test_hugging_face, test_prepare
+OF_ONES_OWN = {"cloze", "llava-json"}  # several forms; test_cloze, test_prepare
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
