@@ -64,15 +64,8 @@ NAMES = (
     "concat:a|b", "pipe:0", "data:image/png;base64,AAAA", "tcp://127.0.0.1:9", "s3://a/b", "%s%s%n", "{0.__class__}",
     "CON", "a:b", "a\\..\\b", "\u2028", "a\rb",
 )  # fmt: skip
-"""Of files that are not there, or not to be had."""
-
-
+"""No file that may be read has such a name."""
 DEVICES = ("/dev/zero", "/dev/urandom", "/dev/tty", "/dev/stdin", "/etc/passwd", "/proc/self/mem")
-    "zeros": b"",
-    "a PNG": b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR",
-    "an MP4": b"\0\0\0\x10ftypisom",
-    "Matroska": b"\x1a\x45\xdf\xa3",
-}
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a named pipe": os.mkfifo,
     "a socket": lambda path: os.mknod(path, stat.S_IFSOCK),
