@@ -19,7 +19,7 @@ from dora_vl.backbones.template_trial import check_ends
 from dora_vl.data.picture_files import TooManyPixels, decoded, load_picture
 from dora_vl.errors import UserError
 from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess
-from tests.fuzz.hostile import jpeg_of_scans, saved
+from tests.data.hostile import jpeg_of_scans, saved
 
 MEMORY = 2**29
 

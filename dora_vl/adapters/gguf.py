@@ -24,7 +24,7 @@ from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import BaseWeights, StoredTensor, config_in, skeleton
 from dora_vl.adapters.files import refuse_to_replace
 from dora_vl.adapters.foreign import GGUF_KINDS
-from dora_vl.adapters.merge import CERTIFICATES, MergedWeights
+from dora_vl.adapters.merge import CHECK_FILE, MergedWeights
 from dora_vl.errors import UserError, shown
 from dora_vl.files import whole_folder
 
@@ -467,7 +467,7 @@ class ExportedGguf:
 
 def refuse_gguf_target(target: Path) -> None:
     """Raises a `UserError` where something is there already that is no earlier export."""
-    refuse_to_replace(target, (MODEL_FILE, VISION_FILE, *CERTIFICATES))
+    refuse_to_replace(target, (MODEL_FILE, VISION_FILE, CHECK_FILE))
 
 
 def refuse_gguf_base(base_folder: Path, *, text_only: bool = False) -> None:

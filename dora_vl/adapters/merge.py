@@ -28,10 +28,10 @@ SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 MANIFEST = "dora_vl_merge.json"
 """Names what a merge wrote, so that a later one knows that it may replace the folder."""
-CERTIFICATES = ("certificate.json", "certificate.md")
-"""What `--check` writes beside the weights."""
+CHECK_FILE = "check.json"
+"""The file in which a check says what it found stands beside the weights under this name."""
 NOT_COPIED = frozenset(
-    {"pytorch_model.bin.index.json", MANIFEST, *CERTIFICATES, *(f"{stem}{INDEX_SUFFIX}" for stem in STEMS)}
+    {"pytorch_model.bin.index.json", MANIFEST, CHECK_FILE, *(f"{stem}{INDEX_SUFFIX}" for stem in STEMS)}
 )
 
 
@@ -222,7 +222,7 @@ def refuse_target(target: Path, base_folder: Path) -> None:
     if target.resolve() == base_folder.resolve():
         raise UserError(f"{target} is the base itself; name another folder for the result")
     manifest = target / MANIFEST
-    written = [MANIFEST, *CERTIFICATES, *read_json(manifest).get("files", ())] if manifest.is_file() else ()
+    written = [MANIFEST, CHECK_FILE, *read_json(manifest).get("files", ())] if manifest.is_file() else ()
     refuse_to_replace(target, written)
 
 

@@ -220,6 +220,8 @@ class FileCheck:
             return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:
             return error
+        except RecursionError:
+            return BadSample(sample_id, "its values are nested too deeply")
         if self._answers_needed and not example.answers and all(turn.role != "assistant" for turn in example.turns):
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
         self._has_media |= bool(example.images or example.videos)

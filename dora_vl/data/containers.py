@@ -1,7 +1,7 @@
 """Rows of a data file or folder, one after another, whatever holds them; nothing but the current rows is in memory.
 
 JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
-WebDataset archives, folders of pictures, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME:SPLIT`.
+WebDataset archives, folders of pictures, and sets of the hub (see `hub_set`).
 
 Which split a file of a folder is of its name says as `datasets` reads it: by words such as `train` or `val` in it or in
 its folder's, and by what stands before `-00000-of-00002`. But different words are never one split here: `dev` and
@@ -134,7 +134,7 @@ def meaning(name: str) -> str | None:
     return next((split for split, words in WORDS.items() if word in words), None)
 
 
-def counted(splits: Mapping[str, Sequence[Path]]) -> str:
+def _counted(splits: Mapping[str, Sequence[Path]]) -> str:
     """The splits for a message, each with its number of files."""
     return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
 
@@ -270,7 +270,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
         return {}
 
 
-def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
     """The row with a class's name for its number."""
     for column, words in names.items():
         if isinstance(number := row.get(column), int):
@@ -289,7 +289,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
         step = _rows_at_once(len(batch), batch.nbytes)
         for start in range(0, len(batch), step):
-            yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
+            yield from (_with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
@@ -321,28 +321,25 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def hub_set(name: str, *, streaming: bool) -> Any:
-    """A set's split, `OWNER/NAME` or `OWNER/NAME:SPLIT` (else train): fetched, or a stream that decodes no picture."""
+    """A set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
     import datasets  # a second and a half, which rows of files need not pay
 
-    repository, _, split = name.partition(":")
+    pinned, *parts = name.split(":")
+    repository, _, revision = pinned.partition("@")
+    chosen: Any = {"name": parts[0] if len(parts) > 1 else None, "revision": revision or None}
     with _reading_hub(name):
-        rows = datasets.load_dataset(repository, split=split or "train", streaming=streaming)
+        rows = datasets.load_dataset(repository, split=(parts or ["train"])[-1], streaming=streaming, **chosen)
     return rows.decode(False) if isinstance(rows, datasets.IterableDataset) else rows
 
 
 def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
-    """Yields the rows of a stream."""
-    names = class_names(stream)
-    with _reading_hub(name):
-        yield from (with_class_names(row, names) for row in stream)
-
-
-def class_names(stream: datasets.IterableDataset) -> ClassNames:
-    """What the numbers of a stream's ClassLabel columns stand for."""
+    """Yields the rows of a stream, with the names of its classes for their numbers."""
     import datasets
 
     features = (stream.features or {}).items()
-    return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
+    names = {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
+    with _reading_hub(name):
+        yield from (_with_class_names(row, names) for row in stream)
 
 
 @contextlib.contextmanager
@@ -518,7 +515,7 @@ def find_files(path: Path) -> DataFiles:
     if len(splits) > 1:
         trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)
         raise UserError(
-            f"{path}: files of several splits, {counted(splits)}; name the file that is meant, such as "
+            f"{path}: files of several splits, {_counted(splits)}; name the file that is meant, such as "
             f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
         )
     return DataFiles(str(path), tuple(files))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -267,8 +267,6 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 
 LETTER = "Answer with the option's letter from the given choices directly."
 """What LLaVA says behind the choices of MMBench and SEED."""
-Reading = Literal["place", "text", "either", "only text"]
-"""What text that says the right choice is first: its letter or number, or its words; `either` refuses what is both."""
 LONGEST_LIST = 100_000
 """Characters of a list written as text; Python's reader takes a hundred times that as memory."""
 
@@ -305,12 +303,12 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def correct_choice(answer: object, choices: Sequence[str], sample_id: str, reading: Reading) -> int | None:
+def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by_place: bool) -> int | None:
     """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
 
-    A column says it by its number from 0 (AI2D also as text, "1"), by its letter (MMMU, "B", also "(B)" or "B."), or by
-    its text. Where the text of one choice reads as the letter or number of another, such as "2" among "1", "2" and "3",
-    it could mean either: it is taken only where the columns that were named say which way to read it.
+    A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
+    letter (MMMU, "B", also "(B)" or "B."). What is the text of one choice and the letter or number of another, such as
+    "2" among "1", "2" and "3", is refused.
     """
     if answer is None or (isinstance(answer, str) and not answer.strip()):
         return None
@@ -327,15 +325,11 @@ def correct_choice(answer: object, choices: Sequence[str], sample_id: str, readi
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
     position = ascii_uppercase.index(letter[1].upper()) if letter else number
-    by_place = [position] if position < len(choices) and reading != "only text" else []
-    indices = by_place + by_text if reading == "place" else by_text + by_place
+    indices = {*by_text, *([position] if position < len(choices) and by_place else [])}
     if not indices:
-        ways = "text" if reading == "only text" else "letter, number from 0 or text"
+        ways = "letter, number from 0 or text" if by_place else "text"
         raise BadSample(sample_id, f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
-    if reading == "either" and len(set(indices)) > 1:
-        raise BadSample(
-            sample_id,
-            f"its answer {shown(answer)} is the text of one choice and the letter or number of another; with "
-            "columns=correct:COLUMN it is the latter, with columns=answers:COLUMN the text",
-        )
-    return indices[0]
+    if len(indices) > 1:
+        reason = "is the text of one choice and the letter or number of another; write a letter before each choice"
+        raise BadSample(sample_id, f"its answer {shown(answer)} {reason}")
+    return indices.pop()

@@ -417,7 +417,7 @@ def _written_choices(
     if label in names and not in_order:
         index = names.index(label)
     else:
-        index = correct_choice(answer, choices, sample_id, "either" if in_order else "only text")
+        index = correct_choice(answer, choices, sample_id, by_place=in_order)
     letter = "" if index is None else ascii_uppercase[index]
     lines = with_letters(choices)
     if _says(question, choices):
@@ -548,6 +548,8 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         column = next((name for name, used_as in resolved.uses.items() if used_as == role), role)
         path = f"{column}.{unread.path}"
         raise ColumnsError(f"{path!r} would be left out ({unread.what});", Columns(ignored=(path,))) from None
+    except RecursionError:
+        raise BadSample(sample_id, "its values are nested too deeply") from None
 
 
 class RowReader:

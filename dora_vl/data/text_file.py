@@ -1,6 +1,6 @@
 """Text files that a person gives: lines, tables and JSON, in bounded memory and with no other error than `UserError`.
 
-UTF-8, a byte order mark at the beginning or none. Only the standard library. Publishers' files, records, predictions
+UTF-8, a byte order mark at the beginning or none. Publishers' files, records, predictions
 and questions are all read through here.
 """
 
@@ -16,11 +16,13 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import BinaryIO, TypeVar, cast
+
+import ijson
 
 from dora_vl.errors import UserError, one_line, shown, shown_names, shown_text
 
@@ -31,6 +33,7 @@ LONGEST_LINE_BYTES = 1 << 26
 LONGEST_REASON = 120
 CHUNK_BYTES = 1 << 20
 
+Value = TypeVar("Value")
 Progress = Callable[[int], object]
 """Told the number of bytes whenever some more are read."""
 
@@ -67,16 +70,22 @@ def text_of(line: bytes, where: str) -> str:
         raise NotUtf8(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
 
 
-def json_of(text: str, where: str, *, members: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
-    """The value that a text holds; with `members`, which makes its objects, half of a surrogate pair may be in it."""
+def json_of(
+    text: str,
+    where: str,
+    *,
+    half_pairs: bool = False,
+    members: Callable[[list[tuple[str, object]]], object] | None = None,
+) -> object:
+    """The value that a text holds; `half_pairs` admits half of a surrogate pair, `members` makes its objects."""
     try:
         value = json.loads(text, object_pairs_hook=members)
-        if members is None and ("\\ud" in text or "\\uD" in text):
-            refuse_half_pairs(value, where)
     except RecursionError:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
     except ValueError as error:  # also of numbers of too many digits
         raise UserError(f"{where}: not whole JSON ({one_line(str(error), LONGEST_REASON)})") from None
+    if not half_pairs and ("\\ud" in text or "\\uD" in text):
+        refuse_half_pairs(value, where)
     return value
 
 
@@ -100,7 +109,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
             raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
         return dict(members)
 
-    value = json_of(whole_text(path, kind), f"{path}", members=unique)
+    value = json_of(whole_text(path, kind), f"{path}", half_pairs=True, members=unique)
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold one JSON object, found {type(value).__name__}")
     return value
@@ -228,10 +237,9 @@ def table_rows(
     )
 
 
-MAX_RECORD_CHARACTERS = 1 << 26
-"""A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
-_ROWS_IN_AN_OBJECT = re.compile(r'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
-_WHITESPACE = " \t\r\n"
+_ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
+DEEPEST = 10_000
+"""More brackets that are open at once are refused: `ijson` keeps a path for each, which fills the memory."""
 
 
 def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
@@ -240,167 +248,112 @@ def stream_records(path: Path, progress: Progress | None = None, key: str | None
     Args:
         key: the file is one object, and the list is what it holds under this name.
     """
-    with opened(path, "records") as file:
-        stream = _JsonStream(path, file, progress)
-        for _ in stream.values(key):
-            yield stream.take_object()
+    for number, value in _stream(path, "records", progress, key):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, row {number}: a record must be an object, found {type(value).__name__}")
+        yield value
 
 
 def stream_values(path: Path, kind: str) -> Iterator[tuple[int, object]]:
-    """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, with the line of each.
+    """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, each with its number, from 1.
 
     A text with half of a surrogate pair is refused; `kind` is what the file should be, for the message.
     """
-    with opened(path, kind) as file:
-        stream = _JsonStream(path, file)
-        for line in stream.values():
-            value = stream.take()
-            refuse_half_pairs(value, f"{path}, line {line}")
-            yield line, value
+    for number, value in _stream(path, kind):
+        refuse_half_pairs(value, f"{path}, row {number}")
+        yield number, value
 
 
 def stream_members(path: Path, *, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the members, name and object, of a file that is one JSON object of objects; see `stream_records`."""
     with opened(path, "records") as file:
-        stream = _JsonStream(path, file, progress)
-        for name in stream.names():
-            yield name, stream.take_object()
+        chunks = _Chunks(file, progress)
+        for name, value in _parsed(path, chunks, ijson.kvitems(chunks, "", use_float=True)):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {shown(name)} must hold an object, found {type(value).__name__}")
+            yield name, value
 
 
-class _JsonStream:
-    """The unread part of a file: a buffer, a position in it, and the line the buffer starts at.
+def _stream(
+    path: Path, kind: str, progress: Progress | None = None, key: str | None = None
+) -> Iterator[tuple[int, object]]:
+    """Yields the numbered values of JSON lines, of a list, or of the list that an object holds."""
+    with opened(path, kind) as file:
+        beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not beginning and key is None:
+            return
+        rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
+        name = rows[1].decode() if rows else key
+        if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
+            lines = _lines(path, kind, progress or (lambda size: None), UTF_8)
+            texts = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+            yield from enumerate((json_of(line, where, half_pairs=True) for where, line in texts), start=1)
+            return
+        file.seek(0)
+        if rows and (beside := [other for other in _lists_in(path, file) if other != name]):
+            remedy = "write the rows that are meant as a list of their own"
+            raise UserError(f"{path}: beside {name!r} stands {shown(beside[0])}; {remedy}")
+        file.seek(0)
+        chunks, number = _Chunks(file, progress), 0
+        prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
+        values = ijson.items(chunks, prefix, use_float=True, multiple_values=not prefix)
+        for number, value in enumerate(_parsed(path, chunks, values), start=1):
+            yield number, value
+        if key is not None and not number:
+            file.seek(0)
+            if (lists := _lists_in(path, file)).get(key) != "start_array":
+                raise UserError(f"{path}: there is no list {key!r} in it, only {shown_names(lists)}")
 
-    `json`'s own scanner reads the values: as fast as `ijson` on yajl to within a fifth, without the dependency, and an
-    error has its line. Who is given a line or a name takes the value that stands there before asking for the next.
-    """
 
-    def __init__(self, path: Path, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
-        self._path = path
-        self._progress = progress
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
+    """The names under which a file's one object holds lists or objects, with the event of `ijson` that begins each."""
+    chunks, names = _Chunks(file), dict[str, str]()
+    for prefix, event, _ in _parsed(path, chunks, ijson.parse(chunks, use_float=True)):
+        if prefix and "." not in prefix and event in ("start_array", "start_map"):
+            names[prefix] = event
+    return names
+
+
+class _Chunks:
+    """A file as `ijson` reads it, behind its byte order mark."""
+
+    def __init__(self, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
-        self._buffer = ""
-        self._position = 0
-        self._line, self._counted = 1, 0
-        self._ended = False
+        self._progress = progress
+        self.open_brackets = 0
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
 
-    def values(self, key: str | None = None) -> Iterator[int]:
-        """Yields the line of each value: of the list under `key`, or under a usual name where nothing else stands."""
-        beginning = self._next()
-        rows = _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)
-        if key is None and rows is None:
-            if beginning == "[":
-                yield from self._entries("[", "]", "an entry of the list")
-                self._end("list")
-            while self._next():
-                yield self._current_line()
-            return
-        name_of_rows, names = key or (rows[1] if rows else ""), list[str]()
-        for name in self.names():
-            names.append(name)
-            if name == name_of_rows and self._next() != "[":
-                self._fail(f"{name!r} must hold a list")
-            elif name == name_of_rows:
-                yield from self._entries("[", "]", "an entry of the list")
-            elif (value := self.take()) and key is None and isinstance(value, list | dict):
-                beside = f"beside {name_of_rows!r} stands {shown(name)}"
-                self._fail(f"{beside}; write the rows that are meant as a list of their own")
-        if name_of_rows not in names:
-            self._fail(f"there is no {key!r}, only {', '.join(map(shown, names[:8])) or 'nothing'}")
-
-    def names(self) -> Iterator[str]:
-        """Yields each name of an object that is the whole file."""
-        for _ in self._entries("{", "}", "a member of the object"):
-            name = self.take()
-            if not isinstance(name, str):
-                self._fail("expected a name in quotes")
-            self._expect(":", f"':' after {shown(name)}")
-            yield name
-        self._end("object")
-
-    def _entries(self, opening: str, closing: str, what: str) -> Iterator[int]:
-        self._expect(opening, f"{opening!r}")
-        closed = self._next() == closing
-        while not closed:
-            self._next()
-            yield self._current_line()
-            closed = self._next() != ","
-            self._position += not closed
-        self._expect(closing, f"',' or {closing!r} after {what}")
-
-    def take_object(self) -> dict[str, object]:
-        """The next value, which must be an object."""
-        value = self.take()
-        if not isinstance(value, dict):
-            where = f"{self._path}, line {self._current_line()}"
-            raise UserError(f"{where}: a record must be an object, found {type(value).__name__}")
-        return value
-
-    def take(self) -> object:
-        """The next value of any kind, the buffer growing until it holds all of it."""
-        self._next()
-        while True:
-            try:
-                value, end = self._json.raw_decode(self._buffer, self._position)
-                if end < len(self._buffer) or self._ended:  # a number could go on
-                    self._position = end
-                    return value
-            except RecursionError:
-                self._fail("its values are nested too deeply")
-            except json.JSONDecodeError as error:
-                if self._ended or len(self._buffer) - self._position > MAX_RECORD_CHARACTERS:
-                    self._position = error.pos
-                    self._fail(error.msg)
-            except ValueError as error:  # a number of too many digits
-                self._fail(str(error))
-            self._refill(max(CHUNK_BYTES, len(self._buffer) - self._position))
-
-    def _next(self) -> str:
-        """The next character that is not whitespace, left unread; empty at the end of the file."""
-        while True:
-            while self._position < len(self._buffer):
-                character = self._buffer[self._position]
-                if character not in _WHITESPACE:
-                    return character
-                self._position += 1
-            if self._ended:
-                return ""
-            self._refill(CHUNK_BYTES)
-
-    def _expect(self, character: str, what: str) -> None:
-        if self._next() != character:
-            self._fail(f"expected {what}")
-        self._position += 1
-
-    def _end(self, what: str) -> None:
-        if self._next():
-            self._fail(f"there is text after the end of the {what}")
-
-    def _current_line(self) -> int:
-        self._line += self._buffer.count("\n", self._counted, self._position)
-        self._counted = self._position
-        return self._line
-
-    def _fail(self, what: str) -> NoReturn:
-        line = self._current_line()
-        if self._ended and self._position >= len(self._buffer.rstrip(_WHITESPACE)):
-            what = f"the file ends too early ({what}); it may be cut off, fetch or write it again"
-        raise UserError(f"{self._path}, line {line}: not the JSON list or JSON lines expected: {what}")
-
-    def _refill(self, size: int) -> None:
-        self._current_line()
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
         chunk = self._file.read(size)
-        self._ended = not chunk
         if self._progress is not None:
             self._progress(len(chunk))
-        pending = len(self._decoder.getstate()[0])
-        try:
-            text = self._decoder.decode(chunk, final=self._ended)
-        except UnicodeDecodeError as error:
-            offset = self._file.tell() - len(chunk) - pending + error.start
-            raise NotUtf8(f"{self._path}, byte {offset}: not UTF-8 ({error.reason}); convert the file") from None
-        self._buffer = self._buffer[self._position :] + text
-        self._position = self._counted = 0
+        self.open_brackets += sum(map(chunk.count, (b"[", b"{"))) - sum(map(chunk.count, (b"]", b"}")))
+        if self.open_brackets > DEEPEST:
+            raise ijson.JSONError("its values are nested too deeply")
+        return chunk
+
+
+def _parsed(path: Path, chunks: _Chunks, values: Iterable[Value]) -> Iterator[Value]:
+    """Yields what `ijson` parses; an error says how many values came before it, and what stands there."""
+    parsed = 0
+    try:
+        for value in values:
+            parsed += 1
+            yield value
+            chunks.open_brackets = 0  # brackets in texts need not be closed
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        reason = one_line(str(error).partition("(right here)")[0], LONGEST_REASON)
+        if "premature EOF" in reason:
+            reason = "the file ends too early; it may be cut off, fetch or write it again"
+        where = f"{path}, after value {parsed}"
+        raise UserError(f"{where}: not the JSON list or JSON lines expected: {reason}") from None

@@ -1,4 +1,4 @@
-"""`dora-vl merge`: adapters folded into their base, compared with them, and with `--check` certified by answers."""
+"""`dora-vl merge`: adapters folded into their base; a check compares the result with them, by logits and by answers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dora_vl.errors import positive
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
 QUESTIONS = 20
 CHECK_HELP = """\
-With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file,
-and the differences are printed and written beside the weights (certificate.json, certificate.md). Exit status 1 where
-more answers differ than --most-different allows."""
+With --check the unmerged model and what was written answer the same questions, those of the run's test or of a file;
+answers and logits are compared, in check.json beside the weights. Exit status 1 where more answers differ than
+--most-different allows."""
 
 DESCRIPTION = f"""\
 Writes base + adapter as a plain model folder: sharded safetensors, configuration, tokenizer and processor. Computed in
@@ -27,10 +27,9 @@ Several adapters merge with weights: W' = W + sum of weight * (W'_i - W). Weight
 
   dora-vl merge --adapter a --adapter b --weight 0.7 --weight 0.3 --base BASE --to merged
 
-The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
-by more than rounding); --no-check leaves this out.
-
 {CHECK_HELP}
+Without --check the logits for a few drawn texts are compared, and exit status 1 says that they differ by more than
+rounding; --no-check compares nothing.
 
   dora-vl merge --adapter runs/llava/adapter --to llava-merged --check 50
   dora-vl merge --adapter adapter --to merged --check --questions test.jsonl --images pictures --most-different 0.02
@@ -62,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_check_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that can check what it wrote."""
     group = parser.add_argument_group("checking the result")
-    group.add_argument(
-        "--no-check", dest="check", action="store_const", const=0, help="merge: compares no logits either"
-    )
+    group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
     group.add_argument(
         "--check",
         type=positive,

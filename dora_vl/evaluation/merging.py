@@ -8,19 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from torch import Tensor
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, base_of, refuse_other_base, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.convert_command import reading_options
 from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
-from dora_vl.adapters.files import CONFIG_FILE, DTYPES, WEIGHTS_FILE, refuse_to_replace
-from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.files import CONFIG_FILE, WEIGHTS_FILE, refuse_to_replace
 from dora_vl.adapters.foreign import GGUF_KINDS
 from dora_vl.adapters.gguf import export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
@@ -30,15 +26,10 @@ from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.places import resolved_layers
-from dora_vl.errors import UserError, one_line
-from dora_vl.evaluation.certificate import FAILED_STATUS, as_model, checked, planned_check, unmerged_source
+from dora_vl.errors import UserError
+from dora_vl.evaluation.merge_check import as_model, check_answers, check_logits, planned_check, unmerged_source
 from dora_vl.evaluation.open_model import folder_of_gguf
-from dora_vl.files import opening, unfinished
-
-ROWS, TOKENS = 3, 12
-"""Of the texts that are compared."""
-ROUNDING = {False: 1e-3, True: 5e-2}
-"""Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
+from dora_vl.files import unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,91 +87,24 @@ def merge(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
-    """Merges, and checks where that is asked for; yields the lines to print."""
+    """Merges, and checks unless that is switched off; yields the lines to print."""
     check = planned_check(arguments, arguments.adapter[0])
-    merging = plan_merge(arguments)
+    plan = plan_merge(arguments)
+    unmerged, target = partial(adapter_folder, plan, arguments), arguments.to
     if check is None:
-        yield from merge(merging, arguments)
-        yield from compared(merging, arguments) if arguments.check is None else ()
+        yield from merge(plan, arguments)
+        if arguments.check is None:
+            yield from check_logits(plan.adapters, plan.base, unmerged, target, about(plan, arguments))
         return
-    with adapter_folder(merging, arguments) as folder:
-        source = unmerged_source(check, folder, merging.base, arguments.template)
-        yield from merge(merging, arguments)
-        merged = as_model(source, arguments.to)
-        yield from checked(check, source, "merged", lambda: merged, arguments.to, about(merging, arguments))
-
-
-def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    """The merged folder's logits for drawn tokens beside base and adapter's; exit status 1 beyond rounding."""
-    result: Path = arguments.to
-    beside = f"{result}: not compared with base and adapter"
-    if reason := _incomparable(plan):
-        yield f"{beside}, {reason}"
-        return
-    try:
-        with adapter_folder(plan, arguments) as folder:
-            expected, _ = _logits(plan.base, folder)
-        logits, dtype = _logits(result, None)
-    except UserError as error:
-        yield f"{beside}: {error}"
-        return
-    share = float((logits - expected).abs().max() / expected.abs().max())
-    yield f"{result}: logits for {ROWS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
-    if not share <= ROUNDING[dtype.itemsize < torch.float32.itemsize]:
-        yield f"{result}: that is more than rounding, so this is not the trained model: do not use it"
-        raise SystemExit(FAILED_STATUS)
-
-
-def _incomparable(plan: Plan) -> str:
-    """Why the two are not opened here; nothing where they are."""
-    if any(adapter.recipe.get("quantisation") for adapter in plan.adapters):
-        return "whose base was quantised for training (--check compares answers)"
-    if plan.adapter.input_axis:
-        return "whose magnitudes are one an input column"
-    register_towers()
-    model = skeleton(config_in(plan.base))
-    if model is None:
-        return "of whose class transformers has none"
-    needed = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
-    free = psutil.virtual_memory().available
-    return f"which takes {needed:,} bytes in float32, and {free:,} are free" if needed > free else ""
-
-
-@torch.no_grad()
-def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
-    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
-    register_towers()
-    shell = skeleton(config_in(folder))
-    with opening(f"{folder} cannot be opened"):
-        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
-    if adapter is not None:
-        load_adapter(model, adapter)
-    words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
-    plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
-    ids = plain[torch.randint(len(plain), (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))]
-    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with BaseWeights(folder) as stored:
-        dtypes = {DTYPES[tensor.dtype] for tensor in stored.tensors.values() if DTYPES[tensor.dtype].is_floating_point}
-    try:
-        logits = model(input_ids=ids, **both).logits
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
-    return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
-
-
-def _special(config: Mapping[str, Any]) -> set[object]:
-    """Ids of tokens that stand for something else than text."""
-    ids: set[object] = set()
-    for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("_config"):
-            ids |= _special(value)
-        elif "token" in name:
-            ids.update(value if isinstance(value, list) else [value])
-    return ids
+    with unmerged() as folder:
+        source = unmerged_source(check, folder, plan.base, arguments.template)
+        yield from merge(plan, arguments)
+        merged = as_model(source, target)
+        yield from check_answers(check, source, lambda: merged, target, about(plan, arguments))
 
 
 def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
-    """What a certificate says of where the weights come from."""
+    """What `check.json` says of where the weights come from."""
     weights = arguments.weight or [1.0] * len(plan.adapters)
     return {
         "adapters": {adapter.source: weight for adapter, weight in zip(plan.adapters, weights, strict=True)},
@@ -227,19 +151,13 @@ def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
         if arguments.gguf is None:
             base = target / BASE if (target / BASE).is_dir() else plan.base
             exported = partial(unmerged_source, check, target / ADAPTER, base, arguments.template)
-            yield from checked(check, source, "exported", exported, target, about(plan, arguments))
+            yield from check_answers(check, source, exported, target, about(plan, arguments))
             return
         weights = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
         with unfinished(target) as read_back:
             model = read_back / "model"
-            yield from checked(
-                check,
-                source,
-                "gguf",
-                lambda: as_model(source, folder_of_gguf(target, plan.base, model)),
-                target,
-                weights,
-            )
+            gguf = partial(folder_of_gguf, target, plan.base, model)
+            yield from check_answers(check, source, lambda: as_model(source, gguf()), target, weights)
 
 
 def _refuse(arguments: argparse.Namespace, target: Path, base: Path) -> None:

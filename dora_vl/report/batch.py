@@ -1,50 +1,40 @@
-"""The first micro-batch as people read it: each token with what training does to it; in a terminal, as page or PNG."""
+"""The first micro-batch as people read it in a terminal: each token with what training does to it."""
 
 from __future__ import annotations
 
-import io
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.samples import IGNORED_LABEL
-from dora_vl.errors import BadSample
-from dora_vl.report.page import data_url, rendered
-from dora_vl.run.watched import small_picture
 
 Kind = Literal["trained", "context", "picture-place", "padding"]
 
 
 class Look(NamedTuple):
-    """How a kind is shown: by name, in a terminal by every other token's colour or by signs, in a picture.
+    """How a kind is shown: by name, by colours that change with every token, or by signs around a stretch of it.
 
-    Of a `joined` one a stretch is one piece with its length.
+    A stretch of a `joined` kind is one piece with its length.
     """
 
     name: str
-    terminal: tuple[int, int]
+    colours: tuple[int, int]
     signs: tuple[str, str]
-    fills: tuple[str, str]
     joined: bool = False
 
 
 LOOKS: Mapping[Kind, Look] = {
-    "trained": Look("trained on", (22, 28), ("[", "]"), ("#cfe8d5", "#b4dabd")),
-    "context": Look("read, not trained on", (236, 239), ("", ""), ("#eef0f3", "#e1e5ea")),
-    "picture-place": Look("place of a picture", (18, 18), ("<", ">"), ("#d9e5fb", "#d9e5fb"), joined=True),
-    "padding": Look("padding", (94, 94), ("{", "}"), ("#f4e3d3", "#f4e3d3"), joined=True),
+    "trained": Look("trained on", (22, 28), ("[", "]")),
+    "context": Look("read, not trained on", (236, 239), ("", "")),
+    "picture-place": Look("place of a picture", (18, 18), ("<", ">"), joined=True),
+    "padding": Look("padding", (94, 94), ("{", "}"), joined=True),
 }
 STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
-Opens = Callable[[], Image.Image] | None
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,11 @@ class BatchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchView:
-    """All rows, the samples' pictures (id, what opens it), counts, and samples that cannot be used (id, reason)."""
+    """All rows, counts, and samples that cannot be used (id, reason)."""
 
     rows: tuple[BatchRow, ...]
     facts: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...] = ()
-    pictures: tuple[tuple[str, Opens], ...] = ()
 
 
 class TokenText:
@@ -111,10 +100,8 @@ class TokenText:
         return tuple(pieces)
 
 
-def batch_view(
-    batch: Mapping[str, Any], names: Sequence[str], text: TokenText, pictures: Sequence[Opens], *, shifted: bool
-) -> BatchView:
-    """A collated micro-batch with its bookkeeping, its usable samples' ids, and what opens each one's picture.
+def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, *, shifted: bool) -> BatchView:
+    """A collated micro-batch with its bookkeeping and its usable samples' ids.
 
     Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
@@ -141,12 +128,7 @@ def batch_view(
             question = text.pieces(ids.tolist(), [False] * len(ids), real)
             lines = (question, text.pieces(labels.clamp_min(0).tolist(), has_label, has_label))
         rows.append(BatchRow(title=title, lines=lines))
-    return BatchView(
-        rows=tuple(rows),
-        facts=tuple(_facts(batch)),
-        skipped=tuple(batch.get("skipped", ())),
-        pictures=tuple(zip(names, pictures, strict=True)),
-    )
+    return BatchView(rows=tuple(rows), facts=tuple(_facts(batch)), skipped=tuple(batch.get("skipped", ())))
 
 
 def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -181,7 +163,7 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
 def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{LOOKS[item.kind].terminal[number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
+            f"\x1b[48;5;{LOOKS[item.kind].colours[number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
             for number, item in enumerate(pieces)
         )
     marked: list[str] = []
@@ -197,90 +179,3 @@ def shown(piece: Piece) -> str:
     """A piece's text on one line; a joined one with its length."""
     text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
     return f"{text} × {piece.count}" if LOOKS[piece.kind].joined and piece.count > 1 else text
-
-
-def batch_page(view: BatchView, *, title: str) -> str:
-    """The batch as a page, pictures beside their samples."""
-    pictures: dict[str, tuple[str, str]] = {}
-    for name, opens in view.pictures:
-        try:
-            pictures[name] = ("" if opens is None else data_url(opens()), "")
-        except BadSample as error:
-            pictures[name] = ("", error.reason)
-    rows = [{"row": row, "picture": pictures.get(row.title, ("", ""))} for row in view.rows]
-    apart = [] if all(row.title in pictures for row in view.rows) else list(pictures.items())
-    return rendered(
-        "batch.html.j2", {"view": view, "rows": rows, "apart": apart, "title": title, "looks": LOOKS, "shown": shown}
-    )
-
-
-WIDTH, MARGIN, LINE, SIDE, TEXT, FACTS_CHARACTERS = 1280, 24, 26, 112, 15, 130
-PAPER, INK, FAINT = "#ffffff", "#1d2630", "#66727f"
-
-
-def batch_picture(view: BatchView) -> bytes:
-    """The batch as a PNG file: a block for each row, its picture at the left."""
-    beside = dict(view.pictures)
-    blocks = [_legend(view)] + [_block(row, beside.get(row.title)) for row in view.rows]
-    height = sum(block.height for block in blocks) + MARGIN * (len(blocks) + 1)
-    sheet = Image.new("RGB", (WIDTH, height), PAPER)
-    top = MARGIN
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height + MARGIN
-    file = io.BytesIO()
-    sheet.save(file, format="png", optimize=True)
-    return file.getvalue()
-
-
-@cache
-def _font() -> Any:
-    """matplotlib's, which has most of the world's letters."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", TEXT)
-
-
-def _legend(view: BatchView) -> Image.Image:
-    facts = textwrap.wrap(", ".join(f"{name} {value}" for name, value in view.facts), FACTS_CHARACTERS)
-    block = Image.new("RGB", (WIDTH, (len(facts) + 1) * LINE), PAPER)
-    draw = ImageDraw.Draw(block)
-    for number, line in enumerate(facts):
-        draw.text((MARGIN, number * LINE), line, INK, _font())
-    _flow(draw, [Piece(f" {look.name} ", kind) for kind, look in LOOKS.items()], left=MARGIN, top=len(facts) * LINE)
-    return block
-
-
-def _block(row: BatchRow, opens: Opens) -> Image.Image:
-    left = MARGIN + SIDE + MARGIN
-    measured = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    top, tops = LINE, []
-    for pieces in row.lines:
-        tops.append(top)
-        top = _flow(measured, pieces, left=left, top=top, drawn=False) + LINE + 6
-    block = Image.new("RGB", (WIDTH, max(top, 0 if opens is None else SIDE)), PAPER)
-    draw = ImageDraw.Draw(block)
-    draw.text((left, 0), row.title, FAINT, _font())
-    for pieces, start in zip(row.lines, tops, strict=True):
-        _flow(draw, pieces, left=left, top=start)
-    if opens is not None:
-        try:
-            picture = small_picture(opens().convert("RGB"), SIDE)
-        except BadSample:
-            return block
-        grown = picture.resize((picture.width * 2, picture.height * 2), 0) if 2 * max(picture.size) <= SIDE else picture
-        block.paste(grown, (MARGIN, 0))
-    return block
-
-
-def _flow(draw: Any, pieces: Sequence[Piece], *, left: int, top: int, drawn: bool = True) -> int:
-    """Sets pieces one behind the other, in as many lines as they need; the last line's top."""
-    x = left
-    for number, piece in enumerate(pieces):
-        text, font = shown(piece), _font()
-        wide = max(4, int(draw.textlength(text, font)))
-        if x + wide > WIDTH - MARGIN and x > left:
-            x, top = left, top + LINE
-        if drawn:
-            draw.rectangle((x, top, x + wide, top + LINE - 5), LOOKS[piece.kind].fills[number % 2])
-            draw.text((x, top + 1), text, INK, font)
-        x += wide + 1
-    return top

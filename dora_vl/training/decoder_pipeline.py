@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.backbones.base import Backbone
@@ -241,18 +240,6 @@ class DecoderPipeline(Pipeline[RunConfig]):
         if not placeholder_ids and isinstance(token, str):
             placeholder_ids = [tokenizer.convert_tokens_to_ids(token)]
         return TokenText(tokenizer, frozenset(placeholder_ids))
-
-    def pictures_of(
-        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
-    ) -> list[Callable[[], Image.Image] | None]:
-        """The samples' own."""
-        samples = self.samples(arguments)
-        questions = [samples.shown_in(item) for item in items]
-        assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
-        media = self._media(assistant, samples.stored)
-        return [
-            partial(media.picture, question) if question.images or question.videos else None for question in questions
-        ]
 
     def recipe(self) -> dict[str, Any]:
         """With the wording, and how pictures and videos are read."""

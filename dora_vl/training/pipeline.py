@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate.utils import compare_versions
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
@@ -196,12 +195,6 @@ class Pipeline(ABC, Generic[Config]):
     @abstractmethod
     def reading(self, backbone: Backbone[Any]) -> TokenText:
         """How the tokens of its batches are read."""
-
-    @abstractmethod
-    def pictures_of(
-        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
-    ) -> list[Callable[[], Image.Image] | None]:
-        """What opens the picture of each sample of the first micro-batch, made of `items`; None: it shows nothing."""
 
     def recipe(self) -> dict[str, Any]:
         """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""

@@ -44,7 +44,7 @@ from dora_vl.data.table import (
     load_training_rows,
     overlap,
 )
-from dora_vl.data.turns import THINK, Clip, Turn
+from dora_vl.data.turns import THINK
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.files import content_key
@@ -158,13 +158,6 @@ class RunSamples:
     def stored(self) -> StoredPictures:
         """Those that the tables' files hold themselves."""
         return StoredPictures.joined([table.stored for table in self._tables])
-
-    def shown_in(self, sample: Sample | Skipped) -> Question:
-        """What a training sample shows, as a question without words."""
-        media = sample.media if isinstance(sample, Sample) else ()
-        images = tuple(item for item in media if isinstance(item, str))
-        videos = tuple(item for item in media if isinstance(item, Clip))
-        return Question(id=sample.id, images=images, turns=(Turn("user", ""),), truth="", videos=videos)
 
     def describe(self) -> None:
         """Says of each file what it holds, and what is held out."""

@@ -22,7 +22,7 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.shards import first_difference, read_settings
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.data.example import Example, ExampleFile
+from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.text_file import json_object, json_of, whole_text
@@ -91,11 +91,6 @@ class MixtureDataset(Dataset[MicroBatch]):
     def set_epoch(self, epoch: int) -> None:
         """Moves the order and the random choices of every worker to this epoch."""
         self._epoch.fill_(epoch)
-
-    def examples(self, number: int) -> list[Example]:
-        """What a micro-batch is made of."""
-        part = self.plan.part(number, epoch=int(self._epoch))
-        return [self.sources[part.source].file[index] for index in part.indices]
 
     def first(self, count: int) -> Iterator[tuple[Seq2SeqSample, Target, Subtask]]:
         """Yields each task's first samples whose label is a text, and what they are trained on."""

@@ -23,7 +23,6 @@ Shows the first micro-batch that training would see: every token, whether it is 
 picture, or padding. The base's weights are not read (a base that a recipe composes is composed first, once).
 
   dora-vl show batch llava/llava15 --variant 7b_dora --data.train my.json --data.image_folder pictures
-  dora-vl show batch my_run.yaml --to batch.html            pictures beside the samples; or batch.png
 
 CONFIG is a file or a recipe's name; behind it any setting of the run, --section.key value. Which script the run is of
 is seen by its settings; --task names it (llava_instruct, vlbart_image, vlbart_video, commonsense).
@@ -39,41 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("batch",), help="what to show")
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument(
-        "settings",
-        nargs=argparse.REMAINDER,
-        metavar="...",
-        help="--to FILE.html or FILE.png, --task NAME, --variant, --section.key value",
+        "settings", nargs=argparse.REMAINDER, metavar="...", help="--task NAME, --variant, --section.key value"
     )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Makes the batch and shows it; yields the lines to print."""
     options, settings = own_options(arguments.settings)
-    if options.to is not None and options.to.suffix not in (".html", ".png"):
-        raise UserError(f"--to {options.to}: give the name of an .html or a .png file")
     words = [f"--config={arguments.config}", *settings]
-    from dora_vl.report.batch import batch_page, batch_picture, terminal_lines
-    from dora_vl.report.page import write_page
+    from dora_vl.report.batch import terminal_lines
 
     config, task = settings_and_task(words, options.task, program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
         view = first_batch(pipeline_of(task)(shown_settings(config, Path(folder))))
         yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-        if options.to is not None and options.to.suffix == ".png":
-            try:
-                options.to.write_bytes(batch_picture(view))
-            except OSError as error:
-                raise UserError(f"{options.to}: cannot be written ({error.strerror})") from error
-        elif options.to is not None:
-            write_page(options.to, batch_page(view, title=Path(arguments.config).stem))
-    if options.to is not None:
-        yield f"{options.to}"
 
 
 def own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's own options among a run's settings, and the settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--to", type=Path)
     parser.add_argument("--task", choices=TASKS)
     try:
         return parser.parse_known_args(list(words))
@@ -121,15 +104,6 @@ def first_batch(pipeline: Pipeline) -> BatchView:
         set_epoch(0)
     next(iter(trainer.get_train_dataloader()))
     items, batch = batches[0]  # a loader reads a batch ahead
-    opens = pipeline.pictures_of(backbone, arguments, data, items)
     samples = getattr(items[0], "items", items)  # a mixture's item is a whole micro-batch
-    shown = [
-        (sample.id, opener) for sample, opener in zip(samples, opens, strict=True) if not isinstance(sample, Skipped)
-    ]
-    return batch_view(
-        batch,
-        [name for name, _ in shown],
-        pipeline.reading(backbone),
-        [opener for _, opener in shown],
-        shifted=pipeline.labels_shift,
-    )
+    names = [sample.id for sample in samples if not isinstance(sample, Skipped)]
+    return batch_view(batch, names, pipeline.reading(backbone), shifted=pipeline.labels_shift)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
@@ -40,7 +39,7 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, Subtask
-from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, picture_of, watch_subtasks
+from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
@@ -198,14 +197,6 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
     def reading(self, backbone: Backbone[Any]) -> TokenText:
         """BART's tokens; pictures have no place among them."""
         return TokenText(self.encoder.tokenizer, frozenset())
-
-    def pictures_of(
-        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
-    ) -> list[Callable[[], Image.Image] | None]:
-        """Those of the first micro-batch's examples, below `evaluation.image_folder`."""
-        folder = self.config.evaluation.image_folder
-        examples = cast(MixtureDataset, data.train).examples(0)
-        return [None if folder is None else picture_of(example, Path(folder)) for example in examples]
 
     def recipe(self) -> dict[str, Any]:
         """With the tasks and their settings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -162,6 +163,7 @@ def test_the_verb_compares_what_it_wrote(
     lines = merged_by_verb(*words, "--dtype", dtype)
     share = float(re.findall(r"by (\S+) of", lines[-1])[0])
     assert share < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    assert json.loads((tmp_path / "merged" / "check.json").read_text())["passed"] is True
     read = MergedWeights.read
     monkeypatch.setattr(  # a head that stays the base's
         MergedWeights,
@@ -171,4 +173,5 @@ def test_the_verb_compares_what_it_wrote(
     with pytest.raises(SystemExit) as ended:
         merged_by_verb(*words, "--dtype", dtype)
     assert ended.value.code == 1
+    assert json.loads((tmp_path / "merged" / "check.json").read_text())["passed"] is False
     assert len(merged_by_verb(*words, "--no-check")) == 1

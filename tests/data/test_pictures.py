@@ -31,8 +31,8 @@ from dora_vl.data.samples import look_ahead
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
-from tests.fuzz.hostile import jpeg_of_scans
-from tests.vision.video_files import read_frames, write_clip
+from tests.data.hostile import jpeg_of_scans
+from tests.data.video_files import read_frames, write_clip
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:

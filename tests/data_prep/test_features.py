@@ -20,7 +20,7 @@ from dora_vl.backbones.shards import read_settings
 from dora_vl.backbones.vision_store import open_features
 from dora_vl.data.example import Clip, Example, write_examples
 from dora_vl.errors import UserError
-from tests.vision.video_files import write_video
+from tests.data.video_files import write_video
 
 pytest.importorskip("av", reason="pip install '.[video]'")
 TOWER = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--image-size", "64"]

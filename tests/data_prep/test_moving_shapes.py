@@ -13,7 +13,7 @@ from data_prep.moving_shapes import KINDS, Settings, examples_of, main, make
 from data_prep.moving_shapes_drawing import COLORS, FRAMES
 from dora_vl.data.example import iterate_examples
 from dora_vl.data.video import Uniform
-from tests.vision.video_files import read_frames
+from tests.data.video_files import read_frames
 
 pytest.importorskip("av", reason="pip install '.[video]'")
 SMALL = Settings(pretrain=3, adapt=3, test=2, seed=5)

@@ -1,6 +1,6 @@
 """One row of each source all the way: the publisher's row, the prompt made of it, its target, the score of an answer.
 
-`rows_to_scores.jsonl` is written out by hand from the fixtures of `tests/sources` and the official scripts. A line
+`rows_to_scores.jsonl` is written out by hand from the fixtures of `tests/data` and the official scripts. A line
 names a row of a split and holds some of: `asked`, what a LLaVA is asked by `dora-vl evaluate`; `vlbart`, the task of a
 VL-BART with its text and target; `trained`, a template and what it makes of the row with the part that is trained on;
 `instruction`, a plain language model's prompt and output; `scores`, answers with the row's share of the
@@ -29,12 +29,12 @@ from dora_vl.evaluation.scores.benchmark import prompt_turns
 from dora_vl.evaluation.scores.exact import PATTERNS
 from dora_vl.evaluation.vlbart_tasks import Subtask
 
-FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
 ]
 SUBTASKS: Mapping[str, Subtask] = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
-OF_ONES_OWN = {"cloze", "hugging-face", "llava-json"}  # several forms; test_cloze, test_hugging_face, test_prepare
+OF_ONES_OWN = {"cloze", "llava-json"}  # several forms; test_cloze, test_prepare
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")

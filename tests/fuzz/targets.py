@@ -9,9 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dora_vl.cli import main
 from dora_vl.data.example import Example, iterate_examples, to_record
 from dora_vl.evaluation.benchmarks import BENCHMARKS
@@ -19,11 +16,10 @@ from dora_vl.evaluation.scores import vqa
 from dora_vl.evaluation.scores.benchmark import SHORT
 from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
 
-FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 SOURCE_OF = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}
 SOURCE_OF |= {"how2qa-csv": "how2qa", "yc2c-youcook2": "yc2c"}
 """Fixtures of a source's second form."""
-SHARDS = "hugging-face"
 LIKE = {"exact_match": "textvqa", **dict.fromkeys(sorted(PATTERNS.keys() - {"boolq", "openbookqa"}), "openbookqa")}
 """Benchmarks without a fixture, and whose records they are asked with."""
 OWN = {"seed": ["choice"], "coco_caption": ["caption"], "textvqa": sorted(SCORINGS.keys() - {"choice", "caption"})}
@@ -59,11 +55,7 @@ def publisher_targets() -> list[Target]:
             targets.append(_prepare("nlvr in shares", source, files, "--set", "shares=train:0.5,test:0.5"))
         if source == "llava-pretrain":
             targets.append(_prepare("llava-json", "llava-json", files))
-    picture = next((FIXTURES / "mme").rglob("*.png")).read_bytes()
-    row = {"question": "What is it?", "answers": ["cat", "dog"], "image": {"bytes": picture}}
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{"id": f"q{number}", **row} for number in range(6)]), stream)
-    return [*targets, _prepare(SHARDS, SHARDS, {"a.parquet": stream.getvalue()}, "--set", "task=own")]
+    return targets
 
 
 def _prepare(name: str, source: str, files: Mapping[str, bytes], *more: str) -> Target:

@@ -13,7 +13,7 @@ from dora_vl.errors import SettingError, UserError
 from dora_vl.run import base as run_base
 from dora_vl.run.base import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.run.settings import DataConfig
-from tests.vision.video_files import write_video
+from tests.data.video_files import write_video
 
 pytest.importorskip("av")
 CLIP = Clip(path="a.mp4")

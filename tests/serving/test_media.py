@@ -21,7 +21,7 @@ from dora_vl.serving.media import NotFetched, RequestMedia, fetch, is_public, pu
 from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import ChatRequest, TooLarge
 from dora_vl.serving.scheduler import TooManyRequests
-from tests.fuzz.hostile import jpeg_of_scans
+from tests.data.hostile import jpeg_of_scans
 from tests.serving.tiny_served import RED, picture_part
 
 

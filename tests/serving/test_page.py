@@ -20,9 +20,9 @@ from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.side_by_side import SideBySide
+from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
 from tests.serving.tiny_served import RED, WIDE, answers, batches_of
-from tests.vision.video_files import read_frames, write_video
 
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"

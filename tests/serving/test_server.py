@@ -130,7 +130,7 @@ def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Pa
 def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("av", reason="pip install '.[video]'")
     from dora_vl.data.video import Uniform
-    from tests.vision.video_files import read_frames, write_video
+    from tests.data.video_files import read_frames, write_video
 
     write_video(tmp_path / "clip.mp4", [number / 25 for number in range(50)])
     url = f"data:video/mp4;base64,{base64.b64encode((tmp_path / 'clip.mp4').read_bytes()).decode()}"

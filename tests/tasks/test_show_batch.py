@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from dora_vl.cli import main
-from dora_vl.report.batch import BatchView, Piece, batch_page, batch_picture, terminal_lines
+from dora_vl.report.batch import BatchView, Piece, terminal_lines
 from dora_vl.run.reading import read_run_file, read_settings
 from dora_vl.run.settings import VlBartRunConfig
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -19,7 +18,6 @@ from dora_vl.training.run import train
 from dora_vl.training.show_command import first_batch, shown_settings
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny
-from tests.report.test_report import Page, asks_a_host
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
@@ -105,25 +103,14 @@ def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert counts(answer, "trained") == int((labels != -100).sum())
 
 
-def test_nothing_is_written_but_what_is_asked_for(
-    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_nothing_and_prints_signs(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, samples = sorted(run_file.parent.rglob("*")), ["--training.per_device_train_batch_size", "3"]
-    for name in ("batch.html", "batch.png"):
-        main(["show", "batch", str(run_file), "--to", str(tmp_path / name), "--data.rows", "plain", *samples])
+    main(["show", "batch", str(run_file), "--data.rows", "plain", *samples])
     assert sorted(run_file.parent.rglob("*")) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.html", "batch.png"]
     output = capsys.readouterr().out
     assert "samples 3, positions 3 rows of" in output
     assert "<<image> × 4>" in output
     assert "\x1b[" not in output
-    page = Page((tmp_path / "batch.html").read_text())
-    assert len(page.all("img")) == 3
-    assert asks_a_host(page) == []
-    with Image.open(tmp_path / "batch.png") as picture:
-        assert picture.width == 1280
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
-    assert {(207, 232, 213), (238, 240, 243), (217, 229, 251)} <= colours  # trained, read, picture
 
 
 def view_of(*pieces: Piece) -> BatchView:
@@ -142,17 +129,12 @@ def test_signs_colours_and_foreign_text() -> None:
     coloured = list(terminal_lines(view, colours=True))[-1]
     assert coloured.count("\x1b[0m") == 4
     assert "\x1b[31m" not in coloured
-    page = Page(batch_page(view, title=hostile))
-    assert len(page.all("script")) == 1
-    assert {tag.get("class") for tag in page.all("span")} >= {"context", "trained odd", "padding odd"}
-    assert batch_picture(view).startswith(b"\x89PNG")
 
 
 def test_bad_input_is_status_two(run_file: Path, tmp_path: Path) -> None:
     for words in (
         (str(run_file), "--data.max_tokns", "9"),
         (str(run_file), "--data.train", str(tmp_path / "no.json")),
-        (str(run_file), "--to", "batch.pdf"),
         (str(run_file), "--task", "poetry"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -170,7 +152,7 @@ def test_no_weights_are_read(run_file: Path, tmp_path: Path) -> None:
             (bare / path.name).write_bytes(path.read_bytes())
     config = read_run_file(run_file, f"--model.base={bare}")
     view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
-    assert len(view.pictures) == 4
+    assert len(view.rows) > 0
 
 
 def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
@@ -195,5 +177,3 @@ def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Pa
     assert [row.title.split(",")[0] for row in view.rows] == [
         f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))
     ]
-    assert len(view.pictures) == 4
-    assert len(Page(batch_page(view, title="shared")).all("img")) == 4

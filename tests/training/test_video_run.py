@@ -21,9 +21,9 @@ from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import write_tiny_video
+from tests.data.video_files import read_frames
 from tests.training.tiny_run import decoder_run, logged_losses, refused, write_run, write_tiny_llava
 from tests.training.video_run import write_video_data
-from tests.vision.video_files import read_frames
 
 pytest.importorskip("av")
 CPU: dict[str, object] = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 4}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.data.video_files import write_video
 from tests.training.tiny_run import COLOURS
-from tests.vision.video_files import write_video
 
 
 def write_video_data(folder: Path, *, samples: int = 16) -> Path:

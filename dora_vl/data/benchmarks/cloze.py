@@ -8,6 +8,7 @@ lm-evaluation-harness 0.4.13, `lm_eval/tasks/{hellaswag,super_glue/boolq,winogra
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -26,6 +27,7 @@ NAMES = {re.sub(r"\W|_", "", name).lower(): name for name in SIZES} | {
 SPLITS = {"train": "train", "dev": "validation", "val": "validation"}
 """What a file's name begins with, after the set's; any other is the test."""
 BLANK = "_"
+_log = logging.getLogger(__name__)
 
 
 def cloze(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -33,8 +35,8 @@ def cloze(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
     Forms: the publishers' own (ARC and OpenBookQA of AllenAI with `question.stem`, `choices` and `answerKey`; BoolQ
     with `passage`; WinoGrande with `sentence`; PIQA and Social IQa with their `-labels.lst`; HellaSwag with `ctx_a`),
-    the columns of the same sets on the hub, LLM-Adapters' instructions (whose BoolQ lacks the passage, so it cannot be
-    used), and llm-foundry's `query`, `choices`, `gold`. Licences: each set's own.
+    the columns of the same sets on the hub, LLM-Adapters' instructions (whose BoolQ lacks the passage: such a file is
+    left out, with a warning), and llm-foundry's `query`, `choices`, `gold`. Licences: each set's own.
 
     Quirks: LLM-Adapters' HellaSwag does not say where the sentence to be continued begins, so its first letter stays
     small.
@@ -43,6 +45,9 @@ def cloze(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     for path in sorted(path for ending in ("json", "jsonl") for path in folder.rglob(f"*.{ending}")):
         task, name = _set_of(path.relative_to(folder))
         if task is None:
+            continue
+        if task == "boolq" and "instruction" in next(stream_records(path), {}):
+            _log.warning("%s: left out: its rows lack BoolQ's passage; add the publisher's or the hub's file", path)
             continue
         if (first := seen.setdefault((task, name), path)) != path:
             raise UserError(f"{first} and {path} are both {task}, {name}; leave one of them in {folder}")
@@ -158,8 +163,8 @@ def _instruction(row: Row, task: str) -> Read:
     instruction = row.filled("instruction")
     labels = labels_of(instruction)
     options = options_of(instruction, labels)
-    if task == "boolq" or not options:
-        raise row.bad("its instruction holds no passage" if task == "boolq" else "its instruction names no options")
+    if not options:
+        raise row.bad("its instruction names no options")
     question = re.sub(r"^Please[^:]*:\s*", "", instruction.partition(f"{labels[0].capitalize()}:")[0]).strip()
     return question, options, labels.index(row.one_of("answer", labels))
 

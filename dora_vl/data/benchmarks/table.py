@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_vl.data.benchmarks import cloze, commonsense, hugging_face, images, llava, videos
+from dora_vl.data.benchmarks import cloze, commonsense, images, llava, videos
 from dora_vl.data.benchmarks.fields import Split
 
 
@@ -58,16 +58,4 @@ SOURCES: dict[str, Source] = {
     "yc2c": Source(videos.yc2c, "YC2C with subtitles; VALUE's files or YouCook2's"),
     "commonsense": Source(commonsense.commonsense, "the eight commonsense sets and commonsense_170k"),
     "cloze": Source(cloze.cloze, "the same eight sets in lm-eval's cloze form"),
-    "hugging-face": Source(
-        hugging_face.hugging_face,
-        "any data set of the hub, or parquet, arrow or webdataset shards",
-        {
-            "hub": "OWNER/NAME on the hub; without it the shards in --from are read",
-            "config": "the set's configuration",
-            "revision": "commit or tag of the set",
-            "split": "which split, of the hub or by the shards' names; default train",
-            "columns": "what is what, such as question:query,answers:label,images:img,extra:a+b",
-            "task": "folder under records; default the set's name",
-        },
-    ),
 }

@@ -242,22 +242,24 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
 def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, str]] = []
+    calls: list[tuple[str, str | None, str | None, str]] = []
 
-    def load_dataset(name: str, *, split: str, streaming: bool) -> datasets.Dataset:
+    def load_dataset(
+        path: str, *, name: str | None, revision: str | None, split: str, streaming: bool
+    ) -> datasets.Dataset:
         assert not streaming
-        calls.append((name, split))
-        if name == "no/such":
+        calls.append((path, revision, name, split))
+        if path == "no/such":
             raise FileNotFoundError("no such set,\nand no network")
         as_dataset(MADE).save_to_disk(str(tmp_path / "fetched"))
         return datasets.load_from_disk(str(tmp_path / "fetched"))  # pyright: ignore[reportReturnType]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    table = load_table(Path("hub:own/er:validation"), cache_folder=tmp_path / "cache")
+    table = load_table(Path("hub:own/er@v1.2:art:validation"), cache_folder=tmp_path / "cache")
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError):
         find_files(Path("hub:no/such"))
-    assert calls == [("own/er", "validation"), ("no/such", "train")]
+    assert calls == [("own/er", "v1.2", "art", "validation"), ("no/such", None, None, "train")]
 
 
 IDS = [item.id for item in MADE]

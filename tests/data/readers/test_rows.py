@@ -18,6 +18,7 @@ import pytest
 
 from dora_vl.data.check import DOUBTS, FileCheck
 from dora_vl.data.columns import Columns, ColumnsError, TrainFile
+from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
@@ -147,3 +148,12 @@ def test_a_folder_of_pictures_with_their_captions(tmp_path: Path, name: str) -> 
     rows = load_rows(str(tmp_path / "set"), cache_folder=tmp_path / "cache").rows
     assert (rows["images"][:], rows["format"][:]) == ([["a.png"]], ["captions"])
     assert read_questions(tmp_path / "set")[0][0].truth == "cat"
+
+
+def test_a_value_nested_too_deeply_is_a_bad_sample(tmp_path: Path) -> None:
+    choices = "[" * 4_000 + "]" * 4_000
+    (tmp_path / "a.json").write_text(f'[{{"question": "q", "choices": {choices}, "answers": [{{"text": "a"}}]}}]')
+    (row,) = find_files(tmp_path / "a.json").rows()
+    with pytest.raises(BadSample):
+        read_row(row)
+    assert isinstance(FileCheck(tmp_path / "a.json").read(row), BadSample)

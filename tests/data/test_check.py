@@ -20,8 +20,8 @@ from dora_vl.data import check as check_command
 from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.errors import UserError
+from tests.data.video_files import write_video
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
-from tests.vision.video_files import write_video
 
 
 def check(*words: str) -> tuple[list[str], int]:

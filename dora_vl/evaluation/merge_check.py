@@ -1,7 +1,8 @@
-"""`--check`: whether weights that a command has written answer as the model that they came from.
+"""`--check`: whether weights that a command has written say what the model says that they came from.
 
-The same questions are put to both models. Each answers greedily by itself; then both are shown the first one's answers,
-token by token, so that their logits stand over the same text.
+Without questions the logits for a few drawn texts are compared. With questions each model answers greedily by itself;
+then both are shown the unmerged one's answers, token by token, so that their logits stand over the same text.
+`check.json` holds what was found.
 """
 
 from __future__ import annotations
@@ -9,37 +10,43 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
 
-from dora_vl.adapters.adapter import versions
-from dora_vl.adapters.merge import CERTIFICATES
+from dora_vl.adapters.adapter import Adapter, versions
+from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.files import DTYPES
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.merge import CHECK_FILE
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.data.example import iterate_examples
 from dora_vl.data.text_file import stream_values
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, one_line, shown
 from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
-from dora_vl.files import unfinished, write_json
+from dora_vl.files import opening, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
-REFERENCE = "unmerged"
-JSON_FILE, TEXT_FILE = CERTIFICATES
-EQUAL_SHOWN = 20
-"""Questions with equal answers that the text shows; the JSON holds all."""
+TEXTS, TOKENS = 3, 12
+"""Drawn texts that logits are compared for, and their length."""
+ROUNDING = {False: 1e-3, True: 5e-2}
+"""The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is going to be asked; `task` is a VL-BART's that the questions belong to, "" where nothing says it."""
+    """What is going to be asked; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
 
     questions: list[Question]
     file: Path
@@ -132,69 +139,56 @@ def as_model(source: ModelSource, folder: Path) -> ModelSource:
     return replace(source, base=str(folder), revision=None, recipe=recipe, request=request)
 
 
-def checked(
-    check: Check,
-    unmerged: ModelSource,
-    name: str,
-    find: Callable[[], ModelSource],
-    folder: Path,
-    about: Mapping[str, object],
+def check_answers(
+    check: Check, unmerged: ModelSource, find: Callable[[], ModelSource], folder: Path, about: Mapping[str, object]
 ) -> Iterator[str]:
-    """Asks, writes the certificate with what it is `about`, and yields the lines to print; exit status 1 if it fails.
+    """Asks both models, writes what was found beside the weights in `folder`; yields the lines to print.
 
-    One model is in memory at a time.
+    One model is in memory at a time; `find` says where the written one is.
+
+    Raises:
+        SystemExit: with status 1, more answers differ than may.
     """
     decoding = Decoding(batch_size=BATCH, max_new_tokens=check.max_new_tokens, task=check.task)
     with (
         unfinished(folder) as scratch,
         closing(media_reader(check.images, frames=check.frames, one_length=True)) as media,
     ):
-        answers, failed = _asked(check, unmerged, media, decoding, scratch)
-        _compare(answers, check, name, find, media, decoding, scratch)
-    n, compared = len(answers), [answer[name] for answer in answers]
-    different = sum(answer[REFERENCE] != answer[name]["answer"] for answer in answers)
-    summary = {
-        "different_answers": different,
-        "tokens": sum(comparison["tokens"] for comparison in compared),
-        "agreeing_tokens": sum(comparison["agreeing"] for comparison in compared),
-        "largest_logit_difference": max(comparison["largest_difference"] for comparison in compared),
-    }
+        answers, failed = _unmerged_answers(check, unmerged, media, decoding, scratch)
+        _add_written_answers(answers, check, find, media, decoding, scratch)
+    n, different = len(answers), sum(answer["unmerged"] != answer["written"] for answer in answers)
+    tokens, agreeing = (sum(answer[name] for answer in answers) for name in ("tokens", "agreeing_tokens"))
+    largest = max(answer["largest_logit_difference"] for answer in answers)
     passed = different <= check.most_different * n
     counts = f"{different} of {n} answers differ ({different / n:.1%}), {check.most_different:.1%} may"
-    more = "weights of a wider number type lose less to rounding, and --most-different allows more"
-    tokens, largest = f"{summary['agreeing_tokens']} of {summary['tokens']}", summary["largest_logit_difference"]
-    lines = [
-        f"passed: {counts}" if passed else f"FAILED: {counts}; {more}",
-        f"{tokens} tokens alike, largest logit difference {largest:.2g}",
-    ]
-    about = {
+    content = {
         **about,
         "questions": str(check.file),
         "images": str(check.images),
-        "longest answer": check.max_new_tokens,
-        "computed in": unmerged.dtype,
-    }
-    content = {
-        **about,
-        "reference": REFERENCE,
+        "max_new_tokens": check.max_new_tokens,
+        "dtype": unmerged.dtype,
         "passed": passed,
         "most_different": check.most_different,
         "n": n,
-        "models": {name: summary},
+        "different_answers": different,
+        "tokens": tokens,
+        "agreeing_tokens": agreeing,
+        "largest_logit_difference": largest,
         "failed_questions": failed,
         "answers": answers,
         "versions": versions(),
     }
-    write_json(folder / JSON_FILE, content)
-    (folder / TEXT_FILE).write_text("\n".join(_text(name, lines, about, answers, failed)) + "\n", encoding="utf-8")
-    yield from (f"{folder / TEXT_FILE}: {line}" for line in lines)
+    write_json(folder / CHECK_FILE, content)
+    more = "weights of a wider number type lose less to rounding, and --most-different allows more"
+    yield f"{folder / CHECK_FILE}: passed: {counts}" if passed else f"{folder / CHECK_FILE}: FAILED: {counts}; {more}"
+    yield f"{folder / CHECK_FILE}: {agreeing} of {tokens} tokens alike, largest logit difference {largest:.2g}"
     if failed:
-        yield f"{len(failed)} questions could not be asked; {folder / TEXT_FILE} names them"
+        yield f"{len(failed)} questions could not be asked; {folder / CHECK_FILE} names them"
     if not passed:
         raise SystemExit(FAILED_STATUS)
 
 
-def _asked(
+def _unmerged_answers(
     check: Check, unmerged: ModelSource, media: MediaReader, decoding: Decoding, scratch: Path
 ) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
     """The unmerged model's answers, and why others have none; its logits lie in `scratch`, by the answers' places."""
@@ -208,71 +202,119 @@ def _asked(
     for number, row in enumerate(predictions.rows):
         torch.save(model.logits(by_id[row.id], row.prediction, media, decoding), scratch / f"{number}.pt")
         about = {"id": row.id, "question": row.question, "images": row.images, "truth": row.truth}
-        answers.append({**about, REFERENCE: row.prediction})
+        answers.append({**about, "unmerged": row.prediction})
     return answers, predictions.failed
 
 
-def _compare(
+def _add_written_answers(
     answers: list[dict[str, Any]],
     check: Check,
-    name: str,
     find: Callable[[], ModelSource],
     media: MediaReader,
     decoding: Decoding,
     scratch: Path,
 ) -> None:
-    """Adds to each answer what the other model says to the question, and how its logits over the answer differ."""
+    """Adds to each answer what the written model says to the question, and how its logits over the answer differ."""
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
     predictions = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
     for failed, reason in predictions.failed.items():
-        raise UserError(f"the {name} model cannot be asked what the other answers; {shown(failed)}: {reason}")
+        raise UserError(f"the written model cannot be asked what the other answers; {shown(failed)}: {reason}")
     for number, answer in enumerate(answers):
-        logits = model.logits(questions[answer["id"]], answer[REFERENCE], media, decoding)
+        logits = model.logits(questions[answer["id"]], answer["unmerged"], media, decoding)
         expected = torch.load(scratch / f"{number}.pt", weights_only=True)
         if logits.shape != expected.shape:
             raise UserError(
-                f"the {name} model gives logits {list(logits.shape)} for the answer to {answer['id']}, the other "
+                f"the written model gives logits {list(logits.shape)} for the answer to {answer['id']}, the other "
                 f"{list(expected.shape)}; its vocabulary or its prompt is another"
             )
-        answer[name] = {
-            "answer": predictions.answers[answer["id"]],
+        answer |= {
+            "written": predictions.answers[answer["id"]],
             "tokens": len(expected),
-            "agreeing": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
-            "largest_difference": float((logits - expected).abs().max()) if len(expected) else 0.0,
+            "agreeing_tokens": int((logits.argmax(-1) == expected.argmax(-1)).sum()),
+            "largest_logit_difference": float((logits - expected).abs().max()) if len(expected) else 0.0,
         }
 
 
-def _text(
-    name: str,
-    lines: Sequence[str],
+def check_logits(
+    adapters: Sequence[Adapter],
+    base: Path,
+    unmerged: Callable[[], AbstractContextManager[Path]],
+    merged: Path,
     about: Mapping[str, object],
-    answers: Sequence[Mapping[str, Any]],
-    failed: Mapping[str, str],
 ) -> Iterator[str]:
-    """The certificate for people, in Markdown."""
-    yield from (f"# {name} beside {REFERENCE}", "", *lines, "")
-    yield (
-        f"Each model answers greedily. Then all are shown the answers of {REFERENCE}, token by token: tokens alike are "
-        "those after which both would say the same next."
-    )
-    rows = [
-        [answer["id"], answer["question"], answer["truth"], answer[REFERENCE], answer[name]["answer"]]
-        for answer in answers
-    ]
-    head = ["id", "question", "right answer", REFERENCE, name]
-    different, equal = ([row for row in rows if (row[3] == row[4]) is same] for same in (False, True))
-    yield from _table("", ["", ""], [[key, str(value)] for key, value in about.items()])
-    yield from _table("Answers that differ", head, different)
-    yield from _table(f"Equal answers ({min(len(equal), EQUAL_SHOWN)} of {len(equal)})", head, equal[:EQUAL_SHOWN])
-    yield from _table("Not asked", ["id", "why"], [[*item] for item in failed.items()])
+    """Compares a merged folder's logits for drawn texts with those of base and adapter; yields the lines to print.
 
+    Args:
+        adapters: what was merged; `unmerged` opens a folder of it.
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table under its title; nothing without rows."""
-    if not rows:
+    Raises:
+        SystemExit: with status 1, they differ by more than rounding.
+    """
+    beside = f"{merged}: not compared with base and adapter"
+    if reason := _incomparable(adapters, base):
+        yield f"{beside}, {reason}"
         return
-    yield from ("", f"## {title}", "") if title else ("",)
-    for row in (head, ["---"] * len(head), *rows):
-        cells = (" ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|") for text in row)
-        yield f"| {' | '.join(cells)} |"
+    try:
+        with unmerged() as folder:
+            expected, _ = _drawn_logits(base, folder)
+        logits, dtype = _drawn_logits(merged, None)
+    except UserError as error:
+        yield f"{beside}: {error}"
+        return
+    share = float((logits - expected).abs().max() / expected.abs().max())
+    most = ROUNDING[dtype.itemsize < torch.float32.itemsize]
+    drawn = {"passed": share <= most, "drawn_texts": TEXTS, "largest_logit_difference_share": share, "rounding": most}
+    write_json(merged / CHECK_FILE, {**about, **drawn, "versions": versions()})
+    yield f"{merged}: logits for {TEXTS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
+    if not share <= most:
+        yield f"{merged}: that is more than rounding, so this is not the trained model: do not use it"
+        raise SystemExit(FAILED_STATUS)
+
+
+def _incomparable(adapters: Sequence[Adapter], base: Path) -> str:
+    """Why the two are not opened here; nothing where they are."""
+    if any(adapter.recipe.get("quantisation") for adapter in adapters):
+        return "whose base was quantised for training (--check N compares answers)"
+    if any(adapter.input_axis for adapter in adapters):
+        return "whose magnitudes are one an input column"
+    register_towers()
+    model = skeleton(config_in(base))
+    if model is None:
+        return "of whose class transformers has none"
+    needed = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    return f"which takes {needed:,} bytes in float32, and {free:,} are free" if needed > free else ""
+
+
+@torch.no_grad()
+def _drawn_logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
+    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    register_towers()
+    shell = skeleton(config_in(folder))
+    with opening(f"{folder} cannot be opened"):
+        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
+    words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
+    plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
+    ids = plain[torch.randint(len(plain), (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))]
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with BaseWeights(folder) as stored:
+        dtypes = {DTYPES[tensor.dtype] for tensor in stored.tensors.values() if DTYPES[tensor.dtype].is_floating_point}
+    try:
+        logits = model(input_ids=ids, **both).logits
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
+    return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _special(config: Mapping[str, Any]) -> set[object]:
+    """Ids of tokens that stand for something else than text."""
+    ids: set[object] = set()
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            ids |= _special(value)
+        elif "token" in name:
+            ids.update(value if isinstance(value, list) else [value])
+    return ids

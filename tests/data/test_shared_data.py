@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.data.example import iterate_examples
+from tests.data.published import prepared
 from tests.shared_data import shared
-from tests.sources.published import prepared
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from dora_vl.data import prepare as prepare_module
 from dora_vl.data.benchmarks.fields import Progress, Raw, Split
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
-from tests.sources.published import FIXTURES, manifest, prepared
+from tests.data.published import FIXTURES, manifest, prepared
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: 
         import itertools, os, signal
         from pathlib import Path
         from dora_vl.data import prepare
-        from tests.sources.published import prepared
+        from tests.data.published import prepared
         prepare.SECONDS_BETWEEN_NOTES = 0.0
         write, count = prepare.Partial.write, itertools.count()
         def write_or_death(partial):

@@ -15,7 +15,7 @@ from dora_vl.data.example import Clip
 from dora_vl.data.video import AtSeconds, EverySeconds, Uniform, VideoReader, why_no_video
 from dora_vl.data.video_backends import BackendMissing, Unreadable, import_backend, open_video
 from dora_vl.errors import BadSample, UserError
-from tests.vision.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
+from tests.data.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
 pytest.importorskip("av", reason="pip install '.[video]'")
 pytest.importorskip("decord", reason="pip install '.[video]'")

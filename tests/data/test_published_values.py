@@ -11,7 +11,7 @@ from dora_vl.data.benchmarks.fields import Row
 from dora_vl.data.benchmarks.images import coco_caption_row, read_shares, share_of
 from dora_vl.data.benchmarks.videos import Subtitles, parse_srt, span, subtitles_of
 from dora_vl.errors import BadSample, UserError
-from tests.sources.published import prepared
+from tests.data.published import prepared
 
 
 @pytest.mark.parametrize(

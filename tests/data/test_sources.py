@@ -19,7 +19,7 @@ import pytest
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import iterate_examples
 from dora_vl.errors import UserError
-from tests.sources.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
+from tests.data.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def check_examples(path: Path) -> None:
 
 
 def test_a_source_has_a_fixture_and_says_where_its_files_are_published() -> None:
-    assert {*SOURCE_OF.values(), "cloze", "llava-json", "hugging-face"} == set(SOURCES)
+    assert {*SOURCE_OF.values(), "cloze", "llava-json"} == set(SOURCES)
     for name, source in SOURCES.items():
         documentation = " ".join((source.splits.__doc__ or "").split())
         assert "icence" in documentation, name
@@ -70,7 +70,7 @@ def test_sources_are_read_without_transformers_and_datasets() -> None:
     subprocess.run([sys.executable, "-c", code + "import dora_vl.data.prepare"], check=True)
 
 
-@pytest.mark.parametrize("source", sorted(set(SOURCES) - {"hugging-face"}))
+@pytest.mark.parametrize("source", sorted(SOURCES))
 def test_an_empty_folder_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError):
         prepared(source, tmp_path, tmp_path / "records")
@@ -257,3 +257,30 @@ def test_records_without_answers_among_others_are_counted(tmp_path: Path) -> Non
     path.write_text(written(rows, True))
     prepared("tvqa", folder, tmp_path / "records", "--splits", "test_public")
     assert manifest(tmp_path / "records" / "tvqa", "test_public")["without_answer"] == len(rows) - 1
+
+
+def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its BoolQ has no passage, and one with passages may lie beside it."""
+
+    def write(name: str, row: dict[str, object]) -> Path:
+        path = tmp_path / "commonsense" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row]))
+        return path
+
+    without = "Please answer the question with true or false, question: is it?\n\nAnswer format: true/false"
+    left_out = write("boolq/test.json", {"instruction": without, "input": "", "output": "x", "answer": "true"})
+    arc = "Please choose the correct answer: Which?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2"
+    for task in ("ARC-Easy", "piqa"):
+        write(f"{task}/test.json", {"instruction": arc, "input": "", "output": "x", "answer": "answer2"})
+    lines = prepared("cloze", tmp_path / "commonsense", tmp_path / "cloze")
+    assert len(lines) == 2
+    assert str(left_out) in caplog.text
+    (example,) = iterate_examples(tmp_path / "cloze" / "ARC-Easy" / "test.jsonl")
+    assert (example.question, example.extra["endings"]) == ("Question: Which?\nAnswer:", ["ice", "fire"])
+    write("boolq/test.jsonl", {"question": "is it", "passage": "It is.", "answer": True})
+    prepared("cloze", tmp_path / "commonsense", tmp_path / "cloze")
+    (example,) = iterate_examples(tmp_path / "cloze" / "boolq" / "test.jsonl")
+    assert (example.question, example.answers[0].text) == ("It is.\nQuestion: is it?\nAnswer:", "yes")
