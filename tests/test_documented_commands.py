@@ -327,6 +327,6 @@ def unknown_settings(content: Mapping[str, Any], settings: Iterable[str], before
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_yaml_holds_settings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    settings = {name.removesuffix(".help") for task in FIELDS for name in setting_names(task)}
+    settings = {name for task in FIELDS for name in setting_names(task)}
     for block in blocks(text, "yaml"):
         assert list(unknown_settings(yaml.safe_load(block), settings)) == []

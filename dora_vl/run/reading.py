@@ -83,20 +83,22 @@ def read_run(
 def run_parser(task: Task, program: str = "run", description: str = "") -> ArgumentParser:
     """The parser of a task's settings; its help text comes from the fields that the task takes."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+    how: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "conflict_handler": "resolve"}
+    parser = ArgumentParser(prog=program, description=description, **how)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
     )
     # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_class_arguments(RunConfig, None, skip={*SECTION_CLASSES})
-    skipped = {name.partition(".")[::2] for name in (*foreign_fields(task), *TYPES[task])}
+    foreign = [name.partition(".") for name in foreign_fields(task)]
     for section, kind in SECTION_CLASSES.items():
-        parser.add_class_arguments(kind, section, skip={name for owner, name in skipped if owner == section})
+        parser.add_class_arguments(kind, section, skip={name for owner, _, name in foreign if owner == section})
     groups: Any = parser.groups
-    for name, (kind, text) in TYPES[task].items():
-        needed: Any = {"required": True} if name == "data.train" else {"default": None}
-        groups[name.partition(".")[0]].add_argument(f"--{name}", type=kind, help=text, **needed)
+    for name, kind in TYPES[task].items():
+        old = parser._option_string_actions[f"--{name}"]
+        same: dict[str, Any] = {"help": old.help, "required": old.required, "default": old.default}
+        groups[name.partition(".")[0]].add_argument(f"--{name}", type=kind, **same)
     parser.set_defaults({"task": task, **DEFAULTS[task]})
     return parser
 
@@ -105,7 +107,7 @@ def setting_names(task: Task, *, training: bool = True) -> list[str]:
     """Every dotted name a task understands, transformers' own below `training` among them unless that is left out."""
     # Only leaf settings: a name such as "model" also stands for a whole section.
     names = [action.dest for action in run_parser(task)._actions if action.dest not in NO_SETTINGS]
-    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    leaves = [name for name in names if name not in SECTION_CLASSES and not name.endswith(".help")]
     if not training:
         return leaves
     from dora_vl.run.arguments import training_fields  # transformers: not for --help
@@ -296,7 +298,8 @@ def explained(message: str, task: Task) -> UserError:
         error = wrong_value(line)
         if getattr(error, "key", None) != "data.train":
             return error
-        return SettingError("data.train", f" of task {task} is something else: {TYPES[task]['data.train'][1]}")
+        text = next(action.help for action in run_parser(task)._actions if action.dest == "data.train")
+        return SettingError("data.train", f" is not what task {task} takes. {text}")
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
     names, field = setting_names(task), ".".join(unknown.split(".")[:2])

@@ -42,7 +42,8 @@ class ModelConfig:
     revision: str | None = None
     """Git revision of a Hugging Face id (a commit pins the run)."""
     compose: ComposeSpec | VlBartSpec | None = None
-    """Builds `base` from its parts, if the folder is not there yet."""
+    """Builds `base`, if the folder is not there yet: a LLaVA from a vision tower, a new projector and a language model,
+    or a VL-BART from a BART and a fresh visual embedding."""
     source: LanguageSource | None = None
     """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -55,7 +56,12 @@ class ModelConfig:
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
     recipe.json says which, and the model is opened so again."""
     template: TemplateName | FormatName | PromptName | None = None
-    """How questions and answers, or an instruction and its output, are put into words."""
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
+    their processor's chat template, or where it has none `question_answer` or `paligemma`. commonsense: `nvlabs` and
+    `llm_adapters` are the published runs' to the last space (they differ in the first line of the training prompt),
+    `alpaca` is Stanford's own, the same in training and test; `cloze` puts nothing around an instruction: question, a
+    space, output (rows of `dora-vl prepare cloze`)."""
     image_aspect: Literal["pad", "square", "squash"] = "pad"
     """How a picture becomes a square: `pad` fills it up (LLaVA-1.5), `square` keeps its middle, `squash` resizes both
     sides."""
@@ -85,7 +91,8 @@ class DataConfig:
     """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
 
     train: Files | FilesByTask
-    """The training samples; `TYPES` says what each task takes."""
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}. In a
+    VL-BART's run {task: records file, or a list of files} for each task, which are mixed."""
     validation: str | None = None
     """The samples whose loss is measured while training, a file as in `train`."""
     validation_share: float = 0.0
@@ -346,50 +353,18 @@ DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
     "vlbart": {"model.dtype": "float32", "evaluation.batch_size": 64},
 }
 """A task's defaults where they differ from the dataclasses'."""
-_TRAIN = (
-    Files,
-    "The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}.",
-)
-_TEMPLATE = (
-    TemplateName | FormatName | None,
-    (
-        "A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language "
-        "model's own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other "
-        "models have their processor's chat template, or where it has none `question_answer` or `paligemma`."
-    ),
-)
-TYPES: Mapping[Task, Mapping[str, tuple[Any, str]]] = {
-    "llava": {
-        "model.compose": (
-            ComposeSpec | None,
-            "Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet.",
-        ),
-        "model.template": _TEMPLATE,
-        "data.train": _TRAIN,
-    },
-    "image_text": {"model.template": _TEMPLATE, "data.train": _TRAIN},
-    "commonsense": {
-        "model.template": (
-            PromptName,
-            (
-                "What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last "
-                "space (they differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in "
-                "training and test; `cloze` puts nothing around it: question, a space, output (rows of `dora-vl "
-                "prepare cloze`)."
-            ),
-        ),
-        "data.train": _TRAIN,
-    },
+_TEMPLATE = TemplateName | FormatName | None
+TYPES: Mapping[Task, Mapping[str, Any]] = {
+    "llava": {"model.compose": ComposeSpec | None, "model.template": _TEMPLATE, "data.train": Files},
+    "image_text": {"model.template": _TEMPLATE, "data.train": Files},
+    "commonsense": {"model.template": PromptName, "data.train": Files},
     "vlbart": {
-        "model.compose": (
-            VlBartSpec | None,
-            "Makes `base` from a BART and a fresh visual embedding, if the folder is not there yet.",
-        ),
-        "model.attn_implementation": (Literal["sdpa", "eager"] | None, "Attention kernel; null: transformers' choice."),
-        "data.train": (FilesByTask, "Records file of each task to train on, or several files; tasks are mixed."),
+        "model.compose": VlBartSpec | None,
+        "model.attn_implementation": Literal["sdpa", "eager"] | None,
+        "data.train": FilesByTask,
     },
 }
-"""What a field of several types is in a task, and its text in `--help`."""
+"""A task's types of fields that are something else in another task."""
 
 
 def foreign_fields(task: Task) -> frozenset[str]:
