@@ -21,7 +21,7 @@ from dora_vl.run.reading import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct, video_qa
-from tests.setup.people import picture
+from tests.start.people import picture
 from tests.training.tiny_run import IMAGE_PIXELS, write_run, write_tiny_data, write_tiny_llava
 
 LLAMA_FACTORY = {
