@@ -26,7 +26,6 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.run.reading import read_run, setting_names
 from dora_vl.run.settings import FIELDS, Task
-from dora_vl.training.show_command import own_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
@@ -144,8 +143,6 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
     verb, (options, settings) = words[0], parsed
     if verb in ("train", "show", "estimate"):
         settings = [*settings, *(getattr(options, "settings", None) or [])]
-        if verb == "show":
-            _, settings = own_options(settings)
         check_settings("image_text", ["--config", options.config, *settings], is_whole=True)
     elif verb == "prepare" and options.source.islower():
         assert options.source in SOURCES

@@ -169,11 +169,11 @@ def test_what_a_model_or_a_file_has_wrong_is_named(person: Person, options: str,
     [
         (
             yaml.safe_dump(LLAMA_FACTORY),
-            ["settings of llama-factory", "model_name_or_path is model.base", "dora-vl init"],
+            ["settings of another tool", "model_name_or_path is model.base", "dora-vl init"],
         ),
         (
             yaml.safe_dump(AXOLOTL),
-            ["settings of Axolotl", "micro_batch_size is training.per_device_train_batch_size", "dora-vl init"],
+            ["settings of another tool", "micro_batch_size is training.per_device_train_batch_size", "dora-vl init"],
         ),
         ("model:\n\tbase: x\n", ["my.yaml: no YAML", "line 2", "indent with spaces"]),
         ("model: {base: base}\ndata: {train: pictures/train.json}\n", ["training.output_dir is missing"]),

@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import SettingError, UserError, shown, wrong_value
+from dora_vl.errors import SettingError, UserError, shown, shown_names, wrong_value
 from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
 from dora_vl.run.settings import (
     DEFAULTS,
@@ -225,7 +225,7 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
     return settings
 
 
-# Settings under other tools' names: whose file it is, and what its names are called here.
+# What other tools call a setting, for those who bring a file of theirs.
 
 NAMES: Mapping[str, str] = {
     theirs: ours
@@ -250,34 +250,17 @@ NAMES: Mapping[str, str] = {
     for theirs in names.split()
 }
 """What other tools call a setting -> its name here."""
-TELLING: Mapping[str, frozenset[str]] = {
-    tool: frozenset(names.split())
-    for tool, names in {
-        "llama-factory": "finetuning_type stage cutoff_len dataset_dir lora_target freeze_vision_tower",
-        "trl": "dataset_name use_peft lora_r lora_target_modules lora_task_type assistant_only_loss datasets",
-        "ms-swift": "train_type tuner_type sft_type freeze_vit freeze_aligner split_dataset_ratio vit_lr",
-        "llava": "mm_projector_lr lora_enable mm_projector_type vision_tower image_aspect_ratio",
-        "peft": "peft_type target_modules inference_mode init_lora_weights modules_to_save",
-        "Axolotl": "base_model datasets micro_batch_size sequence_len val_set_size",
-    }.items()
-}
-"""Names that tell whose file it is."""
-LEAST, MOST_NAMED = 2, 6
-"""Of other tools' names, so many make a file another tool's, and so many are named."""
 
 
 def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
     """Refuses a settings file that has names of another tool at its top level, with what they are called here."""
     theirs = [name for name in settings if name in NAMES]
-    if len(theirs) < LEAST:
+    if len(theirs) < 2:
         return
-    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
-    tool = likely if TELLING[likely] & settings.keys() else "another tool"
-    names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:MOST_NAMED])
-    more = f" and {len(theirs) - MOST_NAMED} more" if len(theirs) > MOST_NAMED else ""
     raise UserError(
-        f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections are model, adapter, "
-        "data, training; `dora-vl init FOLDER` writes a file for your pictures, docs/other_tools.md has all names"
+        f"{path}: settings of another tool, which are laid out otherwise here: "
+        f"{shown_names((f'{name} is {NAMES[name]}' for name in theirs), longest=80)}; `dora-vl init FOLDER` writes a "
+        "file for your pictures, docs/other_tools.md has all names"
     )
 
 

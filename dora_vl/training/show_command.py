@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,35 +28,27 @@ picture, or padding. The base's weights are not read (a base that a recipe compo
 
 CONFIG is a file or a recipe's name; behind it any setting of the run, --section.key value.
 """
-
-
+TAKES_SETTINGS = True
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
 """Of `training:`, what changes no batch and asks for devices, packages or weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; what stands behind CONFIG is read by `run`."""
+    """The verb's options; a run's own settings may stand between them."""
     parser.add_argument("what", choices=("batch",), help="what to show")
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
-    parser.add_argument(
-        "settings",
-        nargs=argparse.REMAINDER,
-        metavar="...",
-        help="--to FILE.html or FILE.png, --variant, --section.key value",
-    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="also writes a page (.html) or a picture (.png)")
 
 
-def run(arguments: argparse.Namespace) -> Iterator[str]:
+def run(options: argparse.Namespace) -> Iterator[str]:
     """Makes the batch and shows it; yields the lines to print."""
-    options, settings = own_options(arguments.settings)
     if options.to is not None and options.to.suffix not in (".html", ".png"):
         raise UserError(f"--to {options.to}: give the name of an .html or a .png file")
-    words = [f"--config={arguments.config}", *settings]
     from dora_vl.report.batch import batch_page, batch_picture, terminal_lines
     from dora_vl.report.page import write_page
     from dora_vl.run.reading import read_run
 
-    config = read_run(words, program="dora-vl show batch")
+    config = read_run([f"--config={options.config}", *options.settings], program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
         view = first_batch(pipeline_of(shown_settings(config, Path(folder))))
         yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
@@ -66,19 +58,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             except OSError as error:
                 raise UserError(f"{options.to}: cannot be written ({error.strerror})") from error
         elif options.to is not None:
-            write_page(options.to, batch_page(view, title=Path(arguments.config).stem))
+            write_page(options.to, batch_page(view, title=Path(options.config).stem))
     if options.to is not None:
         yield f"{options.to}"
-
-
-def own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The verb's own options among a run's settings, and the settings."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--to", type=Path)
-    try:
-        return parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
 
 
 def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
