@@ -294,8 +294,11 @@ def positive(text: str) -> int:
     return number
 
 
-_WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
+_WRONG_KIND = re.compile(
+    r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(?:[\w.]+\.)?(\w+)'>\. Got value: (.*)$"
+)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_KINDS |= {"Mapping": "a mapping of names to values"}
 _ONE_OF = re.compile(
     r"^\W*(?:Parser key )?\W*([\w.]+)\W*: (Does not validate|Expected a typing\.Literal).*value: (.*)$"
 )

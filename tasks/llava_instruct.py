@@ -14,7 +14,7 @@ from dora_vl.training.train_command import train_script
 
 def main() -> None:
     """Reads the settings, trains, tests."""
-    train_script("llava_instruct", __doc__)
+    train_script("llava", __doc__)
 
 
 if __name__ == "__main__":

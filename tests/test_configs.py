@@ -21,13 +21,14 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.specs import ComposeSpec, VlBartSpec
 from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.run.arguments import check_deepspeed, check_training_section, read_deepspeed
-from dora_vl.run.reading import read_settings, variants_of
-from dora_vl.run.settings import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
-from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
+from dora_vl.run.reading import read_run, variants_of
+from dora_vl.run.settings import ModelConfig, RunConfig
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import adapt
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config
 from tests.backbones.tiny_families.family import resolved
@@ -65,7 +66,7 @@ CONFIGS = [
     for variant in [*variants_of(path), *([None] if path.stem in WITHOUT else [])] or [None]
 ]
 PUBLISHED = [recipe for recipe in CONFIGS if recipe.path.stem == "llava15"]
-CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_LARGE: Any = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
 def sizes(hidden: int, intermediate: int, layers: int, **more: Any) -> dict[str, Any]:
@@ -109,42 +110,38 @@ FAMILIES = {
     "google/paligemma2-3b-pt-448": "paligemma",
 }
 """The model type of each published base of configs/image_text; a tiny one of it stands in."""
-SETTINGS: dict[str, Any] = {
-    "image_text": RunConfig,
-    "llava": RunConfig,
-    "commonsense": CommonsenseRunConfig,
-    "vlbart": VlBartRunConfig,
-}
-"""A folder of configs/ -> the settings of its task."""
 
 
 def vision_config(model: ModelConfig) -> Any:
     compose = model.compose
-    if compose is None or compose.vision_name == "openai/clip-vit-large-patch14-336":
+    if not isinstance(compose, ComposeSpec) or compose.vision_name == "openai/clip-vit-large-patch14-336":
         return CLIPVisionConfig(**CLIP_LARGE, image_size=336, patch_size=14)
     tower = load_tower(dataclasses.replace(compose.tower(), weights="random", weights_in_order=False))
     return tower.model.config
 
 
-def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
-    source = None if model.compose is None else model.compose.language_model
+def meta_llava(config: RunConfig) -> LlavaForConditionalGeneration:
+    model = config.model
+    source = model.compose.language_model if isinstance(model.compose, ComposeSpec) else None
     text = LlamaConfig(**LANGUAGE_SHAPES[source or model.base])
     tied = text.tie_word_embeddings
-    config = LlavaConfig(vision_config=vision_config(model), text_config=text, tie_word_embeddings=tied)
+    shapes = LlavaConfig(vision_config=vision_config(model), text_config=text, tie_word_embeddings=tied)
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(config)
+        return LlavaForConditionalGeneration(shapes)
 
 
-def meta_language_model(config: CommonsenseRunConfig) -> PreTrainedModel:
+def meta_language_model(config: RunConfig) -> PreTrainedModel:
     source = config.model.base if config.model.source is None else config.model.source.folder
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(LlamaConfig(**LANGUAGE_SHAPES[source]))
 
 
-def meta_vlbart(config: VlBartRunConfig) -> VlBartForConditionalGeneration:
+def meta_vlbart(config: RunConfig) -> VlBartForConditionalGeneration:
     """bart-base's shape, or a small one; a demo's second part takes over its first part's base, which is not there."""
     compose = config.model.compose
-    visual = {} if compose is None else {"feature_width": compose.feature_width, "pooled_side": compose.pooled_side}
+    visual: dict[str, Any] = {}
+    if isinstance(compose, VlBartSpec):
+        visual = {"feature_width": compose.feature_width, "pooled_side": compose.pooled_side}
     with torch.device("meta"):
         return VlBartForConditionalGeneration(VlBartConfig(**{**BART_BASE, **visual}))
 
@@ -160,9 +157,9 @@ def meta_image_text(config: RunConfig) -> PreTrainedModel:
 
 @functools.cache
 def read(recipe: Recipe) -> Any:
-    """A file's settings under its variant, of the task that its folder is for."""
+    """A file's settings under its variant."""
     chosen = [] if recipe.variant is None else [f"--variant={recipe.variant}"]
-    return read_settings([f"--config={recipe.path}", *chosen], SETTINGS[recipe.path.parent.name])
+    return read_run([f"--config={recipe.path}", *chosen])
 
 
 def named(name: str) -> Recipe:
@@ -172,16 +169,13 @@ def named(name: str) -> Recipe:
 
 def adapted(config: Any) -> Any:
     """The model of these settings on the meta device, adapted as they say."""
-    if isinstance(config, VlBartRunConfig):
+    if config.task == "vlbart":
         model = meta_vlbart(config)
         adapt(model, vlbart_dora_config(config.adapter, model, heads=bool(config.data.closed_answers)))
         return model
-    if isinstance(config, CommonsenseRunConfig):
-        pipeline, model = CommonsensePipeline(config), meta_language_model(config)
-    else:
-        published = config.model.base in FAMILIES
-        pipeline, model = DecoderPipeline(config), meta_image_text(config) if published else meta_model(config.model)
-    adapt(model, pipeline.dora_config(DecoderBackbone(model)))
+    make = {"commonsense": meta_language_model, "image_text": meta_image_text, "llava": meta_llava}[config.task]
+    model = make(config)
+    adapt(model, DecoderPipeline(config).dora_config(DecoderBackbone(model)))
     return model
 
 

@@ -6,7 +6,6 @@ then what a run has else. It is changed by hand, with the recipe.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 
 from dora_vl.run.reading import run_parser
-from tests.test_configs import CONFIGS, SETTINGS, Recipe, read
+from dora_vl.run.settings import settings_of
+from tests.test_configs import CONFIGS, Recipe, read
 
 RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resolved.json").read_text())
 EXPECTED = {name: {**group["shared"], **run} for group in RESOLVED.values() for name, run in group["runs"].items()}
@@ -31,9 +31,9 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    settings = dataclasses.asdict(read(recipe))
-    assert settings.pop("variant") == recipe.variant
-    return flat(json.loads(json.dumps(settings)))
+    settings = settings_of(read(recipe))
+    assert (settings.pop("variant"), settings.pop("task")) == (recipe.variant, recipe.path.parent.name)
+    return flat(settings)
 
 
 def test_every_recipe_is_written_down() -> None:
@@ -44,7 +44,7 @@ def test_every_recipe_is_written_down() -> None:
 def test_resolves_to_what_is_written_down(name: str) -> None:
     actual, expected = resolved(NAMES[name]), EXPECTED[name]
     assert {key: actual.get(key, "is not there") for key in expected} == expected
-    defaults = run_parser("run", "", SETTINGS[name.split("/")[0]]).get_defaults().as_dict()
+    defaults = run_parser(read(NAMES[name]).task).get_defaults().as_dict()
     defaults = flat(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
     more = {key: value for key, value in actual.items() if key not in expected}
     assert more == {key: defaults.get(key, "has no default") for key in more}, "it sets what it did not set"

@@ -24,9 +24,8 @@ from dora_vl import cli
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import find_benchmark
-from dora_vl.run.reading import read_settings, setting_names
-from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
-from dora_vl.training.show_command import own_options
+from dora_vl.run.reading import read_run, setting_names
+from dora_vl.run.settings import FIELDS, Task
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
@@ -41,16 +40,11 @@ OTHER_PACKAGES = {"tensorboard", "trackio", "wandb"}
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
 """A recipe that the reader has: a file, and none of the shipped ones; or a word in capitals that stands for one."""
 FENCE = re.compile(r"^( *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^\1```", re.MULTILINE | re.DOTALL)
-TASKS: Mapping[str, type[Any]] = {
-    "llava_instruct": RunConfig,
-    "commonsense": CommonsenseRunConfig,
-    "vlbart_image": VlBartRunConfig,
-    "vlbart_video": VlBartRunConfig,
-}
-STAND_INS = {
-    RunConfig: ("--model.base", "BASE", "--data.train", "FILE"),
-    CommonsenseRunConfig: ("--model.base", "BASE", "--data.train", '["FILE"]'),
-    VlBartRunConfig: ("--model.base", "BASE", "--data.tasks", "{}"),
+TASKS: Mapping[str, Task] = {"llava_instruct": "llava", "commonsense": "commonsense", "vlbart": "vlbart"}
+"""A script of tasks/ that trains -> its task where no settings name one."""
+STAND_INS: Mapping[Task, tuple[str, ...]] = {
+    **dict.fromkeys(FIELDS, ("--model.base", "BASE", "--data.train", "FILE")),
+    "vlbart": ("--model.base", "BASE", "--data.train", "{}"),
 }
 """What a run cannot do without, where the reader's own file says it."""
 Command = tuple[str, tuple[str, ...], bool]
@@ -148,12 +142,8 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
         return
     verb, (options, settings) = words[0], parsed
     if verb in ("train", "show", "estimate"):
-        task = {"vlbart": "vlbart_image", "commonsense": "commonsense"}.get(Path(options.config).parent.name)
         settings = [*settings, *(getattr(options, "settings", None) or [])]
-        if verb == "show":
-            shown, settings = own_options(settings)
-            task = shown.task or task
-        check_settings(TASKS[task or "llava_instruct"], ["--config", options.config, *settings], is_whole=True)
+        check_settings("image_text", ["--config", options.config, *settings], is_whole=True)
     elif verb == "prepare" and options.source.islower():
         assert options.source in SOURCES
     elif verb == "evaluate" and options.benchmarks is not None:
@@ -238,7 +228,7 @@ CHECKS: Mapping[str, Callable[[Sequence[str], bool], None]] = {
 }
 
 
-def check_settings(kind: type[Any], words: Sequence[str], *, is_whole: bool) -> None:
+def check_settings(task: Task, words: Sequence[str], *, is_whole: bool) -> None:
     """A run's settings: recipe and variant are there, every option is a setting and has a value of its type.
 
     A reader's own file stands for whatever a run needs.
@@ -250,7 +240,7 @@ def check_settings(kind: type[Any], words: Sequence[str], *, is_whole: bool) -> 
         del words[at - 1 : at + 1]
     if words == ["--config"]:  # of a shorthand: what follows stands elsewhere
         return
-    read_settings([*(STAND_INS[kind] if at or asks_help or not is_whole else ()), *words], kind)
+    read_run([*(STAND_INS[task] if at or asks_help or not is_whole else ()), *words], task=task)
 
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
@@ -334,6 +324,6 @@ def unknown_settings(content: Mapping[str, Any], settings: Iterable[str], before
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_yaml_holds_settings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    settings = {name.removesuffix(".help") for kind in TASKS.values() for name in setting_names(kind)}
+    settings = {name for task in FIELDS for name in setting_names(task)}
     for block in blocks(text, "yaml"):
         assert list(unknown_settings(yaml.safe_load(block), settings)) == []

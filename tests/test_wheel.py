@@ -96,8 +96,8 @@ print(read_deepspeed("zero2")["zero_optimization"]["stage"])
 
 @pytest.mark.slow
 def test_a_vlbart_adapter_knows_its_tasks(installed: Path, tmp_path: Path) -> None:
-    code = "from dora_vl.evaluation.vlbart_assistant import subtasks_of as s\n"
-    code += "print(*s('vlbart_image', task_prompt=True), *s('vlbart_video', task_prompt=True))"
+    code = "from dora_vl.evaluation.vlbart_tasks import all_subtasks\n"
+    code += "print(*all_subtasks())"
     assert {"vqav2", "tvqa"} <= set(started(installed, tmp_path, "-c", code).split())
 
 

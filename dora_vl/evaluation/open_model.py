@@ -75,7 +75,7 @@ class Opened:
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
-    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "is_video", "settings"),
+    VLBART: ("tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
 """What `recipe.json` must say so that a model of each kind can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
@@ -317,8 +317,8 @@ def _open_vlbart(source: ModelSource) -> Opened:
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
     from dora_vl.backbones.vlbart import load_vlbart, set_answer_heads
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, subtasks_of
-    from dora_vl.evaluation.vlbart_tasks import Subtask, closed, with_input_tokens
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+    from dora_vl.evaluation.vlbart_tasks import Subtask, all_subtasks, closed, with_input_tokens
 
     request, recipe, base = source.request, source.recipe, source.base
     adapter, is_merged = Path(str(request.adapter)), request.model is not None
@@ -332,8 +332,8 @@ def _open_vlbart(source: ModelSource) -> Opened:
     adapted, plain = with_adapter(loaded, change, with_base=request.with_base, strength=request.strength)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
-    all_subtasks = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
-    trained = [with_input_tokens(all_subtasks[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
+    known = all_subtasks(task_prompt=trained_with["task_prompt"])
+    trained = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
 
     def subtasks(heads: Collection[str]) -> tuple[Subtask, ...]:
         return tuple(
@@ -350,7 +350,6 @@ def _open_vlbart(source: ModelSource) -> Opened:
         features=open_encoders(adapter, recipe, device=device, any_tower=request.any_base),
         subtasks=subtasks(lists),
         feature_tokens=recipe["feature_tokens"],
-        is_video=recipe["is_video"],
     )
     # Without the adapter a task is answered in words, unless the base brought a head of its own.
     without = None if plain is None else replace(first, backbone=plain, subtasks=subtasks(of_base))

@@ -55,7 +55,7 @@ from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.files import file_sha256, write_json, write_json_lines
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of
-from dora_vl.run.settings import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig
+from dora_vl.run.settings import EvaluationConfig, RunConfig
 from dora_vl.run.watched import Watch, WatchedQuestion, evenly
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def check_test(config: RunConfig) -> list[Question]:
 # Of instructions: each commonsense set by generation, by likelihood, or both.
 
 
-def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+def read_sets(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
     """The questions of every set, of its kind, and the reason for each that cannot be read, by id (`openbookqa/17`).
 
     A row's `answer` is what is looked for; where it names none, what the set's pattern finds in its output.
@@ -329,14 +329,14 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], 
             answer = question.answer or extracted(question.truth, task, evaluation.rule)
             questions.append(replace(question, id=f"{task}/{question.id}", kind=task, answer=answer))
     if not questions:
-        raise UserError(f"{evaluation.file}: no question can be asked; the first: {next(iter(unreadable.items()))}")
+        raise UserError(f"{evaluation.tested}: no question can be asked; the first: {next(iter(unreadable.items()))}")
     return questions, unreadable
 
 
 def evaluate_commonsense(
     backbone: nn.Module,
     encoder: Encoder,
-    evaluation: CommonsenseEvaluationConfig,
+    evaluation: EvaluationConfig,
     *,
     run_folder: Path,
     numbers: Mapping[str, object] = MappingProxyType({}),

@@ -25,19 +25,10 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.vlbart_tasks import (
-    MicroBatch,
-    Seq2SeqCollator,
-    Seq2SeqSample,
-    Subtask,
-    image_subtasks,
-    make_sample,
-    video_subtasks,
-)
+from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 
 log = logging.getLogger(__name__)
 
-SUBTASKS = {"vlbart_image": image_subtasks, "vlbart_video": video_subtasks}
 CHOOSING = frozenset({"choice", "words"})
 """Ways to answer that give the label of a choice, "a2"."""
 TRUE, FALSE = "true", "false"
@@ -55,7 +46,7 @@ class VlBartAssistant:
 
     Attributes:
         stored: the features of what questions show; None computes them by `features`, which a task may lack.
-        feature_tokens: tokens of one picture, or of a whole video (`is_video`), whose frames pictures are then.
+        feature_tokens: tokens of one picture, or of a whole video.
     """
 
     backbone: VlBartBackbone
@@ -64,7 +55,6 @@ class VlBartAssistant:
     stored: FeatureReader | None = None
     features: Mapping[str, FeatureEncoder] = field(default_factory=dict)
     feature_tokens: int = 0
-    is_video: bool = False
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
@@ -163,7 +153,7 @@ class VlBartAssistant:
             raise _no_span(subtask)
         ids, cut = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
         encoder = self._features_of(subtask)
-        if self.is_video:
+        if subtask.is_video:
             features = fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None]
         else:
             several = encoder.pictures(pictures)
@@ -273,10 +263,3 @@ def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))
-
-
-def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training."""
-    if task not in SUBTASKS:
-        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(SUBTASKS)}")
-    return SUBTASKS[task](task_prompt=task_prompt)

@@ -70,6 +70,7 @@ class Subtask:
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
         chooses: every example has choices, and which of them is right is what is scored.
+        is_video: a sample's pictures are the frames of one video, not inputs of their own.
         state_span: where the prompt states which part of the video it is about (and the features are of the whole),
             `extra["ts"]` for a part from so many seconds to so many; None where it states none.
     """
@@ -89,6 +90,7 @@ class Subtask:
     images: int = 1
     reads_question: bool = True
     chooses: bool = False
+    is_video: bool = False
     state_span: Callable[[float, float], object] | None = None
 
 
@@ -214,6 +216,11 @@ score_gqa = partial(vqa.gqa_score, conversion="vl_t5")
 """As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
 
 
+def all_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
+    """Every task of a VL-BART, by its name."""
+    return {**image_subtasks(task_prompt=task_prompt), **video_subtasks(task_prompt=task_prompt)}
+
+
 def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     """Every task on pictures; without `task_prompt` the text does not say which one it is."""
 
@@ -308,7 +315,8 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
             ending = f" {name}: " if task_prompt else " "
             return Prompt(subtitles_before="[Subs]", subtitles=subtitles, text=text(example) + ending)
 
-        return Subtask(name=name, prompt=prompt, target=target, score=score, input_tokens=600, target_tokens=20, **more)
+        sizes = {"input_tokens": 600, "target_tokens": 20}
+        return Subtask(name=name, prompt=prompt, target=target, score=score, is_video=True, **sizes, **more)
 
     choosing: dict[str, Any] = {"answer_by": "choice", "search": PUBLISHED_SEARCH, "chooses": True}
     captioning: dict[str, Any] = {

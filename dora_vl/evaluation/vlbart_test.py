@@ -26,7 +26,7 @@ from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.test import TestSet, evaluate_sets, watch_questions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
-from dora_vl.run.settings import VlBartEvaluationConfig
+from dora_vl.run.settings import EvaluationConfig
 from dora_vl.run.watched import Watch, evenly
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def evaluate_subtasks(
     tested: Sequence[Tested],
     *,
     run_folder: Path,
-    evaluation: VlBartEvaluationConfig,
+    evaluation: EvaluationConfig,
     settings: Mapping[str, Any],
     numbers: Mapping[str, Any],
 ) -> dict[str, Any]:

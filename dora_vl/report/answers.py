@@ -118,7 +118,7 @@ def _task(run: RunRecord, evaluation: Mapping[str, Any], task: str, records: Pat
     from dora_vl.evaluation import vlbart_tasks
 
     rows = read_predictions(run.folder / BY_TASK / f"{task}.jsonl")
-    subtask = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}[task]
+    subtask = vlbart_tasks.all_subtasks()[task]
     examples = list(ExampleFile(records, limit=evaluation.get("limit")))
     by_id, folder = {example.id: example for example in examples}, evaluation.get("image_folder")
     return _answered(

@@ -26,7 +26,8 @@ from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
 from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
 from dora_vl.evaluation.test import SCORES
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log, settings_of
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log
+from dora_vl.run.settings import foreign_fields, settings_of
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +150,9 @@ class Comparison:
             raise UserError("a rate is chosen on held-out samples: set data.validation, or data.validation_share")
         if any(contender.method == "full" for contender in self.contenders) and not self.config.adapter.targets:
             raise UserError("full trains the layers that adapter.targets names: name them, for all methods alike")
-        if self.strengths and not hasattr(evaluation, "strength"):
+        if self.strengths and "evaluation.strength" in foreign_fields(self.config.task):
             raise UserError("--strengths is for decoders; leave it out")
-        if evaluation.file is None:
+        if evaluation.tested is None:
             raise UserError("nothing is tested: set the recipe's evaluation file")
         same, file = settings_of(self.config), self.to / SETTINGS
         if file.is_file() and read_json(file) != same:
@@ -237,7 +238,7 @@ class Comparison:
         return self._run(self.to / name / f"rate_{rate:g}_seed_{seed}", settings, is_tested=is_tested, again=again)
 
     def _run(self, folder: Path, settings: Sequence[str], *, is_tested: bool, again: bool = False) -> CellRun:
-        several = "files" in type(self.config.evaluation).__dataclass_fields__
+        several = "evaluation.files" not in foreign_fields(self.config.task)
         no_test = () if is_tested else ("--evaluation.files={}" if several else "--evaluation.file=null",)
         resumed = () if again else ("--resume=if_stopped",)
         config, *own = self.words

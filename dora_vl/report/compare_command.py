@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dora_vl.errors import UserError, positive
 
@@ -41,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Runs what is missing, then yields the table."""
     from dora_vl.report.compare import Comparison, Contender, stepped, written
-    from dora_vl.run.reading import kind_of, read_settings
+    from dora_vl.run.reading import read_run
 
     words = [f"--config={options.config}", *options.settings]
-    config: Any = read_settings(words, kind_of(words), program="dora-vl compare")
+    config = read_run(words, program="dora-vl compare")
     methods = [method.strip() for method in options.methods.split(",")]
     if strange := [method for method in methods if method not in METHODS]:
         raise UserError(f"--methods {strange[0]}: there are {', '.join(METHODS)}")

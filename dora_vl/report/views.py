@@ -29,7 +29,7 @@ from dora_vl.report.page import InlinePictures
 from dora_vl.report.run_record import RunRecord
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.reading import flattened, run_parser
-from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+from dora_vl.run.settings import FIELDS
 from dora_vl.run.watched import Watched, WatchedQuestion, evenly
 
 ABSENT = "–"
@@ -50,10 +50,9 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
-    """What the run's kind of settings, told by what only one of them has, says where a file is silent."""
-    kind: type[Any] = VlBartRunConfig if "features" in run.section("data") else RunConfig
-    kind = CommonsenseRunConfig if "scoring" in run.section("evaluation") else kind
-    parsed = run_parser("run", "", kind).get_defaults().as_dict()
+    """What the settings of the run's task are where a file is silent; nothing where it names no task."""
+    task: Any = run.settings.get("task")
+    parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
     return flattened(json.loads(json.dumps(parsed, default=str)))
 
 

@@ -21,7 +21,7 @@ from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
 from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
-from dora_vl.run.settings import SamplesConfig, VlBartDataConfig
+from dora_vl.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -148,17 +148,16 @@ def check_trackers(report_to: object) -> None:
             )
 
 
-def training_arguments(
-    training: Mapping[str, Any], data: SamplesConfig | VlBartDataConfig, *, method: str, dtype: str
-) -> TrainingArguments:
-    """Makes the arguments of a run's sections, which also starts the process group and tells transformers about ZeRO-3.
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Makes the arguments of a run's settings, which also starts the process group and tells transformers about ZeRO-3.
 
     Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
     """
-    section, on_cuda = check_training_section(training), torch.cuda.is_available()
+    section, on_cuda = check_training_section(config.training), torch.cuda.is_available()
+    data, method = config.data, config.adapter.method
     if section.pop("fsdp", None):
-        _check_fsdp(section, data)
-    _check_precision(section, method=method, dtype=dtype)
+        _check_fsdp(section, config.task)
+    _check_precision(section, method=method, dtype=config.model.dtype)
     validate = section.get("eval_strategy", "epoch" if data.held_out else "no")
     if validate != "no" and data.held_out is None:
         raise SettingError("training.eval_strategy", f" is {validate}, but data.validation names no file")
@@ -198,11 +197,11 @@ def training_arguments(
     return arguments
 
 
-def _check_fsdp(section: Mapping[str, Any], data: SamplesConfig | VlBartDataConfig) -> None:
+def _check_fsdp(section: Mapping[str, Any], task: str) -> None:
     """The weights' shards are this package's own (`run.sharding`), not the Trainer's."""
     if section.get("deepspeed") is not None:
         raise SettingError("training.fsdp", " and training.deepspeed both share weights out; leave one out")
-    if isinstance(data, VlBartDataConfig):
+    if task == "vlbart":
         raise SettingError("training.fsdp", " is for decoders; set training.deepspeed: zero3")
     if not several_ranks():
         raise SettingError("training.fsdp", " shares weights out among ranks; start several, or leave it out")

@@ -22,7 +22,7 @@ from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, none_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
 from dora_vl.errors import BadSample, SettingError, UserError
-from dora_vl.run.settings import DataConfig, LoadedModelConfig, ModelConfig
+from dora_vl.run.settings import DataConfig, ModelConfig, RunConfig
 from dora_vl.run.sharding import loading_in, without_sharding
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
         make(spec, Path(base))
 
 
-def check_quantisation(model: LoadedModelConfig) -> None:
+def check_quantisation(model: ModelConfig) -> None:
     """Refuses `model.quantisation` where it cannot work, before any weight is read."""
     if model.quantisation is None:
         return
@@ -64,7 +64,7 @@ def check_quantisation(model: LoadedModelConfig) -> None:
     check_runs_here(model.quantisation, getattr(torch, model.dtype))
 
 
-def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: Any) -> Backbone:
+def load_base(load: Callable[..., Backbone], model: ModelConfig, **more: Any) -> Backbone:
     """The base, by its backbone's loader, with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")
@@ -81,17 +81,15 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: A
         )
 
 
-def check_base(model: ModelConfig, data: DataConfig) -> None:
+def check_base(config: RunConfig) -> None:
     """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
+    model = config.model
     model_type = model_type_of(model.base, model.revision)
     check_trained(model.base, model_type)
-    if data.cache_features and not sees_pictures(model.base, model.revision):
+    if config.data.cache_features and not sees_pictures(model.base, model.revision):
         raise SettingError("data.cache_features", f": {model.base} sees no pictures; set it false")
-    if model.image_aspect != "pad" and model_type != LLAVA:
-        raise SettingError(
-            "model.image_aspect",
-            f" is for a LLaVA-1.5 alone, and {model.base} is none: its own processor prepares pictures; leave it out",
-        )
+    if config.task == "llava" and model_type != LLAVA:
+        raise SettingError("task", f" is llava, and {model.base} is no LLaVA-1.5 but a {model_type}; write image_text")
 
 
 def check_window(base: str, encoder: Encoder, revision: str | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
@@ -25,7 +24,7 @@ from dora_vl.adapters.files import (
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
 from dora_vl.files import clear_leftovers, json_or_nothing, write_json
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import RunConfig, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def _took_work(folder: Path) -> list[Path]:
     return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
 
 
-def checkpoint_of(config: RunSettings) -> Path | None:
+def checkpoint_of(config: RunConfig) -> Path | None:
     """The checkpoint that a run resumes from; None: it starts anew."""
     folder = run_folder_of(config.training)
     checkpoints = complete_checkpoints(folder)
@@ -86,7 +85,7 @@ def checkpoint_of(config: RunSettings) -> Path | None:
     return checkpoints[-1] if checkpoints and not _is_finished(folder, config) else None
 
 
-def finished_already(config: RunSettings) -> bool:
+def finished_already(config: RunConfig) -> bool:
     """Whether a run that `resume: if_stopped` starts again has nothing left to do."""
     folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
@@ -100,12 +99,12 @@ def finished_already(config: RunSettings) -> bool:
     return True
 
 
-def _is_finished(folder: Path, config: RunSettings) -> bool:
+def _is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
-    tested = config.evaluation.file is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
+    tested = config.evaluation.tested is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
 
 
@@ -144,14 +143,9 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
         logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """A run's resolved settings, a dataclass, in JSON's types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def write_settings(folder: Path, config: Any) -> None:
+def write_settings(folder: Path, config: RunConfig) -> None:
     """Writes a run's settings, defaults and the variant included, as a file that --config takes."""
-    settings = dataclasses.asdict(config)
+    settings = settings_of(config)
     write_json(folder / SETTINGS, {name: settings[name] for name in sorted(settings.keys() - HOW_IT_STARTS)})
 
 

@@ -9,21 +9,37 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import SettingError, UserError, shown, wrong_value
+from dora_vl.errors import SettingError, UserError, shown, shown_names, wrong_value
 from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
-from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
-
-Settings = TypeVar("Settings")
+from dora_vl.run.settings import (
+    DEFAULTS,
+    FIELDS,
+    TYPES,
+    AdapterConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    Task,
+    foreign_fields,
+)
 
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
 NO_SETTINGS = ("config", "print_config", "local_rank", "help")
 """Options of the parser; from a file it would take another file's name by the first."""
-SECTIONS = ("model", "adapter", "data", "optim", "training", "evaluation", VARIANTS)
+SECTION_CLASSES: Mapping[str, type[Any]] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "evaluation": EvaluationConfig,
+}
 FOR_ALL = ", or null for all of them"
 COUNTS = {
     "limit": FOR_ALL,
@@ -41,22 +57,17 @@ def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
     return read_run([f"--config={path}", *overrides])
 
 
-def read_run(arguments: Sequence[str]) -> RunConfig:
-    """The settings of a run on conversations from command-line arguments; see `read_settings`."""
-    return read_settings(arguments, RunConfig)
-
-
-def read_settings(
-    arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
-) -> Settings:
-    """Settings of a run's dataclass from command-line arguments, which win over the file's."""
-    parser = run_parser(program, description, settings)
-    kind: Any = settings
+def read_run(
+    arguments: Sequence[str], *, task: Task = "image_text", program: str = "run", description: str = ""
+) -> RunConfig:
+    """A run's settings from command-line arguments, which win over the file's; `task` where neither names one."""
+    words, task = files_first(arguments, task)
+    parser = run_parser(task, program, description)
     try:
-        parsed = parser.instantiate(parser.parse_args(files_first(arguments)))
-        config = kind(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)})
+        parsed = parser.instantiate(parser.parse_args(words))
+        config = RunConfig(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(RunConfig)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise explained(str(error), setting_names(settings)) from error
+        raise explained(str(error), task) from error
     if config.watch < 0:
         raise SettingError("watch", f" is {config.watch}; 0 asks nothing")
     for section in dataclasses.fields(config):
@@ -69,39 +80,34 @@ def read_settings(
     return dataclasses.replace(config, training=check_training_section(config.training))
 
 
-def kind_of(words: Sequence[str]) -> type[Any]:
-    """The class of settings that knows most of what the words and their file state."""
-    stated: set[str] = set()
-    for word in files_first(words):
-        name, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--"):
-            stated |= set(flattened(json.loads(value))) if name == "config" else {name}
-
-    def unknown(kind: type[Any]) -> int:
-        names = (*setting_names(kind, training=False), "training", "variant")
-        return sum(not any(setting == name or setting.startswith(f"{name}.") for name in names) for setting in stated)
-
-    return min((RunConfig, VlBartRunConfig, CommonsenseRunConfig), key=unknown)
-
-
-def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
-    """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
+def run_parser(task: Task, program: str = "run", description: str = "") -> ArgumentParser:
+    """The parser of a task's settings; its help text comes from the fields that the task takes."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    how: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "conflict_handler": "resolve"}
+    parser = ArgumentParser(prog=program, description=description, **how)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
     )
     # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_class_arguments(settings, None)
+    parser.add_class_arguments(RunConfig, None, skip={*SECTION_CLASSES})
+    foreign = [name.partition(".") for name in foreign_fields(task)]
+    for section, kind in SECTION_CLASSES.items():
+        parser.add_class_arguments(kind, section, skip={name for owner, _, name in foreign if owner == section})
+    groups: Any = parser.groups
+    for name, kind in TYPES[task].items():
+        old = parser._option_string_actions[f"--{name}"]
+        same: dict[str, Any] = {"help": old.help, "required": old.required, "default": old.default}
+        groups[name.partition(".")[0]].add_argument(f"--{name}", type=kind, **same)
+    parser.set_defaults({"task": task, **DEFAULTS[task]})
     return parser
 
 
-def setting_names(settings: type[Any] = RunConfig, *, training: bool = True) -> list[str]:
-    """Every dotted name a run understands, transformers' own below `training` among them unless that is left out."""
+def setting_names(task: Task, *, training: bool = True) -> list[str]:
+    """Every dotted name a task understands, transformers' own below `training` among them unless that is left out."""
     # Only leaf settings: a name such as "model" also stands for a whole section.
-    names = [action.dest for action in run_parser("run", "", settings)._actions if action.dest not in NO_SETTINGS]
-    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    names = [action.dest for action in run_parser(task)._actions if action.dest not in NO_SETTINGS]
+    leaves = [name for name in names if name not in SECTION_CLASSES and not name.endswith(".help")]
     if not training:
         return leaves
     from dora_vl.run.arguments import training_fields  # transformers: not for --help
@@ -109,20 +115,28 @@ def setting_names(settings: type[Any] = RunConfig, *, training: bool = True) -> 
     return leaves + [f"training.{name}" for name in training_fields()]
 
 
-def files_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the settings of each `--config` in front, as JSON: an argument wins wherever it stands.
+def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
+    """The arguments with the settings of each `--config` in front, as JSON; and the task that they name, or `task`.
 
-    The parser itself opens no file.
+    So an argument wins wherever it stands, and the parser itself opens no file.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--variant")
+    parser.add_argument("--task")
     options, others = parser.parse_known_args(list(arguments))
     for argument in others:
         refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-    settings = [_as_json(section) for section in settings_of_files(options.config, options.variant)]
+    files = settings_of_files(options.config, options.variant)
+    stated = [options.task, *(file["task"] for file in reversed(files) if "task" in file), task]
+    named = next(name for name in stated if name is not None)
+    if named not in FIELDS:
+        close = difflib.get_close_matches(str(named), FIELDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SettingError("task", f": no task {shown(named)}; there are {', '.join(FIELDS)}{hint}", close)
+    settings = [_as_json({**file, "task": named}) for file in files]
     variant = [] if options.variant is None else [f"--variant={options.variant}"]
-    return [*(f"--config={section}" for section in settings), *others, *variant]
+    return [*(f"--config={section}" for section in settings), *others, *variant], named
 
 
 def _as_json(settings: Mapping[str, Any]) -> str:
@@ -186,7 +200,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `model:`, found a {type(content).__name__}")
-    if not any(isinstance(content.get(name), Mapping) for name in SECTIONS):
+    if not any(isinstance(content.get(name), Mapping) for name in (*SECTION_CLASSES, "training", VARIANTS)):
         refuse_other_tools(path, content)
     return content
 
@@ -211,7 +225,7 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
     return settings
 
 
-# Settings under other tools' names: whose file it is, and what its names are called here.
+# What other tools call a setting, for those who bring a file of theirs.
 
 NAMES: Mapping[str, str] = {
     theirs: ours
@@ -236,34 +250,17 @@ NAMES: Mapping[str, str] = {
     for theirs in names.split()
 }
 """What other tools call a setting -> its name here."""
-TELLING: Mapping[str, frozenset[str]] = {
-    tool: frozenset(names.split())
-    for tool, names in {
-        "llama-factory": "finetuning_type stage cutoff_len dataset_dir lora_target freeze_vision_tower",
-        "trl": "dataset_name use_peft lora_r lora_target_modules lora_task_type assistant_only_loss datasets",
-        "ms-swift": "train_type tuner_type sft_type freeze_vit freeze_aligner split_dataset_ratio vit_lr",
-        "llava": "mm_projector_lr lora_enable mm_projector_type vision_tower image_aspect_ratio",
-        "peft": "peft_type target_modules inference_mode init_lora_weights modules_to_save",
-        "Axolotl": "base_model datasets micro_batch_size sequence_len val_set_size",
-    }.items()
-}
-"""Names that tell whose file it is."""
-LEAST, MOST_NAMED = 2, 6
-"""Of other tools' names, so many make a file another tool's, and so many are named."""
 
 
 def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
     """Refuses a settings file that has names of another tool at its top level, with what they are called here."""
     theirs = [name for name in settings if name in NAMES]
-    if len(theirs) < LEAST:
+    if len(theirs) < 2:
         return
-    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
-    tool = likely if TELLING[likely] & settings.keys() else "another tool"
-    names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:MOST_NAMED])
-    more = f" and {len(theirs) - MOST_NAMED} more" if len(theirs) > MOST_NAMED else ""
     raise UserError(
-        f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections are model, adapter, "
-        "data, training; `dora-vl init FOLDER` writes a file for your pictures, docs/other_tools.md has all names"
+        f"{path}: settings of another tool, which are laid out otherwise here: "
+        f"{shown_names((f'{name} is {NAMES[name]}' for name in theirs), longest=80)}; `dora-vl init FOLDER` writes a "
+        "file for your pictures, docs/other_tools.md has all names"
     )
 
 
@@ -276,18 +273,28 @@ _UNKNOWN = (
 )
 
 
-def explained(message: str, names: Sequence[str]) -> UserError:
-    """One line from the parser's message, with the nearest settings where a key is unknown."""
+def explained(message: str, task: Task) -> UserError:
+    """One line from the parser's message; an unknown key is named with its tasks and the nearest settings."""
     line = " ".join(message.split())
     match = next((match for pattern in _UNKNOWN if (match := pattern.search(line))), None)
     if match is None:
-        return wrong_value(line)
+        error = wrong_value(line)
+        if getattr(error, "key", None) != "data.train":
+            return error
+        text = next(action.help for action in run_parser(task)._actions if action.dest == "data.train")
+        return SettingError("data.train", f" is not what task {task} takes. {text}")
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
+    names, field = setting_names(task), ".".join(unknown.split(".")[:2])
+    owners = [name for name, fields in FIELDS.items() if field in fields]
     same = NAMES.get(unknown.rpartition(".")[2], "")
-    close = [same] if same in names else nearest(unknown, names)
+    if owners:
+        close = difflib.get_close_matches(field, names, n=1, cutoff=0.9)
+    else:
+        close = [same] if same in names else nearest(field, names)
+    owner = f", but of {' and '.join(owners)}" if owners else ""
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
-    return SettingError(unknown, f" is not a setting{hint}", nearest=close)
+    return SettingError(unknown, f" is not a setting of task {task}{owner}{hint}", nearest=close)
 
 
 def nearest(unknown: str, names: Iterable[str]) -> list[str]:

@@ -1,10 +1,12 @@
-"""The settings of one run: a frozen dataclass for each section of its YAML file.
+"""The settings of one run: a frozen dataclass for each section of its YAML file, and what each task takes of them.
 
 Read by `dora_vl.run.reading`; the text under each field is what `--help` prints.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,16 +26,26 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
+Task = Literal["llava", "image_text", "commonsense", "vlbart"]
+Files = str | tuple[str | TrainFile, ...]
+"""What `data.train` is, except in a VL-BART's run."""
+FilesByTask = Mapping[str, str | tuple[str, ...]]
+"""What `data.train` is in a VL-BART's run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModelConfig:
-    """A model that transformers loads."""
+class ModelConfig:
+    """Which model is adapted, and how text and pictures are put to it."""
 
     base: str
-    """Its folder or Hugging Face id."""
+    """Folder or Hugging Face id of the model. With `compose` or `source`, the folder that the model is written to."""
     revision: str | None = None
     """Git revision of a Hugging Face id (a commit pins the run)."""
+    compose: ComposeSpec | VlBartSpec | None = None
+    """Builds `base`, if the folder is not there yet: a LLaVA from a vision tower, a new projector and a language model,
+    or a VL-BART from a BART and a fresh visual embedding."""
+    source: LanguageSource | None = None
+    """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
@@ -43,21 +55,13 @@ class LoadedModelConfig:
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
     recipe.json says which, and the model is opened so again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(LoadedModelConfig):
-    """Which model is adapted, and how text and pictures are put to it."""
-
-    base: str
-    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
-    LLaVA is written to."""
-    compose: ComposeSpec | None = None
-    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName | FormatName | None = None
+    template: TemplateName | FormatName | PromptName | None = None
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
     own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
-    their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    their processor's chat template, or where it has none `question_answer` or `paligemma`. commonsense: `nvlabs` and
+    `llm_adapters` are the published runs' to the last space (they differ in the first line of the training prompt),
+    `alpaca` is Stanford's own, the same in training and test; `cloze` puts nothing around an instruction: question, a
+    space, output (rows of `dora-vl prepare cloze`)."""
     image_aspect: Literal["pad", "square", "squash"] = "pad"
     """How a picture becomes a square: `pad` fills it up (LLaVA-1.5), `square` keeps its middle, `squash` resizes both
     sides."""
@@ -70,31 +74,41 @@ class AdapterConfig(AdapterSettings):
     targets: tuple[str, ...] | None = None
     """Full-name patterns of the adapted modules, each must hit, or presets: language (the decoder's linears), vision,
     projector, experts (those that are one tensor), all-linear (experts too, without the output head); null: the model's
-    own default, for most language."""
+    own default, for most language; the paper's q, k, v, up and down for commonsense; queries and values for vlbart."""
     train_projector: bool = True
-    """Trains the projector between vision and language whole, in float32, as the part `projector`, unless `parts` or
-    `also_train` has one of that name."""
+    """Trains the projector between vision and language (a VL-BART's visual embedding) whole, in float32, as the part
+    `projector`, unless `parts` or `also_train` has one of that name."""
+    train_biases: bool = True
+    """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
+    train_norm_weights: bool = False
+    """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesConfig:
-    """Training and validation samples, in any format that docs/data.md lists under "Your own data"."""
+class DataConfig:
+    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
 
-    train: str | tuple[str | TrainFile, ...]
-    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}."""
+    train: Files | FilesByTask
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}. In a
+    VL-BART's run {task: records file, or a list of files} for each task, which are mixed."""
     validation: str | None = None
-    """Likewise the samples whose loss is measured while training."""
+    """The samples whose loss is measured while training, a file as in `train`."""
     validation_share: float = 0.0
     """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
     picture stay on one side."""
     validation_size: int = 0
     """Holds so many training samples out instead, those that the published runs of language models draw (seed 42)."""
+    validation_files: Mapping[str, str] = field(default_factory=dict)
+    """Records file of each task whose loss is measured while training."""
+    train_on: TrainOn = "all"
+    """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
     max_bad_share: float = 0.001
-    """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
+    """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops, and
+    a VL-BART's test does not begin."""
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     rows: RowKind = "trees"
@@ -119,26 +133,9 @@ class SamplesConfig:
     ask: str = ""
     """The question of every row that has none, such as a picture with its class or its caption: What is it?"""
     limit: int | None = None
-    """Uses only the first so many training samples (of several files, of each)."""
+    """Uses only the first so many training samples (of several files or tasks, of each)."""
     validation_limit: int | None = None
     """Uses only the first so many validation samples."""
-
-    @property
-    def held_out(self) -> str | None:
-        """What the loss is measured on while training, for messages; None: nothing."""
-        part = self.validation_size or self.validation_share
-        return self.validation or (f"{part:g} of {train_name(self.train)}" if part else None)
-
-    @property
-    def contract(self) -> Columns:
-        """What the files' columns are."""
-        return Columns(self.columns, tuple(self.ignore), self.ask)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(SamplesConfig):
-    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
-
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
     video_folder: str | None = None
@@ -159,6 +156,52 @@ class DataConfig(SamplesConfig):
     """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
     training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger
     picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Folder of each task's picture or video features, by file name without its ending: what `python -m
+    data_prep.features` of a checkout writes, VL-Adapter's Parquet or HDF5, or VALUE's .npz."""
+    feature_tokens: int = 49
+    """Tokens of a picture (49 for a 7x7 grid), or frames of a video: fewer are followed by zeros, more are max-pooled
+    (64 in the published runs)."""
+    batch_size: int = 300
+    """Samples of an optimizer step, over all ranks and accumulated micro-batches; a task may take a multiple of it
+    (GQA 100/60, NLVR2 20/60, captions 50/60)."""
+    mixing: Mixing = "proportional"
+    """proportional: each task's samples once an epoch; balanced: the same number of steps for every task."""
+    input_tokens: int | None = None
+    """Longest text of an input; null: each task's published length."""
+    task_prompt: bool = True
+    """Says which task it is in the text (`vqa: `); the published full fine-tuning runs do not."""
+    subtitles_first: bool = True
+    """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
+    the published video runs do."""
+    closed_answers: Mapping[str, int | str] = field(default_factory=dict)
+    """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
+    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
+    or the recipe.json of an adapter that has one."""
+
+    @property
+    def files(self) -> Files:
+        """`train` of a run on conversations."""
+        assert not isinstance(self.train, Mapping), "the reader of settings has checked it by the task"
+        return self.train
+
+    @property
+    def files_by_task(self) -> FilesByTask:
+        """`train` of a VL-BART's run."""
+        assert isinstance(self.train, Mapping), "the reader of settings has checked it by the task"
+        return self.train
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        part = self.validation_size or self.validation_share
+        files = self.validation or ", ".join(self.validation_files.values())
+        return files or (f"{part:g} of {train_name(self.files)}" if part else None)
+
+    @property
+    def contract(self) -> Columns:
+        """What the files' columns are."""
+        return Columns(self.columns, tuple(self.ignore), self.ask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,16 +234,32 @@ class EvaluationConfig:
 
     file: str | None = None
     """Questions with answers, in any format that training reads; null: no test."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Test file of each set or task. commonsense: by LLM-Adapters' names, which say what an answer looks like (boolq,
+    piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa). vlbart: records by task. Empty: no
+    test."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Folder of the test's features, for tasks where it is another than data.features names."""
     image_folder: str | None = None
-    """Root of their pictures; null: data.image_folder."""
+    """Root of the test's pictures; null: data.image_folder, and no contact sheet of a VL-BART's test."""
     answer_after: str | None = None
     """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
+    scoring: tuple[Literal["generation", "likelihood", "cloze"], ...] = ("generation",)
+    """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
+    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits; cloze: the likeliest ending,
+    as lm-eval scores, of records that `dora-vl prepare cloze` made."""
+    rule: Literal["nvlabs", "llm_adapters"] = "nvlabs"
+    """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
+    choice_by_likelihood: bool = True
+    """Multiple choice takes the likeliest label; false generates one, as the published runs do."""
     batch_size: int = 32
-    """Questions answered at once."""
+    """Questions answered at once; of a VL-BART also in a validation."""
     max_new_tokens: int = 16
     """Longest answer."""
+    beams: int = 1
+    """Beams of the search; the published scripts use 4, and no sampling."""
     limit: int | None = None
-    """Asks only the first so many questions."""
+    """Asks only the first so many questions (of several files, of each)."""
     strength: float = 1.0
     """How much of the adapter is tested: 0 nothing of it, 1 all, beyond it more of the same."""
     forgetting: bool = True
@@ -209,19 +268,33 @@ class EvaluationConfig:
     other_texts: str | None = None
     """File of passages for that, one a line; null: a few of this project's."""
     exchange_pictures: bool = True
-    """Asks at most 200 of them again about other pictures: a score that stays as it was is not of the pictures."""
+    """Asks at most 200 of them (of each file) again about other pictures: a score that stays as it was is not of the
+    pictures."""
+
+    @property
+    def tested(self) -> str | None:
+        """The test's file or files, for messages; None: no test."""
+        return self.file or ", ".join(self.files.values()) or None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumableRun:
-    """What every run has besides its own sections."""
+class RunConfig:
+    """One run: what its YAML file holds."""
 
+    task: Task = "image_text"
+    """What is trained, which decides the settings there are. llava: a LLaVA-1.5, also composed here; image_text: any
+    model for pictures, videos and text; commonsense: a language model on instructions; vlbart: a VL-BART."""
     variant: str | None = None
     """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
     over both. null: the file's own choice, or the file as it stands."""
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     resume: str | None = None
     """`last` resumes from the run folder's last complete checkpoint; `if_stopped` does where a run was stopped before
     its end, starts one where there is none, and leaves a finished one as it is; or a checkpoint folder."""
@@ -237,211 +310,74 @@ class ResumableRun:
     run that does not fit into memory ends at once and says what to lower; null: where there is a GPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(ResumableRun):
-    """One run: what its YAML file holds."""
-
-    model: ModelConfig
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+# What each task takes of these fields.
 
 
-# A run on instructions with a plain language model.
+def _fields(**sections: str) -> frozenset[str]:
+    return frozenset(f"{section}.{name}" for section, names in sections.items() for name in names.split())
 
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(LoadedModelConfig):
-    """Which language model is adapted."""
-
-    base: str
-    """Folder or Hugging Face id of a causal language model. With `source`, the folder it is written to."""
-    source: LanguageSource | None = None
-    """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageAdapterConfig(AdapterConfig):
-    """What trains, and how. Without `targets`: q, k, v, up and down, the paper's five, as LLaMA names them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstructionDataConfig(SamplesConfig):
-    """One question and its output each: LLM-Adapters' form (instruction, input, output, answer), or any other."""
-
-    prompt: PromptName = "nvlabs"
-    """What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last space (they
-    differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test;
-    `cloze` puts nothing around it: question, a space, output (rows of `dora-vl prepare cloze`)."""
-    train_on: TrainOn = "all"
-    """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
-    max_tokens: int = 256
-    """Longest sample, prompt and output together; what lies beyond is cut and reported."""
-    workers: int = 2
-    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
-    group_by_modality_length: bool = False
-    """Batches hold samples of like length, instead of any in a random order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonsenseEvaluationConfig:
-    """The test after training."""
-
-    files: Mapping[str, str] = field(default_factory=dict)
-    """Test file of each set, by LLM-Adapters' name for it: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
-    ARC-Challenge, openbookqa (its name says what an answer looks like); empty: no test."""
-    scoring: tuple[Literal["generation", "likelihood", "cloze"], ...] = ("generation",)
-    """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
-    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits; cloze: the likeliest ending,
-    as lm-eval scores, of records that `dora-vl prepare cloze` made."""
-    rule: Literal["nvlabs", "llm_adapters"] = "nvlabs"
-    """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
-    batch_size: int = 32
-    """Questions answered at once."""
-    max_new_tokens: int = 32
-    """Longest answer."""
-    beams: int = 1
-    """Beams of the search; the published scripts use 4, and no sampling."""
-    strength: float = 1.0
-    """How much of the adapter is tested: 0 nothing of it, 1 all, beyond it more of the same."""
-    forgetting: bool = True
-    """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
-    base and with the adapter."""
-    other_texts: str | None = None
-    """File of passages for that, one a line; null: a few of this project's."""
-    limit: int | None = None
-    """Asks only the first so many questions of each set."""
-
-    @property
-    def file(self) -> str | None:
-        """The test files, for messages; None: no test."""
-        return ", ".join(self.files.values()) or None
+_TEXT = _fields(
+    model="revision quantisation template",
+    data="validation validation_share validation_size validation_limit max_tokens rows group_by_modality_length "
+    "streaming shuffle_buffer columns ignore ask",
+    evaluation="max_new_tokens strength forgetting other_texts",
+)
+_MEDIA = _fields(
+    data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
+    "max_pixels_per_step",
+    evaluation="file image_folder answer_after exchange_pictures",
+)
+FIELDS: Mapping[Task, frozenset[str]] = {
+    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),
+    "image_text": _TEXT | _MEDIA,
+    "commonsense": _TEXT | _fields(model="source", data="train_on", evaluation="files scoring rule beams"),
+    "vlbart": _fields(
+        model="compose",
+        adapter="train_biases train_norm_weights",
+        data="validation_files features feature_tokens batch_size mixing input_tokens task_prompt subtitles_first "
+        "closed_answers",
+        evaluation="files features image_folder choice_by_likelihood exchange_pictures",
+    ),
+}
+"""The fields that a task takes and some other task does not; those that stand nowhere here are every task's."""
+DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
+    "llava": {},
+    "image_text": {},
+    "commonsense": {
+        "model.template": "nvlabs",
+        "data.max_tokens": 256,
+        "data.group_by_modality_length": False,
+        "evaluation.max_new_tokens": 32,
+    },
+    "vlbart": {"model.dtype": "float32", "evaluation.batch_size": 64},
+}
+"""A task's defaults where they differ from the dataclasses'."""
+_TEMPLATE = TemplateName | FormatName | None
+TYPES: Mapping[Task, Mapping[str, Any]] = {
+    "llava": {"model.compose": ComposeSpec | None, "model.template": _TEMPLATE, "data.train": Files},
+    "image_text": {"model.template": _TEMPLATE, "data.train": Files},
+    "commonsense": {"model.template": PromptName, "data.train": Files},
+    "vlbart": {
+        "model.compose": VlBartSpec | None,
+        "model.attn_implementation": Literal["sdpa", "eager"] | None,
+        "data.train": FilesByTask,
+    },
+}
+"""A task's types of fields that are something else in another task."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommonsenseRunConfig(ResumableRun):
-    """One run: what its YAML file holds."""
-
-    model: LanguageModelConfig
-    adapter: LanguageAdapterConfig = field(default_factory=LanguageAdapterConfig)
-    data: InstructionDataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    evaluation: CommonsenseEvaluationConfig = field(default_factory=CommonsenseEvaluationConfig)
+def foreign_fields(task: Task) -> frozenset[str]:
+    """The fields that only other tasks take."""
+    return frozenset[str]().union(*FIELDS.values()) - FIELDS[task]
 
 
-# A VL-BART run.
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartModelConfig:
-    """Which model is adapted."""
-
-    base: str
-    """Folder of a VL-BART. With `compose`, the folder it is written to."""
-    compose: VlBartSpec | None = None
-    """Makes `base` from a BART and a fresh visual embedding, if the folder is not there yet."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the frozen weights; the published runs are float32."""
-    attn_implementation: Literal["sdpa", "eager"] | None = None
-    """Attention kernel; null: transformers' choice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartAdapterConfig(AdapterConfig):
-    """What trains, and how. Without `targets`: queries and values of all attentions (36 linears of bart-base).
-
-    `train_projector` is the visual embedding here. With method full and no `targets` everything trains.
-    """
-
-    train_biases: bool = True
-    """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
-    train_norm_weights: bool = False
-    """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartDataConfig:
-    """Training and validation data: records files by task."""
-
-    train: Mapping[str, str | tuple[str, ...]]
-    """Records file of each task to train on, or several files; one task, or several mixed."""
-    validation_files: Mapping[str, str] = field(default_factory=dict)
-    """Records file of each task whose loss is measured while training."""
-    features: Mapping[str, str]
-    """Folder of each task's picture or video features, by file name without its ending: what `python -m
-    data_prep.features` of a checkout writes, VL-Adapter's Parquet or HDF5, or VALUE's .npz."""
-    feature_tokens: int = 49
-    """Tokens of a picture (49 for a 7x7 grid), or frames of a video: fewer are followed by zeros, more are max-pooled
-    (64 in the published runs)."""
-    batch_size: int = 300
-    """Samples of an optimizer step, over all ranks and accumulated micro-batches; a task may take a multiple of it
-    (GQA 100/60, NLVR2 20/60, captions 50/60)."""
-    mixing: Mixing = "proportional"
-    """proportional: each task's samples once an epoch; balanced: the same number of steps for every task."""
-    input_tokens: int | None = None
-    """Longest text of an input; null: each task's published length."""
-    task_prompt: bool = True
-    """Says which task it is in the text (`vqa: `); the published full fine-tuning runs do not."""
-    subtitles_first: bool = True
-    """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
-    the published video runs do."""
-    closed_answers: Mapping[str, int | str] = field(default_factory=dict)
-    """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
-    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
-    or the recipe.json of an adapter that has one."""
-    max_bad_share: float = 0.001
-    """Largest share of unusable samples (missing features, no answer...) that is skipped; above it the run stops. A
-    test that has more of them does not begin."""
-    workers: int = 4
-    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
-    limit: int | None = None
-    """Uses only the first so many training items of each task."""
-
-    @property
-    def held_out(self) -> str | None:
-        """The validation files, for messages; None: none."""
-        return ", ".join(self.validation_files.values()) or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartEvaluationConfig:
-    """The test after training."""
-
-    files: Mapping[str, str] = field(default_factory=dict)
-    """Records file of each task to test on; empty: no test."""
-    features: Mapping[str, str] = field(default_factory=dict)
-    """Folder of the test's features, for tasks where it is another than data.features names."""
-    image_folder: str | None = None
-    """Root of the test's pictures; with it a contact sheet is drawn."""
-    choice_by_likelihood: bool = True
-    """Multiple choice takes the likeliest label; false generates one, as the published runs do."""
-    batch_size: int = 64
-    """Inputs answered at once."""
-    limit: int | None = None
-    """Asks only the first so many of each task."""
-    exchange_pictures: bool = True
-    """Asks at most 200 of each again about other pictures: a score that stays as it was is not of the pictures."""
-
-    @property
-    def file(self) -> str | None:
-        """The test files, for messages; None: no test."""
-        return ", ".join(self.files.values()) or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class VlBartRunConfig(ResumableRun):
-    """One run: what its YAML file holds."""
-
-    model: VlBartModelConfig
-    adapter: VlBartAdapterConfig = field(default_factory=VlBartAdapterConfig)
-    data: VlBartDataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
-    file, or zero0, zero2, zero3, zero3_offload, the shipped ones. Batches are data.batch_size."""
-    evaluation: VlBartEvaluationConfig = field(default_factory=VlBartEvaluationConfig)
-
-
-RunSettings = RunConfig | CommonsenseRunConfig | VlBartRunConfig
-"""The settings of a run, whatever its backbone."""
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """A run's resolved settings in JSON's types, without the fields that only other tasks take."""
+    foreign = foreign_fields(config.task)
+    return {
+        name: {key: entry for key, entry in value.items() if f"{name}.{key}" not in foreign}
+        if isinstance(value, dict)
+        else value
+        for name, value in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items()
+    }

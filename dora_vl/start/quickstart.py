@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{ASSET_FOLDER / asset.folder}: {state}"
     if not arguments.fetch_only:
         convert(ASSET_FOLDER / "easy_vqa", DATA_FOLDER)
-        train(words, "llava_instruct", program="dora-vl quickstart", description=DESCRIPTION)
+        train(words, program="dora-vl quickstart", description=DESCRIPTION)
         yield from merged(run_folder_of(config.training))
 
 

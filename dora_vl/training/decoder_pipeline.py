@@ -26,7 +26,7 @@ from dora_vl.data.columns import RowKind
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader
 from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import (
@@ -39,7 +39,6 @@ from dora_vl.evaluation.test import (
     run_test,
     watch_assistant,
 )
-from dora_vl.files import check_model_folder
 from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
@@ -57,7 +56,7 @@ from dora_vl.run.base import (
     video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.settings import CommonsenseRunConfig, RunConfig
+from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
@@ -76,49 +75,60 @@ PAPER_TARGETS = tuple(
 """The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
 
 
-class DecoderPipeline(Pipeline[RunConfig]):
-    """Conversations about pictures and videos, or of words alone."""
+class DecoderPipeline(Pipeline):
+    """Conversations about pictures and videos, or of words alone; instructions by a published prompt."""
 
-    name = "llava_instruct"
     kind = DECODER
     _samples: RunSamples | None = None
 
     @cached_property
     def encoder(self) -> Encoder:
         """What makes samples and prompts, once the base is there."""
-        model = self.config.model
+        model, data = self.config.model, self.config.data
         return open_encoder(
             model.base,
             template=model.template,
+            train_on=data.train_on,
             aspect=model.image_aspect,
-            max_tokens=self.config.data.max_tokens,
+            max_tokens=data.max_tokens,
             revision=model.revision,
             thinking=None if self._samples is None else self._samples.has_thoughts,
         )
 
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Composes the base where it is not there yet.
+        """Composes the base, or writes it from its source, where it is not there yet.
 
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
         config = self.config
-        if config.model.compose is None:
-            check_base(config.model, config.data)
+        if config.model.compose is None and config.model.source is None:
+            check_base(config)
         check_quantisation(config.model)
         samples = self.samples(arguments)
         samples.describe()
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
-        if samples.has_videos and config.data.cache_features:
+        elif config.evaluation.files:
+            read_sets(config.evaluation)
+        has_videos = samples.has_videos and self._sees_pictures
+        if has_videos and config.data.cache_features:
             raise SettingError("data.cache_features", " is for pictures, and there are videos; set it false")
-        if samples.has_videos:
+        if has_videos:
             check_videos(config.data)
-        samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
+        folders = (image_folder(config.data), video_folder(config.data)) if self._sees_pictures else (None, None)
+        samples.look_ahead(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
+        make_base(write_language_model, config.model.source, config.model.base, arguments)
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
-        if samples.has_videos:
+        if has_videos:
             check_base_takes_videos(config.model.base, self.encoder, config.data, pictures=samples.has_pictures)
+
+    @property
+    def _sees_pictures(self) -> bool:
+        """Whether the base has a vision part; it need not be there yet."""
+        model = self.config.model
+        return model.compose is not None or (model.source is None and sees_pictures(model.base, model.revision))
 
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
         """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
@@ -140,8 +150,10 @@ class DecoderPipeline(Pipeline[RunConfig]):
         return skeleton_of(self.config.model.base, revision=self.config.model.revision)
 
     def load(self) -> DecoderBackbone:
-        """The model."""
-        return load_base(open_backbone, self.config.model)
+        """The model; one of instructions will search its answers with `evaluation.beams`."""
+        config = self.config
+        search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
+        return load_base(open_backbone, config.model, generation=search)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
@@ -158,6 +170,8 @@ class DecoderPipeline(Pipeline[RunConfig]):
     def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
         """What is adapted where `adapter.targets` is silent, and what trains beside it."""
         adapter, base = self.config.adapter, self.config.model
+        if self.config.task == "commonsense":
+            return PAPER_TARGETS, {}
         targets = language_targets(model) if adapter.targets is None else ()
         if not adapter.train_projector or {"projector"} & {*adapter.parts, *adapter.also_train}:
             return targets, {}
@@ -196,6 +210,8 @@ class DecoderPipeline(Pipeline[RunConfig]):
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
+        if not self.encoder.sees_pictures:
+            return RowEncoder(encoder=self.encoder)
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
         return RowEncoder(
             encoder=self.encoder,
@@ -216,8 +232,8 @@ class DecoderPipeline(Pipeline[RunConfig]):
         held_out, config = self.samples(arguments).held_out, self.config
         if held_out is not None:
             questions, source = questions_of_rows(held_out, config.watch), config.data.held_out
-        elif config.evaluation.file is not None:
-            questions, source = evenly(self._test_questions(), config.watch), config.evaluation.file
+        elif config.evaluation.tested is not None:
+            questions, source = evenly(self._test_questions(), config.watch), config.evaluation.tested
         else:
             return None
         assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
@@ -226,7 +242,8 @@ class DecoderPipeline(Pipeline[RunConfig]):
         return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
 
     def _test_questions(self) -> list[Question]:
-        return read_test(self.config.evaluation, self.config.data.contract)[0]
+        evaluation = self.config.evaluation
+        return read_sets(evaluation)[0] if evaluation.files else read_test(evaluation, self.config.data.contract)[0]
 
     def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""
@@ -243,22 +260,26 @@ class DecoderPipeline(Pipeline[RunConfig]):
 
     def recipe(self) -> dict[str, Any]:
         """With the wording, and how pictures and videos are read."""
-        model, data = self.config.model, vars(self.config.data)
+        model, data, foreign = self.config.model, vars(self.config.data), foreign_fields(self.config.task)
         return {
             **super().recipe(),
             "revision": model.revision,
             "template": self.encoder.prompts.name,
             "thinking": self.encoder.prompts.thinking,
             "quantisation": model.quantisation,
-            "image_aspect": vars(model).get("image_aspect"),
+            "image_aspect": model.image_aspect,
             "max_tokens": data["max_tokens"],
-            **{name: data[name] for name in RECORDED if name in data},
+            **{name: data[name] for name in RECORDED if f"data.{name}" not in foreign},
         }
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers `evaluation.file` with the saved adapter."""
-        assistant, lost = self._tested()
-        return run_test(assistant, self.config, numbers={**numbers, **lost})
+        """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
+        (assistant, lost), evaluation = self._tested(), self.config.evaluation
+        numbers = {**numbers, **lost}
+        if not evaluation.files:
+            return run_test(assistant, self.config, numbers=numbers)
+        folder = run_folder_of(self.config.training)
+        return evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
 
     def _tested(self) -> tuple[Assistant, dict[str, Any]]:
         """The model with its saved adapter, and what it lost by it."""
@@ -275,65 +296,3 @@ class DecoderPipeline(Pipeline[RunConfig]):
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
         return assistant, {"forgetting": forgetting(before, after)}
-
-
-class CommonsensePipeline(DecoderPipeline):
-    """One question and its output each, by a published prompt: the paper's commonsense reasoning."""
-
-    name = "commonsense"
-
-    def __init__(self, config: CommonsenseRunConfig) -> None:
-        super().__init__(cast(Any, config))  # what is inherited reads the fields that both have
-        self._run = config
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """What makes samples and prompts, once the base is there."""
-        model, data = self._run.model, self._run.data
-        return open_encoder(
-            model.base,
-            template=data.prompt,
-            train_on=data.train_on,
-            max_tokens=data.max_tokens,
-            revision=model.revision,
-        )
-
-    def prepare(self, arguments: TrainingArguments) -> None:
-        """Writes the base from its source where it is not there yet, once data and test sets have been read."""
-        config = self._run
-        check_quantisation(config.model)
-        if config.evaluation.files:
-            read_sets(config.evaluation)
-        samples = self.samples(arguments)
-        samples.describe()
-        samples.look_ahead()
-        make_base(write_language_model, config.model.source, config.model.base, arguments)
-        check_model_folder(config.model.base, config.model.revision)
-        check_window(config.model.base, self.encoder, config.model.revision)
-
-    def load(self) -> DecoderBackbone:
-        """The language model, which will search its answers with `evaluation.beams`."""
-        return load_base(open_backbone, self._run.model, generation={"num_beams": self._run.evaluation.beams})
-
-    def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-        return PAPER_TARGETS, {}
-
-    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
-        """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
-        collate = Collator(self.encoder.pad_token_id, rows=self._row_kind(backbone))
-        return self.samples(arguments).training_data(self._rows(arguments), collate)
-
-    def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
-        return RowEncoder(encoder=self.encoder)
-
-    def _test_questions(self) -> list[Question]:
-        return read_sets(self._run.evaluation)[0]
-
-    def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
-        return media_reader(Path(), frames=1)
-
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Asks every set of `evaluation.files` with the saved adapter."""
-        (assistant, lost), folder = self._tested(), run_folder_of(self._run.training)
-        evaluation, numbers = self._run.evaluation, {**numbers, **lost}
-        return evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)

@@ -60,21 +60,22 @@ def _share(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Makes the estimate; yields the lines to print."""
-    from dora_vl.training.train_command import pipeline_of, settings_and_task  # jsonargparse: not for --help
+    from dora_vl.run.reading import read_run  # jsonargparse: not for --help
+    from dora_vl.training.train_command import pipeline_of
 
     gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
     if gpus % machines:
         raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
     words = [f"--config={arguments.config}", *arguments.settings]
-    config, task = settings_and_task(words, None, program="dora-vl estimate")
-    if task.startswith("vlbart"):
-        raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
+    config = read_run(words, program="dora-vl estimate")
+    if config.task == "vlbart":
+        raise UserError("estimate is for decoders; a VL-BART fits any GPU")
     from dora_vl.training.estimate import Cluster, plan_run, with_shape
 
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        planned = plan_run(pipeline_of(task)(config), tokens=arguments.tokens, labelled=arguments.labelled)
+        planned = plan_run(pipeline_of(config), tokens=arguments.tokens, labelled=arguments.labelled)
     estimate, samples = planned.on(gpus), planned.samples
     yield str(estimate.table())
     yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"

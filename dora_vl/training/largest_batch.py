@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
-from dora_vl.run.settings import DataConfig, LoadedModelConfig, RunSettings, VlBartDataConfig
+from dora_vl.run.settings import RunConfig, foreign_fields
 from dora_vl.training.checkpoint import loss_scale_of
 from dora_vl.training.memory import GIB, Activations, memory_gib
 from dora_vl.training.pipeline import TrainingData
@@ -82,7 +82,7 @@ def out_of_memory_reported(where: Callable[[], str], device: torch.device, advic
 
 
 @contextlib.contextmanager
-def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
+def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
     """The same around a run's steps, told by the step, or as a validation's; and a line for a data worker's end."""
 
     def where() -> str:
@@ -104,17 +104,17 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
             ) from None
 
 
-def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: int | None = None) -> str:
+def what_to_lower(config: RunConfig, arguments: TrainingArguments, *, fits: int | None = None) -> str:
     """What makes a training step smaller, with its values, the mildest first.
 
     `fits` is how many samples of a micro-batch were tried and fit; None: nothing was tried.
     """
     micro, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    samples = getattr(config.data, "batch_size", None)  # of a whole step, as a VL-BART run says it
-    if samples is not None and samples > arguments.world_size * parts:
+    data, foreign = config.data, foreign_fields(config.task)
+    if "data.batch_size" not in foreign and data.batch_size > arguments.world_size * parts:
         return (
             f"Set training.gradient_accumulation_steps to {2 * parts} (it is {parts}): the step keeps its "
-            f"{samples} samples"
+            f"{data.batch_size} samples"
         )
     if micro > 1 and fits != 0:
         # The largest number of samples that parts a step evenly, so that it stays the same step.
@@ -127,34 +127,34 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
         )
     if not arguments.gradient_checkpointing:
         return "Set training.gradient_checkpointing to true (it is false): slower by about a third, far less memory"
-    changes, data = list[str](), config.data
-    if isinstance(data, DataConfig):
+    changes = list[str]()
+    if "data.max_pixels_per_step" not in foreign:
         pixels = data.max_pixels_per_step
         to = PIXELS_TO_START_WITH if pixels is None else pixels // 2
         changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if pixels is None else pixels})")
-    if (tokens := getattr(data, "max_tokens", 0)) > SHORTEST:
-        changes.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
+    if "data.max_tokens" not in foreign and data.max_tokens > SHORTEST:
+        changes.append(f"data.max_tokens to {data.max_tokens // 2} (it is {data.max_tokens})")
     changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
     return "Set " + ", or ".join(changes)
 
 
-def smaller_model(config: RunSettings) -> str:
+def smaller_model(config: RunConfig) -> str:
     """What to do where the model alone does not fit."""
-    unquantised = isinstance(config.model, LoadedModelConfig) and config.model.quantisation is None
+    unquantised = config.task != "vlbart" and config.model.quantisation is None
     four = ", or model.quantisation to nf4" if unquantised else ""
     half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
     return f"Set training.deepspeed to zero3 with more ranks, or to zero3_offload{half}{four}"
 
 
-def smaller_validation(config: RunSettings, arguments: TrainingArguments) -> str:
+def smaller_validation(config: RunConfig, arguments: TrainingArguments) -> str:
     """What makes a validation batch smaller."""
-    if isinstance(config.data, VlBartDataConfig):  # such a run validates by the test's batches
+    if config.task == "vlbart":  # such a run validates by the test's batches
         return smaller_test(config)
     size = arguments.per_device_eval_batch_size
     return f"Set training.per_device_eval_batch_size to {max(1, size // 2)} (it is {size})"
 
 
-def smaller_test(config: RunSettings) -> str:
+def smaller_test(config: RunConfig) -> str:
     """What makes a test's batch smaller."""
     size = config.evaluation.batch_size
     return f"Set evaluation.batch_size to {max(1, size // 2)} (it is {size}); --test_only true tests the adapter again"
@@ -166,7 +166,7 @@ class LargestBatch(TrainerCallback):
     `cost` is a micro-batch's in any unit. A UserError ends the run where it does not fit.
     """
 
-    def __init__(self, trainer: Any, config: RunSettings, *, data: TrainingData, cost: Callable[[Pool], int]) -> None:
+    def __init__(self, trainer: Any, config: RunConfig, *, data: TrainingData, cost: Callable[[Pool], int]) -> None:
         self._trainer, self._config, self._data, self._cost = trainer, config, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import compare_versions
@@ -27,7 +27,7 @@ from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched import Watch
 
 
@@ -135,27 +135,23 @@ class TrainingData:
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple
 
 
-Config = TypeVar("Config", bound=RunSettings)
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 
 
-class Pipeline(ABC, Generic[Config]):
+class Pipeline(ABC):
     """One kind of run with the settings of one run."""
 
-    name: str
-    """What `recipe.json` calls it."""
     kind: str
     """What `recipe.json` calls its backbone."""
     labels_shift = True
     """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     def arguments(self) -> TrainingArguments:
         """Its settings as the Trainer takes them; this starts the process group, so it comes before the model."""
-        config: RunSettings = self.config
-        return training_arguments(config.training, config.data, method=config.adapter.method, dtype=config.model.dtype)
+        return training_arguments(self.config)
 
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -198,15 +194,13 @@ class Pipeline(ABC, Generic[Config]):
 
     def recipe(self) -> dict[str, Any]:
         """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
-        model: Any = self.config.model
-        settings = vars(model)
-        made_from = {name: settings[name] for name in ("compose", "source") if name in settings}
+        model = self.config.model
         return {
-            "task": self.name,
+            "task": self.config.task,
             "backbone": self.kind,
             "base": model.base,
-            "base_sha256": content_hash(local_folder(model.base, settings.get("revision"))),
-            **{name: None if spec is None else dataclasses.asdict(spec) for name, spec in made_from.items()},
+            "base_sha256": content_hash(local_folder(model.base, model.revision)),
+            **{name: dataclasses.asdict(spec) for name in ("compose", "source") if (spec := vars(model)[name])},
             "dtype": model.dtype,
             "training": dict(self.config.training),
             "versions": versions(),

@@ -29,7 +29,6 @@ from dora_vl.run.folder import (
     one_writer,
     prepare_run_folder,
     run_folder_of,
-    settings_of,
     write_settings,
 )
 from dora_vl.run.launch import (
@@ -41,7 +40,7 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import RunConfig, settings_of
 from dora_vl.run.sharding import load_whole_models_again
 from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
@@ -63,7 +62,7 @@ class RunResult:
 
 
 def run(pipeline: Pipeline) -> int | None:
-    """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
+    """Trains, then tests where the settings name a test; returns the signal that stopped the run, or None.
 
     With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
     on a CPU aborts at interpreter exit while it is there.
@@ -79,7 +78,7 @@ def run(pipeline: Pipeline) -> int | None:
         finally:
             leave_process_group()
             load_whole_models_again()
-        if result.stopped_by is None and config.evaluation.file is not None and first:
+        if result.stopped_by is None and config.evaluation.tested is not None and first:
             _test(pipeline, result.numbers)
         return result.stopped_by
 
@@ -132,7 +131,7 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
         write_settings(folder, config)
 
 
-def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunSettings) -> None:
+def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:
     """Takes over a checkpoint; for the first rank alone."""
     folder = run_folder_of(config.training)
     check_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
@@ -190,7 +189,7 @@ def test_again(pipeline: Pipeline) -> None:
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:
         raise SettingError("test_only", " trains nothing; leave resume and overwrite out, which are about training")
-    if config.evaluation.file is None:
+    if config.evaluation.tested is None:
         raise SettingError("test_only", ": the settings' evaluation section names no file to test on")
     if not weights.is_file():
         raise SettingError(

@@ -52,7 +52,7 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import DataConfig, RunConfig, SamplesConfig
+from dora_vl.run.settings import DataConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
 from dora_vl.training.pipeline import TrainingData
 
@@ -114,11 +114,11 @@ class RowEncoder:
 class RunSamples:
     """A run's training and validation samples; the arguments' seed is that of every order."""
 
-    def __init__(self, data: SamplesConfig, arguments: TrainingArguments) -> None:
+    def __init__(self, data: DataConfig, arguments: TrainingArguments) -> None:
         self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
         self._train: ExampleTable | None = None
         self._stream: SampleStream | None = None
-        self._name = train_name(data.train)
+        self._name = train_name(data.files)
         self.held_out: ExampleTable | None = None
         """Those whose loss is measured while training."""
         if data.streaming:
@@ -165,7 +165,7 @@ class RunSamples:
         if self._stream is not None:
             lines = [line for source in self._stream.sources for line in source.described()]
         else:
-            files = train_files(data.train)
+            files = train_files(data.files)
             tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
             for file, rows in tables:
@@ -177,10 +177,10 @@ class RunSamples:
             counts = len(self.held_out.rows), len(self.held_out.pictures), self._seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
-    def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
+    def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
-        `pictures` and `videos` are the roots of their paths.
+        `pictures` and `videos` are the roots of their paths; None: the model sees words alone.
         """
         if pictures is not None and not pictures.root.is_dir():
             raise SettingError("data.image_folder", f": picture folder {pictures} does not exist")
@@ -266,12 +266,12 @@ class RunSamples:
             )
         train = self._train
         assert train is not None
-        media = data if isinstance(data, DataConfig) else None  # else words alone
+        media = rows.folder is not None  # else words alone
         shows_videos = self.has_videos and encoder.sees_pictures
         lengths = sampling_lengths(
             train.rows,
             tokens_per_image=encoder.tokens_per_image if media else 0,
-            tokens_per_video=len(encoder.dummy_video(media.video_frames).input_ids) if media and shows_videos else 0,
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if media and shows_videos else 0,
         )
         samples = make(train, train.stored)
         sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
@@ -295,7 +295,7 @@ class RunSamples:
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
-            media=partial(_media_keys, train, media) if media else dict,
+            media=partial(_media_keys, train, data) if media else dict,
             # Words alone would not count a prompt's tokens.
             batch_tokens=micro_batch * (min(data.max_tokens, int(lengths.lengths.max())) if media else data.max_tokens),
             **shared,
@@ -352,11 +352,11 @@ def _pool_of_first_rows(
     return [[samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]]
 
 
-def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
+def read_samples(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
     """The training samples and those whose loss is measured meanwhile, memory-mapped."""
     if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
         raise SettingError("data.validation", ": set one of it, data.validation_share and data.validation_size")
-    files = train_files(data.train)
+    files = train_files(data.files)
     if data.validation_size and any(file.weight != 1 for file in files):
         raise SettingError("data.validation_size", " takes no weights of data.train; set data.validation_share")
     train, held_out = load_training_rows(
@@ -372,7 +372,7 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, Examp
     return train, held_out
 
 
-def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
+def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
     """The training samples as a stream; the first rows of each file have been read."""
     if data.shuffle_buffer < 1:
         raise SettingError(
@@ -387,7 +387,7 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     for name, reason in refused.items():
         if getattr(data, name, False):
             raise SettingError(f"data.{name}", f" {reason}: data.streaming reads samples as they come")
-    files = train_files(data.train)
+    files = train_files(data.files)
     check_weights(files)
     sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.contract) for file in files]
     for source in sources:
@@ -395,7 +395,7 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)
 
 
-def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: TrainingArguments) -> int:
+def samples_of_a_run(stream: SampleStream, data: DataConfig, arguments: TrainingArguments) -> int:
     """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it."""
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if arguments.max_steps <= 0 and stream.samples is None:

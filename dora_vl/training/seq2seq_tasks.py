@@ -41,7 +41,7 @@ from dora_vl.evaluation.vlbart_tasks import (
 )
 from dora_vl.files import read_json, write_json
 from dora_vl.heads.answer import answer_loss
-from dora_vl.run.settings import VlBartDataConfig, VlBartEvaluationConfig, VlBartRunConfig
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.pipeline import LossModel
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class Seq2SeqLoss(LossModel):
 # What a run says of its tasks.
 
 
-def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
+def with_run_settings(subtask: Subtask, config: RunConfig) -> Subtask:
     """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
     answer_by = subtask.answer_by
     if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
@@ -220,13 +220,14 @@ def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
     return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
 
 
-def check_names(data: VlBartDataConfig, evaluation: VlBartEvaluationConfig, subtasks: Mapping[str, Subtask]) -> None:
+def check_names(config: RunConfig, subtasks: Mapping[str, Subtask]) -> None:
     """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
+    data, evaluation = config.data, config.evaluation
     if not data.train:
         raise SettingError("data.train", " names no task; give a records file for one of " + ", ".join(subtasks))
     tested_features = {**data.features, **evaluation.features}
     for key, files, features in (
-        ("data.train", data.train, data.features),
+        ("data.train", data.files_by_task, data.features),
         ("data.validation_files", data.validation_files, data.features),
         ("evaluation.files", evaluation.files, tested_features),
     ):
@@ -260,7 +261,7 @@ def check_closed(
     able = [name for name, task in subtasks.items() if task.answer_by == "text" and task.reads_question]
     for task in lists:
         if task not in able:
-            those = f"{', '.join(able)} can have" if able else "none of this script's tasks has"
+            those = f"{', '.join(able)} can have" if able else "none of these tasks has"
             raise SettingError(SETTING, f": {task} is no question answered in words; {those} a closed list")
         if task not in trained:
             raise SettingError(SETTING, f" names {task}, which data.train does not; its head would not train")

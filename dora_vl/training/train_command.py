@@ -9,29 +9,36 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from dora_vl.errors import exit_on_user_error
 
 if TYPE_CHECKING:
-    from dora_vl.run.settings import VlBartRunConfig
+    from dora_vl.run.settings import RunConfig, Task
     from dora_vl.training.pipeline import Pipeline
 
 DESCRIPTION = """\
-Trains as CONFIG says, then tests where its evaluation section names a file. What it trains (a vision-language model, a
-VL-BART, a plain language model) is seen by its settings; behind it any of them may follow, --section.key value.
+Trains as CONFIG says, then tests where its evaluation section names a file. Its `task:` says what is trained, and which
+settings there are:
+
+  llava         a LLaVA-1.5, also one that is composed here of a vision tower and a language model
+  image_text    any other model of transformers for pictures, videos and text, or for text alone (the default)
+  commonsense   a language model on instructions, each a question and its output
+  vlbart        a VL-BART on picture or video features
+
+Behind CONFIG any setting may follow, --section.key value.
 
   dora-vl train runs/my/run.yaml
   dora-vl train llava/llava15 --variant 7b_dora --data.train my.json --data.image_folder pictures
-  dora-vl train runs/my/run.yaml --help                          every setting, with what it does
+  dora-vl train runs/my/run.yaml --help                          every setting of its task, with what it does
+  dora-vl train vlbart/image --help                              those of another task, by one of its recipes
   deepspeed --module dora_vl.cli train runs/my/run.yaml          on all GPUs of this machine
 
 Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir; --resume last resumes from the last
 checkpoint.
 """
 SETS_UP_LOGGING = True
-TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense")
 STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
@@ -44,33 +51,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Trains and tests; what there is to say goes to the log."""
     words = [f"--config={arguments.config}", *arguments.settings]
-    train(words, None, program="dora-vl train", description=DESCRIPTION)
+    train(words, program="dora-vl train", description=DESCRIPTION)
     yield from ()
 
 
 @exit_on_user_error
-def train_script(task: str, description: str | None) -> None:
-    """What a script in tasks/ does, named by its task."""
+def train_script(task: Task, description: str | None) -> None:
+    """What a script in tasks/ does: settings that name no task are of this one."""
     train(sys.argv[1:], task, program=f"{task}.py", description=description or "")
 
 
-def train(words: Sequence[str], task: str | None, *, program: str, description: str) -> None:
+def train(words: Sequence[str], task: Task = "image_text", *, program: str, description: str) -> None:
     """Reads the settings, trains, tests; a run that a signal stopped ends the process with the signal's status.
 
-    The words are settings of `task`, or of the one that is seen by them.
+    The words and their files are settings of the task that they name, or else of `task`.
     """
     from dora_vl.run.folder import finished_already, run_folder_of
     from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr
+    from dora_vl.run.reading import read_run
 
     log_to_stderr()
     end_with_launcher()
     logger = logging.getLogger(__name__)
     with cause_speaks_first():
-        config, task = settings_and_task(words, task, program=program, description=description)
+        config = read_run(words, task=task, program=program, description=description)
         if finished_already(config):
             logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config.training))
             return
-        pipeline = pipeline_of(task)(config)
+        pipeline = pipeline_of(config)
 
         from dora_vl.training.run import run
 
@@ -80,44 +88,12 @@ def train(words: Sequence[str], task: str | None, *, program: str, description: 
         sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
 
 
-def settings_and_task(
-    words: Sequence[str], task: str | None, *, program: str, description: str = ""
-) -> tuple[Any, str]:
-    """The settings by the class of the named task, or of the one that knows most of what is stated."""
-    from dora_vl.run.reading import kind_of, read_settings
-    from dora_vl.run.settings import CommonsenseRunConfig, RunConfig, VlBartRunConfig
+def pipeline_of(config: RunConfig) -> Pipeline:
+    """The pipeline of the run's task."""
+    if config.task == "vlbart":
+        from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
-    kinds: dict[str, type[Any]] = {
-        "llava_instruct": RunConfig,
-        "vlbart_image": VlBartRunConfig,
-        "vlbart_video": VlBartRunConfig,
-        "commonsense": CommonsenseRunConfig,
-    }
-    if task is not None:
-        return read_settings(words, kinds[task], program=program, description=description), task
-    kind = kind_of(words)
-    config = read_settings(words, kind, program=program, description=description)
-    task = next(name for name, candidate in kinds.items() if candidate is kind)
-    if task == "vlbart_image":
-        from dora_vl.evaluation.vlbart_tasks import image_subtasks
+        return VlBartPipeline(config)
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
 
-        task = "vlbart_image" if set(config.data.train) <= set(image_subtasks()) else "vlbart_video"
-    return config, task
-
-
-def pipeline_of(task: str) -> Callable[[Any], Pipeline]:
-    """What makes a task's pipeline of its settings."""
-    if task in ("llava_instruct", "commonsense"):
-        from dora_vl.training.decoder_pipeline import CommonsensePipeline, DecoderPipeline
-
-        return DecoderPipeline if task == "llava_instruct" else CommonsensePipeline
-    from dora_vl.evaluation.vlbart_tasks import image_subtasks, video_subtasks
-    from dora_vl.training.vlbart_pipeline import VlBartPipeline
-
-    is_video = task == "vlbart_video"
-
-    def of_tasks(config: VlBartRunConfig) -> VlBartPipeline:
-        subtasks = (video_subtasks if is_video else image_subtasks)(task_prompt=config.data.task_prompt)
-        return VlBartPipeline(config, subtasks, name=task, is_video=is_video)
-
-    return of_tasks
+    return DecoderPipeline(config)

@@ -38,13 +38,13 @@ from dora_vl.data.example import ExampleFile
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import FIRST, Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, Subtask
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
-from dora_vl.run.settings import VlBartAdapterConfig, VlBartRunConfig
+from dora_vl.run.settings import AdapterConfig, FilesByTask, RunConfig
 from dora_vl.run.sharding import loading_in
 from dora_vl.run.watched import Watch
 from dora_vl.training.parts import core_config
@@ -67,23 +67,18 @@ from dora_vl.training.seq2seq_tasks import (
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 LISTS_FILE = "closed_answers.json"
 """In the run folder: the closed answer lists, and the training samples that have no answer on them."""
-Files = Mapping[str, str | tuple[str, ...]]
 
 
-class VlBartPipeline(Pipeline[VlBartRunConfig]):
-    """One task or a mixture of them, of `subtasks`, those that the task file (`name`) knows.
-
-    Where it `is_video`, a sample's pictures are the frames of one video, not inputs of their own.
-    """
+class VlBartPipeline(Pipeline):
+    """One task of a VL-BART, or a mixture of them."""
 
     kind = VLBART
     labels_shift = False
 
-    def __init__(
-        self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
-    ) -> None:
-        check_names(config.data, config.evaluation, subtasks)
-        check_closed(config.data.closed_answers, subtasks, config.data.train)
+    def __init__(self, config: RunConfig) -> None:
+        subtasks = all_subtasks(task_prompt=config.data.task_prompt)
+        check_names(config, subtasks)
+        check_closed(config.data.closed_answers, subtasks, config.data.files_by_task)
         check_same_features(config.data.features, config.evaluation.features)
         for field in ONE_AT_A_TIME:
             if config.training.get(field, 1) != 1:
@@ -91,9 +86,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         # A loader's item is a whole micro-batch here.
         training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
         super().__init__(dataclasses.replace(config, training=training))
-        self.name = name
         self._subtasks = {task: with_run_settings(subtask, config) for task, subtask in subtasks.items()}
-        self._is_video = is_video
         self._lists_file = run_folder_of(self.config.training) / LISTS_FILE
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -108,7 +101,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             folders = {"adapter.initial": config.adapter.initial, "resume": checkpoint and checkpoint / ADAPTER}
             recipes = {key: Path(folder) / RECIPE_FILE for key, folder in folders.items() if folder}
             heads = {key: recipe for key, recipe in recipes.items() if recipe.is_file()}
-            files = self._files({task: config.data.train[task] for task in lists}, limit=config.data.limit)
+            files = self._files({task: config.data.files_by_task[task] for task in lists}, limit=config.data.limit)
             make_lists(self._lists_file, lists, files, same_as=heads)
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
@@ -144,7 +137,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         """The mixture of all training files."""
         data, evaluation = self.config.data, self.config.evaluation
         train, validation = self._mixture(arguments), None
-        longest = max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens
+        longest = max(self._subtasks[name].input_tokens or 64 for name in data.files_by_task) + data.feature_tokens
         if data.validation_files:
             sources = self._sources(data.validation_files, limit=None)
             validation = ValidationBatches(sources, batch_size=evaluation.batch_size, ranks=arguments.world_size)
@@ -158,13 +151,13 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             samples=sum(source.items for source in train.plan.sources),
             ids=lambda: chain.from_iterable(task.file.ids() for task in train.sources),
             read_in_a_pass=train.plan.items,
-            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
+            source=", ".join(str(path) for file in data.files_by_task.values() for path in paths_of(file)),
             batch_tokens=-(-data.batch_size // train.plan.parts) * longest,
         )
 
     def _mixture(self, arguments: TrainingArguments) -> MixtureDataset:
         data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
-        tasks = self._sources(data.train, limit=data.limit)
+        tasks = self._sources(data.files_by_task, limit=data.limit)
         sources = [
             Source(
                 name=task.subtask.name,
@@ -191,7 +184,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             self._with_features(read, data.features if data.validation_files else self._test_features),
             count=self.config.watch,
             image_folder=evaluation.image_folder,
-            source=str(data.held_out or evaluation.file),
+            source=str(data.held_out or evaluation.tested),
         )
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
@@ -203,8 +196,7 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
         data = self.config.data
         return {
             **super().recipe(),
-            "is_video": self._is_video,
-            "tasks": list(data.train),
+            "tasks": list(data.files_by_task),
             "feature_tokens": data.feature_tokens,
             "features": {name: read_settings(Path(folder)) for name, folder in data.features.items()},
             "settings": self._named_settings(),
@@ -276,13 +268,13 @@ class VlBartPipeline(Pipeline[VlBartRunConfig]):
             for name, path in evaluation.files.items()
         }
 
-    def _files(self, files: Files, *, limit: int | None) -> dict[str, ExampleFile]:
+    def _files(self, files: FilesByTask, *, limit: int | None) -> dict[str, ExampleFile]:
         return {
             name: ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
             for name, file in files.items()
         }
 
-    def _sources(self, files: Files, *, limit: int | None) -> list[TaskSource]:
+    def _sources(self, files: FilesByTask, *, limit: int | None) -> list[TaskSource]:
         tasks = self._with_features(self._files(files, limit=limit), self.config.data.features)
         return [TaskSource(subtask, file, reader, self.encoder) for subtask, file, reader in tasks]
 
@@ -292,9 +284,7 @@ def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
     return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
 
 
-def vlbart_dora_config(
-    adapter: VlBartAdapterConfig, model: VlBartForConditionalGeneration, *, heads: bool
-) -> DoRAConfig:
+def vlbart_dora_config(adapter: AdapterConfig, model: VlBartForConditionalGeneration, *, heads: bool) -> DoRAConfig:
     """What a run adapts and trains in a VL-BART, `heads` of closed answer lists included."""
     if adapter.method == "full":
         return core_config(adapter, model, targets=("*",))

@@ -15,8 +15,7 @@ from data_prep import nlvr_scenes
 from data_prep.nlvr_scenes import BOX, COLOURS, GAP, NUMBERS, Item, claim, draw, examples_of
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import iterate_examples
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import RunConfig
+from dora_vl.run.reading import read_run
 
 
 def block(colour: str, level: int) -> Item:
@@ -148,7 +147,7 @@ def test_counts_of_each_box() -> None:
 @pytest.mark.parametrize("variant", ["pretrain", "adapt"])
 def test_the_llava_of_the_recipe_sees_every_box(variant: str) -> None:
     recipe = Path(__file__).parents[2] / "configs/llava/nlvr_small.yaml"
-    aspect = read_settings([f"--config={recipe}", f"--variant={variant}"], RunConfig).model.image_aspect
+    aspect = read_run([f"--config={recipe}", f"--variant={variant}"]).model.image_aspect
     preparation = ImagePreparation(Preparation(image_size=448, mean=(0.5,) * 3, std=(0.5,) * 3), aspect=aspect)
     pixels = preparation.prepare(draw(SHAPES))
     for number in range(3):

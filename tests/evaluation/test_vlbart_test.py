@@ -19,12 +19,12 @@ from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_assistant
+from dora_vl.evaluation.vlbart_tasks import all_subtasks
 from dora_vl.evaluation.vlbart_test import check_tests
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.reading import read_run
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def vlbart(data: Path, tested: tuple[str, ...], *overrides: str, trained: str = 
         training={"use_cpu": True},
         evaluation={"files": files},
     )
-    config = read_settings([f"--config={path}", *overrides], VlBartRunConfig)
-    return VlBartPipeline(config, all_subtasks(), name="vlbart_image")
+    config = read_run([f"--config={path}", *overrides])
+    return VlBartPipeline(config)
 
 
 def spoil_records(data: Path, name: str, change: Callable[[list[str]], list[str]]) -> None:

@@ -56,9 +56,10 @@ def write_material(folder: Path) -> None:
         lines.append(f"{number}.png,How red is it?,{20 * number}")
     (pictures / "questions.csv").write_text("\n".join(lines))
     settings = {
-        "model": {"base": str(base)},
+        "task": "commonsense",
+        "model": {"base": str(base), "template": "cloze"},
         "adapter": {"rank": 4, "alpha": 12.0},
-        "data": {"train": [str(folder / "train.json")], "validation_size": 4, "prompt": "cloze"},
+        "data": {"train": [str(folder / "train.json")], "validation_size": 4},
         "training": {"output_dir": str(folder / "run"), "learning_rate": 0.01, "seed": 5},
         "evaluation": {"files": {"openbookqa": str(folder / "test.json")}},
     }

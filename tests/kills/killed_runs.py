@@ -30,15 +30,13 @@ from safetensors.numpy import load_file
 from dora_vl.files import PREVIOUS, UNFINISHED
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import log_to_stderr
-from dora_vl.run.reading import read_run, read_settings
-from dora_vl.run.settings import VlBartRunConfig
-from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.run.reading import read_run
 from dora_vl.training.run import run
-from dora_vl.training.vlbart_pipeline import VlBartPipeline
+from dora_vl.training.train_command import pipeline_of
 from tests.training.launched import free_port
 from tests.training.recorded_run import record_samples
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed"), ("none", "zero2", "zero3"), (1, 2)
 STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
@@ -136,10 +134,7 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
         record_samples(notes / f"samples-{rank}")
         log_to_stderr()
         options = ["--config", str(settings), *resume]
-        if case.kind == "vlbart":
-            run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
-        else:
-            run(DecoderPipeline(read_run(options)))
+        run(pipeline_of(read_run(options)))
 
     statuses = _statuses([fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
     killed = kill is not None and statuses[kill.rank] == signal.SIGKILL and time.monotonic() - begun < SECONDS

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/x.png onerror=alert(2)>'
 
@@ -68,8 +67,8 @@ def vlbart_run(root: Path) -> Path:
     settings = write_vlbart_run(
         root / "bart.yaml", data, tasks, evaluation={"files": files}, training={"use_cpu": True}
     )
-    config = read_settings([f"--config={settings}"], VlBartRunConfig)
-    assert run(VlBartPipeline(config, all_subtasks(), name="tiny")) is None
+    config = read_run([f"--config={settings}"])
+    assert run(VlBartPipeline(config)) is None
     return root / "bart"
 
 

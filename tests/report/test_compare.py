@@ -22,9 +22,10 @@ ITEMS = 40
 def recipe(folder: Path, **data: Any) -> Path:
     """A run's settings; nothing of it is read but by the trainings that are replaced."""
     settings = {
-        "model": {"base": str(folder / "base")},
+        "task": "commonsense",
+        "model": {"base": str(folder / "base"), "template": "cloze"},
         "adapter": {"rank": 4, "alpha": 12.0},
-        "data": {"train": [str(folder / "train.json")], "validation_size": 4, "prompt": "cloze", **data},
+        "data": {"train": [str(folder / "train.json")], "validation_size": 4, **data},
         "training": {"output_dir": str(folder / "run"), "learning_rate": 0.01, "seed": 5},
         "evaluation": {"files": {"openbookqa": str(folder / "test.json")}},
     }

@@ -15,8 +15,8 @@ from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_settings, run_parser
-from dora_vl.run.settings import AdapterConfig, RunConfig
+from dora_vl.run.reading import read_run, run_parser
+from dora_vl.run.settings import AdapterConfig
 from dora_vl.training.parts import core_config
 
 OTHER: dict[str, Any] = {
@@ -62,7 +62,7 @@ def test_every_setting_reaches_the_core() -> None:
 
 
 def test_every_setting_is_in_the_help_with_its_text() -> None:
-    text = " ".join(run_parser("run", "", RunConfig).format_help().split())
+    text = " ".join(run_parser("image_text").format_help().split())
     for name in OTHER:
         assert f"--adapter.{name} " in text, name
     assert "Probability of dropping an element" in text
@@ -80,7 +80,7 @@ def test_yaml_gives_parts_with_what_they_leave_out(tmp_path: Path) -> None:
         "  also_train: {tokens: ['*embed*']}}\n"
         "optim: {rates: {vision: 1.0e-5, tokens: 2.0e-5}}\n"
     )
-    config = read_settings([f"--config={tmp_path / 'my.yaml'}"], RunConfig)
+    config = read_run([f"--config={tmp_path / 'my.yaml'}"])
     assert config.adapter.parts == {"vision": AdaptedPart(targets=("vision",), rank=8, alpha=None)}
     assert config.adapter.also_train == {"tokens": ("*embed*",)}
     assert config.optim.rates == {"vision": 1e-5, "tokens": 2e-5}

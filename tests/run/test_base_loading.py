@@ -15,14 +15,15 @@ from dora_vl.backbones.specs import LanguageSource
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run import base as run_base
 from dora_vl.run.base import check_window, load_base, make_base
-from dora_vl.run.settings import LanguageModelConfig, ModelConfig
+from dora_vl.run.settings import ModelConfig
 
 
-@pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
-def test_every_setting_reaches_the_loader(section, monkeypatch):
+def test_every_setting_reaches_the_loader(monkeypatch):
     tried = []
     monkeypatch.setattr(run_base, "check_runs_here", lambda *args: tried.append(args))
-    model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8")
+    model = ModelConfig(
+        base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8"
+    )
     loaded: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
     assert loaded == {
         "base": "folder",

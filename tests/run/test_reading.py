@@ -5,16 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.reading import find_recipe, merged, read_run, read_run_file, read_settings, variants_of
-from dora_vl.run.settings import CommonsenseRunConfig, VlBartRunConfig
-from tests.training.tiny_run import write_run
-from tests.training.tiny_vlbart_run import write_vlbart_run
+from dora_vl.run.folder import SETTINGS, write_settings
+from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
+from dora_vl.run.settings import FIELDS, Task
+from tests.training.tiny_run import json_of, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,13 +110,76 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest(
     assert error.value.nearest[:1] == (() if nearest is None else (nearest,))
 
 
-def test_the_counts_of_a_vlbart_and_a_commonsense_run_too(tmp_path: Path) -> None:
-    file = write_vlbart_run(tmp_path / "vlbart.yaml", tmp_path, ("vqav2",))
-    smoke = ROOT / "tests/tasks/commonsense_smoke.yaml"
-    for config, settings in ((file, VlBartRunConfig), (smoke, CommonsenseRunConfig)):
-        with pytest.raises(SettingError) as error:
-            read_settings([f"--config={config}", "--evaluation.limit=0"], settings)
-        assert error.value.key == "evaluation.limit"
+MINIMAL: Mapping[Task, tuple[str, ...]] = {
+    **dict.fromkeys(FIELDS, ("--model.base=base", "--data.train=t.json", "--training.output_dir=run")),
+    "vlbart": ("--model.base=base", '--data.train={"vqav2": "t.jsonl"}', "--training.output_dir=run"),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "word", "key", "owners", "nearest"),
+    [
+        ("image_text", "--data.features.vqav2=f", "data.features.vqav2", "vlbart", None),
+        ("image_text", '--model.compose={"vision_library": "timm"}', "model.compose", "llava and vlbart", None),
+        (
+            "image_text",
+            "--evaluation.files.boolq=f",
+            "evaluation.files.boolq",
+            "commonsense and vlbart",
+            "evaluation.file",
+        ),
+        ("llava", "--data.train_on=answer", "data.train_on", "commonsense", None),
+        ("commonsense", "--data.image_folder=.", "data.image_folder", "llava and image_text", None),
+        ("commonsense", "--evaluation.file=t.json", "evaluation.file", "llava and image_text", "evaluation.files"),
+        ("vlbart", "--model.quantisation=nf4", "model.quantisation", "llava and image_text and commonsense", None),
+        ("vlbart", "--data.featurs.vqav2=f", "data.featurs.vqav2", None, "data.features"),
+        ("commonsense", "--evaluation.beems=4", "evaluation.beems", None, "evaluation.beams"),
+        ("vlbart", "--data.train=t.json", "data.train", None, None),
+        ("commonsense", "--model.template=vicuna_v1", "model.template", None, None),
+        ("commonsense", "--evaluation.limit=0", "evaluation.limit", None, None),
+        ("vlbart", "--data.batch_size=0", "data.batch_size", None, None),
+        ("llawa", "--adapter.rank=4", "task", None, "llava"),
+    ],
+)
+def test_a_task_takes_its_own_fields_alone(
+    task: Any, word: str, key: str, owners: str | None, nearest: str | None
+) -> None:
+    with pytest.raises(SettingError) as error:
+        read_run([f"--task={task}", *MINIMAL.get(task, ()), word])
+    assert error.value.key == key
+    assert error.value.nearest[:1] == (() if nearest is None else (nearest,))
+    if owners is not None:
+        assert f"is not a setting of task {task}, but of {owners}" in str(error.value)
+
+
+def test_what_is_trained_on_is_of_the_tasks_kind(tmp_path: Path) -> None:
+    """A path or a list of files, and for a VL-BART files by task, also where a file says it."""
+    for task, train in (("image_text", {"vqav2": "t.jsonl"}), ("vlbart", ["t.jsonl"])):
+        settings = {"task": task, "model": {"base": "b"}, "data": {"train": train}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(UserError, match=r"data\.train"):
+            read_run_file(tmp_path / "run.yaml")
+
+
+def test_the_task_is_what_is_named_first_of_option_file_and_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {base: b}\ndata: {train: t.json}\n")
+    assert read_run_file(file).task == "image_text"
+    assert read_run([f"--config={file}"], task="commonsense").data.max_tokens == 256
+    file.write_text("task: llava\nmodel: {base: b}\ndata: {train: t.json}\n")
+    assert read_run([f"--config={file}"], task="commonsense").task == "llava"
+    assert read_run(["--task=commonsense", f"--config={file}"]).task == "commonsense"
+
+
+@pytest.mark.parametrize("task", FIELDS)
+def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task) -> None:
+    """They hold every field that the task takes and none of another task's."""
+    config = read_run([f"--task={task}", *MINIMAL[task], "--adapter.rank=3"])
+    write_settings(tmp_path, config)
+    assert read_run_file(tmp_path / SETTINGS) == config
+    written = flattened(json_of(tmp_path / SETTINGS))
+    names = set(setting_names(task, training=False)) - {"resume", "overwrite", "test_only"}
+    assert names == {next((name for name in names if f"{key}.".startswith(f"{name}.")), key) for key in written}
 
 
 def test_what_validation_measures_can_choose_the_best(run_file: Path) -> None:
@@ -193,10 +258,11 @@ def test_help_teaches_a_printed_run_reads_back_and_bad_input_is_status_two(run_f
 
     assert "Rows of A (columns of B)" in " ".join(ran("--help").stdout.split())
     (tmp_path / "printed.yaml").write_text(ran("--config", str(run_file), "--variant=small", "--print_config").stdout)
-    assert read_run([f"--config={tmp_path / 'printed.yaml'}"]) == read_run([f"--config={run_file}", "--variant=small"])
+    expected = read_run([f"--config={run_file}", "--variant=small"], task="llava")
+    assert read_run([f"--config={tmp_path / 'printed.yaml'}"]) == expected
     refused = ran("--config", str(run_file), "--rank", "1")
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == "error: rank is not a setting; did you mean adapter.rank?"
+    assert refused.stderr.splitlines()[-1] == "error: rank is not a setting of task llava; did you mean adapter.rank?"
 
 
 def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

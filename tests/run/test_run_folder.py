@@ -9,7 +9,7 @@ import pytest
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import checkpoint_of, prepare_run_folder
 from dora_vl.run.reading import read_run_file
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.settings import RunConfig
 from tests.training.tiny_run import write_run
 
 
@@ -20,7 +20,7 @@ def left(folder: Path, *names: str) -> Path:
     return folder
 
 
-def settings(folder: Path, *, resume: str) -> RunSettings:
+def settings(folder: Path, *, resume: str) -> RunConfig:
     file = write_run(folder.parent / "settings.yaml", Path("base"), Path("data.json"))
     return read_run_file(file, f"--training.output_dir={folder}", f"--resume={resume}")
 

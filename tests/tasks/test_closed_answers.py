@@ -22,8 +22,8 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, closed
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks, closed
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
@@ -33,7 +33,6 @@ from tests.training.tiny_vlbart_run import (
     FEATURE_TOKENS,
     FEATURE_WIDTH,
     ITEMS,
-    all_subtasks,
     vlbart_run,
     write_vlbart_data,
     write_vlbart_run,
@@ -47,7 +46,7 @@ WEIGHTS = Path("adapter") / "adapter_model.safetensors"
 HEAD = "base_model.model.answer_heads.{}.logit_fc.0.weight"
 
 
-def config_of(file: Path, *overrides: str) -> VlBartRunConfig:
+def config_of(file: Path, *overrides: str) -> RunConfig:
     return vlbart_run(file, *overrides).config
 
 
@@ -100,9 +99,9 @@ def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
+def by_hand(config: RunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
     """Scores of a task's training records, one at a time, by the model's parts alone."""
-    encoder = VlBartPipeline(config, all_subtasks(), name="tiny").encoder
+    encoder = VlBartPipeline(config).encoder
     reader = FeatureReader(open_features(Path(config.data.features[task])), FEATURE_TOKENS, FEATURE_WIDTH)
     head, model = backbone.answer_head(task).logit_fc, backbone.model.model
     rows = []
@@ -174,7 +173,7 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
 
 def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
     config = config_of(run_file, "--data.closed_answers={}")
-    pipeline = VlBartPipeline(config, all_subtasks(), name="tiny")
+    pipeline = VlBartPipeline(config)
     backbone = load_vlbart(config.model.base)
     loss = Seq2SeqLoss(backbone)
     encoder, subtask = pipeline.encoder, all_subtasks()["vqav2"]

@@ -15,9 +15,9 @@ from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.test import read_sets
-from dora_vl.run.reading import read_settings
-from dora_vl.run.settings import CommonsenseEvaluationConfig, CommonsenseRunConfig
-from dora_vl.training.decoder_pipeline import CommonsensePipeline
+from dora_vl.run.reading import read_run
+from dora_vl.run.settings import EvaluationConfig, RunConfig
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run as run_or_test
 from dora_vl.training.run import train
 from dora_vl.training.run_samples import read_samples
@@ -54,8 +54,8 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
     return [f"--config={SMOKE}", *(f"--{name}={value}" for name, value in changes.items()), *more]
 
 
-def settings(folder: Path, output: str, *more: str) -> CommonsenseRunConfig:
-    return read_settings(arguments(folder, output, *more), CommonsenseRunConfig)
+def settings(folder: Path, output: str, *more: str) -> RunConfig:
+    return read_run(arguments(folder, output, *more))
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
 
 def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
     def again(output: str, *more: str) -> None:
-        run_or_test(CommonsensePipeline(settings(folder, output, "--test_only", "true", *more)))
+        run_or_test(DecoderPipeline(settings(folder, output, "--test_only", "true", *more)))
 
     for output, more in (("nothing_here", ()), ("tested", ("--overwrite", "true"))):
         with pytest.raises(SettingError) as error:
@@ -97,7 +97,7 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
         assert not (folder / output).exists()
     run = folder / "tested"
     (run / "adapter").mkdir(parents=True)
-    task = pipeline_of("commonsense")(settings(folder, "tested"))
+    task = pipeline_of(settings(folder, "tested"))
     backbone = task.load()
     apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")
@@ -113,7 +113,7 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
 def test_packing_trains_the_same(folder: Path) -> None:
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
     for rows in ("packed", "plain"):
-        train(CommonsensePipeline(settings(folder, rows, "--data.rows", rows, *more)))
+        train(DecoderPipeline(settings(folder, rows, "--data.rows", rows, *more)))
     packed, plain = (logged_losses(folder / rows) for rows in ("packed", "plain"))
     assert packed == pytest.approx(plain, abs=1e-4)
     shares = [json_of(folder / rows / "metrics.json")["padding_share"] for rows in ("packed", "plain")]
@@ -151,7 +151,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
         *("--data.max_bad_share", "0.5", "--training.max_steps", "4", "--training.eval_steps", "4"),
         *("--training.use_cpu", "true", "--training.deepspeed", "null"),
     )
-    train(CommonsensePipeline(config))
+    train(DecoderPipeline(config))
     assert len(logged_losses(folder / "stream")) == json_of(folder / "stream" / "metrics.json")["train_steps"] == 4
     assert "one question and its output" in skipped_by(folder / "stream")["chat 4"]
 
@@ -160,7 +160,7 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    questions, unreadable = read_sets(CommonsenseEvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
+    questions, unreadable = read_sets(EvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
     assert [item.id for item in questions] == ["piqa/a", "piqa/row 2", "piqa/7"]
     assert {(item.answer, item.kind, item.truth) for item in questions} == {("solution2", "piqa", row["output"])}
     assert {(item.turns[0].instruction, item.turns[0].input, item.text) for item in questions} == {
@@ -184,7 +184,7 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 )
 def test_settings_and_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
     with pytest.raises(UserError, match=name):
-        train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
+        train(DecoderPipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
 
 
 def test_the_questions_are_whole_and_right() -> None:

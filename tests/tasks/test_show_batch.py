@@ -10,8 +10,7 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.report.batch import BatchView, Piece, terminal_lines
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
@@ -19,7 +18,7 @@ from dora_vl.training.show_command import first_batch, shown_settings
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
-from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,9 +89,9 @@ def test_it_is_the_batch_that_training_sees(
 
 
 def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read_settings([f"--config={bart_file}", "--training.max_steps=1"], VlBartRunConfig)
-    expected = seen_first(monkeypatch, VlBartPipeline(config, all_subtasks(), name="x"))
-    view = first_batch(VlBartPipeline(shown_settings(config, tmp_path / "none"), all_subtasks(), name="x"))
+    config = read_run([f"--config={bart_file}", "--training.max_steps=1"])
+    expected = seen_first(monkeypatch, VlBartPipeline(config))
+    view = first_batch(VlBartPipeline(shown_settings(config, tmp_path / "none")))
     for row, ids, mask, labels in zip(
         view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
     ):
@@ -135,7 +134,7 @@ def test_bad_input_is_status_two(run_file: Path, tmp_path: Path) -> None:
     for words in (
         (str(run_file), "--data.max_tokns", "9"),
         (str(run_file), "--data.train", str(tmp_path / "no.json")),
-        (str(run_file), "--task", "poetry"),
+        (str(run_file), "--task=poetry"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["show", "batch", *words])

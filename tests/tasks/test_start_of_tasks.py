@@ -6,20 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from dora_vl import cli
 from dora_vl.errors import SPINS, UserError
+from dora_vl.run.reading import read_run
+from dora_vl.run.settings import RunConfig
 from dora_vl.training import train_command
+from tasks import commonsense
 from tests.backbones.tiny_image_text import write_tiny
+from tests.training.tiny_run import json_of, write_tiny_data, write_tiny_llava
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense", "image_qa", "video_qa")
+TASKS = ("llava_instruct", "vlbart", "commonsense", "image_qa", "video_qa")
 MOST_TIMES_TORCH = 2.0
 """A limit in seconds fails on a busy machine."""
 LOADED = """
@@ -63,25 +65,41 @@ except SystemExit as left:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "variant", "task"),
+    ("settings", "by_script", "by_command"),
     [
-        ("llava/llava15", "7b_dora", "llava_instruct"),
-        ("image_text/qwen2_5_vl", "3b_dora", "llava_instruct"),
-        ("vlbart/image", "dora", "vlbart_image"),
-        ("vlbart/video", "dora", "vlbart_video"),
-        ("commonsense/llama", "llama2_7b_dora_r16", "commonsense"),
+        ("model: {base: b}\ndata: {train: t.json}", "commonsense", "image_text"),
+        ("task: llava\nmodel: {base: b}\ndata: {train: t.json}", "llava", "llava"),
     ],
 )
-def test_train_starts_what_the_settings_are_of(
-    recipe: str, variant: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_scripts_and_the_command_differ_in_the_task_of_settings_that_name_none(
+    settings: str, by_script: str, by_command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def record(name: str, config: Any) -> None:
-        raise UserError(f"{name} with rank {config.adapter.rank}")
+    (tmp_path / "run.yaml").write_text(f"{settings}\ntraining: {{output_dir: run}}\n")
+    started: list[RunConfig] = []
 
-    monkeypatch.setattr(train_command, "pipeline_of", lambda name: partial(record, name))
+    def record(config: RunConfig) -> None:
+        started.append(config)
+        raise UserError("started")
+
+    monkeypatch.setattr(train_command, "pipeline_of", record)
+    words = [f"--config={tmp_path / 'run.yaml'}", "--adapter.rank", "7"]
+    monkeypatch.setattr(sys, "argv", ["commonsense.py", *words])
     with pytest.raises(SystemExit):
-        cli.main(["train", recipe, "--variant", variant, "--adapter.rank", "7"])
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {task} with rank 7"
+        commonsense.main()
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "run.yaml"), *words[1:]])
+    assert started == [read_run(words, task="commonsense"), read_run(words)]
+    assert [config.task for config in started] == [by_script, by_command]
+
+
+def test_base_data_and_output_folder_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, records = write_tiny_llava(tmp_path / "base"), write_tiny_data(tmp_path, samples=16)
+    monkeypatch.chdir(tmp_path)
+    settings = f"model: {{base: {base}}}\ndata: {{train: {records.name}}}\ntraining: {{output_dir: run}}\n"
+    Path("run.yaml").write_text(settings)
+    cli.main(["train", "run.yaml", "--training.max_steps", "2"])
+    assert json_of(tmp_path / "run" / "metrics.json")["train_steps"] == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("task", [pytest.param(name, marks=pytest.mark.slow) for name in TASKS])

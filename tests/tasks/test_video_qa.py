@@ -25,8 +25,7 @@ from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import as_question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.run.reading import read_run_file, read_settings
-from dora_vl.run.settings import VlBartRunConfig
+from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
@@ -89,7 +88,7 @@ def vlbart(root: Path) -> Path:
         training={"use_cpu": True, "max_steps": 1, "optim": "adamw_torch"},
         evaluation={"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(root / "data")},
     )
-    run(pipeline_of("vlbart_video")(read_settings([f"--config={path}"], VlBartRunConfig)))
+    run(pipeline_of(read_run([f"--config={path}"])))
     return root / "vlbart" / "adapter"
 
 

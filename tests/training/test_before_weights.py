@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.errors import SettingError
-from dora_vl.training.decoder_pipeline import CommonsensePipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
@@ -46,7 +46,7 @@ def llava(folder: Path, *overrides: str, streaming: bool = False) -> Pipeline:
 def commonsense(folder: Path, *overrides: str) -> Pipeline:
     write_tiny_llama(folder / "base")
     generated_commonsense.main(["--to", str(folder / "data")])
-    return CommonsensePipeline(settings(folder, "run", "--training.deepspeed=null", *CPU, *overrides))
+    return DecoderPipeline(settings(folder, "run", "--training.deepspeed=null", *CPU, *overrides))
 
 
 def vlbart(folder: Path, *overrides: str) -> Pipeline:

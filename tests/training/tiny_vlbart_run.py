@@ -6,8 +6,6 @@ Run as a program it trains those settings: python tests/training/tiny_vlbart_run
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,6 @@ import numpy as np
 import yaml
 
 from dora_vl.data.example import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.evaluation.vlbart_tasks import Subtask
 
 if TYPE_CHECKING:
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
@@ -24,12 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
 ITEMS = 7  # odd, so that two ranks get parts of different sizes
 WORDS = ("red", "green", "blue", "a longer answer", "circle", "yes", "no")
-
-
-def all_subtasks() -> Mapping[str, Subtask]:
-    from dora_vl.evaluation import vlbart_tasks
-
-    return {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
 
 
 def image_examples(task: str) -> list[Example]:
@@ -112,26 +103,23 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
     for section, values in changes.items():
         sections.setdefault(section, {}).update(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(sections))
+    path.write_text(yaml.safe_dump({"task": "vlbart", **sections}))
     return path
 
 
 def vlbart_run(run_file: Path, *overrides: str) -> VlBartPipeline:
-    """The run of these settings in this process, with every task."""
-    from dora_vl.run.reading import read_settings
-    from dora_vl.run.settings import VlBartRunConfig
+    """The run of these settings in this process."""
+    from dora_vl.run.reading import read_run
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
-    config = read_settings([f"--config={run_file}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
-    return VlBartPipeline(config, all_subtasks(), name="vlbart_image")
+    config = read_run([f"--config={run_file}", "--training.use_cpu=true", *overrides])
+    return VlBartPipeline(config)
 
 
 def main() -> None:
-    from dora_vl.training import train_command
-    from dora_vl.training.vlbart_pipeline import VlBartPipeline
+    from dora_vl.training.train_command import train_script
 
-    train_command.pipeline_of = lambda _: partial(VlBartPipeline, subtasks=all_subtasks(), name="tiny")
-    train_command.train_script("vlbart_image", "")
+    train_script("vlbart", "")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dora_vl.start import init
 from dora_vl.start.run_file import Base, Data, base_of, written
 from tests.backbones.tiny_image_text import write_tiny
 from tests.data.video_files import write_clip
-from tests.setup.people import picture, write_folder, write_table
+from tests.start.people import picture, write_folder, write_table
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
 from tests.training.tiny_run import write_tiny_llava
 

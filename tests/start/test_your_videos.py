@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.backbones.tiny_image_text import write_tiny
-from tests.setup.page_commands import ROOT, block, run_commands
+from tests.start.page_commands import ROOT, block, run_commands
 
 pytest.importorskip("av", reason="pip install '.[video]'")
 pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")

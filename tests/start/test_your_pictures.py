@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.setup.page_commands import ROOT, block, run_commands
+from tests.start.page_commands import ROOT, block, run_commands
 from tests.training.tiny_run import write_tiny_llava
 
 PAGE = ROOT / "docs" / "your_pictures.md"

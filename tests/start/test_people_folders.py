@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from dora_vl.cli import main
 from dora_vl.start import init
-from tests.setup.people import write_table
+from tests.start.people import write_table
 
 BASE = "OWNER/NAME-1B"
 """Nothing is fetched of a base of the hub."""
