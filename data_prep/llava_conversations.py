@@ -28,7 +28,7 @@ NAMED = 5
 
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
-    """One record in LLaVA's form."""
+    """Converts one record to LLaVA's form."""
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
@@ -47,7 +47,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
 
 
 def right_letter(example: Example) -> str:
-    """The letter that the prompt puts before the right choice."""
+    """Returns the letter that the prompt puts before the right choice."""
     if "correct" not in example.extra:
         raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
     correct, alphabet = correct_index(example), letters(example)
